@@ -1,0 +1,66 @@
+# make search · make test · make check — each sets itself up first; a second run installs and downloads nothing.
+# make search ARGS="--budget 20"   arguments of search.py      make search PYTHON=/path/to/python3.12   another interpreter
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?= --agent reinforce --budget 200
+PYTHON ?=
+# What is wanted and what is pinned; a stamp older than these is made again.
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: help setup setup-dev search test check format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.run-stamp  ## make .venv with the pinned dependencies of the job
+
+setup-dev: $(VENV)/.dev-stamp  ## the same with the tools of tests and checks
+
+search: $(VENV)/.run-stamp  ## run the search: make search ARGS="--budget 20"
+	@$(BIN)/python search.py $(ARGS)
+
+test: $(VENV)/.dev-stamp  ## the whole test suite, the end-to-end job included; make test ARGS="-m 'not e2e'"
+	@$(BIN)/python -m pytest $(if $(filter-out file,$(origin ARGS)),$(ARGS))
+
+check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.dev-stamp  ## rewrite the sources as `make check` wants them
+	@$(BIN)/python -m ruff format .
+	@$(BIN)/python -m ruff check --fix .
+
+clean:  ## remove .venv and tool caches; keeps results/ and the user's data cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+
+# The first interpreter that is 3.11-3.13 and can make an environment. 3.14 has its own `compression` package.
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+$(VENV)/.made:
+	@for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python); do \
+	  if "$$candidate" -c '$(FITS)' >/dev/null 2>&1; then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Chisel needs Python 3.11, 3.12 or 3.13 with the venv module, and found none$(if $(PYTHON), at $(PYTHON))." >&2; \
+	  echo "Install one (Debian and Ubuntu: apt install python3 python3-venv), or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	echo "set-up: $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.run-stamp: $(INPUTS) | $(VENV)/.made
+	@echo "set-up: installing the pinned dependencies"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev-stamp: $(INPUTS) | $(VENV)/.made
+	@echo "set-up: installing the pinned dependencies, tests and checks included"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(VENV)/.run-stamp $@

@@ -1,0 +1,30 @@
+"""Lagrangian: the closed-form allocation of least predicted cost. No evaluation guides it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agents.ledger import Ledger
+from agents.protocol import Proposal, Task
+
+__all__ = ["Lagrangian"]
+
+
+class Lagrangian:
+    """Proposes the closed-form allocation once and has finished."""
+
+    name = "lagrangian"
+
+    def __init__(self, task: Task, seed: int, budget: int) -> None:
+        """`seed` is not used; a budget of 0 proposes nothing."""
+        self._proposal = Proposal(task.closed_form(), (task.middle,) * task.steps)
+        self._ledger = Ledger(min(1, budget))
+
+    def ask(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`."""
+        self._ledger.check(count)
+        return [self._proposal] if self._ledger.left and self._ledger.add(self._proposal) else []
+
+    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
+        """Nothing is learned."""
+        self._ledger.close(proposals, rewards)

@@ -1,0 +1,35 @@
+"""Registry: agents by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from agents.lagrangian import Lagrangian
+from agents.protocol import Agent, Task
+from agents.random_search import RandomSearch
+from agents.reinforce import Reinforce
+from agents.uniform import Uniform
+
+__all__ = ["NAMES", "make"]
+
+_AGENTS: dict[str, type[Reinforce] | type[RandomSearch] | type[Lagrangian] | type[Uniform]] = {
+    agent.name: agent for agent in (Reinforce, RandomSearch, Lagrangian, Uniform)
+}
+
+NAMES: tuple[str, ...] = tuple(_AGENTS)
+
+
+def make(name: str, task: Task, seed: int, budget: int) -> Agent:
+    """The agent called `name`, working on `task`.
+
+    Args:
+        seed: of the agent's own generator, at least 0.
+        budget: proposals it may make, at least 0.
+
+    Raises:
+        ValueError: no such agent, with the nearest name; or a budget below 0.
+    """
+    if name not in _AGENTS:
+        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
+    return _AGENTS[name](task, seed, budget)

@@ -1,0 +1,348 @@
+"""REINFORCE with a learned baseline, warm-started from the closed form: the whole algorithm, top to bottom.
+
+The policy (Williams 1992) walks over the steps. At step t it keeps the group dense with probability sigmoid(d_t), else
+it takes rung l of the ladder with probability ∝ exp(−(o_l − μ_t)² / 2σ_t²), where o_l is the rung's offset and
+μ_t = b_t + w·observation_t. It starts at b = w = 0: its mode is the closed-form allocation, the first proposal.
+
+A trial costs forward passes of a language model, so a few hundred must do, and rewards carry no noise. The baseline is
+therefore strong: a critic Q that predicts the reward of a whole episode from all trials so far, by kernel ridge
+regression. A baseline that depends on the actions is biased unless its own gradient is paid back, as in Q-Prop (Gu et
+al. 2017):
+
+    ∇J  =  E[(R − Q) ∇log π] over real episodes  +  E[(Q − mean Q) ∇log π] over imagined episodes.
+
+Imagined episodes cost no trial: the policy samples them in antithetic pairs and the critic scores them. A round of
+learning follows every batch; it takes the first term once, while the policy is still the one that made the batch, and
+the second at every gradient step. An entropy bonus that fades with the budget keeps σ up. Adam climbs.
+
+Knows nothing of models, and of schedules only that they have a digest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.ledger import Ledger
+from agents.protocol import Proposal, Task
+
+__all__ = ["Critic", "Policy", "Reinforce", "ReinforceSettings"]
+
+_TRIES = 50  # samplings for a schedule not proposed before; then the neighbourhood counts as exhausted
+
+Floats = NDArray[np.float64]
+Levels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ReinforceSettings:
+    """What can be tuned; the defaults were set on synthetic costs, where halving or doubling one changed little."""
+
+    batch: int = 10  # real episodes between two rounds of learning, the greedy one included
+    updates: int = 30  # gradient steps in a round
+    imagined: int = 32  # imagined episodes behind a gradient step, even
+    learning_rate: float = 0.03  # Adam's, in log price
+    sigma: float = 0.3  # exploration at the start, in log price
+    smallest_sigma: float = 0.05
+    largest_sigma: float = 0.6
+    entropy: float = 0.1  # bonus per nat at the start, in standard deviations of the critic's prediction; falls to 0
+    dense_groups: float = 0.1  # groups an episode keeps dense on average at the start
+    memory: int = 400  # the critic remembers this many latest trials
+
+
+@dataclass
+class Policy:
+    """Sequential policy over (steps, levels). Parameters are numbers per step, plus weights on the observation.
+
+    Attributes:
+        rungs: offsets of the ladder, (levels − 1,).
+        features: what a step sees while the episode so far follows the closed form, (steps, k), standardised; the
+            actual prefix enters only through the mask of dense.
+        legal: whether dense is legal at a step while no earlier step took it, (steps,).
+    """
+
+    task: Task
+    rungs: Floats
+    features: Floats
+    legal: NDArray[np.bool_]
+    bias: Floats
+    weights: Floats
+    log_sigma: Floats
+    dense_logit: Floats
+
+    @classmethod
+    def build(cls, task: Task, settings: ReinforceSettings) -> Policy:
+        """The warm start: mode is the closed form."""
+        prefixes = [(task.middle,) * step for step in range(task.steps)]
+        seen = np.array([task.observation(prefix) for prefix in prefixes], dtype=np.float64)
+        spread = seen.std(axis=0)
+        features = ((seen - seen.mean(axis=0)) / np.where(spread > 1e-6, spread, 1.0))[:, spread > 1e-6]
+        chance = min(0.5, settings.dense_groups / task.steps)
+        return cls(
+            task=task,
+            rungs=np.asarray(task.offsets[:-1], dtype=np.float64),
+            features=features / max(1.0, np.sqrt(features.shape[1])),
+            legal=np.array([task.mask(prefix)[-1] for prefix in prefixes]),
+            bias=np.zeros(task.steps),
+            weights=np.zeros(features.shape[1]),
+            log_sigma=np.full(task.steps, np.log(settings.sigma)),
+            dense_logit=np.full(task.steps, np.log(chance / (1 - chance))),
+        )
+
+    @property
+    def mean(self) -> Floats:
+        """μ, (steps,)."""
+        return self.bias + self.features @ self.weights
+
+    def rung_probabilities(self, widening: float = 1.0) -> Floats:
+        """Of every rung given that the step is not dense, (steps, levels − 1); `widening` multiplies σ."""
+        logits = -0.5 * ((self.rungs - self.mean[:, None]) / (widening * np.exp(self.log_sigma)[:, None])) ** 2
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities: Floats = weights / weights.sum(axis=1, keepdims=True)
+        return probabilities
+
+    def mode(self) -> Levels:
+        """The greedy episode, (1, steps): the rung next to the mean, or dense where that is more likely than not."""
+        rungs = np.abs(self.rungs - self.mean[:, None]).argmin(axis=1)
+        dense = (self.dense_logit > 0)[None]
+        return np.where(self._masked(dense)[0], len(self.rungs), rungs[None])
+
+    def sample(
+        self, count: int, generator: np.random.Generator, widening: float = 1.0
+    ) -> tuple[Levels, NDArray[np.bool_]]:
+        """Episodes (count, steps), rungs in antithetic pairs, and whether dense was legal at each of their steps.
+
+        `widening` multiplies σ.
+        """
+        half = generator.random((-(-count // 2), self.task.steps))
+        uniform = np.stack([half, 1 - half], axis=1).reshape(-1, self.task.steps)[:count]
+        below = np.cumsum(self.rung_probabilities(widening), axis=1)[:, :-1]
+        rungs = (uniform[:, :, None] > below).sum(axis=2)
+        dense, legal = self._masked(generator.random((count, self.task.steps)) < 1 / (1 + np.exp(-self.dense_logit)))
+        return np.where(dense, len(self.rungs), rungs), legal
+
+    def _masked(self, dense: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Dense steps without the illegal ones, and where dense is legal; asks the task only where some are."""
+        legal = np.tile(self.legal, (len(dense), 1))
+        dense = dense & legal
+        for row in np.flatnonzero(dense.any(axis=1)):
+            prefix: list[int] = []
+            for step in range(self.task.steps):
+                legal[row, step] = self.task.mask(prefix)[-1]
+                dense[row, step] &= legal[row, step]
+                prefix.append(len(self.rungs) if dense[row, step] else self.task.middle)
+        return dense, legal
+
+    def score(self, actions: Levels, legal: NDArray[np.bool_], advantages: Floats) -> Floats:
+        """Mean over episodes of advantage·∇log π with respect to μ (times σ), log σ and d, (3, steps)."""
+        sigma, mean = np.exp(self.log_sigma), self.mean
+        probabilities = self.rung_probabilities()
+        distance = (self.rungs - mean[:, None]) / sigma[:, None]
+        dense = actions == len(self.rungs)
+        taken = (self.rungs[np.minimum(actions, len(self.rungs) - 1)] - mean) / sigma
+        first = np.where(dense, 0.0, taken - (probabilities * distance).sum(axis=1))
+        second = np.where(dense, 0.0, taken**2 - (probabilities * distance**2).sum(axis=1))
+        third = np.where(legal, dense - 1 / (1 + np.exp(-self.dense_logit)), 0.0)
+        weight = advantages / len(actions)
+        return np.stack([weight @ first, weight @ second, weight @ third])
+
+    def entropy_gradient(self) -> Floats:
+        """Of the rungs' entropy by log σ, (steps,): ½·Var((o − μ)²/σ²), near 1 far from the ladder's ends."""
+        squared = ((self.rungs - self.mean[:, None]) / np.exp(self.log_sigma)[:, None]) ** 2
+        probabilities = self.rung_probabilities()
+        centred = squared - (probabilities * squared).sum(axis=1, keepdims=True)
+        gradient: Floats = 0.5 * (probabilities * centred**2).sum(axis=1)
+        return gradient
+
+    def climb_(self, gradient: Floats, entropy: float, adam: _Adam, settings: ReinforceSettings) -> None:
+        """One step up. A constant on all offsets changes no schedule and is taken out."""
+        centre = gradient[0] - gradient[0].mean()
+        spread = gradient[1] + entropy * self.entropy_gradient()
+        step = adam.step(np.concatenate([centre, self.features.T @ centre, spread, gradient[2]]))
+        bias, weights, log_sigma, dense = np.split(
+            step, np.cumsum([self.task.steps, self.features.shape[1], self.task.steps])
+        )
+        self.bias = np.clip(self.bias + bias, self.rungs[0], self.rungs[-1])
+        self.weights = self.weights + weights
+        limits = np.log(settings.smallest_sigma), np.log(settings.largest_sigma)
+        self.log_sigma = np.clip(self.log_sigma + log_sigma, *limits)
+        self.dense_logit = np.clip(self.dense_logit + dense, -10.0, 10.0)
+
+
+class Critic:
+    """Q(actions): kernel ridge regression of the reward on complete episodes.
+
+    Two views of an episode: x, its offsets less their mean (a constant changes no schedule), and f, the forecast of
+    what every group will cost less that of the closed form. The kernel is
+
+        a + b·Σf·Σf' + θ₁·f·f' + θ₂·exp(−|x − x'|² / 4)
+
+    in units of the trials' own spread, with a and b large: a level, the predicted cost as it stands, groups that matter
+    more or less than predicted, and smooth interactions of everything. θ and the ridge have the highest marginal
+    likelihood on a grid.
+    """
+
+    def __init__(self, task: Task) -> None:
+        """No trial yet; call `fit` before anything else."""
+        rungs = np.asarray(task.offsets[:-1], dtype=np.float64)
+        self._positions = np.append(rungs, 2 * rungs[-1] - rungs[-2] if len(rungs) > 1 else 1.0)
+        self._forecast = task.forecast
+        self._origin = task.forecast(np.full((1, task.steps), task.middle))
+
+    def fit(self, actions: Levels, rewards: Floats) -> Floats:
+        """Learn (n, steps) -> (n,). Returns each trial's reward less what the other trials predict for it, (n,)."""
+        x, f = self._views(actions)
+        self._scales = (
+            max(float(np.square(x).sum(axis=1).mean()), 1e-12),
+            max(float(f.var(axis=0).sum()), 1e-24),
+            max(float(f.sum(axis=1).var()), 1e-24),
+        )
+        self._trials = x, f
+        self._centre, self._spread = float(rewards.mean()), float(rewards.std()) + 1e-12
+        target = (rewards - self._centre) / self._spread
+        best = -np.inf
+        residuals = np.zeros(len(rewards))
+        for theta in itertools.product((0.03, 0.3, 3.0), (0.03, 0.3, 3.0)):
+            values, vectors = np.linalg.eigh(self._kernel((x, f), theta))
+            projected = vectors.T @ target
+            for ridge in (1e-4, 1e-3, 1e-2, 1e-1):
+                inverse = 1 / (np.maximum(values, 0.0) + ridge)
+                likelihood = 0.5 * float(np.log(inverse).sum() - (inverse * projected**2).sum())
+                if likelihood > best:
+                    best, self._theta = likelihood, theta
+                    self._dual = vectors @ (inverse * projected)
+                    residuals = self._spread * self._dual / (vectors**2 @ inverse)
+        return residuals
+
+    def __call__(self, actions: Levels) -> Floats:
+        """Predicted reward, (n, steps) -> (n,)."""
+        predicted: Floats = self._centre + self._spread * (self._kernel(self._views(actions), self._theta) @ self._dual)
+        return predicted
+
+    def _views(self, actions: Levels) -> tuple[Floats, Floats]:
+        x = self._positions[actions]
+        return x - x.mean(axis=1, keepdims=True), self._forecast(actions) - self._origin
+
+    def _kernel(self, views: tuple[Floats, Floats], theta: tuple[float, float]) -> Floats:
+        (x, f), (y, g), (offset, cost, total) = views, self._trials, self._scales
+        distance = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * x @ y.T
+        kernel: Floats = 100 + 30 * np.outer(f.sum(axis=1), g.sum(axis=1)) / total
+        kernel += theta[0] * (f @ g.T) / cost + theta[1] * np.exp(-distance / (4 * offset))
+        return kernel
+
+
+@dataclass
+class _Adam:
+    """Adam (Kingma & Ba 2015), ascending, on one vector."""
+
+    rate: float
+    first: Floats | float = 0.0
+    second: Floats | float = 0.0
+    count: int = 0
+
+    def step(self, gradient: Floats) -> Floats:
+        self.count += 1
+        self.first = 0.8 * self.first + 0.2 * gradient
+        self.second = 0.95 * self.second + 0.05 * gradient**2
+        mean = self.first / (1 - 0.8**self.count)
+        return np.asarray(self.rate * mean / (np.sqrt(self.second / (1 - 0.95**self.count)) + 1e-3))
+
+
+class Reinforce:
+    """See the module. Plans one batch at a time, so the proposals do not depend on how many are asked for at once."""
+
+    name = "reinforce"
+
+    def __init__(self, task: Task, seed: int, budget: int, settings: ReinforceSettings | None = None) -> None:
+        """Raises ValueError for a budget below 0."""
+        self.settings = settings or ReinforceSettings()
+        self.policy = Policy.build(task, self.settings)
+        self.critic = Critic(task)
+        self._task = task
+        self._budget = budget
+        self._generator = np.random.default_rng(seed)
+        self._ledger = Ledger(budget)
+        self._adam = _Adam(self.settings.learning_rate)
+        self._planned: list[Proposal] = []
+        # The policy's own samples of this batch, and where dense was legal in them.
+        self._sampled: dict[tuple[int, ...], NDArray[np.bool_]] = {}
+        self._actions: list[tuple[int, ...]] = []
+        self._rewards: list[float] = []
+        self._learned = 0
+        self._finished = False
+
+    def ask(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. Gives at most the rest of the batch; the next batch learns from what is told by then."""
+        self._ledger.check(count)
+        if not self._planned and not self._finished:
+            if len(self._rewards) > max(self._learned, 2):
+                self._learn()
+            self._plan()
+            self._finished = not self._planned
+        given, self._planned = self._planned[:count], self._planned[count:]
+        return given
+
+    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
+        """See `agents.Agent`. Learning waits for the next batch."""
+        self._ledger.close(proposals, rewards)
+        for proposal, reward in zip(proposals, rewards, strict=True):
+            assert proposal.actions is not None
+            self._actions.append(proposal.actions)
+            self._rewards.append(float(reward))
+
+    def _plan(self) -> None:
+        """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""
+        self._sampled = {}
+        count = min(self.settings.batch, self._ledger.left)
+        if count:
+            self._enter(self.policy.mode()[0])
+        for attempt in range(_TRIES):
+            if len(self._planned) >= count:
+                return
+            actions, legal = self.policy.sample(2 * (-(-count // 2)), self._generator, 1.1**attempt)
+            for row in range(len(actions)):
+                if len(self._planned) < count and self._enter(actions[row]) and attempt == 0:
+                    self._sampled[tuple(actions[row].tolist())] = legal[row]
+
+    def _enter(self, actions: Levels) -> bool:
+        levels = tuple(actions.tolist())
+        proposal = Proposal(self._task.schedule(levels), levels)
+        if fresh := self._ledger.add(proposal):
+            self._planned.append(proposal)
+        return fresh
+
+    def _learn(self) -> None:
+        """One round: refit the critic on all trials, then climb."""
+        settings = self.settings
+        remembered = self._actions[-settings.memory :]
+        actions = np.array(remembered, dtype=np.int64)
+        residuals = self.critic.fit(actions, _without_outliers(np.array(self._rewards[-settings.memory :])))
+        entropy = settings.entropy * max(0.0, 1 - len(self._rewards) / self._budget)
+        real = [row for row, levels in enumerate(remembered) if levels in self._sampled]
+        for update in range(settings.updates):
+            imagined, legal = self.policy.sample(settings.imagined, self._generator)
+            returns = self.critic(imagined)
+            spread = float(returns.std()) + 1e-12
+            gradient = self.policy.score(imagined, legal, (returns - returns.mean()) / spread)
+            if real and update == 0:
+                legal = np.array([self._sampled[remembered[row]] for row in real])
+                gradient = gradient + self.policy.score(actions[real], legal, residuals[real] / spread)
+            self.policy.climb_(gradient, entropy, self._adam, settings)
+        self._learned = len(self._rewards)
+
+
+def _without_outliers(rewards: Floats) -> Floats:
+    """Failures, and what lies ten times as far below the best as the median, count as the worst of the others.
+
+    They are to be avoided, but how deep they lie teaches nothing about the rest.
+    """
+    finite = rewards[np.isfinite(rewards)]
+    if not len(finite):
+        return np.zeros(len(rewards))
+    best, median = float(finite.max()), float(np.median(finite))
+    ordinary = finite[finite >= best - 10 * max(best - median, 1e-9)]
+    return np.where(np.isfinite(rewards), np.maximum(rewards, ordinary.min()), ordinary.min())

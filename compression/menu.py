@@ -1,0 +1,93 @@
+"""Menus: per site, the options to choose from, with what each costs in parameters, arithmetic and predicted quality.
+
+NumPy values only; where the predicted costs come from is the business of `compression.factors`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compression.legs import resolve
+from compression.schedule import DENSE, Choice
+from compression.sites import Site
+
+__all__ = ["Menu", "SiteMenu", "lowrank_menu"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMenu:
+    """Options of one site in ascending order of parameters; the last one is dense with cost 0.
+
+    Attributes:
+        choices: the options.
+        parameters: entries stored, int64, strictly ascending.
+        cost: predicted KL to the dense model in nats per token, float64, never negative.
+        multiply_adds: per token, int64, when the cores are contracted with the activations.
+    """
+
+    site: Site
+    choices: tuple[Choice, ...]
+    parameters: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    multiply_adds: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if not len(self.choices) == len(self.parameters) == len(self.cost) == len(self.multiply_adds):
+            raise ValueError(f"menu of {self.site.name}: every option needs parameters, cost and multiply-adds")
+        if not self.choices[-1].is_dense or self.cost[-1] != 0:
+            raise ValueError(f"menu of {self.site.name}: the last option must be dense at cost 0")
+        if not np.isfinite(self.cost).all() or (self.cost < 0).any():
+            raise ValueError(f"menu of {self.site.name}: costs must be finite and not negative")
+        if (np.diff(self.parameters) <= 0).any():
+            raise ValueError(f"menu of {self.site.name}: options must ascend strictly in parameters")
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """The menus of all sites of a model, in discovery order."""
+
+    sites: tuple[SiteMenu, ...]
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        """Entries of all sites when everything stays dense."""
+        return sum(int(menu.parameters[-1]) for menu in self.sites)
+
+    @cached_property
+    def smallest_parameters(self) -> int:
+        """Entries of all sites when every site takes its smallest option."""
+        return sum(int(menu.parameters[0]) for menu in self.sites)
+
+    def parameters(self, indices: NDArray[np.int64]) -> int:
+        """Entries of all sites under one option index per site."""
+        return sum(int(menu.parameters[index]) for menu, index in zip(self.sites, indices, strict=True))
+
+    def cost(self, indices: NDArray[np.int64]) -> float:
+        """Sum of the predicted costs under one option index per site, in nats per token."""
+        return sum(float(menu.cost[index]) for menu, index in zip(self.sites, indices, strict=True))
+
+
+def lowrank_menu(site: Site, spectrum: NDArray[np.float64], metric: str) -> SiteMenu:
+    """Menu of `lowrank` at every χ that saves parameters, and dense.
+
+    Args:
+        site: the site.
+        spectrum: singular values of the whitened matrix, descending. The cost of χ is ½ Σ_{i>χ} σ_i², which is
+            ½·tr(G E C Eᵀ) when the matrix was whitened by C and G: the second-order KL of the error E under the
+            Kronecker-factored Fisher metric (Martens & Grosse 2015, eq. 3).
+        metric: the name of the whitening, see `compression.schedule.Choice`.
+    """
+    legs = resolve("lowrank", site.out_features, site.in_features)
+    chis = range(1, legs.break_even_chi + 1)
+    tail = 0.5 * np.append(np.cumsum(np.square(spectrum[::-1]))[::-1], 0.0)
+    return SiteMenu(
+        site=site,
+        choices=(*(Choice("lowrank", chi, metric) for chi in chis), DENSE),
+        parameters=np.array([*(legs.parameters(chi) for chi in chis), site.parameters], dtype=np.int64),
+        cost=np.array([*(tail[chi] for chi in chis), 0.0], dtype=np.float64),
+        multiply_adds=np.array([*(legs.multiply_adds(chi) for chi in chis), site.parameters], dtype=np.int64),
+    )

@@ -1,0 +1,104 @@
+"""MPO numerics on arrays: sequential SVD, truncation, contraction, error.
+
+Tensors in, tensors out; knows no module, file or device. The axes of core k are always (left, out, in, right).
+
+Cores come out left-canonical in the Schmidt gauge of every bond: core k = U_{k-1}ᵀ U_k, U_k the left singular vectors of the
+matrix cut at bond k. Slicing all bonds to χ is then a truncation by nested projectors, so one decomposition serves every χ,
+with squared error at most the sum over bonds of the discarded squared singular values (Oseledets 2011, theorem 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from compression.legs import Legs
+
+__all__ = ["contract", "contract_with", "decompose", "truncate", "truncation_error_bound"]
+
+
+def decompose(
+    matrix: torch.Tensor, legs: Legs, max_chi: int | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Sequential SVD of `matrix` (out, in).
+
+    Args:
+        matrix: finite, floating point; computed in the given precision.
+        legs: the splitting; its products are the shape of `matrix`.
+        max_chi: no bond is kept larger than this; None keeps every bond full, which is exact.
+
+    Returns:
+        The cores, each (left, out, in, right), and the full spectrum of every inner bond (descending, before the cut
+        at `max_chi`; from the second bond on it is the spectrum of the matrix already truncated at earlier bonds).
+
+    Raises:
+        ValueError: the shape does not fit the legs, or an entry is not finite.
+    """
+    if tuple(matrix.shape) != (prod(legs.out_legs), prod(legs.in_legs)):
+        raise ValueError(f"a matrix of shape {tuple(matrix.shape)} does not fit {legs}")
+    if not torch.isfinite(matrix).all():
+        raise ValueError("the matrix has NaN or infinite entries")
+    count = len(legs.out_legs)
+    order = [axis for core in range(count) for axis in (core, count + core)]
+    rest = matrix.reshape(*legs.out_legs, *legs.in_legs).permute(*order).reshape(1, -1)
+    cores: list[torch.Tensor] = []
+    spectra: list[torch.Tensor] = []
+    for core in range(count - 1):
+        left = rest.shape[0]
+        out_leg, in_leg = legs.out_legs[core], legs.in_legs[core]
+        u, s, vh = torch.linalg.svd(rest.reshape(left * out_leg * in_leg, -1), full_matrices=False)
+        keep = len(s) if max_chi is None else min(max_chi, len(s))
+        cores.append(u[:, :keep].reshape(left, out_leg, in_leg, keep))
+        spectra.append(s)
+        rest = s[:keep, None] * vh[:keep]
+    cores.append(rest.reshape(rest.shape[0], legs.out_legs[-1], legs.in_legs[-1], 1))
+    return cores, spectra
+
+
+def truncate(cores: Sequence[torch.Tensor], chi: int) -> list[torch.Tensor]:
+    """The cores with every inner bond sliced to at most `chi`. Views, not copies."""
+    if chi < 1:
+        raise ValueError(f"chi must be at least 1, got {chi}")
+    last = len(cores) - 1
+    return [core[: chi if k > 0 else None, :, :, : chi if k < last else None] for k, core in enumerate(cores)]
+
+
+def truncation_error_bound(spectra: Sequence[torch.Tensor], chi: int) -> float:
+    """Upper bound of ‖W − Ŵ‖_F at bond dimension χ, in the norm the cores were computed in (equality for two cores)."""
+    return float(sum(float(spectrum[chi:].double().square().sum()) for spectrum in spectra) ** 0.5)
+
+
+def contract(cores: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The dense matrix (out, in) of an MPO."""
+    result = cores[0].squeeze(0)  # (out, in, right)
+    for core in cores[1:]:
+        result = torch.einsum("oia,apjb->opijb", result, core)
+        result = result.reshape(result.shape[0] * result.shape[1], result.shape[2] * result.shape[3], result.shape[4])
+    return result.squeeze(-1)
+
+
+def contract_with(cores: Sequence[torch.Tensor], activations: torch.Tensor, last_first: bool) -> torch.Tensor:
+    """Ŵ x for activations of shape (tokens, in) without forming Ŵ; returns (tokens, out).
+
+    Args:
+        last_first: contract from the last core back instead of from the first one on; equal result, other cost (see
+            `Legs.multiply_adds_from`).
+    """
+    tokens = activations.shape[0]
+    if last_first:
+        state = activations.reshape(tokens, -1, 1, 1)  # (tokens, inputs left, bond, outputs done)
+        for core in reversed(cores):
+            left, out_leg, in_leg, right = core.shape
+            rest, done = state.shape[1] // in_leg, state.shape[3]
+            state = torch.einsum("trjbd,aojb->traod", state.reshape(tokens, rest, in_leg, right, done), core)
+            state = state.reshape(tokens, rest, left, out_leg * done)
+    else:
+        state = activations.reshape(tokens, 1, 1, -1)  # (tokens, outputs done, bond, inputs left)
+        for core in cores:
+            left, out_leg, in_leg, right = core.shape
+            done, rest = state.shape[1], state.shape[3] // in_leg
+            state = torch.einsum("tdair,aoib->tdobr", state.reshape(tokens, done, left, in_leg, rest), core)
+            state = state.reshape(tokens, done * out_leg, right, rest)
+    return state.reshape(tokens, -1)

@@ -1,0 +1,94 @@
+"""Schedules: for every site, dense or a topology with its bond dimension.
+
+Immutable values with one canonical JSON form whose hash is the identity of a schedule everywhere. Knows no model and no
+tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["DENSE", "METRICS", "Choice", "Schedule"]
+
+METRICS = ("none", "plain", "input", "two-sided")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one site becomes.
+
+    Attributes:
+        topology: "dense", "lowrank", or "mpoN" for N balanced legs (see `compression.legs.resolve`).
+        chi: bond dimension, at least 1; 0 for dense.
+        metric: the norm in which the cores were fitted: "plain" (Frobenius), "input" (input second moment C),
+            "two-sided" (C and the output-gradient second moment G); "none" for dense.
+    """
+
+    topology: str
+    chi: int
+    metric: str
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        if type(self.chi) is not int or (self.chi != 0 if self.topology == "dense" else self.chi < 1):
+            raise ValueError(
+                f"chi of {self.topology!r} must be an integer of at least 1 (0 for dense), got {self.chi!r}"
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the site keeps its original matrix."""
+        return self.topology == "dense"
+
+
+DENSE = Choice("dense", 0, "none")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Pairs (site name, choice), one for every site of a model, in discovery order."""
+
+    choices: tuple[tuple[str, Choice], ...]
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.choices]
+        if len(set(names)) != len(names):
+            raise ValueError("a schedule names every site once; a name is repeated")
+
+    def __iter__(self) -> Iterator[tuple[str, Choice]]:
+        return iter(self.choices)
+
+    def __getitem__(self, name: str) -> Choice:
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Choice]:
+        return dict(self.choices)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, 64 hexadecimal digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: one list [name, topology, chi, metric] per site, no spaces."""
+        rows = [[name, choice.topology, choice.chi, choice.metric] for name, choice in self.choices]
+        return json.dumps(rows, separators=(",", ":"), ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Inverse of `to_json`. Raises ValueError on anything else."""
+        rows = json.loads(text)
+        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 4 for row in rows):
+            raise ValueError("a schedule is a list of [name, topology, chi, metric] rows")
+        return cls(tuple((str(name), Choice(topology, chi, metric)) for name, topology, chi, metric in rows))
+
+    @classmethod
+    def dense(cls, names: tuple[str, ...]) -> Schedule:
+        """The schedule that changes nothing."""
+        return cls(tuple((name, DENSE) for name in names))

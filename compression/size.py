@@ -1,0 +1,75 @@
+"""Size: what a schedule leaves of a model, in parameters, bytes and multiply-adds. Integers from shapes; no tensor is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from compression.legs import resolve
+from compression.schedule import Choice, Schedule
+from compression.sites import Site, model_bytes, model_parameters
+
+__all__ = ["Size", "SizeModel", "choice_multiply_adds", "choice_parameters"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a model under a schedule.
+
+    Attributes:
+        kept_fraction: parameters after / before over the sites, in (0, 1].
+        model_kept_fraction: the same over the whole model, tied weights counted once.
+        bytes_fraction: bytes after / before over the whole model.
+        parameters: of the whole model, tied weights counted once.
+        bytes: of those parameters at the precision the model is stored in.
+        multiply_adds: per token over the sites, each in the order its layer would contract it.
+    """
+
+    kept_fraction: float
+    model_kept_fraction: float
+    bytes_fraction: float
+    parameters: int
+    bytes: int
+    multiply_adds: int
+
+
+class SizeModel:
+    """Sizes of schedules of one model."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self._sites = tuple(sites)
+        self._model_parameters = model_parameters(model)
+        self._model_bytes = model_bytes(model)
+        self._element_size = {site.name: model.get_parameter(f"{site.name}.weight").element_size() for site in sites}
+
+    def size(self, schedule: Schedule) -> Size:
+        """Size of the model under `schedule`, which must name every site."""
+        after = {site.name: choice_parameters(site, schedule[site.name]) for site in self._sites}
+        before_sites = sum(site.parameters for site in self._sites)
+        saved = before_sites - sum(after.values())
+        saved_bytes = sum((site.parameters - after[site.name]) * self._element_size[site.name] for site in self._sites)
+        return Size(
+            kept_fraction=(before_sites - saved) / before_sites,
+            model_kept_fraction=(self._model_parameters - saved) / self._model_parameters,
+            bytes_fraction=(self._model_bytes - saved_bytes) / self._model_bytes,
+            parameters=self._model_parameters - saved,
+            bytes=self._model_bytes - saved_bytes,
+            multiply_adds=sum(choice_multiply_adds(site, schedule[site.name]) for site in self._sites),
+        )
+
+
+def choice_parameters(site: Site, choice: Choice) -> int:
+    """Parameters of one site under a choice."""
+    if choice.is_dense:
+        return site.parameters
+    return resolve(choice.topology, site.out_features, site.in_features).parameters(choice.chi)
+
+
+def choice_multiply_adds(site: Site, choice: Choice) -> int:
+    """Multiply-adds per token of one site: of the contraction, or of the dense product where the matrix is rebuilt because
+    that is less."""
+    if choice.is_dense:
+        return site.parameters
+    return min(site.parameters, resolve(choice.topology, site.out_features, site.in_features).multiply_adds(choice.chi))

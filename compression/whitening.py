@@ -1,0 +1,72 @@
+"""Whitening: the change of coordinates in which the plain SVD is optimal for a metric.
+
+Tensors in, tensors out. With C + εI = L Lᵀ and G + εI = R Rᵀ (Cholesky), tr(G E C Eᵀ) = ‖Rᵀ E L‖², so the best rank-χ matrix
+in the metric is the truncated SVD of Rᵀ W L with the factors undone on both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Whitening", "shrink"]
+
+
+def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """(1 − s)·M + s·(tr M / d)·I in float64: a sampled second moment pulled towards a multiple of the identity.
+
+    Args:
+        moment: (d, d), symmetric positive semidefinite.
+        shrinkage: s in (0, 1].
+
+    Raises:
+        ValueError: s outside (0, 1], or a moment with non-finite or zero trace and s < 1 gives no positive matrix.
+    """
+    if not 0 < shrinkage <= 1:
+        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
+    values = moment.double()
+    mean = values.diagonal().mean()
+    if not torch.isfinite(mean):
+        raise ValueError("a second moment has NaN or infinite entries")
+    result = (1 - shrinkage) * values
+    result.diagonal().add_(torch.where(mean > 0, shrinkage * mean, torch.ones_like(mean)))
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """Lower Cholesky factors of the two sides, float64; None leaves that side as it is."""
+
+    input: torch.Tensor | None
+    output: torch.Tensor | None
+
+    @classmethod
+    def of(cls, input_moment: torch.Tensor | None, output_moment: torch.Tensor | None, shrinkage: float) -> Whitening:
+        """From C (in, in) and G (out, out), each shrunk first; None for a side that is not whitened."""
+        factors = [
+            None if moment is None else torch.linalg.cholesky(shrink(moment, shrinkage))
+            for moment in (input_moment, output_moment)
+        ]
+        return cls(*factors)
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rᵀ W L for W of shape (out, in), float64."""
+        result = weight.double()
+        if self.output is not None:
+            result = self.output.T @ result
+        return result if self.input is None else result @ self.input
+
+    def undo_left(self, columns: torch.Tensor) -> torch.Tensor:
+        """R⁻ᵀ U for U of shape (out, χ)."""
+        if self.output is None:
+            return columns
+        solved: torch.Tensor = torch.linalg.solve_triangular(self.output.T, columns, upper=True)
+        return solved
+
+    def undo_right(self, rows: torch.Tensor) -> torch.Tensor:
+        """V L⁻¹ for V of shape (χ, in)."""
+        if self.input is None:
+            return rows
+        solved: torch.Tensor = torch.linalg.solve_triangular(self.input, rows, upper=False, left=False)
+        return solved

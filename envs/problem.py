@@ -1,0 +1,279 @@
+"""Problem: the decision problem of a bond-dimension search, without a model and without a reward.
+
+NumPy values only. It knows the menu, the target and how sites are grouped into steps; it turns actions into schedules
+that meet the target exactly, and partial episodes into observations. It does not know what a schedule scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compression.allocation import lagrangian, to_schedule, uniform
+from compression.menu import Menu
+from compression.schedule import Schedule
+from envs.frontier import Frontier
+
+__all__ = ["GRANULARITIES", "OBSERVATION", "Group", "Problem"]
+
+GRANULARITIES = ("block", "family", "block+family", "site")
+
+#: What the entries of an observation mean, in order: (name, least, most).
+OBSERVATION: tuple[tuple[str, float, float], ...] = (
+    ("steps taken so far, as a fraction of all steps", 0.0, 1.0),
+    ("whether the group is a family (1) or lies inside one block (0)", 0.0, 1.0),
+    ("mean depth of the group's sites, first block 0, last block 1", 0.0, 1.0),
+    ("parameters of the group, as a fraction of all sites'", 0.0, 1.0),
+    ("predicted cost of the group in the closed form, as a fraction of all groups' of its kind", 0.0, 1.0),
+    ("parameters the group keeps in the closed form, as a fraction of its own", 0.0, 1.0),
+    ("what that fraction gains when the offset goes from the lowest rung to the highest", 0.0, 1.0),
+    ("budget left beside the groups forced dense and the smallest options, as a fraction of the whole", 0.0, 1.0),
+    ("offset of the previous step, as a fraction of the highest; 1 if dense, 0 at the first step", -1.0, 1.0),
+    ("mean of those fractions over the steps so far", -1.0, 1.0),
+    ("steps forced dense so far, as a fraction of all steps", 0.0, 1.0),
+    ("whether dense is a legal level now", 0.0, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sites one step decides about: indices into the menu, and a name such as "block_07" or "family_down"."""
+
+    name: str
+    sites: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Steps, levels and the exact projection onto the target.
+
+    Level l < levels − 1 weighs the predicted costs of the step's sites by exp(offsets[l]) against all others; the
+    middle level has offset 0, so the all-middle actions are the closed-form allocation. The last level keeps every site
+    of the step dense. A site in several groups adds up their offsets. Adding one constant to the offsets of all sites
+    changes no schedule.
+
+    Attributes:
+        offsets: (levels,), ascending, symmetric around 0, the last one +inf for dense.
+    """
+
+    menu: Menu
+    target_kept: float
+    target_parameters: int
+    groups: tuple[Group, ...]
+    offsets: NDArray[np.float64]
+    frontier: Frontier
+
+    @classmethod
+    def build(
+        cls, menu: Menu, target_kept: float, granularity: str = "block", levels: int = 16, reach: float = 1.4
+    ) -> Problem:
+        """Group the sites of `menu` and place the ladder.
+
+        Args:
+            target_kept: parameters after / before over the sites of the menu, 0 < target_kept ≤ 1.
+            granularity: "block", "family", "site", or "block+family" (a step per block, then a step per family).
+            levels: rungs of the ladder, an odd number of at least 3, plus one for dense.
+            reach: offset of the highest rung, in log price, 0 < reach < 3.
+
+        Raises:
+            ValueError: a value outside its range, or a target below what the smallest options keep.
+        """
+        if not menu.sites:
+            raise ValueError("the menu has no site")
+        if not 0 < target_kept <= 1:
+            raise ValueError(f"target_kept must lie in (0, 1], got {target_kept}")
+        if levels < 4 or levels % 2:
+            raise ValueError(
+                f"levels must be even and at least 4 (an odd ladder and dense), got {levels}; "
+                f"nearest: {max(4, levels + levels % 2)}"
+            )
+        if not 0 < reach < 3:
+            raise ValueError(f"reach must lie in (0, 3), got {reach}")
+        target = math.floor(target_kept * menu.dense_parameters + 1e-6)
+        if target < menu.smallest_parameters:
+            least = menu.smallest_parameters / menu.dense_parameters
+            nearest = math.ceil(least * 1000) / 1000
+            raise ValueError(
+                f"target_kept {target_kept} is below what the smallest χ keeps, {least:.4f}; nearest: {nearest:.3f}"
+            )
+        rungs = np.linspace(-reach, reach, levels - 1)
+        rungs[levels // 2 - 1] = 0.0
+        return cls(
+            menu=menu,
+            target_kept=target_kept,
+            target_parameters=target,
+            groups=_groups(menu, granularity),
+            offsets=np.append(rungs, np.inf),
+            frontier=Frontier.build(menu, target),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Actions in one episode: the number of groups."""
+        return len(self.groups)
+
+    @property
+    def levels(self) -> int:
+        """Levels a step can choose from, dense included."""
+        return len(self.offsets)
+
+    @property
+    def middle(self) -> int:
+        """The level of offset 0."""
+        return self.levels // 2 - 1
+
+    @property
+    def dense_level(self) -> int:
+        """The last level."""
+        return self.levels - 1
+
+    def closed_form(self) -> Schedule:
+        """The Lagrangian over all sites, equal to the schedule of the all-middle actions."""
+        return self.schedule((self.middle,) * self.steps)
+
+    def uniform(self) -> Schedule:
+        """The same kept fraction at every site."""
+        return to_schedule(self.menu, uniform(self.menu, self.target_parameters))
+
+    def schedule(self, actions: Sequence[int]) -> Schedule:
+        """Project actions, one level per step, onto the target: kept ≤ target, within one step of χ.
+
+        Raises:
+            ValueError: not one level per step, a level outside the ladder, or more dense groups than the target has
+                room for.
+        """
+        levels = self._levels(actions)
+        if len(levels) != self.steps:
+            raise ValueError(f"a schedule needs {self.steps} actions, one per group, got {len(levels)}")
+        if not self._fits(dense := self._dense_sites(levels)):
+            raise ValueError(f"these dense groups leave no room for the target {self.target_kept}; see Problem.mask")
+        weights = self.membership @ np.where(
+            levels == self.dense_level, 0.0, self.offsets[np.minimum(levels, self.levels - 2)]
+        )
+        return to_schedule(
+            self.menu, lagrangian(self.menu, self.target_parameters, weights, frozenset(np.flatnonzero(dense).tolist()))
+        )
+
+    def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Legal levels, (levels,), at the step after `prefix`.
+
+        Only dense can be illegal: when the groups already dense, this one, and the smallest options elsewhere exceed
+        the target.
+        """
+        levels = self._levels(prefix)
+        legal = np.ones(self.levels, dtype=np.bool_)
+        if len(levels) < self.steps:
+            legal[-1] = self._fits(self._dense_sites(np.append(levels, self.dense_level)))
+        return legal
+
+    def observation(self, prefix: Sequence[int]) -> NDArray[np.float32]:
+        """What the step after `prefix` can see, as `OBSERVATION` lists it; group entries are 0 after the last step."""
+        levels = self._levels(prefix)
+        step = len(levels)
+        group = self._group_features[step] if step < self.steps else np.zeros(6)
+        taken = np.clip(self.offsets[levels] / self.offsets[-2], -1.0, 1.0)
+        dense = self._dense_sites(levels)
+        room = self.target_parameters - self.menu.smallest_parameters
+        left = room - float((self._largest - self._smallest)[dense].sum())
+        history = (
+            left / room if room else 0.0,
+            taken[-1] if step else 0.0,
+            taken.mean() if step else 0.0,
+            (levels == self.dense_level).sum() / self.steps,
+            self.mask(levels)[-1] if step < self.steps else 0.0,
+        )
+        return np.array(np.clip([step / self.steps, *group, *history], -1.0, 1.0), dtype=np.float32)
+
+    def share(self, step: int, level: int) -> float:
+        """What a level means: the fraction of its parameters the step's group keeps there at the closed-form price.
+
+        In [0, 1], never less at a higher level, 1 for dense; the projection then moves the price for all groups alike.
+        """
+        sites = np.array(self.groups[step].sites)
+        if level == self.dense_level:
+            return 1.0
+        return self.frontier.kept(sites, float(self.offsets[level])) / float(self._largest[sites].sum())
+
+    def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predicted KL of every group, (n, steps) in nats per token, for n complete episodes (n, steps).
+
+        From the tables of the frontier, without building a schedule, so it is cheap enough to look ahead with; it
+        agrees with the cost of `schedule(actions)` up to the width of a table cell and a step of χ.
+        """
+        levels = np.atleast_2d(np.asarray(actions, dtype=np.int64))
+        dense = levels == self.dense_level
+        weights = np.where(dense, 0.0, self.offsets[np.minimum(levels, self.levels - 2)]) @ self.membership.T
+        return self.frontier.costs(weights, (dense @ self.membership.T) > 0) @ self.membership
+
+    @cached_property
+    def membership(self) -> NDArray[np.float64]:
+        """1 where a site (row) belongs to a step (column)."""
+        matrix = np.zeros((len(self.menu.sites), self.steps))
+        for step, group in enumerate(self.groups):
+            matrix[list(group.sites), step] = 1.0
+        return matrix
+
+    @cached_property
+    def _largest(self) -> NDArray[np.int64]:
+        return np.array([site.parameters[-1] for site in self.menu.sites], dtype=np.int64)
+
+    @cached_property
+    def _smallest(self) -> NDArray[np.int64]:
+        return np.array([site.parameters[0] for site in self.menu.sites], dtype=np.int64)
+
+    @cached_property
+    def _group_features(self) -> NDArray[np.float64]:
+        cost = self.forecast(np.full(self.steps, self.middle))[0]
+        family = np.array([group.name.startswith("family_") for group in self.groups])
+        depth = np.array([site.site.block for site in self.menu.sites]) / max(
+            1, max(s.site.block for s in self.menu.sites)
+        )
+        rows = []
+        for step, group in enumerate(self.groups):
+            kind = cost[family == family[step]].sum()
+            rows.append(
+                (
+                    family[step],
+                    depth[list(group.sites)].mean(),
+                    self._largest[list(group.sites)].sum() / self.menu.dense_parameters,
+                    cost[step] / kind if kind else 0.0,
+                    self.share(step, self.middle),
+                    self.share(step, self.levels - 2) - self.share(step, 0),
+                )
+            )
+        return np.array(rows, dtype=np.float64)
+
+    def _levels(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        levels = np.asarray(actions, dtype=np.int64)
+        if levels.ndim != 1 or len(levels) > self.steps:
+            raise ValueError(f"an episode has {self.steps} steps, got actions of shape {levels.shape}")
+        wrong = levels[(levels < 0) | (levels >= self.levels)]
+        if len(wrong):
+            raise ValueError(f"a level must lie in 0..{self.dense_level}, got {wrong[0]}")
+        return levels
+
+    def _dense_sites(self, levels: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.asarray(self.membership[:, : len(levels)] @ (levels == self.dense_level) > 0, dtype=np.bool_)
+
+    def _fits(self, dense: NDArray[np.bool_]) -> bool:
+        return int(np.where(dense, self._largest, self._smallest).sum()) <= self.target_parameters
+
+
+def _groups(menu: Menu, granularity: str) -> tuple[Group, ...]:
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+    if granularity == "site":
+        return tuple(Group(menu_of.site.name, (index,)) for index, menu_of in enumerate(menu.sites))
+    groups: list[Group] = []
+    for kind in granularity.split("+"):
+        keys: dict[str, list[int]] = {}
+        for index, menu_of in enumerate(menu.sites):
+            key = f"block_{menu_of.site.block:02d}" if kind == "block" else f"family_{menu_of.site.family}"
+            keys.setdefault(key, []).append(index)
+        groups += [Group(name, tuple(sites)) for name, sites in keys.items()]
+    return tuple(groups)

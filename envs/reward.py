@@ -1,0 +1,64 @@
+"""Reward: one number from a score. Pure arithmetic; knows nothing of models, schedules or agents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Reward", "ScoreLike"]
+
+
+class ScoreLike(Protocol):
+    """The part of an evaluator's score a reward reads."""
+
+    @property
+    def kl(self) -> float:
+        """Mean token KL(dense‖compressed), nats."""
+
+    @property
+    def expected_accuracy(self) -> float:
+        """Mean P(correct) over the proxy items, 0 to 1."""
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters after / before over the tensorizable sites."""
+
+    @property
+    def state(self) -> str:
+        """ "ok", or why there is no number."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """−kl_weight·KL + correct_weight·(expected accuracy − the dense model's) + compression_weight·(1 − kept fraction).
+
+    KL is in nats per token, both others are fractions. Never below `floor`, which is also the reward of a score whose
+    state is not "ok" or whose reward is not finite. Since the target is met by projection the last term is all but
+    constant within one search; it makes rewards of different targets comparable. Continuous measures only: hard
+    accuracy on some hundred items is noise.
+    """
+
+    kl_weight: float = 1.0
+    correct_weight: float = 0.1
+    compression_weight: float = 1.0
+    dense_expected_accuracy: float = 0.0
+    floor: float = -30.0
+
+    def __post_init__(self) -> None:
+        for name in ("kl_weight", "correct_weight", "compression_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if not math.isfinite(self.floor):
+            raise ValueError(f"floor must be finite, got {self.floor}")
+
+    def __call__(self, score: ScoreLike) -> float:
+        """The reward of `score`, finite, at least `floor`."""
+        if score.state != "ok":
+            return self.floor
+        reward = (
+            -self.kl_weight * score.kl
+            + self.correct_weight * (score.expected_accuracy - self.dense_expected_accuracy)
+            + self.compression_weight * (1.0 - score.kept_fraction)
+        )
+        return max(self.floor, reward) if math.isfinite(reward) else self.floor

@@ -1,0 +1,100 @@
+"""Toy: a menu of a few blocks and an evaluator whose optimum is found by exhaustion. No model behind it.
+
+The true cost departs from the predicted one as in a real network: blocks matter more or less than predicted, and the
+errors of two blocks add up or cancel, so the closed form is good but not the best.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compression.menu import Menu, SiteMenu
+from compression.schedule import DENSE, Choice, Schedule
+from compression.sites import Site
+from envs.problem import Problem
+from envs.reward import ScoreLike
+
+__all__ = ["ToyEvaluator", "ToyScore", "best_by_exhaustion", "toy_menu"]
+
+_WIDTH = 64
+_FAMILIES = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class ToyScore:
+    """A score of the toy; `expected_accuracy` falls with the KL from 0.3 towards chance, 0.25."""
+
+    kl: float
+    expected_accuracy: float
+    kept_fraction: float
+    state: str = "ok"
+
+
+def toy_menu(blocks: int = 3) -> Menu:
+    """Two square sites a block, `lowrank` at every second χ, costs that decay with χ at rates of their own."""
+    if blocks < 1:
+        raise ValueError(f"blocks must be at least 1, got {blocks}")
+    sites = []
+    chis = np.arange(2, _WIDTH // 2, 2)
+    for number, (block, family) in enumerate(itertools.product(range(blocks), _FAMILIES)):
+        scale, rate = 0.2 + 0.1 * (number % 3), 0.06 + 0.02 * (number % 4)
+        sites.append(
+            SiteMenu(
+                site=Site(f"blocks.{block}.{family}", block, family, _WIDTH, _WIDTH),
+                choices=(*(Choice("lowrank", int(chi), "two-sided") for chi in chis), DENSE),
+                parameters=np.append(chis * 2 * _WIDTH, _WIDTH * _WIDTH).astype(np.int64),
+                cost=np.append(scale * np.exp(-rate * chis), 0.0),
+                multiply_adds=np.append(chis * 2 * _WIDTH, _WIDTH * _WIDTH).astype(np.int64),
+            )
+        )
+    return Menu(tuple(sites))
+
+
+@dataclass(frozen=True, eq=False)
+class ToyEvaluator:
+    """KL = Σ_b w_b·c_b + Σ_{b<b'} s·√(c_b·c_b'), where c_b is the predicted cost of block b.
+
+    The weights w_b cycle through `weights`, the sign of `interaction` s alternates with the distance of the blocks.
+    """
+
+    menu: Menu
+    weights: tuple[float, ...] = (1.6, 0.7, 1.0)
+    interaction: float = 0.3
+
+    def __call__(self, schedules: Sequence[Schedule]) -> list[ToyScore]:
+        """Scores in the order of `schedules`."""
+        return [self._score(schedule) for schedule in schedules]
+
+    def _score(self, schedule: Schedule) -> ToyScore:
+        cost = np.zeros(1 + max(site.site.block for site in self.menu.sites))
+        kept = 0
+        for site in self.menu.sites:
+            option = site.choices.index(schedule[site.site.name])
+            cost[site.site.block] += site.cost[option]
+            kept += int(site.parameters[option])
+        kl = sum(self.weights[block % len(self.weights)] * float(c) for block, c in enumerate(cost))
+        for left, right in itertools.combinations(range(len(cost)), 2):
+            sign = 1.0 if (right - left) % 2 else -1.0
+            kl += sign * self.interaction * float(np.sqrt(cost[left] * cost[right]))
+        return ToyScore(kl, 0.25 + 0.05 * float(np.exp(-kl)), kept / self.menu.dense_parameters)
+
+
+def best_by_exhaustion(
+    problem: Problem,
+    evaluate: Callable[[Sequence[Schedule]], Sequence[ScoreLike]],
+    reward: Callable[[ScoreLike], float],
+) -> tuple[Schedule, float]:
+    """The schedule of highest reward over all legal actions, and its reward: at most levels^steps evaluations."""
+    best: tuple[Schedule, float] | None = None
+    for actions in itertools.product(range(problem.levels), repeat=problem.steps):
+        if all(problem.mask(actions[:step])[level] for step, level in enumerate(actions)):
+            schedule = problem.schedule(actions)
+            value = reward(evaluate([schedule])[0])
+            if best is None or value > best[1]:
+                best = schedule, value
+    assert best is not None
+    return best

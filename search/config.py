@@ -1,0 +1,287 @@
+"""The one configuration of a run: frozen, validated, and the source of the command line's flags and help.
+
+Knows every field, its rule, its default and what it is for. Knows nothing of models, data or the terminal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+
+__all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
+
+AgentName = Literal["lagrangian", "random", "reinforce", "uniform"]
+ProxyForm = Literal["answer", "letter"]
+Granularity = Literal["block", "family", "site", "block+family"]
+
+AGENTS: tuple[str, ...] = get_args(AgentName)
+PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
+
+QUICK: Mapping[str, int] = {
+    "budget": 10,
+    "calibration_tokens": 4096,
+    "search_items": 4,
+    "search_text_tokens": 256,
+    "heldout_tokens": 1024,
+    "report_items": 16,
+}
+"""What `quick` puts in the place of the defaults; a field given explicitly stays as given."""
+
+_LARGEST_FILE = 1 << 20  # bytes of a configuration file
+
+
+def _field(default: object, group: str, rule: str, about: str, metavar: str = "N", **limits: Any) -> Any:
+    """A field with the rule quoted in its error messages, and the group and placeholder it has in the help."""
+    extra: dict[str, JsonValue] = {"group": group, "rule": rule, "metavar": metavar}
+    return Field(default, description=about, json_schema_extra=extra, **limits)
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(names)
+
+
+class Config(BaseModel):
+    """Everything that defines a run; fields have the names of the flags. `Config.of(values)` gives one-line errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    agent: AgentName = _field(
+        "reinforce", "search", _one_of(AGENTS), "Who proposes schedules; lagrangian and uniform need no search.", "NAME"
+    )
+    budget: int = _field(
+        200,
+        "search",
+        "a whole number of at least 0",
+        "How many schedules are evaluated; 0 measures the baselines only.",
+        ge=0,
+        le=10_000_000,
+    )
+    target_kept: float = _field(
+        0.8,
+        "search",
+        "a number above 0 and at most 1",
+        "Fraction of the parameters of the compressible matrices that is kept.",
+        "FRACTION",
+        gt=0.0,
+        le=1.0,
+    )
+    granularity: Granularity = _field(
+        "block",
+        "search",
+        _one_of(GRANULARITIES),
+        "What one decision of the agent covers: a layer, a kind of matrix, one matrix, or layer and kind together.",
+        "KIND",
+    )
+    seed: int = _field(
+        0,
+        "search",
+        "a whole number from 0 to 4294967295",
+        "Start of every random generator; the same seed gives the same trials on the same machine.",
+        ge=0,
+        lt=2**32,
+    )
+    model: str = _field(
+        "default",
+        "model and data",
+        "a hub id, a local folder, or default",
+        "Which model: default (SmolLM2-135M-Instruct, fetched once), a local folder, or a hub id.",
+        "MODEL",
+        min_length=1,
+        max_length=4096,
+    )
+    proxy: str = _field(
+        "mmlu",
+        "model and data",
+        _one_of(PROXIES) + ", or an existing .jsonl file",
+        'Questions used to measure quality: a name, or a .jsonl file of {"question", "choices", "answer"} lines.',
+        "NAME",
+    )
+    proxy_form: ProxyForm = _field(
+        "answer",
+        "model and data",
+        _one_of(PROXY_FORMS),
+        "How a question is scored: by the text of its answers, or by the letters A to D.",
+        "FORM",
+    )
+    device: str = _field(
+        "auto",
+        "model and data",
+        "auto, cpu, cuda or cuda:N",
+        "Where the model runs; auto takes a GPU if there is one.",
+        "DEVICE",
+        pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$",
+    )
+    threads: int | None = _field(
+        None,
+        "model and data",
+        "a whole number from 1 to 1024",
+        "Processor threads to use; left out, all that PyTorch finds.",
+        ge=1,
+        le=1024,
+    )
+    quick: bool = _field(
+        False,
+        "sizes",
+        "true or false",
+        f"A small run to see everything work ({', '.join(f'{n}={v}' for n, v in QUICK.items())}); "
+        "flags given explicitly stay as given.",
+    )
+    calibration_tokens: int = _field(
+        32768,
+        "sizes",
+        "a whole number from 512 to 100000000",
+        "Tokens of text, half of it exam questions, from which the statistics of every matrix are collected.",
+        ge=512,
+        le=100_000_000,
+    )
+    search_items: int = _field(
+        5,
+        "sizes",
+        "a whole number from 1 to 1000000",
+        "Questions every trial is scored on; none of them is ever reported on.",
+        ge=1,
+        le=1_000_000,
+    )
+    search_text_tokens: int = _field(
+        256,
+        "sizes",
+        "a whole number from 64 to 100000000",
+        "Tokens of prose every trial is scored on.",
+        ge=64,
+        le=100_000_000,
+    )
+    heldout_tokens: int = _field(
+        4096,
+        "sizes",
+        "a whole number from 64 to 100000000",
+        "Tokens of text for the final table; never seen in calibration or search.",
+        ge=64,
+        le=100_000_000,
+    )
+    report_items: int = _field(
+        40,
+        "sizes",
+        "a whole number from 1 to 1000000",
+        "Questions for the final table; never seen in calibration or search.",
+        ge=1,
+        le=1_000_000,
+    )
+    out: str | None = _field(
+        None,
+        "output",
+        "a new or empty folder",
+        "Folder of the run; left out, a new one under results/.",
+        "DIR",
+        min_length=1,
+    )
+    resume: str | None = _field(
+        None,
+        "output",
+        "the folder of an earlier run",
+        "Continue an interrupted run; its configuration is read from its folder and only --budget may change.",
+        "RUN",
+        min_length=1,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_quick_sizes(cls, values: Any) -> Any:
+        return {**QUICK, **values} if isinstance(values, dict) and values.get("quick") is True else values
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_a_proxy(cls, value: str) -> str:
+        if value not in PROXIES and not (value.endswith(".jsonl") and Path(value).is_file()):
+            raise ValueError(value)
+        return value
+
+    @model_validator(mode="after")
+    def _names_one_folder(self) -> Self:
+        if self.out is not None and self.resume is not None and Path(self.out).resolve() != Path(self.resume).resolve():
+            raise ValueError(
+                f"out and resume name different folders, {self.out!r} and {self.resume!r}: give only resume"
+            )
+        return self
+
+    @classmethod
+    def of(cls, values: Mapping[str, object]) -> Config:
+        """The validated configuration with these field values, defaults for the rest.
+
+        Raises:
+            ValueError: one line that starts with the field and states its rule, the value, and the nearest valid name.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ValueError(_one_line(error)) from None
+
+    def definition(self) -> dict[str, object]:
+        """The fields a resumed run may not change: all but budget, quick, threads and the folders."""
+        return self.model_dump(exclude={"budget", "quick", "threads", "out", "resume"})
+
+    def to_json(self) -> str:
+        """The content of config.json: every field but the folders, so that a run folder may be moved."""
+        return json.dumps(self.model_dump(exclude={"out", "resume"}), indent=2) + "\n"
+
+
+def nearest(value: str, names: Iterable[str]) -> str:
+    """The name most like `value`; ties go to the first in the alphabet."""
+    return max(sorted(names), key=lambda name: difflib.SequenceMatcher(None, value.lower(), name.lower()).ratio())
+
+
+def read_fields(path: Path) -> dict[str, object]:
+    """Field values of a JSON configuration file, not yet validated.
+
+    Raises:
+        ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, or NaN or Infinity in it.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"the key {twice[0]!r} occurs twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> object:
+        raise ValueError(f"{constant} is not allowed")
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ValueError(f"larger than {_LARGEST_FILE} bytes")
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"cannot use the configuration {path}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"cannot use the configuration {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"cannot use the configuration {path}: a JSON object is wanted, got {type(values).__name__}")
+    return values
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first complaint of pydantic in the words of the field's own rule."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return re.sub(r"^Value error, ", "", first["msg"])
+    name, value = str(first["loc"][0]), first["input"]
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a field of the configuration; the nearest is {nearest(name, Config.model_fields)}"
+    extra = Config.model_fields[name].json_schema_extra
+    rule = extra["rule"] if isinstance(extra, dict) else first["msg"]
+    names = {"agent": AGENTS, "proxy": PROXIES, "proxy_form": PROXY_FORMS, "granularity": GRANULARITIES}.get(name)
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    if names and isinstance(value, str) and not (name == "proxy" and value.endswith(".jsonl")):
+        return f"{name} must be {rule}, got {shown}; the nearest is {nearest(value, names)}"
+    return f"{name} must be {rule}, got {shown}"

@@ -1,0 +1,143 @@
+"""What a person sees while a run goes on: stage, count, best so far, time left.
+
+A bar on a terminal, plain lines elsewhere, nothing when quiet. Knows no model and no trial; is told numbers and text.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+__all__ = ["Console", "Stage", "duration"]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words of at most two units: "8 s", "2 min 05 s", "1 h 20 min". Negative counts as 0."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Console:
+    """The place all progress goes to. Use as a context manager, so that the terminal is left in order.
+
+    Args:
+        stream: where to write; standard error by default, so that standard output holds results only.
+        quiet: say nothing at all.
+        live: redraw a bar in place; by default exactly if `stream` is a terminal.
+        clock: seconds since some moment, rising.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        quiet: bool = False,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.quiet = quiet
+        self.clock = clock
+        self.folder: Path | None = None
+        """The run folder once the run has one, for the hint on how to resume."""
+        terminal = self.stream.isatty() and os.environ.get("TERM", "") != "dumb"
+        self._progress: Progress | None = None
+        if not quiet and (terminal if live is None else live):
+            self._progress = Progress(
+                SpinnerColumn(finished_text="✓"),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=RichConsole(file=self.stream, force_terminal=True),
+            )
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def opened(self, folder: Path) -> None:
+        """Tell where the run is kept; from here on an interrupted run can be resumed."""
+        self.folder = folder
+        self.note(f"run folder: {folder}")
+
+    def note(self, text: str) -> None:
+        """One line for the person, above the bar if there is one."""
+        if self.quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def stage(self, name: str, total: int | None = None, unit: str = "", done: int = 0, every: float = 10.0) -> Stage:
+        """A stage of the run, to be entered with `with`.
+
+        Args:
+            name: one word: "calibrate", "search".
+            total: how many `unit`s there are, at least 0; None if unknown, then no time left is told.
+            done: how many were finished before this run, when resuming; they do not enter the estimate of time left.
+            every: without a bar, print at most one line in so many seconds; 0 prints a line at every advance.
+        """
+        return Stage(self, name, total, unit, done, every)
+
+
+class Stage:
+    """Progress through one stage; made by `Console.stage`."""
+
+    def __init__(self, console: Console, name: str, total: int | None, unit: str, done: int, every: float) -> None:
+        self._console, self._name, self._total, self._unit, self._every = console, name, total, unit, every
+        self._before = self._done = done
+        self._detail = ""
+        self._started = self._printed = console.clock()
+        self._bar = None
+        if console._progress is not None:
+            self._bar = console._progress.add_task(f"{name:<10}", total=total, completed=done, text="")
+
+    def __enter__(self) -> Self:
+        if self._console._progress is None:
+            self._console.note(f"{self._name} ...")
+        return self
+
+    def advance(self, count: int = 1, detail: str = "") -> None:
+        """Another `count` units are finished; `detail` ("best KL 0.41") is said beside it until told otherwise."""
+        self._done += count
+        self._detail = detail or self._detail
+        progress, now = self._console._progress, self._console.clock()
+        if progress is not None and self._bar is not None:
+            progress.update(self._bar, completed=self._done, text=self._text(now))
+        elif now - self._printed >= self._every:
+            self._printed = now
+            self._console.note(f"{self._name} {self._text(now)}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        progress, took = self._console._progress, duration(self._console.clock() - self._started)
+        verb = "stopped after" if kind else "done in"
+        text = " · ".join(part for part in (f"{verb} {took}", self._detail) if part)
+        if progress is not None and self._bar is not None:
+            total = self._done if kind else (self._total or max(self._done, 1))
+            progress.update(self._bar, total=max(total, 1), completed=total, text=text)
+        else:
+            self._console.note(f"{self._name} {text}")
+
+    def _text(self, now: float) -> str:
+        of = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
+        fresh, left = self._done - self._before, ""
+        if self._total is not None and fresh > 0 and self._done < self._total:
+            left = f"{duration((now - self._started) / fresh * (self._total - self._done))} left"
+        return " · ".join(part for part in (f"{of} {self._unit}".strip(), self._detail, left) if part)

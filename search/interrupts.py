@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM: the first ends the run cleanly after the write under way, the second ends it at once.
+
+Knows signals only. A write that must not be cut stands inside `with shield():`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["INTERRUPTED", "guarded", "shield"]
+
+INTERRUPTED = 130
+"""Exit code of a run ended by Ctrl-C or SIGTERM."""
+
+
+class _State:
+    shields = 0
+    pending = False
+    asked = False
+
+
+def _on_signal(_number: int, _frame: FrameType | None) -> None:
+    if _State.asked:
+        os._exit(INTERRUPTED)
+    _State.asked = True
+    if _State.shields:
+        _State.pending = True
+    else:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM raise KeyboardInterrupt once; another signal exits with 130 at once.
+
+    Does nothing outside the main thread, where Python delivers no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _State.asked = _State.pending = False
+    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def shield() -> Iterator[None]:
+    """Hold a first interrupt back until the end of the block. May be nested."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _State.shields += 1
+    try:
+        yield
+    finally:
+        _State.shields -= 1
+    if _State.pending and not _State.shields:
+        _State.pending = False
+        raise KeyboardInterrupt

@@ -1,0 +1,225 @@
+"""The journal of a search: an Optuna study in one SQLite file, written by one process, the truth about a run.
+
+Every record is one transaction, so a killed run leaves whole trials and none half done. Knows plain values only:
+digests, JSON text, numbers, states. optuna-dashboard opens the file.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search.interrupts import shield
+from search.runfolder import finite
+
+__all__ = ["Journal", "Record", "differences"]
+
+_STUDY = "chisel"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluated schedule.
+
+    Attributes:
+        number: position in the order of proposals, from 0.
+        digest: identity of the schedule.
+        schedule: the schedule as canonical JSON.
+        actions: levels the agent chose, one for every step, in the order of the journal's `steps`; None for an agent
+            without steps.
+        score: measured figures by name; empty if there are none. None stands for a number that was not finite.
+        reward: what the agent was told; None unless `state` is "ok".
+        state: "ok", "nonfinite" or "failed".
+        reason: why, unless "ok".
+        seconds: wall time of the evaluation.
+    """
+
+    number: int
+    digest: str
+    schedule: str
+    actions: tuple[int, ...] | None
+    score: Mapping[str, object]
+    reward: float | None
+    state: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+class Journal:
+    """Trials of one run, kept in `path`.
+
+    Args:
+        path: the SQLite file; made if absent.
+        fingerprint: plain JSON values that define what is searched (space, data, model, reward, seed, agent). Stored
+            once; a journal of another fingerprint is refused.
+        steps: a name for every decision of the agent, as the dashboard shows it ("block_07").
+        levels: number of levels of each decision, at least 1.
+
+    Raises:
+        ValueError: the file is of another fingerprint (the message lists what differs) or is no journal.
+    """
+
+    def __init__(
+        self, path: Path, fingerprint: Mapping[str, object], steps: Sequence[str] = (), levels: int = 1
+    ) -> None:
+        self.path = path
+        self.steps = tuple(steps)
+        self._space: dict[str, BaseDistribution] = {name: IntDistribution(0, levels - 1) for name in self.steps}
+        plain = json.loads(json.dumps(finite({**fingerprint, "steps": list(steps), "levels": levels}), sort_keys=True))
+        if not _is_sqlite(path):
+            raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path))
+        self._study = optuna.create_study(
+            study_name=_STUDY, storage=self._storage, direction="maximize", load_if_exists=True
+        )
+        known = self._study.user_attrs.get("fingerprint")
+        if known is None:
+            self._study.set_user_attr("fingerprint", plain)
+        elif known != plain:
+            self.close()
+            raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
+        self._records = {record.number: record for record in map(self._read, self._study.get_trials(deepcopy=False))}
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """All records in the order of their numbers."""
+        return [self._records[number] for number in sorted(self._records)]
+
+    def scores(self) -> dict[str, Mapping[str, object]]:
+        """Score by digest of every trial that is "ok" or "nonfinite", to be told again instead of measured."""
+        return {record.digest: record.score for record in self.records if record.state != "failed"}
+
+    def record(self, record: Record) -> None:
+        """Keep one trial; when this returns it is on disk. One kept already with the same digest stays as it is.
+
+        Raises:
+            ValueError: the number is taken by another schedule, an "ok" record without a reward or any other with one,
+                or actions that do not fit the steps.
+        """
+        kept = self._records.get(record.number)
+        if kept is not None and kept.digest != record.digest:
+            raise ValueError(
+                f"trial {record.number} of {self.path} is schedule {kept.digest[:12]}, but the resumed search proposes "
+                f"{record.digest[:12]}: not the same code, seed or machine"
+            )
+        if kept is not None:
+            return
+        trial = self._trial(record)
+        with shield():
+            self._study.add_trial(trial)
+            self._records[record.number] = record
+
+    def rows(self) -> list[dict[str, object]]:
+        """A flat row for every trial, for trials.csv: number, state, reward, seconds, figures, levels, digest."""
+        figures = list(dict.fromkeys(name for record in self.records for name in record.score))
+        return [
+            {
+                "trial": record.number,
+                "state": record.state,
+                "reward": record.reward,
+                "seconds": round(record.seconds, 3),
+                **{name: record.score.get(name) for name in figures if name != "state"},
+                **dict(zip(self.steps, record.actions or (None,) * len(self.steps), strict=True)),
+                "reason": record.reason,
+                "digest": record.digest,
+            }
+            for record in self.records
+        ]
+
+    def close(self) -> None:
+        """Release the file."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _trial(self, record: Record) -> FrozenTrial:
+        done = record.state == "ok"
+        if record.state not in ("ok", "nonfinite", "failed"):
+            raise ValueError(f"state must be ok, nonfinite or failed, got {record.state!r}")
+        if done != (record.reward is not None and finite(record.reward) is not None):
+            raise ValueError(
+                f"a trial has a finite reward exactly if it is ok, got {record.state!r} with {record.reward!r}"
+            )
+        actions = record.actions
+        if actions is not None and len(actions) != len(self.steps):
+            raise ValueError(f"one action for every step is wanted, {len(self.steps)} in all, got {len(actions)}")
+        now = datetime.now()
+        trial = create_trial(
+            state=TrialState.COMPLETE if done else TrialState.FAIL,
+            value=record.reward,
+            params=dict(zip(self.steps, map(int, actions), strict=True)) if actions is not None else {},
+            distributions=self._space if actions is not None else {},
+            user_attrs={
+                **{name: finite(value) for name, value in record.score.items()},
+                "trial.number": record.number,
+                "trial.state": record.state,
+                "trial.reason": record.reason,
+                "trial.seconds": record.seconds,
+                "trial.figures": list(record.score),
+                "schedule.digest": record.digest,
+                "schedule.json": record.schedule,
+            },
+        )
+        trial.datetime_start = now - timedelta(seconds=max(0.0, record.seconds))
+        trial.datetime_complete = now
+        return trial
+
+    def _read(self, trial: FrozenTrial) -> Record:
+        attrs = trial.user_attrs
+        try:
+            return Record(
+                number=attrs["trial.number"],
+                digest=attrs["schedule.digest"],
+                schedule=attrs["schedule.json"],
+                actions=tuple(trial.params[name] for name in self.steps) if trial.params else None,
+                score=MappingProxyType({name: attrs[name] for name in attrs["trial.figures"]}),
+                reward=trial.value,
+                state=attrs["trial.state"],
+                reason=attrs["trial.reason"],
+                seconds=attrs["trial.seconds"],
+            )
+        except KeyError as missing:
+            raise ValueError(
+                f"trial {trial.number} of {self.path} was not written by this program: no {missing}"
+            ) from None
+
+
+def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:
+    """What differs between two nested mappings, one phrase for each leaf: "target_kept was 0.8, is 0.7"."""
+    found: list[str] = []
+    for key in sorted({*known, *given}):
+        before, after, name = known.get(key, "absent"), given.get(key, "absent"), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        elif before != after:
+            found.append(f"{name} was {_short(before)}, is {_short(after)}")
+    return found
+
+
+def _is_sqlite(path: Path) -> bool:
+    """Whether SQLite may open it: absent, empty, or with SQLite's own first bytes."""
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        return file.read(16) in (b"", b"SQLite format 3\x00")
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    """Engine options that open `path` as it is; in a URL the characters ? % # { would mean something else."""
+    return {"creator": lambda: sqlite3.connect(path, timeout=30, check_same_thread=False)}

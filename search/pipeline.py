@@ -1,0 +1,404 @@
+"""The pipeline of a run: load, divide the data, calibrate, decompose, search, select, measure, write.
+
+Knows the order of the stages and what a run folder receives; how a stage works stands in `search.stages`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import agents
+from compression.allocation import uniform_schedule
+from compression.cache import FactorCache, cache_key
+from compression.factors import FactorStore
+from compression.legs import resolve
+from compression.schedule import Schedule
+from compression.sites import Site, discover_sites, model_bytes, model_parameters
+from envs import Problem, Reward
+from search.config import Config
+from search.console import Console
+from search.corpora import Splits, build_splits
+from search.evaluators import ModelEvaluator, Score
+from search.items import forms, load_proxy
+from search.journal import Journal
+from search.models import LoadedModel, load_model, resolve_device
+from search.packages import cache_folder
+from search.prior import build_prior
+from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
+from search.scoring import Sequence_, Workload, paired_kl
+from search.stages import CHUNK_TOKENS, Calibration, Trial, best_trials, factor_store, run_agent, workload_sequences
+from search.table import csv_text
+
+__all__ = ["RunSummary", "plan", "run"]
+
+_SELECTION = 3  # the selection set is this many times the search set
+_FINALISTS = 6
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run ends with."""
+
+    folder: Path
+    document: Mapping[str, object]
+    failures: int
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, object]]:
+        """The final table."""
+        rows = self.document["rows"]
+        assert isinstance(rows, list)
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """The model of a run with its sites, data and factors."""
+
+    loaded: LoadedModel
+    sites: tuple[Site, ...]
+    splits: Splits
+    calibration: Calibration
+    store: FactorStore
+    device: torch.device
+
+
+def run(config: Config, console: Console) -> RunSummary:
+    """Run everything; the run folder holds the results.
+
+    Raises:
+        ValueError: refused input.
+        DataUnavailable: data or model cannot be had.
+    """
+    device = _preflight(config)
+    with console.stage("load"):
+        loaded = load_model(config.model, device, _dtype(device))
+        sites = discover_sites(loaded.model)
+        _check_reachable(sites, config.target_kept)
+    with console.stage("data"):
+        subject = _subject(config, loaded, sites, device)
+    if config.resume:
+        folder = RunFolder.resume(config.resume)
+    else:
+        folder = RunFolder.new(config.out, config.agent, config.model, config.seed)
+    with folder:
+        console.opened(folder.path)
+        folder.write_text(CONFIG, config.to_json())
+        folder.write_json(ENVIRONMENT, environment())
+        return _run_in(folder, config, subject, console)
+
+
+def plan(config: Config) -> Mapping[str, object]:
+    """What `run` would do, without doing it: nothing is calibrated, evaluated or written.
+
+    Raises:
+        ValueError, DataUnavailable: as `run`.
+    """
+    device = _preflight(config)
+    loaded = load_model(config.model, device, _dtype(device))
+    sites = discover_sites(loaded.model)
+    _check_reachable(sites, config.target_kept)
+    subject = _subject(config, loaded, sites, device)
+    searched, selected, heldout = (_sequences(config, subject, part) for part in ("search", "selection", "heldout"))
+    tokens = {
+        name: sum(len(row.tokens) for row in rows)
+        for name, rows in (("trial", searched), ("selection", selected), ("held-out", heldout))
+    }
+    parameters = sum(site.parameters for site in sites)
+    forward = (
+        3 * config.calibration_tokens
+        + (config.budget + 1) * tokens["trial"]
+        + (_FINALISTS + 2) * tokens["selection"]
+        + 7 * tokens["held-out"]
+    )
+    families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
+    smallest = _smallest_parameters(sites) / parameters
+    return {
+        "model": {
+            "name": loaded.model_id,
+            "parameters": model_parameters(loaded.model),
+            "bytes": model_bytes(loaded.model),
+            "sites": len(sites),
+            "site_parameters": parameters,
+            "blocks": 1 + max(site.block for site in sites),
+            "families": families,
+        },
+        "search": {
+            "agent": config.agent,
+            "budget": config.budget,
+            "target_kept": config.target_kept,
+            "reachable_kept": f"{smallest:.4f} to 1",
+            "granularity": config.granularity,
+            "ladder": "log-price offsets around the closed form, and dense",
+            "seed": config.seed,
+        },
+        "data": {
+            "proxy": config.proxy,
+            "calibration_tokens": subject.splits.calibration.tokens,
+            "tokens_per_trial": tokens["trial"],
+            "selection_tokens": tokens["selection"],
+            "held_out_tokens": tokens["held-out"],
+            "report_items": len(subject.splits.report_items),
+        },
+        "cost": {
+            "forward_tokens": forward,
+            "estimated_minutes": round(forward * _seconds_per_token(subject) / 60, 1),
+            "statistics_cached": subject.calibration.cache.load(subject.calibration.key) is not None,
+        },
+        "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+        "output": str(Path(config.resume or config.out or "results").absolute()),
+    }
+
+
+def _preflight(config: Config) -> torch.device:
+    """Refuse what can be refused before anything is loaded."""
+    if config.proxy_form not in forms(config.proxy):
+        raise ValueError(
+            f"proxy_form must be {' or '.join(forms(config.proxy))} for {config.proxy}, got {config.proxy_form!r}"
+        )
+    if config.proxy.endswith(".jsonl"):
+        load_proxy(config.proxy)
+    if config.out is not None:
+        refuse_used(Path(config.out))
+    return resolve_device(config.device)
+
+
+def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Console) -> RunSummary:
+    with console.stage("calibrate", config.calibration_tokens, "tokens") as stage:
+        seen = [0]
+
+        def progress(tokens: int) -> None:
+            stage.advance(tokens - seen[0])
+            seen[0] = tokens
+
+        subject.calibration.progress = progress
+        subject.calibration()
+    baselines = _baselines(config, subject)
+    with console.stage("decompose", len(subject.sites), "matrices") as stage:
+        menu = subject.store.menu(progress=lambda done: stage.advance(1))
+        problem = Problem.build(menu, config.target_kept, config.granularity)
+        for schedule in baselines.values():
+            for name, choice in schedule:
+                if not choice.is_dense:
+                    subject.store.cores(name, choice)
+    subject.calibration.release()
+    trials, chosen = _search(folder, config, subject, problem, console)
+    scores = _measure(config, subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, console)
+    rows = [_row(name, score) for name, score in scores.items()]
+    failures = sum(trial.score.state == "failed" for trial in trials)
+    document: dict[str, object] = {
+        "model": subject.loaded.model_id,
+        "agent": config.agent,
+        "budget": config.budget,
+        "target_kept": config.target_kept,
+        "seed": config.seed,
+        "proxy": config.proxy,
+        "trials": len(trials),
+        "failed_trials": failures,
+        "folder": str(folder.path),
+        "rows": rows,
+        "searched_against_lagrangian_kl": _comparison(scores),
+        "environment": environment(),
+    }
+    folder.write_json(SUMMARY, document)
+    folder.write_json(PRIOR, build_prior(config, subject.loaded, subject.sites, chosen, rows, subject.splits))
+    return RunSummary(folder.path, document, failures)
+
+
+def _search(
+    folder: RunFolder, config: Config, subject: _Subject, problem: Problem, console: Console
+) -> tuple[list[Trial], Schedule]:
+    """Run the agent; returns its trials and the schedule that does best on the selection set, the closed form included."""
+    agent = agents.make(config.agent, problem, config.seed, config.budget)
+    journal = Journal(
+        folder / STUDY, _fingerprint(config, subject), [group.name for group in problem.groups], problem.levels
+    )
+    closed_form = problem.closed_form()
+    try:
+        with _evaluator(config, subject, "search") as evaluator:
+            reward = Reward(dense_expected_accuracy=evaluator.dense.expected_accuracy)
+            done = min(len(journal.records), config.budget)
+            with console.stage("search", config.budget, "trials", done) as stage:
+                trials = run_agent(agent, config.budget, evaluator, reward, journal, stage, _describe)
+        folder.write_text(TRIALS, csv_text(journal.rows()))
+    finally:
+        journal.close()
+    finalists = [trial.proposal.schedule for trial in best_trials(trials, _FINALISTS)]
+    return trials, _select(config, subject, closed_form, finalists, console)
+
+
+def _select(
+    config: Config, subject: _Subject, closed_form: Schedule, finalists: Sequence[Schedule], console: Console
+) -> Schedule:
+    """The finalist with the lowest KL on text and items that no trial saw, if it beats the closed form there.
+
+    To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays.
+    """
+    challengers = {schedule.digest: schedule for schedule in finalists if schedule.digest != closed_form.digest}
+    if not challengers:
+        return closed_form
+    with (
+        _evaluator(config, subject, "selection") as evaluator,
+        console.stage("select", 1 + len(challengers), "schedules") as stage,
+    ):
+        best, best_value = closed_form, math.inf
+        [reference] = evaluator.evaluate([closed_form])
+        stage.advance(1)
+        for schedule in challengers.values():
+            [score] = evaluator.evaluate([schedule])
+            if score.state == "ok" and reference.state == "ok":
+                difference = paired_kl(score.quality, reference.quality)
+                if difference.value < min(best_value, -difference.standard_error):
+                    best, best_value = schedule, difference.value
+            stage.advance(1)
+    return best
+
+
+def _measure(
+    config: Config, subject: _Subject, schedules: Mapping[str, Schedule], console: Console
+) -> dict[str, Score]:
+    """Scores for the final table: the dense model and every schedule, on held-out text and report items."""
+    with (
+        console.stage("measure", 1 + len(schedules), "schedules") as stage,
+        _evaluator(config, subject, "heldout") as evaluator,
+    ):
+        scores = {"dense": evaluator.dense}
+        stage.advance(1)
+        known: dict[str, Score] = {}
+        for name, schedule in schedules.items():
+            if schedule.digest not in known:
+                [known[schedule.digest]] = evaluator.evaluate([schedule])
+            scores[name] = known[schedule.digest]
+            stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
+    return scores
+
+
+def _row(name: str, score: Score) -> dict[str, object]:
+    """A row of the final table; standard errors under the names the table knows."""
+    figures = {key.replace("standard_error", "stderr"): value for key, value in score.to_dict().items()}
+    return {"schedule": name, **figures}
+
+
+def _comparison(scores: Mapping[str, Score]) -> dict[str, object]:
+    """How far the searched schedule's held-out KL lies from the closed form's, paired over sequences."""
+    searched, closed = scores["searched"].quality, scores["lagrangian"].quality
+    if searched.state != "ok" or closed.state != "ok":
+        return {}
+    return dataclasses.asdict(paired_kl(searched, closed))
+
+
+def _baselines(config: Config, subject: _Subject) -> dict[str, Schedule]:
+    """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target."""
+    target = math.floor(config.target_kept * sum(site.parameters for site in subject.sites) + 1e-6)
+    kinds = {
+        "uniform-plain": ("mpo2", "plain"),
+        "uniform-whitened": ("lowrank", "input"),
+        "uniform": ("lowrank", "two-sided"),
+    }
+    return {
+        name: uniform_schedule(subject.sites, topology, metric, target) for name, (topology, metric) in kinds.items()
+    }
+
+
+def _subject(config: Config, loaded: LoadedModel, sites: tuple[Site, ...], device: torch.device) -> _Subject:
+    splits = build_splits(
+        loaded.encode,
+        config.proxy,
+        calibration_tokens=config.calibration_tokens,
+        search_text_tokens=config.search_text_tokens * (1 + _SELECTION),
+        search_items=config.search_items * (1 + _SELECTION),
+        heldout_tokens=config.heldout_tokens,
+        report_items=config.report_items,
+        chunk_tokens=CHUNK_TOKENS,
+        seed=config.seed,
+    )
+    cache = FactorCache(cache_folder() / "factors")
+    calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
+    return _Subject(loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
+
+
+def _sequences(config: Config, subject: _Subject, part: str) -> list[Sequence_]:
+    """What is scored in a part of the run: "search" per trial, "selection" among finalists, "heldout" in the final table."""
+    splits, form = subject.splits, config.proxy_form
+    if part == "heldout":
+        items, text = splits.report_items, splits.heldout_text.chunks
+    else:
+        searched = part == "search"
+        items = splits.search_items[: config.search_items] if searched else splits.search_items[config.search_items :]
+        text = tuple(
+            chunk
+            for number, chunk in enumerate(splits.search_text.chunks)
+            if (number % (1 + _SELECTION) == 0) == searched
+        )
+    return workload_sequences(subject.loaded, items, config.proxy, form, text)
+
+
+@contextmanager
+def _evaluator(config: Config, subject: _Subject, part: str) -> Iterator[ModelEvaluator]:
+    """An evaluator on one part of the data; the model is dense again afterwards."""
+    workload = Workload(_sequences(config, subject, part), subject.device)
+    evaluator = ModelEvaluator(subject.loaded.model, subject.store, workload)
+    try:
+        yield evaluator
+    finally:
+        evaluator.close()
+
+
+def _fingerprint(config: Config, subject: _Subject) -> dict[str, object]:
+    """Everything that decides what a trial is and scores; a resumed run must agree."""
+    splits = subject.splits
+    return {
+        "configuration": config.definition(),
+        "model": subject.loaded.digest,
+        "statistics": subject.calibration.key,
+        "search_text": splits.search_text.digest,
+        "search_items": cache_key(items=[item.digest for item in splits.search_items]),
+        "reward": dataclasses.asdict(Reward()),
+        "dtype": str(subject.loaded.model.dtype),
+    }
+
+
+def _describe(trials: Sequence[Trial]) -> str:
+    best = best_trials(trials, 1)
+    return f"best KL {best[0].score.kl:.4f}, first {trials[0].score.kl:.4f}" if best else "no score yet"
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _check_reachable(sites: Sequence[Site], target_kept: float) -> None:
+    smallest = _smallest_parameters(sites) / sum(site.parameters for site in sites)
+    if target_kept < smallest:
+        raise ValueError(
+            f"target_kept must be at least {smallest:.4f}, which χ = 1 everywhere keeps of this model, got {target_kept}"
+        )
+
+
+def _smallest_parameters(sites: Sequence[Site]) -> int:
+    return sum(
+        min(site.parameters, resolve("lowrank", site.out_features, site.in_features).parameters(1)) for site in sites
+    )
+
+
+def _seconds_per_token(subject: _Subject) -> float:
+    """Of a forward pass of the dense model here and now, from one short text."""
+    ids = torch.ones(2, CHUNK_TOKENS, dtype=torch.long, device=subject.device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(2):
+            start = time.perf_counter()
+            float(subject.loaded.model(ids, use_cache=False).logits[0, 0, 0])
+            times.append(time.perf_counter() - start)
+    return min(times) / ids.numel()

@@ -1,0 +1,139 @@
+"""The contract of all agents, on the toy of three blocks whose optimum is known by exhaustion."""
+
+import itertools
+import math
+
+import pytest
+
+import agents
+from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
+
+REWARD = Reward()
+
+
+def toy(levels=8):
+    return Problem.build(toy_menu(), 0.5, levels=levels)
+
+
+def run(name, problem, seed=0, budget=40, counts=(10,), rewards=None):
+    """All proposals and their rewards, asked for in groups of `counts`, over and over."""
+    agent, evaluate, told = agents.make(name, problem, seed, budget), ToyEvaluator(problem.menu), []
+    for count in itertools.cycle(counts):
+        proposals = agent.ask(count)
+        assert len(proposals) <= count
+        if not proposals:
+            assert agent.ask(1) == []
+            return told
+        values = [REWARD(score) for score in evaluate([proposal.schedule for proposal in proposals])]
+        if rewards is not None:
+            values = rewards[len(told) : len(told) + len(values)]
+        agent.tell(proposals, values)
+        told += zip(proposals, values, strict=True)
+    raise AssertionError
+
+
+every_agent = pytest.mark.parametrize("name", agents.NAMES)
+
+
+@every_agent
+def test_an_agent_carries_the_name_it_is_made_by(name):
+    assert agents.make(name, toy(), 0, 1).name == name
+
+
+@every_agent
+def test_same_seed_and_same_tells_give_the_same_proposals(name):
+    assert run(name, toy()) == run(name, toy())
+
+
+@every_agent
+def test_proposals_do_not_depend_on_how_many_are_asked_for_at_once(name):
+    assert run(name, toy(), counts=(1,)) == run(name, toy(), counts=(3, 10, 4))
+
+
+@pytest.mark.parametrize("name", ["reinforce", "random"])
+def test_another_seed_gives_other_proposals(name):
+    assert run(name, toy(), seed=0) != run(name, toy(), seed=1)
+
+
+@every_agent
+@pytest.mark.parametrize("budget", [0, 1, 3, 11, 40])
+def test_the_budget_is_kept_and_no_schedule_comes_twice(name, budget):
+    digests = [proposal.schedule.digest for proposal, _ in run(name, toy(16), budget=budget, counts=(4,))]
+    assert len(digests) == (budget if name in ("reinforce", "random") else min(budget, 1))
+    assert len(set(digests)) == len(digests)
+
+
+@every_agent
+def test_an_exhausted_space_ends_the_search_before_the_budget_does(name):
+    # Two levels of three blocks and dense: a handful of schedules.
+    problem = toy(levels=4)
+    told = run(name, problem, budget=500)
+    assert 1 <= len(told) < 100
+    # At target 1 there is one schedule, dense.
+    assert len(run(name, Problem.build(toy_menu(), 1.0), budget=20)) == 1
+
+
+@every_agent
+@pytest.mark.parametrize("granularity", ["block", "site", "block+family"])
+def test_actions_are_legal_and_lead_to_the_schedule(name, granularity):
+    problem = Problem.build(toy_menu(), 0.4, granularity)
+    for proposal, _ in run(name, problem, budget=60):
+        if proposal.actions is not None:
+            assert len(proposal.actions) == problem.steps
+            assert all(problem.mask(proposal.actions[:step])[level] for step, level in enumerate(proposal.actions))
+            assert problem.schedule(proposal.actions) == proposal.schedule
+
+
+@every_agent
+def test_failures_do_not_stop_an_agent(name):
+    problem = toy(16)
+    for rewards in ([math.nan] * 60, [-30.0] * 60, [-math.inf, 0.1, 0.2] * 20):
+        assert len(run(name, problem, budget=60, rewards=rewards)) == (60 if name in ("reinforce", "random") else 1)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "random"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_optimum_of_three_blocks_is_found(name, seed):
+    problem = toy()
+    schedule, reward = best_by_exhaustion(problem, ToyEvaluator(problem.menu), REWARD)
+    found, value = max(run(name, problem, seed, budget=400), key=lambda pair: pair[1])
+    assert value == reward
+    assert found.schedule == schedule
+    assert schedule != problem.closed_form()
+
+
+@every_agent
+def test_the_ask_tell_contract_is_enforced(name):
+    agent = agents.make(name, toy(), 0, 5)
+    with pytest.raises(ValueError, match="at least 1"):
+        agent.ask(0)
+    (proposal,) = agent.ask(1)
+    with pytest.raises(ValueError, match="one reward"):
+        agent.tell([proposal], [])
+    with pytest.raises(ValueError, match="not asked for"):
+        agent.tell([agents.Proposal(toy_menu_dense(), None)], [0.0])
+    agent.tell([proposal], [0.0])
+    with pytest.raises(ValueError, match="told before"):
+        agent.tell([proposal], [0.0])
+
+
+def toy_menu_dense():
+    return Problem.build(toy_menu(), 1.0).closed_form()
+
+
+@pytest.mark.parametrize("name, nearest", [("renforce", "reinforce"), ("rand", "random"), ("lagrange", "lagrangian")])
+def test_an_unknown_agent_is_refused_with_the_nearest_name(name, nearest):
+    with pytest.raises(ValueError, match=f"nearest: {nearest}"):
+        agents.make(name, toy(), 0, 5)
+
+
+@every_agent
+def test_a_negative_budget_is_refused(name):
+    with pytest.raises(ValueError, match="at least 0"):
+        agents.make(name, toy(), 0, -1)
+
+
+def test_single_proposals_are_what_they_say():
+    problem = toy()
+    assert [p.schedule for p, _ in run("uniform", problem)] == [problem.uniform()]
+    assert [p.schedule for p, _ in run("lagrangian", problem)] == [problem.closed_form()]

@@ -1,0 +1,146 @@
+import json
+
+import pytest
+
+from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Config, nearest, read_fields
+
+
+def test_defaults_are_the_default_job():
+    config = Config()
+    assert (config.agent, config.budget, config.target_kept, config.model) == ("reinforce", 200, 0.8, "default")
+    assert (config.proxy, config.proxy_form, config.calibration_tokens) == ("mmlu", "answer", 49152)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("agent", "reinforc", "the nearest is reinforce"),
+        ("agent", 3, "one of lagrangian"),
+        ("budget", -1, "a whole number of at least 0, got -1"),
+        ("budget", "ten", "got 'ten'"),
+        ("budget", True, "got True"),
+        ("budget", 1.5, "got 1.5"),
+        ("target_kept", 0.0, "above 0 and at most 1, got 0.0"),
+        ("target_kept", 1.0001, "got 1.0001"),
+        ("target_kept", float("nan"), "got nan"),
+        ("granularity", "layer", "one of block, family, site"),
+        ("proxy", "mmul", "the nearest is mmlu"),
+        ("proxy", "absent.jsonl", "an existing .jsonl file, got 'absent.jsonl'"),
+        ("proxy_form", "letters", "the nearest is letter"),
+        ("device", "gpu", "auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("device", "cuda:-1", "got 'cuda:-1'"),
+        ("device", "cpu\n", "got 'cpu"),
+        ("seed", 2**32, "from 0 to 4294967295"),
+        ("threads", 0, "from 1 to 1024"),
+        ("model", "", "a hub id, a local folder, or default"),
+        ("calibration_tokens", 0, "from 512"),
+        ("quick", "yes", "true or false"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_field_rule_and_value(field, value, words):
+    with pytest.raises(ValueError) as refused:
+        Config.of({field: value})
+    message = str(refused.value)
+    assert message.startswith(f"{field} must be ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_an_unknown_field_names_the_nearest_field():
+    with pytest.raises(ValueError, match="targte_kept is not a field of the configuration; the nearest is target_kept"):
+        Config.of({"targte_kept": 0.5})
+
+
+def test_the_borders_of_the_ranges_belong_to_them():
+    assert Config.of({"target_kept": 1}).target_kept == 1.0
+    assert Config.of({"budget": 0, "seed": 2**32 - 1, "threads": 1, "device": "cuda:7"}).budget == 0
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().budget = 3
+
+
+def test_quick_is_small_and_explicit_values_win():
+    quick = Config.of({"quick": True, "report_items": 7})
+    assert quick.report_items == 7
+    assert {name: getattr(quick, name) for name in QUICK if name != "report_items"} == {
+        name: value for name, value in QUICK.items() if name != "report_items"
+    }
+    assert all(QUICK[name] < getattr(Config(), name) for name in QUICK)
+
+
+def test_a_jsonl_file_is_a_proxy(tmp_path):
+    file = tmp_path / "prüfung 1.jsonl"
+    file.write_text("{}\n", encoding="utf-8")
+    assert Config.of({"proxy": str(file)}).proxy == str(file)
+
+
+def test_out_and_resume_must_be_one_folder(tmp_path):
+    with pytest.raises(ValueError, match="out and resume name different folders"):
+        Config.of({"out": str(tmp_path / "a"), "resume": str(tmp_path / "b")})
+    assert Config.of({"out": str(tmp_path), "resume": str(tmp_path / "x" / "..")}).out == str(tmp_path)
+
+
+def test_json_round_trip_keeps_every_field_but_the_folders(tmp_path):
+    config = Config.of({"quick": True, "target_kept": 0.7, "threads": 2, "out": "somewhere"})
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json(), encoding="utf-8")
+    assert Config.of(read_fields(path)) == config.model_copy(update={"out": None})
+
+
+def test_definition_leaves_out_what_a_resumed_run_may_change():
+    definition = Config().definition()
+    assert {"agent", "target_kept", "model", "proxy", "granularity", "seed", "device"} <= set(definition)
+    assert not {"budget", "threads", "out", "resume", "quick"} & set(definition)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"seed": 1, "seed": 2}', "the key 'seed' occurs twice"),
+        (b'{"target_kept": NaN}', "NaN is not allowed"),
+        (b"[1]", "a JSON object is wanted, got list"),
+        (b"budget = 3", "cannot use the configuration"),
+        (b'{"a":' * 100_000, "cannot use the configuration"),
+        (b" " * ((1 << 20) + 1), "larger than 1048576 bytes"),
+        (b"\xff\xfe", "cannot use the configuration"),
+    ],
+)
+def test_an_unusable_configuration_file_is_refused_in_one_line(tmp_path, content, words):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        read_fields(path)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_an_absent_configuration_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        read_fields(tmp_path / "absent.json")
+
+
+def test_nearest_ignores_case_and_breaks_ties_by_the_alphabet():
+    assert nearest("MMLU", PROXIES) == "mmlu"
+    assert nearest("zzz", ["b", "a"]) == "a"
+
+
+def test_every_field_has_a_rule_a_group_and_a_sentence():
+    for name, field in Config.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert {"rule", "group", "metavar"} <= set(field.json_schema_extra), name
+
+
+def test_names_are_those_of_the_parts_that_carry_them_out():
+    import agents
+
+    assert sorted(agents.NAMES) == sorted(AGENTS)
+    assert set(PROXY_FORMS) == {"answer", "letter"}
+    assert GRANULARITIES[0] == "block"
+
+
+def test_config_json_is_plain_json():
+    assert json.loads(Config().to_json())["budget"] == 200

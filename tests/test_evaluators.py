@@ -1,0 +1,112 @@
+"""The evaluator: scores of schedules, states, restoring."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from compression import Choice, FactorCache, FactorStore, Schedule, collect, dense_weight, discover_sites
+from search.evaluators import ModelEvaluator, Score
+from search.models import LoadedModel, load_model
+from search.scoring import Workload, packed_item, packed_text
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loaded() -> LoadedModel:
+    return load_model("random:tiny-llama", "cpu")
+
+
+def evaluator_of(loaded: LoadedModel) -> tuple[ModelEvaluator, FactorStore]:
+    sites = discover_sites(loaded.model)
+    weights = {site.name: dense_weight(loaded.model.get_submodule(site.name)).clone() for site in sites}
+    ids = torch.tensor([loaded.encode("Text to calibrate on, a little of it. " * 8)])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    store = FactorStore(
+        sites,
+        weights,
+        lambda: collect(loaded.model, sites, [(ids, mask)], torch.Generator().manual_seed(0)),
+        "key",
+        0.01,
+        FactorCache(None),
+    )
+    store.menu()
+    workload = Workload(
+        [
+            packed_item(loaded.encode, "Question: What?\nAnswer:", (" this", " that one"), 1),
+            packed_text(loaded.encode("Something else that is read.")),
+        ],
+        CPU,
+    )
+    return ModelEvaluator(loaded.model, store, workload), store
+
+
+def everywhere(store: FactorStore, chi: int) -> Schedule:
+    return Schedule(tuple((site.name, Choice("lowrank", chi, "two-sided")) for site in store.sites))
+
+
+def test_scores_come_in_order_and_do_not_depend_on_what_was_applied_before(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    low, high = everywhere(store, 2), everywhere(store, 7)
+    first = evaluator.evaluate([low, high, low])
+    second = evaluator.evaluate([high])
+    assert first[0].kl == first[2].kl
+    assert first[1].kl == second[0].kl
+    assert first[1].kl < first[0].kl
+    assert first[0].kept_fraction < first[1].kept_fraction < 1
+
+
+def test_the_dense_schedule_scores_as_the_dense_model(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    [score] = evaluator.evaluate([Schedule.dense(tuple(site.name for site in store.sites))])
+    assert score.kl == pytest.approx(0, abs=1e-5)
+    assert score.kept_fraction == 1
+    assert score.quality.accuracy == evaluator.dense.quality.accuracy
+
+
+def test_closing_gives_the_model_back_bit_for_bit(loaded: LoadedModel) -> None:
+    before = copy.deepcopy(loaded.model.state_dict())
+    evaluator, store = evaluator_of(loaded)
+    evaluator.evaluate([everywhere(store, 3)])
+    evaluator.close()
+    after = loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_nonfinite_schedule_is_a_state_and_its_successor_is_fine(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    good = everywhere(store, 3)
+    [expected] = evaluator.evaluate([good])
+    cores = store.cores(store.sites[0].name, Choice("lowrank", 5, "two-sided"))
+    cores[0][..., 4] = torch.nan  # only χ of 5 and more sees it
+    bad, after = evaluator.evaluate([everywhere(store, 5), good])
+    assert bad.state == "nonfinite"
+    assert math.isnan(bad.kl)
+    assert after.kl == expected.kl
+
+
+def test_an_evaluation_that_raises_is_failed_with_its_reason(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator, store = evaluator_of(loaded)
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left\nsecond line")
+
+    monkeypatch.setattr(Workload, "measure", out_of_memory)
+    [score] = evaluator.evaluate([everywhere(store, 3)])
+    assert score.state == "failed"
+    assert score.reason == "OutOfMemoryError: no memory left"
+    assert math.isnan(score.kl)
+
+
+def test_a_score_survives_a_row(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    [score] = evaluator.evaluate([everywhere(store, 3)])
+    again = Score.from_dict(score.to_dict())
+    assert again.to_dict() == score.to_dict()
+    assert again.kl == score.kl
+    assert again.size == score.size
