@@ -345,4 +345,5 @@ def _without_outliers(rewards: Floats) -> Floats:
         return np.zeros(len(rewards))
     best, median = float(finite.max()), float(np.median(finite))
     ordinary = finite[finite >= best - 10 * max(best - median, 1e-9)]
-    return np.where(np.isfinite(rewards), np.maximum(rewards, ordinary.min()), ordinary.min())
+    lifted: Floats = np.where(np.isfinite(rewards), np.maximum(rewards, ordinary.min()), ordinary.min())
+    return lifted

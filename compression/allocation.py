@@ -1,7 +1,7 @@
 """Allocation: one option per site under a parameter budget, from predicted costs alone.
 
-NumPy only. `lagrangian` minimises the weighted sum of predicted costs over the lower convex hulls of the menus; `uniform` gives
-every site the same kept fraction. Both return option indices; `to_schedule` turns them into a schedule.
+NumPy only. `lagrangian` minimises the weighted sum of predicted costs over the lower convex hulls of the menus;
+`uniform` gives every site the same kept fraction. Both return option indices; `to_schedule` turns them into a schedule.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +43,9 @@ def lagrangian(
 ) -> NDArray[np.int64]:
     """Option index per site that minimises Σ_s exp(log_weights[s])·cost_s subject to Σ_s parameters_s ≤ target.
 
-    Hull edges are bought in descending order of weighted gain per parameter, which is the Lagrangian solution at the price of
-    the last edge bought; what is left of the budget is spent on further options, hull or not, while one fits. Adding a
-    constant to all weights changes nothing.
+    Hull edges are bought in descending order of weighted gain per parameter, which is the Lagrangian solution at the
+    price of the last edge bought; what is left of the budget is spent on further options, hull or not, while one fits.
+    Adding a constant to all weights changes nothing.
 
     Args:
         target_parameters: budget over all sites, in matrix entries.
@@ -127,7 +128,7 @@ def _pool(menu: Menu) -> _Segments:
     site, end, parameters, log_slope = [], [], [], []
     for number, options in enumerate(menu.sites):
         hull = _lower_hull(options)
-        for start, stop in zip(hull[:-1], hull[1:], strict=True):
+        for start, stop in pairwise(hull):
             price = int(options.parameters[stop] - options.parameters[start])
             gain = options.cost[start] - options.cost[stop]
             site.append(number)
@@ -155,7 +156,7 @@ def _lower_hull(options: SiteMenu) -> list[int]:
 def _spend_rest(
     menu: Menu, indices: NDArray[np.int64], left: int, order: NDArray[np.int64], segments: _Segments
 ) -> None:
-    """Buy further edges in order while one fits; a site whose edge does not fit goes as far as the last rest reaches."""
+    """Buy further edges in order while one fits; then sites whose edge did not fit go as far as the rest reaches."""
     cheapest = int(segments.parameters.min(initial=1))
     blocked: list[int] = []
     for edge in order:

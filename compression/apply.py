@@ -1,7 +1,7 @@
 """Applying a schedule to a live model, by difference, and taking it back bit for bit.
 
-Knows the module tree and the factor store. Only sites whose choice differs from the last applied one are touched; the original
-modules are kept as they are and put back, never copied.
+Knows the module tree and the factor store. Only sites whose choice differs from the last applied one are touched; the
+original modules are kept as they are and put back, never copied.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ScheduleApplier:
         """Make the model follow `schedule`; returns the names of the sites that changed.
 
         Raises:
-            ValueError: the schedule names an unknown site, leaves one out, or asks for a χ that no decomposition has; the
-                model is then unchanged.
+            ValueError: the schedule names an unknown site, leaves one out, or asks for a χ that no decomposition has;
+                the model is then unchanged.
         """
         wanted = dict(schedule.choices)
         if wanted.keys() != self._dense.keys():

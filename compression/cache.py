@@ -1,7 +1,7 @@
 """The factor cache: named tensors on disk under content-derived keys, shared by every process of a machine.
 
-Knows safetensors files and checksums; not what the tensors mean. Files are memory-mapped, so evaluators share the page cache
-and a slice costs nothing. A file that does not match the checksum in its name is set aside and rebuilt.
+Knows safetensors files and checksums; not what the tensors mean. Files are memory-mapped, so evaluators share the page
+cache and a slice costs nothing. A file that does not match the checksum in its name is set aside and rebuilt.
 """
 
 from __future__ import annotations

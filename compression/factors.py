@@ -45,8 +45,8 @@ class FactorStore:
     Args:
         sites: the sites.
         weights: dense matrix (out, in) per site name.
-        statistics: gives the second moments when a decomposition in a metric has to be built; not called when everything
-            asked for is in the cache.
+        statistics: gives the second moments when a decomposition in a metric has to be built; not called when
+            everything asked for is in the cache.
         statistics_key: identity of those statistics (model, text, seed).
         shrinkage: see `compression.whitening.shrink`.
         cache: where decompositions are kept.

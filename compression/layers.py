@@ -1,12 +1,13 @@
 """`MPOLinear`: a linear layer whose matrix is held as MPO cores.
 
-Knows tensors and modules; not where the cores came from. It does not subclass `nn.Linear`, so that tools which rewrite linear
-layers by type leave it alone instead of losing the cores.
+Knows tensors and modules; not where the cores came from. It does not subclass `nn.Linear`, so that tools which rewrite
+linear layers by type leave it alone instead of losing the cores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -22,8 +23,8 @@ __all__ = ["MPOLinear"]
 class MPOLinear(nn.Module):
     """y = Ŵ x + b with Ŵ (out, in) given by cores (left, out, in, right).
 
-    For each call the cheaper of two exact orders is taken, by multiply-adds: contracting the cores with the activations,
-    or rebuilding Ŵ once for the whole batch.
+    For each call the cheaper of two exact orders is taken, by multiply-adds: contracting the cores with the
+    activations, or rebuilding Ŵ once for the whole batch.
 
     Args:
         cores: two or more, neighbouring bonds equal, 1 at both ends. Kept as given (views stay views).
@@ -36,8 +37,8 @@ class MPOLinear(nn.Module):
     def __init__(self, cores: Sequence[torch.Tensor], bias: torch.Tensor | None = None) -> None:
         super().__init__()
         bonds = [(core.shape[0], core.shape[3]) for core in cores]
-        inner = zip(bonds[:-1], bonds[1:], strict=True)
-        if bonds[0][0] != 1 or bonds[-1][1] != 1 or any(left[1] != right[0] for left, right in inner):
+        matched = all(left[1] == right[0] for left, right in pairwise(bonds))
+        if bonds[0][0] != 1 or bonds[-1][1] != 1 or not matched:
             raise ValueError(f"bonds of neighbouring cores must match and end in 1, got {bonds}")
         self.cores = nn.ParameterList([nn.Parameter(core, requires_grad=False) for core in cores])
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

@@ -1,7 +1,7 @@
 """Legs: how the dimensions of a matrix are split for an MPO, and what a topology name means for a shape.
 
-Integers in, integers out. Every topology is an MPO: `lowrank` is the two-core one whose left core has all output legs and
-whose right core has all input legs, so its χ is the matrix rank.
+Integers in, integers out. Every topology is an MPO: `lowrank` is the two-core one whose left core has all output legs
+and whose right core has all input legs, so its χ is the matrix rank.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 Tensors in, tensors out; knows no module, file or device. The axes of core k are always (left, out, in, right).
 
-Cores come out left-canonical in the Schmidt gauge of every bond: core k = U_{k-1}ᵀ U_k, U_k the left singular vectors of the
-matrix cut at bond k. Slicing all bonds to χ is then a truncation by nested projectors, so one decomposition serves every χ,
-with squared error at most the sum over bonds of the discarded squared singular values (Oseledets 2011, theorem 2.2).
+Cores come out left-canonical in the Schmidt gauge of every bond: core k = U_{k-1}ᵀ U_k, U_k the left singular vectors
+of the matrix cut at bond k. Slicing all bonds to χ is then a truncation by nested projectors, so one decomposition
+serves every χ, with squared error at most the sum over bonds of the discarded squared singular values (Oseledets 2011,
+theorem 2.2).
 """
 
 from __future__ import annotations

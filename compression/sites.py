@@ -1,7 +1,8 @@
 """Sites: which weight matrices of a model may be tensorized.
 
 Knows the module tree of a torch model, nothing of transformers, schedules or factors. Families are discovered from the
-module names inside the repeated block, not hard-coded; embeddings and the output head lie outside the blocks and stay dense.
+module names inside the repeated block, not hard-coded; embeddings and the output head lie outside the blocks and stay
+dense.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Size: what a schedule leaves of a model, in parameters, bytes and multiply-adds. Integers from shapes; no tensor is touched."""
+"""Size: what a schedule leaves of a model, in parameters, bytes and multiply-adds.
+
+Integers from shapes; no tensor is touched.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,8 @@ def choice_parameters(site: Site, choice: Choice) -> int:
 
 
 def choice_multiply_adds(site: Site, choice: Choice) -> int:
-    """Multiply-adds per token of one site: of the contraction, or of the dense product where the matrix is rebuilt because
-    that is less."""
+    """Multiply-adds per token of one site: of the contraction, or of the dense product if that is less (the matrix is
+    then rebuilt once per batch, which is not counted)."""
     if choice.is_dense:
         return site.parameters
     return min(site.parameters, resolve(choice.topology, site.out_features, site.in_features).multiply_adds(choice.chi))

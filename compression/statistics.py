@@ -1,10 +1,11 @@
 """Statistics: second moments of what flows into and back out of every site, streamed over calibration text.
 
-C = mean of x xᵀ over the inputs x of a site; G = mean of g gᵀ over the gradients g, with respect to the site's output, of the
-log-likelihood of a token sampled from the model itself. C and G are the Kronecker factors of the Fisher information of the
-site's weight (Martens & Grosse 2015), so ½·tr(G E C Eᵀ) predicts the KL that an error E costs.
+C = mean of x xᵀ over the inputs x of a site; G = mean of g gᵀ over the gradients g, with respect to the site's output,
+of the log-likelihood of a token sampled from the model itself. C and G are the Kronecker factors of the Fisher
+information of the site's weight (Martens & Grosse 2015), so ½·tr(G E C Eᵀ) predicts the KL that an error E costs.
 
-Knows torch modules and token batches; no tokenizer, no file. One forward and one backward pass per batch, no weight gradients.
+Knows torch modules and token batches; no tokenizer, no file. One forward and one backward pass per batch, no weight
+gradients.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def collect(
     Args:
         model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary); has
             `get_input_embeddings()`. Its parameters must not require gradients.
-        batches: (input_ids, mask) pairs, each (batch, length), int64 and bool, on the model's device; masked-out positions
-            (right padding) count nowhere.
+        batches: (input_ids, mask) pairs, each (batch, length), int64 and bool, on the model's device; masked-out
+            positions (right padding) count nowhere.
         generator: draws the sampled tokens; on the model's device.
         progress: called with the number of tokens done after each batch.
 
@@ -168,7 +169,7 @@ class _Accumulator:
 
 
 def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add the upper block triangle of Σ x xᵀ over `rows` (n, d) to `total` (d, d): 5/8 of the full product's arithmetic."""
+    """Add the upper block triangle of Σ x xᵀ over `rows` (n, d) to `total` (d, d): 5/8 of the full product."""
     width = rows.shape[1]
     step = max(64, -(-width // 4))
     for start in range(0, width, step):

@@ -1,7 +1,7 @@
 """Whitening: the change of coordinates in which the plain SVD is optimal for a metric.
 
-Tensors in, tensors out. With C + εI = L Lᵀ and G + εI = R Rᵀ (Cholesky), tr(G E C Eᵀ) = ‖Rᵀ E L‖², so the best rank-χ matrix
-in the metric is the truncated SVD of Rᵀ W L with the factors undone on both sides.
+Tensors in, tensors out. With C + εI = L Lᵀ and G + εI = R Rᵀ (Cholesky), tr(G E C Eᵀ) = ‖Rᵀ E L‖², so the best rank-χ
+matrix in the metric is the truncated SVD of Rᵀ W L with the factors undone on both sides.
 """
 
 from __future__ import annotations

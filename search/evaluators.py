@@ -1,6 +1,7 @@
 """Evaluators: schedules in, scores out, batch first. The only door to the model.
 
-Budget, replay of known scores and the journal stand around an evaluator in `search.stages.run_agent`, the same for every agent.
+Budget, replay of known scores and the journal stand around an evaluator in `search.stages.run_agent`, the same for
+every agent.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Conso
 def _search(
     folder: RunFolder, config: Config, subject: _Subject, problem: Problem, console: Console
 ) -> tuple[list[Trial], Schedule]:
-    """Run the agent; returns its trials and the schedule that does best on the selection set, the closed form included."""
+    """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
     agent = agents.make(config.agent, problem, config.seed, config.budget)
     journal = Journal(
         folder / STUDY, _fingerprint(config, subject), [group.name for group in problem.groups], problem.levels
@@ -326,7 +326,7 @@ def _subject(config: Config, loaded: LoadedModel, sites: tuple[Site, ...], devic
 
 
 def _sequences(config: Config, subject: _Subject, part: str) -> list[Sequence_]:
-    """What is scored in a part of the run: "search" per trial, "selection" among finalists, "heldout" in the final table."""
+    """What is scored: "search" in every trial, "selection" among finalists, "heldout" in the final table."""
     splits, form = subject.splits, config.proxy_form
     if part == "heldout":
         items, text = splits.report_items, splits.heldout_text.chunks
@@ -382,7 +382,7 @@ def _check_reachable(sites: Sequence[Site], target_kept: float) -> None:
     smallest = _smallest_parameters(sites) / sum(site.parameters for site in sites)
     if target_kept < smallest:
         raise ValueError(
-            f"target_kept must be at least {smallest:.4f}, which χ = 1 everywhere keeps of this model, got {target_kept}"
+            f"target_kept must be at least {smallest:.4f}, what χ = 1 everywhere keeps of this model, got {target_kept}"
         )
 
 

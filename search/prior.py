@@ -31,8 +31,8 @@ def build_prior(
 ) -> dict[str, object]:
     """The content of prior.json.
 
-    Per site: name, block, family, shape, topology, legs and χ (absent where dense), metric, parameters. Beside it the model's
-    identity, the table of the run, the data by digest, the configuration and what it was made with.
+    Per site: name, block, family, shape, topology, legs and χ (absent where dense), metric, parameters. Beside it the
+    model's identity, the table of the run, the data by digest, the configuration and what it was made with.
     """
     return {
         "format": FORMAT,

@@ -1,7 +1,7 @@
 """Stages: what a run does, one function each, from a loaded model to a measured schedule.
 
-Composes engine, environment, agents and evaluators. Knows no flag and no file of a run folder but the journal; `search.pipeline`
-decides the order and writes the results.
+Composes engine, environment, agents and evaluators. Knows no flag and no file of a run folder but the journal;
+`search.pipeline` decides the order and writes the results.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """MPO numerics against truth: limits, exact cases, an independent SVD, and the error bound."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_error_of_every_chi_is_within_the_bound_and_never_grows_with_chi(legs: L
         error = float((matrix - contract(truncate(cores, chi))).norm())
         assert error <= truncation_error_bound(spectra, chi) + 1e-10
         errors.append(error)
-    assert all(later <= earlier + 1e-10 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-10 for earlier, later in itertools.pairwise(errors))
 
 
 def test_two_core_truncation_is_the_best_of_its_rank() -> None:

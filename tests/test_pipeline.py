@@ -1,0 +1,276 @@
+"""The whole job on tiny random models and hand-made data: what it writes, repeats, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from fakedata import fake_data, jsonl
+
+from compression import Choice, Schedule
+from search import cli, pipeline
+from search.config import Config
+from search.evaluators import ModelEvaluator
+
+__all__ = ["fake_data"]
+
+SMALL = {
+    "model": "random:tiny-llama",
+    "device": "cpu",
+    "budget": 6,
+    "target_kept": 0.7,
+    "calibration_tokens": 1500,
+    "search_items": 2,
+    "search_text_tokens": 128,
+    "heldout_tokens": 600,
+    "report_items": 6,
+}
+NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched"]
+KEYS = {
+    "schedule",
+    "kept_fraction",
+    "kl",
+    "perplexity",
+    "accuracy",
+    "expected_accuracy",
+    "items",
+    "parameters",
+    "bytes",
+}
+
+
+def words(**changes: object) -> list[str]:
+    values = {**SMALL, **changes}
+    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None]
+    return [word for pair in flags for word in pair] + ["--quiet"]
+
+
+def trials(folder: Path) -> list[tuple[object, ...]]:
+    """What identifies the trials of a run, wall time left out."""
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
+    return [
+        (trial.user_attrs["trial.number"], trial.user_attrs["schedule.digest"], trial.value, tuple(trial.params.items()))
+        for trial in study.trials
+    ]
+
+
+def run(folder: Path, **changes: object) -> dict[str, Any]:
+    assert cli.main(words(out=folder, **changes)) == cli.DONE
+    document = json.loads((folder / "summary.json").read_text())
+    assert isinstance(document, dict)
+    return document
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = run(tmp_path / "run")
+    rows = document["rows"]
+    assert [row["schedule"] for row in rows] == NAMES
+    assert all(row.keys() >= KEYS for row in rows)
+    assert all(row["items"] == 6 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["kept_fraction"] == 1
+    assert all(0.6 < row["kept_fraction"] <= 0.7 for row in rows[1:])
+    assert all(row["kl"] > 0 for row in rows[1:])
+    assert {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")} == {
+        "config.json",
+        "environment.json",
+        "prior.json",
+        "study.db",
+        "summary.json",
+        "trials.csv",
+    }
+    assert len(trials(tmp_path / "run")) == 6
+    out, _ = capsys.readouterr()
+    assert all(name in out for name in NAMES)
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
+    document = run(tmp_path / "run")
+    prior = json.loads((tmp_path / "run" / "prior.json").read_text())
+    searched = document["rows"][-1]
+    choices = [
+        (site["name"], Choice(site["topology"], site.get("chi", 0), site.get("metric", "none")))
+        for site in prior["sites"]
+    ]
+    assert Schedule(tuple(choices)).digest == prior["schedule_digest"]
+    parameters = sum(site["parameters"] for site in prior["sites"])
+    dense = sum(site["shape"][0] * site["shape"][1] for site in prior["sites"])
+    assert parameters / dense == pytest.approx(searched["kept_fraction"])
+    assert prior["format"] == "chisel-prior"
+    assert len(prior["sites"]) == 21
+
+
+@pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize("model", ["random:tiny-gpt2", "random:tiny-qwen2"])
+def test_other_architectures_run_too(tmp_path: Path, model: str) -> None:
+    rows = run(tmp_path / "run", model=model, budget=2)["rows"]
+    assert [row["schedule"] for row in rows] == NAMES
+    assert rows[-1]["kl"] <= rows[1]["kl"]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    load = pipeline.load_model
+
+    def remember(*args: Any) -> Any:
+        loaded = load(*args)
+        state = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+        seen.append((loaded.model, state))
+        return loaded
+
+    monkeypatch.setattr(pipeline, "load_model", remember)
+    run(tmp_path / "run", budget=2)
+    [(model, before)] = seen
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path / name, seed=seed)
+    assert trials(tmp_path / "a") == trials(tmp_path / "b")
+    assert trials(tmp_path / "a") != trials(tmp_path / "c")
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(tmp_path / "whole")
+    evaluate, calls = ModelEvaluator.evaluate, []
+
+    def stop_at_the_fourth(self: ModelEvaluator, schedules: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return evaluate(self, schedules)
+
+    monkeypatch.setattr(ModelEvaluator, "evaluate", stop_at_the_fourth)
+    assert cli.main(words(out=tmp_path / "cut")) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert len(trials(tmp_path / "cut")) == 3
+    monkeypatch.setattr(ModelEvaluator, "evaluate", evaluate)
+    assert cli.main(["--resume", str(tmp_path / "cut"), "--quiet"]) == cli.DONE
+    assert trials(tmp_path / "cut") == trials(tmp_path / "whole")
+    again = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert [row["kl"] for row in again["rows"]] == [row["kl"] for row in whole["rows"]]
+
+
+@pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize("agent", ["uniform", "lagrangian", "random"])
+def test_every_agent_ends_within_its_budget(tmp_path: Path, agent: str) -> None:
+    document = run(tmp_path / "run", agent=agent, budget=3)
+    assert document["trials"] == (3 if agent == "random" else 1)
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_budget_zero_measures_the_baselines_only(tmp_path: Path) -> None:
+    document = run(tmp_path / "run", budget=0)
+    assert document["trials"] == 0
+    rows = {row["schedule"]: row for row in document["rows"]}
+    assert rows["searched"]["kl"] == rows["lagrangian"]["kl"]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, calls = ModelEvaluator.evaluate, []
+
+    def poison_the_second(self: ModelEvaluator, schedules: Any) -> Any:
+        calls.append(1)
+        if len(calls) != 2:
+            return evaluate(self, schedules)
+        hook = self._model.get_output_embeddings().register_forward_hook(lambda m, a, output: output * torch.nan)
+        try:
+            return evaluate(self, schedules)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(ModelEvaluator, "evaluate", poison_the_second)
+    run(tmp_path / "run", budget=4)
+    found = sqlite3.connect(tmp_path / "run" / "study.db").execute("select state, count(*) from trials group by state")
+    assert dict(found.fetchall()) == {"COMPLETE": 3, "FAIL": 1}
+    header, *lines = (tmp_path / "run" / "trials.csv").read_text().splitlines()
+    second = dict(zip(header.split(","), lines[1].split(","), strict=True))
+    assert (second["state"], second["reward"], second["accuracy"], second["kl"]) == ("nonfinite", "", "", "")
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_jsonl_file_serves_as_the_proxy(tmp_path: Path) -> None:
+    records = [{"question": f"What is {n}?", "choices": ["one", "two", f"{n}"], "answer": n % 3} for n in range(40)]
+    proxy = jsonl(tmp_path / "exam.jsonl", records)
+    assert run(tmp_path / "run", proxy=proxy, budget=1)["rows"][0]["items"] == 6
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_dry_run_tells_sites_ladder_cost_data_and_output_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words(out=tmp_path / "run"), "--dry-run", "--json"]) == cli.DONE
+    told = json.loads(capsys.readouterr().out)
+    assert told["model"]["sites"] == 21
+    assert told["search"]["reachable_kept"].startswith("0.")
+    assert told["cost"]["estimated_minutes"] >= 0
+    assert told["data"]["calibration_tokens"] == 1500
+    assert told["output"] == str(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_kept": 0.01}, "--target-kept must be at least"),
+        ({"model": "random:tiny-lama"}, "random:tiny-llama"),
+        ({"device": "cuda:7"}, "--device must exist"),
+        ({"proxy": "sciq", "proxy_form": "letter"}, "--proxy-form must be answer"),
+        ({"heldout_tokens": 10_000_000}, "there are only"),
+    ],
+)
+def test_bad_input_is_one_line_with_code_2_and_nothing_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], message: str
+) -> None:
+    assert cli.main(words(out=tmp_path / "run", **changes)) == cli.REFUSED
+    _, err = capsys.readouterr()
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_an_unreadable_jsonl_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = tmp_path / "exam.jsonl"
+    proxy.write_text('{"question": "Q", "choices": ["a", "b"], "answer": 0}\n{"question": "R", "choices": ["a"]\n')
+    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert cli.main(words(out=tmp_path / "run", proxy=proxy)) == cli.REFUSED
+    assert "line 2" in capsys.readouterr().err.replace(":2:", " line 2")
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", budget=2)
+    reward = pipeline.Reward
+
+    monkeypatch.setattr(pipeline, "Reward", lambda **given: reward(**{"kl_weight": 2.0, **given}))
+    assert cli.main(["--resume", str(tmp_path / "run"), "--quiet"]) == cli.REFUSED
+    assert "reward.kl_weight was 1.0, is 2.0" in capsys.readouterr().err
+
+
+def test_defaults_are_what_the_readme_says() -> None:
+    config = Config()
+    assert (config.agent, config.budget, config.target_kept, config.proxy) == ("reinforce", 200, 0.8, "mmlu")
