@@ -28,3 +28,7 @@ class Lagrangian:
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
         """Nothing is learned."""
         self._ledger.close(proposals, rewards)
+
+    def recommend(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. By reward."""
+        return self._ledger.best(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from agents.protocol import Proposal
@@ -19,6 +20,7 @@ class Ledger:
         self.budget = budget
         self._proposed: set[str] = set()
         self._open: set[str] = set()
+        self._told: list[tuple[float, Proposal]] = []
 
     @property
     def left(self) -> int:
@@ -47,3 +49,9 @@ class Ledger:
             if proposal.schedule.digest not in self._open:
                 raise ValueError(f"schedule {proposal.schedule.digest[:12]} was not asked for, or told before")
             self._open.remove(proposal.schedule.digest)
+        self._told += [(float(reward), proposal) for proposal, reward in zip(proposals, rewards, strict=True)]
+
+    def best(self, count: int) -> list[Proposal]:
+        """The `count` proposals told with the highest reward, best first; ties go to the earlier, NaN is left out."""
+        told = [pair for pair in self._told if not math.isnan(pair[0])]
+        return [proposal for _, proposal in sorted(told, key=lambda pair: -pair[0])[:count]]

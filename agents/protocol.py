@@ -87,3 +87,9 @@ class Agent(Protocol):
         Raises:
             ValueError: different numbers of proposals and rewards, or a proposal that was not asked for or told before.
         """
+
+    def recommend(self, count: int) -> list[Proposal]:
+        """At most `count` different proposals it believes best, best first; called after the last tell.
+
+        They need not have been proposed before: an agent that learns may trust that more than single rewards.
+        """

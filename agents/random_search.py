@@ -42,6 +42,10 @@ class RandomSearch:
         """Nothing is learned."""
         self._ledger.close(proposals, rewards)
 
+    def recommend(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. By reward."""
+        return self._ledger.best(count)
+
     def _draw(self) -> Proposal:
         actions: list[int] = []
         for _ in range(self._task.steps):

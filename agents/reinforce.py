@@ -209,7 +209,7 @@ class Critic:
         for theta in itertools.product((0.03, 0.3, 3.0), (0.03, 0.3, 3.0)):
             values, vectors = np.linalg.eigh(self._kernel((x, f), theta))
             projected = vectors.T @ target
-            for ridge in (1e-4, 1e-3, 1e-2, 1e-1):
+            for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
                 inverse = 1 / (np.maximum(values, 0.0) + ridge)
                 likelihood = 0.5 * float(np.log(inverse).sum() - (inverse * projected**2).sum())
                 if likelihood > best:
@@ -293,6 +293,21 @@ class Reinforce:
             assert proposal.actions is not None
             self._actions.append(proposal.actions)
             self._rewards.append(float(reward))
+
+    def recommend(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. The policy's mode, then the trials of which the critic expects most."""
+        if len(self._rewards) < 3:
+            return self._ledger.best(count)
+        if len(self._rewards) > self._learned:
+            self._learn()
+        actions = np.unique(np.array(self._actions, dtype=np.int64), axis=0)
+        believed = actions[np.argsort(-self.critic(actions), kind="stable")]
+        found: dict[str, Proposal] = {}
+        for levels in (self.policy.mode()[0], *believed):
+            if len(found) < count:
+                proposal = Proposal(self._task.schedule(levels), tuple(levels.tolist()))
+                found.setdefault(proposal.schedule.digest, proposal)
+        return list(found.values())
 
     def _plan(self) -> None:
         """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""

@@ -146,7 +146,7 @@ class Config(BaseModel):
         5,
         "sizes",
         "a whole number from 1 to 1000000",
-        "Questions every trial is scored on; none of them is ever reported on.",
+        "Questions one trial is scored on; none of them is ever reported on.",
         ge=1,
         le=1_000_000,
     )
@@ -154,9 +154,17 @@ class Config(BaseModel):
         256,
         "sizes",
         "a whole number from 64 to 100000000",
-        "Tokens of prose every trial is scored on.",
+        "Tokens of prose one trial is scored on.",
         ge=64,
         le=100_000_000,
+    )
+    search_shards: int = _field(
+        6,
+        "sizes",
+        "a whole number from 1 to 1000",
+        "Into how many sets of that size trials are spread by chance, so that a search fits no single one.",
+        ge=1,
+        le=1000,
     )
     heldout_tokens: int = _field(
         4096,

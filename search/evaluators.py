@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,8 @@ class Score:
         size: parameters, bytes, multiply-adds.
         seconds: wall time of this evaluation.
         reason: why it failed, else empty.
+        shard: which of the evaluator's workloads it was measured on.
+        kl_control, expected_accuracy_control: control variates, see `ModelEvaluator`; 0 with one workload.
     """
 
     state: str
@@ -41,16 +44,19 @@ class Score:
     size: Size
     seconds: float
     reason: str = ""
+    shard: int = 0
+    kl_control: float = 0.0
+    expected_accuracy_control: float = 0.0
 
     @property
     def kl(self) -> float:
-        """KL(dense ‖ model), nats per token."""
-        return self.quality.kl
+        """KL(dense ‖ model), nats per token, estimated for all workloads together."""
+        return self.quality.kl + self.kl_control
 
     @property
     def expected_accuracy(self) -> float:
-        """Mean P(correct) over the items."""
-        return self.quality.expected_accuracy
+        """Mean P(correct) over the items, estimated for all workloads together."""
+        return self.quality.expected_accuracy + self.expected_accuracy_control
 
     @property
     def kept_fraction(self) -> float:
@@ -58,9 +64,10 @@ class Score:
         return self.size.kept_fraction
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row of single figures; NaN becomes None."""
-        row = {"state": self.state, "seconds": self.seconds, "reason": self.reason}
-        row |= {name: value for name, value in self.quality.scalars().items() if name != "state"} | asdict(self.size)
+        """One flat row of single figures; NaN becomes None. `kl` and `expected_accuracy` are those of the workload."""
+        own = {name: getattr(self, name) for name in _OWN}
+        row = own | {name: value for name, value in self.quality.scalars().items() if name != "state"}
+        row |= asdict(self.size)
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
@@ -75,7 +82,10 @@ class Score:
             return {name: math.nan if row[name] is None else row[name] for name in known}
 
         quality = Quality(**{**pick(Quality), "state": "ok" if row["state"] == "ok" else "nonfinite"})
-        return cls(row["state"], quality, Size(**pick(Size)), row["seconds"], row.get("reason") or "")
+        return cls(quality=quality, size=Size(**pick(Size)), **{name: row[name] for name in _OWN})
+
+
+_OWN = ("state", "seconds", "reason", "shard", "kl_control", "expected_accuracy_control")
 
 
 class Evaluator(Protocol):
@@ -86,26 +96,43 @@ class Evaluator(Protocol):
 
 
 class ModelEvaluator:
-    """Scores schedules on one live model and one workload.
+    """Scores schedules on one live model.
+
+    With several workloads every schedule is measured on one of them, picked by its digest, so a search sees all their
+    text at the price of one. What makes a workload easy or hard is taken out by a control variate: the anchor is
+    measured on all of them once, and its mean minus its value on the workload used is added to the estimate.
 
     Args:
         model: the dense model; it follows one schedule after the other and is dense again after `close`.
         store: its factors.
-        workload: what is measured; referenced to the dense model here.
+        workloads: what is measured; referenced to the dense model here.
+        anchor: the schedule that all others are compared through; needed with two workloads or more.
 
     Attributes:
-        dense: score of the untouched model.
+        dense: score of the untouched model; its `kl` and `expected_accuracy` are means over the workloads.
+
+    Raises:
+        ValueError: no workload, or several without an anchor; an anchor without finite figures.
     """
 
-    def __init__(self, model: nn.Module, store: FactorStore, workload: Workload) -> None:
+    def __init__(
+        self, model: nn.Module, store: FactorStore, workloads: Sequence[Workload], anchor: Schedule | None = None
+    ) -> None:
+        if not workloads or (len(workloads) > 1 and anchor is None):
+            raise ValueError(f"{len(workloads)} workloads: one is needed, and an anchor schedule for more than one")
         self._model = model
-        self._workload = workload
+        self._workloads = tuple(workloads)
         self._applier = ScheduleApplier(model, store)
         self._sizes = SizeModel(model, store.sites)
-        start = time.perf_counter()
-        quality = workload.reference(model)
         dense = Schedule.dense(tuple(site.name for site in store.sites))
-        self.dense = Score("ok", quality, self._sizes.size(dense), time.perf_counter() - start)
+        start = time.perf_counter()
+        qualities = [workload.reference(model) for workload in workloads]
+        size, seconds = self._sizes.size(dense), time.perf_counter() - start
+        self.dense = Score("ok", qualities[0], size, seconds, "", 0, *_controls(qualities)[0])
+        self._controls = [(0.0, 0.0)] * len(workloads)
+        if anchor is not None and len(workloads) > 1:
+            self._applier.apply_(anchor)
+            self._controls = _controls([workload.measure(model) for workload in workloads])
 
     def evaluate(self, schedules: Sequence[Schedule]) -> list[Score]:
         """One score per schedule, in order. An evaluation that raises is a failed score, never a number.
@@ -121,11 +148,23 @@ class ModelEvaluator:
 
     def _evaluate(self, schedule: Schedule) -> Score:
         size = self._sizes.size(schedule)
+        shard = int(schedule.digest[:8], 16) % len(self._workloads)
         start = time.perf_counter()
         self._applier.apply_(schedule)
+        reason = ""
         try:
-            quality = self._workload.measure(self._model)
+            quality = self._workloads[shard].measure(self._model)
+            state = quality.state
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            quality, state = Quality(), "failed"
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            return Score("failed", Quality(), size, time.perf_counter() - start, reason)
-        return Score(quality.state, quality, size, time.perf_counter() - start)
+        return Score(state, quality, size, time.perf_counter() - start, reason, shard, *self._controls[shard])
+
+
+def _controls(qualities: Sequence[Quality]) -> list[tuple[float, float]]:
+    """Of one schedule on every workload: its mean minus its value there, for KL and for expected accuracy."""
+    if any(quality.state != "ok" for quality in qualities):
+        raise ValueError("the anchor schedule gives NaN or infinite logits; nothing can be compared through it")
+    kl = [quality.kl for quality in qualities]
+    correct = [quality.expected_accuracy for quality in qualities]
+    return [(fmean(kl) - one, fmean(correct) - other) for one, other in zip(kl, correct, strict=True)]

@@ -39,7 +39,7 @@ from search.table import csv_text
 
 __all__ = ["RunSummary", "plan", "run"]
 
-_SELECTION = 3  # the selection set is this many times the search set
+_SELECTION = 4  # the selection set is this many times what a trial sees
 _FINALISTS = 6
 
 
@@ -107,15 +107,15 @@ def plan(config: Config) -> Mapping[str, object]:
     sites = discover_sites(loaded.model)
     _check_reachable(sites, config.target_kept)
     subject = _subject(config, loaded, sites, device)
-    searched, selected, heldout = (_sequences(config, subject, part) for part in ("search", "selection", "heldout"))
+    searched, [selected], [heldout] = (_shards(config, subject, part) for part in ("search", "selection", "heldout"))
     tokens = {
         name: sum(len(row.tokens) for row in rows)
-        for name, rows in (("trial", searched), ("selection", selected), ("held-out", heldout))
+        for name, rows in (("trial", searched[0]), ("selection", selected), ("held-out", heldout))
     }
     parameters = sum(site.parameters for site in sites)
     forward = (
         3 * config.calibration_tokens
-        + (config.budget + 1) * tokens["trial"]
+        + (config.budget + 2 * config.search_shards) * tokens["trial"]
         + (_FINALISTS + 2) * tokens["selection"]
         + 7 * tokens["held-out"]
     )
@@ -223,7 +223,7 @@ def _search(
     )
     closed_form = problem.closed_form()
     try:
-        with _evaluator(config, subject, "search") as evaluator:
+        with _evaluator(config, subject, "search", closed_form) as evaluator:
             reward = Reward(dense_expected_accuracy=evaluator.dense.expected_accuracy)
             done = min(len(journal.records), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
@@ -231,7 +231,7 @@ def _search(
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:
         journal.close()
-    finalists = [trial.proposal.schedule for trial in best_trials(trials, _FINALISTS)]
+    finalists = [proposal.schedule for proposal in agent.recommend(_FINALISTS)]
     return trials, _select(config, subject, closed_form, finalists, console)
 
 
@@ -313,8 +313,8 @@ def _subject(config: Config, loaded: LoadedModel, sites: tuple[Site, ...], devic
         loaded.encode,
         config.proxy,
         calibration_tokens=config.calibration_tokens,
-        search_text_tokens=config.search_text_tokens * (1 + _SELECTION),
-        search_items=config.search_items * (1 + _SELECTION),
+        search_text_tokens=config.search_text_tokens * _parts(config),
+        search_items=config.search_items * _parts(config),
         heldout_tokens=config.heldout_tokens,
         report_items=config.report_items,
         chunk_tokens=CHUNK_TOKENS,
@@ -325,27 +325,35 @@ def _subject(config: Config, loaded: LoadedModel, sites: tuple[Site, ...], devic
     return _Subject(loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
 
 
-def _sequences(config: Config, subject: _Subject, part: str) -> list[Sequence_]:
-    """What is scored: "search" in every trial, "selection" among finalists, "heldout" in the final table."""
-    splits, form = subject.splits, config.proxy_form
+def _shards(config: Config, subject: _Subject, part: str) -> list[list[Sequence_]]:
+    """What is scored: "search" in the trials, by shard, "selection" among finalists, "heldout" in the final table."""
+    splits = subject.splits
     if part == "heldout":
-        items, text = splits.report_items, splits.heldout_text.chunks
+        shards = [(splits.report_items, splits.heldout_text.chunks)]
     else:
-        searched = part == "search"
-        items = splits.search_items[: config.search_items] if searched else splits.search_items[config.search_items :]
-        text = tuple(
-            chunk
-            for number, chunk in enumerate(splits.search_text.chunks)
-            if (number % (1 + _SELECTION) == 0) == searched
-        )
-    return workload_sequences(subject.loaded, items, config.proxy, form, text)
+        parts = _parts(config)
+        dealt = [
+            (splits.search_items[number::parts], splits.search_text.chunks[number::parts]) for number in range(parts)
+        ]
+        shards = dealt[: config.search_shards]
+        if part == "selection":
+            rest = dealt[config.search_shards :]
+            shards = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
+    return [workload_sequences(subject.loaded, items, config.proxy, config.proxy_form, text) for items, text in shards]
+
+
+def _parts(config: Config) -> int:
+    """Into how many parts the search data are dealt: the shards that trials see, and those kept for selection."""
+    return config.search_shards + _SELECTION
 
 
 @contextmanager
-def _evaluator(config: Config, subject: _Subject, part: str) -> Iterator[ModelEvaluator]:
+def _evaluator(
+    config: Config, subject: _Subject, part: str, anchor: Schedule | None = None
+) -> Iterator[ModelEvaluator]:
     """An evaluator on one part of the data; the model is dense again afterwards."""
-    workload = Workload(_sequences(config, subject, part), subject.device)
-    evaluator = ModelEvaluator(subject.loaded.model, subject.store, workload)
+    workloads = [Workload(sequences, subject.device) for sequences in _shards(config, subject, part)]
+    evaluator = ModelEvaluator(subject.loaded.model, subject.store, workloads, anchor)
     try:
         yield evaluator
     finally:

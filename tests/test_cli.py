@@ -64,7 +64,8 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     texts = dict(
         agent="random", granularity="family", out="o", model="m", proxy="sciq", proxy_form="letter", device="cpu"
     )
-    sizes = dict(calibration_tokens=600, search_items=3, search_text_tokens=100, heldout_tokens=101, report_items=4)
+    sizes = dict(calibration_tokens=600, search_items=3, search_text_tokens=100, search_shards=2)
+    sizes |= dict(heldout_tokens=101, report_items=4)
     values = {**texts, **sizes, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
     assert set(values) | {"quick", "resume"} == set(Config.model_fields)
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]

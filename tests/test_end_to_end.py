@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[1]
 def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "search.py"), "--quick", "--budget", "6", "--out", str(tmp_path / "a run é")]
     done = subprocess.run(
-        [*command, "--json", "--calibration-tokens", "16384"], capture_output=True, text=True, timeout=2400, cwd=tmp_path
+        [*command, "--json", "--calibration-tokens", "16384"],
+        capture_output=True,
+        text=True,
+        timeout=2400,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

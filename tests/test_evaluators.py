@@ -40,7 +40,7 @@ def evaluator_of(loaded: LoadedModel) -> tuple[ModelEvaluator, FactorStore]:
         ],
         CPU,
     )
-    return ModelEvaluator(loaded.model, store, workload), store
+    return ModelEvaluator(loaded.model, store, [workload]), store
 
 
 def everywhere(store: FactorStore, chi: int) -> Schedule:
@@ -110,3 +110,38 @@ def test_a_score_survives_a_row(loaded: LoadedModel) -> None:
     assert again.to_dict() == score.to_dict()
     assert again.kl == score.kl
     assert again.size == score.size
+
+
+def test_a_schedule_is_measured_on_the_shard_of_its_digest_and_corrected_by_the_anchor(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    evaluator.close()
+    texts = ["One text to score.", "And quite another one, which is longer.", "A third; it ends here."]
+    item = packed_item(loaded.encode, "Question: What?\nAnswer:", (" this", " that one"), 1)
+    parts = [[item, packed_text(loaded.encode(text))] for text in texts]
+    anchor = everywhere(store, 6)
+    alone = [ModelEvaluator(loaded.model, store, [Workload(part, CPU)]) for part in parts]
+    anchored = []
+    for one in alone:
+        anchored.append(one.evaluate([anchor])[0].kl)
+        one.close()
+    sharded = ModelEvaluator(loaded.model, store, [Workload(part, CPU) for part in parts], anchor)
+    schedules = [everywhere(store, chi) for chi in range(1, 9)]
+    scores = sharded.evaluate(schedules)
+    sharded.close()
+    assert len({score.shard for score in scores}) > 1
+    for schedule, score in zip(schedules, scores, strict=True):
+        assert score.shard == int(schedule.digest[:8], 16) % 3
+        [raw] = alone[score.shard].evaluate([schedule])
+        alone[score.shard].close()
+        assert score.quality.kl == pytest.approx(raw.kl, abs=1e-6)
+        assert score.kl == pytest.approx(raw.kl - anchored[score.shard] + sum(anchored) / 3, abs=1e-6)
+    assert scores[5].kl == pytest.approx(sum(anchored) / 3)
+    assert Score.from_dict(scores[0].to_dict()).kl == scores[0].kl
+
+
+def test_several_workloads_need_an_anchor(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    evaluator.close()
+    workloads = [Workload([packed_text([1, 2, 3])], CPU) for _ in range(2)]
+    with pytest.raises(ValueError, match="anchor"):
+        ModelEvaluator(loaded.model, store, workloads)

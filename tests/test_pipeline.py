@@ -54,7 +54,12 @@ def trials(folder: Path) -> list[tuple[object, ...]]:
     """What identifies the trials of a run, wall time left out."""
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
     return [
-        (trial.user_attrs["trial.number"], trial.user_attrs["schedule.digest"], trial.value, tuple(trial.params.items()))
+        (
+            trial.user_attrs["trial.number"],
+            trial.user_attrs["schedule.digest"],
+            trial.value,
+            tuple(trial.params.items()),
+        )
         for trial in study.trials
     ]
 
@@ -233,7 +238,7 @@ def test_a_dry_run_tells_sites_ladder_cost_data_and_output_and_writes_nothing(
     [
         ({"target_kept": 0.01}, "--target-kept must be at least"),
         ({"model": "random:tiny-lama"}, "random:tiny-llama"),
-        ({"device": "cuda:7"}, "--device must exist"),
+        ({"device": "cuda:7"}, "device must exist"),
         ({"proxy": "sciq", "proxy_form": "letter"}, "--proxy-form must be answer"),
         ({"heldout_tokens": 10_000_000}, "there are only"),
     ],
