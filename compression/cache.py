@@ -58,6 +58,10 @@ class FactorCache:
             bundle = self.load(key) or bundle  # memory-mapped from here on
         return bundle
 
+    def has(self, key: str) -> bool:
+        """Whether a file of `key` is there; `load` tells whether it is intact."""
+        return self.root is not None and any(self._folder(key).glob(f"{key}.*.safetensors"))
+
     def load(self, key: str) -> Bundle | None:
         """The bundle of `key`, or None if it is not cached. A damaged file counts as absent, with one warning."""
         if self.root is None:

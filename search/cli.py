@@ -23,10 +23,11 @@ from search.interrupts import INTERRUPTED, guarded
 from search.runfolder import CONFIG, finite
 from search.table import text_table
 
-__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "Summary", "main"]
+__all__ = ["DONE", "FAILURES", "REFUSED", "Summary", "main"]
 
-DONE, REFUSED, PREFLIGHT, FAILURES = 0, 2, 3, 4
-"""Exit codes: done; refused input; preflight (no data, no device); finished with failures. 130 is interrupted."""
+DONE, REFUSED, FAILURES = 0, 2, 4
+"""Exit codes: done; refused before any work (input, or data or device not there); stopped or finished with failures;
+130 is interrupted."""
 
 _INTRODUCTION = """\
 Make a language model smaller: replace its weight matrices by products of thinner ones, and search how thin each
@@ -47,7 +48,7 @@ examples:
 other commands:
   python search.py data                                     only fetch the model and the texts of the default job
 
-exit codes: 0 done, 2 refused input, 3 no data or device, 4 finished with failures, 130 interrupted"""
+exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
 
 
 class Summary(Protocol):
@@ -239,7 +240,7 @@ def _explain(error: BaseException, folder: Path | None) -> int:
 
     if isinstance(error, DataUnavailable):
         _complain(str(error))
-        return PREFLIGHT
+        return REFUSED
     if isinstance(error, ValueError) and not os.environ.get("CHISEL_TRACEBACK"):
         return _refuse(str(error))
     resume = f"; once that is mended: python search.py --resume {shlex.quote(str(folder))}" if folder else ""

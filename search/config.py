@@ -29,7 +29,7 @@ QUICK: Mapping[str, int] = {
     "budget": 10,
     "calibration_tokens": 4096,
     "search_items": 4,
-    "search_text_tokens": 256,
+    "search_shards": 2,
     "heldout_tokens": 1024,
     "report_items": 16,
 }
@@ -74,7 +74,7 @@ class Config(BaseModel):
         le=1.0,
     )
     granularity: Granularity = _field(
-        "block",
+        "block+family",
         "search",
         _one_of(GRANULARITIES),
         "What one decision of the agent covers: a layer, a kind of matrix, one matrix, or layer and kind together.",

@@ -6,7 +6,9 @@ Knows the order of the stages and what a run folder receives; how a stage works 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,7 +153,7 @@ def plan(config: Config) -> Mapping[str, object]:
         "cost": {
             "forward_tokens": forward,
             "estimated_minutes": round(forward * _seconds_per_token(subject) / 60, 1),
-            "statistics_cached": subject.calibration.cache.load(subject.calibration.key) is not None,
+            "statistics_cached": subject.calibration.cache.has(subject.calibration.key),
         },
         "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
         "output": str(Path(config.resume or config.out or "results").absolute()),
@@ -172,6 +174,7 @@ def _preflight(config: Config) -> torch.device:
 
 
 def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Console) -> RunSummary:
+    _check_space(subject)
     with console.stage("calibrate", config.calibration_tokens, "tokens") as stage:
         seen = [0]
 
@@ -392,6 +395,20 @@ def _check_reachable(sites: Sequence[Site], target_kept: float) -> None:
         raise ValueError(
             f"target_kept must be at least {smallest:.4f}, what χ = 1 everywhere keeps of this model, got {target_kept}"
         )
+
+
+def _check_space(subject: _Subject) -> None:
+    """Refuse to start building a cache that the disk cannot hold: moments, and three sets of factors, in float32."""
+    cache = subject.calibration.cache
+    if cache.root is None or cache.has(subject.calibration.key):
+        return
+    moments = sum(site.out_features**2 + site.in_features**2 for site in subject.sites)
+    needed = 4 * (moments + 3 * sum(site.parameters for site in subject.sites))
+    cache.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache.root).free
+    if free < needed:
+        text = f"the cache {cache.root} needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, text)
 
 
 def _smallest_parameters(sites: Sequence[Site]) -> int:

@@ -114,7 +114,7 @@ def failing(pipeline, error, folder=None):
     ("error", "code", "words"),
     [
         (ValueError("target_kept must be\nat least 0.1"), cli.REFUSED, "--target-kept must be at least 0.1"),
-        (DataUnavailable("no network; set CHISEL_DATA"), cli.PREFLIGHT, "no network; set CHISEL_DATA"),
+        (DataUnavailable("no network; set CHISEL_DATA"), cli.REFUSED, "no network; set CHISEL_DATA"),
         (OSError(errno.ENOSPC, "No space left on device"), cli.FAILURES, "No space left on device"),
         (MemoryError(), cli.FAILURES, "out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),

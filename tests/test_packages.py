@@ -43,6 +43,12 @@ def without_pip(*_: object) -> None:
     raise AssertionError("downloaded again")
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may start pip slowly; only the test of a silent index wants it to be given up soon."""
+    monkeypatch.setattr(packages, "ANSWER_SECONDS", 60.0)
+
+
 def test_a_package_is_downloaded_once_and_read(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch() == cached(package).parent
     monkeypatch.setattr(packages, "_pip_download", without_pip)

@@ -119,7 +119,7 @@ def test_the_residuals_of_the_critic_are_those_of_leaving_one_out():
     residuals = critic.fit(actions, rewards)
     kernel = critic._kernel(critic._trials, critic._theta)
     target = (rewards - rewards.mean()) / rewards.std()
-    for ridge in (1e-4, 1e-3, 1e-2, 1e-1):
+    for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         dual = np.linalg.solve(kernel + ridge * np.eye(30), target)
         if np.allclose(dual, critic._dual, rtol=1e-5):
             break
