@@ -140,6 +140,6 @@ class FactorStore:
             return Whitening(None, None)
         if metric not in ("input", "two-sided"):
             raise ValueError(f"metric must be plain, input or two-sided, got {metric!r}")
-        statistics = self._statistics()
-        gradient = statistics.gradient(name) if metric == "two-sided" else None
-        return Whitening.of(statistics.input(name), gradient, self._shrinkage)
+        statistics, device = self._statistics(), self._weights[name].device
+        gradient = statistics.gradient(name).to(device) if metric == "two-sided" else None
+        return Whitening.of(statistics.input(name).to(device), gradient, self._shrinkage)

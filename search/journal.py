@@ -98,8 +98,8 @@ class Journal:
         return [self._records[number] for number in sorted(self._records)]
 
     def scores(self) -> dict[str, Mapping[str, object]]:
-        """Score by digest of every trial that is "ok" or "nonfinite", to be told again instead of measured."""
-        return {record.digest: record.score for record in self.records if record.state != "failed"}
+        """Score by digest of every trial, failed ones too: a resumed search is told again what it was told before."""
+        return {record.digest: record.score for record in self.records}
 
     def record(self, record: Record) -> None:
         """Keep one trial; when this returns it is on disk. One kept already with the same digest stays as it is.

@@ -196,6 +196,12 @@ def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Conso
     trials, chosen = _search(folder, config, subject, problem, console)
     scores = _measure(config, subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, console)
     rows = [_row(name, score) for name, score in scores.items()]
+    comparison = _comparison(scores)
+    if comparison:
+        console.note(
+            f"held-out KL, searched minus lagrangian: {comparison['value']:+.4f} ± {comparison['standard_error']:.4f}"
+            f" nats/token ({comparison['relative']:+.1%}, {comparison['sequences']} sequences)"
+        )
     failures = sum(trial.score.state == "failed" for trial in trials)
     document: dict[str, object] = {
         "model": subject.loaded.model_id,
@@ -208,7 +214,7 @@ def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Conso
         "failed_trials": failures,
         "folder": str(folder.path),
         "rows": rows,
-        "searched_against_lagrangian_kl": _comparison(scores),
+        "searched_against_lagrangian_kl": comparison,
         "environment": environment(),
     }
     folder.write_json(SUMMARY, document)

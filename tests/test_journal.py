@@ -65,7 +65,7 @@ def test_a_trial_without_a_figure_is_a_failed_trial_never_a_number(tmp_path, sta
     assert again.records[0].state == state
     assert again.records[0].reason == "logits are NaN"
     assert again.records[0].score["kl"] is None
-    assert ("digest0" in again.scores()) == (state == "nonfinite")
+    assert "digest0" in again.scores()
     assert again._study.trials[0].state == optuna.trial.TrialState.FAIL
     assert again._study.trials[0].value is None
     again.close()

@@ -16,6 +16,7 @@ from compression import Choice, Schedule
 from search import cli, pipeline
 from search.config import Config
 from search.evaluators import ModelEvaluator
+from search.scoring import Workload
 
 __all__ = ["fake_data"]
 
@@ -169,6 +170,34 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     assert trials(tmp_path / "cut") == trials(tmp_path / "whole")
     again = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert [row["kl"] for row in again["rows"]] == [row["kl"] for row in whole["rows"]]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_failed_trial_stays_failed_when_the_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, calls = Workload.measure, []
+
+    def fail_the_second_trial(self: Workload, model: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("device lost")
+        return measure(self, model)
+
+    monkeypatch.setattr(Workload, "measure", fail_the_second_trial)
+    assert cli.main(words(out=tmp_path / "run", search_shards=1)) == cli.FAILURES
+    before = trials(tmp_path / "run")
+    assert [trial[2] is None for trial in before] == [False, True, False, False, False, False]
+    monkeypatch.setattr(Workload, "measure", measure)
+    assert cli.main(["--resume", str(tmp_path / "run"), "--quiet"]) == cli.FAILURES
+    assert trials(tmp_path / "run") == before
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_bfloat16_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_dtype", lambda device: torch.bfloat16)
+    rows = run(tmp_path / "run", budget=2)["rows"]
+    single = rows[0]["parameters"] * 2
+    assert rows[0]["bytes"] == single
+    assert rows[4]["kl"] < rows[1]["kl"]
 
 
 @pytest.mark.usefixtures("fake_data")

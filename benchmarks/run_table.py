@@ -1,0 +1,74 @@
+"""Write the table of a finished run into README.md and results/README.md, with command, commit, date and machine.
+
+    python -m benchmarks.run_table results/RUN
+
+Reads summary.json of the run folder; replaces what stands between the two `run table` markers of each file. Prints one
+line per bar of the default job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from search.table import SUMMARY, markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run table -->"
+
+
+def section(document: dict[str, Any]) -> str:
+    """Markdown of the table with what it was made by."""
+    made, difference = document["environment"], document["searched_against_lagrangian_kl"]
+    columns = [column for column in SUMMARY if column.key != "kept_fraction"]
+    rows = {row["schedule"]: row for row in document["rows"]}
+    closed = rows["lagrangian"]["kl"]
+    whitened, uniform = (rows[name]["kl"] / closed for name in ("uniform-whitened", "uniform"))
+    low, high = (100 * (difference["value"] + sign * 1.96 * difference["standard_error"]) / closed for sign in (-1, 1))
+    return f"""\
+{document["model"]} at kept fraction {document["target_kept"]} over the sites, {document["trials"]} trials, no healing:
+
+{markdown_table(document["rows"], columns)}
+KL is the mean over {rows["dense"]["tokens"]:,} held-out tokens. The closed form's is
+{whitened:.1f} times below uniform-whitened and {uniform:.1f} times below uniform.
+The searched schedule's is {-100 * difference["relative"]:.1f} % below the closed form's: {difference["value"]:+.4f} ±
+{difference["standard_error"]:.4f} nats per token, paired over {difference["sequences"]} sequences, a 95 % interval of
+{low:+.1f} to {high:+.1f} %. Accuracy on so few items is noise; it is shown with its standard error for that reason.
+
+Made by `{made["command"]}` at commit `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of
+{made["cpu"]} with {made["threads"]} threads, Python {made["python"]}, torch {made["packages"]["torch"]}.
+"""
+
+
+def bars(document: dict[str, Any]) -> list[str]:
+    """`bar NAME VALUE RELATION THRESHOLD ok|missed`."""
+    kl = {row["schedule"]: row["kl"] for row in document["rows"]}
+    wanted = [
+        ("searched_over_lagrangian_kl", kl["searched"] / kl["lagrangian"], "<=", 1.0),
+        ("whitened_over_lagrangian_kl", kl["uniform-whitened"] / kl["lagrangian"], ">=", 3.0),
+        ("uniform_over_lagrangian_kl", kl["uniform"] / kl["lagrangian"], ">=", 2.0),
+    ]
+    return [
+        f"bar {name} {value:.3f} {relation} {limit} {'ok' if (value <= limit) == (relation == '<=') else 'missed'}"
+        for name, value, relation, limit in wanted
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("run", type=Path, help="a finished run folder")
+    document = json.loads((parser.parse_args().run / "summary.json").read_text(encoding="utf-8"))
+    for path in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"{path} has no place for the table: {START} … {END}")
+        path.write_text(pattern.sub(lambda _: f"{START}\n\n{section(document)}\n{END}", text), encoding="utf-8")
+    print("\n".join(bars(document)))
+
+
+if __name__ == "__main__":
+    main()
