@@ -1,11 +1,10 @@
 """Who proposes: agents that ask for schedules to be evaluated and are told rewards."""
 
-from agents.lagrangian import Lagrangian
+from agents.fixed import Lagrangian, Uniform
 from agents.protocol import Agent, Proposal, Task
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, make
 from agents.reinforce import Reinforce, ReinforceSettings
-from agents.uniform import Uniform
 
 __all__ = [
     "NAMES",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-from agents.lagrangian import Lagrangian
+from agents.fixed import Lagrangian, Uniform
 from agents.protocol import Agent, Task
 from agents.random_search import RandomSearch
 from agents.reinforce import Reinforce
-from agents.uniform import Uniform
 
 __all__ = ["NAMES", "make"]
 

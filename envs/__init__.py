@@ -3,12 +3,14 @@
 from gymnasium.envs.registration import register
 
 from envs.bond_dimension import BondDimensionEnv
-from envs.problem import GRANULARITIES, Group, Problem
+from envs.problem import GRANULARITIES, LEVELS, REACH, Group, Problem
 from envs.reward import Reward, ScoreLike
 from envs.toy import ToyEvaluator, ToyScore, best_by_exhaustion, toy_menu
 
 __all__ = [
     "GRANULARITIES",
+    "LEVELS",
+    "REACH",
     "BondDimensionEnv",
     "Group",
     "Problem",

@@ -19,9 +19,11 @@ from compression.menu import Menu
 from compression.schedule import Schedule
 from envs.frontier import Frontier
 
-__all__ = ["GRANULARITIES", "OBSERVATION", "Group", "Problem"]
+__all__ = ["GRANULARITIES", "LEVELS", "OBSERVATION", "REACH", "Group", "Problem"]
 
 GRANULARITIES = ("block", "family", "block+family", "site")
+LEVELS = 16  # rungs of the ladder and dense
+REACH = 1.4  # offset of the highest rung, in log price
 
 #: What the entries of an observation mean, in order: (name, least, most).
 OBSERVATION: tuple[tuple[str, float, float], ...] = (
@@ -70,7 +72,7 @@ class Problem:
 
     @classmethod
     def build(
-        cls, menu: Menu, target_kept: float, granularity: str = "block", levels: int = 16, reach: float = 1.4
+        cls, menu: Menu, target_kept: float, granularity: str = "block", levels: int = LEVELS, reach: float = REACH
     ) -> Problem:
         """Group the sites of `menu` and place the ladder.
 

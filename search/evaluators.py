@@ -20,7 +20,8 @@ from compression.apply import ScheduleApplier
 from compression.factors import FactorStore
 from compression.schedule import Schedule
 from compression.size import Size, SizeModel
-from search.scoring import Quality, Workload
+from search.quality import Quality
+from search.scoring import Workload
 
 __all__ = ["Evaluator", "ModelEvaluator", "Score"]
 

@@ -9,9 +9,7 @@ import dataclasses
 import errno
 import math
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,29 +17,25 @@ import torch
 
 import agents
 from compression.allocation import uniform_schedule
-from compression.cache import FactorCache, cache_key
-from compression.factors import FactorStore
-from compression.legs import resolve
+from compression.cache import cache_key
 from compression.schedule import Schedule
-from compression.sites import Site, discover_sites, model_bytes, model_parameters
-from envs import Problem, Reward
+from compression.sites import model_bytes, model_parameters
+from envs import LEVELS, REACH, Problem, Reward
 from search.config import Config
 from search.console import Console
-from search.corpora import Splits, build_splits
-from search.evaluators import ModelEvaluator, Score
+from search.evaluators import Score
 from search.items import forms, load_proxy
 from search.journal import Journal
-from search.models import LoadedModel, load_model, resolve_device
-from search.packages import cache_folder
+from search.models import resolve_device
 from search.prior import build_prior
+from search.quality import paired_kl
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
-from search.scoring import Sequence_, Workload, paired_kl
-from search.stages import CHUNK_TOKENS, Calibration, Trial, best_trials, factor_store, run_agent, workload_sequences
+from search.stages import Trial, best_trials, run_agent
+from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
 
 __all__ = ["RunSummary", "plan", "run"]
 
-_SELECTION = 4  # the selection set is this many times what a trial sees
 _FINALISTS = 6
 
 
@@ -61,18 +55,6 @@ class RunSummary:
         return rows
 
 
-@dataclass(frozen=True, eq=False)
-class _Subject:
-    """The model of a run with its sites, data and factors."""
-
-    loaded: LoadedModel
-    sites: tuple[Site, ...]
-    splits: Splits
-    calibration: Calibration
-    store: FactorStore
-    device: torch.device
-
-
 def run(config: Config, console: Console) -> RunSummary:
     """Run everything; the run folder holds the results.
 
@@ -82,11 +64,9 @@ def run(config: Config, console: Console) -> RunSummary:
     """
     device = _preflight(config)
     with console.stage("load"):
-        loaded = load_model(config.model, device, _dtype(device))
-        sites = discover_sites(loaded.model)
-        _check_reachable(sites, config.target_kept)
+        loaded, sites = load(config, device)
     with console.stage("data"):
-        subject = _subject(config, loaded, sites, device)
+        subject = Subject.of(config, loaded, sites, device)
     if config.resume:
         folder = RunFolder.resume(config.resume)
     else:
@@ -105,11 +85,9 @@ def plan(config: Config) -> Mapping[str, object]:
         ValueError, DataUnavailable: as `run`.
     """
     device = _preflight(config)
-    loaded = load_model(config.model, device, _dtype(device))
-    sites = discover_sites(loaded.model)
-    _check_reachable(sites, config.target_kept)
-    subject = _subject(config, loaded, sites, device)
-    searched, [selected], [heldout] = (_shards(config, subject, part) for part in ("search", "selection", "heldout"))
+    loaded, sites = load(config, device)
+    subject = Subject.of(config, loaded, sites, device)
+    searched, [selected], [heldout] = (subject.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
         name: sum(len(row.tokens) for row in rows)
         for name, rows in (("trial", searched[0]), ("selection", selected), ("held-out", heldout))
@@ -122,7 +100,7 @@ def plan(config: Config) -> Mapping[str, object]:
         + 7 * tokens["held-out"]
     )
     families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
-    smallest = _smallest_parameters(sites) / parameters
+    smallest = smallest_parameters(sites) / parameters
     return {
         "model": {
             "name": loaded.model_id,
@@ -139,7 +117,7 @@ def plan(config: Config) -> Mapping[str, object]:
             "target_kept": config.target_kept,
             "reachable_kept": f"{smallest:.4f} to 1",
             "granularity": config.granularity,
-            "ladder": "log-price offsets around the closed form, and dense",
+            "ladder": f"{LEVELS - 1} log-price offsets from {-REACH} to {REACH} around the closed form, and dense",
             "seed": config.seed,
         },
         "data": {
@@ -152,7 +130,7 @@ def plan(config: Config) -> Mapping[str, object]:
         },
         "cost": {
             "forward_tokens": forward,
-            "estimated_minutes": round(forward * _seconds_per_token(subject) / 60, 1),
+            "estimated_minutes": round(forward * subject.seconds_per_token() / 60, 1),
             "statistics_cached": subject.calibration.cache.has(subject.calibration.key),
         },
         "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
@@ -173,7 +151,7 @@ def _preflight(config: Config) -> torch.device:
     return resolve_device(config.device)
 
 
-def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Console) -> RunSummary:
+def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
     _check_space(subject)
     with console.stage("calibrate", config.calibration_tokens, "tokens") as stage:
         seen = [0]
@@ -194,7 +172,7 @@ def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Conso
                     subject.store.cores(name, choice)
     subject.calibration.release()
     trials, chosen = _search(folder, config, subject, problem, console)
-    scores = _measure(config, subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, console)
+    scores = _measure(subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, console)
     rows = [_row(name, score) for name, score in scores.items()]
     comparison = _comparison(scores)
     if comparison:
@@ -223,7 +201,7 @@ def _run_in(folder: RunFolder, config: Config, subject: _Subject, console: Conso
 
 
 def _search(
-    folder: RunFolder, config: Config, subject: _Subject, problem: Problem, console: Console
+    folder: RunFolder, config: Config, subject: Subject, problem: Problem, console: Console
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
     agent = agents.make(config.agent, problem, config.seed, config.budget)
@@ -232,7 +210,7 @@ def _search(
     )
     closed_form = problem.closed_form()
     try:
-        with _evaluator(config, subject, "search", closed_form) as evaluator:
+        with subject.evaluator("search", closed_form) as evaluator:
             reward = Reward(dense_expected_accuracy=evaluator.dense.expected_accuracy)
             done = min(len(journal.records), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
@@ -241,12 +219,10 @@ def _search(
     finally:
         journal.close()
     finalists = [proposal.schedule for proposal in agent.recommend(_FINALISTS)]
-    return trials, _select(config, subject, closed_form, finalists, console)
+    return trials, _select(subject, closed_form, finalists, console)
 
 
-def _select(
-    config: Config, subject: _Subject, closed_form: Schedule, finalists: Sequence[Schedule], console: Console
-) -> Schedule:
+def _select(subject: Subject, closed_form: Schedule, finalists: Sequence[Schedule], console: Console) -> Schedule:
     """The finalist with the lowest KL on text and items that no trial saw, if it beats the closed form there.
 
     To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays.
@@ -255,7 +231,7 @@ def _select(
     if not challengers:
         return closed_form
     with (
-        _evaluator(config, subject, "selection") as evaluator,
+        subject.evaluator("selection") as evaluator,
         console.stage("select", 1 + len(challengers), "schedules") as stage,
     ):
         best, best_value = closed_form, math.inf
@@ -271,13 +247,11 @@ def _select(
     return best
 
 
-def _measure(
-    config: Config, subject: _Subject, schedules: Mapping[str, Schedule], console: Console
-) -> dict[str, Score]:
+def _measure(subject: Subject, schedules: Mapping[str, Schedule], console: Console) -> dict[str, Score]:
     """Scores for the final table: the dense model and every schedule, on held-out text and report items."""
     with (
         console.stage("measure", 1 + len(schedules), "schedules") as stage,
-        _evaluator(config, subject, "heldout") as evaluator,
+        subject.evaluator("heldout") as evaluator,
     ):
         scores = {"dense": evaluator.dense}
         stage.advance(1)
@@ -304,7 +278,7 @@ def _comparison(scores: Mapping[str, Score]) -> dict[str, object]:
     return dataclasses.asdict(paired_kl(searched, closed))
 
 
-def _baselines(config: Config, subject: _Subject) -> dict[str, Schedule]:
+def _baselines(config: Config, subject: Subject) -> dict[str, Schedule]:
     """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target."""
     target = math.floor(config.target_kept * sum(site.parameters for site in subject.sites) + 1e-6)
     kinds = {
@@ -317,59 +291,7 @@ def _baselines(config: Config, subject: _Subject) -> dict[str, Schedule]:
     }
 
 
-def _subject(config: Config, loaded: LoadedModel, sites: tuple[Site, ...], device: torch.device) -> _Subject:
-    splits = build_splits(
-        loaded.encode,
-        config.proxy,
-        calibration_tokens=config.calibration_tokens,
-        search_text_tokens=config.search_text_tokens * _parts(config),
-        search_items=config.search_items * _parts(config),
-        heldout_tokens=config.heldout_tokens,
-        report_items=config.report_items,
-        chunk_tokens=CHUNK_TOKENS,
-        seed=config.seed,
-    )
-    cache = FactorCache(cache_folder() / "factors")
-    calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
-    return _Subject(loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
-
-
-def _shards(config: Config, subject: _Subject, part: str) -> list[list[Sequence_]]:
-    """What is scored: "search" in the trials, by shard, "selection" among finalists, "heldout" in the final table."""
-    splits = subject.splits
-    if part == "heldout":
-        shards = [(splits.report_items, splits.heldout_text.chunks)]
-    else:
-        parts = _parts(config)
-        dealt = [
-            (splits.search_items[number::parts], splits.search_text.chunks[number::parts]) for number in range(parts)
-        ]
-        shards = dealt[: config.search_shards]
-        if part == "selection":
-            rest = dealt[config.search_shards :]
-            shards = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
-    return [workload_sequences(subject.loaded, items, config.proxy, config.proxy_form, text) for items, text in shards]
-
-
-def _parts(config: Config) -> int:
-    """Into how many parts the search data are dealt: the shards that trials see, and those kept for selection."""
-    return config.search_shards + _SELECTION
-
-
-@contextmanager
-def _evaluator(
-    config: Config, subject: _Subject, part: str, anchor: Schedule | None = None
-) -> Iterator[ModelEvaluator]:
-    """An evaluator on one part of the data; the model is dense again afterwards."""
-    workloads = [Workload(sequences, subject.device) for sequences in _shards(config, subject, part)]
-    evaluator = ModelEvaluator(subject.loaded.model, subject.store, workloads, anchor)
-    try:
-        yield evaluator
-    finally:
-        evaluator.close()
-
-
-def _fingerprint(config: Config, subject: _Subject) -> dict[str, object]:
+def _fingerprint(config: Config, subject: Subject) -> dict[str, object]:
     """Everything that decides what a trial is and scores; a resumed run must agree."""
     splits = subject.splits
     return {
@@ -388,22 +310,7 @@ def _describe(trials: Sequence[Trial]) -> str:
     return f"best KL {best[0].score.kl:.4f}, first {trials[0].score.kl:.4f}" if best else "no score yet"
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def _check_reachable(sites: Sequence[Site], target_kept: float) -> None:
-    smallest = _smallest_parameters(sites) / sum(site.parameters for site in sites)
-    if target_kept < smallest:
-        raise ValueError(
-            f"target_kept must be at least {smallest:.4f}, what χ = 1 everywhere keeps of this model, got {target_kept}"
-        )
-
-
-def _check_space(subject: _Subject) -> None:
+def _check_space(subject: Subject) -> None:
     """Refuse to start building a cache that the disk cannot hold: moments, and three sets of factors, in float32."""
     cache = subject.calibration.cache
     if cache.root is None or cache.has(subject.calibration.key):
@@ -415,21 +322,3 @@ def _check_space(subject: _Subject) -> None:
     if free < needed:
         text = f"the cache {cache.root} needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free"
         raise OSError(errno.ENOSPC, text)
-
-
-def _smallest_parameters(sites: Sequence[Site]) -> int:
-    return sum(
-        min(site.parameters, resolve("lowrank", site.out_features, site.in_features).parameters(1)) for site in sites
-    )
-
-
-def _seconds_per_token(subject: _Subject) -> float:
-    """Of a forward pass of the dense model here and now, from one short text."""
-    ids = torch.ones(2, CHUNK_TOKENS, dtype=torch.long, device=subject.device)
-    times = []
-    with torch.inference_mode():
-        for _ in range(2):
-            start = time.perf_counter()
-            float(subject.loaded.model(ids, use_cache=False).logits[0, 0, 0])
-            times.append(time.perf_counter() - start)
-    return min(times) / ids.numel()

@@ -1,154 +1,21 @@
 """Scoring: what one forward pass over a fixed workload says about a model, against the dense model.
 
-Knows token sequences, a causal language model and its logits; nothing of schedules or files. The answer choices of an
-item share one forward pass over their common prefix: they follow it side by side as branches that see the prefix and
-themselves only. Sequences are packed into rows in which none sees another.
+Knows a causal language model and its logits; nothing of schedules or files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-__all__ = [
-    "Difference",
-    "Quality",
-    "Sequence_",
-    "Workload",
-    "loglikelihoods",
-    "packed_item",
-    "packed_text",
-    "paired_kl",
-]
+from search.packing import Packed, Prediction, group, layout, pack, predictions
+from search.quality import Quality, mean_standard_error, ratio_standard_error
 
-
-@dataclass(frozen=True)
-class Sequence_:
-    """One packed sequence.
-
-    Attributes:
-        tokens: prefix, then the branches one after the other.
-        prefix: length of the prefix; equal to the number of tokens for plain text.
-        branches: per branch (start, stop, first scored), positions in `tokens`.
-        answer: index of the correct branch, or None for text.
-    """
-
-    tokens: tuple[int, ...]
-    prefix: int
-    branches: tuple[tuple[int, int, int], ...] = ()
-    answer: int | None = None
-
-
-def packed_text(tokens: Sequence[int]) -> Sequence_:
-    """Plain text: every token after the first is scored."""
-    return Sequence_(tuple(tokens), len(tokens))
-
-
-def packed_item(
-    encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int
-) -> Sequence_:
-    """A multiple-choice item. Tokenized as lm-eval does: context and continuation together, cut at the length of the
-    context alone, spaces at the end of the context moved to the continuation.
-
-    Raises:
-        ValueError: an empty context or continuation, or an answer that is no index of a continuation.
-    """
-    if not context.strip() or not all(continuations):
-        raise ValueError(f"an item needs a context and continuations that are not empty, got {context!r}")
-    if not 0 <= answer < len(continuations):
-        raise ValueError(f"answer must be an index below {len(continuations)}, got {answer}")
-    spaces = context[len(context.rstrip()) :]
-    context = context.rstrip()
-    start = len(encode(context))
-    wholes = [encode(context + spaces + continuation) for continuation in continuations]
-    shared = min(start, *(len(whole) - 1 for whole in wholes))
-    while shared > 1 and len({tuple(whole[:shared]) for whole in wholes}) > 1:
-        shared -= 1
-    tokens = list(wholes[0][:shared])
-    branches = []
-    for whole in wholes:
-        first = len(tokens) + min(start, len(whole) - 1) - shared
-        branches.append((len(tokens), len(tokens) + len(whole) - shared, first))
-        tokens += whole[shared:]
-    return Sequence_(tuple(tokens), shared, tuple(branches), answer)
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What a model does on a workload. Non-finite logits give state "nonfinite" and no number.
-
-    Attributes:
-        state: "ok" or "nonfinite".
-        kl: mean over scored tokens of KL(dense ‖ model), nats per token.
-        kl_standard_error: of `kl`, over sequences as the sampling unit.
-        perplexity: exp of the mean negative log-likelihood over the tokens of the texts.
-        accuracy: share of items whose likeliest continuation (summed log-probability) is the correct one.
-        expected_accuracy: mean probability of the correct continuation among the choices, P(correct).
-        margin: mean log-probability of the correct continuation minus the best other one, nats.
-        agreement: share of scored tokens where the likeliest next token is the dense model's.
-        items, tokens: how many were scored.
-        kl_by_sequence, tokens_by_sequence: sums and counts per sequence, for paired comparisons.
-        correct_by_item: P(correct) per item, for paired comparisons.
-    """
-
-    state: str = "nonfinite"
-    kl: float = math.nan
-    kl_standard_error: float = math.nan
-    perplexity: float = math.nan
-    accuracy: float = math.nan
-    accuracy_standard_error: float = math.nan
-    expected_accuracy: float = math.nan
-    expected_accuracy_standard_error: float = math.nan
-    margin: float = math.nan
-    agreement: float = math.nan
-    items: int = 0
-    tokens: int = 0
-    kl_by_sequence: tuple[float, ...] = field(default=(), repr=False)
-    tokens_by_sequence: tuple[int, ...] = field(default=(), repr=False)
-    correct_by_item: tuple[float, ...] = field(default=(), repr=False)
-
-    def scalars(self) -> dict[str, Any]:
-        """The single figures, without the per-sequence tuples."""
-        return {name: value for name, value in asdict(self).items() if not isinstance(value, tuple)}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two mean KLs on the same sequences, nats per token.
-
-    Attributes:
-        value: first minus second.
-        standard_error: of `value`, sequences as the sampling unit; NaN for fewer than two.
-        relative: `value` over the second's KL; 0 where that is 0.
-        sequences: how many.
-    """
-
-    value: float
-    standard_error: float
-    relative: float
-    sequences: int
-
-
-def paired_kl(first: Quality, second: Quality) -> Difference:
-    """KL of `first` minus KL of `second`, both measured on one workload.
-
-    Raises:
-        ValueError: either has no numbers, or they come from different workloads.
-    """
-    if first.state != "ok" or second.state != "ok" or first.tokens_by_sequence != second.tokens_by_sequence:
-        raise ValueError("two qualities can only be compared when both are numbers from the same workload")
-    used = [number for number, count in enumerate(first.tokens_by_sequence) if count]
-    counts = torch.tensor(first.tokens_by_sequence, dtype=torch.float64)[used]
-    sums = [torch.tensor(quality.kl_by_sequence, dtype=torch.float64)[used] for quality in (first, second)]
-    value = float((sums[0] - sums[1]).sum() / counts.sum())
-    base = float(sums[1].sum() / counts.sum())
-    error = _ratio_standard_error(sums[0] - sums[1], counts)
-    return Difference(value, error, value / base if base else 0.0, len(used))
+__all__ = ["Workload", "loglikelihoods"]
 
 
 @dataclass(eq=False)
@@ -181,13 +48,13 @@ class Workload:
         ValueError: nothing to score.
     """
 
-    def __init__(self, sequences: Sequence[Sequence_], device: torch.device, batch_tokens: int = 1024) -> None:
+    def __init__(self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024) -> None:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
             raise ValueError("a workload needs at least one sequence of two tokens or more")
         self.sequences = tuple(sequences)
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
         lengths = [len(sequence.tokens) for sequence in sequences]
-        self._batches = [self._batch(rows, device) for rows in _group(_pack(lengths), lengths, batch_tokens)]
+        self._batches = [self._batch(rows, device) for rows in group(pack(lengths), lengths, batch_tokens)]
 
     @property
     def tokens(self) -> int:
@@ -287,7 +154,7 @@ class Workload:
         quality = Quality(
             state="ok",
             kl=kl,
-            kl_standard_error=_ratio_standard_error(totals["kl"][used], tokens[used]),
+            kl_standard_error=ratio_standard_error(totals["kl"][used], tokens[used]),
             agreement=float(totals["agree"].sum() / tokens.sum()),
             tokens=int(tokens.sum()),
             kl_by_sequence=tuple(totals["kl"].tolist()),
@@ -315,9 +182,9 @@ class Workload:
             quality,
             items=len(items),
             accuracy=float(right.mean()),
-            accuracy_standard_error=_mean_standard_error(right),
+            accuracy_standard_error=mean_standard_error(right),
             expected_accuracy=float(correct.mean()),
-            expected_accuracy_standard_error=_mean_standard_error(correct),
+            expected_accuracy_standard_error=mean_standard_error(correct),
             margin=sum(margins) / max(1, len(margins)),
             correct_by_item=tuple(correct.tolist()),
         )
@@ -327,32 +194,32 @@ class Workload:
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         positions = torch.zeros(len(rows), length, dtype=torch.long)
         visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
-        predictions: list[_Prediction] = []
+        found: list[Prediction] = []
         for place, row in enumerate(rows):
             start = 0
             for number in row:
                 sequence = self.sequences[number]
                 span = slice(start, start + len(sequence.tokens))
                 ids[place, span] = torch.tensor(sequence.tokens)
-                positions[place, span], visible[place, span, span] = _layout(sequence)
+                positions[place, span], visible[place, span, span] = layout(sequence)
                 branches = range(self._branch_start[number], self._branch_start[number + 1])
-                predictions += _predictions(sequence, number, place * length + start, branches)
+                found += predictions(sequence, number, place * length + start, branches)
                 start = span.stop
-        predictions.sort(key=lambda prediction: not prediction.compared)
+        found.sort(key=lambda prediction: not prediction.compared)
         columns = {
-            name: torch.tensor([getattr(prediction, name) for prediction in predictions], device=device)
+            name: torch.tensor([getattr(prediction, name) for prediction in found], device=device)
             for name in ("source", "target", "owner", "branch")
         }
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
         return _Batch(
             inputs={name: tensor.to(device) for name, tensor in inputs.items()},
-            compared=sum(prediction.compared for prediction in predictions),
+            compared=sum(prediction.compared for prediction in found),
             **columns,
         )
 
 
 def loglikelihoods(
-    model: nn.Module, items: Sequence[Sequence_], device: torch.device, batch_tokens: int = 1024
+    model: nn.Module, items: Sequence[Packed], device: torch.device, batch_tokens: int = 1024
 ) -> list[list[float]]:
     """Summed log-probability of each continuation of each item, nats."""
     return Workload(items, device, batch_tokens).choice_loglikelihoods(model)
@@ -385,82 +252,6 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     for length in lengths:
         starts.append(starts[-1] + length)
     return starts
-
-
-@dataclass(frozen=True)
-class _Prediction:
-    """One next-token prediction of a sequence; see `_Batch`."""
-
-    source: int
-    target: int
-    owner: int
-    branch: int
-    compared: bool
-
-
-def _predictions(sequence: Sequence_, number: int, base: int, branches: range) -> list[_Prediction]:
-    tokens = sequence.tokens
-    found = [_Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(1, sequence.prefix)]
-    for index, (start, stop, first) in enumerate(sequence.branches):
-        for at in range(start, stop):
-            before = sequence.prefix - 1 if at == start else at - 1
-            branch = branches[index] if at >= first else -1
-            found.append(_Prediction(base + before, tokens[at], number, branch, index == sequence.answer))
-    return found
-
-
-def _layout(sequence: Sequence_) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position ids (length,) and visibility (length, length): causal, branches blind to one another."""
-    length = len(sequence.tokens)
-    positions, visible = torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril()
-    for start, stop, _ in sequence.branches:
-        positions[start:stop] = torch.arange(sequence.prefix, sequence.prefix + stop - start)
-        visible[start:stop, sequence.prefix : start] = False
-    return positions, visible
-
-
-def _pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:
-    """Sequence numbers by row, first fit by descending length. A row has room for `capacity` tokens or one sequence.
-
-    Short rows keep attention cheap: a row's sequences do not see each other, but the kernel computes all pairs.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        if lengths[number] < 2:
-            continue
-        place = next((place for place, left in enumerate(room) if lengths[number] <= left), None)
-        if place is None:
-            place = len(rows)
-            rows.append([])
-            room.append(max(capacity, lengths[number]))
-        rows[place].append(number)
-        room[place] -= lengths[number]
-    return rows
-
-
-def _group(rows: list[list[int]], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Rows of similar length, at most `batch_tokens` padded tokens together."""
-    group: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: sum(lengths[number] for number in row)):
-        if group and (len(group) + 1) * sum(lengths[number] for number in row) > batch_tokens:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
-def _mean_standard_error(values: torch.Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _ratio_standard_error(sums: torch.Tensor, counts: torch.Tensor) -> float:
-    """Standard error of Σ sums / Σ counts with sequences as units (linearized ratio estimator)."""
-    if len(sums) < 2:
-        return math.nan
-    residual = sums - counts * (sums.sum() / counts.sum())
-    return float(residual.square().sum().sqrt() / counts.sum() * math.sqrt(len(sums) / (len(sums) - 1)))
 
 
 def _exp(value: float) -> float:

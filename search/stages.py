@@ -24,7 +24,7 @@ from search.evaluators import Evaluator, Score
 from search.items import Item, render
 from search.journal import Journal, Record
 from search.models import LoadedModel
-from search.scoring import Sequence_, packed_item, packed_text
+from search.packing import Packed, packed_item, packed_text
 
 __all__ = ["CHUNK_TOKENS", "Calibration", "Trial", "best_trials", "factor_store", "run_agent", "workload_sequences"]
 
@@ -84,7 +84,7 @@ def factor_store(
 
 def workload_sequences(
     loaded: LoadedModel, items: Iterable[Item], proxy: str, form: str, text: Iterable[Sequence[int]]
-) -> list[Sequence_]:
+) -> list[Packed]:
     """Items rendered and packed, then texts. Items longer than the model's context are left out."""
     limit = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
     packed = []

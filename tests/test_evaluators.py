@@ -9,7 +9,8 @@ import torch
 from compression import Choice, FactorCache, FactorStore, Schedule, collect, dense_weight, discover_sites
 from search.evaluators import ModelEvaluator, Score
 from search.models import LoadedModel, load_model
-from search.scoring import Workload, packed_item, packed_text
+from search.packing import packed_item, packed_text
+from search.scoring import Workload
 
 CPU = torch.device("cpu")
 

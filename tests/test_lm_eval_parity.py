@@ -17,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 
 from search.items import Item, Request, load_proxy, render
 from search.models import load_model
-from search.scoring import loglikelihoods, packed_item
+from search.packing import packed_item
+from search.scoring import loglikelihoods
 
 __all__ = ["fake_data"]
 

@@ -13,7 +13,7 @@ import torch
 from fakedata import fake_data, jsonl
 
 from compression import Choice, Schedule
-from search import cli, pipeline
+from search import cli, pipeline, subject
 from search.config import Config
 from search.evaluators import ModelEvaluator
 from search.scoring import Workload
@@ -124,7 +124,7 @@ def test_other_architectures_run_too(tmp_path: Path, model: str) -> None:
 @pytest.mark.usefixtures("fake_data")
 def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    load = pipeline.load_model
+    load = subject.load_model
 
     def remember(*args: Any) -> Any:
         loaded = load(*args)
@@ -132,7 +132,7 @@ def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytes
         seen.append((loaded.model, state))
         return loaded
 
-    monkeypatch.setattr(pipeline, "load_model", remember)
+    monkeypatch.setattr(subject, "load_model", remember)
     run(tmp_path / "run", budget=2)
     [(model, before)] = seen
     after = model.state_dict()
@@ -193,7 +193,7 @@ def test_a_failed_trial_stays_failed_when_the_run_is_resumed(tmp_path: Path, mon
 
 @pytest.mark.usefixtures("fake_data")
 def test_bfloat16_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(subject, "_dtype", lambda device: torch.bfloat16)
     rows = run(tmp_path / "run", budget=2)["rows"]
     single = rows[0]["parameters"] * 2
     assert rows[0]["bytes"] == single
@@ -288,7 +288,7 @@ def test_an_unreadable_jsonl_is_refused_before_the_model_is_loaded(
 ) -> None:
     proxy = tmp_path / "exam.jsonl"
     proxy.write_text('{"question": "Q", "choices": ["a", "b"], "answer": 0}\n{"question": "R", "choices": ["a"]\n')
-    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert cli.main(words(out=tmp_path / "run", proxy=proxy)) == cli.REFUSED
     assert "line 2" in capsys.readouterr().err.replace(":2:", " line 2")
 

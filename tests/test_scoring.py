@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from search.models import LoadedModel, load_model
-from search.scoring import Quality, Workload, loglikelihoods, packed_item, packed_text
+from search.packing import packed_item, packed_text
+from search.quality import Quality
+from search.scoring import Workload, loglikelihoods
 
 CPU = torch.device("cpu")
 ITEMS = [

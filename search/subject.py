@@ -1,0 +1,136 @@
+"""Subject: what a run works on. A loaded model, its sites, data and factors, and evaluators on each part of the data.
+
+Knows how the search data are dealt; not in which order anything happens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from compression.cache import FactorCache
+from compression.factors import FactorStore
+from compression.legs import resolve
+from compression.schedule import Schedule
+from compression.sites import Site, discover_sites
+from search.config import Config
+from search.corpora import Splits, build_splits
+from search.evaluators import ModelEvaluator
+from search.models import LoadedModel, load_model
+from search.packages import cache_folder
+from search.packing import Packed
+from search.scoring import Workload
+from search.stages import CHUNK_TOKENS, Calibration, factor_store, workload_sequences
+
+__all__ = ["Subject", "load", "smallest_parameters"]
+
+_SELECTION = 4  # the selection set is this many times what a trial sees
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """See the module."""
+
+    config: Config
+    loaded: LoadedModel
+    sites: tuple[Site, ...]
+    splits: Splits
+    calibration: Calibration
+    store: FactorStore
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: Config, loaded: LoadedModel, sites: tuple[Site, ...], device: torch.device) -> Subject:
+        """Read and divide the data for a loaded model; nothing is computed yet.
+
+        Raises:
+            ValueError, DataUnavailable: as `search.corpora.build_splits`.
+        """
+        parts = config.search_shards + _SELECTION
+        splits = build_splits(
+            loaded.encode,
+            config.proxy,
+            calibration_tokens=config.calibration_tokens,
+            search_text_tokens=config.search_text_tokens * parts,
+            search_items=config.search_items * parts,
+            heldout_tokens=config.heldout_tokens,
+            report_items=config.report_items,
+            chunk_tokens=CHUNK_TOKENS,
+            seed=config.seed,
+        )
+        cache = FactorCache(cache_folder() / "factors")
+        calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
+        return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
+
+    def shards(self, part: str) -> list[list[Packed]]:
+        """What is scored: "search" in trials, by shard, "selection" among finalists, "heldout" in the final table."""
+        config, splits = self.config, self.splits
+        if part == "heldout":
+            dealt = [(splits.report_items, splits.heldout_text.chunks)]
+        else:
+            parts = config.search_shards + _SELECTION
+            items, text = splits.search_items, splits.search_text.chunks
+            dealt = [(items[number::parts], text[number::parts]) for number in range(parts)]
+            if part == "search":
+                dealt = dealt[: config.search_shards]
+            else:
+                rest = dealt[config.search_shards :]
+                dealt = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
+        return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
+
+    @contextmanager
+    def evaluator(self, part: str, anchor: Schedule | None = None) -> Iterator[ModelEvaluator]:
+        """An evaluator on one part of the data; the model is dense again afterwards."""
+        workloads = [Workload(sequences, self.device) for sequences in self.shards(part)]
+        evaluator = ModelEvaluator(self.loaded.model, self.store, workloads, anchor)
+        try:
+            yield evaluator
+        finally:
+            evaluator.close()
+
+    def seconds_per_token(self) -> float:
+        """Of a forward pass of the dense model here and now, from one short text."""
+        ids = torch.ones(2, CHUNK_TOKENS, dtype=torch.long, device=self.device)
+        times = []
+        with torch.inference_mode():
+            for _ in range(2):
+                start = time.perf_counter()
+                float(self.loaded.model(ids, use_cache=False).logits[0, 0, 0])
+                times.append(time.perf_counter() - start)
+        return min(times) / ids.numel()
+
+
+def load(config: Config, device: torch.device) -> tuple[LoadedModel, tuple[Site, ...]]:
+    """The model and its sites.
+
+    Raises:
+        ValueError: as `search.models.load_model`, or a target below what χ = 1 everywhere keeps.
+        DataUnavailable: as `search.models.load_model`.
+    """
+    loaded = load_model(config.model, device, _dtype(device))
+    sites = discover_sites(loaded.model)
+    smallest = smallest_parameters(sites) / sum(site.parameters for site in sites)
+    if config.target_kept < smallest:
+        raise ValueError(
+            f"target_kept must be at least {smallest:.4f}, what χ = 1 everywhere keeps of this model, "
+            f"got {config.target_kept}"
+        )
+    return loaded, sites
+
+
+def smallest_parameters(sites: Sequence[Site]) -> int:
+    """Entries of all sites at `lowrank` with χ = 1, or dense where that is less."""
+    return sum(
+        min(site.parameters, resolve("lowrank", site.out_features, site.in_features).parameters(1)) for site in sites
+    )
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
