@@ -28,7 +28,7 @@ PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
 QUICK: Mapping[str, int] = {
     "budget": 10,
     "calibration_tokens": 4096,
-    "search_items": 4,
+    "search_items": 2,
     "search_shards": 2,
     "heldout_tokens": 1024,
     "report_items": 16,
@@ -135,7 +135,7 @@ class Config(BaseModel):
         "flags given explicitly stay as given.",
     )
     calibration_tokens: int = _field(
-        32768,
+        24576,
         "sizes",
         "a whole number from 512 to 100000000",
         "Tokens of text, half of it exam questions, from which the statistics of every matrix are collected.",
@@ -143,7 +143,7 @@ class Config(BaseModel):
         le=100_000_000,
     )
     search_items: int = _field(
-        5,
+        4,
         "sizes",
         "a whole number from 1 to 1000000",
         "Questions one trial is scored on; none of them is ever reported on.",
@@ -167,7 +167,7 @@ class Config(BaseModel):
         le=1000,
     )
     heldout_tokens: int = _field(
-        4096,
+        3072,
         "sizes",
         "a whole number from 64 to 100000000",
         "Tokens of text for the final table; never seen in calibration or search.",
@@ -175,7 +175,7 @@ class Config(BaseModel):
         le=100_000_000,
     )
     report_items: int = _field(
-        40,
+        32,
         "sizes",
         "a whole number from 1 to 1000000",
         "Questions for the final table; never seen in calibration or search.",
