@@ -85,6 +85,7 @@ def paired_kl(first: Quality, second: Quality) -> Difference:
 
 
 def mean_standard_error(values: torch.Tensor) -> float:
+    """Standard error of the mean of independent values; NaN for fewer than two."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
