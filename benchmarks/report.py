@@ -1,0 +1,62 @@
+"""What every benchmark ends with: a Markdown table with its origin, and one line per bar."""
+
+from __future__ import annotations
+
+import operator
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from search.runfolder import environment
+
+__all__ = ["Bar", "made_by", "markdown", "publish"]
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+_RELATIONS = {"<=": operator.le, ">=": operator.ge}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure and what it should be."""
+
+    name: str
+    value: float
+    relation: str
+    threshold: float
+
+    def __str__(self) -> str:
+        met = _RELATIONS[self.relation](self.value, self.threshold)
+        return f"bar {self.name} {self.value:.3f} {self.relation} {self.threshold:g} {'ok' if met else 'missed'}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; every column but the first is aligned right."""
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def made_by(module: str) -> str:
+    """One sentence: command, commit, date and machine of this process."""
+    import torch
+
+    facts = environment()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--write"]
+    gpus = f", {', '.join(map(str, facts['gpus']))}" if isinstance(facts.get("gpus"), list) and facts["gpus"] else ""
+    commit = str(facts["commit"])
+    return (
+        f"Made by `{shlex.join(['python', '-m', module, *arguments])}` at commit `{commit[:12]}{'+' * commit.endswith('+')}` on "
+        f"{str(facts['date'])[:10]}, on {facts['cores']} cores of {facts['cpu']}{gpus} with {facts['threads']} threads, "
+        f"Python {facts['python']}, torch {torch.__version__}."
+    )
+
+
+def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool) -> None:
+    """Print a report and its bars; with `write` also keep it as results/NAME.md, NAME the last part of `module`."""
+    lines = "\n".join(map(str, bars))
+    page = f"# {title}\n\n{body}\n\n" + (f"```\n{lines}\n```\n\n" if bars else "") + f"{made_by(module)}\n"
+    if write:
+        (RESULTS / f"{module.rsplit('.', 1)[-1]}.md").write_text(page, encoding="utf-8")
+    print(body, made_by(module), lines, sep="\n\n")
