@@ -46,10 +46,11 @@ def made_by(module: str) -> str:
     arguments = [argument for argument in sys.argv[1:] if argument != "--write"]
     gpus = f", {', '.join(map(str, facts['gpus']))}" if isinstance(facts.get("gpus"), list) and facts["gpus"] else ""
     commit = str(facts["commit"])
+    commit = commit[:12] + "+" * commit.endswith("+")
+    command = shlex.join(["python", "-m", module, *arguments])
     return (
-        f"Made by `{shlex.join(['python', '-m', module, *arguments])}` at commit `{commit[:12]}{'+' * commit.endswith('+')}` on "
-        f"{str(facts['date'])[:10]}, on {facts['cores']} cores of {facts['cpu']}{gpus} with {facts['threads']} threads, "
-        f"Python {facts['python']}, torch {torch.__version__}."
+        f"Made by `{command}` at commit `{commit}` on {str(facts['date'])[:10]}, on {facts['cores']} cores of "
+        f"{facts['cpu']}{gpus} with {facts['threads']} threads, Python {facts['python']}, torch {torch.__version__}."
     )
 
 

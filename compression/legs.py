@@ -1,7 +1,8 @@
 """Legs: how the dimensions of a matrix are split for an MPO, and what a topology name means for a shape.
 
 Integers in, integers out. Every topology is an MPO: `lowrank` is the two-core one whose left core has all output legs
-and whose right core has all input legs, so its χ is the matrix rank.
+and whose right core has all input legs, so its χ is the matrix rank. A pivoted topology represents the same matrices
+with χ² parameters less a bond (see `compression.gauge`); at full χ it has exactly the entries of the dense matrix.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
 
-__all__ = ["Legs", "balanced", "resolve"]
+__all__ = ["Legs", "balanced", "leg_name", "resolve"]
 
 
 @dataclass(frozen=True)
 class Legs:
-    """out = product of `out_legs`, in = product of `in_legs`; both tuples have one entry per core."""
+    """out = product of `out_legs`, in = product of `in_legs`; both tuples have one entry per core.
+
+    Attributes:
+        pivoted: whether the cores are stored without their gauge freedom.
+    """
 
     out_legs: tuple[int, ...]
     in_legs: tuple[int, ...]
+    pivoted: bool = False
 
     def __post_init__(self) -> None:
         if len(self.out_legs) != len(self.in_legs) or len(self.out_legs) < 2:
@@ -43,17 +49,26 @@ class Legs:
         return (1, *(min(chi, full) for full in self.full_bonds), 1)
 
     def parameters(self, chi: int) -> int:
-        """Entries of all cores at bond dimension χ."""
+        """Entries stored at bond dimension χ: of all cores, less the identity in every core but the last if pivoted."""
         bonds = self.bonds(chi)
         cores = zip(bonds[:-1], self.out_legs, self.in_legs, bonds[1:], strict=True)
-        return sum(left * out_leg * in_leg * right for left, out_leg, in_leg, right in cores)
+        entries = sum(left * out_leg * in_leg * right for left, out_leg, in_leg, right in cores)
+        return entries - self.pivoted * sum(bond * bond for bond in bonds[1:-1])
+
+    def index_entries(self, chi: int) -> int:
+        """Integers stored beside the parameters: the places of the identities' rows; 0 unless pivoted."""
+        return sum(self.bonds(chi)[1:-1]) if self.pivoted else 0
 
     def multiply_adds(self, chi: int) -> int:
         """Multiply-adds per token of contracting the cores with an activation, from the cheaper end."""
         return min(self.multiply_adds_from(chi, last_first) for last_first in (False, True))
 
     def multiply_adds_from(self, chi: int, last_first: bool) -> int:
-        """The same from the first core on, or from the last one back."""
+        """The same from the first core on, or from the last one back.
+
+        The identity in a pivoted first core without an input leg, as `lowrank` has, is a copy and costs nothing when
+        that core comes last.
+        """
         bonds = self.bonds(chi)
         order = range(len(self.out_legs))
         total, done, rest = 0, 1, prod(self.in_legs)
@@ -61,6 +76,8 @@ class Legs:
             out_leg, in_leg = self.out_legs[core], self.in_legs[core]
             rest //= in_leg
             total += done * rest * bonds[core] * in_leg * out_leg * bonds[core + 1]
+            if self.pivoted and last_first and core == 0 and in_leg == 1:
+                total -= done * bonds[1] ** 2
             done *= out_leg
         return total
 
@@ -86,18 +103,35 @@ class Legs:
 def resolve(topology: str, out_features: int, in_features: int) -> Legs:
     """Legs of a named topology for a matrix of shape (out_features, in_features).
 
-    "lowrank" gives legs (out, 1) × (1, in); "mpoN" gives N legs a side, as equal as the divisors allow.
+    "lowrank" gives legs (out, 1) × (1, in); "mpoN" gives N legs a side, as equal as the divisors allow;
+    "mpo:9.64x24.24" names the output legs and the input legs. "pivoted-" before any of these drops the gauge freedom.
 
     Raises:
-        ValueError: any other name.
+        ValueError: any other name, or named legs whose products are not the shape.
     """
-    if topology == "lowrank":
-        return Legs((out_features, 1), (1, in_features))
-    match = re.fullmatch(r"mpo([2-9])", topology)
+    form = topology.removeprefix("pivoted-")
+    pivoted = form != topology
+    if form == "lowrank":
+        return Legs((out_features, 1), (1, in_features), pivoted)
+    if match := re.fullmatch(r"mpo([2-9])", form):
+        cores = int(match.group(1))
+        return Legs(balanced(out_features, cores), balanced(in_features, cores), pivoted)
+    match = re.fullmatch(r"mpo:(\d{1,6}(?:\.\d{1,6}){1,8})x(\d{1,6}(?:\.\d{1,6}){1,8})", form)
     if match is None:
-        raise ValueError(f"topology must be lowrank or mpo2 … mpo9, got {topology!r}")
-    cores = int(match.group(1))
-    return Legs(balanced(out_features, cores), balanced(in_features, cores))
+        raise ValueError(
+            f"topology must be lowrank, mpo2 … mpo9 or legs as in mpo:9.64x24.24, with or without pivoted- before it, "
+            f"got {topology!r}"
+        )
+    legs = Legs(*(tuple(map(int, side.split("."))) for side in match.groups()), pivoted=pivoted)
+    if (prod(legs.out_legs), prod(legs.in_legs)) != (out_features, in_features):
+        raise ValueError(f"the legs of {topology} do not make a matrix of {out_features} by {in_features}")
+    return legs
+
+
+def leg_name(legs: Legs) -> str:
+    """The topology name that `resolve` turns into `legs`."""
+    sides = "x".join(".".join(map(str, side)) for side in (legs.out_legs, legs.in_legs))
+    return "pivoted-" * legs.pivoted + f"mpo:{sides}"
 
 
 @cache
