@@ -122,7 +122,8 @@ def resolve(topology: str, out_features: int, in_features: int) -> Legs:
             f"topology must be lowrank, mpo2 … mpo9 or legs as in mpo:9.64x24.24, with or without pivoted- before it, "
             f"got {topology!r}"
         )
-    legs = Legs(*(tuple(map(int, side.split("."))) for side in match.groups()), pivoted=pivoted)
+    out_legs, in_legs = (tuple(map(int, side.split("."))) for side in match.groups())
+    legs = Legs(out_legs, in_legs, pivoted)
     if (prod(legs.out_legs), prod(legs.in_legs)) != (out_features, in_features):
         raise ValueError(f"the legs of {topology} do not make a matrix of {out_features} by {in_features}")
     return legs
