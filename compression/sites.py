@@ -57,9 +57,9 @@ def discover_sites(model: nn.Module) -> tuple[Site, ...]:
     """Sites of `model` in module order.
 
     The blocks are the `nn.ModuleList` of the tree whose linear maps hold the most parameters, the longest if several
-    do. Every parameter of two axes or more inside a block is a site; a weight shared by two places counts once. What can
-    be tensorized is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2) that nothing else uses
-    and that two factors of rank 1 make smaller; the others say in `dense_because` why they stay dense.
+    do. Every parameter of two axes or more inside a block is a site; a weight shared by two places counts once. What
+    can be tensorized is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2) that nothing else
+    uses and that two factors of rank 1 make smaller; the others say in `dense_because` why they stay dense.
 
     Raises:
         ValueError: the model has no such list; or, by name, a matrix that has NaN or infinite entries, that is empty,
@@ -145,7 +145,9 @@ def _check(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"site {name}: the weight has no values, it is on the meta device; load the model first")
     if weight.dtype not in _FLOATING:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATING)
-        raise ValueError(f"site {name}: the weight must be one of {wanted}, got {str(weight.dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"site {name}: the weight must be one of {wanted}, got {str(weight.dtype).removeprefix('torch.')}"
+        )
     if weight.numel() == 0:
         raise ValueError(f"site {name}: the weight is empty, of shape {tuple(weight.shape)}")
     if not torch.isfinite(weight).all():
