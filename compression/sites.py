@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import nn
 
-__all__ = ["Site", "dense_weight", "discover_sites", "model_bytes", "model_parameters"]
+__all__ = ["Site", "check_weight", "dense_weight", "discover_sites", "model_bytes", "model_parameters"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,7 +53,7 @@ class _Matrix:
     linear: bool
 
 
-def discover_sites(model: nn.Module) -> tuple[Site, ...]:
+def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, ...]:
     """Sites of `model` in module order.
 
     The blocks are the `nn.ModuleList` of the tree whose linear maps hold the most parameters, the longest if several
@@ -61,9 +61,13 @@ def discover_sites(model: nn.Module) -> tuple[Site, ...]:
     can be tensorized is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2) that nothing else
     uses and that two factors of rank 1 make smaller; the others say in `dense_because` why they stay dense.
 
+    Args:
+        shapes_only: do not look at values, so that a model on the meta device will do; whoever loads them calls
+            `check_weight`.
+
     Raises:
-        ValueError: the model has no such list; or, by name, a matrix that has NaN or infinite entries, that is empty,
-            quantized or not loaded, or a linear map that holds no matrix.
+        ValueError: the model has no such list; or, by name, a matrix as `check_weight`, or a linear map that holds no
+            matrix of its shape.
     """
     prefix, blocks = _blocks(model)
     users: dict[int, list[str]] = defaultdict(list)
@@ -72,7 +76,7 @@ def discover_sites(model: nn.Module) -> tuple[Site, ...]:
     sites: list[Site] = []
     seen: set[int] = set()
     for index, block in enumerate(blocks):
-        matrices = list(_matrices(block, f"{prefix}.{index}"))
+        matrices = list(_matrices(block, f"{prefix}.{index}", shapes_only))
         families = _families([matrix.path for matrix in matrices])
         for matrix in matrices:
             if id(matrix.parameter) in seen:
@@ -82,6 +86,26 @@ def discover_sites(model: nn.Module) -> tuple[Site, ...]:
             reason = _dense_because(matrix, users[id(matrix.parameter)])
             sites.append(Site(f"{prefix}.{index}.{matrix.path}", index, families[matrix.path], *shape, reason))
     return tuple(sites)
+
+
+def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> None:
+    """Refuse a weight that cannot be decomposed, by the name of its site.
+
+    Raises:
+        ValueError: it has NaN or infinite entries or is on the meta device, unless `shapes_only`; it is empty, or not
+            of a floating-point type that matrices are stored in.
+    """
+    if weight.dtype not in _FLOATING:
+        wanted, got = ", ".join(map(_short, _FLOATING)), _short(weight.dtype)
+        raise ValueError(f"site {name}: the weight must be one of {wanted}, got {got}; load the model dense")
+    if weight.numel() == 0:
+        raise ValueError(f"site {name}: the weight is empty, of shape {tuple(weight.shape)}")
+    if shapes_only:
+        return
+    if weight.is_meta:
+        raise ValueError(f"site {name}: the weight has no values, it is on the meta device; load the model first")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"site {name}: the weight has NaN or infinite entries")
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -115,7 +139,7 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return chosen
 
 
-def _matrices(block: nn.Module, prefix: str) -> Iterator[_Matrix]:
+def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:
     """Every parameter of two axes or more in a block, checked; `prefix` is the name of the block."""
     for path, module in block.named_modules():
         if _is_linear(module):
@@ -124,34 +148,30 @@ def _matrices(block: nn.Module, prefix: str) -> Iterator[_Matrix]:
                 raise ValueError(
                     f"site {prefix}.{path}: the weight must be a parameter, but is computed; remove its parametrization"
                 )
-            _check(f"{prefix}.{path}", weight)
+            check_weight(f"{prefix}.{path}", weight, shapes_only)
             yield _Matrix(path, dense_weight(module), weight, linear=True)
             continue
         own = [(name, values) for name, values in module.named_parameters(recurse=False) if values.ndim > 1]
+        if _lacks_matrix(module, [values for _, values in own]):
+            raise ValueError(
+                f"site {prefix}.{path}: a {type(module).__name__} holds no matrix of its shape; load the model dense"
+            )
         for name, values in own:
             inner = f"{path}.{name}".removeprefix(".").removesuffix(".weight")
-            _check(f"{prefix}.{inner}", values)
+            check_weight(f"{prefix}.{inner}", values, shapes_only)
             yield _Matrix(inner, values, values, linear=False)
-        shaped = hasattr(module, "in_features") and hasattr(module, "out_features")
-        if shaped and not own and not any(_is_linear(inner) for inner in module.modules()):
-            raise ValueError(
-                f"site {prefix}.{path}: a {type(module).__name__} holds no dense matrix; load the model dense and not "
-                "quantized"
-            )
 
 
-def _check(name: str, weight: torch.Tensor) -> None:
-    if weight.device.type == "meta":
-        raise ValueError(f"site {name}: the weight has no values, it is on the meta device; load the model first")
-    if weight.dtype not in _FLOATING:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATING)
-        raise ValueError(
-            f"site {name}: the weight must be one of {wanted}, got {str(weight.dtype).removeprefix('torch.')}"
-        )
-    if weight.numel() == 0:
-        raise ValueError(f"site {name}: the weight is empty, of shape {tuple(weight.shape)}")
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"site {name}: the weight has NaN or infinite entries")
+def _lacks_matrix(module: nn.Module, own: Sequence[torch.Tensor]) -> bool:
+    """Whether a module states the shape of a linear map but neither it nor a part of it holds such a matrix."""
+    shape = {getattr(module, "out_features", None), getattr(module, "in_features", None)}
+    if None in shape or any(set(values.shape) == shape for values in own):
+        return False
+    return not any(_is_linear(inner) for inner in module.modules())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dense_because(matrix: _Matrix, users: list[str]) -> str:

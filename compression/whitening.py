@@ -30,15 +30,15 @@ def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
     """
     if not 0 < shrinkage <= 1:
         raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
-    values = moment.double()
-    if not torch.isfinite(values).all():
+    if not torch.isfinite(moment).all():
         raise ValueError("a second moment has NaN or infinite entries")
-    if (values.diagonal() < 0).any():
-        raise ValueError(f"a second moment has no negative diagonal, got {float(values.diagonal().min())}")
-    trace = float(values.diagonal().sum())
-    ridge = max(shrinkage * trace / len(values), torch.finfo(torch.float32).eps * trace, _ZERO)
-    result = (1 - shrinkage) * values
-    result.diagonal().add_(ridge)
+    result = moment.to(torch.float64, copy=True)
+    diagonal = result.diagonal()
+    if (diagonal < 0).any():
+        raise ValueError(f"a second moment has no negative diagonal, got {float(diagonal.min())}")
+    trace = float(diagonal.sum())
+    result.mul_(1 - shrinkage)
+    diagonal.add_(max(shrinkage * trace / len(result), torch.finfo(torch.float32).eps * trace, _ZERO))
     return result
 
 

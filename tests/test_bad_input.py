@@ -406,6 +406,13 @@ def parametrized(dense: Model) -> None:
     nn.utils.parametrizations.weight_norm(dense.get_submodule(Q))
 
 
+def packed(dense: Model) -> None:
+    layer = nn.Module()
+    layer.in_features = layer.out_features = 12
+    layer.scale, layer.packed = nn.Parameter(torch.ones(12, 1)), torch.zeros(12, 6, dtype=torch.uint8)
+    dense.set_submodule(Q, layer)
+
+
 def tensorized(dense: Model) -> None:
     dense.set_submodule(Q, MPOLinear(decompose(dense.get_submodule(Q).weight, resolve("mpo2", 12, 12))[0]))
 
@@ -416,7 +423,8 @@ def tensorized(dense: Model) -> None:
         (meta, "meta device"),
         (empty, r"empty, of shape \(0, 12\)"),
         (parametrized, "computed; remove its parametrization"),
-        (tensorized, "a MPOLinear holds no dense matrix"),
+        (packed, "a Module holds no matrix of its shape"),
+        (tensorized, "a MPOLinear holds no matrix of its shape"),
     ],
 )
 def test_a_matrix_without_values_to_decompose_is_refused_by_name(spoil: Callable[[Model], None], reason: str) -> None:
@@ -424,6 +432,14 @@ def test_a_matrix_without_values_to_decompose_is_refused_by_name(spoil: Callable
     spoil(dense)
     with pytest.raises(ValueError, match=f"site {Q}: .*{reason}"):
         discover_sites(dense)
+
+
+def test_shapes_alone_will_do_for_a_model_without_values() -> None:
+    dense = model()
+    sites = discover_sites(dense)
+    with pytest.raises(ValueError, match=r"site layers\.0\.q_proj: .*meta device"):
+        discover_sites(dense.to("meta"))
+    assert discover_sites(dense.to("meta"), shapes_only=True) == sites
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "complex64"])
