@@ -1,4 +1,4 @@
-"""Sites: which weight matrices of a model may be tensorized.
+"""Sites: which weight matrices of a model may be tensorized, and which stay dense and why.
 
 Knows the module tree of a torch model, nothing of transformers, schedules or factors. Families are discovered from the
 module names inside the repeated block, not hard-coded; embeddings and the output head lie outside the blocks and stay
@@ -8,24 +8,34 @@ dense.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 
-__all__ = ["Site", "dense_weight", "discover_sites", "model_bytes", "model_parameters"]
+__all__ = ["Site", "check_weight", "dense_weight", "discover_sites", "model_bytes", "model_parameters"]
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One weight matrix W of shape (out_features, in_features) inside block `block` (from 0)."""
+    """One weight matrix W of shape (out_features, in_features) inside block `block` (from 0).
+
+    Attributes:
+        dense_because: why the matrix cannot be tensorized; it then stays dense and counts as dense. Empty for one that
+            can. A tensor of more than two axes counts with its last one as `in_features`.
+    """
 
     name: str
     block: int
     family: str
     out_features: int
     in_features: int
+    dense_because: str = ""
 
     @property
     def parameters(self) -> int:
@@ -33,37 +43,69 @@ class Site:
         return self.out_features * self.in_features
 
 
-def discover_sites(model: nn.Module) -> tuple[Site, ...]:
+@dataclass(frozen=True)
+class _Matrix:
+    """A parameter of two axes or more inside a block: its path there, and whether it is the weight of a linear map."""
+
+    path: str
+    values: torch.Tensor
+    parameter: nn.Parameter
+    linear: bool
+
+
+def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, ...]:
     """Sites of `model` in module order.
 
-    The blocks are the longest `nn.ModuleList` of the tree whose members hold linear maps; every linear map inside one
-    (`nn.Linear`, or the transposed `Conv1D` of GPT-2) is a site. A weight shared by two places counts once.
+    The blocks are the `nn.ModuleList` of the tree whose linear maps hold the most parameters, the longest if several
+    do. Every parameter of two axes or more inside a block is a site; a weight shared by two places counts once. What
+    can be tensorized is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2) that nothing else
+    uses and that two factors of rank 1 make smaller; the others say in `dense_because` why they stay dense.
+
+    Args:
+        shapes_only: do not look at values, so that a model on the meta device will do; whoever loads them calls
+            `check_weight`.
 
     Raises:
-        ValueError: the model has no such list, or no linear map in it.
+        ValueError: the model has no such list; or, by name, a matrix as `check_weight`, or a linear map that holds no
+            matrix of its shape.
     """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(_is_linear(inner) for inner in module.modules())
-    ]
-    if not lists:
-        raise ValueError("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
-    prefix, blocks = max(lists, key=lambda pair: (len(pair[1]), -len(pair[0])))
+    prefix, blocks = _blocks(model)
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users[id(parameter)].append(name)
     sites: list[Site] = []
     seen: set[int] = set()
     for index, block in enumerate(blocks):
-        linears = [(path, module) for path, module in block.named_modules() if _is_linear(module)]
-        families = _families([path for path, _ in linears])
-        for path, module in linears:
-            weight = dense_weight(module)
-            if id(module.weight) in seen:
+        matrices = list(_matrices(block, f"{prefix}.{index}", shapes_only))
+        families = _families([matrix.path for matrix in matrices])
+        for matrix in matrices:
+            if id(matrix.parameter) in seen:
                 continue
-            seen.add(id(module.weight))
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"site {prefix}.{index}.{path}: the weight has NaN or infinite entries")
-            sites.append(Site(f"{prefix}.{index}.{path}", index, families[path], weight.shape[0], weight.shape[1]))
+            seen.add(id(matrix.parameter))
+            shape = prod(matrix.values.shape[:-1]), matrix.values.shape[-1]
+            reason = _dense_because(matrix, users[id(matrix.parameter)])
+            sites.append(Site(f"{prefix}.{index}.{matrix.path}", index, families[matrix.path], *shape, reason))
     return tuple(sites)
+
+
+def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> None:
+    """Refuse a weight that cannot be decomposed, by the name of its site.
+
+    Raises:
+        ValueError: it has NaN or infinite entries or is on the meta device, unless `shapes_only`; it is empty, or not
+            of a floating-point type that matrices are stored in.
+    """
+    if weight.dtype not in _FLOATING:
+        wanted, got = ", ".join(map(_short, _FLOATING)), _short(weight.dtype)
+        raise ValueError(f"site {name}: the weight must be one of {wanted}, got {got}; load the model dense")
+    if weight.numel() == 0:
+        raise ValueError(f"site {name}: the weight is empty, of shape {tuple(weight.shape)}")
+    if shapes_only:
+        return
+    if weight.is_meta:
+        raise ValueError(f"site {name}: the weight has no values, it is on the meta device; load the model first")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"site {name}: the weight has NaN or infinite entries")
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -81,6 +123,66 @@ def model_parameters(model: nn.Module) -> int:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of the parameters of the whole model at their stored precision, tied weights counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and value of the list of blocks."""
+    best, chosen = (0, 0), None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            weights = [inner.weight for inner in module.modules() if _is_linear(inner)]
+            rank = (sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), len(module))
+            if weights and rank > best:
+                best, chosen = rank, (name, module)
+    if chosen is None:
+        raise ValueError("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
+    return chosen
+
+
+def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:
+    """Every parameter of two axes or more in a block, checked; `prefix` is the name of the block."""
+    for path, module in block.named_modules():
+        if _is_linear(module):
+            weight = module.weight
+            if not isinstance(weight, nn.Parameter):
+                raise ValueError(
+                    f"site {prefix}.{path}: the weight must be a parameter, but is computed; remove its parametrization"
+                )
+            check_weight(f"{prefix}.{path}", weight, shapes_only)
+            yield _Matrix(path, dense_weight(module), weight, linear=True)
+            continue
+        own = [(name, values) for name, values in module.named_parameters(recurse=False) if values.ndim > 1]
+        if _lacks_matrix(module, [values for _, values in own]):
+            raise ValueError(
+                f"site {prefix}.{path}: a {type(module).__name__} holds no matrix of its shape; load the model dense"
+            )
+        for name, values in own:
+            inner = f"{path}.{name}".removeprefix(".").removesuffix(".weight")
+            check_weight(f"{prefix}.{inner}", values, shapes_only)
+            yield _Matrix(inner, values, values, linear=False)
+
+
+def _lacks_matrix(module: nn.Module, own: Sequence[torch.Tensor]) -> bool:
+    """Whether a module states the shape of a linear map but neither it nor a part of it holds such a matrix."""
+    shape = {getattr(module, "out_features", None), getattr(module, "in_features", None)}
+    if None in shape or any(set(values.shape) == shape for values in own):
+        return False
+    return not any(_is_linear(inner) for inner in module.modules())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dense_because(matrix: _Matrix, users: list[str]) -> str:
+    if not matrix.linear:
+        return "not the weight of a linear map"
+    if len(users) > 1:
+        return f"shared by {' and '.join(user.removesuffix('.weight') for user in users)}"
+    outputs, inputs = matrix.values.shape
+    if outputs * inputs <= outputs + inputs:
+        return f"{outputs} × {inputs} is too small to factor"
+    return ""
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -40,12 +40,12 @@ class Statistics:
     tokens: int
 
     def input(self, name: str) -> torch.Tensor:
-        """C (in, in) of a site."""
-        return self.inputs[self.input_of[name]]
+        """C (in, in) of a site. Raises ValueError if it was not collected or is not finite."""
+        return _checked(name, "inputs", self.inputs.get(self.input_of.get(name, "")))
 
     def gradient(self, name: str) -> torch.Tensor:
-        """G (out, out) of a site."""
-        return self.gradients[name]
+        """G (out, out) of a site. Raises ValueError if it was not collected or is not finite."""
+        return _checked(name, "gradients", self.gradients.get(name))
 
     def to_bundle(self) -> Bundle:
         """As named tensors with metadata, for the cache."""
@@ -71,7 +71,7 @@ def collect(
     generator: torch.Generator,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Statistics:
-    """Stream C and G of every site.
+    """Stream C and G of every site that can be tensorized.
 
     Args:
         model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary); has
@@ -82,7 +82,8 @@ def collect(
         progress: called with the number of tokens done after each batch.
 
     Raises:
-        ValueError: no token at all, or a statistic is not finite.
+        ValueError: no token at all; or, by name, a site whose statistics are not finite, that the text never reaches,
+            that the prediction does not depend on, or that does not read one row a token.
     """
     accumulator = _Accumulator(model, sites)
     with accumulator:
@@ -111,7 +112,7 @@ class _Accumulator:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         self.model = model
-        self.sites = sites
+        self.sites = [site for site in sites if not site.dense_because]
         self.tokens = 0
         self.mask = torch.empty(0)
         self.full = False  # whether the mask leaves nothing out
@@ -137,18 +138,24 @@ class _Accumulator:
     def result(self) -> Statistics:
         if self.tokens == 0:
             raise ValueError("no calibration token: statistics need at least one")
-        for table in (self._inputs, self._gradients):
+        for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
             for name, moment in table.items():
                 _mirror_upper_(moment.div_(self.tokens))
-                if not torch.isfinite(moment).all():
-                    raise ValueError(f"site {name}: a calibration statistic has NaN or infinite entries")
-        missing = [site.name for site in self.sites if site.name not in self._gradients]
-        if missing:
-            raise ValueError(f"site {missing[0]} (of {len(missing)}) was never reached by the calibration text")
+                _checked(name, kind, moment)
+        for site in self.sites:
+            if site.name not in self._input_of:
+                raise ValueError(f"site {site.name}: never reached by the calibration text; it cannot be calibrated")
+            if site.name not in self._gradients:
+                raise _not_differentiable(site.name)
         return Statistics(self._inputs, self._input_of, self._gradients, self.tokens)
 
     def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not args or args[0].shape[:-1].numel() != self.mask.numel():
+                read = f"shape {tuple(args[0].shape)}" if args else "a keyword argument"
+                raise ValueError(f"site {name}: must read one row a token to be calibrated, reads {read}")
+            if not output.requires_grad:
+                raise _not_differentiable(name)
             if self._last is not None and self._last[1] is args[0]:
                 source = self._last[0]
             else:
@@ -162,10 +169,24 @@ class _Accumulator:
         return hook
 
     def _add(self, table: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
-        rows = (values.flatten(0, 1) if self.full else values[self.mask]).float()
+        rows = values.reshape(-1, values.shape[-1])
+        rows = (rows if self.full else rows[self.mask.flatten()]).float()
         if name not in table:
             table[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         _add_upper_gram_(table[name], rows)
+
+
+def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:
+    """The moment of a site, if it is there and finite."""
+    if moment is None:
+        raise ValueError(f"site {name}: no second moment of its {kind} was collected")
+    if not torch.isfinite(moment).all():
+        raise ValueError(f"site {name}: the second moment of its {kind} has NaN or infinite entries")
+    return moment
+
+
+def _not_differentiable(name: str) -> ValueError:
+    return ValueError(f"site {name}: no gradient of the prediction reaches it; it cannot be calibrated")
 
 
 def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor) -> None:

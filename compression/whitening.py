@@ -12,25 +12,33 @@ import torch
 
 __all__ = ["Whitening", "shrink"]
 
+_ZERO = 1e-24  # its root, squared for two zero sides, times any weight is still a normal float32
+
 
 def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
-    """(1 − s)·M + s·(tr M / d)·I in float64: a sampled second moment pulled towards a multiple of the identity.
+    """(1 − s)·M + r·I in float64: a sampled second moment pulled towards a multiple of the identity.
+
+    r is s·tr M / d, but at least the rounding of a float32 moment, ε₃₂·tr M, so that M may have any rank; and at least
+    1e-24, so that a zero moment still gives a metric, in which every error costs next to nothing.
 
     Args:
-        moment: (d, d), symmetric positive semidefinite.
+        moment: (d, d), symmetric positive semidefinite up to rounding in float32.
         shrinkage: s in (0, 1].
 
     Raises:
-        ValueError: s outside (0, 1], or a moment with non-finite or zero trace and s < 1 gives no positive matrix.
+        ValueError: s outside (0, 1], or a moment with NaN, infinite or negative diagonal entries.
     """
     if not 0 < shrinkage <= 1:
         raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
-    values = moment.double()
-    mean = values.diagonal().mean()
-    if not torch.isfinite(mean):
+    if not torch.isfinite(moment).all():
         raise ValueError("a second moment has NaN or infinite entries")
-    result = (1 - shrinkage) * values
-    result.diagonal().add_(torch.where(mean > 0, shrinkage * mean, torch.ones_like(mean)))
+    result = moment.to(torch.float64, copy=True)
+    diagonal = result.diagonal()
+    if (diagonal < 0).any():
+        raise ValueError(f"a second moment has no negative diagonal, got {float(diagonal.min())}")
+    trace = float(diagonal.sum())
+    result.mul_(1 - shrinkage)
+    diagonal.add_(max(shrinkage * trace / len(result), torch.finfo(torch.float32).eps * trace, _ZERO))
     return result
 
 
