@@ -6,10 +6,10 @@ from compression.cache import Bundle, FactorCache, cache_key
 from compression.factors import Factors, FactorStore
 from compression.layers import MPOLinear
 from compression.legs import Legs, balanced, resolve
-from compression.menu import Menu, SiteMenu, lowrank_menu
+from compression.menu import Menu, SiteMenu, dense_menu, lowrank_menu
 from compression.mpo import contract, contract_with, decompose, truncate, truncation_error_bound
 from compression.schedule import DENSE, Choice, Schedule
-from compression.sites import Site, dense_weight, discover_sites, model_bytes, model_parameters
+from compression.sites import Site, check_weight, dense_weight, discover_sites, model_bytes, model_parameters
 from compression.statistics import Statistics, collect
 from compression.whitening import Whitening, shrink
 
@@ -31,10 +31,12 @@ __all__ = [
     "Whitening",
     "balanced",
     "cache_key",
+    "check_weight",
     "collect",
     "contract",
     "contract_with",
     "decompose",
+    "dense_menu",
     "dense_weight",
     "discover_sites",
     "lagrangian",

@@ -94,7 +94,8 @@ def uniform_schedule(sites: Sequence[Site], topology: str, metric: str, target_p
     sizes = []
     for site in sites:
         legs = resolve(topology, site.out_features, site.in_features)
-        sizes.append(np.array([*map(legs.parameters, range(1, legs.break_even_chi + 1)), site.parameters]))
+        largest = 0 if site.dense_because else legs.break_even_chi
+        sizes.append(np.array([*map(legs.parameters, range(1, largest + 1)), site.parameters]))
     picks = _uniform(sizes, target_parameters)
     return Schedule(
         tuple(
@@ -135,7 +136,12 @@ def _pool(menu: Menu) -> _Segments:
             end.append(stop)
             parameters.append(price)
             log_slope.append(np.log(gain) - np.log(price))
-    return _Segments(np.array(site), np.array(end), np.array(parameters), np.array(log_slope))
+    return _Segments(
+        np.array(site, dtype=np.int64),
+        np.array(end, dtype=np.int64),
+        np.array(parameters, dtype=np.int64),
+        np.array(log_slope, dtype=np.float64),
+    )
 
 
 def _lower_hull(options: SiteMenu) -> list[int]:

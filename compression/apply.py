@@ -30,19 +30,21 @@ class ScheduleApplier:
     def __init__(self, model: nn.Module, store: FactorStore) -> None:
         self._model = model
         self._store = store
-        self._dense: Mapping[str, nn.Module] = {site.name: model.get_submodule(site.name) for site in store.sites}
-        self._current: dict[str, Choice] = dict.fromkeys(self._dense, DENSE)
+        self._dense: Mapping[str, nn.Module] = {
+            site.name: model.get_submodule(site.name) for site in store.sites if not site.dense_because
+        }
+        self._current: dict[str, Choice] = dict.fromkeys((site.name for site in store.sites), DENSE)
 
     def apply_(self, schedule: Schedule) -> list[str]:
         """Make the model follow `schedule`; returns the names of the sites that changed.
 
         Raises:
-            ValueError: the schedule names an unknown site, leaves one out, or asks for a χ that no decomposition has;
-                the model is then unchanged.
+            ValueError: the schedule names an unknown site, leaves one out, or asks for a χ that no decomposition has or
+                for one at a site that stays dense; the model is then unchanged.
         """
         wanted = dict(schedule.choices)
-        if wanted.keys() != self._dense.keys():
-            odd = sorted(wanted.keys() ^ self._dense.keys())
+        if wanted.keys() != self._current.keys():
+            odd = sorted(wanted.keys() ^ self._current.keys())
             raise ValueError(f"a schedule must name every site of the model and no other, check {odd[0]!r}")
         changed = [name for name, choice in wanted.items() if choice != self._current[name]]
         modules = {name: self._module(name, wanted[name]) for name in changed}
@@ -53,7 +55,7 @@ class ScheduleApplier:
 
     def restore_(self) -> None:
         """Put every original module back."""
-        self.apply_(Schedule.dense(tuple(self._dense)))
+        self.apply_(Schedule.dense(tuple(self._current)))
 
     def __enter__(self) -> ScheduleApplier:
         return self
@@ -64,12 +66,13 @@ class ScheduleApplier:
         self.restore_()
 
     def _module(self, name: str, choice: Choice) -> nn.Module:
-        dense = self._dense[name]
         if choice.is_dense:
-            return dense
+            return self._dense[name]
+        cores = self._store.cores(name, choice)
+        dense = self._dense[name]
         weight = dense.weight
         assert isinstance(weight, torch.Tensor)
-        cores = [core.to(device=weight.device, dtype=weight.dtype) for core in self._store.cores(name, choice)]
+        cores = [core.to(device=weight.device, dtype=weight.dtype) for core in cores]
         bias = dense.bias
         assert bias is None or isinstance(bias, torch.Tensor)
         return MPOLinear(cores, bias)

@@ -14,7 +14,7 @@ import torch
 
 from compression.cache import Bundle, FactorCache, cache_key
 from compression.legs import resolve
-from compression.menu import Menu, lowrank_menu
+from compression.menu import Menu, dense_menu, lowrank_menu
 from compression.mpo import decompose, truncate
 from compression.schedule import Choice
 from compression.sites import Site
@@ -23,7 +23,7 @@ from compression.whitening import Whitening
 
 __all__ = ["FactorStore", "Factors"]
 
-_FORMAT = 1  # part of every cache key; raise it when the numbers a decomposition gives change
+_FORMAT = 2  # part of every cache key; raise it when the numbers a decomposition gives change
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class FactorStore:
 
     Args:
         sites: the sites.
-        weights: dense matrix (out, in) per site name.
+        weights: dense matrix (out, in) per site name; of sites that stay dense none is needed.
         statistics: gives the second moments when a decomposition in a metric has to be built; not called when
             everything asked for is in the cache.
         statistics_key: identity of those statistics (model, text, seed).
@@ -87,20 +87,29 @@ class FactorStore:
         """The cores of one site at the χ of `choice`: views into the decomposition.
 
         Raises:
-            ValueError: χ above the largest that saves parameters.
+            ValueError: a site that stays dense, a topology that never saves parameters at this shape, or χ above the
+                largest that does.
         """
         site = self._site[name]
+        if site.dense_because:
+            raise ValueError(f"site {name} must stay dense: {site.dense_because}")
         limit = resolve(choice.topology, site.out_features, site.in_features).break_even_chi
+        if limit == 0:
+            shape = f"{site.out_features} × {site.in_features}"
+            raise ValueError(f"site {name}: no χ of {choice.topology} makes a matrix of {shape} smaller")
         if choice.chi > limit:
             raise ValueError(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
         return truncate(self.factors(name, choice.topology, choice.metric).cores, choice.chi)
 
     def menu(self, metric: str = "two-sided", progress: Callable[[int], None] = lambda done: None) -> Menu:
-        """Menus of all sites: dense and `lowrank` at every χ. Decomposes what is not yet cached."""
+        """Menus of all sites: dense, and `lowrank` at every χ where possible. Decomposes what is not yet cached."""
         menus = []
         for done, site in enumerate(self.sites, 1):
-            spectrum = self.factors(site.name, "lowrank", metric).spectrum.numpy()
-            menus.append(lowrank_menu(site, np.asarray(spectrum, dtype=np.float64), metric))
+            if site.dense_because:
+                menus.append(dense_menu(site))
+            else:
+                spectrum = self.factors(site.name, "lowrank", metric).spectrum.numpy()
+                menus.append(lowrank_menu(site, np.asarray(spectrum, dtype=np.float64), metric))
             progress(done)
         return Menu(tuple(menus))
 
@@ -128,9 +137,11 @@ class FactorStore:
         cores, spectra = decompose(white, legs)
         cores = truncate(cores, max(1, legs.break_even_chi))
         if topology == "lowrank":
-            scale = spectra[0][: cores[0].shape[3]].double().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-            left = whitening.undo_left(cores[0][0, :, 0, :].double() * scale)
-            right = whitening.undo_right(cores[1][:, 0, :, 0].double() / scale[:, None])
+            left = whitening.undo_left(cores[0][0, :, 0, :].double())
+            right = whitening.undo_right(cores[1][:, 0, :, 0].double())
+            # Every pair of a column and a row gets equal norms, whatever the metric, so that float16 holds both.
+            share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+            left, right = left * share, right / share.where(share > 0, 1)[:, None]
             cores = [left[None, :, None, :], right[:, None, :, None]]
         tensors = {f"core.{number}": core.float().cpu() for number, core in enumerate(cores)}
         return Bundle({**tensors, "spectrum": spectra[0].double().cpu()})

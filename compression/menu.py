@@ -15,7 +15,7 @@ from compression.legs import resolve
 from compression.schedule import DENSE, Choice
 from compression.sites import Site
 
-__all__ = ["Menu", "SiteMenu", "lowrank_menu"]
+__all__ = ["Menu", "SiteMenu", "dense_menu", "lowrank_menu"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,12 @@ class Menu:
     def cost(self, indices: NDArray[np.int64]) -> float:
         """Sum of the predicted costs under one option index per site, in nats per token."""
         return sum(float(menu.cost[index]) for menu, index in zip(self.sites, indices, strict=True))
+
+
+def dense_menu(site: Site) -> SiteMenu:
+    """Menu of a site that can only stay dense."""
+    size = np.array([site.parameters], dtype=np.int64)
+    return SiteMenu(site, (DENSE,), parameters=size, cost=np.zeros(1), multiply_adds=size)
 
 
 def lowrank_menu(site: Site, spectrum: NDArray[np.float64], metric: str) -> SiteMenu:

@@ -45,14 +45,18 @@ class SizeModel:
         self._sites = tuple(sites)
         self._model_parameters = model_parameters(model)
         self._model_bytes = model_bytes(model)
-        self._element_size = {site.name: model.get_parameter(f"{site.name}.weight").element_size() for site in sites}
+        self._element_size = {
+            site.name: model.get_parameter(f"{site.name}.weight").element_size()
+            for site in sites
+            if not site.dense_because
+        }
 
     def size(self, schedule: Schedule) -> Size:
         """Size of the model under `schedule`, which must name every site."""
-        after = {site.name: choice_parameters(site, schedule[site.name]) for site in self._sites}
         before_sites = sum(site.parameters for site in self._sites)
-        saved = before_sites - sum(after.values())
-        saved_bytes = sum((site.parameters - after[site.name]) * self._element_size[site.name] for site in self._sites)
+        saved_at = {site.name: site.parameters - choice_parameters(site, schedule[site.name]) for site in self._sites}
+        saved = sum(saved_at.values())
+        saved_bytes = sum(saved_at[name] * size for name, size in self._element_size.items())
         return Size(
             kept_fraction=(before_sites - saved) / before_sites,
             model_kept_fraction=(self._model_parameters - saved) / self._model_parameters,

@@ -44,7 +44,10 @@ OBSERVATION: tuple[tuple[str, float, float], ...] = (
 
 @dataclass(frozen=True)
 class Group:
-    """The sites one step decides about: indices into the menu, and a name such as "block_07" or "family_down"."""
+    """The sites one step decides about: indices into the menu, and a name such as "block_07" or "family_down".
+
+    A site whose menu has no option but dense is in no group.
+    """
 
     name: str
     sites: tuple[int, ...]
@@ -85,8 +88,8 @@ class Problem:
         Raises:
             ValueError: a value outside its range, or a target below what the smallest options keep.
         """
-        if not menu.sites:
-            raise ValueError("the menu has no site")
+        if all(len(site.choices) == 1 for site in menu.sites):
+            raise ValueError("the menu has no site with an option beside dense")
         if not 0 < target_kept <= 1:
             raise ValueError(f"target_kept must lie in (0, 1], got {target_kept}")
         if levels < 4 or levels % 2:
@@ -269,12 +272,13 @@ class Problem:
 def _groups(menu: Menu, granularity: str) -> tuple[Group, ...]:
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+    free = [(index, menu_of) for index, menu_of in enumerate(menu.sites) if len(menu_of.choices) > 1]
     if granularity == "site":
-        return tuple(Group(menu_of.site.name, (index,)) for index, menu_of in enumerate(menu.sites))
+        return tuple(Group(menu_of.site.name, (index,)) for index, menu_of in free)
     groups: list[Group] = []
     for kind in granularity.split("+"):
         keys: dict[str, list[int]] = {}
-        for index, menu_of in enumerate(menu.sites):
+        for index, menu_of in free:
             key = f"block_{menu_of.site.block:02d}" if kind == "block" else f"family_{menu_of.site.family}"
             keys.setdefault(key, []).append(index)
         groups += [Group(name, tuple(sites)) for name, sites in keys.items()]

@@ -275,11 +275,11 @@ def _lines(plan: Mapping[str, object], indent: str = "") -> str:
     width = max(map(len, plan), default=0)
     lines = []
     for key, value in plan.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             lines += [f"{indent}{key}", _lines(value, indent + "  ")]
         else:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            lines.append(f"{indent}{key:<{width}}  {text}")
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple | Mapping) else str(value)
+            lines.append(f"{indent}{key:<{width}}  {text or 'none'}")
     return "\n".join(lines)
 
 

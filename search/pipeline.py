@@ -19,7 +19,7 @@ import agents
 from compression.allocation import uniform_schedule
 from compression.cache import cache_key
 from compression.schedule import Schedule
-from compression.sites import model_bytes, model_parameters
+from compression.sites import Site, model_bytes, model_parameters
 from envs import LEVELS, REACH, Problem, Reward
 from search.config import Config
 from search.console import Console
@@ -65,6 +65,9 @@ def run(config: Config, console: Console) -> RunSummary:
     device = _preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
+    if staying := _stays_dense(sites):
+        name, reason = next(iter(staying.items()))
+        console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
     with console.stage("data"):
         subject = Subject.of(config, loaded, sites, device)
     if config.resume:
@@ -108,6 +111,7 @@ def plan(config: Config) -> Mapping[str, object]:
             "bytes": model_bytes(loaded.model),
             "sites": len(sites),
             "site_parameters": parameters,
+            "stays_dense": _stays_dense(sites),
             "blocks": 1 + max(site.block for site in sites),
             "families": families,
         },
@@ -162,7 +166,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
 
         subject.calibration.progress = progress
         subject.calibration()
-    baselines = _baselines(config, subject)
+    baselines = _baselines(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
         menu = subject.store.menu(progress=lambda done: stage.advance(1))
         problem = Problem.build(menu, config.target_kept, config.granularity)
@@ -191,6 +195,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "trials": len(trials),
         "failed_trials": failures,
         "folder": str(folder.path),
+        "stays_dense": _stays_dense(subject.sites),
         "rows": rows,
         "searched_against_lagrangian_kl": comparison,
         "environment": environment(),
@@ -278,17 +283,29 @@ def _comparison(scores: Mapping[str, Score]) -> dict[str, object]:
     return dataclasses.asdict(paired_kl(searched, closed))
 
 
-def _baselines(config: Config, subject: Subject) -> dict[str, Schedule]:
-    """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target."""
+def _stays_dense(sites: Sequence[Site]) -> dict[str, str]:
+    """Why, by name, of every site that cannot be tensorized."""
+    return {site.name: site.dense_because for site in sites if site.dense_because}
+
+
+def _baselines(config: Config, subject: Subject, console: Console) -> dict[str, Schedule]:
+    """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target.
+
+    One that cannot reach the target at these shapes, as MPOs of prime dimensions cannot, is left out with a remark.
+    """
     target = math.floor(config.target_kept * sum(site.parameters for site in subject.sites) + 1e-6)
     kinds = {
         "uniform-plain": ("mpo2", "plain"),
         "uniform-whitened": ("lowrank", "input"),
         "uniform": ("lowrank", "two-sided"),
     }
-    return {
-        name: uniform_schedule(subject.sites, topology, metric, target) for name, (topology, metric) in kinds.items()
-    }
+    baselines = {}
+    for name, (topology, metric) in kinds.items():
+        try:
+            baselines[name] = uniform_schedule(subject.sites, topology, metric, target)
+        except ValueError as error:
+            console.note(f"baseline {name} ({topology}, {metric}) is left out: {error}")
+    return baselines
 
 
 def _fingerprint(config: Config, subject: Subject) -> dict[str, object]:
@@ -315,8 +332,9 @@ def _check_space(subject: Subject) -> None:
     cache = subject.calibration.cache
     if cache.root is None or cache.has(subject.calibration.key):
         return
-    moments = sum(site.out_features**2 + site.in_features**2 for site in subject.sites)
-    needed = 4 * (moments + 3 * sum(site.parameters for site in subject.sites))
+    sites = [site for site in subject.sites if not site.dense_because]
+    moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
+    needed = 4 * (moments + 3 * sum(site.parameters for site in sites))
     cache.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache.root).free
     if free < needed:

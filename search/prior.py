@@ -31,8 +31,9 @@ def build_prior(
 ) -> dict[str, object]:
     """The content of prior.json.
 
-    Per site: name, block, family, shape, topology, legs and χ (absent where dense), metric, parameters. Beside it the
-    model's identity, the table of the run, the data by digest, the configuration and what it was made with.
+    Per site: name, block, family, shape, topology, legs and χ (absent where dense), metric, parameters, and why it
+    stays dense where it has to. Beside it the model's identity, the table of the run, the data by digest, the
+    configuration and what it was made with.
     """
     return {
         "format": FORMAT,
@@ -67,4 +68,6 @@ def _site(site: Site, schedule: Schedule) -> dict[str, object]:
     if not choice.is_dense:
         legs = resolve(choice.topology, site.out_features, site.in_features)
         entry |= {"chi": choice.chi, "metric": choice.metric, "out_legs": legs.out_legs, "in_legs": legs.in_legs}
+    if site.dense_because:
+        entry["dense_because"] = site.dense_because
     return entry | {"parameters": choice_parameters(site, schedule[site.name])}

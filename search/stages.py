@@ -78,7 +78,9 @@ def factor_store(
     loaded: LoadedModel, sites: Sequence[Site], calibration: Calibration, cache: FactorCache
 ) -> FactorStore:
     """Factors of the sites of a dense model."""
-    weights = {site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites}
+    weights = {
+        site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
+    }
     return FactorStore(sites, weights, calibration, calibration.key, _SHRINKAGE, cache)
 
 

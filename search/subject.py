@@ -108,7 +108,8 @@ def load(config: Config, device: torch.device) -> tuple[LoadedModel, tuple[Site,
     """The model and its sites.
 
     Raises:
-        ValueError: as `search.models.load_model`, or a target below what χ = 1 everywhere keeps.
+        ValueError: as `search.models.load_model` and `compression.sites.discover_sites`, or a target below what χ = 1
+            everywhere keeps.
         DataUnavailable: as `search.models.load_model`.
     """
     loaded = load_model(config.model, device, _dtype(device))
@@ -125,7 +126,10 @@ def load(config: Config, device: torch.device) -> tuple[LoadedModel, tuple[Site,
 def smallest_parameters(sites: Sequence[Site]) -> int:
     """Entries of all sites at `lowrank` with χ = 1, or dense where that is less."""
     return sum(
-        min(site.parameters, resolve("lowrank", site.out_features, site.in_features).parameters(1)) for site in sites
+        site.parameters
+        if site.dense_because
+        else min(site.parameters, resolve("lowrank", site.out_features, site.in_features).parameters(1))
+        for site in sites
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compression import (
+    DENSE,
     Choice,
     FactorCache,
     FactorStore,
@@ -32,6 +33,7 @@ from compression import (
     uniform_schedule,
 )
 from compression.size import SizeModel
+from envs import Problem
 from search.models import load_model
 
 Q = "layers.1.q_proj"
@@ -160,6 +162,20 @@ def test_a_site_whose_output_is_ignored_costs_next_to_nothing() -> None:
     assert cost["layers.0.up"] < 1e-12 * cost["layers.1.up"]
     chosen = to_schedule(menu, lagrangian(menu, menu.dense_parameters // 2))
     assert 1 <= chosen["layers.0.up"].chi < chosen["layers.1.up"].chi
+
+
+def test_a_model_of_zeros_survives() -> None:
+    dense = model()
+    for site in discover_sites(dense):
+        dense.get_submodule(site.name).weight.zero_()
+    menu = survives(dense)
+    assert all(choice.chi == 1 for _, choice in to_schedule(menu, lagrangian(menu, menu.dense_parameters)))
+
+
+def test_a_dead_site_survives_in_float16() -> None:
+    dense = model()
+    dense.get_submodule("layers.0.down").weight.zero_()
+    survives(dense.to(torch.float16))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-42, 1e15])
@@ -291,7 +307,7 @@ def test_prime_and_odd_dimensions_survive(width: int, wide: int) -> None:
 def test_an_mpo_of_prime_dimensions_is_refused_by_name_and_left_dense_by_a_uniform_schedule() -> None:
     dense = model(13, 17)
     store = store_of(dense)
-    with pytest.raises(ValueError, match=Q):
+    with pytest.raises(ValueError, match=f"site {Q}: no χ of mpo2 makes a matrix of 13 × 13 smaller"):
         store.cores(Q, Choice("mpo2", 1, "plain"))
     total = sum(site.parameters for site in store.sites)
     assert uniform_schedule(store.sites, "mpo2", "plain", total)[Q].is_dense
@@ -386,6 +402,32 @@ def test_a_site_that_stays_dense_says_why_counts_and_is_not_calibrated(kind: str
     matrices = [value for name, value in dense.named_parameters() if name.startswith("layers") and value.ndim > 1]
     assert sum(site.parameters for site in discover_sites(dense)) == sum(value.numel() for value in matrices)
     assert not statistics_of(dense).gradients.keys() & expected.keys()
+
+
+@pytest.mark.parametrize("kind", STAYING)
+def test_a_model_with_a_site_that_stays_dense_is_tensorized_around_it(kind: str) -> None:
+    make, expected = STAYING[kind]
+    dense = make()
+    menu = survives(dense)
+    assert menu.dense_parameters == sum(site.parameters for site in discover_sites(dense))
+    for options in menu.sites:
+        assert (options.choices == (DENSE,)) == (options.site.name in expected)
+    name, reason = next(iter(expected.items()))
+    store = store_of(dense)
+    choices = dict(Schedule.dense(tuple(site.name for site in store.sites))) | {name: Choice("lowrank", 1, "plain")}
+    with pytest.raises(ValueError, match=f"site {name} must stay dense: {reason}"):
+        ScheduleApplier(dense, store).apply_(Schedule(tuple(choices.items())))
+    steps = Problem.build(menu, 0.7, "site").groups
+    assert {menu.sites[index].site.name for group in steps for index in group.sites}.isdisjoint(expected)
+    assert sum(len(group.sites) for group in steps) == len(menu.sites) - len(expected)
+
+
+def test_a_menu_in_which_everything_stays_dense_is_no_problem_to_solve() -> None:
+    dense = model(1, 1)
+    menu = store_of(dense).menu()
+    assert to_schedule(menu, lagrangian(menu, menu.dense_parameters)) == Schedule.dense(tuple(reasons(dense)))
+    with pytest.raises(ValueError, match="no site with an option beside dense"):
+        Problem.build(menu, 1.0)
 
 
 def test_a_weight_shared_with_the_embedding_stays_dense() -> None:

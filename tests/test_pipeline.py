@@ -13,7 +13,7 @@ import torch
 from fakedata import fake_data, jsonl
 
 from compression import Choice, Schedule
-from search import cli, pipeline, subject
+from search import cli, models, pipeline, subject
 from search.config import Config
 from search.evaluators import ModelEvaluator
 from search.scoring import Workload
@@ -303,6 +303,38 @@ def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
     monkeypatch.setattr(pipeline, "Reward", lambda **given: reward(**{"kl_weight": 2.0, **given}))
     assert cli.main(["--resume", str(tmp_path / "run"), "--quiet"]) == cli.REFUSED
     assert "reward.kl_weight was 1.0, is 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_what_stays_dense_is_told_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = subject.load_model
+
+    def share_a_weight(*args: Any) -> Any:
+        loaded = load(*args)
+        first, second = (loaded.model.model.layers[block].mlp.up_proj for block in (0, 1))
+        second.weight = first.weight
+        return loaded
+
+    monkeypatch.setattr(subject, "load_model", share_a_weight)
+    flags = words(out=tmp_path / "run", budget=2)
+    assert cli.main([flag for flag in flags if flag != "--quiet"]) == cli.DONE
+    name, reason = "model.layers.0.mlp.up_proj", "shared by model.layers.0.mlp.up_proj and model.layers.1.mlp.up_proj"
+    assert f"1 of 20 sites stay dense and count as dense, such as {name}: {reason}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stays_dense"] == {name: reason}
+    sites = {site["name"]: site for site in json.loads((tmp_path / "run" / "prior.json").read_text())["sites"]}
+    assert sites[name]["dense_because"] == reason
+    assert sites[name]["parameters"] == 32 * 48
+    assert cli.main([*words(out=tmp_path / "other"), "--dry-run", "--json"]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)["model"]["stays_dense"] == {name: reason}
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_baseline_that_prime_dimensions_rule_out_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_TINY_SHAPE", {**models._TINY_SHAPE, "hidden_size": 13, "num_attention_heads": 1})
+    rows = run(tmp_path / "run", model="random:tiny-gpt2", budget=2, target_kept=0.25)["rows"]
+    assert [row["schedule"] for row in rows] == [name for name in NAMES if name != "uniform-plain"]
 
 
 def test_defaults_are_what_the_readme_says() -> None:
