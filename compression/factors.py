@@ -128,12 +128,12 @@ class FactorStore:
         cores, spectra = decompose(white, legs)
         cores = truncate(cores, max(1, legs.break_even_chi))
         if topology == "lowrank":
-            scale = spectra[0][: cores[0].shape[3]].double().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+            scale = spectra[0].values[: cores[0].shape[3]].clamp_min(torch.finfo(torch.float32).tiny).sqrt()
             left = whitening.undo_left(cores[0][0, :, 0, :].double() * scale)
             right = whitening.undo_right(cores[1][:, 0, :, 0].double() / scale[:, None])
             cores = [left[None, :, None, :], right[:, None, :, None]]
         tensors = {f"core.{number}": core.float().cpu() for number, core in enumerate(cores)}
-        return Bundle({**tensors, "spectrum": spectra[0].double().cpu()})
+        return Bundle({**tensors, "spectrum": spectra[0].closed().cpu()})
 
     def _whitening(self, name: str, metric: str) -> Whitening:
         if metric == "plain":
