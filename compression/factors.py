@@ -50,6 +50,7 @@ class FactorStore:
         statistics_key: identity of those statistics (model, text, seed).
         shrinkage: see `compression.whitening.shrink`.
         cache: where decompositions are kept.
+        max_chi: decompose no further than this χ; None means as far as it saves parameters.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class FactorStore:
         statistics_key: str,
         shrinkage: float,
         cache: FactorCache,
+        max_chi: int | None = None,
     ) -> None:
         self.sites = tuple(sites)
         self._weights = weights
@@ -67,6 +69,7 @@ class FactorStore:
         self._statistics_key = statistics_key
         self._shrinkage = shrinkage
         self._cache = cache
+        self._max_chi = max_chi
         self._site = {site.name: site for site in sites}
         self._memory: dict[tuple[str, str, str], Factors] = {}
 
@@ -91,6 +94,7 @@ class FactorStore:
         """
         site = self._site[name]
         limit = resolve(choice.topology, site.out_features, site.in_features).break_even_chi
+        limit = min(limit, self._max_chi or limit)
         if choice.chi > limit:
             raise ValueError(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
         return truncate(self.factors(name, choice.topology, choice.metric).cores, choice.chi)
@@ -108,6 +112,7 @@ class FactorStore:
         weight = self._weights[name].detach().cpu().contiguous()
         digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         calibrated = {} if metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
+        capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
         return cache_key(
             format=_FORMAT,
             weight=digest,
@@ -116,6 +121,7 @@ class FactorStore:
             topology=topology,
             metric=metric,
             **calibrated,
+            **capped,
         )
 
     def _build(self, name: str, topology: str, metric: str) -> Bundle:
@@ -125,7 +131,7 @@ class FactorStore:
         if topology != "lowrank" and metric != "plain":
             raise ValueError(f"topology {topology} is only offered in the plain metric, got {metric!r}")
         white = whitening.apply(self._weights[name].detach()).float()
-        cores, spectra = decompose(white, legs)
+        cores, spectra = decompose(white, legs, self._max_chi)
         cores = truncate(cores, max(1, legs.break_even_chi))
         if topology == "lowrank":
             scale = spectra[0].values[: cores[0].shape[3]].clamp_min(torch.finfo(torch.float32).tiny).sqrt()

@@ -60,7 +60,7 @@ def discover_sites(model: nn.Module) -> tuple[Site, ...]:
             if id(module.weight) in seen:
                 continue
             seen.add(id(module.weight))
-            if not torch.isfinite(weight).all():
+            if not (weight.is_meta or torch.isfinite(weight).all()):
                 raise ValueError(f"site {prefix}.{index}.{path}: the weight has NaN or infinite entries")
             sites.append(Site(f"{prefix}.{index}.{path}", index, families[path], weight.shape[0], weight.shape[1]))
     return tuple(sites)

@@ -117,13 +117,14 @@ def truncated_svd(
     energy = _energy(matrix)
     if not isfinite(energy) and not torch.isfinite(matrix).all():
         raise ValueError("the matrix has NaN or infinite entries")
-    keep = min(matrix.shape) if chi is None else min(chi, *matrix.shape)
-    chosen = method or choose_method(*matrix.shape, keep, matrix.dtype)
+    rows, columns = matrix.shape
+    keep = min(chi or rows, rows, columns)
+    chosen = method or choose_method(rows, columns, keep, matrix.dtype)
     if chosen == "svd":
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return TruncatedSVD(left[:, :keep], values[:keep, None] * right[:keep], Spectrum(values.double(), 0.0))
     # From here on `wide` has the smaller side first.
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = rows > columns
     wide = matrix.T if tall else matrix
     basis = None
     if chosen == "subspace" and _scale_is_ordinary(energy, matrix):
@@ -180,7 +181,7 @@ def _dominant_subspace(wide: torch.Tensor, keep: int, energy: float, generator: 
         gram = _gram(wide, wide.dtype)
     apply: Callable[[torch.Tensor], torch.Tensor] = (lambda x: wide @ (wide.T @ x)) if gram is None else gram.__matmul__
     start = torch.randn(rows, width, generator=generator, dtype=wide.dtype, device=wide.device)
-    basis = torch.linalg.qr(apply(start))[0]
+    basis: torch.Tensor = torch.linalg.qr(apply(start))[0]
     eps, captured = torch.finfo(wide.dtype).eps, 0.0
     for _ in range(_ROUNDS):
         image = apply(basis)
@@ -218,7 +219,8 @@ def _filtered(
     previous, current = basis, image / half - basis
     for _ in range(degree - 1):
         previous, current = current, 2 * (apply(current) / half - current) - previous
-    return current / torch.linalg.vector_norm(current, dim=0).clamp_min(torch.finfo(current.dtype).tiny)
+    norms: torch.Tensor = torch.linalg.vector_norm(current, dim=0)
+    return current / norms.clamp_min(torch.finfo(current.dtype).tiny)
 
 
 def _gram(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -25,11 +25,11 @@ def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
     """
     if not 0 < shrinkage <= 1:
         raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
-    values = moment.double()
-    mean = values.diagonal().mean()
+    result = moment.to(torch.float64, copy=True)
+    mean = result.diagonal().mean()
     if not torch.isfinite(mean):
         raise ValueError("a second moment has NaN or infinite entries")
-    result = (1 - shrinkage) * values
+    result.mul_(1 - shrinkage)
     result.diagonal().add_(torch.where(mean > 0, shrinkage * mean, torch.ones_like(mean)))
     return result
 
