@@ -164,8 +164,9 @@ def main() -> None:
     lines = [
         "By arithmetic, in GB, for 65,536 tokens in batches of 1,024 and rows of 256, over what the libraries take:",
         arithmetic(),
-        f"Measured on `{arguments.model}` in float32 ({gigabytes(subject.model_bytes)} GB) with {arguments.tokens} random "
-        f"tokens, χ up to {arguments.chi}, under RLIMIT_DATA of {gigabytes(limit)} GB ({arguments.limit:.0%} of the model):",
+        f"Measured on `{arguments.model}` in float32 ({gigabytes(subject.model_bytes)} GB) with {arguments.tokens} "
+        f"random tokens, χ up to {arguments.chi}, under RLIMIT_DATA of {gigabytes(limit)} GB, {arguments.limit:.0%} of "
+        "the model:",
         markdown(
             ["figure", "value"],
             [

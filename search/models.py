@@ -1,7 +1,8 @@
 """Models: from a name to a dense causal language model in memory, ready to be read and compressed.
 
 Knows the packaged default model, random models for tests and measurements, local folders and hub ids, and which weight
-files are safe to open; nothing of sites or schedules. Pickled weights and code that comes with a model are never opened or run.
+files are safe to open; nothing of sites or schedules. Pickled weights and code that comes with a model are never opened
+or run.
 """
 
 from __future__ import annotations
