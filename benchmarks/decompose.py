@@ -5,9 +5,10 @@
 The peers are not dependencies of Chisel: pip install tensorly quimb
 
 A measurement is one process that makes the matrix, decomposes it once after a warm-up on a small one, and reports the
-seconds of that call, the true relative error ‖W − left·right‖_F / ‖W‖_F and the growth of its resident memory from
-before the matrix was made, so the matrix itself counts. Processes of the two sides alternate. A randomized method of a
-peer is given the fewest power iterations with which its error is within 0.5 % of the optimum.
+seconds of that call, the true relative error ‖W − left·right‖_F / ‖W‖_F (of all χ: over every 16th row) and the growth
+of its resident memory from before the matrix was made, so the matrix itself counts. Processes of the two sides
+alternate. A randomized method of a peer is given the fewest power iterations with which its error is within 0.5 % of
+the optimum.
 
 Matrices: `power`, singular values falling as i^-½ (a Gaussian matrix with scaled rows, mixed by a reflection), and
 `flat`, a Gaussian matrix, whose singular values differ by a factor of 4 in all: the hard case for iterations.
@@ -24,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import isinf, isnan
+from math import inf, isinf, nan, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +36,7 @@ from benchmarks.report import Bar, markdown, publish
 from compression import decompose, resolve
 
 CHIS, QUICK_CHIS = (64, 512), (16, 128)  # a 64th and an eighth of the smaller side
-ITERATIONS = (1, 2, 3, 4, 6, 8)
+ITERATIONS = (2, 3, 4, 6)
 TOLERANCE = 0.005  # errors are equal within this part of the optimum
 RANDOMIZED = ("tensorly randomized", "quimb svd:rand")
 
@@ -55,11 +56,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of the call, relative error, peak memory over that of the matrix; infinite seconds if it was cut off."""
+    """Seconds of the call, relative error by χ, peak memory over that of the matrix; infinite seconds if cut off."""
 
     seconds: float
-    error: float
+    errors: dict[str, float]
     memory: float
+
+    def error(self, chi: int) -> float:
+        """At one χ, 0 for all."""
+        return self.errors.get(str(chi), nan)
 
 
 def matrix(rows: int, columns: int, spectrum: str) -> torch.Tensor:
@@ -119,13 +124,20 @@ def measure(case: Case) -> Measured:
     left, right = decomposition(weight, case.chi or min(case.rows, case.columns))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    step = 512
-    squared = sum(
-        float((weight[row : row + step] - left[row : row + step] @ right).double().square().sum())
-        for row in range(0, case.rows, step)
-    )
-    return Measured(seconds, squared**0.5 / norm, (peak - before) * 1024 / weight.nbytes)
+    errors = {str(chi): error(weight, left[:, :chi], right[:chi]) for chi in {*CHIS, *QUICK_CHIS} if chi <= len(right)}
+    if case.chi == 0:
+        errors["0"] = error(weight[::16], left[::16], right)
+    return Measured(seconds, errors, (peak - before) * 1024 / weight.nbytes)
+
+
+def error(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:
+    """‖W − left·right‖ / ‖W‖, in blocks of rows."""
+    squared, total, step = 0.0, 0.0, 512
+    for row in range(0, weight.shape[0], step):
+        part = weight[row : row + step]
+        squared += float((part - left[row : row + step] @ right).double().square().sum())
+        total += float(part.double().square().sum())
+    return sqrt(squared / total)
 
 
 class Laboratory:
@@ -155,7 +167,7 @@ class Laboratory:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=True)
                 self._known[case] = Measured(**json.loads(done.stdout.splitlines()[-1]))
             except subprocess.TimeoutExpired:
-                self._known[case] = Measured(float("inf"), float("nan"), float("nan"))
+                self._known[case] = Measured(inf, {}, nan)
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(f"{case}: {error.stderr[-500:]}") from error
             print(case, self._known[case], file=sys.stderr, flush=True)
@@ -165,45 +177,53 @@ class Laboratory:
         return self._known[case]
 
     def median(self, cases: Sequence[Case]) -> Measured:
-        """Of repeats, each figure for itself."""
+        """Of repeats: the median of seconds, the errors of the first and the largest memory."""
         results = [self.of(case) for case in cases]
-        return Measured(
-            *(median(getattr(result, name) for result in results) for name in ("seconds", "error", "memory"))
-        )
+        seconds, memory = median(result.seconds for result in results), max(result.memory for result in results)
+        return Measured(seconds, results[0].errors, memory)
 
 
-def compare(
-    laboratory: Laboratory,
-    rows: int,
-    columns: int,
-    spectrum: str,
-    chi: int,
-    repeats: int,
-    contenders: Sequence[str],
-    enough: dict[tuple[str, str, int], int],
-) -> dict[str, tuple[Measured, int]]:
-    """Result and power iterations by contender at one χ, the sides alternating.
+@dataclass(frozen=True)
+class Comparison:
+    """One χ on one matrix, and who takes part besides Chisel."""
 
-    Args:
-        enough: power iterations that a contender needed for a spectrum and χ on the shape before; updated.
-    """
-    settings = dict.fromkeys(contenders, 0)
-    best = laboratory.of(Case("chisel", rows, columns, spectrum, chi)).error
-    for contender in [name for name in contenders if name in RANDOMIZED]:
-        for iterations in ITERATIONS:
-            if iterations < enough.get((contender, spectrum, chi), 0):
-                continue
-            settings[contender] = enough[contender, spectrum, chi] = iterations
-            if laboratory.of(Case(contender, rows, columns, spectrum, chi, iterations)).error <= best * (1 + TOLERANCE):
-                break
-    cases = {
-        contender: [Case(contender, rows, columns, spectrum, chi, iterations, repeat) for repeat in range(repeats)]
-        for contender, iterations in settings.items()
-    }
-    for repeat in range(repeats):
-        for contender in contenders:
-            laboratory.of(cases[contender][repeat])
-    return {contender: (laboratory.median(cases[contender]), settings[contender]) for contender in contenders}
+    rows: int
+    columns: int
+    spectrum: str
+    chi: int
+    others: tuple[str, ...]
+    repeats: int = 1
+
+    def run(self, laboratory: Laboratory, enough: dict[tuple[str, str, int], int]) -> dict[str, tuple[Measured, int]]:
+        """Result and power iterations by contender, the sides alternating.
+
+        Args:
+            enough: power iterations that a contender needed for a spectrum and χ on the shape before; updated.
+        """
+        settings = dict.fromkeys(("chisel", *self.others), 0)
+        best = laboratory.of(self._case("chisel", 0, 0)).error(self.chi)
+        for contender in [name for name in self.others if name in RANDOMIZED]:
+            key = (contender, self.spectrum, self.chi)
+            for iterations in [each for each in ITERATIONS if each >= enough.get(key, 0)]:
+                settings[contender] = enough[key] = iterations
+                result = laboratory.of(self._case(contender, iterations, 0))
+                if not result.error(self.chi) > best * (1 + TOLERANCE):
+                    break
+        for repeat in range(self.repeats):
+            for contender, iterations in settings.items():
+                laboratory.of(self._case(contender, iterations, repeat))
+        return {
+            contender: (
+                laboratory.median([self._case(contender, iterations, repeat) for repeat in range(self.repeats)]),
+                iterations,
+            )
+            for contender, iterations in settings.items()
+        }
+
+    def _case(self, contender: str, iterations: int, repeat: int) -> Case:
+        # A default SVD computes the whole spectrum and slices it: one measurement serves every χ.
+        chi = 0 if contender.endswith(" svd") else self.chi
+        return Case(contender, self.rows, self.columns, self.spectrum, chi, iterations, repeat)
 
 
 @dataclass
@@ -216,17 +236,15 @@ class Findings:
     over_default_full: list[float]
     memory: list[float]
 
-    def add(
-        self, shape: tuple[int, int], spectrum: str, chi: int, results: dict[str, tuple[Measured, int]], limit: float
-    ) -> None:
+    def add(self, comparison: Comparison, results: dict[str, tuple[Measured, int]], limit: float) -> None:
         """One comparison; a peer that was ended counts with its `limit`, a lower bound."""
-        ours = results["chisel"][0]
+        ours, chi = results["chisel"][0], comparison.chi
         self.memory.append(ours.memory)
-        optimum = min(result.error for result, _ in results.values() if not isnan(result.error))
+        optimum = min(result.error(chi) for result, _ in results.values() if not isinf(result.seconds))
         for name, (result, iterations) in results.items():
             ended = isinf(result.seconds)
             # Of the whole spectrum nothing but rounding is left.
-            equal = ended or result.error <= optimum * (1 + TOLERANCE) + 1e-5
+            equal = ended or result.error(chi) <= optimum * (1 + TOLERANCE) + 1e-5
             ratio = (limit if ended else result.seconds) / ours.seconds
             if equal and name != "chisel":
                 if chi:
@@ -237,11 +255,11 @@ class Findings:
             self.rows.append(
                 [
                     method if equal else f"{method} (error not equal)",
-                    f"{shape[0]} × {shape[1]}",
-                    spectrum,
+                    f"{comparison.rows} × {comparison.columns}",
+                    comparison.spectrum,
                     chi or "all",
                     f"> {limit:g}" if ended else f"{result.seconds:.2f}",
-                    "" if ended else f"{result.error:.5f}",
+                    "" if ended else f"{result.error(chi):.5f}",
                     "" if ended else f"{result.memory:.1f}",
                     "" if name == "chisel" else f"{'> ' if ended else ''}{ratio:.1f}",
                 ]
@@ -264,21 +282,27 @@ def main() -> None:
     if missing := [name for name in ("tensorly", "quimb") if importlib.util.find_spec(name) is None]:
         raise SystemExit(f"the peers {' and '.join(missing)} are not installed; run: pip install tensorly quimb")
     laboratory = Laboratory(arguments.measured, arguments.peer_seconds, arguments.minutes)
-    shapes = [(1024, 2752)] if arguments.quick else [(4096, 11008), (8192, 28672)]
-    low, high = QUICK_CHIS if arguments.quick else CHIS
+    svd, best = ("tensorly svd", "quimb svd"), ("quimb svd:eig", *RANDOMIZED)
+    if arguments.quick:
+        low, high = QUICK_CHIS
+        comparisons = [
+            Comparison(1024, 2752, spectrum, chi, others, repeats=3)
+            for spectrum in ("power", "flat")
+            for chi, others in ((low, (*svd, *RANDOMIZED)), (high, (*svd, *best)), (0, (*svd, "quimb svd:eig")))
+        ]
+    else:
+        low, high = CHIS
+        comparisons = [
+            Comparison(4096, 11008, "power", high, (*svd, *best)),
+            Comparison(4096, 11008, "power", 0, (*svd, "quimb svd:eig")),
+            Comparison(4096, 11008, "power", low, (*svd, *RANDOMIZED)),
+            Comparison(8192, 28672, "power", high, svd[1:]),
+            Comparison(8192, 28672, "power", 0, svd[1:]),
+            Comparison(4096, 11008, "flat", high, (*svd, *best)),
+        ]
     findings, enough = Findings([], [], [], [], []), {}
-    for rows, columns in shapes:
-        large = rows > 4096
-        for spectrum in ("power",) if large else ("power", "flat"):
-            for chi in (high, 0) if large else (low, high, 0):
-                # A default SVD takes as long for every χ.
-                others = [] if chi == low else ["tensorly svd", "quimb svd"]
-                others += [] if chi == low or large else ["quimb svd:eig"]
-                others += RANDOMIZED if chi else ()
-                results = compare(
-                    laboratory, rows, columns, spectrum, chi, 3 if rows < 4096 else 1, ["chisel", *others], enough
-                )
-                findings.add((rows, columns), spectrum, chi, results, arguments.peer_seconds)
+    for comparison in comparisons:
+        findings.add(comparison, comparison.run(laboratory, enough), arguments.peer_seconds)
     header = ["method", "matrix", "spectrum", "χ up to", "seconds", "relative error", "memory / matrix", "times ours"]
     notes = (
         "One decomposition for all χ up to the cap. Relative error is ‖W − left·right‖ / ‖W‖, measured; errors within "

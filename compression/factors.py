@@ -32,7 +32,8 @@ class Factors:
 
     Attributes:
         cores: axes (left, out, in, right), float32; slice the bonds for a smaller χ.
-        spectrum: singular values in the metric, float64, descending, full length.
+        spectrum: singular values in the metric, float64, descending, full length; with a cap on χ as far as they are
+            known, and then the norm of all beyond them as one value.
     """
 
     cores: list[torch.Tensor]
