@@ -31,7 +31,7 @@ Method = Literal["svd", "gram", "subspace"]
 _SMALL = 512
 """Below this smaller side the whole spectrum costs little more than a part of it."""
 _SHARE = 0.3
-"""From this share of the spectrum on, the whole of it is cheaper. Measured with `benchmarks.decompose`."""
+"""From this share of the spectrum on, the whole of it costs no more than a part."""
 _GAIN = 2e-3
 """Iteration stops once a round lowers the squared error by less than this part of it."""
 _RESOLVED = 1e-4
