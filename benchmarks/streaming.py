@@ -1,0 +1,193 @@
+"""Memory of statistics and decomposition block by block: by arithmetic, and measured under a limit set for the process.
+
+    python -m benchmarks.streaming [--model random:llama-3.2-1b] [--limit 0.7] [--tokens 512] [--decompose 4] [--write]
+
+Two processes get the same RLIMIT_DATA, which on Linux counts all private writable memory, and which a process cannot
+exceed: allocation fails. One loads the whole model and is expected to fail. The other streams it: second moments of
+every site over random tokens, and `lowrank` factors in the two-sided metric, up to a cap on χ, written to a factor
+cache. Weights are random in the public shape of the model, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import Bar, markdown, publish
+from compression import FactorCache
+from compression.streaming import BlockShape, footprint
+from search.models import load_model
+from search.random_models import SHAPES
+from search.streaming import StreamedModel, decompose_streamed
+
+ROW, BATCH = 128, 256  # tokens
+LLAMA_70B = BlockShape(8192, 28672, 1024, 80, 128256, tied=False, bytes_per_weight=2)
+
+
+def shape(name: str, bytes_per_weight: int) -> BlockShape:
+    """Of a random model, from its configuration."""
+    fields = SHAPES[name]
+    head = fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    return BlockShape(
+        hidden=fields["hidden_size"],
+        mlp=fields["intermediate_size"],
+        key_value=fields["num_key_value_heads"] * head,
+        blocks=fields["num_hidden_layers"],
+        vocabulary=fields["vocab_size"],
+        tied=fields["tie_word_embeddings"],
+        bytes_per_weight=bytes_per_weight,
+    )
+
+
+def gigabytes(count: float) -> str:
+    """With two digits."""
+    return f"{count / 1e9:.2f}"
+
+
+def arithmetic() -> str:
+    """Predicted bytes of every shape as a table."""
+    rows = []
+    cases = [(name.removeprefix("random:"), shape(name, 4), 65536) for name in SHAPES]
+    cases += [("llama-2-7b", shape("random:llama-2-7b", 2), 65536), ("llama-3-70b", LLAMA_70B, 65536)]
+    for name, subject, tokens in cases:
+        needed = footprint(subject, tokens, batch_tokens=1024, row_tokens=256)
+        rows.append(
+            [
+                f"{name}, {'float32' if subject.bytes_per_weight == 4 else 'bfloat16'}",
+                *map(gigabytes, (subject.model_bytes, subject.block_bytes, needed.ends, needed.collecting)),
+                *map(gigabytes, (needed.decomposing, needed.peak)),
+                f"{needed.peak / subject.model_bytes:.2f}",
+                gigabytes(needed.scratch),
+            ]
+        )
+    header = ["model", "whole", "one block", "embedding or head", "collecting", "decomposing", "peak", "peak / whole"]
+    return markdown([*header, "on disk"], rows)
+
+
+def resident() -> int:
+    """Peak resident bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def whole(name: str) -> dict[str, object]:
+    """Try to have all weights in memory."""
+    try:
+        load_model(name, "cpu", torch.float32)
+    except (RuntimeError, MemoryError) as error:
+        return {"refused": True, "reason": str(error).splitlines()[0][:160]}
+    return {"refused": False, "peak": resident()}
+
+
+def streamed(name: str, tokens: int, chi: int, decompose: int) -> dict[str, object]:
+    """Statistics of every block and factors of the first `decompose`."""
+    before, start = resident(), time.perf_counter()
+    times: list[float] = []
+
+    def progress(what: str) -> None:
+        times.append(time.perf_counter() - start)
+        print(f"{times[-1]:7.1f} s  {resident() / 1e9:.2f} GB  {what}", file=sys.stderr, flush=True)
+
+    model = StreamedModel(name, torch.device("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(SHAPES[name]["vocab_size"], (tokens // ROW, ROW), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    split = BATCH // ROW
+    with tempfile.TemporaryDirectory() as folder:
+        decompose_streamed(
+            model,
+            list(zip(ids.split(split), mask.split(split), strict=True)),
+            generator,
+            FactorCache(Path(folder)),
+            statistics_key=f"random {tokens}",
+            shrinkage=0.003,
+            max_chi=chi,
+            blocks=range(decompose),
+            scratch=Path(folder),
+            progress=progress,
+        )
+        files = [path.stat().st_size for path in Path(folder).rglob("*.safetensors")]
+    return {
+        "libraries": before,
+        "peak": resident(),
+        "seconds": time.perf_counter() - start,
+        "files": len(files),
+        "written": sum(files),
+    }
+
+
+def child(arguments: argparse.Namespace, part: str, limit: int) -> dict[str, object]:
+    """One part in a process of its own under a limit of `limit` bytes."""
+    command = [sys.executable, "-m", "benchmarks.streaming", "--part", part, "--limit-bytes", str(limit)]
+    for option in ("model", "tokens", "chi", "decompose"):
+        command += [f"--{option}", str(getattr(arguments, option))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description="memory of statistics and decomposition block by block")
+    parser.add_argument("--model", default="random:llama-3.2-1b", choices=list(SHAPES))
+    parser.add_argument("--limit", type=float, default=0.7, help="memory allowed, as a fraction of the whole model")
+    parser.add_argument("--tokens", type=int, default=512, help="of calibration text")
+    parser.add_argument("--chi", type=int, default=128, help="cap on χ")
+    parser.add_argument("--decompose", type=int, default=4, help="how many blocks to decompose")
+    parser.add_argument("--quick", action="store_true", help="256 tokens, one block")
+    parser.add_argument("--write", action="store_true", help="write results/streaming.md")
+    parser.add_argument("--part", choices=["whole", "streamed"], help=argparse.SUPPRESS)
+    parser.add_argument("--limit-bytes", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        resource.setrlimit(resource.RLIMIT_DATA, (arguments.limit_bytes, arguments.limit_bytes))
+        if arguments.part == "whole":
+            print(json.dumps(whole(arguments.model)))
+        else:
+            print(json.dumps(streamed(arguments.model, arguments.tokens, arguments.chi, arguments.decompose)))
+        return
+    if arguments.quick:
+        arguments.tokens, arguments.decompose = 256, 1
+    subject = shape(arguments.model, 4)
+    limit = int(arguments.limit * subject.model_bytes)
+    needed = footprint(subject, arguments.tokens, BATCH, ROW)
+    refused = child(arguments, "whole", limit)
+    found = child(arguments, "streamed", limit)
+    peak, libraries = float(str(found["peak"])), float(str(found["libraries"]))
+    lines = [
+        "By arithmetic, in GB, for 65,536 tokens in batches of 1,024 and rows of 256, over what the libraries take:",
+        arithmetic(),
+        f"Measured on `{arguments.model}` in float32 ({gigabytes(subject.model_bytes)} GB) with {arguments.tokens} "
+        f"random tokens, χ up to {arguments.chi}, under RLIMIT_DATA of {gigabytes(limit)} GB, {arguments.limit:.0%} of "
+        "the model:",
+        markdown(
+            ["figure", "value"],
+            [
+                ["whole model under the limit", refused.get("reason", "loaded")],
+                ["blocks with statistics", subject.blocks],
+                ["blocks decomposed", f"{min(arguments.decompose, subject.blocks)} (all need the same memory)"],
+                ["cache files, GB", f"{found['files']}, {gigabytes(float(str(found['written'])))}"],
+                ["seconds", f"{float(str(found['seconds'])):.0f}"],
+                ["peak resident, GB", gigabytes(peak)],
+                ["of that libraries, GB", gigabytes(libraries)],
+                ["predicted over libraries, GB", gigabytes(needed.peak)],
+            ],
+        ),
+    ]
+    bars = [
+        Bar("whole-model-refused-under-the-limit", float(bool(refused["refused"])), ">=", 1),
+        Bar("streamed-peak-over-model-bytes", peak / subject.model_bytes, "<=", 1),
+        Bar("measured-over-predicted-peak", (peak - libraries) / needed.peak, "<=", 1.25),
+    ]
+    publish("benchmarks.streaming", "Streaming block by block", "\n\n".join(lines), bars, arguments.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Random models in the public shapes of well-known ones: subjects for speed and memory where weights cannot be had.
+
+Knows configuration fields and how one parameter is drawn; nothing of how a model is built. Every parameter has a
+generator of its own, seeded by its name, so that a block made alone equals the block of the whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+__all__ = ["SHAPES", "random_parameter"]
+
+_STANDARD_DEVIATION = 0.02
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "random:llama-3.2-1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": True,
+    },
+    "random:qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True,
+    },
+    "random:llama-2-7b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    },
+}
+"""Configuration fields by name, as transformers calls them."""
+
+
+def random_parameter(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """The parameter `name`, on the CPU: matrices N(0, 0.02²), biases 0, other vectors (norms) 1."""
+    if len(shape) < 2:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(shape).normal_(0, _STANDARD_DEVIATION, generator=generator).to(dtype)
