@@ -4,13 +4,16 @@ from compression.allocation import lagrangian, to_schedule, uniform, uniform_sch
 from compression.apply import ScheduleApplier
 from compression.cache import Bundle, FactorCache, cache_key
 from compression.factors import Factors, FactorStore
+from compression.fit import Fit, fit
+from compression.gauge import PivotedCore, pivot, unpivot
 from compression.layers import MPOLinear
 from compression.legs import Legs, balanced, resolve
-from compression.menu import Menu, SiteMenu, dense_menu, lowrank_menu
+from compression.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
 from compression.mpo import contract, contract_with, decompose, truncate, truncation_error_bound
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site, check_weight, dense_weight, discover_sites, model_bytes, model_parameters
 from compression.statistics import Statistics, collect
+from compression.topologies import fitted_topologies
 from compression.whitening import Whitening, shrink
 
 __all__ = [
@@ -20,9 +23,12 @@ __all__ = [
     "FactorCache",
     "FactorStore",
     "Factors",
+    "Fit",
     "Legs",
     "MPOLinear",
     "Menu",
+    "Option",
+    "PivotedCore",
     "Schedule",
     "ScheduleApplier",
     "Site",
@@ -39,10 +45,14 @@ __all__ = [
     "dense_menu",
     "dense_weight",
     "discover_sites",
+    "envelope",
+    "fit",
+    "fitted_topologies",
     "lagrangian",
-    "lowrank_menu",
     "model_bytes",
     "model_parameters",
+    "nested_options",
+    "pivot",
     "resolve",
     "shrink",
     "to_schedule",
@@ -50,4 +60,5 @@ __all__ = [
     "truncation_error_bound",
     "uniform",
     "uniform_schedule",
+    "unpivot",
 ]

@@ -6,6 +6,7 @@ Composes whitening, sequential SVD and the cache; knows weights and statistics, 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,27 +14,37 @@ import numpy as np
 import torch
 
 from compression.cache import Bundle, FactorCache, cache_key
-from compression.legs import resolve
-from compression.menu import Menu, dense_menu, lowrank_menu
+from compression.fit import fit
+from compression.legs import Legs, resolve
+from compression.menu import Menu, Option, dense_menu, envelope, nested_options
 from compression.mpo import decompose, truncate
 from compression.schedule import Choice
 from compression.sites import Site
 from compression.statistics import Statistics
-from compression.whitening import Whitening
+from compression.whitening import Whitening, shrink
 
-__all__ = ["FactorStore", "Factors"]
+__all__ = ["FactorStore", "Factors", "is_nested", "lowrank_cores"]
 
 _FORMAT = 2  # part of every cache key; raise it when the numbers a decomposition gives change
 
 
+_EVALUATIONS = 80
+_SCREEN, _GRID = 0.4, (0.15, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8)
+"""Kept fractions a topology is fitted at in a menu: the first alone decides whether the others are worth it."""
+_WORTH = 1.05
+"""… if its cost there is at most this times that of `lowrank` at equal parameters."""
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Cores of one site up to the χ where they stop saving parameters, and the spectrum of the first bond.
+    """Cores of one site, and what they cost.
 
     Attributes:
-        cores: axes (left, out, in, right), float32; slice the bonds for a smaller χ.
+        cores: axes (left, out, in, right), float32. Of a decomposition, as far as it saves parameters: slice the bonds
+            for a smaller χ. Of a fit, for its own χ only.
         spectrum: singular values in the metric, float64, descending, full length; with a cap on χ as far as they are
-            known, and then the norm of all beyond them as one value.
+            known, and then the norm of all beyond them as one value. Of a fit, that norm alone: the root of twice its
+            cost.
     """
 
     cores: list[torch.Tensor]
@@ -72,23 +83,26 @@ class FactorStore:
         self._cache = cache
         self._max_chi = max_chi
         self._site = {site.name: site for site in sites}
-        self._memory: dict[tuple[str, str, str], Factors] = {}
+        self._memory: dict[_Key, Factors] = {}
 
-    def factors(self, name: str, topology: str, metric: str) -> Factors:
-        """The decomposition of one site.
+    def factors(self, name: str, topology: str, metric: str, chi: int = 0) -> Factors:
+        """The decomposition of one site, or its fit at one χ.
+
+        Args:
+            chi: what is fitted; of no effect where one decomposition serves every χ (see `is_nested`).
 
         Raises:
-            ValueError: unknown topology or metric, or a topology that is not offered in this metric.
+            ValueError: unknown topology or metric.
         """
-        memory_key = (name, topology, metric)
-        if memory_key not in self._memory:
-            bundle = self._cache.get_or_build(self._key(name, topology, metric), lambda: self._build(*memory_key))
+        key = _Key.of(name, topology, metric, chi)
+        if key not in self._memory:
+            bundle = self._cache.get_or_build(self._identity(key), lambda: self._build(key))
             cores = [bundle.tensors[f"core.{number}"] for number in range(len(bundle.tensors) - 1)]
-            self._memory[memory_key] = Factors(cores, bundle.tensors["spectrum"])
-        return self._memory[memory_key]
+            self._memory[key] = Factors(cores, bundle.tensors["spectrum"])
+        return self._memory[key]
 
     def cores(self, name: str, choice: Choice) -> list[torch.Tensor]:
-        """The cores of one site at the χ of `choice`: views into the decomposition.
+        """The cores of one site at the χ of `choice`, without gauge fixing: views into a decomposition, or a fit.
 
         Raises:
             ValueError: a site that stays dense, a topology that never saves parameters at this shape, or χ above the
@@ -104,60 +118,154 @@ class FactorStore:
         limit = min(limit, self._max_chi or limit)
         if choice.chi > limit:
             raise ValueError(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
-        return truncate(self.factors(name, choice.topology, choice.metric).cores, choice.chi)
+        return truncate(self.factors(name, choice.topology, choice.metric, choice.chi).cores, choice.chi)
 
-    def menu(self, metric: str = "two-sided", progress: Callable[[int], None] = lambda done: None) -> Menu:
-        """Menus of all sites: dense, and `lowrank` at every χ where possible. Decomposes what is not yet cached."""
+    def menu(
+        self,
+        metric: str = "two-sided",
+        topology: str = "pivoted-lowrank",
+        fitted: Mapping[str, Sequence[str]] | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Menu:
+        """Menus of all sites: the lower envelope of dense, `topology` at every χ, and fits. Builds what is not cached.
+
+        Args:
+            topology: `lowrank` or `pivoted-lowrank`.
+            fitted: by site name, topologies that are fitted at several χ where a first fit comes close to `topology`.
+            progress: called with the number of sites done.
+        """
         menus = []
         for done, site in enumerate(self.sites, 1):
             if site.dense_because:
                 menus.append(dense_menu(site))
             else:
-                spectrum = self.factors(site.name, "lowrank", metric).spectrum.numpy()
-                menus.append(lowrank_menu(site, np.asarray(spectrum, dtype=np.float64), metric))
+                spectrum = np.asarray(self.factors(site.name, topology, metric).spectrum.numpy(), dtype=np.float64)
+                options = nested_options(topology, metric, spectrum, site, self._max_chi)
+                for other in (fitted or {}).get(site.name, ()):
+                    options += self._fitted_options(site, other, metric, options)
+                menus.append(envelope(site, options))
             progress(done)
         return Menu(tuple(menus))
 
-    def _key(self, name: str, topology: str, metric: str) -> str:
-        weight = self._weights[name].detach().cpu().contiguous()
+    def _fitted_options(self, site: Site, topology: str, metric: str, nested: Sequence[Option]) -> list[Option]:
+        """`topology` at the kept fractions of the grid, or at one only where that shows it is not worth more."""
+        legs = resolve(topology, site.out_features, site.in_features)
+        sizes = [
+            resolve(option.choice.topology, site.out_features, site.in_features).parameters(option.choice.chi)
+            for option in nested
+        ]
+        options: list[Option] = []
+        for kept in (_SCREEN, *_GRID):
+            chi = legs.largest_chi(min(int(kept * site.parameters), site.parameters - 1))
+            if chi == 0 or any(option.choice.chi == chi for option in options):
+                continue
+            tail = self.factors(site.name, topology, metric, chi).spectrum.double()
+            cost = 0.5 * float(tail.square().sum())
+            options.append(Option(Choice(topology, chi, metric), cost))
+            rival = bisect_right(sizes, legs.parameters(chi)) - 1
+            if kept == _SCREEN and rival >= 0 and cost > _WORTH * nested[rival].cost:
+                break
+        return options
+
+    def _identity(self, key: _Key) -> str:
+        weight = self._weights[key.name].detach().cpu().contiguous()
         digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        calibrated = {} if metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
+        calibrated = {} if key.metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
         capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
+        fitted = {"chi": key.chi, "evaluations": _EVALUATIONS} if key.chi else {}
         return cache_key(
             format=_FORMAT,
             weight=digest,
             dtype=str(weight.dtype),
-            site=name,
-            topology=topology,
-            metric=metric,
+            site=key.name,
+            topology=key.topology,
+            metric=key.metric,
             **calibrated,
             **capped,
+            **fitted,
         )
 
-    def _build(self, name: str, topology: str, metric: str) -> Bundle:
-        site = self._site[name]
-        legs = resolve(topology, site.out_features, site.in_features)
-        whitening = self._whitening(name, metric)
-        if topology != "lowrank" and metric != "plain":
-            raise ValueError(f"topology {topology} is only offered in the plain metric, got {metric!r}")
-        white = whitening.apply(self._weights[name].detach()).float()
-        cores, spectra = decompose(white, legs, self._max_chi)
-        cores = truncate(cores, max(1, legs.break_even_chi))
-        if topology == "lowrank":
-            left = whitening.undo_left(cores[0][0, :, 0, :].double())
-            right = whitening.undo_right(cores[1][:, 0, :, 0].double())
-            # Every pair of a column and a row gets equal norms, whatever the metric, so that float16 holds both.
-            share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
-            left, right = left * share, right / share.where(share > 0, 1)[:, None]
-            cores = [left[None, :, None, :], right[:, None, :, None]]
+    def _build(self, key: _Key) -> Bundle:
+        site = self._site[key.name]
+        legs = resolve(key.topology, site.out_features, site.in_features)
+        if key.chi:
+            return self._fit(key, legs)
+        whitening = self._whitening(key.name, key.metric)
+        weight = self._weights[key.name].detach()
+        if key.topology == "lowrank":
+            cores, spectrum = lowrank_cores(weight, whitening, self._max_chi)
+        else:
+            cores, spectra = decompose(weight.float(), legs, self._max_chi)
+            spectrum = spectra[0].closed()
+        cores = truncate(cores, max(1, Legs(legs.out_legs, legs.in_legs, pivoted=True).break_even_chi))
         tensors = {f"core.{number}": core.float().cpu() for number, core in enumerate(cores)}
-        return Bundle({**tensors, "spectrum": spectra[0].closed().cpu()})
+        return Bundle({**tensors, "spectrum": spectrum.cpu()})
+
+    def _fit(self, key: _Key, legs: Legs) -> Bundle:
+        weight = self._weights[key.name].detach()
+        moments = self._moments(key.name, key.metric)
+        identity = torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
+        inputs, gradients = (None if moment is None else shrink(moment, self._shrinkage) for moment in moments)
+        assert inputs is not None
+        result = fit(
+            weight[None],
+            (identity if gradients is None else gradients)[None],
+            inputs[None],
+            legs,
+            key.chi,
+            _EVALUATIONS,
+        )
+        tensors = {f"core.{number}": core[0].cpu() for number, core in enumerate(result.cores)}
+        return Bundle({**tensors, "spectrum": (2 * result.cost).sqrt().cpu()}, {"start": f"{float(result.start):.6g}"})
 
     def _whitening(self, name: str, metric: str) -> Whitening:
+        return Whitening.of(*self._moments(name, metric), self._shrinkage)
+
+    def _moments(self, name: str, metric: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """C and G of a site as far as the metric has them."""
         if metric == "plain":
-            return Whitening(None, None)
+            return None, None
         if metric not in ("input", "two-sided"):
             raise ValueError(f"metric must be plain, input or two-sided, got {metric!r}")
         statistics, device = self._statistics(), self._weights[name].device
         gradient = statistics.gradient(name).to(device) if metric == "two-sided" else None
-        return Whitening.of(statistics.input(name).to(device), gradient, self._shrinkage)
+        return statistics.input(name).to(device), gradient
+
+
+def lowrank_cores(
+    weight: torch.Tensor, whitening: Whitening, max_chi: int | None
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Cores (1, out, 1, χ) and (χ, 1, in, 1) of `lowrank` in a metric, and the spectrum of the whitened matrix.
+
+    Float64; slicing the bond gives the best matrix of every smaller rank.
+    """
+    white = whitening.apply(weight).float()
+    cores, spectra = decompose(white, resolve("lowrank", *white.shape), max_chi)
+    left = whitening.undo_left(cores[0][0, :, 0, :].double())
+    right = whitening.undo_right(cores[1][:, 0, :, 0].double())
+    # Every pair of a column and a row gets equal norms, whatever the metric, so that float16 holds both.
+    share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    left, right = left * share, right / share.where(share > 0, 1)[:, None]
+    return [left[None, :, None, :], right[:, None, :, None]], spectra[0].closed()
+
+
+def is_nested(topology: str, metric: str) -> bool:
+    """Whether one decomposition serves every χ: `lowrank` in any metric, every MPO in the plain one."""
+    return metric == "plain" or topology.removeprefix("pivoted-") == "lowrank"
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What is kept once: χ is 0 where one decomposition serves every χ, and gauge fixing changes no matrix."""
+
+    name: str
+    topology: str
+    metric: str
+    chi: int
+
+    @classmethod
+    def of(cls, name: str, topology: str, metric: str, chi: int) -> _Key:
+        nested = is_nested(topology, metric)
+        if not nested and chi < 1:
+            raise ValueError(f"site {name}: {topology} in the {metric} metric is fitted for one χ, got {chi}")
+        return cls(name, topology.removeprefix("pivoted-"), metric, 0 if nested else chi)

@@ -12,7 +12,7 @@ coordinates make it well behaved:
 * Every core enters as X_k, the centre of the mixed-canonical form (Vidal 2003), and the MPO is X₁ Λ₁⁻¹ X₂ Λ₂⁻¹ … X_N
   with the starting spectra Λ_k: a small change of any X_k then changes Ŵ by a tensor of the same norm.
 
-All cores are then improved together by L-BFGS (Nocedal & Wright 2006, algorithm 7.4), one product G D C an evaluation. On
+All cores are then improved together by L-BFGS (Nocedal & Wright 2006, algorithm 7.4), one product G D C each time. On
 matrices of SmolLM2-135M this reached in 100 evaluations what alternating least squares with inner conjugate gradients
 and Riemannian conjugate gradients reach in 300 to 400.
 """

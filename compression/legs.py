@@ -87,13 +87,17 @@ class Legs:
         sizes = [out_leg * in_leg for out_leg, in_leg in zip(self.out_legs, self.in_legs, strict=True)]
         return sum(prod(sizes[: core + 1]) * bonds[core] * bonds[core + 1] for core in range(1, len(sizes)))
 
-    @property
+    @cached_property
     def break_even_chi(self) -> int:
         """Largest χ whose cores have fewer entries than the matrix; 0 if even χ = 1 has not."""
+        return self.largest_chi(self.dense_parameters - 1)
+
+    def largest_chi(self, parameters: int) -> int:
+        """Largest χ, up to where it stops to matter, that stores at most `parameters`; 0 if even χ = 1 stores more."""
         low, high = 0, max(self.full_bonds)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.parameters(middle) < self.dense_parameters:
+            if self.parameters(middle) <= parameters:
                 low = middle
             else:
                 high = middle - 1

@@ -5,6 +5,7 @@ NumPy values only; where the predicted costs come from is the business of `compr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from compression.legs import resolve
 from compression.schedule import DENSE, Choice
 from compression.sites import Site
 
-__all__ = ["Menu", "SiteMenu", "dense_menu", "lowrank_menu"]
+__all__ = ["Menu", "Option", "SiteMenu", "dense_menu", "envelope", "nested_options"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,23 +78,48 @@ def dense_menu(site: Site) -> SiteMenu:
     return SiteMenu(site, (DENSE,), parameters=size, cost=np.zeros(1), multiply_adds=size)
 
 
-def lowrank_menu(site: Site, spectrum: NDArray[np.float64], metric: str) -> SiteMenu:
-    """Menu of `lowrank` at every χ that saves parameters, and dense.
+@dataclass(frozen=True)
+class Option:
+    """A choice for one site with its predicted cost in nats per token."""
+
+    choice: Choice
+    cost: float
+
+
+def nested_options(
+    topology: str, metric: str, spectrum: NDArray[np.float64], site: Site, max_chi: int | None = None
+) -> list[Option]:
+    """`topology` at every χ that saves parameters, where one decomposition serves them all.
 
     Args:
-        site: the site.
         spectrum: singular values of the whitened matrix, descending. The cost of χ is ½ Σ_{i>χ} σ_i², which is
             ½·tr(G E C Eᵀ) when the matrix was whitened by C and G: the second-order KL of the error E under the
             Kronecker-factored Fisher metric (Martens & Grosse 2015, eq. 3).
-        metric: the name of the whitening, see `compression.schedule.Choice`.
+        max_chi: largest χ offered, at most what `spectrum` tells apart.
     """
-    legs = resolve("lowrank", site.out_features, site.in_features)
-    chis = range(1, legs.break_even_chi + 1)
+    legs = resolve(topology, site.out_features, site.in_features)
     tail = 0.5 * np.append(np.cumsum(np.square(spectrum[::-1]))[::-1], 0.0)
+    last = min(legs.break_even_chi, max_chi or len(spectrum))
+    return [Option(Choice(topology, chi, metric), float(tail[chi])) for chi in range(1, last + 1)]
+
+
+def envelope(site: Site, options: Iterable[Option]) -> SiteMenu:
+    """Menu of the options that no other one beats: dense, and each that costs less than all with as few parameters."""
+    options = tuple(options)
+    names = {option.choice.topology for option in options}
+    legs = {name: resolve(name, site.out_features, site.in_features) for name in names}
+    sized = [(legs[option.choice.topology].parameters(option.choice.chi), option) for option in options]
+    kept: list[tuple[int, Option]] = []
+    for size, option in sorted(sized, key=lambda pair: (pair[0], pair[1].cost, pair[1].choice.topology)):
+        if size < site.parameters and (not kept or (size > kept[-1][0] and option.cost < kept[-1][1].cost)):
+            kept.append((size, option))
+    arithmetic = [
+        min(site.parameters, legs[option.choice.topology].multiply_adds(option.choice.chi)) for _, option in kept
+    ]
     return SiteMenu(
         site=site,
-        choices=(*(Choice("lowrank", chi, metric) for chi in chis), DENSE),
-        parameters=np.array([*(legs.parameters(chi) for chi in chis), site.parameters], dtype=np.int64),
-        cost=np.array([*(tail[chi] for chi in chis), 0.0], dtype=np.float64),
-        multiply_adds=np.array([*(legs.multiply_adds(chi) for chi in chis), site.parameters], dtype=np.int64),
+        choices=(*(option.choice for _, option in kept), DENSE),
+        parameters=np.array([*(size for size, _ in kept), site.parameters], dtype=np.int64),
+        cost=np.array([*(option.cost for _, option in kept), 0.0], dtype=np.float64),
+        multiply_adds=np.array([*arithmetic, site.parameters], dtype=np.int64),
     )

@@ -128,7 +128,7 @@ def smallest_parameters(sites: Sequence[Site]) -> int:
     return sum(
         site.parameters
         if site.dense_because
-        else min(site.parameters, resolve("lowrank", site.out_features, site.in_features).parameters(1))
+        else min(site.parameters, resolve("pivoted-lowrank", site.out_features, site.in_features).parameters(1))
         for site in sites
     )
 

@@ -5,7 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from compression import Menu, Site, lagrangian, lowrank_menu, to_schedule, uniform
+from compression import Menu, Site, SiteMenu, envelope, lagrangian, nested_options, to_schedule, uniform
+
+
+def lowrank_menu(site: Site, spectrum: np.ndarray, metric: str) -> SiteMenu:
+    return envelope(site, nested_options("lowrank", metric, spectrum, site))
 
 
 def small_menu(seed: int = 0, sites: int = 4) -> Menu:

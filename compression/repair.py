@@ -1,0 +1,319 @@
+"""Repair: the sites of a schedule fitted one after another to what earlier ones have become, without training.
+
+Knows a model of consecutive blocks, token batches and statistics; no file.
+
+Decomposing every site for itself assumes that its input stays what it was. Here the blocks are walked in order and, in
+a block, the groups of sites that read the same input. Each group sees the input x̂ that the already compressed sites give
+it, and aims at what the dense model has at that place: its own output W x, or, where it writes to the residual stream,
+the stream of the dense model behind it, so that it makes up for what the stream has lost before. Both are linear least
+squares with the solution
+
+    W* = W + E[(y − W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ·I)⁻¹,    y the target,
+
+drawn towards W by the ridge λ. W* is then decomposed in the metric of x̂ and of the gradient moment G. A site that
+stays dense takes W* itself: repaired at no parameter. Matching dense outputs from compressed inputs goes back to the
+layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compression.factors import lowrank_cores
+from compression.fit import fit
+from compression.layers import MPOLinear
+from compression.legs import resolve
+from compression.schedule import Choice, Schedule
+from compression.sites import Site, dense_weight
+from compression.statistics import Statistics
+from compression.whitening import Whitening, shrink
+
+__all__ = ["repair_"]
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@torch.no_grad()
+def repair_(
+    model: nn.Module,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    statistics: Statistics,
+    batches: Sequence[Batch],
+    shrinkage: float,
+    ridge: float = 0.03,
+    correct: bool = True,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Mapping[str, nn.Module]:
+    """Compress `model` in place along `schedule`, block by block.
+
+    Args:
+        model: dense; maps `input_ids` and `attention_mask` to logits, without gradients.
+        statistics: of the dense model: G, and which sites share an input.
+        batches: (input_ids, mask) as for `compression.statistics.collect`; their hidden states stay in memory twice.
+        shrinkage: of the moments, see `compression.whitening.shrink`.
+        ridge: λ in units of the mean of the diagonal of E[x̂ x̂ᵀ], above 0.
+        correct: whether W is replaced by W*; if not, only the metric follows the compressed input (sequential
+            calibration).
+        progress: called with the number of blocks done.
+
+    Returns:
+        The modules that were taken out, by site name; putting them back restores the dense model.
+
+    Raises:
+        ValueError: a ridge that is not above 0, or a fit that does (see `compression.fit`).
+    """
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, got {ridge}")
+    free = [site for site in sites if not site.dense_because]
+    taken = {site.name: model.get_submodule(site.name) for site in free}
+    blocks = sorted({site.block for site in free})
+    prefix = free[0].name.split(f".{free[0].block}.")[0]
+    calls = _record_calls(model, [f"{prefix}.{block}" for block in blocks], batches)
+    dense_states = [call.hidden for call in calls[0]]
+    states = dense_states
+    for done, block in enumerate(blocks, 1):
+        module = _Block(model, f"{prefix}.{block}", calls[done - 1])
+        groups = _groups([site for site in free if site.block == block], statistics)
+        targets = _Targets(module, groups, dense_states, [mask for _, mask in batches])
+        for number, group in enumerate(groups):
+            moments = targets.moments(number, states)
+            for site, cross in zip(group, moments.cross, strict=True):
+                weight = dense_weight(taken[site.name]).double()
+                if correct:
+                    size = moments.input.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+                    damped = moments.input.clone()
+                    damped.diagonal().add_(ridge * size)
+                    weight = weight + torch.linalg.solve(damped, cross.mT).mT
+                new = _compressed(
+                    taken[site.name], weight, schedule[site.name], moments.input, statistics, site, shrinkage
+                )
+                model.set_submodule(site.name, new)
+        states = module.run(states)
+        dense_states = targets.outputs
+        progress(done)
+    return taken
+
+
+def _compressed(
+    old: nn.Module,
+    weight: torch.Tensor,
+    choice: Choice,
+    input_moment: torch.Tensor,
+    statistics: Statistics,
+    site: Site,
+    shrinkage: float,
+) -> nn.Module:
+    """The layer that stands for `weight` (out, in) under a choice."""
+    old_weight, bias = old.weight, _bias(old)
+    assert isinstance(old_weight, torch.Tensor)
+    if choice.is_dense:
+        layer = nn.Linear(site.in_features, site.out_features, bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.to(old_weight.dtype), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+    legs = resolve(choice.topology, site.out_features, site.in_features)
+    gradient = statistics.gradient(site.name).to(weight.device)
+    if 1 in legs.in_legs and 1 in legs.out_legs:
+        cores, _ = lowrank_cores(weight, Whitening.of(input_moment, gradient, shrinkage), choice.chi)
+    else:
+        metrics = (shrink(gradient, shrinkage)[None], shrink(input_moment, shrinkage)[None])
+        cores = [core[0] for core in fit(weight[None], *metrics, legs, choice.chi).cores]
+    return MPOLinear([core.to(old_weight.dtype) for core in cores], bias)
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    bias = module.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return bias
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """How a block was called on one batch."""
+
+    hidden: torch.Tensor
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
+def _record_calls(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> list[list[_Call]]:
+    """By block and batch; only the first block's hidden states are kept."""
+    calls: list[list[_Call]] = [[] for _ in names]
+
+    def recorder(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            hidden = arguments[0] if number == 0 else torch.empty(0)
+            calls[number].append(_Call(hidden, arguments[1:], dict(keywords)))
+
+        return hook
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(recorder(number), with_kwargs=True)
+        for number, name in enumerate(names)
+    ]
+    try:
+        for input_ids, mask in batches:
+            model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _groups(sites: Sequence[Site], statistics: Statistics) -> list[list[Site]]:
+    """Sites by the input they share, in the order they run."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(statistics.input_of[site.name], []).append(site)
+    return list(groups.values())
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One block of the model with the arguments it is called with."""
+
+    model: nn.Module
+    name: str
+    calls: Sequence[_Call]
+
+    def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        call = self.calls[batch]
+        output = self.model.get_submodule(self.name)(hidden, *call.arguments, **call.keywords)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def run(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.forward(batch, hidden) for batch, hidden in enumerate(states)]
+
+    @contextmanager
+    def silent(self, sites: Sequence[Site]) -> Iterator[None]:
+        """The block with the outputs of some sites replaced by zero."""
+        kept = [(site.name, self.model.get_submodule(site.name)) for site in sites]
+        for site in sites:
+            self.model.set_submodule(site.name, _Zero(site.out_features))
+        try:
+            yield
+        finally:
+            for name, module in kept:
+                self.model.set_submodule(name, module)
+
+    @contextmanager
+    def caught(self, site: Site, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+        """The inputs that reach a site."""
+        inputs: list[torch.Tensor] = []
+
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            inputs.append(arguments[0])
+            if stop:
+                raise _Stop
+
+        handle = self.model.get_submodule(site.name).register_forward_pre_hook(hook)
+        try:
+            yield inputs
+        finally:
+            handle.remove()
+
+
+class _Zero(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+        return activations.new_zeros(*activations.shape[:-1], self.features)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """E[x̂ x̂ᵀ] (in, in) and, per site of a group, E[(y − W x̂) x̂ᵀ] (out, in); float64."""
+
+    input: torch.Tensor
+    cross: list[torch.Tensor]
+
+
+class _Targets:
+    """What the dense block has at every site, and the moments of a group of the compressed one against it.
+
+    Attributes:
+        outputs: hidden states behind the dense block.
+    """
+
+    def __init__(
+        self,
+        block: _Block,
+        groups: Sequence[Sequence[Site]],
+        states: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor],
+    ) -> None:
+        self._block, self._groups, self._masks = block, groups, masks
+        dense = {site.name: block.model.get_submodule(site.name) for group in groups for site in group}
+        self._weights = {name: dense_weight(module) for name, module in dense.items()}
+        self._biases = {name: _bias(module) for name, module in dense.items()}
+        with ExitStack() as stack:
+            self._inputs = [stack.enter_context(block.caught(group[0])) for group in groups]
+            self.outputs = block.run(states)
+        self._streams: list[list[torch.Tensor] | None] = []
+        for number in range(len(groups)):
+            with block.silent(self._later(number)):
+                if not self._writes(number, states[0]):
+                    self._streams.append(None)
+                else:
+                    self._streams.append(block.run(states) if self._later(number) else self.outputs)
+
+    def moments(self, number: int, states: Sequence[torch.Tensor]) -> _Moments:
+        group, streams = self._groups[number], self._streams[number]
+        silent = [] if streams is None else [*group, *self._later(number)]
+        total: torch.Tensor | None = None
+        cross = [torch.zeros(0)] * len(group)
+        tokens = 0
+        for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
+            with self._block.silent(silent), self._block.caught(group[0], stop=streams is None) as caught:
+                try:
+                    before = self._block.forward(batch, hidden)
+                except _Stop:
+                    before = None
+            rows = caught[0][mask]
+            for place, site in enumerate(group):
+                weight = self._weights[site.name]
+                if streams is None or before is None:
+                    error = (self._inputs[number][batch][mask] - rows) @ weight.T
+                else:
+                    error = (streams[batch] - before)[mask] - functional.linear(rows, weight, self._biases[site.name])
+                part = (error.T @ rows).double()
+                cross[place] = part if batch == 0 else cross[place] + part
+            gram = (rows.T @ rows).double()
+            total = gram if total is None else total + gram
+            tokens += len(rows)
+        assert total is not None
+        return _Moments(total / tokens, [part / tokens for part in cross])
+
+    def _later(self, number: int) -> list[Site]:
+        return [site for group in self._groups[number + 1 :] for site in group]
+
+    def _writes(self, number: int, hidden: torch.Tensor) -> bool:
+        """Whether the output of a site is added to the stream as it is, tried out by adding something to it."""
+        site = self._groups[number][0]
+        if len(self._groups[number]) > 1 or site.out_features != hidden.shape[-1]:
+            return False
+        module = self._block.model.get_submodule(site.name)
+        plain = self._block.forward(0, hidden)
+        size = plain.abs().mean()
+        handle = module.register_forward_hook(lambda module, arguments, output: output + size)
+        try:
+            raised = self._block.forward(0, hidden)
+        finally:
+            handle.remove()
+        return bool(torch.allclose(raised - plain, size.expand_as(plain), rtol=0.02, atol=0.02 * float(size)))

@@ -1,0 +1,88 @@
+"""Repair: nothing to do for a dense schedule, less error than without it, writers of the residual stream found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compression import Schedule, Site, collect, discover_sites, uniform_schedule
+from compression.repair import _Block, _groups, _record_calls, _Targets, repair_
+from compression.sites import model_parameters
+from search.models import load_model
+
+MODELS = ("random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2")
+
+
+def subject(name: str):  # type: ignore[no-untyped-def]
+    loaded = load_model(name, torch.device("cpu"), torch.float32)
+    model, sites = loaded.model, discover_sites(loaded.model)
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(6):
+        ids = torch.randint(0, model.config.vocab_size, (8, 40), generator=generator)
+        batches.append((ids, torch.ones_like(ids, dtype=torch.bool)))
+    batches[-1][1][3, 25:] = False
+    statistics = collect(model, sites, batches, torch.Generator().manual_seed(1))
+    return model, sites, statistics, batches
+
+
+def divergence(model: torch.nn.Module, dense: list[torch.Tensor], batches: list) -> float:  # type: ignore[type-arg]
+    with torch.no_grad():
+        logits = [model(input_ids=ids, attention_mask=mask.long()).logits for ids, mask in batches]
+    total = [
+        torch.nn.functional.kl_div(one.log_softmax(-1), two.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        for one, two in zip(logits, dense, strict=True)
+    ]
+    return float(torch.cat([values[mask] for values, (_, mask) in zip(total, batches, strict=True)]).mean())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dense_schedule_needs_no_repair_and_the_taken_modules_restore_the_model(name: str) -> None:
+    model, sites, statistics, batches = subject(name)
+    before = model(input_ids=batches[0][0]).logits
+    taken = repair_(model, sites, Schedule.dense(tuple(site.name for site in sites)), statistics, batches, 0.003)
+    torch.testing.assert_close(model(input_ids=batches[0][0]).logits, before, atol=2e-3, rtol=2e-3)
+    for path, module in taken.items():
+        model.set_submodule(path, module)
+    assert torch.equal(model(input_ids=batches[0][0]).logits, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("topology", ["lowrank", "pivoted-mpo2"])
+def test_repair_lowers_the_divergence_from_the_dense_model_at_equal_parameters(name: str, topology: str) -> None:
+    model, sites, statistics, batches = subject(name)
+    with torch.no_grad():
+        dense = [model(input_ids=ids, attention_mask=mask.long()).logits for ids, mask in batches]
+    target = int(0.6 * sum(site.parameters for site in sites))
+    schedule = uniform_schedule(sites, topology, "two-sided", target)
+    values, sizes = [], []
+    for correct in (False, True):
+        taken = repair_(model, sites, schedule, statistics, batches, 0.003, correct=correct)
+        values.append(divergence(model, dense, batches))
+        sizes.append(model_parameters(model))
+        for path, module in taken.items():
+            model.set_submodule(path, module)
+    assert values[1] < 0.9 * values[0]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    "name, writers", [("random:tiny-llama", {"o_proj", "down_proj"}), ("random:tiny-gpt2", {"c_proj"})]
+)
+def test_sites_that_write_to_the_residual_stream_are_found(name: str, writers: set[str]) -> None:
+    model, sites, statistics, batches = subject(name)
+    with torch.no_grad():
+        prefix = sites[0].name.split(".0.")[0]
+        calls = _record_calls(model, [f"{prefix}.0"], batches)[0]
+        groups = _groups([site for site in sites if site.block == 0], statistics)
+        states = [call.hidden for call in calls]
+        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, [mask for _, mask in batches])
+    found = [group[0] for group, stream in zip(groups, targets._streams, strict=True) if stream is not None]
+    assert {site.name.rsplit(".", 1)[-1] for site in found} == writers
+    assert len(found) == 2
+
+
+def test_a_ridge_of_zero_is_refused() -> None:
+    site = Site("a", 0, "q", 4, 4)
+    with pytest.raises(ValueError, match="ridge"):
+        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), None, [], 0.1, ridge=0.0)  # type: ignore[arg-type]
