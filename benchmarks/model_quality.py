@@ -1,0 +1,219 @@
+"""KL of the whole model without healing, for every idea of the engine in turn, on the same held-out text.
+
+    python -m benchmarks.model_quality [--quick] [--write] [--kept 0.9 0.8 0.7 0.6 0.5] [--variants …]
+
+Every variant is the closed-form allocation over its menu, no search. In order, each with all before it unless said:
+
+* lowrank: two full factors a site, χ(out + in) parameters: the engine of the first issue, the reference of the bars.
+* pivoted: the same matrices without their gauge freedom, χ(out + in − χ) parameters.
+* menu: the lower envelope with fitted MPOs of two cores (balanced legs, and legs that follow the heads).
+* propagated: costs of each block scaled by what leaving the block dense saves in truth, on search text.
+* sequential: `menu`, with each site decomposed in the metric of the input that earlier compressed sites give it.
+* repaired: `sequential`, with every site solved for the dense model's output or residual stream first.
+* pivoted-repaired: `repaired` on the menu of `pivoted`.
+
+Held-out text is two corpora, prose and exam questions with their answers, scored apart. Nothing is tuned on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.report import Bar, markdown, publish
+from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
+from compression.apply import ScheduleApplier
+from compression.repair import repair_
+from compression.schedule import DENSE
+from search.config import Config
+from search.models import head_size
+from search.quality import Quality, paired_kl
+from search.scoring import Workload
+from search.stages import SHRINKAGE, calibration_batches, workload_sequences
+from search.subject import Subject, load
+
+VARIANTS = ("lowrank", "pivoted", "menu", "propagated", "sequential", "repaired", "pivoted-repaired")
+_LIMIT = 4.0  # a block's weight is corrected by at most this factor
+
+
+@dataclass(eq=False)
+class Bench:
+    """A subject with its menus and held-out workloads, each made when first asked for."""
+
+    subject: Subject
+    repair_tokens: int
+    workloads: dict[str, Workload]
+    trial: Workload
+    _menus: dict[str, Menu] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, subject: Subject, repair_tokens: int) -> Bench:
+        held, model = subject.splits.heldout_text, subject.loaded.model
+
+        def workload(chunks: Sequence[Sequence[int]]) -> Workload:
+            made = Workload(workload_sequences(subject.loaded, [], "mmlu", "answer", chunks), subject.device)
+            made.reference(model)
+            return made
+
+        corpora = {"prose": workload(held.prose), "exam": workload(held.exam)}
+        return cls(subject, repair_tokens, corpora, workload(subject.splits.search_text.chunks[:4]))
+
+    def menu(self, kind: str) -> Menu:
+        if kind not in self._menus:
+            store, size = self.subject.store, head_size(self.subject.loaded.model)
+            fitted = {site.name: fitted_topologies(site, size) for site in store.sites} if kind == "menu" else None
+            self._menus[kind] = store.menu(
+                topology="lowrank" if kind == "lowrank" else "pivoted-lowrank", fitted=fitted
+            )
+        return self._menus[kind]
+
+    def schedule(self, kind: str, kept: float, log_weights: np.ndarray | None = None) -> Schedule:
+        menu = self.menu(kind)
+        target = math.floor(kept * menu.dense_parameters)
+        return to_schedule(menu, lagrangian(menu, target, log_weights))
+
+    @contextmanager
+    def compressed(self, variant: str, kept: float) -> Iterator[Schedule]:
+        """The model under a variant; dense again afterwards."""
+        model, store = self.subject.loaded.model, self.subject.store
+        if variant in ("lowrank", "pivoted", "menu", "propagated"):
+            kind = "menu" if variant == "propagated" else variant
+            weights = self.corrections(kept) if variant == "propagated" else None
+            schedule = self.schedule(kind, kept, weights)
+            with ScheduleApplier(model, store) as applier:
+                applier.apply_(schedule)
+                yield schedule
+            return
+        schedule = self.schedule("pivoted" if variant == "pivoted-repaired" else "menu", kept)
+        taken = repair_(
+            model,
+            store.sites,
+            schedule,
+            self.subject.calibration(),
+            self.repair_batches(),
+            SHRINKAGE,
+            correct=variant != "sequential",
+        )
+        try:
+            yield schedule
+        finally:
+            _put_back(model, taken)
+
+    def corrections(self, kept: float) -> np.ndarray:
+        """Logarithm, by site, of what making its block dense saves over what the menu predicts, against the mean."""
+        menu, model = self.menu("menu"), self.subject.loaded.model
+        schedule = self.schedule("menu", kept)
+        blocks = sorted({menu_site.site.block for menu_site in menu.sites})
+        predicted = dict.fromkeys(blocks, 0.0)
+        for menu_site in menu.sites:
+            place = menu_site.choices.index(schedule[menu_site.site.name])
+            predicted[menu_site.site.block] += float(menu_site.cost[place])
+        block_of = {menu_site.site.name: menu_site.site.block for menu_site in menu.sites}
+        ratio = {}
+        with ScheduleApplier(model, self.subject.store) as applier:
+            applier.apply_(schedule)
+            whole = self.trial.measure(model).kl
+            for block in blocks:
+                without = Schedule(
+                    tuple((name, DENSE if block_of[name] == block else choice) for name, choice in schedule)
+                )
+                applier.apply_(without)
+                saved = whole - self.trial.measure(model).kl
+                if predicted[block] > 0 and saved > 0:
+                    ratio[block] = math.log(saved / predicted[block])
+        middle = float(np.median(list(ratio.values())))
+        limit = math.log(_LIMIT)
+        logs = {block: min(max(ratio.get(block, middle) - middle, -limit), limit) for block in blocks}
+        return np.array([logs[menu_site.site.block] for menu_site in menu.sites])
+
+    def repair_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first calibration batches, in the seeded order they were collected in."""
+        subject, batches, tokens = self.subject, [], 0
+        for ids, mask in calibration_batches(subject.loaded, subject.splits.calibration, subject.config.seed):
+            batches.append((ids, mask))
+            tokens += int(mask.sum())
+            if tokens >= self.repair_tokens:
+                break
+        return batches
+
+
+def _put_back(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
+    for name, module in taken.items():
+        model.set_submodule(name, module)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="two kept fractions, four variants, less text")
+    parser.add_argument("--write", action="store_true", help="keep the table in results/")
+    parser.add_argument("--kept", type=float, nargs="+", help="kept fractions over the sites")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="which variants, lowrank always among them")
+    parser.add_argument("--heldout-tokens", type=int, default=4096)
+    parser.add_argument("--repair-tokens", type=int, default=12288)
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    fractions = arguments.kept or ([0.8, 0.5] if quick else [0.9, 0.8, 0.7, 0.6, 0.5])
+    wanted = arguments.variants or (("lowrank", "pivoted", "pivoted-repaired") if quick else VARIANTS)
+    variants = [name for name in VARIANTS if name in wanted or name == "lowrank"]
+    config = Config(heldout_tokens=1024 if quick else arguments.heldout_tokens)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, sites = load(config, device)
+    bench = Bench.of(
+        Subject.of(config, loaded, sites, device), min(4096 if quick else 1 << 60, arguments.repair_tokens)
+    )
+    quality: dict[tuple[str, float], dict[str, Quality]] = {}
+    for variant in variants:
+        for kept in fractions:
+            start = time.perf_counter()
+            with bench.compressed(variant, kept) as schedule:
+                made = time.perf_counter() - start
+                measured = {name: workload.measure(loaded.model) for name, workload in bench.workloads.items()}
+            quality[variant, kept] = measured
+            mpos = sum("mpo" in choice.topology for _, choice in schedule)
+            dense = sum(choice.is_dense for _, choice in schedule)
+            figures = " ".join(f"{name} {value.kl:.4f}" for name, value in measured.items())
+            print(f"{variant} kept {kept}: {figures}; {dense} dense, {mpos} MPO; made in {made:.0f} s", flush=True)
+    rows = []
+    for variant in variants:
+        for name in bench.workloads:
+            cells: list[object] = [variant, name]
+            for kept in fractions:
+                value, reference = quality[variant, kept][name], quality["lowrank", kept][name]
+                cells.append(f"{value.kl:.4f} ({value.kl / reference.kl:.2f})")
+            rows.append(cells)
+    text = bench.subject.splits
+    counts = ", ".join(f"{name} {w.tokens:,} tokens in {len(w.sequences)}" for name, w in bench.workloads.items())
+    errors = []
+    for kept in fractions:
+        for name in bench.workloads:
+            for variant in variants[1:]:
+                difference = paired_kl(quality[variant, kept][name], quality["lowrank", kept][name])
+                errors.append([variant, name, kept, f"{difference.value:+.4f} ± {difference.standard_error:.4f}"])
+    body = (
+        "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
+        f"and in brackets its ratio to `lowrank` at the same kept fraction. Held-out: {counts} sequences; calibration "
+        f"{text.calibration.tokens:,} tokens, repair on the first {bench.repair_tokens:,} of them. What the variants are "
+        "stands in benchmarks/model_quality.py.\n\n"
+        + markdown(["variant", "corpus", *(f"kept {kept}" for kept in fractions)], rows)
+        + "\n\nDifference to `lowrank`, paired over sequences, ± one standard error:\n\n"
+        + markdown(["variant", "corpus", "kept", "nats per token"], errors)
+    )
+    bars = []
+    for kept in fractions:
+        for name in bench.workloads:
+            if "repaired" in variants:
+                ratio = quality["repaired", kept][name].kl / quality["lowrank", kept][name].kl
+                bars.append(Bar(f"repaired_over_lowrank_kl_{name}_{kept}", ratio, "<=", 0.8))
+    publish("benchmarks.model_quality", "Whole-model quality without healing", body, bars, arguments.write)
+
+
+if __name__ == "__main__":
+    main()
