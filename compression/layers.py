@@ -1,67 +1,215 @@
 """`MPOLinear`: a linear layer whose matrix is held as MPO cores.
 
-Knows tensors and modules; not where the cores came from. It does not subclass `nn.Linear`, so that tools which rewrite
-linear layers by type leave it alone instead of losing the cores.
+Knows tensors and modules; not where the cores came from, nor what a route costs here (see `compression.planner`). It
+does not subclass `nn.Linear`, so that tools which rewrite linear layers by type leave it alone instead of losing the
+cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from compression.gauge import PivotedCore
 from compression.legs import Legs
 from compression.mpo import contract, contract_with
+from compression.pivoted import pivoted_product, row_order, unfolding
+from compression.routes import Plan, Route, default_plan
 
 __all__ = ["MPOLinear"]
+
+_Value = TypeVar("_Value")
+_Source = tuple[
+    torch.Tensor, int
+]  # shares storage with a stored tensor; its version when something was derived from it
 
 
 class MPOLinear(nn.Module):
     """y = Ŵ x + b with Ŵ (out, in) given by cores (left, out, in, right).
 
-    For each call the cheaper of two exact orders is taken, by multiply-adds: contracting the cores with the
-    activations, or rebuilding Ŵ once for the whole batch.
+    Stored are plain cores, `core_0` …, or the pivoted form: for every core but the last the rows beside its identity,
+    `tail_0` …, and the places of the identity's rows, `places_0` … (int32); the last core is plain. Nothing else is in
+    the state dict. All parameters are made without gradients; ask for them with `requires_grad_`.
+
+    Every route of its plan gives the same matrix. What a route keeps beside the stored tensors is made when first
+    needed, made again when a stored tensor has changed, and not used at all while one requires gradients. A compiled
+    graph notices all of this but writes into a core that does not require gradients; call `prepare` after those.
 
     Args:
-        cores: two or more, neighbouring bonds equal, 1 at both ends. Kept as given (views stay views).
+        cores: two or more, neighbouring bonds equal, 1 at both ends. Plain tensors are kept as given (views stay
+            views). If any is a `PivotedCore`, all but the last must be.
         bias: shape (out,) or None.
+        plan: which route for how many tokens; by default the one that keeps nothing else, by estimated cost.
 
     Raises:
-        ValueError: bonds that do not match.
+        ValueError: bonds that do not match, a last core that is pivoted, or one before it that is not while others are.
     """
 
-    def __init__(self, cores: Sequence[torch.Tensor], bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, cores: Sequence[torch.Tensor | PivotedCore], bias: torch.Tensor | None = None, plan: Plan | None = None
+    ) -> None:
         super().__init__()
         bonds = [(core.shape[0], core.shape[3]) for core in cores]
         matched = all(left[1] == right[0] for left, right in pairwise(bonds))
-        if bonds[0][0] != 1 or bonds[-1][1] != 1 or not matched:
-            raise ValueError(f"bonds of neighbouring cores must match and end in 1, got {bonds}")
-        self.cores = nn.ParameterList([nn.Parameter(core, requires_grad=False) for core in cores])
+        if len(cores) < 2 or bonds[0][0] != 1 or bonds[-1][1] != 1 or not matched:
+            raise ValueError(f"bonds of two or more neighbouring cores must match and end in 1, got {bonds}")
+        pivoted = [isinstance(core, PivotedCore) for core in cores]
+        if any(pivoted) and pivoted != [True] * (len(cores) - 1) + [False]:
+            raise ValueError("every core but the last must be pivoted, or none")
+        for number, core in enumerate(cores):
+            if isinstance(core, PivotedCore):
+                places, tail = _stored_form(core)
+                self.register_parameter(f"tail_{number}", nn.Parameter(tail, requires_grad=False))
+                self.register_buffer(f"places_{number}", places)
+            else:
+                self.register_parameter(f"core_{number}", nn.Parameter(core, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.legs = Legs(tuple(core.shape[1] for core in cores), tuple(core.shape[2] for core in cores))
+        shapes = [tuple(core.shape) for core in cores]
+        self._shapes: list[tuple[int, ...]] = shapes
+        self.legs = Legs(tuple(shape[1] for shape in shapes), tuple(shape[2] for shape in shapes), any(pivoted))
         self.chi = max(bond for bond, _ in bonds[1:])
         self.out_features, self.in_features = prod(self.legs.out_legs), prod(self.legs.in_legs)
+        self._kept: dict[str, tuple[list[_Source], Any]] = {}
+        self._plan = default_plan(self.legs, self.chi) if plan is None else plan
+        self.register_load_state_dict_post_hook(_prepare_after_loading)  # type: ignore[no-untyped-call]
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""
-        cores = list(self.cores)
+        return self.run(activations, self._plan.route(activations.numel() // self.in_features))
+
+    def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
+        """`forward` by a route of `compression.routes.routes(legs)`, whatever the plan says."""
+        if route == "merged":
+            return functional.linear(activations, self._merged(), self.bias)
+        if route == "rebuild":
+            return functional.linear(activations, self.weight, self.bias)
         flat = activations.reshape(-1, self.in_features)
-        costs = {last_first: self.legs.multiply_adds_from(self.chi, last_first) for last_first in (False, True)}
-        last_first = costs[True] <= costs[False]
-        rebuild = self.legs.rebuild_multiply_adds(self.chi) + flat.shape[0] * self.legs.dense_parameters
-        if flat.shape[0] * costs[last_first] > rebuild:
-            return functional.linear(activations, contract(cores), self.bias)
-        result = contract_with(cores, flat, last_first).reshape(*activations.shape[:-1], self.out_features)
+        if route in ("pivoted", "transposed"):
+            tail, last = self._stored()[:2]
+            result = pivoted_product(flat, last.squeeze((1, 3)), tail, self._order(0), route == "transposed")
+        else:
+            cores = self._expanded() if route.startswith("expanded") else self.cores
+            result = contract_with(cores, flat, last_first=route.endswith("last"))
+        result = result.reshape(*activations.shape[:-1], self.out_features)
         return result if self.bias is None else result + self.bias
+
+    @property
+    def plan(self) -> Plan:
+        """Which route is taken for how many tokens."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._plan = plan
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make what the plan keeps beside the stored tensors, and drop anything else."""
+        self._kept.clear()
+        if self._plan.used & {"pivoted", "transposed"}:
+            self._order(0)
+        if self._plan.used & {"expanded-first", "expanded-last"}:
+            self._expanded()
+        if "merged" in self._plan.used:
+            self._merged()
+
+    @property
+    def cores(self) -> list[torch.Tensor]:
+        """The plain cores (left, out, in, right), computed where they are stored pivoted."""
+        last = len(self._shapes) - 1
+        return [self._core(number) for number in range(last)] + [getattr(self, f"core_{last}")]
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense matrix (out, in), computed; for code that reads a layer's weight."""
-        return contract(list(self.cores))
+        return contract(self.cores)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the stored tensors and of all that is kept beside them."""
+        kept = [
+            tensor for _, value in self._kept.values() for tensor in (value if isinstance(value, list) else [value])
+        ]
+        own = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers(), *kept)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
     def extra_repr(self) -> str:
-        return f"out={self.legs.out_legs}, in={self.legs.in_legs}, chi={self.chi}, bias={self.bias is not None}"
+        form = ", pivoted" if self.legs.pivoted else ""
+        return f"out={self.legs.out_legs}, in={self.legs.in_legs}, chi={self.chi}{form}, bias={self.bias is not None}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MPOLinear:
+        self._kept.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _core(self, number: int) -> torch.Tensor:
+        """Core `number`, not the last one, as a plain tensor."""
+        if not self.legs.pivoted:
+            core: torch.Tensor = getattr(self, f"core_{number}")
+            return core
+        tail: torch.Tensor = getattr(self, f"tail_{number}")
+        return unfolding(tail, self._order(number)).reshape(self._shapes[number])
+
+    def _merged(self) -> torch.Tensor:
+        return self._keep("merged", self._stored(), lambda: self.weight)
+
+    def _expanded(self) -> list[torch.Tensor]:
+        last = len(self._shapes) - 1
+        inner = self._keep("expanded", self._stored(), lambda: [self._core(number) for number in range(last)])
+        return [*inner, getattr(self, f"core_{last}")]
+
+    def _order(self, number: int) -> torch.Tensor:
+        """Where each row of core `number`'s left unfolding is, see `row_order`."""
+        places: torch.Tensor = getattr(self, f"places_{number}")
+        return self._keep(f"order_{number}", [places], lambda: row_order(places, prod(self._shapes[number][:3])))
+
+    def _stored(self) -> list[torch.Tensor]:
+        return [tensor for name, tensor in (*self._parameters.items(), *self._buffers.items()) if name != "bias"]  # type: ignore[misc]
+
+    def _keep(self, name: str, stored: Sequence[torch.Tensor], make: Callable[[], _Value]) -> _Value:
+        """What `make` derives from the stored tensors, kept until one of them changes."""
+        if any(tensor.requires_grad or tensor.is_inference() for tensor in stored):
+            self._kept.pop(name, None)
+            return make()
+        kept = self._kept.get(name)
+        if kept is not None:
+            value: _Value = kept[1]
+            if torch.compiler.is_compiling() or _unchanged(kept[0], stored):
+                return value
+        if torch.compiler.is_compiling():
+            return make()
+        # Outside inference mode even if called from within: what is kept may serve a call that needs gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+        self._kept[name] = ([(tensor.detach(), tensor._version) for tensor in stored], value)
+        return value
+
+
+def _unchanged(sources: Sequence[_Source], stored: Sequence[torch.Tensor]) -> bool:
+    """Whether the stored tensors are those of `sources`, unwritten since. A source keeps its memory from being reused,
+    so that equal addresses mean equal tensors."""
+    return all(
+        source.data_ptr() == tensor.data_ptr() and version == tensor._version
+        for (source, version), tensor in zip(sources, stored, strict=True)
+    )
+
+
+def _prepare_after_loading(module: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(module, MPOLinear)
+    module.prepare()
+
+
+def _stored_form(core: PivotedCore) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the identity's rows (χ,) int32, and the tail with its rows in ascending order of their places."""
+    chi = core.shape[3]
+    origin = core.order.argsort()
+    return origin[:chi].to(torch.int32), core.tail[origin[chi:].argsort()]
