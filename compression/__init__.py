@@ -8,6 +8,7 @@ from compression.layers import MPOLinear
 from compression.legs import Legs, balanced, resolve
 from compression.menu import Menu, SiteMenu, lowrank_menu
 from compression.mpo import contract, contract_with, decompose, truncate, truncation_error_bound
+from compression.planner import Planned, Planner
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site, dense_weight, discover_sites, model_bytes, model_parameters
 from compression.statistics import Statistics, collect
@@ -23,6 +24,8 @@ __all__ = [
     "Legs",
     "MPOLinear",
     "Menu",
+    "Planned",
+    "Planner",
     "Schedule",
     "ScheduleApplier",
     "Site",

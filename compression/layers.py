@@ -177,16 +177,17 @@ class MPOLinear(nn.Module):
 
     def _keep(self, name: str, stored: Sequence[torch.Tensor], make: Callable[[], _Value]) -> _Value:
         """What `make` derives from the stored tensors, kept until one of them changes."""
-        if any(tensor.requires_grad or tensor.is_inference() for tensor in stored):
+        if any(tensor.requires_grad for tensor in stored):
             self._kept.pop(name, None)
             return make()
         kept = self._kept.get(name)
-        if kept is not None:
-            value: _Value = kept[1]
-            if torch.compiler.is_compiling() or _unchanged(kept[0], stored):
-                return value
         if torch.compiler.is_compiling():
+            return make() if kept is None else kept[1]
+        if any(tensor.is_inference() for tensor in stored):  # they do not count what is written to them
             return make()
+        if kept is not None and _unchanged(kept[0], stored):
+            value: _Value = kept[1]
+            return value
         # Outside inference mode even if called from within: what is kept may serve a call that needs gradients.
         with torch.inference_mode(False), torch.no_grad():
             value = make()

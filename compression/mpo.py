@@ -89,7 +89,7 @@ def contract_with(cores: Sequence[torch.Tensor], activations: torch.Tensor, last
             `Legs.multiply_adds_from`).
     """
     tokens, inputs = activations.shape
-    outputs = prod(core.shape[1] for core in cores)
+    outputs = prod([core.shape[1] for core in cores])
     if last_first:
         state = activations.reshape(tokens, inputs, 1, 1, 1)  # (tokens, inputs left, outputs done, bond, newest output)
         for core in reversed(cores):
