@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -20,14 +20,19 @@ from compression.gauge import PivotedCore
 from compression.legs import Legs
 from compression.mpo import contract, contract_with
 from compression.pivoted import pivoted_product, row_order, unfolding
-from compression.routes import Plan, Route, default_plan
+from compression.routes import Plan, Route, default_plan, is_lowrank
 
 __all__ = ["MPOLinear"]
 
 _Value = TypeVar("_Value")
-_Source = tuple[
-    torch.Tensor, int
-]  # shares storage with a stored tensor; its version when something was derived from it
+
+
+class _Kept(NamedTuple):
+    """Something derived from stored tensors, and by what to see whether they are still the same."""
+
+    value: Any
+    sources: list[tuple[torch.Tensor, int, int]]  # the tensor, its address and version
+    storages: list[torch.Tensor]  # hold the memory, so that equal addresses mean the same memory
 
 
 class MPOLinear(nn.Module):
@@ -69,13 +74,15 @@ class MPOLinear(nn.Module):
                 self.register_buffer(f"places_{number}", places)
             else:
                 self.register_parameter(f"core_{number}", nn.Parameter(core, requires_grad=False))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         shapes = [tuple(core.shape) for core in cores]
         self._shapes: list[tuple[int, ...]] = shapes
         self.legs = Legs(tuple(shape[1] for shape in shapes), tuple(shape[2] for shape in shapes), any(pivoted))
+        self._lowrank = is_lowrank(self.legs)
         self.chi = max(bond for bond, _ in bonds[1:])
         self.out_features, self.in_features = prod(self.legs.out_legs), prod(self.legs.in_legs)
-        self._kept: dict[str, tuple[list[_Source], Any]] = {}
+        self._stored = tuple(name for name in self.state_dict() if name != "bias")
+        self._kept: dict[str, _Kept] = {}
         self._plan = default_plan(self.legs, self.chi) if plan is None else plan
         self.register_load_state_dict_post_hook(_prepare_after_loading)  # type: ignore[no-untyped-call]
 
@@ -85,19 +92,24 @@ class MPOLinear(nn.Module):
 
     def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
         """`forward` by a route of `compression.routes.routes(legs)`, whatever the plan says."""
+        bias = self._parameters["bias"]
         if route == "merged":
-            return functional.linear(activations, self._merged(), self.bias)
+            return functional.linear(activations, self._merged(), bias)
         if route == "rebuild":
-            return functional.linear(activations, self.weight, self.bias)
-        flat = activations.reshape(-1, self.in_features)
+            return functional.linear(activations, self.weight, bias)
         if route in ("pivoted", "transposed"):
-            tail, last = self._stored()[:2]
-            result = pivoted_product(flat, last.squeeze((1, 3)), tail, self._order(0), route == "transposed")
-        else:
-            cores = self._expanded() if route.startswith("expanded") else self.cores
-            result = contract_with(cores, flat, last_first=route.endswith("last"))
+            tail, last = self._parameters["tail_0"], self._parameters["core_1"]
+            assert tail is not None
+            assert last is not None
+            result = pivoted_product(activations, last.flatten(1), tail, self._order(0), route == "transposed")
+            return result if bias is None else result + bias
+        cores = self._expanded() if route.startswith("expanded") else self.cores
+        if self._lowrank and route.endswith("last"):
+            inner = functional.linear(activations, cores[1].flatten(1))
+            return functional.linear(inner, cores[0].flatten(0, 2), bias)
+        result = contract_with(cores, activations.reshape(-1, self.in_features), last_first=route.endswith("last"))
         result = result.reshape(*activations.shape[:-1], self.out_features)
-        return result if self.bias is None else result + self.bias
+        return result if bias is None else result + bias
 
     @property
     def plan(self) -> Plan:
@@ -133,9 +145,8 @@ class MPOLinear(nn.Module):
     @property
     def resident_bytes(self) -> int:
         """Bytes of the stored tensors and of all that is kept beside them."""
-        kept = [
-            tensor for _, value in self._kept.values() for tensor in (value if isinstance(value, list) else [value])
-        ]
+        values = [kept.value for kept in self._kept.values()]
+        kept = [tensor for value in values for tensor in ([value] if isinstance(value, torch.Tensor) else value)]
         own = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers(), *kept)}
         return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
@@ -160,48 +171,51 @@ class MPOLinear(nn.Module):
         return unfolding(tail, self._order(number)).reshape(self._shapes[number])
 
     def _merged(self) -> torch.Tensor:
-        return self._keep("merged", self._stored(), lambda: self.weight)
+        return self._keep("merged", self._stored, lambda: self.weight)
 
     def _expanded(self) -> list[torch.Tensor]:
         last = len(self._shapes) - 1
-        inner = self._keep("expanded", self._stored(), lambda: [self._core(number) for number in range(last)])
+        inner = self._keep("expanded", self._stored, lambda: [self._core(number) for number in range(last)])
         return [*inner, getattr(self, f"core_{last}")]
 
-    def _order(self, number: int) -> torch.Tensor:
+    def _order(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each row of core `number`'s left unfolding is, see `row_order`."""
-        places: torch.Tensor = getattr(self, f"places_{number}")
-        return self._keep(f"order_{number}", [places], lambda: row_order(places, prod(self._shapes[number][:3])))
+        name, rows = f"places_{number}", prod(self._shapes[number][:3])
+        return self._keep(name, (name,), lambda: row_order(getattr(self, name), rows))
 
-    def _stored(self) -> list[torch.Tensor]:
-        return [tensor for name, tensor in (*self._parameters.items(), *self._buffers.items()) if name != "bias"]  # type: ignore[misc]
-
-    def _keep(self, name: str, stored: Sequence[torch.Tensor], make: Callable[[], _Value]) -> _Value:
-        """What `make` derives from the stored tensors, kept until one of them changes."""
-        if any(tensor.requires_grad for tensor in stored):
-            self._kept.pop(name, None)
-            return make()
+    def _keep(self, name: str, stored: Sequence[str], make: Callable[[], _Value]) -> _Value:
+        """What `make` derives from the stored tensors of these names, kept until one of them changes."""
+        parameters, buffers = self._parameters, self._buffers
+        tensors: list[Any] = [parameters[key] if key in parameters else buffers[key] for key in stored]
         kept = self._kept.get(name)
         if torch.compiler.is_compiling():
-            return make() if kept is None else kept[1]
-        if any(tensor.is_inference() for tensor in stored):  # they do not count what is written to them
-            return make()
-        if kept is not None and _unchanged(kept[0], stored):
-            value: _Value = kept[1]
+            if any(tensor.requires_grad for tensor in tensors):
+                self._kept.pop(name, None)
+                return make()
+            return make() if kept is None else kept.value
+        if kept is not None and _unchanged(kept, tensors):
+            value: _Value = kept.value
             return value
+        self._kept.pop(name, None)
+        # An inference tensor does not count what is written to it.
+        if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+            return make()
         # Outside inference mode even if called from within: what is kept may serve a call that needs gradients.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
-        self._kept[name] = ([(tensor.detach(), tensor._version) for tensor in stored], value)
+        sources = [(tensor, tensor.data_ptr(), tensor._version) for tensor in tensors]
+        self._kept[name] = _Kept(value, sources, [tensor.detach() for tensor in tensors])
         return value
 
 
-def _unchanged(sources: Sequence[_Source], stored: Sequence[torch.Tensor]) -> bool:
-    """Whether the stored tensors are those of `sources`, unwritten since. A source keeps its memory from being reused,
-    so that equal addresses mean equal tensors."""
-    return all(
-        source.data_ptr() == tensor.data_ptr() and version == tensor._version
-        for (source, version), tensor in zip(sources, stored, strict=True)
-    )
+def _unchanged(kept: _Kept, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether these are the tensors that something was derived from, unwritten since and without gradients."""
+    for (source, address, version), tensor in zip(kept.sources, tensors, strict=True):
+        if tensor is not source or source.requires_grad:
+            return False
+        if source._version != version or source.data_ptr() != address:
+            return False
+    return True
 
 
 def _prepare_after_loading(module: nn.Module, incompatible_keys: object) -> None:

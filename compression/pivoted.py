@@ -19,8 +19,8 @@ _ALIGNED = 16  # matrix products are up to a sixth slower where rows of float32 
 _scratch = threading.local()
 
 
-def row_order(places: torch.Tensor, rows: int) -> torch.Tensor:
-    """Where each row of P [I; T] is, int64 (2, rows): in [I; T] as it stands, and with χ rounded up to 16 before T.
+def row_order(places: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row of P [I; T] is, int64 (rows,): in [I; T] as it stands, and with χ rounded up to 16 before T.
 
     Args:
         places: (χ,) integers, the row that each row of I becomes; the rows of T fill the others in ascending order.
@@ -29,19 +29,23 @@ def row_order(places: torch.Tensor, rows: int) -> torch.Tensor:
     rest = torch.ones(rows, dtype=torch.int64, device=places.device).index_fill(0, chosen, 0)
     below = rest.cumsum(0) - 1
     identity = torch.arange(chi, device=places.device)
-    return torch.stack([(below + start).index_copy(0, chosen, identity) for start in (chi, _up(chi))])
+    return (below + chi).index_copy(0, chosen, identity), (below + _up(chi)).index_copy(0, chosen, identity)
 
 
-def unfolding(tail: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def unfolding(tail: torch.Tensor, order: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """P [I; T], (rows, χ)."""
     identity = torch.eye(tail.shape[1], dtype=tail.dtype, device=tail.device)
     return torch.cat((identity, tail)).index_select(0, order[0])
 
 
 def pivoted_product(
-    activations: torch.Tensor, last: torch.Tensor, tail: torch.Tensor, order: torch.Tensor, transposed: bool
+    activations: torch.Tensor,
+    last: torch.Tensor,
+    tail: torch.Tensor,
+    order: tuple[torch.Tensor, torch.Tensor],
+    transposed: bool,
 ) -> torch.Tensor:
-    """(tokens, in) to (tokens, out).
+    """(…, in) to (…, out).
 
     Args:
         last: B.
@@ -50,15 +54,18 @@ def pivoted_product(
         transposed: compute with one output after the other in memory instead of one token after the other. The result
             is laid out the same.
     """
-    if len(activations) >= _FEW and _in_place(activations, last, tail):
-        return _by_pieces(activations, last, tail, order[1], transposed)
+    tokens, inputs = activations.numel() // last.shape[1], last.shape[1]
+    if tokens >= _FEW and _in_place(activations, last, tail):
+        result = _by_pieces(activations.reshape(tokens, inputs), last, tail, order[1], transposed)
+        return result.reshape(*activations.shape[:-1], len(result[0]))
     if transposed:
-        copied = torch.mm(last, activations.t())
+        copied = torch.mm(last, activations.reshape(tokens, inputs).t())
         unordered = torch.cat((copied, torch.mm(tail, copied))).t()
+        unordered = unordered.reshape(*activations.shape[:-1], unordered.shape[1])
     else:
         copied = linear(activations, last)
-        unordered = torch.cat((copied, linear(copied, tail)), dim=1)
-    return unordered.gather(1, order[0].expand(len(activations), -1))
+        unordered = torch.cat((copied, linear(copied, tail)), dim=-1)
+    return unordered.gather(-1, order[0].expand(unordered.shape))
 
 
 def _by_pieces(

@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "default_plan",
     "extra_entries",
+    "is_lowrank",
     "modelled",
     "routes",
 ]
@@ -76,7 +77,7 @@ def routes(legs: Legs) -> tuple[Route, ...]:
     """The routes that fit a topology."""
     if not legs.pivoted:
         return ("first", "last", "rebuild", "merged")
-    own: tuple[Route, ...] = ("pivoted", "transposed") if _is_lowrank(legs) else ("first", "last")
+    own: tuple[Route, ...] = ("pivoted", "transposed") if is_lowrank(legs) else ("first", "last")
     return (*own, "rebuild", "expanded-first", "expanded-last", "merged")
 
 
@@ -137,7 +138,7 @@ def _seconds(legs: Legs, chi: int, tokens: int, route: Route) -> float:
     largest = max(_states(plain, chi, last_first))
     made = kept if legs.pivoted and route in ("first", "last") else 0
     operations = 2 * cores + (3 * cores if made else 0)
-    return _price(operations, arithmetic, kept, made + (tokens * largest if cores > 2 or not _is_lowrank(plain) else 0))
+    return _price(operations, arithmetic, kept, made + (tokens * largest if cores > 2 or not is_lowrank(plain) else 0))
 
 
 def _price(operations: int, multiply_adds: int, weights: int, moved: int) -> float:
@@ -158,5 +159,6 @@ def _states(legs: Legs, chi: int, last_first: bool) -> list[int]:
     return sizes
 
 
-def _is_lowrank(legs: Legs) -> bool:
+def is_lowrank(legs: Legs) -> bool:
+    """Whether the left of two cores has all output legs and the right one all input legs."""
     return len(legs.out_legs) == 2 and legs.in_legs[0] == 1 and legs.out_legs[1] == 1
