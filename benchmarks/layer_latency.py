@@ -148,7 +148,7 @@ def prefill(
     model: Any, sides: Mapping[str, Mapping[str, nn.Module]], tokens: int, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of one forward pass over a prompt that fills a cache and gives the last token's logits."""
-    ids = torch.randint(1000, (1, tokens), device=device)
+    ids = torch.randint(256, (1, tokens), device=device)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds + 1):
         for side, modules in sides.items():
@@ -161,7 +161,7 @@ def decode(
     model: Any, sides: Mapping[str, Mapping[str, nn.Module]], steps: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each step of one token after a prompt of 64."""
-    prompt, token = (torch.randint(1000, (1, count), device=device) for count in (64, 1))
+    prompt, token = (torch.randint(256, (1, count), device=device) for count in (64, 1))
     follow(model, sides["dense"])
     filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     caches = {side: copy.deepcopy(filled) for side in sides}

@@ -39,6 +39,8 @@ __all__ = [
 Route = Literal["first", "last", "pivoted", "transposed", "rebuild", "expanded-first", "expanded-last", "merged"]
 Optimize = Literal["memory", "latency"]
 
+_PLAIN: tuple[Route, ...] = ("first", "last", "rebuild", "merged")
+
 OPTIMIZE: tuple[str, ...] = get_args(Optimize)
 TOKENS = (1, 8, 64, 512)
 """Token counts that plans are made for; every other count follows the one nearest to it in ratio."""
@@ -74,11 +76,10 @@ class Plan:
 
 
 def routes(legs: Legs) -> tuple[Route, ...]:
-    """The routes that fit a topology."""
-    if not legs.pivoted:
-        return ("first", "last", "rebuild", "merged")
-    own: tuple[Route, ...] = ("pivoted", "transposed") if is_lowrank(legs) else ("first", "last")
-    return (*own, "rebuild", "expanded-first", "expanded-last", "merged")
+    """The routes that fit a topology. From the first core on, `lowrank` would only spread its input: not among them."""
+    if is_lowrank(legs):
+        return ("pivoted", "transposed", "rebuild", "expanded-last", "merged") if legs.pivoted else _PLAIN[1:]
+    return ("first", "last", "rebuild", "expanded-first", "expanded-last", "merged") if legs.pivoted else _PLAIN
 
 
 def extra_entries(legs: Legs, chi: int, route: Route) -> int:
