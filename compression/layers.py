@@ -19,7 +19,7 @@ from torch.nn import functional
 from compression.gauge import PivotedCore
 from compression.legs import Legs
 from compression.mpo import contract, contract_with
-from compression.pivoted import pivoted_product, row_order, unfolding
+from compression.pivoted import padded, pivoted_product, row_order, unfolding
 from compression.routes import Plan, Route, default_plan, is_lowrank
 
 __all__ = ["MPOLinear"]
@@ -98,10 +98,13 @@ class MPOLinear(nn.Module):
         if route == "rebuild":
             return functional.linear(activations, self.weight, bias)
         if route in ("pivoted", "transposed"):
-            tail, last = self._parameters["tail_0"], self._parameters["core_1"]
-            assert tail is not None
-            assert last is not None
-            result = pivoted_product(activations, last.flatten(1), tail, self._order(0), route == "transposed")
+            last, tail = self._factors()
+            result = pivoted_product(activations, last, tail, self._order(0), route == "transposed")
+            return result if bias is None else result + bias
+        if route == "padded":
+            last, tail = self._padded()
+            order = self._order(0)[1]
+            result = pivoted_product(activations, last, tail, (order, order), transposed=False)
             return result if bias is None else result + bias
         cores = self._expanded() if route.startswith("expanded") else self.cores
         if self._lowrank and route.endswith("last"):
@@ -124,8 +127,10 @@ class MPOLinear(nn.Module):
     def prepare(self) -> None:
         """Make what the plan keeps beside the stored tensors, and drop anything else."""
         self._kept.clear()
-        if self._plan.used & {"pivoted", "transposed"}:
+        if self._plan.used & {"pivoted", "transposed", "padded"}:
             self._order(0)
+        if "padded" in self._plan.used:
+            self._padded()
         if self._plan.used & {"expanded-first", "expanded-last"}:
             self._expanded()
         if "merged" in self._plan.used:
@@ -171,7 +176,24 @@ class MPOLinear(nn.Module):
         return unfolding(tail, self._order(number)).reshape(self._shapes[number])
 
     def _merged(self) -> torch.Tensor:
-        return self._keep("merged", self._stored, lambda: self.weight)
+        return self._keep("merged", self._stored, lambda: self.weight.contiguous())
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and T of `pivoted_product`."""
+        tail, last = self._parameters["tail_0"], self._parameters["core_1"]
+        assert tail is not None
+        assert last is not None
+        return last.flatten(1), tail
+
+    def _padded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with zeros that round χ up."""
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            last, tail = self._factors()
+            zeros = padded(self.chi) - self.chi
+            return functional.pad(last, (0, 0, 0, zeros)), functional.pad(tail, (0, zeros))
+
+        return self._keep("padded", self._stored, make)
 
     def _expanded(self) -> list[torch.Tensor]:
         last = len(self._shapes) - 1

@@ -12,11 +12,16 @@ import threading
 import torch
 from torch.nn.functional import linear
 
-__all__ = ["pivoted_product", "row_order", "unfolding"]
+__all__ = ["padded", "pivoted_product", "row_order", "unfolding"]
 
 _FEW, _PIECE = 32, 512  # tokens
 _ALIGNED = 16  # matrix products are up to a sixth slower where rows of float32 do not start on cache lines
 _scratch = threading.local()
+
+
+def padded(entries: int) -> int:
+    """Rounded up to whole cache lines of float32."""
+    return -(-entries // _ALIGNED) * _ALIGNED
 
 
 def row_order(places: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +34,7 @@ def row_order(places: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tens
     rest = torch.ones(rows, dtype=torch.int64, device=places.device).index_fill(0, chosen, 0)
     below = rest.cumsum(0) - 1
     identity = torch.arange(chi, device=places.device)
-    return (below + chi).index_copy(0, chosen, identity), (below + _up(chi)).index_copy(0, chosen, identity)
+    return (below + chi).index_copy(0, chosen, identity), (below + padded(chi)).index_copy(0, chosen, identity)
 
 
 def unfolding(tail: torch.Tensor, order: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -57,7 +62,7 @@ def pivoted_product(
     tokens, inputs = activations.numel() // last.shape[1], last.shape[1]
     if tokens >= _FEW and _in_place(activations, last, tail):
         result = _by_pieces(activations.reshape(tokens, inputs), last, tail, order[1], transposed)
-        return result.reshape(*activations.shape[:-1], len(result[0]))
+        return result.reshape(*activations.shape[:-1], result.shape[1])
     if transposed:
         copied = torch.mm(last, activations.reshape(tokens, inputs).t())
         unordered = torch.cat((copied, torch.mm(tail, copied))).t()
@@ -65,18 +70,18 @@ def pivoted_product(
     else:
         copied = linear(activations, last)
         unordered = torch.cat((copied, linear(copied, tail)), dim=-1)
-    return unordered.gather(-1, order[0].expand(unordered.shape))
+    return unordered.gather(-1, order[0].expand(*unordered.shape[:-1], -1))
 
 
 def _by_pieces(
     activations: torch.Tensor, last: torch.Tensor, tail: torch.Tensor, order: torch.Tensor, transposed: bool
 ) -> torch.Tensor:
     chi, tokens = len(last), len(activations)
-    below = _up(chi)
+    below = padded(chi)
     result = activations.new_empty(tokens, len(order))
-    width, piece = below + _up(len(tail)), min(tokens, _PIECE)
+    width, piece = below + padded(len(tail)), min(tokens, _PIECE)
     # An odd number of cache lines from row to row, so that a column does not fall into a few cache sets only.
-    stride = _up(piece) | _ALIGNED if transposed else width
+    stride = padded(piece) | _ALIGNED if transposed else width
     buffer = _buffer(width * stride if transposed else piece * stride, activations)
     for start in range(0, tokens, piece):
         part = activations[start : start + piece]
@@ -115,7 +120,3 @@ def _buffer(entries: int, like: torch.Tensor) -> torch.Tensor:
             buffer = torch.empty(entries, dtype=like.dtype)
         setattr(_scratch, str(like.dtype), buffer)
     return buffer
-
-
-def _up(entries: int) -> int:
-    return -(-entries // _ALIGNED) * _ALIGNED

@@ -32,6 +32,7 @@ from compression.routes import OPTIMIZE, TOKENS, Optimize, Plan, Route, choose, 
 __all__ = ["Planned", "Planner", "random_layer"]
 
 _FORMAT = 1
+_FREE = ("first", "last", "pivoted", "transposed", "rebuild")  # keep nothing: without one there is no plan for "memory"
 _LARGEST_FILE = 1 << 24  # bytes
 _COLD = 1 << 26  # bytes of weights to go through so that none is in a cache when its turn comes
 _HOPELESS = 6.0  # routes estimated to cost more than this many times the best are not timed
@@ -204,7 +205,7 @@ def _valid(costs: object) -> bool:
     known = get_args(Route)
     return (
         isinstance(costs, dict)
-        and any(route in costs for route in known if route not in ("merged", "expanded-first", "expanded-last"))
+        and any(route in costs for route in _FREE)
         and all(route in known for route in costs)
         and all(isinstance(cost, float) and math.isfinite(cost) and cost > 0 for cost in costs.values())
     )

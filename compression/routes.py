@@ -6,6 +6,7 @@ Integers in, names and seconds out; knows neither tensors nor devices. Measured 
     first, last   the cores are contracted with the activations, from the first core on or from the last one back
     pivoted       `pivoted-lowrank` only: identity rows are copied, the others computed, and the outputs put in order
     transposed    the same on transposed activations, so that whole rows are put in order
+    padded        as pivoted, with copies of the factors kept whose χ is rounded up to 16 by zeros: aligned rows
     rebuild       Ŵ is formed for this call, then multiplied
     expanded-*    as first or last, with the pivoted cores kept beside their stored form as plain cores
     merged        Ŵ is formed once and kept
@@ -21,6 +22,7 @@ from math import isqrt
 from typing import Literal, get_args
 
 from compression.legs import Legs
+from compression.pivoted import padded
 
 __all__ = [
     "OPTIMIZE",
@@ -36,7 +38,9 @@ __all__ = [
     "routes",
 ]
 
-Route = Literal["first", "last", "pivoted", "transposed", "rebuild", "expanded-first", "expanded-last", "merged"]
+Route = Literal[
+    "first", "last", "pivoted", "transposed", "padded", "rebuild", "expanded-first", "expanded-last", "merged"
+]
 Optimize = Literal["memory", "latency"]
 
 _PLAIN: tuple[Route, ...] = ("first", "last", "rebuild", "merged")
@@ -78,7 +82,7 @@ class Plan:
 def routes(legs: Legs) -> tuple[Route, ...]:
     """The routes that fit a topology. From the first core on, `lowrank` would only spread its input: not among them."""
     if is_lowrank(legs):
-        return ("pivoted", "transposed", "rebuild", "expanded-last", "merged") if legs.pivoted else _PLAIN[1:]
+        return ("pivoted", "transposed", "padded", "rebuild", "expanded-last", "merged") if legs.pivoted else _PLAIN[1:]
     return ("first", "last", "rebuild", "expanded-first", "expanded-last", "merged") if legs.pivoted else _PLAIN
 
 
@@ -86,6 +90,9 @@ def extra_entries(legs: Legs, chi: int, route: Route) -> int:
     """Entries kept beside the stored parameters for a route."""
     if route == "merged":
         return legs.dense_parameters
+    if route == "padded":
+        wide = padded(chi)
+        return wide * (legs.in_legs[-1] + legs.out_legs[0] - chi)
     if route in ("expanded-first", "expanded-last"):
         last = legs.bonds(chi)[-2] * legs.out_legs[-1] * legs.in_legs[-1]
         return Legs(legs.out_legs, legs.in_legs).parameters(chi) - last
@@ -131,7 +138,7 @@ def _seconds(legs: Legs, chi: int, tokens: int, route: Route) -> float:
     if route == "rebuild":
         dense = legs.dense_parameters
         return _price(3 * cores, tokens * dense + legs.rebuild_multiply_adds(chi), stored + dense, dense)
-    if route in ("pivoted", "transposed"):
+    if route in ("pivoted", "transposed", "padded"):
         return _price(4, tokens * stored, stored, tokens * plain.out_legs[0])
     last_first = route.endswith("last")
     arithmetic = tokens * plain.multiply_adds_from(chi, last_first)
