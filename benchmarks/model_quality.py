@@ -200,8 +200,8 @@ def main() -> None:
     body = (
         "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
         f"and in brackets its ratio to `lowrank` at the same kept fraction. Held-out: {counts} sequences; calibration "
-        f"{text.calibration.tokens:,} tokens, repair on the first {bench.repair_tokens:,} of them. What the variants are "
-        "stands in benchmarks/model_quality.py.\n\n"
+        f"{text.calibration.tokens:,} tokens, repair on the first {bench.repair_tokens:,} of them. What the variants "
+        "are stands in benchmarks/model_quality.py.\n\n"
         + markdown(["variant", "corpus", *(f"kept {kept}" for kept in fractions)], rows)
         + "\n\nDifference to `lowrank`, paired over sequences, ± one standard error:\n\n"
         + markdown(["variant", "corpus", "kept", "nats per token"], errors)

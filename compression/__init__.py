@@ -10,6 +10,7 @@ from compression.layers import MPOLinear
 from compression.legs import Legs, balanced, resolve
 from compression.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
 from compression.mpo import contract, contract_with, decompose, truncate, truncation_error_bound
+from compression.planner import Planned, Planner
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site, check_weight, dense_weight, discover_sites, model_bytes, model_parameters
 from compression.statistics import Statistics, collect
@@ -29,6 +30,8 @@ __all__ = [
     "Menu",
     "Option",
     "PivotedCore",
+    "Planned",
+    "Planner",
     "Schedule",
     "ScheduleApplier",
     "Site",

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from compression.factors import FactorStore
+from compression.gauge import PivotedCore, pivot
 from compression.layers import MPOLinear
+from compression.planner import Planner
 from compression.schedule import DENSE, Choice, Schedule
 
 __all__ = ["ScheduleApplier"]
@@ -25,11 +27,18 @@ class ScheduleApplier:
     Args:
         model: the dense model; changed in place by `apply_`.
         store: factors of its sites.
+        packed: hold what a schedule stores, in tensors of its own: pivoted topologies pivoted, and no other number.
+            Otherwise layers are plain cores, views into the decomposition: the same matrices, quick to swap.
+        planner: gives every new layer its plan; by default layers keep nothing beside their cores.
     """
 
-    def __init__(self, model: nn.Module, store: FactorStore) -> None:
+    def __init__(
+        self, model: nn.Module, store: FactorStore, packed: bool = False, planner: Planner | None = None
+    ) -> None:
         self._model = model
         self._store = store
+        self._packed = packed
+        self._planner = planner
         self._dense: Mapping[str, nn.Module] = {
             site.name: model.get_submodule(site.name) for site in store.sites if not site.dense_because
         }
@@ -75,4 +84,14 @@ class ScheduleApplier:
         cores = [core.to(device=weight.device, dtype=weight.dtype) for core in cores]
         bias = dense.bias
         assert bias is None or isinstance(bias, torch.Tensor)
-        return MPOLinear(cores, bias)
+        layer = MPOLinear(self._own(cores, choice) if self._packed else cores, bias)
+        if self._planner is not None:
+            layer.plan = self._planner.plan(layer)
+        return layer
+
+    def _own(self, cores: list[torch.Tensor], choice: Choice) -> list[torch.Tensor | PivotedCore]:
+        """The form in which a choice is stored."""
+        if choice.topology.startswith("pivoted-"):
+            pivoted, last = pivot(cores)
+            return [*pivoted, last]
+        return [core.clone(memory_format=torch.contiguous_format) for core in cores]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from math import prod, sqrt
 
 import torch
+from torch.nn.functional import linear
 
 from compression.legs import Legs
 from compression.spectral import Spectrum, truncated_svd
@@ -86,19 +87,23 @@ def contract_with(cores: Sequence[torch.Tensor], activations: torch.Tensor, last
         last_first: contract from the last core back instead of from the first one on; equal result, other cost (see
             `Legs.multiply_adds_from`).
     """
-    tokens = activations.shape[0]
+    tokens, inputs = activations.shape
+    outputs = prod([core.shape[1] for core in cores])
     if last_first:
-        state = activations.reshape(tokens, -1, 1, 1)  # (tokens, inputs left, bond, outputs done)
+        state = activations.reshape(tokens, inputs, 1, 1, 1)  # (tokens, inputs left, outputs done, bond, newest output)
         for core in reversed(cores):
             left, out_leg, in_leg, right = core.shape
-            rest, done = state.shape[1] // in_leg, state.shape[3]
-            state = torch.einsum("trjbd,aojb->traod", state.reshape(tokens, rest, in_leg, right, done), core)
-            state = state.reshape(tokens, rest, left, out_leg * done)
-    else:
-        state = activations.reshape(tokens, 1, 1, -1)  # (tokens, outputs done, bond, inputs left)
-        for core in cores:
-            left, out_leg, in_leg, right = core.shape
-            done, rest = state.shape[1], state.shape[3] // in_leg
-            state = torch.einsum("tdair,aoib->tdobr", state.reshape(tokens, done, left, in_leg, rest), core)
-            state = state.reshape(tokens, done * out_leg, right, rest)
-    return state.reshape(tokens, -1)
+            inputs, done, newest = inputs // in_leg, state.shape[2], state.shape[4]
+            rows = state.reshape(tokens, inputs, in_leg, done, right, newest).permute(0, 1, 5, 3, 2, 4)
+            state = linear(rows.reshape(-1, in_leg * right), core.reshape(left * out_leg, in_leg * right))
+            state = state.reshape(tokens, inputs, newest * done, left, out_leg)
+        return state.permute(0, 1, 4, 2, 3).reshape(tokens, outputs)
+    state = activations.reshape(tokens, 1, inputs, 1, 1)  # (tokens, outputs done, inputs left, newest output, bond)
+    for core in cores:
+        left, out_leg, in_leg, right = core.shape
+        inputs, done, newest = inputs // in_leg, state.shape[1], state.shape[3]
+        rows = state.reshape(tokens, done, in_leg, inputs, newest, left).permute(0, 1, 4, 3, 5, 2)
+        weight = core.permute(1, 3, 0, 2).reshape(out_leg * right, left * in_leg)
+        state = linear(rows.reshape(-1, left * in_leg), weight)
+        state = state.reshape(tokens, done * newest, inputs, out_leg, right)
+    return state.reshape(tokens, outputs)

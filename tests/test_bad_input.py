@@ -112,7 +112,7 @@ def survives(dense: nn.Module, kept: float = 0.7, vocabulary: int = VOCABULARY) 
     ids = batches(vocabulary)[0][0]
     before = dense(input_ids=ids).logits
     sizes = SizeModel(dense, store.sites)
-    with ScheduleApplier(dense, store) as applier:
+    with ScheduleApplier(dense, store, packed=True) as applier:
         for schedule in (
             to_schedule(menu, lagrangian(menu, target)),
             uniform_schedule(store.sites, "lowrank", "input", target),
@@ -327,7 +327,7 @@ def test_a_transposed_weight_is_tensorized_as_the_matrix_it_means() -> None:
     dense.get_submodule("layers.0.up").weight.copy_(contract(store.cores(name, Choice("lowrank", 3, "input"))).T)
     expected = dense.get_submodule(name)(x)
     choices = dict(Schedule.dense(tuple(site.name for site in store.sites))) | {name: Choice("lowrank", 3, "input")}
-    with ScheduleApplier(dense, store) as applier:
+    with ScheduleApplier(dense, store, packed=True) as applier:
         applier.apply_(Schedule(tuple(choices.items())))
         assert isinstance(dense.get_submodule(name), MPOLinear)
         assert torch.allclose(dense.get_submodule(name)(x), expected, atol=1e-5)

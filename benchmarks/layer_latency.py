@@ -1,0 +1,256 @@
+"""How long compressed layers, and a model made of them, take against dense ones.
+
+    python -m benchmarks.layer_latency [--quick] [--write]
+
+First each route of single layers over tokens and kept fraction, then a whole model of `pivoted-lowrank` layers at one
+kept fraction everywhere: prefill, and decoding with a key-value cache. All sides take turns in one process. The numbers
+in the layers are random, since time does not depend on them. On a GPU too where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.report import Bar, markdown, publish
+from compression.legs import Legs, resolve
+from compression.planner import Planned, Planner, random_layer
+from compression.routes import Plan, Route, modelled, routes
+from compression.sites import Site, discover_sites
+from search.models import load_model
+
+SLOWEST, SPEEDUP = 1.05, 1.25
+_COLD = 1 << 26  # bytes of weights gone through, so that none is in a cache when its turn comes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    shapes: tuple[tuple[int, int], ...] = ((576, 576), (1536, 576), (576, 1536), (2048, 2048))
+    topologies: tuple[tuple[str, tuple[float, ...]], ...] = (
+        ("pivoted-lowrank", (0.2, 0.4, 0.6, 0.8, 0.9)),
+        ("lowrank", (0.2, 0.6, 0.9)),
+        ("mpo2", (0.2, 0.6)),
+        ("mpo3", (0.2,)),
+    )
+    tokens: tuple[int, ...] = (1, 8, 64, 512, 2048)
+    seconds: float = 0.25
+    kept: tuple[float, ...] = (0.9, 0.8, 0.6, 0.4)
+    rounds: int = 7
+    steps: int = 32
+
+
+QUICK = Sizes(
+    shapes=((576, 576), (1536, 576)),
+    topologies=(("pivoted-lowrank", (0.6, 0.9)), ("mpo2", (0.2,))),
+    tokens=(1, 64, 512),
+    seconds=0.15,
+    kept=(0.9, 0.6),
+    rounds=5,
+)
+
+
+def layer_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
+    """One row per layer and route: time over the dense layer's for each token count."""
+    rows = []
+    for out_features, in_features in sizes.shapes:
+        for topology, kept_fractions in sizes.topologies:
+            legs = resolve(topology, out_features, in_features)
+            for kept in kept_fractions:
+                chi = chi_at(legs, kept)
+                ratios = {
+                    tokens: layer_ratios(legs, chi, tokens, sizes.seconds, device, dtype) for tokens in sizes.tokens
+                }
+                for route in routes(legs):
+                    if any(route in each for each in ratios.values()):
+                        cells = [f"{each[route]:.2f}" if route in each else "" for each in ratios.values()]
+                        rows.append([f"{out_features}×{in_features} {topology} {kept:g}", str(chi), route, *cells])
+    return rows
+
+
+def layer_ratios(
+    legs: Legs, chi: int, tokens: int, seconds: float, device: torch.device, dtype: torch.dtype
+) -> dict[Route, float]:
+    """Median of time over the dense layer's in the same turn, for every route within six times of the best estimate."""
+    estimates = modelled(legs, chi, tokens)
+    ways = [route for route in routes(legs) if estimates[route] <= 6 * min(estimates.values())]
+    copies = max(2, min(32, _COLD // (legs.parameters(chi) * dtype.itemsize)))
+    layers = [random_layer(legs, chi, dtype, device) for _ in range(copies)]
+    for layer in layers:
+        layer.plan = Plan(tuple(enumerate(ways)))
+    dense = [
+        nn.Linear(layers[0].in_features, layers[0].out_features, bias=False, device=device, dtype=dtype)
+        for _ in range(copies)
+    ]
+    activations = torch.randn(tokens, layers[0].in_features, device=device).to(dtype)
+    found: dict[Route, list[float]] = {route: [] for route in ways}
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < 4 or (time.perf_counter() < end and turn < 8 * copies):
+        linear = dense[turn % copies]
+        reference = timed(partial(linear, activations), device)
+        for number, route in enumerate(ways, 1):
+            layer = layers[(turn + number * (copies // (len(ways) + 1))) % copies]
+            found[route].append(timed(partial(layer.run, activations, route), device) / reference)
+        turn += 1
+    return {route: median(each[1:]) for route, each in found.items()}
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A whole model at one kept fraction: medians of milliseconds and of paired ratios, per kind of work."""
+
+    kept: float
+    optimize: str
+    milliseconds: Mapping[str, float]
+    ratios: Mapping[str, float]
+    planned: Planned
+
+
+def model_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[ModelRow]:
+    """Dense, memory and latency in turns, for every kept fraction."""
+    model = load_model("default", device, dtype).model
+    sites = discover_sites(model)
+    dense = {site.name: model.get_submodule(site.name) for site in sites}
+    rows = []
+    for kept in sizes.kept:
+        sides: dict[str, dict[str, nn.Module]] = {"dense": dense}
+        planned = {}
+        layers = {site.name: compressed(site, kept, device, dtype) for site in sites}
+        for optimize in ("memory", "latency"):
+            sides[optimize] = {name: copy.deepcopy(layer) for name, layer in layers.items()}
+            planned[optimize] = Planner(optimize).plan_(nn.ModuleList(sides[optimize].values()))  # type: ignore[arg-type]
+        del layers
+        times = {
+            "prefill 512": prefill(model, sides, 512, sizes.rounds, device),
+            "prefill 64": prefill(model, sides, 64, 2 * sizes.rounds, device),
+            "decode": decode(model, sides, sizes.steps, device),
+        }
+        for optimize in planned:
+            milliseconds = {work: 1e3 * median(each[optimize]) for work, each in times.items()}
+            paired = {work: zip(each[optimize], each["dense"], strict=True) for work, each in times.items()}
+            ratios = {work: median(mine / other for mine, other in pairs) for work, pairs in paired.items()}
+            rows.append(ModelRow(kept, optimize, milliseconds, ratios, planned[optimize]))
+        follow(model, dense)
+    return rows
+
+
+def prefill(
+    model: Any, sides: Mapping[str, Mapping[str, nn.Module]], tokens: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of one forward pass over a prompt that fills a cache and gives the last token's logits."""
+    ids = torch.randint(256, (1, tokens), device=device)
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds + 1):
+        for side, modules in sides.items():
+            follow(model, modules)
+            times[side].append(timed(partial(model, ids, use_cache=True, logits_to_keep=1), device))
+    return {side: each[1:] for side, each in times.items()}
+
+
+def decode(
+    model: Any, sides: Mapping[str, Mapping[str, nn.Module]], steps: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each step of one token after a prompt of 64."""
+    prompt, token = (torch.randint(256, (1, count), device=device) for count in (64, 1))
+    follow(model, sides["dense"])
+    filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    caches = {side: copy.deepcopy(filled) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(steps + 1):
+        for side, modules in sides.items():
+            follow(model, modules)
+            step = partial(model, token, past_key_values=caches[side], use_cache=True)
+            times[side].append(timed(step, device))
+    return {side: each[1:] for side, each in times.items()}
+
+
+def follow(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+
+
+def compressed(site: Site, kept: float, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A layer of that site's shape."""
+    legs = resolve("pivoted-lowrank", site.out_features, site.in_features)
+    return random_layer(legs, chi_at(legs, kept), dtype, device)
+
+
+def chi_at(legs: Legs, kept: float) -> int:
+    """The largest χ that keeps at most that fraction of the entries, at least 1."""
+    chis = range(1, max(legs.full_bonds) + 1)
+    return max((chi for chi in chis if legs.parameters(chi) <= kept * legs.dense_parameters), default=1)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def body(rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], sizes: Sizes) -> str:
+    work = list(rows[0].ratios)
+    header = ["kept fraction, optimized for", *(f"{name}, ms" for name in work), *(f"{name}, ratio" for name in work)]
+    whole = [
+        [
+            f"{row.kept:g}, {row.optimize}",
+            *(f"{row.milliseconds[name]:.1f}" for name in work),
+            *(f"{row.ratios[name]:.2f}" for name in work),
+            f"{row.planned.stored_bytes / 1e6:.0f}",
+            f"{row.planned.resident_bytes / 1e6:.0f}",
+        ]
+        for row in rows
+    ]
+    return "\n\n".join(
+        [
+            "The default model with every matrix as `pivoted-lowrank` at one kept fraction. A ratio is the median over "
+            "rounds of the time over the dense model's in the same round: below 1 is faster. MB are of the compressed "
+            "matrices: stored, and held in memory.",
+            markdown([*header, "stored, MB", "resident, MB"], whole),
+            "Single layers: time over a dense layer's by route and number of tokens. A route is left out where its "
+            "estimated cost is more than six times the best.",
+            markdown(["layer, kept fraction", "χ", "route", *map(str, sizes.tokens)], layers),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="fewer layers and rounds, below five minutes on 2 cores")
+    parser.add_argument("--write", action="store_true", help="keep the tables as results/layer_latency.md")
+    arguments = parser.parse_args()
+    sizes = QUICK if arguments.quick else Sizes()
+    kinds = [(torch.device("cpu"), torch.float32)]
+    if torch.cuda.is_available():
+        kinds.append((torch.device("cuda"), torch.bfloat16))
+    parts, bars = [], []
+    with torch.no_grad():
+        for device, dtype in kinds:
+            rows = model_rows(sizes, device, dtype)
+            parts.append(f"## {device.type}, {str(dtype).removeprefix('torch.')}")
+            parts.append(body(rows, layer_rows(sizes, device, dtype), sizes))
+            fast = [row for row in rows if row.optimize == "latency"]
+            slowest = max(ratio for row in fast for ratio in row.ratios.values())
+            [speedup] = [1 / row.ratios["prefill 512"] for row in fast if row.kept == 0.6]
+            bars.append(Bar(f"slowest_over_dense_{device.type}", slowest, "<=", SLOWEST))
+            bars.append(Bar(f"prefill_speedup_at_0.6_{device.type}", speedup, ">=", SPEEDUP))
+    if len(kinds) == 1:
+        parts.append("No GPU was at hand: not measured there.")
+    publish("benchmarks.layer_latency", "Latency of compressed layers", "\n\n".join(parts), bars, arguments.write)
+
+
+if __name__ == "__main__":
+    main()
