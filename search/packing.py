@@ -6,12 +6,13 @@ that see the prefix and themselves only; several sequences lie in one row, and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Packed", "Prediction", "group", "layout", "pack", "packed_item", "packed_text", "predictions"]
+__all__ = ["Packed", "Prediction", "group", "layout", "mix", "pack", "packed_item", "packed_text", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,29 @@ def pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:
     return rows
 
 
-def group(rows: list[list[int]], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Rows of similar length, at most `batch_tokens` padded tokens together."""
+def mix(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """The same rows, long and short ones, many sequences and few, spread evenly over any beginning of the list.
+
+    Row number n of the result lies at the fraction nφ mod 1, φ the golden ratio, of the rows in order.
+    """
+    ordered = sorted(rows, key=lambda row: (len(row) == 1, sum(lengths[number] for number in row)))
+    golden = (math.sqrt(5) - 1) / 2
+    times = sorted(range(len(rows)), key=lambda time: time * golden % 1)
+    return [row for _, row in sorted(zip(times, ordered, strict=True))]
+
+
+def group(
+    rows: list[list[int]], lengths: Sequence[int], batch_tokens: int, by_length: bool = True
+) -> Iterator[list[list[int]]]:
+    """Batches of rows, at most `batch_tokens` padded tokens together: rows of similar length, or in the given order."""
     group: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: sum(lengths[number] for number in row)):
-        if group and (len(group) + 1) * sum(lengths[number] for number in row) > batch_tokens:
+    longest = 0
+    for row in sorted(rows, key=lambda row: sum(lengths[number] for number in row)) if by_length else rows:
+        length = sum(lengths[number] for number in row)
+        if group and (len(group) + 1) * max(longest, length) > batch_tokens:
             yield group
-            group = []
+            group, longest = [], 0
         group.append(row)
+        longest = max(longest, length)
     if group:
         yield group

@@ -6,16 +6,24 @@ Knows a causal language model and its logits; nothing of schedules or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from search.packing import Packed, Prediction, group, layout, pack, predictions
+from search.packing import Packed, Prediction, group, layout, mix, pack, predictions
 from search.quality import Quality, mean_standard_error, ratio_standard_error
 
-__all__ = ["Workload", "loglikelihoods"]
+__all__ = ["Through", "Workload", "loglikelihoods"]
+
+Through = Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]
+"""Makes a forward pass: given what stands for the inputs, and the pass."""
+
+
+def _plainly(batch: Hashable, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return forward()
 
 
 @dataclass(eq=False)
@@ -43,37 +51,62 @@ class Workload:
         sequences: texts and items; at least one prediction among them.
         device: where the model runs.
         batch_tokens: upper limit of tokens in one forward pass, padding included; a longer sequence goes alone.
+        mixed: order the batches so that the first ones are like all of them, texts and items, short and long, at the
+            price of some padding. Without it rows of a length go together.
 
     Raises:
         ValueError: nothing to score.
     """
 
-    def __init__(self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024) -> None:
+    def __init__(
+        self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024, mixed: bool = False
+    ) -> None:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
             raise ValueError("a workload needs at least one sequence of two tokens or more")
         self.sequences = tuple(sequences)
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
         lengths = [len(sequence.tokens) for sequence in sequences]
-        self._batches = [self._batch(rows, device) for rows in group(pack(lengths), lengths, batch_tokens)]
+        rows = mix(pack(lengths), lengths) if mixed else pack(lengths)
+        self._batches = [self._batch(rows, device) for rows in group(rows, lengths, batch_tokens, not mixed)]
+        self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
 
     @property
     def tokens(self) -> int:
         """Tokens that one pass feeds to the model, padding not counted."""
         return sum(len(sequence.tokens) for sequence in self.sequences)
 
+    @property
+    def padded_tokens(self) -> int:
+        """The same, padding counted."""
+        return sum(batch.inputs["input_ids"].numel() for batch in self._batches)
+
     @torch.inference_mode()
-    def reference(self, model: nn.Module) -> Quality:
+    def reference(self, model: nn.Module, through: Through = _plainly) -> Quality:
         """Take `model` as the dense reference and return its own quality (kl 0).
+
+        Args:
+            through: as for `measure`.
 
         Raises:
             ValueError: its logits are not finite.
         """
-        return self._pass(model, self._refer)
+        return self._pass(model, through, self._refer)
 
     @torch.inference_mode()
-    def measure(self, model: nn.Module) -> Quality:
-        """Quality of `model` against the reference. Call `reference` first."""
-        return self._pass(model, lambda batch, logits: None)
+    def measure(
+        self,
+        model: nn.Module,
+        through: Through = _plainly,
+        hopeless: Callable[[Quality, int], bool] | None = None,
+    ) -> Quality:
+        """Quality of `model` against the reference. Call `reference` first.
+
+        Args:
+            through: makes the forward pass of a batch, given something that stands for its inputs and the pass itself.
+            hopeless: asked after every batch but the last, with the figures of the sequences so far and how often it
+                may be asked. When it says yes, those figures are the result, in state "raced".
+        """
+        return self._pass(model, through, hopeless=hopeless)
 
     @torch.inference_mode()
     def choice_loglikelihoods(self, model: nn.Module) -> list[list[float]]:
@@ -89,22 +122,32 @@ class Workload:
             if stop > start
         ]
 
-    def _pass(self, model: nn.Module, before: Callable[[_Batch, torch.Tensor], None]) -> Quality:
+    def _pass(
+        self,
+        model: nn.Module,
+        through: Through,
+        before: Callable[[_Batch, torch.Tensor], None] | None = None,
+        hopeless: Callable[[Quality, int], bool] | None = None,
+    ) -> Quality:
         """One forward pass over all batches; `before` sees the logits of each before they are measured."""
         count = len(self.sequences)
         totals = {
             name: torch.zeros(count, dtype=torch.float64) for name in ("kl", "agree", "compared", "nll", "scored")
         }
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
-        for batch in self._batches:
-            logits = _logits(model, batch).float()
-            before(batch, logits)
+        looks = len(self._batches) - 1
+        for number, batch in enumerate(self._batches):
+            logits = through(batch, partial(_logits, model, batch)).float()
+            if before is not None:
+                before(batch, logits)
             result = self._measure_batch(batch, logits)
             if result is None:
                 return Quality()
             for name, values in result[0].items():
                 totals[name] += values
             choices += result[1]
+            if hopeless is not None and number < looks and hopeless(self._quality(totals, choices), looks):
+                return replace(self._quality(totals, choices), state="raced")
         return self._quality(totals, choices)
 
     @staticmethod
@@ -132,7 +175,7 @@ class Workload:
         kl = batch.dense_negentropy - cross
         agree = compared.argmax(-1) == batch.dense_choice
         owner = batch.owner[: batch.compared]
-        text = torch.tensor([not sequence.branches for sequence in self.sequences])[batch.owner.cpu()]
+        text = self._is_text[batch.owner.cpu()]
         contributions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             "kl": (owner, kl),
             "agree": (owner, agree),
@@ -164,10 +207,10 @@ class Workload:
             quality = replace(quality, perplexity=_exp(float(totals["nll"].sum() / totals["scored"].sum())))
         items = [
             (choices[start:stop], sequence.answer)
-            for sequence, start, stop in zip(
-                self.sequences, self._branch_start[:-1], self._branch_start[1:], strict=True
+            for sequence, seen, start, stop in zip(
+                self.sequences, used, self._branch_start[:-1], self._branch_start[1:], strict=True
             )
-            if sequence.answer is not None
+            if sequence.answer is not None and bool(seen)
         ]
         if not items:
             return quality

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from search.models import LoadedModel, load_model
-from search.packing import packed_item, packed_text
+from search.packing import group, mix, pack, packed_item, packed_text
 from search.quality import Quality
 from search.scoring import Workload, loglikelihoods
 
@@ -159,3 +159,50 @@ def test_items_that_cannot_be_scored_are_refused(context: str, continuations: tu
 def test_an_empty_workload_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sequence"):
         Workload([packed_text([3])], CPU)
+
+
+def test_mixed_batches_change_no_figure(loaded: LoadedModel) -> None:
+    plain, mixed = (Workload(sequences(loaded), CPU, 300, mixed).reference(loaded.model) for mixed in (False, True))
+    for name, value in plain.scalars().items():
+        if isinstance(value, float):
+            assert getattr(mixed, name) == pytest.approx(value, abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_tokens", [100, 512, 1024])
+def test_mixed_batches_keep_to_the_limit_and_hold_every_row_once(batch_tokens: int) -> None:
+    lengths = [17 * number % 300 + 2 for number in range(60)]
+    rows = pack(lengths)
+    batches = list(group(mix(rows, lengths), lengths, batch_tokens, by_length=False))
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    for batch in batches:
+        longest = max(sum(lengths[number] for number in row) for row in batch)
+        assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+
+
+def test_any_beginning_of_mixed_rows_is_like_the_whole() -> None:
+    lengths = [*range(130, 190), *[256] * 30]
+    rows = mix(pack(lengths, capacity=1), lengths)
+    assert len(rows) == 90
+    for stop in range(9, 91, 9):
+        seen = [lengths[number] for [number] in rows[:stop]]
+        assert abs(sum(length == 256 for length in seen) - stop / 3) <= 1.5
+        assert abs(sum(seen) / stop - sum(lengths) / 90) < 6
+
+
+def test_a_measurement_stops_when_it_is_called_hopeless(loaded: LoadedModel) -> None:
+    workload = Workload(sequences(loaded), CPU, 100)
+    whole = workload.reference(loaded.model)
+    asked: list[tuple[int, int]] = []
+
+    def hopeless(seen: Quality, looks: int) -> bool:
+        asked.append((seen.tokens, looks))
+        return True
+
+    partial = workload.measure(loaded.model, hopeless=hopeless)
+    assert partial.state == "raced"
+    assert [partial.tokens] == [tokens for tokens, _ in asked]
+    assert 0 < partial.tokens < whole.tokens
+    assert sum(count > 0 for count in partial.tokens_by_sequence) < len(workload.sequences)
+    asked.clear()
+    assert workload.measure(loaded.model, hopeless=lambda *seen: asked.append(seen) or False).state == "ok"
+    assert len(asked) == asked[0][1]
