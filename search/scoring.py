@@ -9,21 +9,87 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from search.packing import Packed, Prediction, group, layout, mix, pack, predictions
 from search.quality import Quality, mean_standard_error, ratio_standard_error
 
 __all__ = ["Through", "Workload", "loglikelihoods"]
 
-Through = Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]
+Through = Callable[[Hashable, Callable[[], Any]], Any]
 """Makes a forward pass: given what stands for the inputs, and the pass."""
 
 
-def _plainly(batch: Hashable, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+_ROWS = 16
+
+
+def _plainly(batch: Hashable, forward: Callable[[], Any]) -> Any:
     return forward()
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What a forward pass gives at the predictions of a batch: logits, and the hidden states that the head was fed."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    head: nn.Module
+
+
+class _Dense:
+    """What the dense model says of the compared predictions of a batch: probabilities p over the vocabulary.
+
+    Where logits are W h, the mean of other logits under p needs no p: Σ_v p_v (W h)_v = (Wᵀ p)·h, and Wᵀ p is as small
+    as a hidden state h. So p is kept only where the head does something else, or computes in low precision, whose
+    rounding would not cancel; it is made again when logits come from another head.
+    """
+
+    def __init__(self, read: _Read) -> None:
+        self.choice = read.logits.argmax(-1)
+        probability = torch.softmax(read.logits, -1)
+        self._weight = _plain_weight(read)
+        if self._weight is None:
+            self._probability = probability
+        else:
+            self._version, self._hidden = self._weight._version, read.hidden
+            self._embedding = probability @ self._weight
+        # By the same arithmetic as in KL, so that rounding cancels and the dense model has a KL of exactly 0.
+        self.negentropy = self.mean(read) - _log_normalizer(read.logits)
+
+    def mean(self, read: _Read) -> torch.Tensor:
+        """Mean logit of another model under the dense probabilities, per prediction.
+
+        Raises:
+            ValueError: the head of the dense model was written to since.
+        """
+        if self._weight is None:
+            return _dot(self._probability, read.logits)
+        if self._weight._version != self._version:
+            raise ValueError("the output head of the dense model has changed; take the reference again")
+        if read.head.weight is self._weight:
+            return _dot(self._embedding, read.hidden)
+        return _dot(torch.softmax(functional.linear(self._hidden, self._weight), -1), read.logits)
+
+
+def _plain_weight(read: _Read) -> torch.Tensor | None:
+    """W if the logits are W h in float32."""
+    if not isinstance(read.head, nn.Linear) or "bias" in dict(read.head.named_parameters()):
+        return None
+    weight, some = read.head.weight, slice(0, 8)
+    if weight.dtype != torch.float32 or weight.is_inference():
+        return None
+    same = torch.allclose(functional.linear(read.hidden[some], weight), read.logits[some], rtol=1e-4, atol=1e-3)
+    return weight if same else None
+
+
+def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Row by row."""
+    result: torch.Tensor = torch.linalg.vecdot(first, second)
+    return result
 
 
 @dataclass(eq=False)
@@ -34,14 +100,12 @@ class _Batch:
     """
 
     inputs: dict[str, torch.Tensor]
+    compared: int
     source: torch.Tensor  # flat position whose logits predict …
     target: torch.Tensor  # … this token
     owner: torch.Tensor  # sequence number of each prediction
     branch: torch.Tensor  # global branch number of a scored continuation token, -1 elsewhere
-    compared: int
-    dense_probability: torch.Tensor | None = None
-    dense_negentropy: torch.Tensor | None = None
-    dense_choice: torch.Tensor | None = None
+    dense: _Dense | None = None
 
 
 class Workload:
@@ -113,8 +177,8 @@ class Workload:
         """Summed log-probability of every continuation of every item, in order; needs no reference."""
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
         for batch in self._batches:
-            logits = _logits(model, batch).float()
-            chosen = _log_probability(logits, batch.target)
+            logits = _read(model, batch).logits
+            chosen = logits.gather(-1, batch.target[:, None]).squeeze(-1) - _log_normalizer(logits)
             _scatter(choices, batch.branch, chosen)
         return [
             choices[start:stop].tolist()
@@ -126,10 +190,10 @@ class Workload:
         self,
         model: nn.Module,
         through: Through,
-        before: Callable[[_Batch, torch.Tensor], None] | None = None,
+        before: Callable[[_Batch, _Read], None] | None = None,
         hopeless: Callable[[Quality, int], bool] | None = None,
     ) -> Quality:
-        """One forward pass over all batches; `before` sees the logits of each before they are measured."""
+        """One forward pass over all batches; `before` sees what each gives before it is measured."""
         count = len(self.sequences)
         totals = {
             name: torch.zeros(count, dtype=torch.float64) for name in ("kl", "agree", "compared", "nll", "scored")
@@ -137,10 +201,10 @@ class Workload:
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
         looks = len(self._batches) - 1
         for number, batch in enumerate(self._batches):
-            logits = through(batch, partial(_logits, model, batch)).float()
+            read = through(batch, partial(_read, model, batch))
             if before is not None:
-                before(batch, logits)
-            result = self._measure_batch(batch, logits)
+                before(batch, read)
+            result = self._measure_batch(batch, read)
             if result is None:
                 return Quality()
             for name, values in result[0].items():
@@ -151,29 +215,21 @@ class Workload:
         return self._quality(totals, choices)
 
     @staticmethod
-    def _refer(batch: _Batch, logits: torch.Tensor) -> None:
-        compared = logits[: batch.compared]
-        if not torch.isfinite(compared).all():
+    def _refer(batch: _Batch, read: _Read) -> None:
+        compared = _first(read, batch.compared)
+        if not torch.isfinite(compared.logits).all():
             raise ValueError("the dense model gives NaN or infinite logits; nothing can be compared with it")
-        batch.dense_choice = compared.argmax(-1)
-        batch.dense_probability = torch.softmax(compared, -1)
-        # By the same arithmetic as the cross term, so that rounding cancels and the dense model has a KL of exactly 0.
-        batch.dense_negentropy = torch.linalg.vecdot(batch.dense_probability, compared) - torch.logsumexp(compared, -1)
+        batch.dense = _Dense(compared)
 
-    def _measure_batch(
-        self, batch: _Batch, logits: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
-        assert batch.dense_probability is not None, "call reference first"
-        assert batch.dense_negentropy is not None
-        assert batch.dense_choice is not None
-        normalizer = torch.logsumexp(logits, -1)
+    def _measure_batch(self, batch: _Batch, read: _Read) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        assert batch.dense is not None, "call reference first"
+        normalizer = _log_normalizer(read.logits)
         if not torch.isfinite(normalizer).all():
             return None
-        chosen = logits.gather(-1, batch.target[:, None]).squeeze(-1) - normalizer
-        compared = logits[: batch.compared]
-        cross = torch.linalg.vecdot(batch.dense_probability, compared) - normalizer[: batch.compared]
-        kl = batch.dense_negentropy - cross
-        agree = compared.argmax(-1) == batch.dense_choice
+        chosen = read.logits.gather(-1, batch.target[:, None]).squeeze(-1) - normalizer
+        compared = _first(read, batch.compared)
+        kl = batch.dense.negentropy - (batch.dense.mean(compared) - normalizer[: batch.compared])
+        agree = compared.logits.argmax(-1) == batch.dense.choice
         owner = batch.owner[: batch.compared]
         text = self._is_text[batch.owner.cpu()]
         contributions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
@@ -249,16 +305,14 @@ class Workload:
                 found += predictions(sequence, number, place * length + start, branches)
                 start = span.stop
         found.sort(key=lambda prediction: not prediction.compared)
-        columns = {
-            name: torch.tensor([getattr(prediction, name) for prediction in found], device=device)
+        source, target, owner, branch = (
+            torch.tensor([getattr(prediction, name) for prediction in found], device=device)
             for name in ("source", "target", "owner", "branch")
-        }
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
-        return _Batch(
-            inputs={name: tensor.to(device) for name, tensor in inputs.items()},
-            compared=sum(prediction.compared for prediction in found),
-            **columns,
         )
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
+        compared = sum(prediction.compared for prediction in found)
+        placed = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return _Batch(placed, compared, source, target, owner, branch)
 
 
 def loglikelihoods(
@@ -268,20 +322,31 @@ def loglikelihoods(
     return Workload(items, device, batch_tokens).choice_loglikelihoods(model)
 
 
-def _logits(model: nn.Module, batch: _Batch) -> torch.Tensor:
-    """Logits (predictions, vocabulary): the head is given only the positions that are read."""
+def _read(model: nn.Module, batch: _Batch) -> _Read:
+    """Of every prediction, in float32: the head is given only the positions that are read."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[batch.source][None],))
+    fed: list[torch.Tensor] = []
+
+    def feed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        fed.append(args[0].flatten(0, 1)[batch.source])
+        return (fed[0][None],)
+
+    hook = head.register_forward_pre_hook(feed)
     try:
         logits = model(**batch.inputs, use_cache=False).logits
     finally:
         hook.remove()
-    assert isinstance(logits, torch.Tensor)
-    return logits[0]
+    return _Read(logits[0].float(), fed[0], head)
 
 
-def _log_probability(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return logits.gather(-1, target[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+def _first(read: _Read, count: int) -> _Read:
+    return _Read(read.logits[:count], read.hidden[:count], read.head)
+
+
+def _log_normalizer(logits: torch.Tensor) -> torch.Tensor:
+    """log Σ exp of every row, a few rows at a time on the CPU so that intermediate values stay in its cache."""
+    rows = _ROWS if logits.device.type == "cpu" else len(logits)
+    return torch.cat([part.logsumexp(-1) for part in torch.split(logits, max(1, rows))])
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

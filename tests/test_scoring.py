@@ -1,5 +1,6 @@
 """Scoring against direct computation: shared prefixes, padding and batching change nothing; NaN is never a number."""
 
+import copy
 import math
 from typing import Any
 
@@ -206,3 +207,39 @@ def test_a_measurement_stops_when_it_is_called_hopeless(loaded: LoadedModel) -> 
     asked.clear()
     assert workload.measure(loaded.model, hopeless=lambda *seen: asked.append(seen) or False).state == "ok"
     assert len(asked) == asked[0][1]
+
+
+def direct_kl(before: Any, after: Any, tokens: list[int]) -> float:
+    with torch.no_grad():
+        one, two = (model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)[:-1] for model in (before, after))
+    return float((one.exp() * (one - two)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("case", ["linear head", "capped logits", "half precision", "other head", "other capped head"])
+def test_kl_equals_a_direct_computation_whatever_the_head_does(case: str) -> None:
+    """Dense probabilities are kept as mean output embeddings only where that is the same."""
+    loaded = load_model("random:tiny-llama", "cpu")
+    model, tokens = loaded.model, loaded.encode(TEXTS[0])
+    if "capped" in case:
+        model.lm_head.register_forward_hook(lambda module, args, output: 3 * torch.tanh(output / 3))
+    if case == "half precision":
+        model.bfloat16()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(0.3)
+        head = 1.2 * model.lm_head.weight if case.startswith("other") else model.lm_head.weight
+    other.lm_head.weight = torch.nn.Parameter(head, requires_grad=False) if case.startswith("other") else head
+    workload = Workload([packed_text(tokens)], CPU)
+    assert workload.reference(model).kl == 0
+    tolerance = 0.02 if case == "half precision" else 1e-3
+    assert workload.measure(other).kl == pytest.approx(direct_kl(model, other, tokens), rel=tolerance)
+
+
+def test_a_head_that_was_written_to_after_the_reference_is_noticed() -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    workload = Workload([packed_text(loaded.encode(TEXTS[0]))], CPU)
+    workload.reference(loaded.model)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="take the reference again"):
+        workload.measure(loaded.model)
