@@ -9,14 +9,17 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
+from operator import sub
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compression.cache import FactorCache
 from compression.factors import FactorStore
@@ -82,19 +85,17 @@ def plain_store(loaded: LoadedModel, sites: Sequence[Site]) -> FactorStore:
 
 
 class Naive:
-    """Load the model, decompose every compressed site by SVD, put the factors in, and call `lm_eval.evaluate`."""
+    """Load the model, decompose every site by SVD, put the factors in, and call `lm_eval.evaluate`."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         from lm_eval.tasks import TaskManager
 
-        rows = [{"context": context, "choices": list(choices), "answer": n} for context, choices, n in work.items]
-        (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
-        task = {
-            "task": "items",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(folder / "rows.json")}, "cache_dir": str(folder / "cache")},
-            "test_split": "test",
+        self.seconds: dict[str, float] = {}
+        self._folder = locate("default").folder
+        tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        items = [{"context": context, "choices": list(choices), "answer": n} for context, choices, n in work.items]
+        choose = {
             "output_type": "multiple_choice",
             "doc_to_text": "{{context}}",
             "doc_to_choice": "{{choices}}",
@@ -102,33 +103,56 @@ class Naive:
             "target_delimiter": "",
             "metric_list": [{"metric": "acc"}],
         }
-        (folder / "items.yaml").write_text(json.dumps(task))
+        read = {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        }
+        tasks = {
+            "items": (items, choose),
+            "texts": ([{"text": tokenizer.decode(text)} for text in work.texts], read),
+        }
+        for name, (rows, kind) in tasks.items():
+            (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+            task = {
+                "task": name,
+                "dataset_path": "json",
+                "dataset_kwargs": {
+                    "data_files": {"test": str(folder / f"{name}.json")},
+                    "cache_dir": str(folder / "cache"),
+                },
+                "test_split": "test",
+            }
+            (folder / f"{name}.yaml").write_text(json.dumps(task | kind))
         with _silence():
-            self._task = TaskManager(include_path=str(folder), include_defaults=False).load("items")
+            self._tasks = TaskManager(include_path=str(folder), include_defaults=False).load(list(tasks))
 
     def __call__(self, schedule: Schedule) -> Figures:
+        """Leaves what the parts took in `seconds`."""
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = locate("default").folder
+        times = [time.perf_counter()]
         with _silence():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
+            tokenizer = AutoTokenizer.from_pretrained(self._folder)
+            times.append(time.perf_counter())
             for name, choice in schedule:
+                site = model.get_submodule(name)
+                factors = torch.linalg.svd(site.weight.detach(), full_matrices=False)
                 if not choice.is_dense:
-                    model.set_submodule(name, _decomposed(model.get_submodule(name), choice.chi))
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            results = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH), self._task)
+                    model.set_submodule(name, _two_layers(*factors, choice.chi))
+            times.append(time.perf_counter())
+            results = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH), self._tasks)
+            times.append(time.perf_counter())
+        self.seconds = dict(zip(("load", "decompose", "lm-eval"), map(sub, times[1:], times), strict=True))
         samples = sorted(results["samples"]["items"], key=lambda sample: sample["doc_id"])
         return Figures(math.nan, tuple(tuple(one[0] for one in sample["filtered_resps"]) for sample in samples))
 
 
-def _decomposed(layer: nn.Module, chi: int) -> nn.Module:
-    """Two linear layers instead of one, by truncated SVD of the weight."""
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    u, s, vh = torch.linalg.svd(weight.detach(), full_matrices=False)
-    first, second = nn.Linear(weight.shape[1], chi, bias=False), nn.Linear(chi, weight.shape[0], bias=False)
+def _two_layers(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, chi: int) -> nn.Module:
+    first, second = nn.Linear(vh.shape[1], chi, bias=False), nn.Linear(chi, u.shape[0], bias=False)
     first.weight.data, second.weight.data = s[:chi, None] * vh[:chi], u[:, :chi].contiguous()
     return nn.Sequential(first, second)
 

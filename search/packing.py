@@ -7,12 +7,14 @@ that see the prefix and themselves only; several sequences lie in one row, and n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 __all__ = ["Packed", "Prediction", "group", "layout", "mix", "pack", "packed_item", "packed_text", "predictions"]
+
+_BATCH_COST = 48
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,28 @@ def mix(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
 
 def group(
     rows: list[list[int]], lengths: Sequence[int], batch_tokens: int, by_length: bool = True
-) -> Iterator[list[list[int]]]:
-    """Batches of rows, at most `batch_tokens` padded tokens together: rows of similar length, or in the given order."""
-    group: list[list[int]] = []
-    longest = 0
-    for row in sorted(rows, key=lambda row: sum(lengths[number] for number in row)) if by_length else rows:
-        length = sum(lengths[number] for number in row)
-        if group and (len(group) + 1) * max(longest, length) > batch_tokens:
-            yield group
-            group, longest = [], 0
-        group.append(row)
-        longest = max(longest, length)
-    if group:
-        yield group
+) -> list[list[list[int]]]:
+    """Batches of successive rows, ordered by length or as given, at most `batch_tokens` padded tokens in each.
+
+    Of all such divisions the one with the fewest padded tokens, a batch counting as 48 more: what its fixed costs are
+    worth.
+    """
+    ordered = sorted(rows, key=lambda row: sum(lengths[number] for number in row)) if by_length else rows
+    sizes = [sum(lengths[number] for number in row) for row in ordered]
+    best = [(0, 0)]  # cost of the first rows, and where their last batch begins
+    for stop in range(1, len(ordered) + 1):
+        found: list[tuple[int, int]] = []
+        longest = 0
+        for start in range(stop - 1, -1, -1):
+            longest = max(longest, sizes[start])
+            padded = (stop - start) * longest
+            if padded > batch_tokens and found:
+                break
+            found.append((best[start][0] + padded + _BATCH_COST, start))
+        best.append(min(found))
+    batches = []
+    stop = len(ordered)
+    while stop:
+        batches.append(ordered[best[stop][1] : stop])
+        stop = best[stop][1]
+    return batches[::-1]

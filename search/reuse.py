@@ -83,7 +83,7 @@ class HiddenStates:
         self._limit = limit
         self._stride: int | None = None
         self._runs: list[_Run] = []  # least recently used first
-        self._known: list[tuple[torch.Tensor, int]] = []
+        self._known: list[tuple[object, object]] = []
         self.blocks_skipped = self.blocks_run = 0
 
     @property
@@ -97,20 +97,21 @@ class HiddenStates:
         return sum(run.size for run in self._runs)
 
     def forget(self) -> None:
-        """Drop everything kept. Needed after a change of the model that `watch` cannot see, such as a new hook."""
+        """Drop everything kept."""
         self._runs.clear()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Changes of the model inside this context are the caller's, and named by prefix keys.
 
-        If a parameter or buffer was replaced or written to since the last such context, everything kept is dropped.
+        If a module, parameter or buffer was replaced or written to, or a hook added or removed, since the last such
+        context, everything kept is dropped.
         """
         if self._limit:
             seen = self._fingerprint()
             same = len(seen) == len(self._known) and all(
-                tensor is known and version == before
-                for (tensor, version), (known, before) in zip(seen, self._known, strict=True)
+                thing is known and state == before
+                for (thing, state), (known, before) in zip(seen, self._known, strict=True)
             )
             if not same:
                 self.forget()
@@ -223,10 +224,14 @@ class HiddenStates:
             for hook in hooks:
                 hook.remove()
 
-    def _fingerprint(self) -> list[tuple[torch.Tensor, int]]:
-        """Every parameter and buffer with its version, which writing in place raises."""
-        tensors = chain(self._model.parameters(), self._model.buffers())
-        return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    def _fingerprint(self) -> list[tuple[object, object]]:
+        """Every module with its hooks; every parameter and buffer with its version, which writing in place raises."""
+        modules = list(self._model.modules())
+        tensors = chain.from_iterable((*module._parameters.values(), *module._buffers.values()) for module in modules)
+        return [
+            *((module, (*module._forward_pre_hooks, *module._forward_hooks)) for module in modules),
+            *((each, 0 if each.is_inference() else each._version) for each in tensors if each is not None),
+        ]
 
 
 def _block_list(model: nn.Module, sites: Sequence[Site]) -> nn.ModuleList:

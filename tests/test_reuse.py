@@ -108,6 +108,16 @@ def test_a_module_replaced_behind_the_evaluators_back_is_noticed(llama: LoadedMo
     assert evaluator.evaluate([schedule])[0].kl != before.kl
 
 
+def test_a_hook_added_behind_the_evaluators_back_is_noticed(llama: LoadedModel) -> None:
+    evaluator = evaluator_of(llama)
+    schedule = choosing(evaluator, 0, 3, 3)
+    [before] = evaluator.evaluate([schedule])
+    hook = llama.model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    assert evaluator.evaluate([schedule])[0].kl != before.kl
+    hook.remove()
+    assert evaluator.evaluate([schedule])[0].kl == before.kl
+
+
 def test_a_model_given_back_and_taken_again_scores_the_same(loaded: LoadedModel) -> None:
     evaluator = evaluator_of(loaded)
     schedule = choosing(evaluator, 3, 0, 4)

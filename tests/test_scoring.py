@@ -1,6 +1,7 @@
 """Scoring against direct computation: shared prefixes, padding and batching change nothing; NaN is never a number."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -178,6 +179,23 @@ def test_mixed_batches_keep_to_the_limit_and_hold_every_row_once(batch_tokens: i
     for batch in batches:
         longest = max(sum(lengths[number] for number in row) for row in batch)
         assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+
+
+def test_batches_have_the_fewest_padded_tokens() -> None:
+    rows, lengths = [[number] for number in range(7)], [30, 90, 31, 400, 95, 1200, 88]
+    batches = group(rows, lengths, 500)
+
+    def cost(division: list[list[int]]) -> int:
+        return sum(48 + len(part) * max(part) for part in division)
+
+    ordered = sorted(lengths)
+    divisions = [
+        [ordered[start:stop] for start, stop in itertools.pairwise([0, *cuts, 7])]
+        for count in range(7)
+        for cuts in itertools.combinations(range(1, 7), count)
+    ]
+    allowed = [d for d in divisions if all(len(part) == 1 or len(part) * max(part) <= 500 for part in d)]
+    assert cost([[lengths[number] for [number] in batch] for batch in batches]) == min(map(cost, allowed))
 
 
 def test_any_beginning_of_mixed_rows_is_like_the_whole() -> None:
