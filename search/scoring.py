@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from search.packing import Packed, Prediction, group, layout, mix, pack, predictions
 from search.quality import Quality, mean_standard_error, ratio_standard_error
+from search.reading import Dense, Reading, log_normalizer, read
 
 __all__ = ["Through", "Workload", "loglikelihoods"]
 
@@ -24,72 +24,8 @@ Through = Callable[[Hashable, Callable[[], Any]], Any]
 """Makes a forward pass: given what stands for the inputs, and the pass."""
 
 
-_ROWS = 16
-
-
 def _plainly(batch: Hashable, forward: Callable[[], Any]) -> Any:
     return forward()
-
-
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """What a forward pass gives at the predictions of a batch: logits, and the hidden states that the head was fed."""
-
-    logits: torch.Tensor
-    hidden: torch.Tensor
-    head: nn.Module
-
-
-class _Dense:
-    """What the dense model says of the compared predictions of a batch: probabilities p over the vocabulary.
-
-    Where logits are W h, the mean of other logits under p needs no p: Σ_v p_v (W h)_v = (Wᵀ p)·h, and Wᵀ p is as small
-    as a hidden state h. So p is kept only where the head does something else, or computes in low precision, whose
-    rounding would not cancel; it is made again when logits come from another head.
-    """
-
-    def __init__(self, read: _Read) -> None:
-        self.choice = read.logits.argmax(-1)
-        probability = torch.softmax(read.logits, -1)
-        self._weight = _plain_weight(read)
-        if self._weight is None:
-            self._probability = probability
-        else:
-            self._version, self._hidden = self._weight._version, read.hidden
-            self._embedding = probability @ self._weight
-        # By the same arithmetic as in KL, so that rounding cancels and the dense model has a KL of exactly 0.
-        self.negentropy = self.mean(read) - _log_normalizer(read.logits)
-
-    def mean(self, read: _Read) -> torch.Tensor:
-        """Mean logit of another model under the dense probabilities, per prediction.
-
-        Raises:
-            ValueError: the head of the dense model was written to since.
-        """
-        if self._weight is None:
-            return _dot(self._probability, read.logits)
-        if self._weight._version != self._version:
-            raise ValueError("the output head of the dense model has changed; take the reference again")
-        if read.head.weight is self._weight:
-            return _dot(self._embedding, read.hidden)
-        return _dot(torch.softmax(functional.linear(self._hidden, self._weight), -1), read.logits)
-
-
-def _plain_weight(read: _Read) -> torch.Tensor | None:
-    """W if the logits are W h in float32."""
-    if not isinstance(read.head, nn.Linear) or "bias" in dict(read.head.named_parameters()):
-        return None
-    weight, some = read.head.weight, slice(0, 8)
-    if weight.dtype != torch.float32 or weight.is_inference():
-        return None
-    same = torch.allclose(functional.linear(read.hidden[some], weight), read.logits[some], rtol=1e-4, atol=1e-3)
-    return weight if same else None
-
-
-def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Row by row."""
-    result: torch.Tensor = torch.linalg.vecdot(first, second)
-    return result
 
 
 @dataclass(eq=False)
@@ -105,7 +41,7 @@ class _Batch:
     target: torch.Tensor  # … this token
     owner: torch.Tensor  # sequence number of each prediction
     branch: torch.Tensor  # global branch number of a scored continuation token, -1 elsewhere
-    dense: _Dense | None = None
+    dense: Dense | None = None
 
 
 class Workload:
@@ -177,8 +113,8 @@ class Workload:
         """Summed log-probability of every continuation of every item, in order; needs no reference."""
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
         for batch in self._batches:
-            logits = _read(model, batch).logits
-            chosen = logits.gather(-1, batch.target[:, None]).squeeze(-1) - _log_normalizer(logits)
+            logits = read(model, batch.inputs, batch.source).logits
+            chosen = logits.gather(-1, batch.target[:, None]).squeeze(-1) - log_normalizer(logits)
             _scatter(choices, batch.branch, chosen)
         return [
             choices[start:stop].tolist()
@@ -190,7 +126,7 @@ class Workload:
         self,
         model: nn.Module,
         through: Through,
-        before: Callable[[_Batch, _Read], None] | None = None,
+        before: Callable[[_Batch, Reading], None] | None = None,
         hopeless: Callable[[Quality, int], bool] | None = None,
     ) -> Quality:
         """One forward pass over all batches; `before` sees what each gives before it is measured."""
@@ -201,10 +137,10 @@ class Workload:
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
         looks = len(self._batches) - 1
         for number, batch in enumerate(self._batches):
-            read = through(batch, partial(_read, model, batch))
+            reading = through(batch, partial(read, model, batch.inputs, batch.source))
             if before is not None:
-                before(batch, read)
-            result = self._measure_batch(batch, read)
+                before(batch, reading)
+            result = self._measure_batch(batch, reading)
             if result is None:
                 return Quality()
             for name, values in result[0].items():
@@ -215,19 +151,19 @@ class Workload:
         return self._quality(totals, choices)
 
     @staticmethod
-    def _refer(batch: _Batch, read: _Read) -> None:
-        compared = _first(read, batch.compared)
+    def _refer(batch: _Batch, reading: Reading) -> None:
+        compared = reading.first(batch.compared)
         if not torch.isfinite(compared.logits).all():
             raise ValueError("the dense model gives NaN or infinite logits; nothing can be compared with it")
-        batch.dense = _Dense(compared)
+        batch.dense = Dense(compared)
 
-    def _measure_batch(self, batch: _Batch, read: _Read) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+    def _measure_batch(self, batch: _Batch, reading: Reading) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
         assert batch.dense is not None, "call reference first"
-        normalizer = _log_normalizer(read.logits)
+        normalizer = log_normalizer(reading.logits)
         if not torch.isfinite(normalizer).all():
             return None
-        chosen = read.logits.gather(-1, batch.target[:, None]).squeeze(-1) - normalizer
-        compared = _first(read, batch.compared)
+        chosen = reading.logits.gather(-1, batch.target[:, None]).squeeze(-1) - normalizer
+        compared = reading.first(batch.compared)
         kl = batch.dense.negentropy - (batch.dense.mean(compared) - normalizer[: batch.compared])
         agree = compared.logits.argmax(-1) == batch.dense.choice
         owner = batch.owner[: batch.compared]
@@ -320,33 +256,6 @@ def loglikelihoods(
 ) -> list[list[float]]:
     """Summed log-probability of each continuation of each item, nats."""
     return Workload(items, device, batch_tokens).choice_loglikelihoods(model)
-
-
-def _read(model: nn.Module, batch: _Batch) -> _Read:
-    """Of every prediction, in float32: the head is given only the positions that are read."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    fed: list[torch.Tensor] = []
-
-    def feed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        fed.append(args[0].flatten(0, 1)[batch.source])
-        return (fed[0][None],)
-
-    hook = head.register_forward_pre_hook(feed)
-    try:
-        logits = model(**batch.inputs, use_cache=False).logits
-    finally:
-        hook.remove()
-    return _Read(logits[0].float(), fed[0], head)
-
-
-def _first(read: _Read, count: int) -> _Read:
-    return _Read(read.logits[:count], read.hidden[:count], read.head)
-
-
-def _log_normalizer(logits: torch.Tensor) -> torch.Tensor:
-    """log Σ exp of every row, a few rows at a time on the CPU so that intermediate values stay in its cache."""
-    rows = _ROWS if logits.device.type == "cpu" else len(logits)
-    return torch.cat([part.logsumexp(-1) for part in torch.split(logits, max(1, rows))])
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
