@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -21,9 +23,14 @@ from compression.factors import FactorStore
 from compression.schedule import Schedule
 from compression.size import Size, SizeModel
 from search.quality import Quality
-from search.scoring import Workload
+from search.racing import clearly_worse
+from search.reuse import HiddenStates, prefix_keys
+from search.scoring import Through, Workload
 
-__all__ = ["Evaluator", "ModelEvaluator", "Score"]
+__all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator", "Score"]
+
+REUSE_BYTES = 512 * 2**20
+"""Memory for hidden states, unless said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,10 @@ class Score:
     """Everything measured about one schedule.
 
     Attributes:
-        state: "ok"; "nonfinite" when a logit was NaN or infinite; "failed" when the evaluation raised.
-        quality: figures of the workload; without numbers unless the state is "ok".
+        state: "ok"; "nonfinite" when a logit was NaN or infinite; "failed" when the evaluation raised; "raced" when it
+            was given up for being clearly worse than a rival.
+        quality: figures of the workload; those of its first sequences in state "raced", which stand for no more than
+            that, and without numbers in other states but "ok".
         size: parameters, bytes, multiply-adds.
         seconds: wall time of this evaluation.
         reason: why it failed, else empty.
@@ -92,8 +101,8 @@ _OWN = ("state", "seconds", "reason", "shard", "kl_control", "expected_accuracy_
 class Evaluator(Protocol):
     """Anything that scores schedules."""
 
-    def evaluate(self, schedules: Sequence[Schedule]) -> list[Score]:
-        """One score per schedule, in order."""
+    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None) -> list[Score]:
+        """One score per schedule, in order. With a rival, a schedule clearly worse than it may be given up early."""
 
 
 class ModelEvaluator:
@@ -108,16 +117,24 @@ class ModelEvaluator:
         store: its factors.
         workloads: what is measured; referenced to the dense model here.
         anchor: the schedule that all others are compared through; needed with two workloads or more.
+        reuse_bytes: limit of memory for hidden states that later schedules with the same first blocks start from, see
+            `search.reuse.HiddenStates`; 0 computes every pass from the first block. Scores are the same bit for bit.
 
     Attributes:
         dense: score of the untouched model; its `kl` and `expected_accuracy` are means over the workloads.
+        states: the hidden states kept.
 
     Raises:
         ValueError: no workload, or several without an anchor; an anchor without finite figures.
     """
 
     def __init__(
-        self, model: nn.Module, store: FactorStore, workloads: Sequence[Workload], anchor: Schedule | None = None
+        self,
+        model: nn.Module,
+        store: FactorStore,
+        workloads: Sequence[Workload],
+        anchor: Schedule | None = None,
+        reuse_bytes: int = REUSE_BYTES,
     ) -> None:
         if not workloads or (len(workloads) > 1 and anchor is None):
             raise ValueError(f"{len(workloads)} workloads: one is needed, and an anchor schedule for more than one")
@@ -125,41 +142,62 @@ class ModelEvaluator:
         self._workloads = tuple(workloads)
         self._applier = ScheduleApplier(model, store)
         self._sizes = SizeModel(model, store.sites)
+        self._sites = store.sites
+        self.states = HiddenStates(model, store.sites, sum(one.padded_tokens for one in workloads), reuse_bytes)
+        self.states.verify()
         dense = Schedule.dense(tuple(site.name for site in store.sites))
         start = time.perf_counter()
-        qualities = [workload.reference(model) for workload in workloads]
+        with self._following(dense) as through:
+            qualities = [workload.reference(model, through) for workload in workloads]
         size, seconds = self._sizes.size(dense), time.perf_counter() - start
         self.dense = Score("ok", qualities[0], size, seconds, "", 0, *_controls(qualities)[0])
         self._controls = [(0.0, 0.0)] * len(workloads)
         if anchor is not None and len(workloads) > 1:
-            self._applier.apply_(anchor)
-            self._controls = _controls([workload.measure(model) for workload in workloads])
+            with self._following(anchor) as through:
+                self._controls = _controls([workload.measure(model, through) for workload in workloads])
 
-    def evaluate(self, schedules: Sequence[Schedule]) -> list[Score]:
+    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None) -> list[Score]:
         """One score per schedule, in order. An evaluation that raises is a failed score, never a number.
 
+        Args:
+            rival: a full score of this evaluator. A schedule that lands on the same workload stops as soon as it is
+                clearly worse, see `search.racing.clearly_worse`; one that lands on another is measured in full.
+
         Raises:
-            ValueError: a schedule that does not fit the model.
+            ValueError: a schedule that does not fit the model, or a rival that is no full score of this evaluator.
         """
-        return [self._evaluate(schedule) for schedule in schedules]
+        return [self._evaluate(schedule, rival) for schedule in schedules]
 
     def close(self) -> None:
-        """Give the model back dense, bit for bit."""
+        """Give the model back dense, bit for bit, and the memory of hidden states."""
+        self.states.forget()
         self._applier.restore_()
 
-    def _evaluate(self, schedule: Schedule) -> Score:
+    def _evaluate(self, schedule: Schedule, rival: Score | None) -> Score:
         size = self._sizes.size(schedule)
         shard = int(schedule.digest[:8], 16) % len(self._workloads)
+        hopeless = partial(_lost, rival.quality) if rival is not None and rival.shard == shard else None
         start = time.perf_counter()
-        self._applier.apply_(schedule)
         reason = ""
-        try:
-            quality = self._workloads[shard].measure(self._model)
-            state = quality.state
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            quality, state = Quality(), "failed"
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        with self._following(schedule) as through:
+            try:
+                quality = self._workloads[shard].measure(self._model, through, hopeless)
+                state = quality.state
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                quality, state = Quality(), "failed"
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Score(state, quality, size, time.perf_counter() - start, reason, shard, *self._controls[shard])
+
+    @contextmanager
+    def _following(self, schedule: Schedule) -> Iterator[Through]:
+        """The model follows `schedule`; gives the way to pass a batch through it."""
+        with self.states.watch():
+            self._applier.apply_(schedule)
+            yield partial(self.states, prefix_keys(schedule, self._sites, self.states.blocks))
+
+
+def _lost(rival: Quality, seen: Quality, looks: int) -> bool:
+    return clearly_worse(seen, rival, looks)
 
 
 def _controls(qualities: Sequence[Quality]) -> list[tuple[float, float]]:

@@ -6,12 +6,15 @@ that see the prefix and themselves only; several sequences lie in one row, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Packed", "Prediction", "group", "layout", "pack", "packed_item", "packed_text", "predictions"]
+__all__ = ["Packed", "Prediction", "group", "layout", "mix", "pack", "packed_item", "packed_text", "predictions"]
+
+_BATCH_COST = 48
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,41 @@ def pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:
     return rows
 
 
-def group(rows: list[list[int]], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Rows of similar length, at most `batch_tokens` padded tokens together."""
-    group: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: sum(lengths[number] for number in row)):
-        if group and (len(group) + 1) * sum(lengths[number] for number in row) > batch_tokens:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+def mix(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """The same rows, long and short ones, many sequences and few, spread evenly over any beginning of the list.
+
+    Row number n of the result lies at the fraction nφ mod 1, φ the golden ratio, of the rows in order.
+    """
+    ordered = sorted(rows, key=lambda row: (len(row) == 1, sum(lengths[number] for number in row)))
+    golden = (math.sqrt(5) - 1) / 2
+    times = sorted(range(len(rows)), key=lambda time: time * golden % 1)
+    return [row for _, row in sorted(zip(times, ordered, strict=True))]
+
+
+def group(
+    rows: list[list[int]], lengths: Sequence[int], batch_tokens: int, by_length: bool = True
+) -> list[list[list[int]]]:
+    """Batches of successive rows, ordered by length or as given, at most `batch_tokens` padded tokens in each.
+
+    Of all such divisions the one with the fewest padded tokens, a batch counting as 48 more: what its fixed costs are
+    worth.
+    """
+    ordered = sorted(rows, key=lambda row: sum(lengths[number] for number in row)) if by_length else rows
+    sizes = [sum(lengths[number] for number in row) for row in ordered]
+    best = [(0, 0)]  # cost of the first rows, and where their last batch begins
+    for stop in range(1, len(ordered) + 1):
+        found: list[tuple[int, int]] = []
+        longest = 0
+        for start in range(stop - 1, -1, -1):
+            longest = max(longest, sizes[start])
+            padded = (stop - start) * longest
+            if padded > batch_tokens and found:
+                break
+            found.append((best[start][0] + padded + _BATCH_COST, start))
+        best.append(min(found))
+    batches = []
+    stop = len(ordered)
+    while stop:
+        batches.append(ordered[best[stop][1] : stop])
+        stop = best[stop][1]
+    return batches[::-1]

@@ -230,7 +230,8 @@ def _search(
 def _select(subject: Subject, closed_form: Schedule, finalists: Sequence[Schedule], console: Console) -> Schedule:
     """The finalist with the lowest KL on text and items that no trial saw, if it beats the closed form there.
 
-    To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays.
+    To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays. A finalist
+    that is clearly worse than the best so far is not measured to the end, see `search.racing`.
     """
     challengers = {schedule.digest: schedule for schedule in finalists if schedule.digest != closed_form.digest}
     if not challengers:
@@ -241,13 +242,14 @@ def _select(subject: Subject, closed_form: Schedule, finalists: Sequence[Schedul
     ):
         best, best_value = closed_form, math.inf
         [reference] = evaluator.evaluate([closed_form])
+        rival = reference if reference.state == "ok" else None
         stage.advance(1)
         for schedule in challengers.values():
-            [score] = evaluator.evaluate([schedule])
+            [score] = evaluator.evaluate([schedule], rival)
             if score.state == "ok" and reference.state == "ok":
                 difference = paired_kl(score.quality, reference.quality)
                 if difference.value < min(best_value, -difference.standard_error):
-                    best, best_value = schedule, difference.value
+                    best, best_value, rival = schedule, difference.value, score
             stage.advance(1)
     return best
 

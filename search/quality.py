@@ -16,7 +16,7 @@ class Quality:
     """What a model does on a workload. Non-finite logits give state "nonfinite" and no number.
 
     Attributes:
-        state: "ok" or "nonfinite".
+        state: "ok", "nonfinite", or "raced" for figures of the first sequences only, where a measurement was given up.
         kl: mean over scored tokens of KL(dense ‖ model), nats per token.
         kl_standard_error: of `kl`, over sequences as the sampling unit.
         perplexity: exp of the mean negative log-likelihood over the tokens of the texts.

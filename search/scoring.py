@@ -6,16 +6,26 @@ Knows a causal language model and its logits; nothing of schedules or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from search.packing import Packed, Prediction, group, layout, pack, predictions
+from search.packing import Packed, Prediction, group, layout, mix, pack, predictions
 from search.quality import Quality, mean_standard_error, ratio_standard_error
+from search.reading import Dense, Reading, log_normalizer, read
 
-__all__ = ["Workload", "loglikelihoods"]
+__all__ = ["Through", "Workload", "loglikelihoods"]
+
+Through = Callable[[Hashable, Callable[[], Any]], Any]
+"""Makes a forward pass: given what stands for the inputs, and the pass."""
+
+
+def _plainly(batch: Hashable, forward: Callable[[], Any]) -> Any:
+    return forward()
 
 
 @dataclass(eq=False)
@@ -26,14 +36,12 @@ class _Batch:
     """
 
     inputs: dict[str, torch.Tensor]
+    compared: int
     source: torch.Tensor  # flat position whose logits predict …
     target: torch.Tensor  # … this token
     owner: torch.Tensor  # sequence number of each prediction
     branch: torch.Tensor  # global branch number of a scored continuation token, -1 elsewhere
-    compared: int
-    dense_probability: torch.Tensor | None = None
-    dense_negentropy: torch.Tensor | None = None
-    dense_choice: torch.Tensor | None = None
+    dense: Dense | None = None
 
 
 class Workload:
@@ -43,45 +51,70 @@ class Workload:
         sequences: texts and items; at least one prediction among them.
         device: where the model runs.
         batch_tokens: upper limit of tokens in one forward pass, padding included; a longer sequence goes alone.
+        mixed: order the batches so that the first ones are like all of them, texts and items, short and long, at the
+            price of some padding. Without it rows of a length go together.
 
     Raises:
         ValueError: nothing to score.
     """
 
-    def __init__(self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024) -> None:
+    def __init__(
+        self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024, mixed: bool = False
+    ) -> None:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
             raise ValueError("a workload needs at least one sequence of two tokens or more")
         self.sequences = tuple(sequences)
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
         lengths = [len(sequence.tokens) for sequence in sequences]
-        self._batches = [self._batch(rows, device) for rows in group(pack(lengths), lengths, batch_tokens)]
+        rows = mix(pack(lengths), lengths) if mixed else pack(lengths)
+        self._batches = [self._batch(rows, device) for rows in group(rows, lengths, batch_tokens, not mixed)]
+        self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
 
     @property
     def tokens(self) -> int:
         """Tokens that one pass feeds to the model, padding not counted."""
         return sum(len(sequence.tokens) for sequence in self.sequences)
 
+    @property
+    def padded_tokens(self) -> int:
+        """The same, padding counted."""
+        return sum(batch.inputs["input_ids"].numel() for batch in self._batches)
+
     @torch.inference_mode()
-    def reference(self, model: nn.Module) -> Quality:
+    def reference(self, model: nn.Module, through: Through = _plainly) -> Quality:
         """Take `model` as the dense reference and return its own quality (kl 0).
+
+        Args:
+            through: as for `measure`.
 
         Raises:
             ValueError: its logits are not finite.
         """
-        return self._pass(model, self._refer)
+        return self._pass(model, through, self._refer)
 
     @torch.inference_mode()
-    def measure(self, model: nn.Module) -> Quality:
-        """Quality of `model` against the reference. Call `reference` first."""
-        return self._pass(model, lambda batch, logits: None)
+    def measure(
+        self,
+        model: nn.Module,
+        through: Through = _plainly,
+        hopeless: Callable[[Quality, int], bool] | None = None,
+    ) -> Quality:
+        """Quality of `model` against the reference. Call `reference` first.
+
+        Args:
+            through: makes the forward pass of a batch, given something that stands for its inputs and the pass itself.
+            hopeless: asked after every batch but the last, with the figures of the sequences so far and how often it
+                may be asked. When it says yes, those figures are the result, in state "raced".
+        """
+        return self._pass(model, through, hopeless=hopeless)
 
     @torch.inference_mode()
     def choice_loglikelihoods(self, model: nn.Module) -> list[list[float]]:
         """Summed log-probability of every continuation of every item, in order; needs no reference."""
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
         for batch in self._batches:
-            logits = _logits(model, batch).float()
-            chosen = _log_probability(logits, batch.target)
+            logits = read(model, batch.inputs, batch.source).logits
+            chosen = logits.gather(-1, batch.target[:, None]).squeeze(-1) - log_normalizer(logits)
             _scatter(choices, batch.branch, chosen)
         return [
             choices[start:stop].tolist()
@@ -89,50 +122,52 @@ class Workload:
             if stop > start
         ]
 
-    def _pass(self, model: nn.Module, before: Callable[[_Batch, torch.Tensor], None]) -> Quality:
-        """One forward pass over all batches; `before` sees the logits of each before they are measured."""
+    def _pass(
+        self,
+        model: nn.Module,
+        through: Through,
+        before: Callable[[_Batch, Reading], None] | None = None,
+        hopeless: Callable[[Quality, int], bool] | None = None,
+    ) -> Quality:
+        """One forward pass over all batches; `before` sees what each gives before it is measured."""
         count = len(self.sequences)
         totals = {
             name: torch.zeros(count, dtype=torch.float64) for name in ("kl", "agree", "compared", "nll", "scored")
         }
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
-        for batch in self._batches:
-            logits = _logits(model, batch).float()
-            before(batch, logits)
-            result = self._measure_batch(batch, logits)
+        looks = len(self._batches) - 1
+        for number, batch in enumerate(self._batches):
+            reading = through(batch, partial(read, model, batch.inputs, batch.source))
+            if before is not None:
+                before(batch, reading)
+            result = self._measure_batch(batch, reading)
             if result is None:
                 return Quality()
             for name, values in result[0].items():
                 totals[name] += values
             choices += result[1]
+            if hopeless is not None and number < looks and hopeless(self._quality(totals, choices), looks):
+                return replace(self._quality(totals, choices), state="raced")
         return self._quality(totals, choices)
 
     @staticmethod
-    def _refer(batch: _Batch, logits: torch.Tensor) -> None:
-        compared = logits[: batch.compared]
-        if not torch.isfinite(compared).all():
+    def _refer(batch: _Batch, reading: Reading) -> None:
+        compared = reading.first(batch.compared)
+        if not torch.isfinite(compared.logits).all():
             raise ValueError("the dense model gives NaN or infinite logits; nothing can be compared with it")
-        batch.dense_choice = compared.argmax(-1)
-        batch.dense_probability = torch.softmax(compared, -1)
-        # By the same arithmetic as the cross term, so that rounding cancels and the dense model has a KL of exactly 0.
-        batch.dense_negentropy = torch.linalg.vecdot(batch.dense_probability, compared) - torch.logsumexp(compared, -1)
+        batch.dense = Dense(compared)
 
-    def _measure_batch(
-        self, batch: _Batch, logits: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
-        assert batch.dense_probability is not None, "call reference first"
-        assert batch.dense_negentropy is not None
-        assert batch.dense_choice is not None
-        normalizer = torch.logsumexp(logits, -1)
+    def _measure_batch(self, batch: _Batch, reading: Reading) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        assert batch.dense is not None, "call reference first"
+        normalizer = log_normalizer(reading.logits)
         if not torch.isfinite(normalizer).all():
             return None
-        chosen = logits.gather(-1, batch.target[:, None]).squeeze(-1) - normalizer
-        compared = logits[: batch.compared]
-        cross = torch.linalg.vecdot(batch.dense_probability, compared) - normalizer[: batch.compared]
-        kl = batch.dense_negentropy - cross
-        agree = compared.argmax(-1) == batch.dense_choice
+        chosen = reading.logits.gather(-1, batch.target[:, None]).squeeze(-1) - normalizer
+        compared = reading.first(batch.compared)
+        kl = batch.dense.negentropy - (batch.dense.mean(compared) - normalizer[: batch.compared])
+        agree = compared.logits.argmax(-1) == batch.dense.choice
         owner = batch.owner[: batch.compared]
-        text = torch.tensor([not sequence.branches for sequence in self.sequences])[batch.owner.cpu()]
+        text = self._is_text[batch.owner.cpu()]
         contributions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             "kl": (owner, kl),
             "agree": (owner, agree),
@@ -164,10 +199,10 @@ class Workload:
             quality = replace(quality, perplexity=_exp(float(totals["nll"].sum() / totals["scored"].sum())))
         items = [
             (choices[start:stop], sequence.answer)
-            for sequence, start, stop in zip(
-                self.sequences, self._branch_start[:-1], self._branch_start[1:], strict=True
+            for sequence, seen, start, stop in zip(
+                self.sequences, used, self._branch_start[:-1], self._branch_start[1:], strict=True
             )
-            if sequence.answer is not None
+            if sequence.answer is not None and bool(seen)
         ]
         if not items:
             return quality
@@ -206,16 +241,14 @@ class Workload:
                 found += predictions(sequence, number, place * length + start, branches)
                 start = span.stop
         found.sort(key=lambda prediction: not prediction.compared)
-        columns = {
-            name: torch.tensor([getattr(prediction, name) for prediction in found], device=device)
+        source, target, owner, branch = (
+            torch.tensor([getattr(prediction, name) for prediction in found], device=device)
             for name in ("source", "target", "owner", "branch")
-        }
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
-        return _Batch(
-            inputs={name: tensor.to(device) for name, tensor in inputs.items()},
-            compared=sum(prediction.compared for prediction in found),
-            **columns,
         )
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
+        compared = sum(prediction.compared for prediction in found)
+        placed = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return _Batch(placed, compared, source, target, owner, branch)
 
 
 def loglikelihoods(
@@ -223,22 +256,6 @@ def loglikelihoods(
 ) -> list[list[float]]:
     """Summed log-probability of each continuation of each item, nats."""
     return Workload(items, device, batch_tokens).choice_loglikelihoods(model)
-
-
-def _logits(model: nn.Module, batch: _Batch) -> torch.Tensor:
-    """Logits (predictions, vocabulary): the head is given only the positions that are read."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[batch.source][None],))
-    try:
-        logits = model(**batch.inputs, use_cache=False).logits
-    finally:
-        hook.remove()
-    assert isinstance(logits, torch.Tensor)
-    return logits[0]
-
-
-def _log_probability(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return logits.gather(-1, target[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,8 @@ from search.stages import CHUNK_TOKENS, Calibration, factor_store, workload_sequ
 __all__ = ["Subject", "load", "smallest_parameters"]
 
 _SELECTION = 4  # the selection set is this many times what a trial sees
+_BATCH = 1024  # tokens in one forward pass
+_RACING_BATCH = 512  # tokens between two looks at whether a finalist is worth going on with
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,9 @@ class Subject:
     @contextmanager
     def evaluator(self, part: str, anchor: Schedule | None = None) -> Iterator[ModelEvaluator]:
         """An evaluator on one part of the data; the model is dense again afterwards."""
-        workloads = [Workload(sequences, self.device) for sequences in self.shards(part)]
+        racing = part == "selection"
+        batch_tokens = _RACING_BATCH if racing else _BATCH
+        workloads = [Workload(sequences, self.device, batch_tokens, mixed=racing) for sequences in self.shards(part)]
         evaluator = ModelEvaluator(self.loaded.model, self.store, workloads, anchor)
         try:
             yield evaluator

@@ -1,15 +1,18 @@
 """The evaluator: scores of schedules, states, restoring."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from compression import Choice, FactorCache, FactorStore, Schedule, collect, dense_weight, discover_sites
+from envs import Reward
 from search.evaluators import ModelEvaluator, Score
 from search.models import LoadedModel, load_model
 from search.packing import packed_item, packed_text
+from search.quality import Quality, paired_kl
 from search.scoring import Workload
 
 CPU = torch.device("cpu")
@@ -146,3 +149,43 @@ def test_several_workloads_need_an_anchor(loaded: LoadedModel) -> None:
     workloads = [Workload([packed_text([1, 2, 3])], CPU) for _ in range(2)]
     with pytest.raises(ValueError, match="anchor"):
         ModelEvaluator(loaded.model, store, workloads)
+
+
+def racing_evaluator(loaded: LoadedModel) -> tuple[ModelEvaluator, FactorStore]:
+    evaluator, store = evaluator_of(loaded)
+    evaluator.close()
+    texts = [f"Text number {number} is about the {number * 7} things that one may count." for number in range(24)]
+    workload = Workload([packed_text(loaded.encode(text)) for text in texts], CPU, batch_tokens=300, mixed=True)
+    return ModelEvaluator(loaded.model, store, [workload]), store
+
+
+def test_a_clearly_worse_schedule_is_stopped_early_and_says_so(loaded: LoadedModel) -> None:
+    evaluator, store = racing_evaluator(loaded)
+    [best, worse] = evaluator.evaluate([everywhere(store, 10), everywhere(store, 1)])
+    [raced] = evaluator.evaluate([everywhere(store, 1)], best)
+    assert raced.state == raced.quality.state == "raced"
+    assert 0 < raced.quality.tokens < worse.quality.tokens
+    seen = [number for number, count in enumerate(raced.quality.tokens_by_sequence) if count]
+    assert [raced.quality.kl_by_sequence[n] for n in seen] == [worse.quality.kl_by_sequence[n] for n in seen]
+    assert Reward()(raced) == Reward().floor
+    assert Score.from_dict(raced.to_dict()).quality.state != "ok"
+    with pytest.raises(ValueError, match="numbers"):
+        paired_kl(raced.quality, best.quality)
+
+
+def test_the_better_schedule_survives_with_its_full_score(loaded: LoadedModel) -> None:
+    evaluator, store = racing_evaluator(loaded)
+    [best, worse] = evaluator.evaluate([everywhere(store, 10), everywhere(store, 1)])
+    for schedule, rival in ((everywhere(store, 10), worse), (everywhere(store, 10), best)):
+        [again] = evaluator.evaluate([schedule], rival)
+        assert again.state == "ok"
+        assert again.quality == best.quality
+
+
+def test_a_rival_from_another_evaluator_or_without_numbers_is_refused(loaded: LoadedModel) -> None:
+    evaluator, store = racing_evaluator(loaded)
+    [best] = evaluator.evaluate([everywhere(store, 10)])
+    counts = tuple(count + 1 for count in best.quality.tokens_by_sequence)
+    for quality in (Quality(), dataclasses.replace(best.quality, tokens_by_sequence=counts)):
+        with pytest.raises(ValueError, match="measured in full on the same workload"):
+            evaluator.evaluate([everywhere(store, 1)], dataclasses.replace(best, quality=quality))

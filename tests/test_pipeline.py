@@ -176,11 +176,11 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
 def test_a_failed_trial_stays_failed_when_the_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure, calls = Workload.measure, []
 
-    def fail_the_second_trial(self: Workload, model: Any) -> Any:
+    def fail_the_second_trial(self: Workload, model: Any, *how: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("device lost")
-        return measure(self, model)
+        return measure(self, model, *how)
 
     monkeypatch.setattr(Workload, "measure", fail_the_second_trial)
     assert cli.main(words(out=tmp_path / "run", search_shards=1)) == cli.FAILURES
@@ -221,13 +221,13 @@ def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
 ) -> None:
     evaluate, calls = ModelEvaluator.evaluate, []
 
-    def poison_the_second(self: ModelEvaluator, schedules: Any) -> Any:
+    def poison_the_second(self: ModelEvaluator, *what: Any) -> Any:
         calls.append(1)
         if len(calls) != 2:
-            return evaluate(self, schedules)
+            return evaluate(self, *what)
         hook = self._model.get_output_embeddings().register_forward_hook(lambda m, a, output: output * torch.nan)
         try:
-            return evaluate(self, schedules)
+            return evaluate(self, *what)
         finally:
             hook.remove()
 

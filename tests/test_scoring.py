@@ -1,5 +1,7 @@
 """Scoring against direct computation: shared prefixes, padding and batching change nothing; NaN is never a number."""
 
+import copy
+import itertools
 import math
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from search.models import LoadedModel, load_model
-from search.packing import packed_item, packed_text
+from search.packing import group, mix, pack, packed_item, packed_text
 from search.quality import Quality
 from search.scoring import Workload, loglikelihoods
 
@@ -159,3 +161,103 @@ def test_items_that_cannot_be_scored_are_refused(context: str, continuations: tu
 def test_an_empty_workload_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sequence"):
         Workload([packed_text([3])], CPU)
+
+
+def test_mixed_batches_change_no_figure(loaded: LoadedModel) -> None:
+    plain, mixed = (Workload(sequences(loaded), CPU, 300, mixed).reference(loaded.model) for mixed in (False, True))
+    for name, value in plain.scalars().items():
+        if isinstance(value, float):
+            assert getattr(mixed, name) == pytest.approx(value, abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_tokens", [100, 512, 1024])
+def test_mixed_batches_keep_to_the_limit_and_hold_every_row_once(batch_tokens: int) -> None:
+    lengths = [17 * number % 300 + 2 for number in range(60)]
+    rows = pack(lengths)
+    batches = list(group(mix(rows, lengths), lengths, batch_tokens, by_length=False))
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    for batch in batches:
+        longest = max(sum(lengths[number] for number in row) for row in batch)
+        assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+
+
+def test_batches_have_the_fewest_padded_tokens() -> None:
+    rows, lengths = [[number] for number in range(7)], [30, 90, 31, 400, 95, 1200, 88]
+    batches = group(rows, lengths, 500)
+
+    def cost(division: list[list[int]]) -> int:
+        return sum(48 + len(part) * max(part) for part in division)
+
+    ordered = sorted(lengths)
+    divisions = [
+        [ordered[start:stop] for start, stop in itertools.pairwise([0, *cuts, 7])]
+        for count in range(7)
+        for cuts in itertools.combinations(range(1, 7), count)
+    ]
+    allowed = [d for d in divisions if all(len(part) == 1 or len(part) * max(part) <= 500 for part in d)]
+    assert cost([[lengths[number] for [number] in batch] for batch in batches]) == min(map(cost, allowed))
+
+
+def test_any_beginning_of_mixed_rows_is_like_the_whole() -> None:
+    lengths = [*range(130, 190), *[256] * 30]
+    rows = mix(pack(lengths, capacity=1), lengths)
+    assert len(rows) == 90
+    for stop in range(9, 91, 9):
+        seen = [lengths[number] for [number] in rows[:stop]]
+        assert abs(sum(length == 256 for length in seen) - stop / 3) <= 1.5
+        assert abs(sum(seen) / stop - sum(lengths) / 90) < 6
+
+
+def test_a_measurement_stops_when_it_is_called_hopeless(loaded: LoadedModel) -> None:
+    workload = Workload(sequences(loaded), CPU, 100)
+    whole = workload.reference(loaded.model)
+    asked: list[tuple[int, int]] = []
+
+    def hopeless(seen: Quality, looks: int) -> bool:
+        asked.append((seen.tokens, looks))
+        return True
+
+    partial = workload.measure(loaded.model, hopeless=hopeless)
+    assert partial.state == "raced"
+    assert [partial.tokens] == [tokens for tokens, _ in asked]
+    assert 0 < partial.tokens < whole.tokens
+    assert sum(count > 0 for count in partial.tokens_by_sequence) < len(workload.sequences)
+    asked.clear()
+    assert workload.measure(loaded.model, hopeless=lambda *seen: asked.append(seen) or False).state == "ok"
+    assert len(asked) == asked[0][1]
+
+
+def direct_kl(before: Any, after: Any, tokens: list[int]) -> float:
+    with torch.no_grad():
+        one, two = (model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)[:-1] for model in (before, after))
+    return float((one.exp() * (one - two)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("case", ["linear head", "capped logits", "half precision", "other head", "other capped head"])
+def test_kl_equals_a_direct_computation_whatever_the_head_does(case: str) -> None:
+    """Dense probabilities are kept as mean output embeddings only where that is the same."""
+    loaded = load_model("random:tiny-llama", "cpu")
+    model, tokens = loaded.model, loaded.encode(TEXTS[0])
+    if "capped" in case:
+        model.lm_head.register_forward_hook(lambda module, args, output: 3 * torch.tanh(output / 3))
+    if case == "half precision":
+        model.bfloat16()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(0.3)
+        head = 1.2 * model.lm_head.weight if case.startswith("other") else model.lm_head.weight
+    other.lm_head.weight = torch.nn.Parameter(head, requires_grad=False) if case.startswith("other") else head
+    workload = Workload([packed_text(tokens)], CPU)
+    assert workload.reference(model).kl == 0
+    tolerance = 0.02 if case == "half precision" else 1e-3
+    assert workload.measure(other).kl == pytest.approx(direct_kl(model, other, tokens), rel=tolerance)
+
+
+def test_a_head_that_was_written_to_after_the_reference_is_noticed() -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    workload = Workload([packed_text(loaded.encode(TEXTS[0]))], CPU)
+    workload.reference(loaded.model)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="take the reference again"):
+        workload.measure(loaded.model)

@@ -1,0 +1,249 @@
+"""The ways to score a schedule that `benchmarks.evaluate` compares: as the literature's code, by swapping, and ours.
+
+All three see the same schedules, items and texts. A side is made once and called with one schedule after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
+from operator import sub
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compression.cache import FactorCache
+from compression.factors import FactorStore
+from compression.layers import MPOLinear
+from compression.schedule import Schedule
+from compression.sites import Site, dense_weight, discover_sites
+from search.evaluators import ModelEvaluator
+from search.models import LoadedModel, load_model, locate
+from search.packages import cache_folder
+from search.packing import Packed, packed_item, packed_text
+from search.scoring import Workload
+
+__all__ = ["SIDES", "Figures", "Naive", "Ours", "Swapping", "Work", "plain_store"]
+
+_BATCH = 16  # rows in a forward pass of the padded sides
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a schedule is scored on: items as (context, continuations, answer), and token sequences."""
+
+    items: tuple[tuple[str, tuple[str, ...], int], ...]
+    texts: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Work:
+        row = json.loads(text)
+        items = tuple((context, tuple(choices), answer) for context, choices, answer in row["items"])
+        return cls(items, tuple(map(tuple, row["texts"])))
+
+    def describe(self) -> str:
+        return f"{len(self.items)} MMLU items in continuation form and {sum(map(len, self.texts))} tokens of prose"
+
+    def packed(self, loaded: LoadedModel) -> list[Packed]:
+        items = [packed_item(loaded.encode, *item) for item in self.items]
+        return items + [packed_text(text) for text in self.texts]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a side says of a schedule: mean KL per token in nats (NaN if it has none), log-probabilities per choice."""
+
+    kl: float
+    choices: tuple[tuple[float, ...], ...]
+
+    @property
+    def likeliest(self) -> tuple[int, ...]:
+        """Per item the likeliest continuation: what accuracy is made of."""
+        return tuple(max(range(len(row)), key=row.__getitem__) for row in self.choices)
+
+
+def plain_store(loaded: LoadedModel, sites: Sequence[Site]) -> FactorStore:
+    """Factors in the plain metric, from the cache; no statistics are needed for them."""
+
+    def none() -> Any:
+        raise AssertionError("the plain metric has no statistics")
+
+    weights = {site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites}
+    return FactorStore(sites, weights, none, "none", 0.0, FactorCache(cache_folder() / "factors"))
+
+
+class Naive:
+    """Load the model, decompose every site by SVD, put the factors in, and call `lm_eval.evaluate`."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        from lm_eval.tasks import TaskManager
+
+        self.seconds: dict[str, float] = {}
+        self._folder = locate("default").folder
+        tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        items = [{"context": context, "choices": list(choices), "answer": n} for context, choices, n in work.items]
+        choose = {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc"}],
+        }
+        read = {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        }
+        tasks = {
+            "items": (items, choose),
+            "texts": ([{"text": tokenizer.decode(text)} for text in work.texts], read),
+        }
+        for name, (rows, kind) in tasks.items():
+            (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+            task = {
+                "task": name,
+                "dataset_path": "json",
+                "dataset_kwargs": {
+                    "data_files": {"test": str(folder / f"{name}.json")},
+                    "cache_dir": str(folder / "cache"),
+                },
+                "test_split": "test",
+            }
+            (folder / f"{name}.yaml").write_text(json.dumps(task | kind))
+        with _silence():
+            self._tasks = TaskManager(include_path=str(folder), include_defaults=False).load(list(tasks))
+
+    def __call__(self, schedule: Schedule) -> Figures:
+        """Leaves what the parts took in `seconds`."""
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        times = [time.perf_counter()]
+        with _silence():
+            model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
+            tokenizer = AutoTokenizer.from_pretrained(self._folder)
+            times.append(time.perf_counter())
+            for name, choice in schedule:
+                site = model.get_submodule(name)
+                factors = torch.linalg.svd(site.weight.detach(), full_matrices=False)
+                if not choice.is_dense:
+                    model.set_submodule(name, _two_layers(*factors, choice.chi))
+            times.append(time.perf_counter())
+            results = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH), self._tasks)
+            times.append(time.perf_counter())
+        self.seconds = dict(zip(("load", "decompose", "lm-eval"), map(sub, times[1:], times), strict=True))
+        samples = sorted(results["samples"]["items"], key=lambda sample: sample["doc_id"])
+        return Figures(math.nan, tuple(tuple(one[0] for one in sample["filtered_resps"]) for sample in samples))
+
+
+def _two_layers(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, chi: int) -> nn.Module:
+    first, second = nn.Linear(vh.shape[1], chi, bias=False), nn.Linear(chi, u.shape[0], bias=False)
+    first.weight.data, second.weight.data = s[:chi, None] * vh[:chi], u[:, :chi].contiguous()
+    return nn.Sequential(first, second)
+
+
+class Swapping:
+    """Every site gets a new module from the cached factors, every choice its own padded row with its whole context;
+    logits and log-probabilities at all positions."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        loaded = load_model("default", "cpu")
+        self._model = loaded.model
+        self._store = plain_store(loaded, discover_sites(self._model))
+        self._dense = {site.name: self._model.get_submodule(site.name) for site in self._store.sites}
+        rows: list[tuple[tuple[int, ...], int, bool]] = []  # tokens, first scored position, whether it counts for KL
+        for context, choices, answer in work.items:
+            start = len(loaded.encode(context))
+            rows += [(tuple(loaded.encode(context + c)), start, n == answer) for n, c in enumerate(choices)]
+        rows += [(text, len(text), True) for text in work.texts]
+        self._rows = rows
+        self._order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
+        self._counts = [len(choices) for _, choices, _ in work.items]
+        self._reference: dict[int, torch.Tensor] = {}
+        self._reference = dict(self._compared())
+
+    def __call__(self, schedule: Schedule) -> Figures:
+        for name, choice in schedule:
+            dense = self._dense[name]
+            swapped = dense if choice.is_dense else MPOLinear(self._store.cores(name, choice), dense.bias)
+            self._model.set_submodule(name, swapped)
+        total, tokens = 0.0, 0
+        sums = [0.0] * len(self._rows)
+        for number, log_probability in self._compared(sums):
+            dense = self._reference[number]
+            total += float((dense.exp() * (dense - log_probability)).sum())
+            tokens += len(dense)
+        values = iter(sums)
+        return Figures(total / tokens, tuple(tuple(next(values) for _ in range(count)) for count in self._counts))
+
+    @torch.inference_mode()
+    def _compared(self, sums: list[float] | None = None) -> Any:
+        """Log-probabilities of the rows that count for KL; every row's log-probability from its first scored token."""
+        for start in range(0, len(self._order), _BATCH):
+            numbers = self._order[start : start + _BATCH]
+            longest = max(len(self._rows[number][0]) for number in numbers)
+            ids = torch.tensor([[*self._rows[n][0], *[0] * (longest - len(self._rows[n][0]))] for n in numbers])
+            mask = torch.tensor([[p < len(self._rows[n][0]) for p in range(longest)] for n in numbers]).long()
+            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            log_probability = torch.log_softmax(logits.float(), -1)
+            for row, number in enumerate(numbers):
+                tokens, first, compared = self._rows[number]
+                mine = log_probability[row, : len(tokens) - 1]
+                if sums is not None:
+                    chosen = mine.gather(1, torch.tensor(tokens[1:])[:, None])[first - 1 :]
+                    sums[number] = float(chosen.double().sum())
+                if compared:
+                    yield number, mine.clone() if sums is None else mine
+
+
+class Ours:
+    """`search.evaluators.ModelEvaluator` on one workload."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        loaded = load_model("default", "cpu")
+        self._model = loaded.model
+        store = plain_store(loaded, discover_sites(self._model))
+        self.workload = Workload(work.packed(loaded), torch.device("cpu"))
+        self.evaluator = ModelEvaluator(self._model, store, [self.workload])
+
+    def __call__(self, schedule: Schedule) -> Figures:
+        [score] = self.evaluator.evaluate([schedule])
+        assert score.state == "ok", score.reason or score.state
+        return Figures(score.kl, ())
+
+    def choices(self) -> tuple[tuple[float, ...], ...]:
+        """Log-probabilities per choice of the schedule called last, by another pass."""
+        return tuple(map(tuple, self.workload.choice_loglikelihoods(self._model)))
+
+
+SIDES: dict[str, Callable[[Work, Path], Callable[[Schedule], Figures]]] = {
+    "naive": Naive,
+    "swapping": Swapping,
+    "ours": Ours,
+}
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No progress bars and remarks from other people's libraries."""
+    logging.disable(logging.WARNING)
+    try:
+        with open(os.devnull, "w") as null, redirect_stderr(null):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
