@@ -28,11 +28,12 @@ __all__ = ["FactorStore", "Factors", "is_nested", "lowrank_cores"]
 _FORMAT = 2  # part of every cache key; raise it when the numbers a decomposition gives change
 
 
-_EVALUATIONS = 80
-_SCREEN, _GRID = 0.4, (0.15, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8)
-"""Kept fractions a topology is fitted at in a menu: the first alone decides whether the others are worth it."""
-_WORTH = 1.05
-"""… if its cost there is at most this times that of `lowrank` at equal parameters."""
+_EVALUATIONS, _GLANCE = 80, 20
+"""Products a fit may spend, and those of a first look at whether it may come to something."""
+_FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65, 0.8)
+"""Kept fractions a topology is fitted at in a menu; at the others only if it is worth it at the first."""
+_HOPEFUL, _WORTH = 1.5, 1.05
+"""Largest cost, in costs of `lowrank` at equal parameters, that a first look and a fit may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,9 @@ class FactorStore:
         Raises:
             ValueError: unknown topology or metric.
         """
-        key = _Key.of(name, topology, metric, chi)
+        return self._factors(_Key.of(name, topology, metric, chi))
+
+    def _factors(self, key: _Key) -> Factors:
         if key not in self._memory:
             bundle = self._cache.get_or_build(self._identity(key), lambda: self._build(key))
             cores = [bundle.tensors[f"core.{number}"] for number in range(len(bundle.tensors) - 1)]
@@ -155,24 +158,29 @@ class FactorStore:
             for option in nested
         ]
         options: list[Option] = []
-        for kept in (_SCREEN, *_GRID):
+        for kept in (_FIRST, *_GRID):
             chi = legs.largest_chi(min(int(kept * site.parameters), site.parameters - 1))
             if chi == 0 or any(option.choice.chi == chi for option in options):
                 continue
-            tail = self.factors(site.name, topology, metric, chi).spectrum.double()
-            cost = 0.5 * float(tail.square().sum())
+            rival = nested[max(0, bisect_right(sizes, legs.parameters(chi)) - 1)].cost
+            if not options and self._fit_cost(site.name, topology, metric, chi, _GLANCE) > _HOPEFUL * rival:
+                break
+            cost = self._fit_cost(site.name, topology, metric, chi, _EVALUATIONS)
             options.append(Option(Choice(topology, chi, metric), cost))
-            rival = bisect_right(sizes, legs.parameters(chi)) - 1
-            if kept == _SCREEN and rival >= 0 and cost > _WORTH * nested[rival].cost:
+            if cost > _WORTH * rival and len(options) == 1:
                 break
         return options
+
+    def _fit_cost(self, name: str, topology: str, metric: str, chi: int, evaluations: int) -> float:
+        tail = self._factors(_Key.of(name, topology, metric, chi, evaluations)).spectrum
+        return 0.5 * float(tail.double().square().sum())
 
     def _identity(self, key: _Key) -> str:
         weight = self._weights[key.name].detach().cpu().contiguous()
         digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         calibrated = {} if key.metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
         capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
-        fitted = {"chi": key.chi, "evaluations": _EVALUATIONS} if key.chi else {}
+        fitted = {"chi": key.chi, "evaluations": key.evaluations} if key.chi else {}
         return cache_key(
             format=_FORMAT,
             weight=digest,
@@ -262,10 +270,11 @@ class _Key:
     topology: str
     metric: str
     chi: int
+    evaluations: int
 
     @classmethod
-    def of(cls, name: str, topology: str, metric: str, chi: int) -> _Key:
+    def of(cls, name: str, topology: str, metric: str, chi: int, evaluations: int = _EVALUATIONS) -> _Key:
         nested = is_nested(topology, metric)
         if not nested and chi < 1:
             raise ValueError(f"site {name}: {topology} in the {metric} metric is fitted for one χ, got {chi}")
-        return cls(name, topology.removeprefix("pivoted-"), metric, 0 if nested else chi)
+        return cls(name, topology.removeprefix("pivoted-"), metric, 0 if nested else chi, evaluations)
