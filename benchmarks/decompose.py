@@ -1,6 +1,6 @@
 """Decomposition speed, error and memory against tensorly and quimb, all χ up to a cap from one decomposition.
 
-    python -m benchmarks.decompose [--quick] [--write] [--measured FILE [--minutes M]] [--peer-seconds 240] [--largest 8192]
+    python -m benchmarks.decompose [--quick] [--write] [--measured FILE [--minutes M]] [--peer-seconds S] [--largest M]
 
 The peers are not dependencies of Chisel: pip install tensorly quimb
 

@@ -32,7 +32,7 @@ _SMALL = 512
 """Below this smaller side the whole spectrum costs little more than a part of it."""
 _SHARE = 0.3
 """From this share of the spectrum on, the whole of it costs no more than a part."""
-_GAIN = 2e-3
+_GAIN = 5e-3
 """Iteration stops once a round lowers the squared error by less than this part of it."""
 _RESOLVED = 1e-4
 """Below this part of ‖W‖² a squared error is left to the Gram matrix: rounding in float32 is a thousandth of it."""
@@ -102,7 +102,7 @@ def truncated_svd(
 
     Returns:
         Factors in the precision of the computation. The spectrum is whole with `svd` and `gram`; with `subspace` it
-        has χ values, each at most the true one, and iteration has stopped at a gain in squared error below 0.2 % of
+        has χ values, each at most the true one, and iteration has stopped at a gain in squared error below 0.5 % of
         it in one round.
 
     Raises:
