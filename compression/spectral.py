@@ -140,7 +140,9 @@ def truncated_svd(
 
 def _from_gram(wide: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor, Spectrum]:
     """Left vectors (p, keep), their product with `wide`, and the whole spectrum."""
-    squares, vectors = torch.linalg.eigh(_gram(wide, torch.float64))
+    # The result takes the place of the Gram matrix: column by column, as LAPACK wants it, no copy of it is made.
+    vectors, squares = _gram(wide, torch.float64).mT, torch.empty(0, dtype=torch.float64, device=wide.device)
+    torch.linalg.eigh(vectors, out=(squares, vectors))
     left = vectors[:, -keep:].flip(1).to(wide.dtype)
     del vectors
     return left, left.T @ wide, Spectrum(squares.flip(0).clamp_min(0).sqrt(), 0.0)
