@@ -115,8 +115,8 @@ def test_a_small_cap_iterates_and_a_large_one_does_not() -> None:
 
 
 def test_a_capped_decomposition_bounds_the_error_of_every_chi_below() -> None:
-    legs = Legs((24, 25), (20, 26))
-    matrix = gaussian(600, 520).float()
+    legs = Legs((24, 25), (25, 24))
+    matrix = gaussian(600, 600).float()
     cores, spectra = decompose(matrix, legs, 40)
     assert len(spectra[0].values) == 40
     for chi in (1, 20, 40):
