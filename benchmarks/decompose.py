@@ -297,8 +297,8 @@ def main() -> None:
             Comparison(4096, 11008, "power", high, (*svd, *best)),
             Comparison(4096, 11008, "power", 0, (*svd, "quimb svd:eig")),
             Comparison(4096, 11008, "power", low, (*svd, *RANDOMIZED)),
-            Comparison(4096, 11008, "flat", high, ("quimb svd", *best)),
             Comparison(8192, 28672, "power", high, svd[1:]),
+            Comparison(4096, 11008, "flat", high, best),  # a default SVD takes as long for every spectrum
             Comparison(8192, 28672, "power", 0, svd[1:]),
         ]
     findings, enough = Findings([], [], [], [], []), {}
