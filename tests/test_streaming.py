@@ -169,3 +169,8 @@ def test_the_footprint_of_a_70b_shape_is_a_fraction_of_the_model() -> None:
     assert needed.peak == max(needed.ends, needed.collecting, needed.decomposing)
     assert needed.peak < shape.model_bytes / 3
     assert needed.scratch == 81 * 65536 * 8192 * 2
+
+
+def test_an_unknown_shape_names_the_nearest_and_all_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"random:qwen2\.5-1\.5b, random:llama-2-7b, .* nearest is random:llama-2-7b"):
+        load_model("random:llama2-7b", "cpu")
