@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -150,9 +150,9 @@ def prefill(
     """Seconds of one forward pass over a prompt that fills a cache and gives the last token's logits."""
     ids = torch.randint(256, (1, tokens), device=device)
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds + 1):
-        for side, modules in sides.items():
-            follow(model, modules)
+    for turn in range(rounds + 1):
+        for side in rotated(sides, turn):
+            follow(model, sides[side])
             times[side].append(timed(partial(model, ids, use_cache=True, logits_to_keep=1), device))
     return {side: each[1:] for side, each in times.items()}
 
@@ -166,12 +166,18 @@ def decode(
     filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     caches = {side: copy.deepcopy(filled) for side in sides}
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(steps + 1):
-        for side, modules in sides.items():
-            follow(model, modules)
+    for turn in range(steps + 1):
+        for side in rotated(sides, turn):
+            follow(model, sides[side])
             step = partial(model, token, past_key_values=caches[side], use_cache=True)
             times[side].append(timed(step, device))
     return {side: each[1:] for side, each in times.items()}
+
+
+def rotated(sides: Iterable[str], turn: int) -> list[str]:
+    """The sides with another one first each turn, so that none always runs after the same other."""
+    names = list(sides)
+    return names[turn % len(names) :] + names[: turn % len(names)]
 
 
 def follow(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
