@@ -1,4 +1,4 @@
-# make search · make test · make check — each sets itself up first; a second run installs and downloads nothing.
+# make search · make test · make check · make bench — each sets itself up first; a second run installs and downloads nothing.
 # make search ARGS="--budget 20"   arguments of search.py      make search PYTHON=/path/to/python3.12   another interpreter
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -11,8 +11,9 @@ ARGS ?= --agent reinforce --budget 200
 PYTHON ?=
 # What is wanted and what is pinned; a stamp older than these is made again.
 INPUTS := pyproject.toml constraints.txt
+BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency
 
-.PHONY: help setup setup-dev search test check format clean
+.PHONY: help setup setup-dev search test check bench format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +33,11 @@ check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m mypy
 	@$(BIN)/lint-imports
+
+bench: $(VENV)/.bench-stamp  ## every benchmark in its quick form, a few minutes each; make bench ARGS= for the full ones
+	@for name in $(BENCHMARKS); do \
+	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(if $(filter-out file,$(origin ARGS)),$(ARGS),--quick) || exit 1; \
+	done
 
 format: $(VENV)/.dev-stamp  ## rewrite the sources as `make check` wants them
 	@$(BIN)/python -m ruff format .
@@ -64,3 +70,8 @@ $(VENV)/.dev-stamp: $(INPUTS) | $(VENV)/.made
 	@echo "set-up: installing the pinned dependencies, tests and checks included"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(VENV)/.run-stamp $@
+
+$(VENV)/.bench-stamp: $(INPUTS) | $(VENV)/.made
+	@echo "set-up: installing the pinned dependencies, tests, checks and the benchmarks' peers included"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $(VENV)/.run-stamp $(VENV)/.dev-stamp $@

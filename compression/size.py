@@ -26,7 +26,7 @@ class Size:
         model_kept_fraction: the same over the whole model, tied weights counted once.
         bytes_fraction: bytes after / before over the whole model.
         parameters: of the whole model, tied weights counted once.
-        bytes: of those parameters at the precision the model is stored in.
+        bytes: of those parameters at the precision the model is stored in, and of the row places of pivoted cores.
         multiply_adds: per token over the sites, each in the order its layer would contract it.
     """
 
@@ -57,6 +57,7 @@ class SizeModel:
         saved_at = {site.name: site.parameters - choice_parameters(site, schedule[site.name]) for site in self._sites}
         saved = sum(saved_at.values())
         saved_bytes = sum(saved_at[name] * size for name, size in self._element_size.items())
+        saved_bytes -= sum(_INDEX_BYTES * _index_entries(site, schedule[site.name]) for site in self._sites)
         return Size(
             kept_fraction=(before_sites - saved) / before_sites,
             model_kept_fraction=(self._model_parameters - saved) / self._model_parameters,
@@ -65,6 +66,15 @@ class SizeModel:
             bytes=self._model_bytes - saved_bytes,
             multiply_adds=sum(choice_multiply_adds(site, schedule[site.name]) for site in self._sites),
         )
+
+
+_INDEX_BYTES = 4
+
+
+def _index_entries(site: Site, choice: Choice) -> int:
+    if choice.is_dense:
+        return 0
+    return resolve(choice.topology, site.out_features, site.in_features).index_entries(choice.chi)
 
 
 def choice_parameters(site: Site, choice: Choice) -> int:

@@ -330,13 +330,14 @@ def _describe(trials: Sequence[Trial]) -> str:
 
 
 def _check_space(subject: Subject) -> None:
-    """Refuse to start building a cache that the disk cannot hold: moments, and three sets of factors, in float32."""
+    """Refuse to start building a cache that the disk cannot hold: moments and three sets of factors in float32."""
     cache = subject.calibration.cache
     if cache.root is None or cache.has(subject.calibration.key):
         return
     sites = [site for site in subject.sites if not site.dense_because]
     moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
-    needed = 4 * (moments + 3 * sum(site.parameters for site in sites))
+    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
+    needed = 4 * (moments + 2 * lowrank + sum(site.parameters for site in sites))
     cache.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache.root).free
     if free < needed:
