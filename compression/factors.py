@@ -28,9 +28,9 @@ __all__ = ["FactorStore", "Factors", "is_nested", "lowrank_cores"]
 _FORMAT = 2  # part of every cache key; raise it when the numbers a decomposition gives change
 
 
-_EVALUATIONS, _GLANCE = 80, 20
+_EVALUATIONS, _GLANCE = 60, 20
 """Products a fit may spend, and those of a first look at whether it may come to something."""
-_FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65, 0.8)
+_FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65)
 """Kept fractions a topology is fitted at in a menu; at the others only if it is worth it at the first."""
 _HOPEFUL, _WORTH = 1.5, 1.05
 """Largest cost, in costs of `lowrank` at equal parameters, that a first look and a fit may have."""
