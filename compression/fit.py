@@ -254,8 +254,8 @@ def _start(white: torch.Tensor, legs: Legs, chi: int) -> tuple[list[torch.Tensor
     spectra = []
     for bond, group in enumerate(zip(*(spectra for _, spectra in parts), strict=True)):
         values = torch.stack([spectrum.values[: cores[bond].shape[4]] for spectrum in group]).float()
-        largest = values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)
-        spectra.append(torch.maximum(values, _FLOOR * largest))
+        largest = values[:, :1]
+        spectra.append(torch.where(largest > 0, torch.maximum(values, _FLOOR * largest), torch.ones_like(values)))
     return cores, spectra
 
 

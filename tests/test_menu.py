@@ -1,0 +1,79 @@
+"""Menus keep what no other option beats; topologies follow dimensions and heads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from compression import (
+    Choice,
+    FactorCache,
+    FactorStore,
+    Site,
+    collect,
+    contract,
+    discover_sites,
+    fitted_topologies,
+    shrink,
+)
+from compression.menu import Option, envelope, nested_options
+from compression.sites import dense_weight
+from search.models import load_model
+
+SITE = Site("layers.3.self_attn.o_proj", 3, "o", 24, 24)
+
+
+def test_an_option_that_another_beats_is_left_out() -> None:
+    spectrum = np.linspace(2, 0.1, 24)
+    plain = nested_options("pivoted-lowrank", "two-sided", spectrum, SITE)
+    better = Option(Choice("pivoted-mpo:4.6x4.6", 4, "two-sided"), 0.9 * plain[4].cost)
+    worse = Option(Choice("pivoted-mpo:4.6x4.6", 8, "two-sided"), plain[0].cost)
+    menu = envelope(SITE, [*plain, better, worse])
+    assert better.choice in menu.choices
+    assert worse.choice not in menu.choices
+    assert (np.diff(menu.parameters) > 0).all()
+    assert (np.diff(menu.cost) < 0).all()
+    assert menu.multiply_adds.max() == SITE.parameters
+
+
+def test_gauge_fixing_offers_every_rank_below_full_and_plain_factors_only_half() -> None:
+    spectrum = np.linspace(2, 0.1, 24)
+    assert len(nested_options("pivoted-lowrank", "plain", spectrum, SITE)) == 23
+    assert len(nested_options("lowrank", "plain", spectrum, SITE)) == 11
+
+
+def test_topologies_follow_the_dimensions_and_the_heads_of_attention() -> None:
+    assert fitted_topologies(SITE, 8) == ("pivoted-mpo:6.4x6.4", "pivoted-mpo:3.8x3.8")
+    assert fitted_topologies(SITE) == ("pivoted-mpo:6.4x6.4",)
+    assert fitted_topologies(Site("layers.3.mlp.up", 3, "up", 48, 24), 8) == ("pivoted-mpo:8.6x6.4",)
+    assert fitted_topologies(Site("layers.3.mlp.up", 3, "up", 13, 24), 8) == ()
+    assert fitted_topologies(SITE, None, (3,)) == ("pivoted-mpo:4.3.2x4.3.2",)
+
+
+def test_a_menu_with_fits_is_never_worse_than_without() -> None:
+    loaded = load_model("random:tiny-llama", torch.device("cpu"), torch.float32)
+    sites = [site for site in discover_sites(loaded.model) if site.block == 0]
+    ids = torch.randint(0, 100, (4, 64), generator=torch.Generator().manual_seed(0))
+    batches = [(ids, torch.ones_like(ids, dtype=torch.bool))]
+    statistics = collect(loaded.model, sites, batches, torch.Generator().manual_seed(1))
+    weights = {site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites}
+    store = FactorStore(sites, weights, lambda: statistics, "k", 0.01, FactorCache(None))
+    plain = store.menu()
+    full = store.menu(fitted={site.name: fitted_topologies(site, 8) for site in sites})
+    fits = 0
+    for one, other in zip(plain.sites, full.sites, strict=True):
+        at = np.searchsorted(other.parameters, one.parameters, side="right") - 1
+        assert (other.cost[at] <= one.cost + 1e-12).all()
+        fits += sum("mpo" in choice.topology for choice in other.choices)
+        for choice, cost in zip(other.choices, other.cost, strict=True):
+            if "mpo" in choice.topology:
+                error = weights[one.site.name].double() - _matrix(store, one.site.name, choice)
+                c, g = (store._moments(one.site.name, "two-sided")[side] for side in (0, 1))
+                exact = 0.5 * float(torch.trace(shrink(g, 0.01) @ error @ shrink(c, 0.01) @ error.T))
+                assert cost == pytest.approx(exact, rel=1e-3)
+    assert fits > 0
+
+
+def _matrix(store: FactorStore, name: str, choice: Choice) -> torch.Tensor:
+    return contract([core.double() for core in store.cores(name, choice)])
