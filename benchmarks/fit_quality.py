@@ -9,7 +9,7 @@ kept fraction each has the largest χ that stores no more parameters:
 * whitened: truncated SVD in the metric of the calibration inputs, two full factors: optimal for its rank.
 * pivoted: the same without its gauge freedom.
 * fitted: our fit in that metric, without gauge freedom, with two or three balanced legs or legs that follow the heads.
-* menu: of the last two, what predicts the lowest error from calibration alone.
+* menu: of the last two, what menus take: the lowest error on calibration text, that of fits raised by their optimism.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.report import Bar, markdown, publish
 from compression import Choice, Site, collect, contract, fitted_topologies, resolve
-from compression.factors import FactorStore
+from compression.factors import OPTIMISM, FactorStore
 from search.config import Config
 from search.models import head_size
 from search.stages import calibration_batches
@@ -64,8 +64,8 @@ def errors_of_site(
         errors[method] = float(((error @ held_out) * error).sum()) / scale
         if method in _MENU:
             factors = store.factors(site.name, topology, metric, chi)
-            tail = factors.spectrum if "mpo" in topology else factors.spectrum[chi:]
-            predicted[method] = float(tail.double().square().sum())
+            tail, factor = (factors.spectrum, OPTIMISM) if "mpo" in topology else (factors.spectrum[chi:], 1.0)
+            predicted[method] = factor * float(tail.double().square().sum())
     picked = min(predicted, key=lambda method: predicted[method])
     return errors | {"menu": errors[picked]}, picked
 

@@ -162,7 +162,10 @@ def main() -> None:
     parser.add_argument("--kept", type=float, nargs="+", help="kept fractions over the sites")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="which variants, lowrank always among them")
     parser.add_argument(
-        "--fitted-families", nargs="*", default=["o", "down"], help="families whose menu has fits: where an MPO can win"
+        "--fitted-families",
+        nargs="*",
+        default=["v", "o", "down"],
+        help="families whose menu has fits: where an MPO can win",
     )
     parser.add_argument("--heldout-tokens", type=int, default=4096)
     parser.add_argument("--repair-tokens", type=int, default=12288)
