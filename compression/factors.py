@@ -38,9 +38,9 @@ _HOPEFUL, _WORTH = 1.5, 1.05
 OPTIMISM = 1.15
 """What a fit costs on other text over what it costs on its calibration text, in units of the same ratio of `lowrank`.
 
-Free to follow the moments in more ways, a fit also follows their noise: on search text, with 24k calibration tokens, fits
-of k, v and down lost 1.02 to 1.2 times what low rank lost. Menus multiply by it, so that a fit is offered only where it
-wins beyond that.
+Free to follow the moments in more ways, a fit also follows their noise: on search text, with 24k calibration tokens,
+fits of k, v and down lost 1.02 to 1.2 times what low rank lost. Menus multiply by it, so that a fit is offered only
+where it wins beyond that.
 """
 
 
