@@ -28,8 +28,8 @@ __all__ = ["OPTIMISM", "FactorStore", "Factors", "is_nested", "lowrank_cores"]
 _FORMAT = 2  # part of every cache key; raise it when the numbers a decomposition gives change
 
 
-_EVALUATIONS, _GLANCE = 60, 20
-"""Products a fit may spend, and those of a first look at whether it may come to something."""
+_EVALUATIONS, _GLANCE, _TOLERANCE = 150, 20, 3e-3
+"""Products a fit may spend, those of a first look at whether it may come to something, and when a fit has converged."""
 _FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65)
 """Kept fractions a topology is fitted at in a menu; at the others only if it is worth it at the first."""
 _HOPEFUL, _WORTH = 1.5, 1.05
@@ -223,14 +223,8 @@ class FactorStore:
         identity = torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
         inputs, gradients = (None if moment is None else shrink(moment, self._shrinkage) for moment in moments)
         assert inputs is not None
-        result = fit(
-            weight[None],
-            (identity if gradients is None else gradients)[None],
-            inputs[None],
-            legs,
-            key.chi,
-            _EVALUATIONS,
-        )
+        metrics = (identity if gradients is None else gradients)[None], inputs[None]
+        result = fit(weight[None], *metrics, legs, key.chi, key.evaluations, _TOLERANCE)
         tensors = {f"core.{number}": core[0].cpu() for number, core in enumerate(result.cores)}
         return Bundle({**tensors, "spectrum": (2 * result.cost).sqrt().cpu()}, {"start": f"{float(result.start):.6g}"})
 

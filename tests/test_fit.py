@@ -73,7 +73,7 @@ def test_sites_fitted_together_come_out_as_fitted_alone() -> None:
     weights, g, c = problem(3, 12, 8)
     together = fit(weights, g, c, TWO, 4, max_evaluations=150, tolerance=1e-3).cost
     alone = [fit(weights[[s]], g[[s]], c[[s]], TWO, 4, max_evaluations=150, tolerance=1e-3).cost for s in range(3)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0.02, atol=0)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("legs", [TWO, THREE], ids=str)
