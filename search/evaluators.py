@@ -119,6 +119,7 @@ class ModelEvaluator:
         anchor: the schedule that all others are compared through; needed with two workloads or more.
         reuse_bytes: limit of memory for hidden states that later schedules with the same first blocks start from, see
             `search.reuse.HiddenStates`; 0 computes every pass from the first block. Scores are the same bit for bit.
+        packed: measure the tensors that a schedule stores; otherwise plain cores, the same function and quicker to swap.
 
     Attributes:
         dense: score of the untouched model; its `kl` and `expected_accuracy` are means over the workloads.
@@ -135,12 +136,13 @@ class ModelEvaluator:
         workloads: Sequence[Workload],
         anchor: Schedule | None = None,
         reuse_bytes: int = REUSE_BYTES,
+        packed: bool = False,
     ) -> None:
         if not workloads or (len(workloads) > 1 and anchor is None):
             raise ValueError(f"{len(workloads)} workloads: one is needed, and an anchor schedule for more than one")
         self._model = model
         self._workloads = tuple(workloads)
-        self._applier = ScheduleApplier(model, store)
+        self._applier = ScheduleApplier(model, store, packed)
         self._sizes = SizeModel(model, store.sites)
         self._sites = store.sites
         self.states = HiddenStates(model, store.sites, sum(one.padded_tokens for one in workloads), reuse_bytes)

@@ -86,11 +86,14 @@ class Subject:
 
     @contextmanager
     def evaluator(self, part: str, anchor: Schedule | None = None) -> Iterator[ModelEvaluator]:
-        """An evaluator on one part of the data; the model is dense again afterwards."""
+        """An evaluator on one part of the data; the model is dense again afterwards.
+
+        What is reported is measured on the tensors that are stored.
+        """
         racing = part == "selection"
         batch_tokens = _RACING_BATCH if racing else _BATCH
         workloads = [Workload(sequences, self.device, batch_tokens, mixed=racing) for sequences in self.shards(part)]
-        evaluator = ModelEvaluator(self.loaded.model, self.store, workloads, anchor)
+        evaluator = ModelEvaluator(self.loaded.model, self.store, workloads, anchor, packed=part == "heldout")
         try:
             yield evaluator
         finally:
