@@ -119,7 +119,7 @@ class ModelEvaluator:
         anchor: the schedule that all others are compared through; needed with two workloads or more.
         reuse_bytes: limit of memory for hidden states that later schedules with the same first blocks start from, see
             `search.reuse.HiddenStates`; 0 computes every pass from the first block. Scores are the same bit for bit.
-        packed: measure the tensors that a schedule stores; otherwise plain cores, the same function and quicker to swap.
+        packed: measure the tensors that a schedule stores; otherwise plain cores: the same function, quicker to swap.
 
     Attributes:
         dense: score of the untouched model; its `kl` and `expected_accuracy` are means over the workloads.
