@@ -220,12 +220,12 @@ def main() -> None:
         + "\n\nDifference to `lowrank`, paired over sequences, ± one standard error:\n\n"
         + markdown(["variant", "corpus", "kept", "nats per token"], errors)
     )
-    bars = []
-    for kept in fractions:
-        for name in bench.workloads:
-            if "repaired" in variants:
-                ratio = quality["repaired", kept][name].kl / quality["lowrank", kept][name].kl
-                bars.append(Bar(f"repaired_over_lowrank_kl_{name}_{kept}", ratio, "<=", 0.8))
+    bars = [
+        Bar(f"{variant}_over_lowrank_{name}_{kept}", value[name].kl / quality["lowrank", kept][name].kl, "<=", 0.8)
+        for (variant, kept), value in quality.items()
+        for name in bench.workloads
+        if variant != "lowrank"
+    ]
     publish("benchmarks.model_quality", "Whole-model quality without healing", body, bars, arguments.write)
 
 
