@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from compression.factors import FactorStore
-from compression.gauge import PivotedCore, pivot
+from compression.gauge import stored
 from compression.layers import MPOLinear
 from compression.planner import Planner
 from compression.schedule import DENSE, Choice, Schedule
@@ -84,14 +84,7 @@ class ScheduleApplier:
         cores = [core.to(device=weight.device, dtype=weight.dtype) for core in cores]
         bias = dense.bias
         assert bias is None or isinstance(bias, torch.Tensor)
-        layer = MPOLinear(self._own(cores, choice) if self._packed else cores, bias)
+        layer = MPOLinear(stored(cores, choice.topology.startswith("pivoted-")) if self._packed else cores, bias)
         if self._planner is not None:
             layer.plan = self._planner.plan(layer)
         return layer
-
-    def _own(self, cores: list[torch.Tensor], choice: Choice) -> list[torch.Tensor | PivotedCore]:
-        """The form in which a choice is stored."""
-        if choice.topology.startswith("pivoted-"):
-            pivoted, last = pivot(cores)
-            return [*pivoted, last]
-        return [core.clone(memory_format=torch.contiguous_format) for core in cores]

@@ -26,8 +26,6 @@ from compression.whitening import Whitening, shrink
 __all__ = ["OPTIMISM", "FactorStore", "Factors", "is_nested", "lowrank_cores"]
 
 _FORMAT = 2  # part of every cache key; raise it when the numbers a decomposition gives change
-
-
 _EVALUATIONS, _GLANCE, _TOLERANCE = 150, 20, 3e-3
 """Products a fit may spend, those of a first look at whether it may come to something, and when a fit has converged."""
 _FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65)
@@ -188,7 +186,7 @@ class FactorStore:
         digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         calibrated = {} if key.metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
         capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
-        fitted = {"chi": key.chi, "evaluations": key.evaluations} if key.chi else {}
+        fitted = {"chi": key.chi, "evaluations": key.evaluations, "tolerance": _TOLERANCE} if key.chi else {}
         return cache_key(
             format=_FORMAT,
             weight=digest,

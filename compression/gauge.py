@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PivotedCore", "pivot", "unpivot"]
+__all__ = ["PivotedCore", "pivot", "stored", "unpivot"]
 
 _GROWTH = 1.5  # entries of a tail are at most this large in magnitude
 _SWAPS = 200
@@ -69,6 +69,14 @@ def pivot(cores: Sequence[torch.Tensor]) -> tuple[list[PivotedCore], torch.Tenso
         carry = unfolding[chosen]
     last = torch.einsum("ab,boir->aoir", carry, cores[-1].double())
     return pivoted, last.to(cores[-1].dtype)
+
+
+def stored(cores: Sequence[torch.Tensor], pivoted: bool) -> list[torch.Tensor | PivotedCore]:
+    """The form in which cores are stored, in tensors of its own: pivoted, or plain copies."""
+    if not pivoted:
+        return [core.clone(memory_format=torch.contiguous_format) for core in cores]
+    front, last = pivot(cores)
+    return [*front, last]
 
 
 def unpivot(pivoted: Sequence[PivotedCore], last: torch.Tensor) -> list[torch.Tensor]:

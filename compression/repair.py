@@ -28,8 +28,10 @@ from torch.nn import functional
 
 from compression.factors import lowrank_cores
 from compression.fit import fit
+from compression.gauge import stored
 from compression.layers import MPOLinear
 from compression.legs import resolve
+from compression.routes import is_lowrank
 from compression.schedule import Choice, Schedule
 from compression.sites import Site, dense_weight
 from compression.statistics import Statistics
@@ -111,7 +113,7 @@ def _compressed(
     site: Site,
     shrinkage: float,
 ) -> nn.Module:
-    """The layer that stands for `weight` (out, in) under a choice."""
+    """The layer that stands for `weight` (out, in) under a choice, in its stored form."""
     old_weight, bias = old.weight, _bias(old)
     assert isinstance(old_weight, torch.Tensor)
     if choice.is_dense:
@@ -122,12 +124,12 @@ def _compressed(
         return layer
     legs = resolve(choice.topology, site.out_features, site.in_features)
     gradient = statistics.gradient(site.name).to(weight.device)
-    if 1 in legs.in_legs and 1 in legs.out_legs:
+    if is_lowrank(legs):
         cores, _ = lowrank_cores(weight, Whitening.of(input_moment, gradient, shrinkage), choice.chi)
     else:
         metrics = (shrink(gradient, shrinkage)[None], shrink(input_moment, shrinkage)[None])
         cores = [core[0] for core in fit(weight[None], *metrics, legs, choice.chi).cores]
-    return MPOLinear([core.to(old_weight.dtype) for core in cores], bias)
+    return MPOLinear(stored([core.to(old_weight.dtype) for core in cores], legs.pivoted), bias)
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

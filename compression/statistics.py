@@ -20,7 +20,7 @@ from torch import nn
 from compression.cache import Bundle
 from compression.sites import Site
 
-__all__ = ["Statistics", "collect"]
+__all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,18 +85,18 @@ def collect(
         ValueError: no token at all; or, by name, a site whose statistics are not finite, that the text never reaches,
             that the prediction does not depend on, or that does not read one row a token.
     """
-    accumulator = _Accumulator(model, sites)
+    accumulator = MomentAccumulator(model, sites)
     with accumulator:
         for input_ids, mask in batches:
             accumulator.mask, accumulator.full = mask, bool(mask.all())
             logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
-            logits.backward(_sampled_gradient(logits.detach(), mask, generator))
+            logits.backward(sampled_gradient(logits.detach(), mask, generator))
             accumulator.tokens += int(mask.sum())
             progress(accumulator.tokens)
     return accumulator.result()
 
 
-def _sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gradient of Σ −log p(sampled token) with respect to the logits: softmax minus one-hot, zero where masked out."""
     gradient = torch.softmax(logits.float(), dim=-1)
     cumulative = gradient.cumsum(-1)
@@ -107,7 +107,7 @@ def _sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch
     return gradient.mul_(mask.unsqueeze(-1)).to(logits.dtype)
 
 
-class _Accumulator:
+class MomentAccumulator:
     """Hooks on the sites of a model while it runs; sums of outer products."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
@@ -122,7 +122,7 @@ class _Accumulator:
         self._last: tuple[str, torch.Tensor] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> _Accumulator:
+    def __enter__(self) -> MomentAccumulator:
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
         self._hooks.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()))
         for site in self.sites:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compression.sites import Site
-from compression.statistics import Statistics, _Accumulator, _sampled_gradient
+from compression.statistics import MomentAccumulator, Statistics, sampled_gradient
 
 __all__ = ["BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
 
@@ -118,7 +118,7 @@ def _turn(model: BlockwiseModel, batches: Sequence[Batch], borders: _Borders, ge
             for hidden, row in zip(torch.split(states, 1), torch.split(mask, 1), strict=True):
                 leaf = hidden.detach().requires_grad_()
                 logits = head(leaf, row)
-                logits.backward(_sampled_gradient(logits.detach(), row, generator))  # type: ignore[no-untyped-call]
+                logits.backward(sampled_gradient(logits.detach(), row, generator))  # type: ignore[no-untyped-call]
                 assert leaf.grad is not None
                 gradients.append(leaf.grad)
             borders.put(last, number, torch.cat(gradients))
@@ -133,7 +133,7 @@ def _backward(
     borders: _Borders,
 ) -> Statistics:
     """Statistics of one block; its inputs on disk are replaced by the gradients that reach them."""
-    accumulator = _Accumulator(_Named(block, f"{model.prefix}.{index}."), sites)
+    accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites)
     with accumulator:
         for number, (_, mask) in enumerate(batches):
             accumulator.mask, accumulator.full = mask, bool(mask.all())

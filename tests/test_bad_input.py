@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tinymodel import Conv1D
 from torch import nn
 
 from compression import (
@@ -38,18 +39,6 @@ from search.models import load_model
 
 Q = "layers.1.q_proj"
 VOCABULARY = 17
-
-
-class Conv1D(nn.Module):
-    """Transposed weight, as in GPT-2."""
-
-    def __init__(self, outputs: int, inputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs) * 0.2)
-        self.bias = nn.Parameter(torch.randn(outputs) * 0.1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight + self.bias
 
 
 class Block(nn.Module):
