@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from compression.legs import Legs, resolve
 from compression.planner import Planned, Planner, random_layer
 from compression.routes import Plan, Route, modelled, routes
 from compression.sites import Site, discover_sites
+from search.latency import decode, follow, prefill, timed
 from search.models import load_model
 
 SLOWEST, SPEEDUP = 1.05, 1.25
@@ -144,47 +144,6 @@ def model_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[M
     return rows
 
 
-def prefill(
-    model: Any, sides: Mapping[str, Mapping[str, nn.Module]], tokens: int, rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of one forward pass over a prompt that fills a cache and gives the last token's logits."""
-    ids = torch.randint(256, (1, tokens), device=device)
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(rounds + 1):
-        for side in rotated(sides, turn):
-            follow(model, sides[side])
-            times[side].append(timed(partial(model, ids, use_cache=True, logits_to_keep=1), device))
-    return {side: each[1:] for side, each in times.items()}
-
-
-def decode(
-    model: Any, sides: Mapping[str, Mapping[str, nn.Module]], steps: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each step of one token after a prompt of 64."""
-    prompt, token = (torch.randint(256, (1, count), device=device) for count in (64, 1))
-    follow(model, sides["dense"])
-    filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-    caches = {side: copy.deepcopy(filled) for side in sides}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(steps + 1):
-        for side in rotated(sides, turn):
-            follow(model, sides[side])
-            step = partial(model, token, past_key_values=caches[side], use_cache=True)
-            times[side].append(timed(step, device))
-    return {side: each[1:] for side, each in times.items()}
-
-
-def rotated(sides: Iterable[str], turn: int) -> list[str]:
-    """The sides with another one first each turn, so that none always runs after the same other."""
-    names = list(sides)
-    return names[turn % len(names) :] + names[: turn % len(names)]
-
-
-def follow(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        model.set_submodule(name, module)
-
-
 def compressed(site: Site, kept: float, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A layer of that site's shape."""
     legs = resolve("pivoted-lowrank", site.out_features, site.in_features)
@@ -195,16 +154,6 @@ def chi_at(legs: Legs, kept: float) -> int:
     """The largest χ that keeps at most that fraction of the entries, at least 1."""
     chis = range(1, max(legs.full_bonds) + 1)
     return max((chi for chi in chis if legs.parameters(chi) <= kept * legs.dense_parameters), default=1)
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def body(rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], sizes: Sizes) -> str:

@@ -6,6 +6,7 @@ from compression.cache import Bundle, FactorCache, cache_key
 from compression.factors import Factors, FactorStore
 from compression.fit import Fit, fit
 from compression.gauge import PivotedCore, pivot, unpivot
+from compression.heads import HeadLinear, split_heads_
 from compression.layers import MPOLinear
 from compression.legs import Legs, balanced, resolve
 from compression.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
@@ -25,6 +26,7 @@ __all__ = [
     "FactorStore",
     "Factors",
     "Fit",
+    "HeadLinear",
     "Legs",
     "MPOLinear",
     "Menu",
@@ -58,6 +60,7 @@ __all__ = [
     "pivot",
     "resolve",
     "shrink",
+    "split_heads_",
     "to_schedule",
     "truncate",
     "truncation_error_bound",

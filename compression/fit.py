@@ -59,7 +59,7 @@ def fit(
     gradients: torch.Tensor,
     inputs: torch.Tensor,
     legs: Legs,
-    chi: int,
+    chi: int | Sequence[int],
     max_evaluations: int = 120,
     tolerance: float = 0.01,
 ) -> Fit:
@@ -70,7 +70,7 @@ def fit(
         gradients: G (b, out, out), symmetric positive definite.
         inputs: C (b, in, in), symmetric positive definite.
         legs: the splitting.
-        chi: cap of every bond, at least 1.
+        chi: cap of every bond, or one per bond, at least 1.
         max_evaluations: when to stop at the latest.
         tolerance: relative decrease over 10 steps below which a site counts as converged, above 0.
 
@@ -247,15 +247,16 @@ def _two_loop(
     return result
 
 
-def _start(white: torch.Tensor, legs: Legs, chi: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _start(white: torch.Tensor, legs: Legs, chi: int | Sequence[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Cores (b, …) of the sequential SVD of each matrix at χ, and the spectrum (b, χ) of every bond, kept off zero."""
-    parts = [decompose(matrix.float(), legs, chi) for matrix in white]
+    largest = chi if isinstance(chi, int) else max(chi)
+    parts = [decompose(matrix.float(), legs, largest) for matrix in white]
     cores = [torch.stack(group) for group in zip(*(truncate(cores, chi) for cores, _ in parts), strict=True)]
     spectra = []
     for bond, group in enumerate(zip(*(spectra for _, spectra in parts), strict=True)):
         values = torch.stack([spectrum.values[: cores[bond].shape[4]] for spectrum in group]).float()
-        largest = values[:, :1]
-        spectra.append(torch.where(largest > 0, torch.maximum(values, _FLOOR * largest), torch.ones_like(values)))
+        top = values[:, :1]
+        spectra.append(torch.where(top > 0, torch.maximum(values, _FLOOR * top), torch.ones_like(values)))
     return cores, spectra
 
 

@@ -58,12 +58,13 @@ def decompose(
     return cores, spectra
 
 
-def truncate(cores: Sequence[torch.Tensor], chi: int) -> list[torch.Tensor]:
-    """The cores with every inner bond sliced to at most `chi`. Views, not copies."""
-    if chi < 1:
-        raise ValueError(f"chi must be at least 1, got {chi}")
-    last = len(cores) - 1
-    return [core[: chi if k > 0 else None, :, :, : chi if k < last else None] for k, core in enumerate(cores)]
+def truncate(cores: Sequence[torch.Tensor], chi: int | Sequence[int]) -> list[torch.Tensor]:
+    """The cores with every inner bond sliced to at most `chi`, one for all or one per bond. Views, not copies."""
+    inner = [chi] * (len(cores) - 1) if isinstance(chi, int) else list(chi)
+    if len(inner) != len(cores) - 1 or min(inner, default=1) < 1:
+        raise ValueError(f"chi must be at least 1, one for all bonds or one for each, got {chi}")
+    ends = [None, *inner, None]
+    return [core[:left, :, :, :right] for core, left, right in zip(cores, ends[:-1], ends[1:], strict=True)]
 
 
 def truncation_error_bound(spectra: Sequence[Spectrum], chi: int) -> float:

@@ -8,11 +8,13 @@ it, and aims at what the dense model has at that place: its own output W x, or, 
 the stream of the dense model behind it, so that it makes up for what the stream has lost before. Both are linear least
 squares with the solution
 
-    W* = W + E[(y − W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ·I)⁻¹,    y the target,
+    W* = W + α·E[(y − W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ·I)⁻¹,    y the target.
 
-drawn towards W by the ridge λ. W* is then decomposed in the metric of x̂ and of the gradient moment G. A site that
-stays dense takes W* itself: repaired at no parameter. Matching dense outputs from compressed inputs goes back to the
-layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
+Most of the residual y − W x̂ cannot be told from x̂, and from a limited text a correction learns noise. The ridge λ and
+the share α in [0, 1] are therefore those with which a correction from one half of the sequences helps most on the
+other half, in the metric of the gradient moment G; a site without a correction that helps keeps W. W* is then
+decomposed in the metric of x̂ and G. A site that stays dense takes W* itself: repaired at no parameter. Matching dense
+outputs from compressed inputs goes back to the layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from compression.factors import lowrank_cores
 from compression.fit import fit
@@ -41,6 +42,10 @@ __all__ = ["repair_"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
+_FOLDS = 2
+_RIDGES = (0.003, 0.03, 0.3)
+"""In units of the mean of the diagonal of E[x̂ x̂ᵀ]."""
+
 
 @torch.no_grad()
 def repair_(
@@ -50,7 +55,6 @@ def repair_(
     statistics: Statistics,
     batches: Sequence[Batch],
     shrinkage: float,
-    ridge: float = 0.03,
     correct: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Mapping[str, nn.Module]:
@@ -59,9 +63,9 @@ def repair_(
     Args:
         model: dense; maps `input_ids` and `attention_mask` to logits, without gradients.
         statistics: of the dense model: G, and which sites share an input.
-        batches: (input_ids, mask) as for `compression.statistics.collect`; their hidden states stay in memory twice.
+        batches: (input_ids, mask) as for `compression.statistics.collect`, two sequences or more; their hidden states
+            stay in memory twice.
         shrinkage: of the moments, see `compression.whitening.shrink`.
-        ridge: λ in units of the mean of the diagonal of E[x̂ x̂ᵀ], above 0.
         correct: whether W is replaced by W*; if not, only the metric follows the compressed input (sequential
             calibration).
         progress: called with the number of blocks done.
@@ -70,38 +74,65 @@ def repair_(
         The modules that were taken out, by site name; putting them back restores the dense model.
 
     Raises:
-        ValueError: a ridge that is not above 0, or a fit that does (see `compression.fit`).
+        ValueError: fewer than two sequences, or a fit that does (see `compression.fit`).
     """
-    if not ridge > 0:
-        raise ValueError(f"ridge must be above 0, got {ridge}")
+    if sum(len(ids) for ids, _ in batches) < _FOLDS:
+        raise ValueError(f"repair needs {_FOLDS} sequences of calibration text or more")
     free = [site for site in sites if not site.dense_because]
     taken = {site.name: model.get_submodule(site.name) for site in free}
     blocks = sorted({site.block for site in free})
     prefix = free[0].name.split(f".{free[0].block}.")[0]
     calls = _record_calls(model, [f"{prefix}.{block}" for block in blocks], batches)
-    dense_states = [call.hidden for call in calls[0]]
-    states = dense_states
+    dense_states: Sequence[torch.Tensor] = [call.hidden for call in calls[0]]
+    states: Sequence[torch.Tensor] = dense_states
     for done, block in enumerate(blocks, 1):
         module = _Block(model, f"{prefix}.{block}", calls[done - 1])
         groups = _groups([site for site in free if site.block == block], statistics)
-        targets = _Targets(module, groups, dense_states, [mask for _, mask in batches])
+        targets = _Targets(module, groups, dense_states, [mask for _, mask in batches], correct)
         for number, group in enumerate(groups):
             moments = targets.moments(number, states)
-            for site, cross in zip(group, moments.cross, strict=True):
+            for place, site in enumerate(group):
                 weight = dense_weight(taken[site.name]).double()
                 if correct:
-                    size = moments.input.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-                    damped = moments.input.clone()
-                    damped.diagonal().add_(ridge * size)
-                    weight = weight + torch.linalg.solve(damped, cross.mT).mT
-                new = _compressed(
-                    taken[site.name], weight, schedule[site.name], moments.input, statistics, site, shrinkage
-                )
+                    gradient = statistics.gradient(site.name).double().to(weight.device)
+                    weight = weight + _correction(moments.inputs, moments.cross[place], gradient)
+                total = moments.inputs.sum(0)
+                new = _compressed(taken[site.name], weight, schedule[site.name], total, statistics, site, shrinkage)
                 model.set_submodule(site.name, new)
         states = module.run(states)
         dense_states = targets.outputs
         progress(done)
     return taken
+
+
+def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """What is added to W (out, in), see the module.
+
+    Args:
+        inputs: E[x̂ x̂ᵀ] (folds, in, in), of each half its share of the whole mean.
+        cross: E[(y − W x̂) x̂ᵀ] (folds, out, in), likewise.
+        gradient: G (out, out).
+    """
+
+    def solved(moment: torch.Tensor, other: torch.Tensor, ridge: float) -> torch.Tensor:
+        damped = moment.clone()
+        damped.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+        answer: torch.Tensor = torch.linalg.solve(damped, other.mT).mT
+        return answer
+
+    best, result = 0.0, torch.zeros_like(cross[0])
+    for ridge in _RIDGES:
+        linear = square = 0.0
+        for fold, (moment, other) in enumerate(zip(inputs, cross, strict=True)):
+            change, unseen = solved(moment, other, ridge), 1 - fold
+            pulled = gradient @ change
+            linear += float((pulled * cross[unseen]).sum())
+            square += float((pulled * (change @ inputs[unseen])).sum())
+        share = min(1.0, max(0.0, linear / square)) if square > 0 else 0.0
+        gain = 2 * share * linear - share**2 * square
+        if gain > best:
+            best, result = gain, share * solved(inputs.sum(0), cross.sum(0), ridge)
+    return result
 
 
 def _compressed(
@@ -240,17 +271,22 @@ class _Zero(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """E[x̂ x̂ᵀ] (in, in) and, per site of a group, E[(y − W x̂) x̂ᵀ] (out, in); float64."""
+    """E[x̂ x̂ᵀ] (folds, in, in) and, per site of a group if known, E[(y − W x̂) x̂ᵀ] (folds, out, in); float64.
 
-    input: torch.Tensor
+    Of every half of the sequences its share, so that the sum over folds is the mean over all tokens.
+    """
+
+    inputs: torch.Tensor
     cross: list[torch.Tensor]
 
 
 class _Targets:
     """What the dense block has at every site, and the moments of a group of the compressed one against it.
 
+    Without `correct` only what the compressed block reads.
+
     Attributes:
-        outputs: hidden states behind the dense block.
+        outputs: hidden states behind the dense block, with `correct`.
     """
 
     def __init__(
@@ -259,48 +295,70 @@ class _Targets:
         groups: Sequence[Sequence[Site]],
         states: Sequence[torch.Tensor],
         masks: Sequence[torch.Tensor],
+        correct: bool = True,
     ) -> None:
         self._block, self._groups, self._masks = block, groups, masks
+        self._streams: list[list[torch.Tensor] | None] = [None] * len(groups)
+        self._inputs: list[list[torch.Tensor]] = []
+        self.outputs = states
+        if not correct:
+            return
         dense = {site.name: block.model.get_submodule(site.name) for group in groups for site in group}
-        self._weights = {name: dense_weight(module) for name, module in dense.items()}
+        self._weights = {name: dense_weight(module).double() for name, module in dense.items()}
         self._biases = {name: _bias(module) for name, module in dense.items()}
         with ExitStack() as stack:
             self._inputs = [stack.enter_context(block.caught(group[0])) for group in groups]
             self.outputs = block.run(states)
-        self._streams: list[list[torch.Tensor] | None] = []
         for number in range(len(groups)):
             with block.silent(self._later(number)):
-                if not self._writes(number, states[0]):
-                    self._streams.append(None)
-                else:
-                    self._streams.append(block.run(states) if self._later(number) else self.outputs)
+                if self._writes(number, states[0]):
+                    self._streams[number] = block.run(states) if self._later(number) else self.outputs
 
     def moments(self, number: int, states: Sequence[torch.Tensor]) -> _Moments:
+        """Of one group, whose earlier groups are compressed already."""
         group, streams = self._groups[number], self._streams[number]
         silent = [] if streams is None else [*group, *self._later(number)]
-        total: torch.Tensor | None = None
-        cross = [torch.zeros(0)] * len(group)
-        tokens = 0
+        inputs = cross = mean = torch.zeros(0)
+        tokens = sequences = 0
         for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
             with self._block.silent(silent), self._block.caught(group[0], stop=streams is None) as caught:
                 try:
                     before = self._block.forward(batch, hidden)
                 except _Stop:
-                    before = None
-            rows = caught[0][mask]
-            for place, site in enumerate(group):
-                weight = self._weights[site.name]
-                if streams is None or before is None:
-                    error = (self._inputs[number][batch][mask] - rows) @ weight.T
-                else:
-                    error = (streams[batch] - before)[mask] - functional.linear(rows, weight, self._biases[site.name])
-                part = (error.T @ rows).double()
-                cross[place] = part if batch == 0 else cross[place] + part
-            gram = (rows.T @ rows).double()
-            total = gram if total is None else total + gram
-            tokens += len(rows)
-        assert total is not None
-        return _Moments(total / tokens, [part / tokens for part in cross])
+                    before = hidden
+            folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
+            sequences += len(mask)
+            tokens += int(mask.sum())
+            aim = None  # what x̂ᵀ is multiplied with besides itself: x, or what the residual stream lacks
+            if self._inputs:
+                aim = self._inputs[number][batch] if streams is None else streams[batch] - before
+            if batch == 0:
+                width = caught[0].shape[-1]
+                inputs = caught[0].new_zeros(_FOLDS, width, width, dtype=torch.float64)
+                mean = inputs.new_zeros(_FOLDS, width)
+                cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
+            for fold in range(_FOLDS):
+                part = mask & (folds == fold)
+                rows = caught[0][part]
+                inputs[fold] += (rows.T @ rows).double()
+                mean[fold] += rows.sum(0).double()
+                if aim is not None:
+                    cross[fold] += (aim[part].T @ rows).double()
+        return _Moments(inputs / tokens, self._missing(number, inputs / tokens, cross / tokens, mean / tokens))
+
+    def _missing(
+        self, number: int, inputs: torch.Tensor, cross: torch.Tensor, mean: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """E[(y − W x̂) x̂ᵀ] per site, from E[x x̂ᵀ], or from E[y x̂ᵀ] and E[x̂] where it writes to the stream."""
+        found = []
+        for site in self._groups[number] if self._inputs else ():
+            weight, bias = self._weights[site.name], self._biases[site.name]
+            if self._streams[number] is None:
+                found.append(weight @ (cross - inputs))
+            else:
+                shift = 0 if bias is None else bias.double()[:, None] * mean[:, None, :]
+                found.append(cross - weight @ inputs - shift)
+        return found
 
     def _later(self, number: int) -> list[Site]:
         return [site for group in self._groups[number + 1 :] for site in group]

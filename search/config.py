@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
+OptimizeFor = Literal["memory", "latency"]
 AgentName = Literal["lagrangian", "random", "reinforce", "uniform"]
 ProxyForm = Literal["answer", "letter"]
 Granularity = Literal["block", "family", "site", "block+family"]
 
 AGENTS: tuple[str, ...] = get_args(AgentName)
+OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
@@ -111,6 +113,12 @@ class Config(BaseModel):
         "How a question is scored: by the text of its answers, or by the letters A to D.",
         "FORM",
     )
+    per_head: bool = _field(
+        False,
+        "model and data",
+        "true or false",
+        "Cut attention matrices into their heads, so that every head is compressed by itself; slower, for analysis.",
+    )
     device: str = _field(
         "auto",
         "model and data",
@@ -126,6 +134,14 @@ class Config(BaseModel):
         "Processor threads to use; left out, all that PyTorch finds.",
         ge=1,
         le=1024,
+    )
+    optimize: OptimizeFor = _field(
+        "memory",
+        "output",
+        _one_of(OPTIMIZE),
+        "What the compressed layers are timed for: memory keeps only what is stored, latency also keeps merged or "
+        "padded weights where that is faster.",
+        "GOAL",
     )
     quick: bool = _field(
         False,
@@ -232,8 +248,8 @@ class Config(BaseModel):
             raise ValueError(_one_line(error)) from None
 
     def definition(self) -> dict[str, object]:
-        """The fields a resumed run may not change: all but budget, quick, threads and the folders."""
-        return self.model_dump(exclude={"budget", "quick", "threads", "out", "resume"})
+        """The fields a resumed run may not change: all but budget, quick, threads, optimize and the folders."""
+        return self.model_dump(exclude={"budget", "quick", "threads", "optimize", "out", "resume"})
 
     def to_json(self) -> str:
         """The content of config.json: every field but the folders, so that a run folder may be moved."""
@@ -288,7 +304,13 @@ def _one_line(error: ValidationError) -> str:
         return f"{name} is not a field of the configuration; the nearest is {nearest(name, Config.model_fields)}"
     extra = Config.model_fields[name].json_schema_extra
     rule = extra["rule"] if isinstance(extra, dict) else first["msg"]
-    names = {"agent": AGENTS, "proxy": PROXIES, "proxy_form": PROXY_FORMS, "granularity": GRANULARITIES}.get(name)
+    names = {
+        "agent": AGENTS,
+        "optimize": OPTIMIZE,
+        "proxy": PROXIES,
+        "proxy_form": PROXY_FORMS,
+        "granularity": GRANULARITIES,
+    }.get(name)
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     if names and isinstance(value, str) and not (name == "proxy" and value.endswith(".jsonl")):
         return f"{name} must be {rule}, got {shown}; the nearest is {nearest(value, names)}"

@@ -26,7 +26,9 @@ from search.console import Console
 from search.evaluators import Score
 from search.items import forms, load_proxy
 from search.journal import Journal
+from search.latency import against_dense
 from search.models import resolve_device
+from search.packages import cache_folder
 from search.prior import build_prior
 from search.quality import paired_kl
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
@@ -177,6 +179,11 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     subject.calibration.release()
     trials, chosen = _search(folder, config, subject, problem, console)
     scores = _measure(subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, console)
+    with console.stage("time"):
+        costs = cache_folder() / "layer-costs.json"
+        latency = against_dense(subject.loaded.model, subject.store, chosen, config.optimize, costs)
+    if latency:
+        console.note(f"searched: {latency}")
     rows = [_row(name, score) for name, score in scores.items()]
     comparison = _comparison(scores)
     if comparison:
@@ -198,6 +205,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "stays_dense": _stays_dense(subject.sites),
         "rows": rows,
         "searched_against_lagrangian_kl": comparison,
+        "latency": dataclasses.asdict(latency) if latency else {},
         "environment": environment(),
     }
     folder.write_json(SUMMARY, document)

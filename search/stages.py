@@ -50,7 +50,7 @@ class Calibration:
     """Second moments of a model on a text: from the cache, or streamed when first asked for.
 
     Attributes:
-        key: identity of the statistics: model, text, seed.
+        key: identity of the statistics: model, sites, text, seed.
     """
 
     loaded: LoadedModel
@@ -63,7 +63,10 @@ class Calibration:
 
     @property
     def key(self) -> str:
-        return cache_key(kind="statistics", format=1, model=self.loaded.digest, text=self.text.digest, seed=self.seed)
+        sites = [site.name for site in self.sites]
+        return cache_key(
+            kind="statistics", format=1, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed
+        )
 
     def __call__(self) -> Statistics:
         """The statistics; kept until `release`."""

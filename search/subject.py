@@ -14,13 +14,14 @@ import torch
 
 from compression.cache import FactorCache
 from compression.factors import FactorStore
+from compression.heads import split_heads_
 from compression.legs import resolve
 from compression.schedule import Schedule
 from compression.sites import Site, discover_sites
 from search.config import Config
 from search.corpora import Splits, build_splits
 from search.evaluators import ModelEvaluator
-from search.models import LoadedModel, load_model
+from search.models import LoadedModel, head_size, load_model
 from search.packages import cache_folder
 from search.packing import Packed
 from search.scoring import Workload
@@ -115,12 +116,16 @@ def load(config: Config, device: torch.device) -> tuple[LoadedModel, tuple[Site,
     """The model and its sites.
 
     Raises:
-        ValueError: as `search.models.load_model` and `compression.sites.discover_sites`, or a target below what χ = 1
-            everywhere keeps.
+        ValueError: as `search.models.load_model` and `compression.sites.discover_sites`, a target below what χ = 1
+            everywhere keeps, or heads asked for that are not there.
         DataUnavailable: as `search.models.load_model`.
     """
     loaded = load_model(config.model, device, _dtype(device))
     sites = discover_sites(loaded.model)
+    if config.per_head:
+        if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
+            raise ValueError(f"per_head needs attention matrices of several heads, and {config.model} has none")
+        sites = discover_sites(loaded.model)
     smallest = smallest_parameters(sites) / sum(site.parameters for site in sites)
     if config.target_kept < smallest:
         raise ValueError(

@@ -114,6 +114,32 @@ def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_data")
+def test_heads_are_compressed_one_by_one_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(tmp_path / "whole", budget=2)["rows"]
+    assert cli.main([*words(out=tmp_path / "run", budget=2), "--per-head"]) == cli.DONE
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    sites = json.loads((tmp_path / "run" / "prior.json").read_text())["sites"]
+    assert len(sites) == 3 * (4 + 2 + 2 + 4 + 3)
+    assert rows[0]["parameters"] == whole[0]["parameters"]
+    assert rows[0]["perplexity"] == pytest.approx(whole[0]["perplexity"], rel=1e-4)
+    capsys.readouterr()
+    flags = words(out=tmp_path / "none", model="random:tiny-qwen2", budget=0)
+    assert cli.main([*flags, "--per-head", "--dry-run", "--json"]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)["model"]["families"] == ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize("goal", ["memory", "latency"])
+def test_the_searched_schedule_is_timed_against_the_dense_model(tmp_path: Path, goal: str) -> None:
+    latency = run(tmp_path / "run", budget=2, optimize=goal)["latency"]
+    assert latency["optimize"] == goal
+    assert min(latency["prefill_ratio"], latency["decode_ratio"]) > 0
+    if goal == "memory":
+        assert latency["resident_bytes"] == latency["stored_bytes"]
+    assert latency["resident_bytes"] >= latency["stored_bytes"]
+
+
+@pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("model", ["random:tiny-gpt2", "random:tiny-qwen2"])
 def test_other_architectures_run_too(tmp_path: Path, model: str) -> None:
     rows = run(tmp_path / "run", model=model, budget=2)["rows"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compression import Schedule, Site, collect, discover_sites, uniform_schedule
-from compression.repair import _Block, _groups, _record_calls, _Targets, repair_
+from compression.repair import _Block, _correction, _groups, _record_calls, _Targets, repair_
 from compression.sites import model_parameters
 from compression.size import SizeModel
 from search.models import load_model
@@ -84,7 +84,22 @@ def test_sites_that_write_to_the_residual_stream_are_found(name: str, writers: s
     assert len(found) == 2
 
 
-def test_a_ridge_of_zero_is_refused() -> None:
-    site = Site("a", 0, "q", 4, 4)
-    with pytest.raises(ValueError, match="ridge"):
-        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), None, [], 0.1, ridge=0.0)  # type: ignore[arg-type]
+def test_one_sequence_is_too_few_to_tell_what_a_correction_is_worth() -> None:
+    site, batch = Site("a", 0, "q", 4, 4), (torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="2 sequences"):
+        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), None, [batch], 0.1)  # type: ignore[arg-type]
+
+
+def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, change = torch.randn(400, 6, generator=generator).double(), torch.randn(4, 6, generator=generator).double()
+    noise = 3 * torch.randn(400, 4, generator=generator).double()
+    halves = inputs.reshape(2, 200, 6)
+    moment = halves.mT @ halves / 400
+
+    def correction(residual: torch.Tensor) -> torch.Tensor:
+        return _correction(moment, residual.reshape(2, 200, 4).mT @ halves / 400, torch.eye(4).double())
+
+    assert torch.linalg.norm(correction(inputs @ change.T + 0.1 * noise) - change) < 0.1 * torch.linalg.norm(change)
+    learned = torch.linalg.solve(moment.sum(0), (noise.T @ inputs / 400).mT).mT
+    assert torch.linalg.norm(correction(noise)) < 0.5 * torch.linalg.norm(learned)

@@ -1,0 +1,131 @@
+"""Latency: how long a model takes under several sets of layers, measured in turns so that noise meets all alike."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from compression.apply import ScheduleApplier
+from compression.factors import FactorStore
+from compression.planner import Planner
+from compression.routes import Optimize
+from compression.schedule import Schedule
+
+__all__ = ["Latency", "against_dense", "decode", "follow", "prefill", "timed"]
+
+Modules = Mapping[str, nn.Module]
+
+_PROMPT, _ROUNDS, _STEPS = 512, 5, 24
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A compressed model against the dense one on this machine, batch 1.
+
+    Attributes:
+        optimize: what layers were planned for.
+        prefill_ratio: median over rounds of the time for a prompt over the dense model's in the same round.
+        decode_ratio: the same for one token after a prompt of 64.
+        prompt: tokens of the prompt.
+        stored_bytes: of the compressed matrices.
+        resident_bytes: of the same, with what their plans keep beside them.
+    """
+
+    optimize: str
+    prefill_ratio: float
+    decode_ratio: float
+    prompt: int
+    stored_bytes: int
+    resident_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"time over dense, optimized for {self.optimize}: {self.prefill_ratio:.2f} for a prompt of {self.prompt} "
+            f"tokens, {self.decode_ratio:.2f} for each token after it; the compressed matrices store "
+            f"{self.stored_bytes / 1e6:,.0f} MB and hold {self.resident_bytes / 1e6:,.0f} MB in memory"
+        )
+
+
+def against_dense(
+    model: Any, store: FactorStore, schedule: Schedule, optimize: Optimize, costs: Path | None
+) -> Latency | None:
+    """Time a schedule; None if it leaves the model dense. The model is dense again afterwards.
+
+    Args:
+        costs: the planner's file of measured costs, see `compression.planner.Planner`.
+    """
+    names = [name for name, choice in schedule if not choice.is_dense]
+    if not names:
+        return None
+    device = next(model.parameters()).device
+    prompt = min(_PROMPT, getattr(model.config, "max_position_embeddings", None) or _PROMPT)
+    dense = {name: model.get_submodule(name) for name in names}
+    with torch.no_grad(), ScheduleApplier(model, store, packed=True) as applier:
+        applier.apply_(schedule)
+        planned = Planner(optimize, costs).plan_(model)
+        sides = {"dense": dense, "compressed": {name: model.get_submodule(name) for name in names}}
+        times = [prefill(model, sides, prompt, _ROUNDS, device), decode(model, sides, _STEPS, device)]
+    prefilled, decoded = (
+        median(mine / other for mine, other in zip(each["compressed"], each["dense"], strict=True)) for each in times
+    )
+    return Latency(optimize, prefilled, decoded, prompt, planned.stored_bytes, planned.resident_bytes)
+
+
+def prefill(
+    model: Any, sides: Mapping[str, Modules], tokens: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of one forward pass over a prompt that fills a cache and gives the last token's logits."""
+    ids = torch.randint(256, (1, tokens), device=device)
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(rounds + 1):
+        for side in _rotated(sides, turn):
+            follow(model, sides[side])
+            times[side].append(timed(partial(model, ids, use_cache=True, logits_to_keep=1), device))
+    return {side: each[1:] for side, each in times.items()}
+
+
+def decode(model: Any, sides: Mapping[str, Modules], steps: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step of one token after a prompt of 64."""
+    prompt, token = (torch.randint(256, (1, count), device=device) for count in (64, 1))
+    follow(model, next(iter(sides.values())))
+    filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    caches = {side: copy.deepcopy(filled) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(steps + 1):
+        for side in _rotated(sides, turn):
+            follow(model, sides[side])
+            step = partial(model, token, past_key_values=caches[side], use_cache=True)
+            times[side].append(timed(step, device))
+    return {side: each[1:] for side, each in times.items()}
+
+
+def follow(model: nn.Module, modules: Modules) -> None:
+    """Put modules in their places by name."""
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, to the end of what it started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _rotated(sides: Iterable[str], turn: int) -> list[str]:
+    """The sides with another one first each turn, so that none always runs after the same other."""
+    names = list(sides)
+    return names[turn % len(names) :] + names[: turn % len(names)]
