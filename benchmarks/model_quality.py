@@ -4,13 +4,14 @@
 
 Every variant is the closed-form allocation over its menu, no search. In order, each with all before it unless said:
 
-* lowrank: two full factors a site, χ(out + in) parameters: the engine of the first issue, the reference of the bars.
+* lowrank: two full factors a site, χ(out + in) parameters, C and G of tokens that count alike: the engine of the first
+  issue, the reference of the bars.
 * pivoted: the same matrices without their gauge freedom, χ(out + in − χ) parameters.
+* weighted: tokens weighted in C and G, see `compression.statistics`.
 * menu: the lower envelope with fitted MPOs of two cores (balanced legs, and legs that follow the heads).
 * propagated: costs of each block scaled by what leaving the block dense saves in truth, on search text.
 * sequential: `menu`, with each site decomposed in the metric of the input that earlier compressed sites give it.
 * repaired: `sequential`, with every site solved for the dense model's output or residual stream first.
-* pivoted-repaired: `repaired` on the menu of `pivoted`.
 
 Held-out text is two corpora, prose and exam questions with their answers, scored apart. Nothing is tuned on it.
 """
@@ -18,11 +19,14 @@ Held-out text is two corpora, prose and exam questions with their answers, score
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,16 +35,17 @@ from torch import nn
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
 from compression.apply import ScheduleApplier
+from compression.factors import FactorStore
 from compression.repair import repair_
 from compression.schedule import DENSE
 from search.config import Config
 from search.models import head_size
 from search.quality import Quality, paired_kl
 from search.scoring import Workload
-from search.stages import SHRINKAGE, calibration_batches, workload_sequences
+from search.stages import SHRINKAGE, calibration_batches, factor_store, workload_sequences
 from search.subject import Subject, load
 
-VARIANTS = ("lowrank", "pivoted", "menu", "propagated", "sequential", "repaired", "pivoted-repaired")
+VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "propagated", "sequential", "repaired")
 _LIMIT = 4.0  # a block's weight is corrected by at most this factor
 
 
@@ -67,46 +72,46 @@ class Bench:
         corpora = {"prose": workload(held.prose), "exam": workload(held.exam)}
         return cls(subject, repair_tokens, fitted_families, corpora, workload(subject.splits.search_text.chunks[:4]))
 
-    def menu(self, kind: str) -> Menu:
+    @cached_property
+    def unweighted(self) -> FactorStore:
+        """Factors in the metric of tokens that count alike."""
+        subject = self.subject
+        calibration = dataclasses.replace(subject.calibration, weighted=False)
+        return factor_store(subject.loaded, subject.sites, calibration, calibration.cache)
+
+    def store(self, variant: str) -> FactorStore:
+        return self.unweighted if variant in ("lowrank", "pivoted") else self.subject.store
+
+    def menu(self, variant: str) -> Menu:
+        kind = variant if variant in ("lowrank", "pivoted", "weighted") else "menu"
         if kind not in self._menus:
-            store, size = self.subject.store, head_size(self.subject.loaded.model)
+            store, size = self.store(kind), head_size(self.subject.loaded.model)
             fitted = {
                 site.name: fitted_topologies(site, size)
                 for site in store.sites
                 if kind == "menu" and site.family in self.fitted_families
             }
-            self._menus[kind] = store.menu(
-                topology="lowrank" if kind == "lowrank" else "pivoted-lowrank", fitted=fitted
-            )
+            topology = "lowrank" if kind == "lowrank" else "pivoted-lowrank"
+            self._menus[kind] = store.menu(topology=topology, fitted=fitted)
         return self._menus[kind]
 
-    def schedule(self, kind: str, kept: float, log_weights: np.ndarray | None = None) -> Schedule:
-        menu = self.menu(kind)
+    def schedule(self, variant: str, kept: float) -> Schedule:
+        menu = self.menu(variant)
         target = math.floor(kept * menu.dense_parameters)
-        return to_schedule(menu, lagrangian(menu, target, log_weights))
+        return to_schedule(menu, lagrangian(menu, target, self.corrections(kept) if variant == "propagated" else None))
 
     @contextmanager
     def compressed(self, variant: str, kept: float) -> Iterator[Schedule]:
         """The model under a variant; dense again afterwards."""
-        model, store = self.subject.loaded.model, self.subject.store
-        if variant in ("lowrank", "pivoted", "menu", "propagated"):
-            kind = "menu" if variant == "propagated" else variant
-            weights = self.corrections(kept) if variant == "propagated" else None
-            schedule = self.schedule(kind, kept, weights)
-            with ScheduleApplier(model, store) as applier:
+        model, schedule = self.subject.loaded.model, self.schedule(variant, kept)
+        if variant not in ("sequential", "repaired"):
+            with ScheduleApplier(model, self.store(variant)) as applier:
                 applier.apply_(schedule)
                 yield schedule
             return
-        schedule = self.schedule("pivoted" if variant == "pivoted-repaired" else "menu", kept)
-        taken = repair_(
-            model,
-            store.sites,
-            schedule,
-            self.subject.calibration(),
-            self.repair_batches(),
-            SHRINKAGE,
-            correct=variant != "sequential",
-        )
+        sites, batches = self.subject.store.sites, self.repair_batches()
+        statistics, correct = self.subject.calibration(), variant == "repaired"
+        taken = repair_(model, sites, schedule, statistics, batches, SHRINKAGE, correct)
         try:
             yield schedule
         finally:
@@ -164,22 +169,22 @@ def main() -> None:
     parser.add_argument(
         "--fitted-families",
         nargs="*",
-        default=["v", "o", "down"],
+        default=["v"],
         help="families whose menu has fits: where an MPO can win",
     )
     parser.add_argument("--heldout-tokens", type=int, default=4096)
-    parser.add_argument("--repair-tokens", type=int, default=12288)
+    parser.add_argument("--repair-tokens", type=int, default=sys.maxsize)
     arguments = parser.parse_args()
     quick = arguments.quick
     fractions = arguments.kept or ([0.8, 0.5] if quick else [0.9, 0.8, 0.7, 0.6, 0.5])
-    wanted = arguments.variants or (("lowrank", "pivoted", "pivoted-repaired") if quick else VARIANTS)
+    wanted = arguments.variants or (("lowrank", "pivoted", "weighted", "repaired") if quick else VARIANTS)
     variants = [name for name in VARIANTS if name in wanted or name == "lowrank"]
     config = Config(heldout_tokens=1024 if quick else arguments.heldout_tokens)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, sites = load(config, device)
     bench = Bench.of(
         Subject.of(config, loaded, sites, device),
-        min(4096 if quick else 1 << 60, arguments.repair_tokens),
+        min(4096 if quick else sys.maxsize, arguments.repair_tokens),
         arguments.fitted_families,
     )
     quality: dict[tuple[str, float], dict[str, Quality]] = {}
@@ -210,10 +215,11 @@ def main() -> None:
             for variant in variants[1:]:
                 difference = paired_kl(quality[variant, kept][name], quality["lowrank", kept][name])
                 errors.append([variant, name, kept, f"{difference.value:+.4f} ± {difference.standard_error:.4f}"])
+    repaired = f"the first {bench.repair_tokens:,}" if bench.repair_tokens < text.calibration.tokens else "all"
     body = (
         "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
         f"and in brackets its ratio to `lowrank` at the same kept fraction. Held-out: {counts} sequences; calibration "
-        f"{text.calibration.tokens:,} tokens, repair on the first {bench.repair_tokens:,} of them. The menu has "
+        f"{text.calibration.tokens:,} tokens, {repaired} for repair. The menu has "
         f"fits for the families {', '.join(bench.fitted_families)}. What the variants are stands in "
         "benchmarks/model_quality.py.\n\n"
         + markdown(["variant", "corpus", *(f"kept {kept}" for kept in fractions)], rows)

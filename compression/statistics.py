@@ -1,8 +1,13 @@
 """Statistics: second moments of what flows into and back out of every site, streamed over calibration text.
 
-C = mean of x xᵀ over the inputs x of a site; G = mean of g gᵀ over the gradients g, with respect to the site's output,
-of the log-likelihood of a token sampled from the model itself. C and G are the Kronecker factors of the Fisher
-information of the site's weight (Martens & Grosse 2015), so ½·tr(G E C Eᵀ) predicts the KL that an error E costs.
+With x the input of a site and g the gradient, with respect to its output, of the log-likelihood of a token sampled from
+the model itself, the Fisher information of its weight is the mean of (g xᵀ) ⊗ (g xᵀ), and the KL that an error E costs
+is near ½ of the mean of (gᵀ E x)². C and G are its Kronecker factors: ½·tr(G E C Eᵀ) predicts the cost.
+
+Were x and g independent, C = mean of x xᵀ and G = mean of g gᵀ would do (Martens & Grosse 2015). They are not: a token
+whose x is huge may hardly matter. So each token counts in C by gᵀG⁻¹g and in G by xᵀC⁻¹x, over their means in a batch:
+the likelihood equations of a Kronecker covariance (Dutilleul 1999) but for the scale. Their right sides are the moments
+so far, renewed whenever the number of tokens has grown fourfold; the first tokens only serve to begin with.
 
 Knows torch modules and token batches; no tokenizer, no file. One forward and one backward pass per batch, no weight
 gradients.
@@ -10,17 +15,27 @@ gradients.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from compression.cache import Bundle
 from compression.sites import Site
+from compression.whitening import shrink
 
-__all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
+__all__ = ["LOOK", "MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
+
+LOOK = 1024
+"""Tokens that are only looked at, to weight those after them. Where there are no more, they count alike."""
+_RENEWAL = 4
+_SKETCH = 64  # random directions in which xᵀC⁻¹x is estimated, with a relative standard error of √(2/64)
+_SHRINKAGE = 0.01  # of the moments that weights are made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +43,22 @@ class Statistics:
     """Second moments of every site, float32, symmetric positive semidefinite.
 
     Attributes:
-        inputs: C (in, in) by the name of the first site that reads this input; q, k and v share one.
-        input_of: which entry of `inputs` belongs to a site.
+        inputs: C (in, in) by site name.
+        input_of: the first site that reads the same input, by site name; q, k and v share one.
         gradients: G (out, out) by site name.
-        tokens: number of tokens averaged over.
+        tokens: number of tokens of the text.
+        weights: what each of them counts in C, (tokens,) by site name, in the order of the batches.
     """
 
     inputs: Mapping[str, torch.Tensor]
     input_of: Mapping[str, str]
     gradients: Mapping[str, torch.Tensor]
     tokens: int
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def input(self, name: str) -> torch.Tensor:
         """C (in, in) of a site. Raises ValueError if it was not collected or is not finite."""
-        return _checked(name, "inputs", self.inputs.get(self.input_of.get(name, "")))
+        return _checked(name, "inputs", self.inputs.get(name))
 
     def gradient(self, name: str) -> torch.Tensor:
         """G (out, out) of a site. Raises ValueError if it was not collected or is not finite."""
@@ -51,17 +68,18 @@ class Statistics:
         """As named tensors with metadata, for the cache."""
         tensors = {f"input/{name}": moment for name, moment in self.inputs.items()}
         tensors |= {f"gradient/{name}": moment for name, moment in self.gradients.items()}
+        tensors |= {f"weight/{name}": weights for name, weights in self.weights.items()}
         return Bundle(tensors, {"input_of": json.dumps(dict(self.input_of)), "tokens": str(self.tokens)})
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Statistics:
         """Inverse of `to_bundle`."""
-        table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}}
+        table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}, "weight": {}}
         for key, moment in bundle.tensors.items():
             kind, name = key.split("/", 1)
             table[kind][name] = moment
         input_of = json.loads(bundle.metadata["input_of"])
-        return cls(table["input"], input_of, table["gradient"], int(bundle.metadata["tokens"]))
+        return cls(table["input"], input_of, table["gradient"], int(bundle.metadata["tokens"]), table["weight"])
 
 
 def collect(
@@ -70,6 +88,7 @@ def collect(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     generator: torch.Generator,
     progress: Callable[[int], None] = lambda tokens: None,
+    look: int = LOOK,
 ) -> Statistics:
     """Stream C and G of every site that can be tensorized.
 
@@ -80,19 +99,19 @@ def collect(
             positions (right padding) count nowhere.
         generator: draws the sampled tokens; on the model's device.
         progress: called with the number of tokens done after each batch.
+        look: how many tokens are only looked at, so that those after them can be weighted.
 
     Raises:
         ValueError: no token at all; or, by name, a site whose statistics are not finite, that the text never reaches,
             that the prediction does not depend on, or that does not read one row a token.
     """
-    accumulator = MomentAccumulator(model, sites)
+    accumulator = MomentAccumulator(model, sites, look)
     with accumulator:
         for input_ids, mask in batches:
-            accumulator.mask, accumulator.full = mask, bool(mask.all())
+            accumulator.expect(mask)
             logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
             logits.backward(sampled_gradient(logits.detach(), mask, generator))
-            accumulator.tokens += int(mask.sum())
-            progress(accumulator.tokens)
+            progress(accumulator.count())
     return accumulator.result()
 
 
@@ -108,19 +127,53 @@ def sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.
 
 
 class MomentAccumulator:
-    """Hooks on the sites of a model while it runs; sums of outer products."""
+    """Hooks on the sites of a model while it runs forward and backward; sums of outer products.
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    Args:
+        look: how many tokens are only looked at, so that those after them can be weighted.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], look: int = LOOK) -> None:
         self.model = model
         self.sites = [site for site in sites if not site.dense_because]
         self.tokens = 0
-        self.mask = torch.empty(0)
-        self.full = False  # whether the mask leaves nothing out
+        self._summed = 0  # of them, those in the sums
+        self._look = look
+        self._mask = torch.empty(0)
+        self._full = False  # whether the mask leaves nothing out
         self._inputs: dict[str, torch.Tensor] = {}
         self._gradients: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, list[torch.Tensor]] = {}  # site -> those of every batch
         self._input_of: dict[str, str] = {}  # site -> site whose input it shares
+        self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # site -> of C⁻¹ (in, 64) and G⁻¹ (out, 64)
         self._last: tuple[str, torch.Tensor] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def expect(self, mask: torch.Tensor) -> None:
+        """Before a batch: which of its positions count, bool (batch, length)."""
+        self._mask, self._full = mask, bool(mask.all())
+        if self.tokens >= self._look:
+            self._look = _RENEWAL * self.tokens
+            self._renew_weights()
+
+    def count(self) -> int:
+        """After a batch has run backward: tokens so far."""
+        tokens = int(self._mask.sum())
+        self.tokens, self._summed, self._last = self.tokens + tokens, self._summed + tokens, None
+        return self.tokens
+
+    def _renew_weights(self) -> None:
+        """From the moments so far; those of tokens without weights have then served."""
+        first = not self._sketches
+        for name in [site.name for site in self.sites if site.name in self._gradients]:
+            moments = {"inputs": self._inputs[name], "gradients": self._gradients[name]}
+            sketches = [_sketch(_checked(name, kind, total / self._summed)) for kind, total in moments.items()]
+            self._sketches[name] = sketches[0], sketches[1]
+        if first:
+            self._summed = 0
+            served = (*self._inputs.values(), *self._gradients.values(), *itertools.chain(*self._weights.values()))
+            for values in served:
+                values.zero_()
 
     def __enter__(self) -> MomentAccumulator:
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
@@ -138,42 +191,44 @@ class MomentAccumulator:
     def result(self) -> Statistics:
         if self.tokens == 0:
             raise ValueError("no calibration token: statistics need at least one")
-        for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
-            for name, moment in table.items():
-                _mirror_upper_(moment.div_(self.tokens))
-                _checked(name, kind, moment)
         for site in self.sites:
             if site.name not in self._input_of:
                 raise ValueError(f"site {site.name}: never reached by the calibration text; it cannot be calibrated")
             if site.name not in self._gradients:
                 raise _not_differentiable(site.name)
-        return Statistics(self._inputs, self._input_of, self._gradients, self.tokens)
+        for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
+            for site in self.sites:
+                _checked(site.name, kind, _mirror_upper_(table[site.name].div_(self._summed)))
+        weights = {name: torch.cat(parts) for name, parts in self._weights.items()}
+        return Statistics(self._inputs, self._input_of, self._gradients, self.tokens, weights)
 
     def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if not args or args[0].shape[:-1].numel() != self.mask.numel():
+            if not args or args[0].shape[:-1].numel() != self._mask.numel():
                 read = f"shape {tuple(args[0].shape)}" if args else "a keyword argument"
                 raise ValueError(f"site {name}: must read one row a token to be calibrated, reads {read}")
             if not output.requires_grad:
                 raise _not_differentiable(name)
-            if self._last is not None and self._last[1] is args[0]:
-                source = self._last[0]
-            else:
-                source = name
-                self._add(self._inputs, name, args[0].detach())
-                self._last = (name, args[0])
+            shared = self._last is not None and self._last[1] is args[0]
+            source = self._last[0] if self._last is not None and shared else name
+            self._last = (source, args[0])
             if self._input_of.setdefault(name, source) != source:
                 raise ValueError(f"site {name} does not read the same input in every pass; it cannot be calibrated")
-            output.register_hook(lambda gradient: self._add(self._gradients, name, gradient))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._add, name, args[0].detach()))  # type: ignore[no-untyped-call]
 
         return hook
 
-    def _add(self, table: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
-        rows = values.reshape(-1, values.shape[-1])
-        rows = (rows if self.full else rows[self.mask.flatten()]).float()
-        if name not in table:
-            table[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        _add_upper_gram_(table[name], rows)
+    def _add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        both = [values.reshape(-1, values.shape[-1]) for values in (inputs, gradients)]
+        rows = [(values if self._full else values[self._mask.flatten()]).float() for values in both]
+        weights = [torch.ones(len(values), device=values.device) for values in rows]
+        if name in self._sketches:
+            weights = [_weights(*pair) for pair in zip(rows, self._sketches[name], strict=True)]
+        for table, values, weight in zip((self._inputs, self._gradients), rows, reversed(weights), strict=True):
+            if name not in table:
+                table[name] = torch.zeros(values.shape[1], values.shape[1], device=values.device)
+            _add_upper_gram_(table[name], values, weight)
+        self._weights.setdefault(name, []).append(weights[1])
 
 
 def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:
@@ -189,16 +244,35 @@ def _not_differentiable(name: str) -> ValueError:
     return ValueError(f"site {name}: no gradient of the prediction reaches it; it cannot be calibrated")
 
 
-def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add the upper block triangle of Σ x xᵀ over `rows` (n, d) to `total` (d, d): 5/8 of the full product."""
+def _sketch(upper: torch.Tensor) -> torch.Tensor:
+    """P (d, 64) with E‖Pᵀx‖² = xᵀM⁻¹x / d over the random directions, for a moment M given by its upper triangle."""
+    size, generator = len(upper), torch.Generator(device=upper.device).manual_seed(0)
+    factor = torch.linalg.cholesky(shrink(_mirror_upper_(upper), _SHRINKAGE))
+    directions = torch.randn(size, _SKETCH, generator=generator, device=upper.device, dtype=factor.dtype)
+    solved = torch.linalg.solve_triangular(factor.mT, directions, upper=True)
+    sketch: torch.Tensor = (solved / math.sqrt(size * _SKETCH)).float()
+    return sketch
+
+
+def _weights(rows: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
+    """xᵀM⁻¹x / d, near enough, for every row x (n, d), over its mean."""
+    result: torch.Tensor = (rows @ sketch).square().sum(1)
+    weights: torch.Tensor = result / result.mean().clamp_min(torch.finfo(result.dtype).tiny)
+    return weights
+
+
+def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> None:
+    """Add the upper block triangle of Σ w·x xᵀ over `rows` (n, d) to `total` (d, d): 5/8 of the full product."""
+    weighted = rows * weights[:, None]
     width = rows.shape[1]
     step = max(64, -(-width // 4))
     for start in range(0, width, step):
         stop = min(start + step, width)
-        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        total[start:stop, start:].addmm_(weighted[:, start:stop].T, rows[:, start:])
 
 
-def _mirror_upper_(total: torch.Tensor) -> None:
-    """Make a matrix whose upper triangle is filled symmetric."""
+def _mirror_upper_(total: torch.Tensor) -> torch.Tensor:
+    """Make a matrix whose upper triangle is filled symmetric; returns it."""
     upper = total.triu(1)
-    total.triu_().add_(upper.T)
+    mirrored: torch.Tensor = total.triu_().add_(upper.T)
+    return mirrored

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compression.sites import Site
-from compression.statistics import MomentAccumulator, Statistics, sampled_gradient
+from compression.statistics import LOOK, MomentAccumulator, Statistics, sampled_gradient
 
 __all__ = ["BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
 
@@ -63,6 +63,7 @@ def stream(
     visit: Callable[[nn.Module, tuple[Site, ...], Statistics], None],
     scratch: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    look: int = LOOK,
 ) -> None:
     """Give the statistics of every block to `visit`, last block first.
 
@@ -74,6 +75,7 @@ def stream(
         scratch: where the hidden states lie meanwhile, 1 + blocks times the size of the last hidden layer over all
             tokens; None is the system's folder for temporary files. Everything is removed at the end.
         progress: called with the number of block passes done, of 2·blocks.
+        look: as for `compression.statistics.collect`.
 
     Raises:
         ValueError: no token at all, or a statistic is not finite.
@@ -86,7 +88,7 @@ def stream(
         for index in reversed(range(model.blocks)):
             block = model.block(index)
             sites = tuple(site for site in model.sites if site.block == index)
-            statistics = _backward(model, index, block, sites, batches, borders)
+            statistics = _backward(model, index, block, sites, batches, borders, look)
             visit(block, sites, statistics)
             del block, statistics
             progress(2 * model.blocks - index)
@@ -131,18 +133,19 @@ def _backward(
     sites: tuple[Site, ...],
     batches: Sequence[Batch],
     borders: _Borders,
+    look: int,
 ) -> Statistics:
     """Statistics of one block; its inputs on disk are replaced by the gradients that reach them."""
-    accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites)
+    accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites, look)
     with accumulator:
         for number, (_, mask) in enumerate(batches):
-            accumulator.mask, accumulator.full = mask, bool(mask.all())
+            accumulator.expect(mask)
             leaf = borders.get(index, number, mask.device).requires_grad_()
             output = model.run(index, block, leaf, mask)
             output.backward(borders.get(index + 1, number, mask.device))  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
             borders.put(index, number, leaf.grad)
-            accumulator.tokens += int(mask.sum())
+            accumulator.count()
     borders.drop(index + 1, len(batches))
     return accumulator.result()
 
@@ -231,7 +234,8 @@ class Footprint:
 
     Attributes:
         ends: embedding or head with one row of logits, its softmax, cumulative sum and gradients in float32.
-        collecting: a block, its moments, and the activations of one batch with their gradients.
+        collecting: a block, its moments, and the activations of one batch with their gradients, or the float64
+            workspace of weighting tokens.
         decomposing: a block, its moments, and the float64 workspace of its largest site.
         scratch: hidden states on disk.
     """
@@ -253,13 +257,14 @@ def footprint(shape: BlockShape, tokens: int, batch_tokens: int, row_tokens: int
     Args:
         tokens: of the calibration text; `batch_tokens` of one batch, `row_tokens` of one row.
     """
-    inputs = (shape.hidden, shape.hidden, shape.hidden, shape.mlp)  # q/k/v, o, gate/up and down read these
-    moments = 4 * (sum(width**2 for width in inputs) + sum(out**2 for out, _ in shape.shapes))
+    moments = 4 * sum(out**2 + into**2 for out, into in shape.shapes)
     row = row_tokens * shape.vocabulary
     widths = 12 * shape.hidden + 6 * shape.mlp + 4 * shape.key_value  # kept for the backward pass, and its gradients
     return Footprint(
         ends=shape.table_bytes + row * (4 * 4 + 2 * shape.bytes_per_weight),
-        collecting=shape.block_bytes + moments + batch_tokens * widths * shape.bytes_per_weight,
+        collecting=shape.block_bytes
+        + moments
+        + max(batch_tokens * widths * shape.bytes_per_weight, 24 * max(map(max, shape.shapes)) ** 2),
         decomposing=shape.block_bytes + moments + max(_workspace(out, into) for out, into in shape.shapes),
         scratch=(shape.blocks + 1) * tokens * shape.hidden * shape.bytes_per_weight,
     )

@@ -7,6 +7,7 @@ Composes engine, environment, agents and evaluators. Knows no flag and no file o
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from agents import Agent, Proposal
 from compression.cache import FactorCache, cache_key
 from compression.factors import FactorStore
 from compression.sites import Site, dense_weight
-from compression.statistics import Statistics, collect
+from compression.statistics import LOOK, Statistics, collect
 from envs import Reward
 from search.console import Stage
 from search.corpora import Text
@@ -50,6 +51,7 @@ class Calibration:
     """Second moments of a model on a text: from the cache, or streamed when first asked for.
 
     Attributes:
+        weighted: whether tokens are, see `compression.statistics`; if not, these are the moments of K-FAC.
         key: identity of the statistics: model, sites, text, seed.
     """
 
@@ -59,13 +61,15 @@ class Calibration:
     seed: int
     cache: FactorCache
     progress: Callable[[int], None] = lambda tokens: None
+    weighted: bool = True
     _statistics: Statistics | None = field(default=None, repr=False)
 
     @property
     def key(self) -> str:
         sites = [site.name for site in self.sites]
+        kind = "statistics" if self.weighted else "unweighted statistics"
         return cache_key(
-            kind="statistics", format=1, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed
+            kind=kind, format=2, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed
         )
 
     def __call__(self) -> Statistics:
@@ -83,7 +87,8 @@ class Calibration:
         model = self.loaded.model
         generator = torch.Generator(device=model.device).manual_seed(self.seed)
         batches = calibration_batches(self.loaded, self.text, self.seed)
-        return collect(model, self.sites, batches, generator, self.progress)
+        look = LOOK if self.weighted else sys.maxsize
+        return collect(model, self.sites, batches, generator, self.progress, look)
 
 
 def factor_store(

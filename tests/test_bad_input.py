@@ -223,7 +223,7 @@ def test_a_moment_that_is_none_is_refused() -> None:
 def test_statistics_that_are_not_finite_or_missing_are_refused_by_name() -> None:
     broken = torch.eye(4)
     broken[1, 2] = math.inf
-    statistics = Statistics({"a": broken}, {"a": "a", "b": "a"}, {"a": torch.eye(4), "b": broken}, 10)
+    statistics = Statistics({"b": broken}, {"a": "a", "b": "a"}, {"a": torch.eye(4), "b": broken}, 10)
     assert statistics.gradient("a").shape == (4, 4)
     with pytest.raises(ValueError, match="site b: the second moment of its inputs has NaN or infinite"):
         statistics.input("b")

@@ -17,6 +17,7 @@ from compression import (
     MPOLinear,
     Schedule,
     ScheduleApplier,
+    Site,
     Statistics,
     Whitening,
     collect,
@@ -29,6 +30,7 @@ from compression import (
     to_schedule,
 )
 from compression.size import SizeModel
+from compression.statistics import MomentAccumulator
 
 
 class Block(nn.Module):
@@ -119,7 +121,7 @@ def test_statistics_equal_a_direct_computation(model: TinyModel) -> None:
     handle.remove()
     rows = torch.cat([x.reshape(-1, 12) for x in inputs]).double()
     assert torch.allclose(statistics.input("layers.1.q_proj").double(), rows.T @ rows / len(rows), atol=1e-5)
-    assert statistics.input("layers.1.q_proj") is statistics.input("layers.1.v_proj")
+    assert statistics.input_of["layers.1.v_proj"] == "layers.1.q_proj"
     assert statistics.input("layers.1.q_proj") is not statistics.input("layers.1.mlp.proj")
     assert statistics.tokens == 3 * 4 * 20
 
@@ -148,6 +150,33 @@ def test_gradient_moment_of_the_last_layer_matches_the_exact_fisher() -> None:
     p = torch.softmax(last(ids).logits, -1).reshape(-1, 6)
     exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
     assert torch.allclose(statistics.gradient("layers.0.0"), exact, atol=0.01)
+
+
+def test_weights_follow_inputs_and_gradients_that_are_not_independent() -> None:
+    """Every fourth token has a huge input in one direction and hardly a gradient, as attention sinks do."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, inputs, outputs = 4096, 6, 5
+    x, g = (torch.randn(tokens, size, generator=generator) for size in (inputs, outputs))
+    x[::4] = 30 * x[::4, :1] * torch.nn.functional.normalize(torch.ones(inputs), dim=0)
+    g[::4] *= 0.01
+    linear = nn.Linear(inputs, outputs).requires_grad_(False)
+    block = nn.Sequential(nn.Identity(), linear)
+    block.get_input_embeddings = lambda: block[0]
+    site, mask = Site("1", 0, "q", outputs, inputs), torch.ones(1, 256, dtype=torch.bool)
+    errors = torch.randn(40, outputs, inputs, generator=generator)
+    true = 0.5 * torch.einsum("to,koi,ti->kt", g, errors, x).square().mean(1)
+    spread = {}
+    for look in (256, 1 << 20):
+        accumulator = MomentAccumulator(block, [site], look)
+        with accumulator:
+            for one, other in zip(x.split(256), g.split(256), strict=True):
+                accumulator.expect(mask)
+                block(one[None].clone().requires_grad_()).backward(other[None])
+                accumulator.count()
+        statistics = accumulator.result()
+        predicted = 0.5 * ((statistics.gradient("1") @ errors @ statistics.input("1")) * errors).sum((1, 2))
+        spread[look] = float((predicted / true).log().std())
+    assert spread[256] < 0.5 * spread[1 << 20]
 
 
 def test_masked_positions_count_nowhere(model: TinyModel) -> None:

@@ -112,3 +112,13 @@ def test_a_zero_weight_stays_zero() -> None:
     result = fit(torch.zeros_like(weights), g, c, TWO, 3)
     assert float(result.cost) == 0
     assert all(torch.isfinite(core).all() for core in result.cores)
+
+
+def test_bonds_may_have_caps_of_their_own() -> None:
+    weights, g, c = problem(2, 12, 8)
+    result = fit(weights, g, c, THREE, (4, 2))
+    assert [core.shape[4] for core in result.cores] == [4, 2, 1]
+    assert (result.cost <= fit(weights, g, c, THREE, 2).cost).all()
+    assert (result.cost >= fit(weights, g, c, THREE, 4).cost).all()
+    with pytest.raises(ValueError, match="one for each"):
+        fit(weights, g, c, THREE, (4, 2, 1))

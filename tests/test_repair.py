@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression import Schedule, Site, collect, discover_sites, uniform_schedule
+from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
 from compression.repair import _Block, _correction, _groups, _record_calls, _Targets, repair_
 from compression.sites import model_parameters
 from compression.size import SizeModel
@@ -78,7 +78,7 @@ def test_sites_that_write_to_the_residual_stream_are_found(name: str, writers: s
         calls = _record_calls(model, [f"{prefix}.0"], batches)[0]
         groups = _groups([site for site in sites if site.block == 0], statistics)
         states = [call.hidden for call in calls]
-        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, [mask for _, mask in batches])
+        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, [mask for _, mask in batches], {})
     found = [group[0] for group, stream in zip(groups, targets._streams, strict=True) if stream is not None]
     assert {site.name.rsplit(".", 1)[-1] for site in found} == writers
     assert len(found) == 2
@@ -86,8 +86,9 @@ def test_sites_that_write_to_the_residual_stream_are_found(name: str, writers: s
 
 def test_one_sequence_is_too_few_to_tell_what_a_correction_is_worth() -> None:
     site, batch = Site("a", 0, "q", 4, 4), (torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
+    none = Statistics({}, {}, {}, 0)
     with pytest.raises(ValueError, match="2 sequences"):
-        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), None, [batch], 0.1)  # type: ignore[arg-type]
+        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), none, [batch], 0.1)
 
 
 def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() -> None:
@@ -103,3 +104,10 @@ def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() ->
     assert torch.linalg.norm(correction(inputs @ change.T + 0.1 * noise) - change) < 0.1 * torch.linalg.norm(change)
     learned = torch.linalg.solve(moment.sum(0), (noise.T @ inputs / 400).mT).mT
     assert torch.linalg.norm(correction(noise)) < 0.5 * torch.linalg.norm(learned)
+
+
+def test_text_that_the_statistics_do_not_know_is_refused() -> None:
+    model, sites, statistics, batches = subject("random:tiny-llama")
+    schedule = Schedule.dense(tuple(site.name for site in sites))
+    with pytest.raises(ValueError, match="but the statistics are of"):
+        repair_(model, sites, schedule, statistics, [*batches, batches[0]], 0.003)
