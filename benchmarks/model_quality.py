@@ -19,18 +19,16 @@ Held-out text is two corpora, prose and exam questions with their answers, score
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
@@ -39,10 +37,11 @@ from compression.factors import FactorStore
 from compression.repair import repair_
 from compression.schedule import DENSE
 from search.config import Config
+from search.latency import follow
 from search.models import head_size
 from search.quality import Quality, paired_kl
 from search.scoring import Workload
-from search.stages import SHRINKAGE, calibration_batches, factor_store, workload_sequences
+from search.stages import SHRINKAGE, factor_store, workload_sequences
 from search.subject import Subject, load
 
 VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "propagated", "sequential", "repaired")
@@ -54,14 +53,13 @@ class Bench:
     """A subject with its menus and held-out workloads, each made when first asked for."""
 
     subject: Subject
-    repair_tokens: int
     fitted_families: Sequence[str]
     workloads: dict[str, Workload]
     trial: Workload
     _menus: dict[str, Menu] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, subject: Subject, repair_tokens: int, fitted_families: Sequence[str]) -> Bench:
+    def of(cls, subject: Subject, fitted_families: Sequence[str]) -> Bench:
         held, model = subject.splits.heldout_text, subject.loaded.model
 
         def workload(chunks: Sequence[Sequence[int]]) -> Workload:
@@ -70,13 +68,13 @@ class Bench:
             return made
 
         corpora = {"prose": workload(held.prose), "exam": workload(held.exam)}
-        return cls(subject, repair_tokens, fitted_families, corpora, workload(subject.splits.search_text.chunks[:4]))
+        return cls(subject, fitted_families, corpora, workload(subject.splits.search_text.chunks[:4]))
 
     @cached_property
     def unweighted(self) -> FactorStore:
         """Factors in the metric of tokens that count alike."""
         subject = self.subject
-        calibration = dataclasses.replace(subject.calibration, weighted=False)
+        calibration = subject.calibration.unweighted
         return factor_store(subject.loaded, subject.sites, calibration, calibration.cache)
 
     def store(self, variant: str) -> FactorStore:
@@ -109,13 +107,13 @@ class Bench:
                 applier.apply_(schedule)
                 yield schedule
             return
-        sites, batches = self.subject.store.sites, self.repair_batches()
+        sites, batches = self.subject.store.sites, self.subject.repair_batches()
         statistics, correct = self.subject.calibration(), variant == "repaired"
         taken = repair_(model, sites, schedule, statistics, batches, SHRINKAGE, correct)
         try:
             yield schedule
         finally:
-            _put_back(model, taken)
+            follow(model, taken)
 
     def corrections(self, kept: float) -> np.ndarray:
         """Logarithm, by site, of what making its block dense saves over what the menu predicts, against the mean."""
@@ -144,21 +142,6 @@ class Bench:
         logs = {block: min(max(ratio.get(block, middle) - middle, -limit), limit) for block in blocks}
         return np.array([logs[menu_site.site.block] for menu_site in menu.sites])
 
-    def repair_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The first calibration batches, in the seeded order they were collected in."""
-        subject, batches, tokens = self.subject, [], 0
-        for ids, mask in calibration_batches(subject.loaded, subject.splits.calibration, subject.config.seed):
-            batches.append((ids, mask))
-            tokens += int(mask.sum())
-            if tokens >= self.repair_tokens:
-                break
-        return batches
-
-
-def _put_back(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
-    for name, module in taken.items():
-        model.set_submodule(name, module)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -173,18 +156,20 @@ def main() -> None:
         help="families whose menu has fits: where an MPO can win",
     )
     parser.add_argument("--heldout-tokens", type=int, default=4096)
-    parser.add_argument("--repair-tokens", type=int, default=sys.maxsize)
+    parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens)
     arguments = parser.parse_args()
     quick = arguments.quick
     fractions = arguments.kept or ([0.8, 0.5] if quick else [0.9, 0.8, 0.7, 0.6, 0.5])
     wanted = arguments.variants or (("lowrank", "pivoted", "weighted", "repaired") if quick else VARIANTS)
     variants = [name for name in VARIANTS if name in wanted or name == "lowrank"]
-    config = Config(heldout_tokens=1024 if quick else arguments.heldout_tokens)
+    config = Config(
+        heldout_tokens=1024 if quick else arguments.heldout_tokens,
+        repair_tokens=min(4096 if quick else sys.maxsize, arguments.repair_tokens),
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, sites = load(config, device)
     bench = Bench.of(
         Subject.of(config, loaded, sites, device),
-        min(4096 if quick else sys.maxsize, arguments.repair_tokens),
         arguments.fitted_families,
     )
     quality: dict[tuple[str, float], dict[str, Quality]] = {}
@@ -215,7 +200,7 @@ def main() -> None:
             for variant in variants[1:]:
                 difference = paired_kl(quality[variant, kept][name], quality["lowrank", kept][name])
                 errors.append([variant, name, kept, f"{difference.value:+.4f} ± {difference.standard_error:.4f}"])
-    repaired = f"the first {bench.repair_tokens:,}" if bench.repair_tokens < text.calibration.tokens else "all"
+    repaired = f"the first {config.repair_tokens:,}" if config.repair_tokens < text.calibration.tokens else "all"
     body = (
         "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
         f"and in brackets its ratio to `lowrank` at the same kept fraction. Held-out: {counts} sequences; calibration "

@@ -74,8 +74,8 @@ def repair_(
         The modules that were taken out, by site name; putting them back restores the dense model.
 
     Raises:
-        ValueError: fewer than two sequences, more tokens than the statistics have weights for, or a fit that does (see
-            `compression.fit`).
+        ValueError: a site is compressed already, there are fewer than two sequences or more tokens than the statistics
+            have weights for, or a fit does (see `compression.fit`).
     """
     if sum(len(ids) for ids, _ in batches) < _FOLDS:
         raise ValueError(f"repair needs {_FOLDS} sequences of calibration text or more")
@@ -83,6 +83,8 @@ def repair_(
     masks = [mask for _, mask in batches]
     weights = _by_batch(free, statistics, masks)
     taken = {site.name: model.get_submodule(site.name) for site in free}
+    if compressed := [name for name, module in taken.items() if isinstance(module, MPOLinear)]:
+        raise ValueError(f"site {compressed[0]} is compressed already; repair starts from the dense model")
     blocks = sorted({site.block for site in free})
     prefix = free[0].name.split(f".{free[0].block}.")[0]
     calls = _record_calls(model, [f"{prefix}.{block}" for block in blocks], batches)

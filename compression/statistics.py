@@ -5,9 +5,10 @@ the model itself, the Fisher information of its weight is the mean of (g xᵀ) �
 is near ½ of the mean of (gᵀ E x)². C and G are its Kronecker factors: ½·tr(G E C Eᵀ) predicts the cost.
 
 Were x and g independent, C = mean of x xᵀ and G = mean of g gᵀ would do (Martens & Grosse 2015). They are not: a token
-whose x is huge may hardly matter. So each token counts in C by gᵀG⁻¹g and in G by xᵀC⁻¹x, over their means in a batch:
-the likelihood equations of a Kronecker covariance (Dutilleul 1999) but for the scale. Their right sides are the moments
-so far, renewed whenever the number of tokens has grown fourfold; the first tokens only serve to begin with.
+whose x is huge may hardly matter. Given such moments of a first pass, a second one counts each token in C by gᵀG⁻¹g and
+in G by xᵀC⁻¹x, over their means in a batch: a step of the flip-flop iteration for a Kronecker covariance (Dutilleul
+1999) but for the scale. The text must be the same: on other text than the moments are of, gradients have tails so heavy
+that a few tokens would count for all.
 
 Knows torch modules and token batches; no tokenizer, no file. One forward and one backward pass per batch, no weight
 gradients.
@@ -15,7 +16,6 @@ gradients.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,13 +29,10 @@ from compression.cache import Bundle
 from compression.sites import Site
 from compression.whitening import shrink
 
-__all__ = ["LOOK", "MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
+__all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
 
-LOOK = 1024
-"""Tokens that are only looked at, to weight those after them. Where there are no more, they count alike."""
-_RENEWAL = 4
 _SKETCH = 64  # random directions in which xᵀC⁻¹x is estimated, with a relative standard error of √(2/64)
-_SHRINKAGE = 0.01  # of the moments that weights are made of
+_SHRINKAGE = 0.003  # of the moments that weights are made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +85,7 @@ def collect(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     generator: torch.Generator,
     progress: Callable[[int], None] = lambda tokens: None,
-    look: int = LOOK,
+    first: Statistics | None = None,
 ) -> Statistics:
     """Stream C and G of every site that can be tensorized.
 
@@ -99,13 +96,13 @@ def collect(
             positions (right padding) count nowhere.
         generator: draws the sampled tokens; on the model's device.
         progress: called with the number of tokens done after each batch.
-        look: how many tokens are only looked at, so that those after them can be weighted.
+        first: of an earlier pass over the same batches, to weight tokens by; None counts all alike.
 
     Raises:
         ValueError: no token at all; or, by name, a site whose statistics are not finite, that the text never reaches,
             that the prediction does not depend on, or that does not read one row a token.
     """
-    accumulator = MomentAccumulator(model, sites, look)
+    accumulator = MomentAccumulator(model, sites, first)
     with accumulator:
         for input_ids, mask in batches:
             accumulator.expect(mask)
@@ -130,15 +127,13 @@ class MomentAccumulator:
     """Hooks on the sites of a model while it runs forward and backward; sums of outer products.
 
     Args:
-        look: how many tokens are only looked at, so that those after them can be weighted.
+        first: moments to weight tokens by, see the module.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], look: int = LOOK) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], first: Statistics | None = None) -> None:
         self.model = model
         self.sites = [site for site in sites if not site.dense_because]
         self.tokens = 0
-        self._summed = 0  # of them, those in the sums
-        self._look = look
         self._mask = torch.empty(0)
         self._full = False  # whether the mask leaves nothing out
         self._inputs: dict[str, torch.Tensor] = {}
@@ -146,34 +141,20 @@ class MomentAccumulator:
         self._weights: dict[str, list[torch.Tensor]] = {}  # site -> those of every batch
         self._input_of: dict[str, str] = {}  # site -> site whose input it shares
         self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # site -> of C⁻¹ (in, 64) and G⁻¹ (out, 64)
+        if first is not None:
+            for site in self.sites:
+                self._sketches[site.name] = _sketch(first.input(site.name)), _sketch(first.gradient(site.name))
         self._last: tuple[str, torch.Tensor] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def expect(self, mask: torch.Tensor) -> None:
         """Before a batch: which of its positions count, bool (batch, length)."""
         self._mask, self._full = mask, bool(mask.all())
-        if self.tokens >= self._look:
-            self._look = _RENEWAL * self.tokens
-            self._renew_weights()
 
     def count(self) -> int:
         """After a batch has run backward: tokens so far."""
-        tokens = int(self._mask.sum())
-        self.tokens, self._summed, self._last = self.tokens + tokens, self._summed + tokens, None
+        self.tokens, self._last = self.tokens + int(self._mask.sum()), None
         return self.tokens
-
-    def _renew_weights(self) -> None:
-        """From the moments so far; those of tokens without weights have then served."""
-        first = not self._sketches
-        for name in [site.name for site in self.sites if site.name in self._gradients]:
-            moments = {"inputs": self._inputs[name], "gradients": self._gradients[name]}
-            sketches = [_sketch(_checked(name, kind, total / self._summed)) for kind, total in moments.items()]
-            self._sketches[name] = sketches[0], sketches[1]
-        if first:
-            self._summed = 0
-            served = (*self._inputs.values(), *self._gradients.values(), *itertools.chain(*self._weights.values()))
-            for values in served:
-                values.zero_()
 
     def __enter__(self) -> MomentAccumulator:
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
@@ -198,7 +179,7 @@ class MomentAccumulator:
                 raise _not_differentiable(site.name)
         for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
             for site in self.sites:
-                _checked(site.name, kind, _mirror_upper_(table[site.name].div_(self._summed)))
+                _checked(site.name, kind, _mirror_upper_(table[site.name].div_(self.tokens)))
         weights = {name: torch.cat(parts) for name, parts in self._weights.items()}
         return Statistics(self._inputs, self._input_of, self._gradients, self.tokens, weights)
 
@@ -244,11 +225,11 @@ def _not_differentiable(name: str) -> ValueError:
     return ValueError(f"site {name}: no gradient of the prediction reaches it; it cannot be calibrated")
 
 
-def _sketch(upper: torch.Tensor) -> torch.Tensor:
-    """P (d, 64) with E‖Pᵀx‖² = xᵀM⁻¹x / d over the random directions, for a moment M given by its upper triangle."""
-    size, generator = len(upper), torch.Generator(device=upper.device).manual_seed(0)
-    factor = torch.linalg.cholesky(shrink(_mirror_upper_(upper), _SHRINKAGE))
-    directions = torch.randn(size, _SKETCH, generator=generator, device=upper.device, dtype=factor.dtype)
+def _sketch(moment: torch.Tensor) -> torch.Tensor:
+    """P (d, 64) with E‖Pᵀx‖² = xᵀM⁻¹x / d over the random directions, for a moment M (d, d)."""
+    size, generator = len(moment), torch.Generator(device=moment.device).manual_seed(0)
+    factor = torch.linalg.cholesky(shrink(moment, _SHRINKAGE))
+    directions = torch.randn(size, _SKETCH, generator=generator, device=moment.device, dtype=factor.dtype)
     solved = torch.linalg.solve_triangular(factor.mT, directions, upper=True)
     sketch: torch.Tensor = (solved / math.sqrt(size * _SKETCH)).float()
     return sketch

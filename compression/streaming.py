@@ -3,7 +3,7 @@
 Forward block by block over all calibration batches, with the hidden states at the borders of blocks kept on disk; then
 the head and the gradient of sampled tokens; then backward block by block, each run again with gradients from the input
 it had. Every block is loaded twice and never beside another one. The second moments are those of
-`compression.statistics.collect`, by the same code.
+`compression.statistics.collect` with tokens that count alike, by the same code.
 
 Knows torch modules and token batches; where a block's weights come from and how it is called is the business of the
 `BlockwiseModel` it is given.
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compression.sites import Site
-from compression.statistics import LOOK, MomentAccumulator, Statistics, sampled_gradient
+from compression.statistics import MomentAccumulator, Statistics, sampled_gradient
 
 __all__ = ["BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
 
@@ -63,7 +63,6 @@ def stream(
     visit: Callable[[nn.Module, tuple[Site, ...], Statistics], None],
     scratch: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
-    look: int = LOOK,
 ) -> None:
     """Give the statistics of every block to `visit`, last block first.
 
@@ -75,7 +74,6 @@ def stream(
         scratch: where the hidden states lie meanwhile, 1 + blocks times the size of the last hidden layer over all
             tokens; None is the system's folder for temporary files. Everything is removed at the end.
         progress: called with the number of block passes done, of 2·blocks.
-        look: as for `compression.statistics.collect`.
 
     Raises:
         ValueError: no token at all, or a statistic is not finite.
@@ -88,7 +86,7 @@ def stream(
         for index in reversed(range(model.blocks)):
             block = model.block(index)
             sites = tuple(site for site in model.sites if site.block == index)
-            statistics = _backward(model, index, block, sites, batches, borders, look)
+            statistics = _backward(model, index, block, sites, batches, borders)
             visit(block, sites, statistics)
             del block, statistics
             progress(2 * model.blocks - index)
@@ -133,10 +131,9 @@ def _backward(
     sites: tuple[Site, ...],
     batches: Sequence[Batch],
     borders: _Borders,
-    look: int,
 ) -> Statistics:
     """Statistics of one block; its inputs on disk are replaced by the gradients that reach them."""
-    accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites, look)
+    accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites)
     with accumulator:
         for number, (_, mask) in enumerate(batches):
             accumulator.expect(mask)
@@ -234,8 +231,7 @@ class Footprint:
 
     Attributes:
         ends: embedding or head with one row of logits, its softmax, cumulative sum and gradients in float32.
-        collecting: a block, its moments, and the activations of one batch with their gradients, or the float64
-            workspace of weighting tokens.
+        collecting: a block, its moments, and the activations of one batch with their gradients.
         decomposing: a block, its moments, and the float64 workspace of its largest site.
         scratch: hidden states on disk.
     """
@@ -262,9 +258,7 @@ def footprint(shape: BlockShape, tokens: int, batch_tokens: int, row_tokens: int
     widths = 12 * shape.hidden + 6 * shape.mlp + 4 * shape.key_value  # kept for the backward pass, and its gradients
     return Footprint(
         ends=shape.table_bytes + row * (4 * 4 + 2 * shape.bytes_per_weight),
-        collecting=shape.block_bytes
-        + moments
-        + max(batch_tokens * widths * shape.bytes_per_weight, 24 * max(map(max, shape.shapes)) ** 2),
+        collecting=shape.block_bytes + moments + batch_tokens * widths * shape.bytes_per_weight,
         decomposing=shape.block_bytes + moments + max(_workspace(out, into) for out, into in shape.shapes),
         scratch=(shape.blocks + 1) * tokens * shape.hidden * shape.bytes_per_weight,
     )

@@ -30,6 +30,7 @@ PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
 QUICK: Mapping[str, int] = {
     "budget": 10,
     "calibration_tokens": 4096,
+    "repair_tokens": 4096,
     "search_items": 2,
     "search_shards": 2,
     "heldout_tokens": 1024,
@@ -156,6 +157,15 @@ class Config(BaseModel):
         "a whole number from 512 to 100000000",
         "Tokens of text, half of it exam questions, from which the statistics of every matrix are collected.",
         ge=512,
+        le=100_000_000,
+    )
+    repair_tokens: int = _field(
+        24576,
+        "sizes",
+        "a whole number from 0 to 100000000",
+        "Tokens of that text with which the searched schedule is repaired, block by block, without training; 0 leaves "
+        "it as it is.",
+        ge=0,
         le=100_000_000,
     )
     search_items: int = _field(

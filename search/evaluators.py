@@ -170,6 +170,12 @@ class ModelEvaluator:
         """
         return [self._evaluate(schedule, rival) for schedule in schedules]
 
+    def score_as_is(self, schedule: Schedule) -> Score:
+        """Score of the model as it stands: after `close`, with its sites replaced by the caller as `schedule` says."""
+        start = time.perf_counter()
+        quality = self._workloads[0].measure(self._model)
+        return Score(quality.state, quality, self._sizes.size(schedule), time.perf_counter() - start)
+
     def close(self) -> None:
         """Give the model back dense, bit for bit, and the memory of hidden states."""
         self.states.forget()

@@ -9,7 +9,7 @@ import dataclasses
 import errno
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,27 +18,29 @@ import torch
 import agents
 from compression.allocation import uniform_schedule
 from compression.cache import cache_key
+from compression.repair import repair_
 from compression.schedule import Schedule
 from compression.sites import Site, model_bytes, model_parameters
 from envs import LEVELS, REACH, Problem, Reward
 from search.config import Config
-from search.console import Console
+from search.console import Console, Stage
 from search.evaluators import Score
 from search.items import forms, load_proxy
 from search.journal import Journal
-from search.latency import against_dense
+from search.latency import against_dense, follow
 from search.models import resolve_device
 from search.packages import cache_folder
 from search.prior import build_prior
 from search.quality import paired_kl
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
-from search.stages import Trial, best_trials, run_agent
+from search.stages import SHRINKAGE, Trial, best_trials, run_agent
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
 
 __all__ = ["RunSummary", "plan", "run"]
 
 _FINALISTS = 6
+_REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,11 @@ def plan(config: Config) -> Mapping[str, object]:
     }
     parameters = sum(site.parameters for site in sites)
     forward = (
-        3 * config.calibration_tokens
+        6 * config.calibration_tokens
         + (config.budget + 2 * config.search_shards) * tokens["trial"]
         + (_FINALISTS + 2) * tokens["selection"]
-        + 7 * tokens["held-out"]
+        + 8 * tokens["held-out"]
+        + _REPAIR_PASSES * min(config.repair_tokens, config.calibration_tokens)
     )
     families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
     smallest = smallest_parameters(sites) / parameters
@@ -159,15 +162,13 @@ def _preflight(config: Config) -> torch.device:
 
 def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
     _check_space(subject)
-    with console.stage("calibrate", config.calibration_tokens, "tokens") as stage:
-        seen = [0]
-
-        def progress(tokens: int) -> None:
-            stage.advance(tokens - seen[0])
-            seen[0] = tokens
-
-        subject.calibration.progress = progress
-        subject.calibration()
+    calibration = subject.calibration
+    for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
+        if calibration.cache.has(calibration.key):
+            break
+        with console.stage(name, config.calibration_tokens, "tokens") as stage:
+            part.progress = _advancing(stage)
+            part()
     baselines = _baselines(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
         menu = subject.store.menu(progress=lambda done: stage.advance(1))
@@ -178,7 +179,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
                     subject.store.cores(name, choice)
     subject.calibration.release()
     trials, chosen = _search(folder, config, subject, problem, console)
-    scores = _measure(subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, console)
+    scores = _measure(subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, chosen, console)
     with console.stage("time"):
         costs = cache_folder() / "layer-costs.json"
         latency = against_dense(subject.loaded.model, subject.store, chosen, config.optimize, costs)
@@ -211,6 +212,18 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     folder.write_json(SUMMARY, document)
     folder.write_json(PRIOR, build_prior(config, subject.loaded, subject.sites, chosen, rows, subject.splits))
     return RunSummary(folder.path, document, failures)
+
+
+def _advancing(stage: Stage) -> Callable[[int], None]:
+    """Turns how much is done in all into how much has come to it."""
+    seen = 0
+
+    def progress(done: int) -> None:
+        nonlocal seen
+        stage.advance(done - seen)
+        seen = done
+
+    return progress
 
 
 def _search(
@@ -262,20 +275,39 @@ def _select(subject: Subject, closed_form: Schedule, finalists: Sequence[Schedul
     return best
 
 
-def _measure(subject: Subject, schedules: Mapping[str, Schedule], console: Console) -> dict[str, Score]:
-    """Scores for the final table: the dense model and every schedule, on held-out text and report items."""
-    with (
-        console.stage("measure", 1 + len(schedules), "schedules") as stage,
-        subject.evaluator("heldout") as evaluator,
-    ):
-        scores = {"dense": evaluator.dense}
-        stage.advance(1)
-        known: dict[str, Score] = {}
-        for name, schedule in schedules.items():
-            if schedule.digest not in known:
-                [known[schedule.digest]] = evaluator.evaluate([schedule])
-            scores[name] = known[schedule.digest]
-            stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
+def _measure(
+    subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, console: Console
+) -> dict[str, Score]:
+    """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired."""
+    with subject.evaluator("heldout") as evaluator:
+        with console.stage("measure", len(schedules), "schedules") as stage:
+            scores = {"dense": evaluator.dense}
+            known: dict[str, Score] = {}
+            for name, schedule in schedules.items():
+                if schedule.digest not in known:
+                    [known[schedule.digest]] = evaluator.evaluate([schedule])
+                scores[name] = known[schedule.digest]
+                stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
+        batches = subject.repair_batches()
+        if not batches or all(choice.is_dense for _, choice in chosen):
+            return scores
+        evaluator.close()
+        model, calibration = subject.loaded.model, subject.calibration
+        with console.stage("repair", 1 + max(site.block for site in subject.sites), "blocks") as stage:
+            taken = repair_(
+                model,
+                subject.sites,
+                chosen,
+                calibration(),
+                batches,
+                SHRINKAGE,
+                progress=lambda done: stage.advance(1),
+            )
+            try:
+                scores["repaired"] = evaluator.score_as_is(chosen)
+            finally:
+                follow(model, taken)
+                calibration.release()
     return scores
 
 
@@ -338,14 +370,14 @@ def _describe(trials: Sequence[Trial]) -> str:
 
 
 def _check_space(subject: Subject) -> None:
-    """Refuse to start building a cache that the disk cannot hold: moments and three sets of factors in float32."""
+    """Refuse to start building a cache that the disk cannot hold: both passes of moments and three sets of factors, float32."""
     cache = subject.calibration.cache
     if cache.root is None or cache.has(subject.calibration.key):
         return
     sites = [site for site in subject.sites if not site.dense_because]
     moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
     lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
-    needed = 4 * (moments + 2 * lowrank + sum(site.parameters for site in sites))
+    needed = 4 * (2 * moments + 2 * lowrank + sum(site.parameters for site in sites))
     cache.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache.root).free
     if free < needed:

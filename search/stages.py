@@ -6,10 +6,11 @@ Composes engine, environment, agents and evaluators. Knows no flag and no file o
 
 from __future__ import annotations
 
+import dataclasses
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -17,7 +18,7 @@ from agents import Agent, Proposal
 from compression.cache import FactorCache, cache_key
 from compression.factors import FactorStore
 from compression.sites import Site, dense_weight
-from compression.statistics import LOOK, Statistics, collect
+from compression.statistics import Statistics, collect
 from envs import Reward
 from search.console import Stage
 from search.corpora import Text
@@ -79,16 +80,21 @@ class Calibration:
             self._statistics = Statistics.from_bundle(bundle)
         return self._statistics
 
+    @cached_property
+    def unweighted(self) -> Calibration:
+        """The same with tokens that count alike: the first of two passes."""
+        return dataclasses.replace(self, weighted=False, _statistics=None)
+
     def release(self) -> None:
         """Give the memory back."""
-        self._statistics = None
+        self._statistics = self.unweighted._statistics = None
 
     def _collect(self) -> Statistics:
         model = self.loaded.model
         generator = torch.Generator(device=model.device).manual_seed(self.seed)
         batches = calibration_batches(self.loaded, self.text, self.seed)
-        look = LOOK if self.weighted else sys.maxsize
-        return collect(model, self.sites, batches, generator, self.progress, look)
+        first = self.unweighted() if self.weighted else None
+        return collect(model, self.sites, batches, generator, self.progress, first)
 
 
 def factor_store(

@@ -25,7 +25,7 @@ from search.models import LoadedModel, head_size, load_model
 from search.packages import cache_folder
 from search.packing import Packed
 from search.scoring import Workload
-from search.stages import CHUNK_TOKENS, Calibration, factor_store, workload_sequences
+from search.stages import CHUNK_TOKENS, Calibration, calibration_batches, factor_store, workload_sequences
 
 __all__ = ["Subject", "load", "smallest_parameters"]
 
@@ -99,6 +99,16 @@ class Subject:
             yield evaluator
         finally:
             evaluator.close()
+
+    def repair_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first calibration batches, as many as `repair_tokens` asks for, in the order they were collected in."""
+        batches, tokens = [], 0
+        for ids, mask in calibration_batches(self.loaded, self.splits.calibration, self.config.seed):
+            if tokens >= self.config.repair_tokens:
+                break
+            batches.append((ids, mask))
+            tokens += int(mask.sum())
+        return batches
 
     def seconds_per_token(self) -> float:
         """Of a forward pass of the dense model here and now, from one short text."""

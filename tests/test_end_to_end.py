@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "search.py"), "--quick", "--budget", "6", "--out", str(tmp_path / "a run é")]
     done = subprocess.run(
-        [*command, "--json", "--calibration-tokens", "16384"],
+        [*command, "--json", "--calibration-tokens", "16384", "--repair-tokens", "8192"],
         capture_output=True,
         text=True,
         timeout=2400,
@@ -25,7 +25,8 @@ def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_pa
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     rows = {row["schedule"]: row for row in document["rows"]}
-    assert list(rows) == ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched"]
+    names = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired"]
+    assert list(rows) == names
     assert document["trials"] == 6
     assert rows["dense"]["parameters"] == 134_515_008
     assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-6)
@@ -35,6 +36,8 @@ def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_pa
     assert rows["uniform-plain"]["kl"] > 5
     assert rows["lagrangian"]["kl"] < rows["uniform"]["kl"] / 2
     assert rows["lagrangian"]["kl"] < rows["uniform-whitened"]["kl"] / 2.5
+    assert rows["repaired"]["kl"] < rows["searched"]["kl"]
+    assert document["latency"]["prefill_ratio"] > 0
     assert (tmp_path / "a run é" / "prior.json").is_file()
     assert "search" in done.stderr
     assert "left" in done.stderr

@@ -31,7 +31,7 @@ SMALL = {
     "heldout_tokens": 600,
     "report_items": 6,
 }
-NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched"]
+NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired"]
 KEYS = {
     "schedule",
     "kept_fraction",
@@ -100,7 +100,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
 def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
     document = run(tmp_path / "run")
     prior = json.loads((tmp_path / "run" / "prior.json").read_text())
-    searched = document["rows"][-1]
+    searched = document["rows"][-2]
     choices = [
         (site["name"], Choice(site["topology"], site.get("chi", 0), site.get("metric", "none")))
         for site in prior["sites"]

@@ -111,3 +111,11 @@ def test_text_that_the_statistics_do_not_know_is_refused() -> None:
     schedule = Schedule.dense(tuple(site.name for site in sites))
     with pytest.raises(ValueError, match="but the statistics are of"):
         repair_(model, sites, schedule, statistics, [*batches, batches[0]], 0.003)
+
+
+def test_a_model_that_is_compressed_already_is_refused() -> None:
+    model, sites, statistics, batches = subject("random:tiny-llama")
+    schedule = uniform_schedule(sites, "lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites)))
+    repair_(model, sites, schedule, statistics, batches, 0.003, correct=False)
+    with pytest.raises(ValueError, match=f"site {sites[0].name} is compressed already"):
+        repair_(model, sites, schedule, statistics, batches, 0.003)

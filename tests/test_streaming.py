@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from compression import FactorCache, FactorStore, Site, Statistics, collect, dense_weight, discover_sites
-from compression.statistics import LOOK
 from compression.streaming import BlockShape, footprint, stream
 from search.models import load_model, model_digest
 from search.random_models import SHAPES
@@ -38,16 +37,14 @@ def batches(rows: int = 6, split: int = 2, padded: bool = False) -> list[tuple[t
     return list(zip(ids.split(split), mask.split(split), strict=True))
 
 
-def streamed(
-    name: str, data: list[tuple[torch.Tensor, torch.Tensor]], scratch: Path | None = None, look: int = LOOK
-) -> Statistics:
+def streamed(name: str, data: list[tuple[torch.Tensor, torch.Tensor]], scratch: Path | None = None) -> Statistics:
     """All blocks' statistics as one."""
     parts: list[Statistics] = []
 
     def visit(block: nn.Module, sites: tuple[Site, ...], statistics: Statistics) -> None:
         parts.append(statistics)
 
-    stream(StreamedModel(name, CPU, torch.float32), data, torch.Generator().manual_seed(3), visit, scratch, look=look)
+    stream(StreamedModel(name, CPU, torch.float32), data, torch.Generator().manual_seed(3), visit, scratch)
     tables: tuple[dict[str, torch.Tensor], dict[str, str], dict[str, torch.Tensor]] = ({}, {}, {})
     for part in parts:
         tables[0].update(part.inputs)
@@ -67,12 +64,11 @@ def assert_equal_moments(one: Statistics, other: Statistics, sites: tuple[Site, 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("look", [LOOK, 40])
-def test_streaming_gives_the_statistics_of_the_whole_model(folder: Path, padded: bool, look: int) -> None:
+def test_streaming_gives_the_statistics_of_the_whole_model(folder: Path, padded: bool) -> None:
     loaded = load_model(str(folder), "cpu")
     sites = discover_sites(loaded.model)
-    whole = collect(loaded.model, sites, batches(padded=padded), torch.Generator().manual_seed(3), look=look)
-    assert_equal_moments(streamed(str(folder), batches(padded=padded), look=look), whole, sites)
+    whole = collect(loaded.model, sites, batches(padded=padded), torch.Generator().manual_seed(3))
+    assert_equal_moments(streamed(str(folder), batches(padded=padded)), whole, sites)
 
 
 @pytest.mark.parametrize("split", [1, 6])
