@@ -370,7 +370,7 @@ def _describe(trials: Sequence[Trial]) -> str:
 
 
 def _check_space(subject: Subject) -> None:
-    """Refuse to start building a cache that the disk cannot hold: both passes of moments and three sets of factors, float32."""
+    """Refuse to start building a cache that the disk cannot hold: moments of two passes, three sets of factors."""
     cache = subject.calibration.cache
     if cache.root is None or cache.has(subject.calibration.key):
         return
