@@ -26,7 +26,7 @@ from compression import Choice, Site, collect, contract, fitted_topologies, reso
 from compression.factors import OPTIMISM, FactorStore
 from search.config import Config
 from search.models import head_size
-from search.stages import calibration_batches
+from search.stages import calibration_batches, factor_store
 from search.subject import Subject, load
 
 METHODS = ("sequential 2", "sequential 3", "whitened", "pivoted", "fitted 2", "fitted 3", "fitted heads", "menu")
@@ -83,7 +83,8 @@ def main() -> None:
     blocks = [last // 2] if arguments.quick else [round(share * last) for share in (0.04, 0.25, 0.5, 0.75, 0.96)]
     fractions = (0.3, 0.6) if arguments.quick else (0.2, 0.4, 0.6, 0.8)
     chosen = [site for site in sites if site.block in blocks and not site.dense_because]
-    subject.calibration()
+    calibration = subject.calibration.unweighted  # errors on held-out activations count tokens alike
+    store = factor_store(loaded, sites, calibration, calibration.cache)
     text = subject.splits.heldout_text
     batches = list(calibration_batches(loaded, text, config.seed))
     held_out = collect(loaded.model, chosen, batches, torch.Generator(device).manual_seed(0))
@@ -91,7 +92,7 @@ def main() -> None:
     for site in chosen:
         weight = loaded.model.get_submodule(site.name).weight.detach()
         for kept in fractions:
-            found = errors_of_site(subject.store, site, weight, held_out.input(site.name), kept, heads)
+            found = errors_of_site(store, site, weight, held_out.input(site.name), kept, heads)
             results[site.name, kept] = found
         print(f"{site.name} after {time.perf_counter() - start:.0f} s", flush=True)
     body, bars = report(results, chosen, fractions)

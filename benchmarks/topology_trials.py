@@ -64,7 +64,7 @@ class Trial:
         cores, _ = lowrank_cores(weight, self._whitening(), chi)
         return contract([core[..., :chi] if n == 0 else core[:chi] for n, core in enumerate(cores)])
 
-    def mpo(self, weight: torch.Tensor, legs: Legs, parameters: int, orders: tuple[torch.Tensor, ...] = ()):
+    def mpo(self, weight: torch.Tensor, legs: Legs, parameters: int, orders: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         """A fit of `legs` to `weight`, after reordering rows and columns."""
         rows, columns = orders or (torch.arange(weight.shape[0]), torch.arange(weight.shape[1]))
         cores = fit(
@@ -163,6 +163,12 @@ def _ordered(vectors: torch.Tensor, legs: tuple[int, ...]) -> torch.Tensor:
     return torch.cat([group[vectors[1][group].argsort()] for group in groups])
 
 
+def cost(matrix: torch.Tensor, dense: torch.Tensor, metric: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """½·tr(G E C Eᵀ) in nats per token, G and C given in this order."""
+    error = dense.double() - matrix
+    return 0.5 * float(((metric[0] @ error @ metric[1]) * error).sum())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="one block")
@@ -183,10 +189,6 @@ def main() -> None:
         weight = loaded.model.get_submodule(site.name).weight.detach()
         trial = Trial(site, weight, calibration.gradient(site.name), calibration.input(site.name), arguments.kept)
         metric = held_out.gradient(site.name).double(), held_out.input(site.name).double()
-
-        def cost(matrix: torch.Tensor, dense: torch.Tensor, metric: tuple[torch.Tensor, torch.Tensor]) -> float:
-            error = dense.double() - matrix
-            return 0.5 * float(((metric[0] @ error @ metric[1]) * error).sum())
 
         base = cost(trial.low_rank(trial.weight, trial.parameters), weight, metric)
         ratios: Mapping[str, float | None] = {

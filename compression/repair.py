@@ -140,14 +140,16 @@ def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tenso
         answer: torch.Tensor = torch.linalg.solve(damped, other.mT).mT
         return answer
 
+    # What a correction is worth needs few digits: float32.
+    gradient, seen, missing = gradient.float(), inputs.float(), cross.float()
     best, result = 0.0, torch.zeros_like(cross[0])
     for ridge in _RIDGES:
         linear = square = 0.0
         for fold, (moment, other) in enumerate(zip(inputs, cross, strict=True)):
-            change, unseen = solved(moment, other, ridge), 1 - fold
+            change, unseen = solved(moment, other, ridge).float(), 1 - fold
             pulled = gradient @ change
-            linear += float((pulled * cross[unseen]).sum())
-            square += float((pulled * (change @ inputs[unseen])).sum())
+            linear += float((pulled * missing[unseen]).sum())
+            square += float((pulled * (change @ seen[unseen])).sum())
         share = min(1.0, max(0.0, linear / square)) if square > 0 else 0.0
         gain = 2 * share * linear - share**2 * square
         if gain > best:

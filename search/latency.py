@@ -61,7 +61,8 @@ def against_dense(
     """Time a schedule; None if it leaves the model dense. The model is dense again afterwards.
 
     Args:
-        costs: the planner's file of measured costs, see `compression.planner.Planner`.
+        costs: the planner's file of measured costs, see `compression.planner.Planner`; for "latency" what it does not
+            know is measured, which takes a minute or two the first time, for "memory" it is estimated.
     """
     names = [name for name, choice in schedule if not choice.is_dense]
     if not names:
@@ -71,7 +72,7 @@ def against_dense(
     dense = {name: model.get_submodule(name) for name in names}
     with torch.no_grad(), ScheduleApplier(model, store, packed=True) as applier:
         applier.apply_(schedule)
-        planned = Planner(optimize, costs).plan_(model)
+        planned = Planner(optimize, costs, measure=optimize == "latency").plan_(model)
         sides = {"dense": dense, "compressed": {name: model.get_submodule(name) for name in names}}
         times = [prefill(model, sides, prompt, _ROUNDS, device), decode(model, sides, _STEPS, device)]
     prefilled, decoded = (
