@@ -19,13 +19,16 @@ Held-out text is two corpora, prose and exam questions with their answers, score
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,6 +146,18 @@ class Bench:
         return np.array([logs[menu_site.site.block] for menu_site in menu.sites])
 
 
+def _read(file: Path | None) -> dict[tuple[str, float], dict[str, Quality]]:
+    """Figures of earlier runs with the same text and code, by variant and kept fraction."""
+    if file is None or not file.exists():
+        return {}
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+
+    def quality(values: dict[str, Any]) -> Quality:
+        return Quality(**{name: tuple(each) if isinstance(each, list) else each for name, each in values.items()})
+
+    return {(variant, kept): {name: quality(each) for name, each in found.items()} for variant, kept, found in rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="two kept fractions, four variants, less text")
@@ -155,6 +170,7 @@ def main() -> None:
         default=["v"],
         help="families whose menu has fits: where an MPO can win",
     )
+    parser.add_argument("--measured", type=Path, help="keep figures in this file and reuse those it holds")
     parser.add_argument("--heldout-tokens", type=int, default=4096)
     parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens)
     arguments = parser.parse_args()
@@ -172,14 +188,20 @@ def main() -> None:
         Subject.of(config, loaded, sites, device),
         arguments.fitted_families,
     )
-    quality: dict[tuple[str, float], dict[str, Quality]] = {}
+    quality = _read(arguments.measured)
     for variant in variants:
         for kept in fractions:
+            if (variant, kept) in quality:
+                continue
             start = time.perf_counter()
             with bench.compressed(variant, kept) as schedule:
                 made = time.perf_counter() - start
                 measured = {name: workload.measure(loaded.model) for name, workload in bench.workloads.items()}
             quality[variant, kept] = measured
+            if arguments.measured:
+                row = [variant, kept, {name: asdict(value) for name, value in measured.items()}]
+                with arguments.measured.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
             mpos = sum("mpo" in choice.topology for _, choice in schedule)
             dense = sum(choice.is_dense for _, choice in schedule)
             figures = " ".join(f"{name} {value.kl:.4f}" for name, value in measured.items())
@@ -215,7 +237,7 @@ def main() -> None:
         Bar(f"{variant}_over_lowrank_{name}_{kept}", value[name].kl / quality["lowrank", kept][name].kl, "<=", 0.8)
         for (variant, kept), value in quality.items()
         for name in bench.workloads
-        if variant != "lowrank"
+        if variant != "lowrank" and variant in variants and kept in fractions
     ]
     publish("benchmarks.model_quality", "Whole-model quality without healing", body, bars, arguments.write)
 

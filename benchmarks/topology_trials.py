@@ -64,7 +64,9 @@ class Trial:
         cores, _ = lowrank_cores(weight, self._whitening(), chi)
         return contract([core[..., :chi] if n == 0 else core[:chi] for n, core in enumerate(cores)])
 
-    def mpo(self, weight: torch.Tensor, legs: Legs, parameters: int, orders: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+    def mpo(
+        self, weight: torch.Tensor, legs: Legs, parameters: int, orders: tuple[torch.Tensor, ...] = ()
+    ) -> torch.Tensor:
         """A fit of `legs` to `weight`, after reordering rows and columns."""
         rows, columns = orders or (torch.arange(weight.shape[0]), torch.arange(weight.shape[1]))
         cores = fit(
