@@ -37,7 +37,8 @@ KL is the mean over {rows["dense"]["tokens"]:,} held-out tokens. The closed form
 {whitened:.1f} times below uniform-whitened and {uniform:.1f} times below uniform.
 The searched schedule's is {-100 * difference["relative"]:.1f} % below the closed form's: {difference["value"]:+.4f} ±
 {difference["standard_error"]:.4f} nats per token, paired over {difference["sequences"]} sequences, a 95 % interval of
-{low:+.1f} to {high:+.1f} %; repaired it is {repaired:.1f} % below. Accuracy on so few items is noise; it is shown with its standard error for that reason.
+{low:+.1f} to {high:+.1f} %; repaired it is {repaired:.1f} % below.
+Accuracy on so few items is noise; it is shown with its standard error for that reason.
 
 Made by `{made["command"]}` at commit `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of
 {made["cpu"]} with {made["threads"]} threads, Python {made["python"]}, torch {made["packages"]["torch"]}.
