@@ -103,7 +103,7 @@ def repair_(
                 total = moments.inputs.sum(0)
                 new = _compressed(taken[site.name], weight, schedule[site.name], total, statistics, site, shrinkage)
                 model.set_submodule(site.name, new)
-        states = module.run(states)
+        states = targets.advance(states)
         dense_states = targets.outputs
         progress(done)
     return taken
@@ -201,26 +201,38 @@ class _Call:
 
 
 def _record_calls(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> list[list[_Call]]:
-    """By block and batch; only the first block's hidden states are kept."""
+    """By block and batch; only the first block's hidden states are kept. The blocks do nothing meanwhile."""
     calls: list[list[_Call]] = [[] for _ in names]
+    blocks = [model.get_submodule(name) for name in names]
+    tuples: list[bool] = []  # whether a block wraps its output
 
-    def recorder(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            hidden = arguments[0] if number == 0 else torch.empty(0)
-            calls[number].append(_Call(hidden, arguments[1:], dict(keywords)))
+    def recorder(number: int) -> Callable[..., object]:
+        def forward(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> object:
+            calls[number].append(_Call(hidden if number == 0 else torch.empty(0), arguments, keywords))
+            return (hidden,) if tuples[number] else hidden
 
-        return hook
+        return forward
+
+    def run(input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(recorder(number), with_kwargs=True)
-        for number, name in enumerate(names)
+        block.register_forward_hook(lambda module, arguments, output: tuples.append(isinstance(output, tuple)))
+        for block in blocks
     ]
     try:
-        for input_ids, mask in batches:
-            model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
+        run(batches[0][0][:1, :1], batches[0][1][:1, :1])
     finally:
         for hook in hooks:
             hook.remove()
+    try:
+        for number, block in enumerate(blocks):
+            block.forward = recorder(number)
+        for batch in batches:
+            run(*batch)
+    finally:
+        for block in blocks:
+            del block.forward
     return calls
 
 
@@ -347,6 +359,7 @@ class _Targets:
         self._block, self._groups, self._masks, self._shares = block, groups, masks, weights
         self._streams: list[list[torch.Tensor] | None] = [None] * len(groups)
         self._inputs: list[list[torch.Tensor]] = []
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []  # stream and input of a last group that writes to it
         self.outputs = states
         if not correct:
             return
@@ -373,6 +386,8 @@ class _Targets:
                     before = self._block.forward(batch, hidden)
                 except _Stop:
                     before = hidden
+            if streams is not None and number == len(self._groups) - 1:
+                self._before.append((before, caught[0]))
             folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
             sequences += len(mask)
             aim = None  # what x̂ᵀ is multiplied with besides itself: x, or what the residual stream lacks
@@ -381,6 +396,13 @@ class _Targets:
             for site, total in zip(group, sums, strict=True):
                 total.add(caught[0][mask], aim, self._shares[site.name][batch].to(hidden.device), folds[mask])
         return [self._of_site(site, total, streams is not None) for site, total in zip(group, sums, strict=True)]
+
+    def advance(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The hidden states behind the block, all of whose groups are compressed by now."""
+        if not self._before:
+            return self._block.run(states)
+        last = self._block.model.get_submodule(self._groups[-1][0].name)
+        return [before + last(rows) for before, rows in self._before]
 
     def _of_site(self, site: Site, sums: _Sums, writes: bool) -> _Moments:
         inputs, cross, mean = (total / sums.share for total in (sums.inputs, sums.cross, sums.mean))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
-from compression.repair import _Block, _correction, _groups, _record_calls, _Targets, repair_
+from compression.repair import _Block, _by_batch, _correction, _groups, _record_calls, _Targets, repair_
 from compression.sites import model_parameters
 from compression.size import SizeModel
 from search.models import load_model
@@ -71,14 +71,21 @@ def test_repair_lowers_the_divergence_from_the_dense_model_at_equal_parameters(n
 @pytest.mark.parametrize(
     "name, writers", [("random:tiny-llama", {"o_proj", "down_proj"}), ("random:tiny-gpt2", {"c_proj"})]
 )
-def test_sites_that_write_to_the_residual_stream_are_found(name: str, writers: set[str]) -> None:
+def test_sites_that_write_to_the_residual_stream_are_found_and_give_the_next_states(
+    name: str, writers: set[str]
+) -> None:
     model, sites, statistics, batches = subject(name)
     with torch.no_grad():
         prefix = sites[0].name.split(".0.")[0]
         calls = _record_calls(model, [f"{prefix}.0"], batches)[0]
         groups = _groups([site for site in sites if site.block == 0], statistics)
-        states = [call.hidden for call in calls]
-        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, [mask for _, mask in batches], {})
+        states, masks = [call.hidden for call in calls], [mask for _, mask in batches]
+        weights = _by_batch(sites, statistics, masks)
+        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, masks, weights)
+        for number in range(len(groups)):
+            targets.moments(number, states)
+        for given, expected in zip(targets.advance(states), targets.outputs, strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
     found = [group[0] for group, stream in zip(groups, targets._streams, strict=True) if stream is not None]
     assert {site.name.rsplit(".", 1)[-1] for site in found} == writers
     assert len(found) == 2
