@@ -171,6 +171,7 @@ def main() -> None:
         help="families whose menu has fits: where an MPO can win",
     )
     parser.add_argument("--measured", type=Path, help="keep figures in this file and reuse those it holds")
+    parser.add_argument("--only-measured", action="store_true", help="make the table of what --measured holds")
     parser.add_argument("--heldout-tokens", type=int, default=4096)
     parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens)
     arguments = parser.parse_args()
@@ -191,7 +192,7 @@ def main() -> None:
     quality = _read(arguments.measured)
     for variant in variants:
         for kept in fractions:
-            if (variant, kept) in quality:
+            if (variant, kept) in quality or arguments.only_measured:
                 continue
             start = time.perf_counter()
             with bench.compressed(variant, kept) as schedule:
@@ -211,15 +212,18 @@ def main() -> None:
         for name in bench.workloads:
             cells: list[object] = [variant, name]
             for kept in fractions:
-                value, reference = quality[variant, kept][name], quality["lowrank", kept][name]
-                cells.append(f"{value.kl:.4f} ({value.kl / reference.kl:.2f})")
+                if (variant, kept) in quality:
+                    value, reference = quality[variant, kept][name], quality["lowrank", kept][name]
+                    cells.append(f"{value.kl:.4f} ({value.kl / reference.kl:.2f})")
+                else:
+                    cells.append("not run")
             rows.append(cells)
     text = bench.subject.splits
     counts = ", ".join(f"{name} {w.tokens:,} tokens in {len(w.sequences)}" for name, w in bench.workloads.items())
     errors = []
     for kept in fractions:
         for name in bench.workloads:
-            for variant in variants[1:]:
+            for variant in [each for each in variants[1:] if (each, kept) in quality]:
                 difference = paired_kl(quality[variant, kept][name], quality["lowrank", kept][name])
                 errors.append([variant, name, kept, f"{difference.value:+.4f} ± {difference.standard_error:.4f}"])
     repaired = f"the first {config.repair_tokens:,}" if config.repair_tokens < text.calibration.tokens else "all"
