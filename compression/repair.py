@@ -63,8 +63,8 @@ def repair_(
     Args:
         model: dense; maps `input_ids` and `attention_mask` to logits, without gradients.
         statistics: of the dense model: G, and which sites share an input.
-        batches: (input_ids, mask), the first or all of those the statistics were collected from, two sequences or
-            more; their hidden states stay in memory twice.
+        batches: (input_ids, mask) as for `compression.statistics.collect`, two sequences or more; their hidden states
+            stay in memory twice. All tokens count alike.
         shrinkage: of the moments, see `compression.whitening.shrink`.
         correct: whether W is replaced by W*; if not, only the metric follows the compressed input (sequential
             calibration).
@@ -74,14 +74,13 @@ def repair_(
         The modules that were taken out, by site name; putting them back restores the dense model.
 
     Raises:
-        ValueError: a site is compressed already, there are fewer than two sequences or more tokens than the statistics
-            have weights for, or a fit does (see `compression.fit`).
+        ValueError: a site is compressed already, there are fewer than two sequences, or a fit does (see
+            `compression.fit`).
     """
     if sum(len(ids) for ids, _ in batches) < _FOLDS:
         raise ValueError(f"repair needs {_FOLDS} sequences of calibration text or more")
     free = [site for site in sites if not site.dense_because]
     masks = [mask for _, mask in batches]
-    weights = _by_batch(free, statistics, masks)
     taken = {site.name: model.get_submodule(site.name) for site in free}
     if compressed := [name for name, module in taken.items() if isinstance(module, MPOLinear)]:
         raise ValueError(f"site {compressed[0]} is compressed already; repair starts from the dense model")
@@ -93,36 +92,21 @@ def repair_(
     for done, block in enumerate(blocks, 1):
         module = _Block(model, f"{prefix}.{block}", calls[done - 1])
         groups = _groups([site for site in free if site.block == block], statistics)
-        targets = _Targets(module, groups, dense_states, masks, weights, correct)
+        targets = _Targets(module, groups, dense_states, masks, correct)
         for number, group in enumerate(groups):
-            for site, moments in zip(group, targets.moments(number, states), strict=True):
+            inputs, missing = targets.moments(number, states)
+            for place, site in enumerate(group):
                 weight = dense_weight(taken[site.name]).double()
-                if moments.cross is not None:
+                if missing:
                     gradient = statistics.gradient(site.name).double().to(weight.device)
-                    weight = weight + _correction(moments.inputs, moments.cross, gradient)
-                total = moments.inputs.sum(0)
-                new = _compressed(taken[site.name], weight, schedule[site.name], total, statistics, site, shrinkage)
+                    weight = weight + _correction(inputs, missing[place], gradient)
+                total, choice = inputs.sum(0), schedule[site.name]
+                new = _compressed(taken[site.name], weight, choice, total, statistics, site, shrinkage)
                 model.set_submodule(site.name, new)
         states = targets.advance(states)
         dense_states = targets.outputs
         progress(done)
     return taken
-
-
-def _by_batch(
-    sites: Sequence[Site], statistics: Statistics, masks: Sequence[torch.Tensor]
-) -> dict[str, list[torch.Tensor]]:
-    """What the tokens of every batch count for each site."""
-    counts = [int(mask.sum()) for mask in masks]
-    found = {}
-    for site in sites:
-        weights = statistics.weights.get(site.name, torch.zeros(0))
-        if len(weights) < sum(counts):
-            raise ValueError(
-                f"site {site.name}: {sum(counts)} tokens to repair with, but the statistics are of {len(weights)}"
-            )
-        found[site.name] = list(torch.split(weights[: sum(counts)], counts))
-    return found
 
 
 def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -303,41 +287,6 @@ class _Zero(nn.Module):
         return activations.new_zeros(*activations.shape[:-1], self.features)
 
 
-@dataclass(frozen=True, eq=False)
-class _Moments:
-    """E[x̂ x̂ᵀ] (folds, in, in) and, if known, E[(y − W x̂) x̂ᵀ] (folds, out, in) of a site; float64, tokens weighted.
-
-    Of every half of the sequences its share, so that the sum over folds is the mean over all tokens.
-    """
-
-    inputs: torch.Tensor
-    cross: torch.Tensor | None
-
-
-class _Sums:
-    """Weighted sums over tokens by fold: of x̂ x̂ᵀ, of aim x̂ᵀ and of x̂; and of the weights alone, over all."""
-
-    def __init__(self) -> None:
-        self.inputs = self.cross = self.mean = torch.zeros(0)
-        self.share = 0.0
-
-    def add(self, rows: torch.Tensor, aim: torch.Tensor | None, share: torch.Tensor, folds: torch.Tensor) -> None:
-        """Tokens x̂ (n, in), aims (n, any), weights (n,) and fold numbers (n,)."""
-        width = rows.shape[1]
-        if not len(self.inputs):
-            self.inputs = rows.new_zeros(_FOLDS, width, width, dtype=torch.float64)
-            self.mean = self.inputs.new_zeros(_FOLDS, width)
-            self.cross = self.inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[1], width)
-        for fold in range(_FOLDS):
-            part = folds == fold
-            weighted = rows[part] * share[part, None].to(rows.dtype)
-            self.inputs[fold] += (weighted.T @ rows[part]).double()
-            self.mean[fold] += weighted.sum(0).double()
-            if aim is not None:
-                self.cross[fold] += (aim[part].T @ weighted).double()
-        self.share += float(share.sum())
-
-
 class _Targets:
     """What the dense block has at every site, and the moments of a group of the compressed one against it.
 
@@ -353,10 +302,9 @@ class _Targets:
         groups: Sequence[Sequence[Site]],
         states: Sequence[torch.Tensor],
         masks: Sequence[torch.Tensor],
-        weights: Mapping[str, Sequence[torch.Tensor]],
         correct: bool = True,
     ) -> None:
-        self._block, self._groups, self._masks, self._shares = block, groups, masks, weights
+        self._block, self._groups, self._masks = block, groups, masks
         self._streams: list[list[torch.Tensor] | None] = [None] * len(groups)
         self._inputs: list[list[torch.Tensor]] = []
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []  # stream and input of a last group that writes to it
@@ -374,12 +322,17 @@ class _Targets:
                 if self._writes(number, states[0]):
                     self._streams[number] = block.run(states) if self._later(number) else self.outputs
 
-    def moments(self, number: int, states: Sequence[torch.Tensor]) -> list[_Moments]:
-        """Of the sites of one group, whose earlier groups are compressed already."""
+    def moments(self, number: int, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Of one group, whose earlier groups are compressed already.
+
+        Returns:
+            E[x̂ x̂ᵀ] (folds, in, in) and, with `correct`, E[(y − W x̂) x̂ᵀ] (folds, out, in) of each site, float64: of
+            every half of the sequences its share, so that the sum over folds is the mean over all tokens.
+        """
         group, streams = self._groups[number], self._streams[number]
         silent = [] if streams is None else [*group, *self._later(number)]
-        sums = [_Sums() for _ in group]
-        sequences = 0
+        inputs = cross = mean = torch.zeros(0)
+        tokens = sequences = 0
         for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
             with self._block.silent(silent), self._block.caught(group[0], stop=streams is None) as caught:
                 try:
@@ -390,12 +343,34 @@ class _Targets:
                 self._before.append((before, caught[0]))
             folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
             sequences += len(mask)
+            tokens += int(mask.sum())
             aim = None  # what x̂ᵀ is multiplied with besides itself: x, or what the residual stream lacks
             if self._inputs:
-                aim = (self._inputs[number][batch] if streams is None else streams[batch] - before)[mask]
-            for site, total in zip(group, sums, strict=True):
-                total.add(caught[0][mask], aim, self._shares[site.name][batch].to(hidden.device), folds[mask])
-        return [self._of_site(site, total, streams is not None) for site, total in zip(group, sums, strict=True)]
+                aim = self._inputs[number][batch] if streams is None else streams[batch] - before
+            if batch == 0:
+                width = caught[0].shape[-1]
+                inputs = caught[0].new_zeros(_FOLDS, width, width, dtype=torch.float64)
+                mean = inputs.new_zeros(_FOLDS, width)
+                cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
+            for fold in range(_FOLDS):
+                part = mask & (folds == fold)
+                rows = caught[0][part]
+                inputs[fold] += (rows.T @ rows).double()
+                mean[fold] += rows.sum(0).double()
+                if aim is not None:
+                    cross[fold] += (aim[part].T @ rows).double()
+        inputs, cross, mean = (total.div_(tokens) for total in (inputs, cross, mean))
+        return inputs, [self._missing(site, streams is not None, inputs, cross, mean) for site in group if self._inputs]
+
+    def _missing(
+        self, site: Site, writes: bool, inputs: torch.Tensor, cross: torch.Tensor, mean: torch.Tensor
+    ) -> torch.Tensor:
+        """E[(y − W x̂) x̂ᵀ] of a site, from E[x x̂ᵀ], or from E[y x̂ᵀ] and E[x̂] where it writes to the stream."""
+        weight, bias = self._weights[site.name], self._biases[site.name]
+        if not writes:
+            return weight @ (cross - inputs)
+        shift = 0 if bias is None else bias.double()[:, None] * mean[:, None, :]
+        return cross - weight @ inputs - shift
 
     def advance(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The hidden states behind the block, all of whose groups are compressed by now."""
@@ -403,16 +378,6 @@ class _Targets:
             return self._block.run(states)
         last = self._block.model.get_submodule(self._groups[-1][0].name)
         return [before + last(rows) for before, rows in self._before]
-
-    def _of_site(self, site: Site, sums: _Sums, writes: bool) -> _Moments:
-        inputs, cross, mean = (total / sums.share for total in (sums.inputs, sums.cross, sums.mean))
-        if not self._inputs:
-            return _Moments(inputs, None)
-        weight, bias = self._weights[site.name], self._biases[site.name]
-        if not writes:
-            return _Moments(inputs, weight @ (cross - inputs))
-        shift = 0 if bias is None else bias.double()[:, None] * mean[:, None, :]
-        return _Moments(inputs, cross - weight @ inputs - shift)
 
     def _later(self, number: int) -> list[Site]:
         return [site for group in self._groups[number + 1 :] for site in group]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -43,15 +43,13 @@ class Statistics:
         inputs: C (in, in) by site name.
         input_of: the first site that reads the same input, by site name; q, k and v share one.
         gradients: G (out, out) by site name.
-        tokens: number of tokens of the text.
-        weights: what each of them counts in C, (tokens,) by site name, in the order of the batches.
+        tokens: number of tokens averaged over.
     """
 
     inputs: Mapping[str, torch.Tensor]
     input_of: Mapping[str, str]
     gradients: Mapping[str, torch.Tensor]
     tokens: int
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def input(self, name: str) -> torch.Tensor:
         """C (in, in) of a site. Raises ValueError if it was not collected or is not finite."""
@@ -65,18 +63,17 @@ class Statistics:
         """As named tensors with metadata, for the cache."""
         tensors = {f"input/{name}": moment for name, moment in self.inputs.items()}
         tensors |= {f"gradient/{name}": moment for name, moment in self.gradients.items()}
-        tensors |= {f"weight/{name}": weights for name, weights in self.weights.items()}
         return Bundle(tensors, {"input_of": json.dumps(dict(self.input_of)), "tokens": str(self.tokens)})
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Statistics:
         """Inverse of `to_bundle`."""
-        table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}, "weight": {}}
+        table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}}
         for key, moment in bundle.tensors.items():
             kind, name = key.split("/", 1)
             table[kind][name] = moment
         input_of = json.loads(bundle.metadata["input_of"])
-        return cls(table["input"], input_of, table["gradient"], int(bundle.metadata["tokens"]), table["weight"])
+        return cls(table["input"], input_of, table["gradient"], int(bundle.metadata["tokens"]))
 
 
 def collect(
@@ -138,7 +135,6 @@ class MomentAccumulator:
         self._full = False  # whether the mask leaves nothing out
         self._inputs: dict[str, torch.Tensor] = {}
         self._gradients: dict[str, torch.Tensor] = {}
-        self._weights: dict[str, list[torch.Tensor]] = {}  # site -> those of every batch
         self._input_of: dict[str, str] = {}  # site -> site whose input it shares
         self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # site -> of C⁻¹ (in, 64) and G⁻¹ (out, 64)
         if first is not None:
@@ -180,8 +176,7 @@ class MomentAccumulator:
         for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
             for site in self.sites:
                 _checked(site.name, kind, _mirror_upper_(table[site.name].div_(self.tokens)))
-        weights = {name: torch.cat(parts) for name, parts in self._weights.items()}
-        return Statistics(self._inputs, self._input_of, self._gradients, self.tokens, weights)
+        return Statistics(self._inputs, self._input_of, self._gradients, self.tokens)
 
     def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -209,7 +204,6 @@ class MomentAccumulator:
             if name not in table:
                 table[name] = torch.zeros(values.shape[1], values.shape[1], device=values.device)
             _add_upper_gram_(table[name], values, weight)
-        self._weights.setdefault(name, []).append(weights[1])
 
 
 def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Calibration:
         sites = [site.name for site in self.sites]
         kind = "statistics" if self.weighted else "unweighted statistics"
         return cache_key(
-            kind=kind, format=2, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed
+            kind=kind, format=3, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed
         )
 
     def __call__(self) -> Statistics:

@@ -177,8 +177,6 @@ def test_weights_follow_inputs_and_gradients_that_are_not_independent() -> None:
         predicted = 0.5 * ((first.gradient("1") @ errors @ first.input("1")) * errors).sum((1, 2))
         spreads.append(float((predicted / true).log().std()))
     assert spreads[1] < 0.5 * spreads[0]
-    assert first.weights["1"].shape == (tokens,)
-    assert first.weights["1"][::4].mean() < 0.1 * first.weights["1"].mean()
 
 
 def test_masked_positions_count_nowhere(model: TinyModel) -> None:

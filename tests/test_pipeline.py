@@ -134,8 +134,6 @@ def test_the_searched_schedule_is_timed_against_the_dense_model(tmp_path: Path, 
     latency = run(tmp_path / "run", budget=2, optimize=goal)["latency"]
     assert latency["optimize"] == goal
     assert min(latency["prefill_ratio"], latency["decode_ratio"]) > 0
-    if goal == "memory":
-        assert latency["resident_bytes"] == latency["stored_bytes"]
     assert latency["resident_bytes"] >= latency["stored_bytes"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
-from compression.repair import _Block, _by_batch, _correction, _groups, _record_calls, _Targets, repair_
+from compression.repair import _Block, _correction, _groups, _record_calls, _Targets, repair_
 from compression.sites import model_parameters
 from compression.size import SizeModel
 from search.models import load_model
@@ -80,8 +80,7 @@ def test_sites_that_write_to_the_residual_stream_are_found_and_give_the_next_sta
         calls = _record_calls(model, [f"{prefix}.0"], batches)[0]
         groups = _groups([site for site in sites if site.block == 0], statistics)
         states, masks = [call.hidden for call in calls], [mask for _, mask in batches]
-        weights = _by_batch(sites, statistics, masks)
-        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, masks, weights)
+        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, masks)
         for number in range(len(groups)):
             targets.moments(number, states)
         for given, expected in zip(targets.advance(states), targets.outputs, strict=True):
@@ -111,13 +110,6 @@ def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() ->
     assert torch.linalg.norm(correction(inputs @ change.T + 0.1 * noise) - change) < 0.1 * torch.linalg.norm(change)
     learned = torch.linalg.solve(moment.sum(0), (noise.T @ inputs / 400).mT).mT
     assert torch.linalg.norm(correction(noise)) < 0.5 * torch.linalg.norm(learned)
-
-
-def test_text_that_the_statistics_do_not_know_is_refused() -> None:
-    model, sites, statistics, batches = subject("random:tiny-llama")
-    schedule = Schedule.dense(tuple(site.name for site in sites))
-    with pytest.raises(ValueError, match="but the statistics are of"):
-        repair_(model, sites, schedule, statistics, [*batches, batches[0]], 0.003)
 
 
 def test_a_model_that_is_compressed_already_is_refused() -> None:
