@@ -24,8 +24,8 @@ from benchmarks.report import Bar, markdown, publish
 from compression.legs import Legs, resolve
 from compression.planner import Planned, Planner, random_layer
 from compression.routes import Plan, Route, modelled, routes
-from compression.sites import Site, discover_sites
-from search.latency import decode, follow, prefill, timed
+from compression.sites import Site, discover_sites, put_modules
+from search.latency import decode, prefill, timed
 from search.models import load_model
 
 SLOWEST, SPEEDUP = 1.05, 1.25
@@ -140,7 +140,7 @@ def model_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[M
             paired = {work: zip(each[optimize], each["dense"], strict=True) for work, each in times.items()}
             ratios = {work: median(mine / other for mine, other in pairs) for work, pairs in paired.items()}
             rows.append(ModelRow(kept, optimize, milliseconds, ratios, planned[optimize]))
-        follow(model, dense)
+        put_modules(model, dense)
     return rows
 
 

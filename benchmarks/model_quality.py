@@ -39,8 +39,8 @@ from compression.apply import ScheduleApplier
 from compression.factors import FactorStore
 from compression.repair import repair_
 from compression.schedule import DENSE
+from compression.sites import put_modules
 from search.config import Config
-from search.latency import follow
 from search.models import head_size
 from search.quality import Quality, paired_kl
 from search.scoring import Workload
@@ -116,7 +116,7 @@ class Bench:
         try:
             yield schedule
         finally:
-            follow(model, taken)
+            put_modules(model, taken)
 
     def corrections(self, kept: float) -> np.ndarray:
         """Logarithm, by site, of what making its block dense saves over what the menu predicts, against the mean."""

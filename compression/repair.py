@@ -19,14 +19,14 @@ outputs from compressed inputs goes back to the layer-wise reconstruction of cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
 
 import torch
 from torch import nn
 
+from compression.blocks import Batch, Block, record_blocks
 from compression.factors import lowrank_cores
 from compression.fit import fit
 from compression.gauge import stored
@@ -34,13 +34,11 @@ from compression.layers import MPOLinear
 from compression.legs import resolve
 from compression.routes import is_lowrank
 from compression.schedule import Choice, Schedule
-from compression.sites import Site, dense_weight
+from compression.sites import Site, dense_weight, put_modules
 from compression.statistics import Statistics
 from compression.whitening import Whitening, shrink
 
 __all__ = ["repair_"]
-
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 _FOLDS = 2
 _RIDGES = (0.003, 0.03, 0.3)
@@ -71,7 +69,8 @@ def repair_(
         progress: called with the number of blocks done.
 
     Returns:
-        The modules that were taken out, by site name; putting them back restores the dense model.
+        The modules that were taken out, by site name; putting them back restores the dense model. On an error they are
+        put back.
 
     Raises:
         ValueError: a site is compressed already, there are fewer than two sequences, or a fit does (see
@@ -84,28 +83,29 @@ def repair_(
     taken = {site.name: model.get_submodule(site.name) for site in free}
     if compressed := [name for name, module in taken.items() if isinstance(module, MPOLinear)]:
         raise ValueError(f"site {compressed[0]} is compressed already; repair starts from the dense model")
-    blocks = sorted({site.block for site in free})
-    prefix = free[0].name.split(f".{free[0].block}.")[0]
-    calls = _record_calls(model, [f"{prefix}.{block}" for block in blocks], batches)
-    dense_states: Sequence[torch.Tensor] = [call.hidden for call in calls[0]]
-    states: Sequence[torch.Tensor] = dense_states
-    for done, block in enumerate(blocks, 1):
-        module = _Block(model, f"{prefix}.{block}", calls[done - 1])
-        groups = _groups([site for site in free if site.block == block], statistics)
-        targets = _Targets(module, groups, dense_states, masks, correct)
-        for number, group in enumerate(groups):
-            inputs, missing = targets.moments(number, states)
-            for place, site in enumerate(group):
-                weight = dense_weight(taken[site.name]).double()
-                if missing:
-                    gradient = statistics.gradient(site.name).double().to(weight.device)
-                    weight = weight + _correction(inputs, missing[place], gradient)
-                total, choice = inputs.sum(0), schedule[site.name]
-                new = _compressed(taken[site.name], weight, choice, total, statistics, site, shrinkage)
-                model.set_submodule(site.name, new)
-        states = targets.advance(states)
-        dense_states = targets.outputs
-        progress(done)
+    numbers = range(min(site.block for site in sites), 1 + max(site.block for site in sites))
+    prefix = sites[0].name.split(f".{sites[0].block}.")[0]
+    blocks, first = record_blocks(model, [f"{prefix}.{number}" for number in numbers], batches)
+    dense_states: Sequence[torch.Tensor] = first
+    states: Sequence[torch.Tensor] = first
+    try:
+        for done, (block, number) in enumerate(zip(blocks, numbers, strict=True), 1):
+            groups = _groups([site for site in free if site.block == number], statistics)
+            targets = _Targets(block, groups, dense_states, masks, correct)
+            for place, group in enumerate(groups):
+                inputs, missing = targets.moments(place, states)
+                for site, cross in zip_longest(group, missing):
+                    old = taken[site.name]
+                    weight = dense_weight(old).double()
+                    if cross is not None:
+                        weight = weight + _correction(inputs, cross, statistics.gradient(site.name).to(weight))
+                    new = _compressed(old, weight, schedule[site.name], inputs.sum(0), statistics, site, shrinkage)
+                    model.set_submodule(site.name, new)
+            states, dense_states = targets.advance(states), targets.outputs
+            progress(done)
+    except BaseException:
+        put_modules(model, taken)
+        raise
     return taken
 
 
@@ -175,116 +175,12 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
     return bias
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """How a block was called on one batch."""
-
-    hidden: torch.Tensor
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-
-
-def _record_calls(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> list[list[_Call]]:
-    """By block and batch; only the first block's hidden states are kept. The blocks do nothing meanwhile."""
-    calls: list[list[_Call]] = [[] for _ in names]
-    blocks = [model.get_submodule(name) for name in names]
-    tuples: list[bool] = []  # whether a block wraps its output
-
-    def recorder(number: int) -> Callable[..., object]:
-        def forward(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> object:
-            calls[number].append(_Call(hidden if number == 0 else torch.empty(0), arguments, keywords))
-            return (hidden,) if tuples[number] else hidden
-
-        return forward
-
-    def run(input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-        model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
-
-    hooks = [
-        block.register_forward_hook(lambda module, arguments, output: tuples.append(isinstance(output, tuple)))
-        for block in blocks
-    ]
-    try:
-        run(batches[0][0][:1, :1], batches[0][1][:1, :1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    try:
-        for number, block in enumerate(blocks):
-            block.forward = recorder(number)
-        for batch in batches:
-            run(*batch)
-    finally:
-        for block in blocks:
-            del block.forward
-    return calls
-
-
 def _groups(sites: Sequence[Site], statistics: Statistics) -> list[list[Site]]:
     """Sites by the input they share, in the order they run."""
     groups: dict[str, list[Site]] = {}
     for site in sites:
         groups.setdefault(statistics.input_of[site.name], []).append(site)
     return list(groups.values())
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """One block of the model with the arguments it is called with."""
-
-    model: nn.Module
-    name: str
-    calls: Sequence[_Call]
-
-    def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        call = self.calls[batch]
-        output = self.model.get_submodule(self.name)(hidden, *call.arguments, **call.keywords)
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-    def run(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [self.forward(batch, hidden) for batch, hidden in enumerate(states)]
-
-    @contextmanager
-    def silent(self, sites: Sequence[Site]) -> Iterator[None]:
-        """The block with the outputs of some sites replaced by zero."""
-        kept = [(site.name, self.model.get_submodule(site.name)) for site in sites]
-        for site in sites:
-            self.model.set_submodule(site.name, _Zero(site.out_features))
-        try:
-            yield
-        finally:
-            for name, module in kept:
-                self.model.set_submodule(name, module)
-
-    @contextmanager
-    def caught(self, site: Site, stop: bool = False) -> Iterator[list[torch.Tensor]]:
-        """The inputs that reach a site."""
-        inputs: list[torch.Tensor] = []
-
-        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            inputs.append(arguments[0])
-            if stop:
-                raise _Stop
-
-        handle = self.model.get_submodule(site.name).register_forward_pre_hook(hook)
-        try:
-            yield inputs
-        finally:
-            handle.remove()
-
-
-class _Zero(nn.Module):
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        return activations.new_zeros(*activations.shape[:-1], self.features)
 
 
 class _Targets:
@@ -298,7 +194,7 @@ class _Targets:
 
     def __init__(
         self,
-        block: _Block,
+        block: Block,
         groups: Sequence[Sequence[Site]],
         states: Sequence[torch.Tensor],
         masks: Sequence[torch.Tensor],
@@ -330,17 +226,17 @@ class _Targets:
             every half of the sequences its share, so that the sum over folds is the mean over all tokens.
         """
         group, streams = self._groups[number], self._streams[number]
-        silent = [] if streams is None else [*group, *self._later(number)]
         inputs = cross = mean = torch.zeros(0)
         tokens = sequences = 0
         for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
-            with self._block.silent(silent), self._block.caught(group[0], stop=streams is None) as caught:
-                try:
+            if streams is None:
+                before, reaching = hidden, self._block.input_of(group[0], batch, hidden)
+            else:
+                with self._block.silent([*group, *self._later(number)]), self._block.caught(group[0]) as caught:
                     before = self._block.forward(batch, hidden)
-                except _Stop:
-                    before = hidden
-            if streams is not None and number == len(self._groups) - 1:
-                self._before.append((before, caught[0]))
+                [reaching] = caught
+                if number == len(self._groups) - 1:
+                    self._before.append((before, reaching))
             folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
             sequences += len(mask)
             tokens += int(mask.sum())
@@ -348,13 +244,13 @@ class _Targets:
             if self._inputs:
                 aim = self._inputs[number][batch] if streams is None else streams[batch] - before
             if batch == 0:
-                width = caught[0].shape[-1]
-                inputs = caught[0].new_zeros(_FOLDS, width, width, dtype=torch.float64)
+                width = reaching.shape[-1]
+                inputs = reaching.new_zeros(_FOLDS, width, width, dtype=torch.float64)
                 mean = inputs.new_zeros(_FOLDS, width)
                 cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
             for fold in range(_FOLDS):
                 part = mask & (folds == fold)
-                rows = caught[0][part]
+                rows = reaching[part]
                 inputs[fold] += (rows.T @ rows).double()
                 mean[fold] += rows.sum(0).double()
                 if aim is not None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import nn
 
-__all__ = ["Site", "check_weight", "dense_weight", "discover_sites", "model_bytes", "model_parameters"]
+__all__ = ["Site", "check_weight", "dense_weight", "discover_sites", "model_bytes", "model_parameters", "put_modules"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,6 +113,12 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in their places by qualified name."""
+    for name, module in modules.items():
+        model.set_submodule(name, module)
 
 
 def model_parameters(model: nn.Module) -> int:

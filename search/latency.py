@@ -19,8 +19,9 @@ from compression.factors import FactorStore
 from compression.planner import Planner
 from compression.routes import Optimize
 from compression.schedule import Schedule
+from compression.sites import put_modules
 
-__all__ = ["Latency", "against_dense", "decode", "follow", "prefill", "timed"]
+__all__ = ["Latency", "against_dense", "decode", "prefill", "timed"]
 
 Modules = Mapping[str, nn.Module]
 
@@ -89,7 +90,7 @@ def prefill(
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side in _rotated(sides, turn):
-            follow(model, sides[side])
+            put_modules(model, sides[side])
             times[side].append(timed(partial(model, ids, use_cache=True, logits_to_keep=1), device))
     return {side: each[1:] for side, each in times.items()}
 
@@ -97,22 +98,16 @@ def prefill(
 def decode(model: Any, sides: Mapping[str, Modules], steps: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step of one token after a prompt of 64."""
     prompt, token = (torch.randint(256, (1, count), device=device) for count in (64, 1))
-    follow(model, next(iter(sides.values())))
+    put_modules(model, next(iter(sides.values())))
     filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     caches = {side: copy.deepcopy(filled) for side in sides}
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(steps + 1):
         for side in _rotated(sides, turn):
-            follow(model, sides[side])
+            put_modules(model, sides[side])
             step = partial(model, token, past_key_values=caches[side], use_cache=True)
             times[side].append(timed(step, device))
     return {side: each[1:] for side, each in times.items()}
-
-
-def follow(model: nn.Module, modules: Modules) -> None:
-    """Put modules in their places by name."""
-    for name, module in modules.items():
-        model.set_submodule(name, module)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -20,14 +20,14 @@ from compression.allocation import uniform_schedule
 from compression.cache import cache_key
 from compression.repair import repair_
 from compression.schedule import Schedule
-from compression.sites import Site, model_bytes, model_parameters
+from compression.sites import Site, model_bytes, model_parameters, put_modules
 from envs import LEVELS, REACH, Problem, Reward
 from search.config import Config
 from search.console import Console, Stage
 from search.evaluators import Score
 from search.items import forms, load_proxy
 from search.journal import Journal
-from search.latency import against_dense, follow
+from search.latency import against_dense
 from search.models import resolve_device
 from search.packages import cache_folder
 from search.prior import build_prior
@@ -306,7 +306,7 @@ def _measure(
             try:
                 scores["repaired"] = evaluator.score_as_is(chosen)
             finally:
-                follow(model, taken)
+                put_modules(model, taken)
                 calibration.release()
     return scores
 

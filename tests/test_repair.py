@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
-from compression.repair import _Block, _correction, _groups, _record_calls, _Targets, repair_
+from compression.blocks import record_blocks
+from compression.repair import _correction, _groups, _Targets, repair_
 from compression.sites import model_parameters
 from compression.size import SizeModel
 from search.models import load_model
@@ -76,11 +77,9 @@ def test_sites_that_write_to_the_residual_stream_are_found_and_give_the_next_sta
 ) -> None:
     model, sites, statistics, batches = subject(name)
     with torch.no_grad():
-        prefix = sites[0].name.split(".0.")[0]
-        calls = _record_calls(model, [f"{prefix}.0"], batches)[0]
+        [block], states = record_blocks(model, [sites[0].name.split(".0.")[0] + ".0"], batches)
         groups = _groups([site for site in sites if site.block == 0], statistics)
-        states, masks = [call.hidden for call in calls], [mask for _, mask in batches]
-        targets = _Targets(_Block(model, f"{prefix}.0", calls), groups, states, masks)
+        targets = _Targets(block, groups, states, [mask for _, mask in batches])
         for number in range(len(groups)):
             targets.moments(number, states)
         for given, expected in zip(targets.advance(states), targets.outputs, strict=True):
@@ -118,3 +117,17 @@ def test_a_model_that_is_compressed_already_is_refused() -> None:
     repair_(model, sites, schedule, statistics, batches, 0.003, correct=False)
     with pytest.raises(ValueError, match=f"site {sites[0].name} is compressed already"):
         repair_(model, sites, schedule, statistics, batches, 0.003)
+
+
+def test_an_interrupted_repair_leaves_the_model_dense() -> None:
+    model, sites, statistics, batches = subject("random:tiny-llama")
+    schedule = uniform_schedule(sites, "lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites)))
+    before = dict(model.named_modules())
+
+    def interrupt(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair_(model, sites, schedule, statistics, batches, 0.003, progress=interrupt)
+    assert dict(model.named_modules()) == before

@@ -1,0 +1,140 @@
+"""Blocks: one block of a live model run by itself, on hidden states that its caller keeps.
+
+Knows a model whose blocks pass hidden states from one to the next as their first argument, and token batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compression.sites import Site, put_modules
+
+__all__ = ["Batch", "Block", "record_blocks"]
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block with the arguments it is called with, besides its hidden states, on every batch."""
+
+    model: nn.Module
+    name: str
+    calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
+
+    def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states behind the block for those before it."""
+        arguments, keywords = self.calls[batch]
+        output = self.model.get_submodule(self.name)(hidden, *arguments, **keywords)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def run(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """`forward` of every batch."""
+        return [self.forward(batch, hidden) for batch, hidden in enumerate(states)]
+
+    def input_of(self, site: Site, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What reaches a site; the rest of the block is not run."""
+
+        def stop(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            raise _Reached(arguments[0])
+
+        handle = self.model.get_submodule(site.name).register_forward_pre_hook(stop)
+        try:
+            self.forward(batch, hidden)
+        except _Reached as reached:
+            return reached.activations
+        finally:
+            handle.remove()
+        raise ValueError(f"site {site.name} is not reached in its block")
+
+    @contextmanager
+    def caught(self, site: Site) -> Iterator[list[torch.Tensor]]:
+        """The inputs that reach a site, one for every run meanwhile."""
+        inputs: list[torch.Tensor] = []
+        module = self.model.get_submodule(site.name)
+        handle = module.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+        try:
+            yield inputs
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def silent(self, sites: Sequence[Site]) -> Iterator[None]:
+        """The block with the outputs of some sites replaced by zero."""
+        kept = {site.name: self.model.get_submodule(site.name) for site in sites}
+        put_modules(self.model, {site.name: _Zero(site.out_features) for site in sites})
+        try:
+            yield
+        finally:
+            put_modules(self.model, kept)
+
+
+class _Reached(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+    def __init__(self, activations: torch.Tensor) -> None:
+        super().__init__()
+        self.activations = activations
+
+
+class _Zero(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+        return activations.new_zeros(*activations.shape[:-1], self.features)
+
+
+def record_blocks(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
+) -> tuple[list[Block], list[torch.Tensor]]:
+    """The named blocks, in the order they run, and the hidden states before the first one by batch.
+
+    After one run of a single token the blocks do nothing while the batches pass.
+    """
+    modules = [model.get_submodule(name) for name in names]
+    calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = [[] for _ in names]
+    states: list[torch.Tensor] = []
+    wrapped: list[bool] = []  # whether a block gives a tuple
+
+    def recorder(number: int) -> Callable[..., object]:
+        def forward(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> object:
+            calls[number].append((arguments, keywords))
+            if number == 0:
+                states.append(hidden)
+            return (hidden,) if wrapped[number] else hidden
+
+        return forward
+
+    def run(input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
+
+    hooks = [
+        module.register_forward_hook(lambda module, arguments, output: wrapped.append(isinstance(output, tuple)))
+        for module in modules
+    ]
+    try:
+        run(batches[0][0][:1, :1], batches[0][1][:1, :1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    forwards = [module.__dict__.get("forward") for module in modules]
+    try:
+        for number, module in enumerate(modules):
+            module.forward = recorder(number)
+        for batch in batches:
+            run(*batch)
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+    return [Block(model, name, each) for name, each in zip(names, calls, strict=True)], states
