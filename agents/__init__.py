@@ -1,7 +1,7 @@
 """Who proposes: agents that ask for schedules to be evaluated and are told rewards."""
 
 from agents.fixed import Lagrangian, Uniform
-from agents.protocol import Agent, Proposal, Task
+from agents.protocol import Agent, Proposal, Task, Terms
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, make
 from agents.reinforce import Reinforce, ReinforceSettings
@@ -15,6 +15,7 @@ __all__ = [
     "Reinforce",
     "ReinforceSettings",
     "Task",
+    "Terms",
     "Uniform",
     "make",
 ]

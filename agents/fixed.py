@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task
+from agents.protocol import Proposal, Task, Terms
 
 __all__ = ["Fixed", "Lagrangian", "Uniform"]
 
@@ -15,10 +15,10 @@ class Fixed:
 
     name = "fixed"
 
-    def __init__(self, proposal: Proposal, budget: int) -> None:
+    def __init__(self, proposal: Proposal, terms: Terms) -> None:
         """A budget of 0 proposes nothing."""
         self._proposal = proposal
-        self._ledger = Ledger(min(1, budget))
+        self._ledger = Ledger(terms)
 
     def ask(self, count: int) -> list[Proposal]:
         """See `agents.Agent`."""
@@ -35,18 +35,18 @@ class Fixed:
 
 
 class Lagrangian(Fixed):
-    """The closed-form allocation of least predicted cost. `seed` is not used."""
+    """The closed-form allocation of least predicted cost."""
 
     name = "lagrangian"
 
-    def __init__(self, task: Task, seed: int, budget: int) -> None:
-        super().__init__(Proposal(task.closed_form(), (task.middle,) * task.steps), budget)
+    def __init__(self, task: Task, terms: Terms) -> None:
+        super().__init__(Proposal(task.closed_form(), (task.middle,) * task.steps), terms)
 
 
 class Uniform(Fixed):
-    """The same kept fraction at every site. `seed` is not used."""
+    """The same kept fraction at every site."""
 
     name = "uniform"
 
-    def __init__(self, task: Task, seed: int, budget: int) -> None:
-        super().__init__(Proposal(task.uniform(), None), budget)
+    def __init__(self, task: Task, terms: Terms) -> None:
+        super().__init__(Proposal(task.uniform(), None), terms)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compression.schedule import Schedule
 
-__all__ = ["Agent", "Proposal", "Task"]
+__all__ = ["Agent", "Proposal", "Task", "Terms"]
 
 
 class Task(Protocol):
@@ -40,6 +40,24 @@ class Task(Protocol):
     def offsets(self) -> NDArray[np.float64]:
         """Position of every level on the ladder, (levels,), ascending; 0 at `middle`, +inf for dense."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each step decides about, such as "block_07" or "family_down"; all different."""
+
+    @property
+    def target_kept(self) -> float:
+        """Kept fraction that no schedule of this task exceeds."""
+
+    def at(self, target_kept: float) -> Task:
+        """The same steps and levels with another target.
+
+        Raises:
+            ValueError: a target outside (0, 1], or below what the smallest options keep.
+        """
+
+    def kept(self, schedule: Schedule) -> float:
+        """Kept fraction of a schedule."""
+
     def mask(self, prefix: Sequence[int]) -> NDArray[np.bool_]:
         """Legal levels, (levels,), at the step after `prefix`."""
 
@@ -60,11 +78,40 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What an agent is given beside its task.
+
+    Attributes:
+        seed: of the agent's own generator, at least 0.
+        budget: evaluations it may ask for, at least 0.
+        looks: sets of data of equal size that a schedule can be measured on, at least 1.
+        compression_weight: what the reward adds per unit of 1 − kept fraction, so that quality can be told from it.
+    """
+
+    seed: int
+    budget: int
+    looks: int = 1
+    compression_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("budget", 0), ("looks", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Proposal:
-    """A schedule to evaluate, and the actions that led to it; None where it did not come from an episode."""
+    """A schedule to evaluate.
+
+    Attributes:
+        actions: what led to it; None where it did not come from an episode.
+        look: which set of data it is measured on, 0 to looks − 1, counted from one that its digest picks. A second look
+            at a schedule is a second evaluation: on other data, and paid for.
+    """
 
     schedule: Schedule
     actions: tuple[int, ...] | None
+    look: int = 0
 
 
 class Agent(Protocol):
@@ -75,7 +122,7 @@ class Agent(Protocol):
         """As in `agents.NAMES`."""
 
     def ask(self, count: int) -> list[Proposal]:
-        """At most `count` new proposals, never one proposed before. None at all means that the agent has finished.
+        """At most `count` new proposals, never the same look at the same schedule twice; none means it has finished.
 
         Raises:
             ValueError: count below 1.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task
+from agents.protocol import Proposal, Task, Terms
 
 __all__ = ["RandomSearch"]
 
@@ -19,11 +19,10 @@ class RandomSearch:
 
     name = "random"
 
-    def __init__(self, task: Task, seed: int, budget: int) -> None:
-        """Raises ValueError for a budget below 0."""
+    def __init__(self, task: Task, terms: Terms) -> None:
         self._task = task
-        self._generator = np.random.default_rng(seed)
-        self._ledger = Ledger(budget)
+        self._generator = np.random.default_rng(terms.seed)
+        self._ledger = Ledger(terms)
         self._finished = False
 
     def ask(self, count: int) -> list[Proposal]:

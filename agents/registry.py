@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from agents.fixed import Lagrangian, Uniform
-from agents.protocol import Agent, Task
+from agents.protocol import Agent, Task, Terms
 from agents.random_search import RandomSearch
 from agents.reinforce import Reinforce
 
@@ -18,17 +18,13 @@ _AGENTS: dict[str, type[Reinforce] | type[RandomSearch] | type[Lagrangian] | typ
 NAMES: tuple[str, ...] = tuple(_AGENTS)
 
 
-def make(name: str, task: Task, seed: int, budget: int) -> Agent:
+def make(name: str, task: Task, terms: Terms) -> Agent:
     """The agent called `name`, working on `task`.
 
-    Args:
-        seed: of the agent's own generator, at least 0.
-        budget: proposals it may make, at least 0.
-
     Raises:
-        ValueError: no such agent, with the nearest name; or a budget below 0.
+        ValueError: no such agent, with the nearest name.
     """
     if name not in _AGENTS:
         nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
         raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
-    return _AGENTS[name](task, seed, budget)
+    return _AGENTS[name](task, terms)

@@ -4,10 +4,9 @@ The policy (Williams 1992) walks over the steps. At step t it keeps the group de
 it takes rung l of the ladder with probability ∝ exp(−(o_l − μ_t)² / 2σ_t²), where o_l is the rung's offset and
 μ_t = b_t + w·observation_t. It starts at b = w = 0: its mode is the closed-form allocation, the first proposal.
 
-A trial costs forward passes of a language model, so a few hundred must do, and rewards carry no noise. The baseline is
-therefore strong: a critic Q that predicts the reward of a whole episode from all trials so far, by kernel ridge
-regression. A baseline that depends on the actions is biased unless its own gradient is paid back, as in Q-Prop (Gu et
-al. 2017):
+A trial costs forward passes of a language model, so a few hundred must do. The baseline is therefore strong: a critic
+Q, see `agents.surrogate`, that predicts the reward of a whole episode from all trials so far. A baseline that depends
+on the actions is biased unless its own gradient is paid back, as in Q-Prop (Gu et al. 2017):
 
     ∇J  =  E[(R − Q) ∇log π] over real episodes  +  E[(Q − mean Q) ∇log π] over imagined episodes.
 
@@ -20,7 +19,6 @@ Knows nothing of models, and of schedules only that they have a digest.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,9 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task
+from agents.protocol import Proposal, Task, Terms
+from agents.surrogate import Surrogate, without_outliers
 
-__all__ = ["Critic", "Policy", "Reinforce", "ReinforceSettings"]
+__all__ = ["Policy", "Reinforce", "ReinforceSettings"]
 
 _TRIES = 50  # samplings for a schedule not proposed before; then the neighbourhood counts as exhausted
 
@@ -173,68 +172,6 @@ class Policy:
         self.dense_logit = np.clip(self.dense_logit + dense, -10.0, 10.0)
 
 
-class Critic:
-    """Q(actions): kernel ridge regression of the reward on complete episodes.
-
-    Two views of an episode: x, its offsets less their mean (a constant changes no schedule), and f, the forecast of
-    what every group will cost less that of the closed form. The kernel is
-
-        a + b·Σf·Σf' + θ₁·f·f' + θ₂·exp(−|x − x'|² / 4)
-
-    in units of the trials' own spread, with a and b large: a level, the predicted cost as it stands, groups that matter
-    more or less than predicted, and smooth interactions of everything. θ and the ridge have the highest marginal
-    likelihood on a grid.
-    """
-
-    def __init__(self, task: Task) -> None:
-        """No trial yet; call `fit` before anything else."""
-        rungs = np.asarray(task.offsets[:-1], dtype=np.float64)
-        self._positions = np.append(rungs, 2 * rungs[-1] - rungs[-2] if len(rungs) > 1 else 1.0)
-        self._forecast = task.forecast
-        self._origin = task.forecast(np.full((1, task.steps), task.middle))
-
-    def fit(self, actions: Levels, rewards: Floats) -> Floats:
-        """Learn (n, steps) -> (n,). Returns each trial's reward less what the other trials predict for it, (n,)."""
-        x, f = self._views(actions)
-        self._scales = (
-            max(float(np.square(x).sum(axis=1).mean()), 1e-12),
-            max(float(f.var(axis=0).sum()), 1e-24),
-            max(float(f.sum(axis=1).var()), 1e-24),
-        )
-        self._trials = x, f
-        self._centre, self._spread = float(rewards.mean()), float(rewards.std()) + 1e-12
-        target = (rewards - self._centre) / self._spread
-        best = -np.inf
-        residuals = np.zeros(len(rewards))
-        for theta in itertools.product((0.03, 0.3, 3.0), (0.03, 0.3, 3.0)):
-            values, vectors = np.linalg.eigh(self._kernel((x, f), theta))
-            projected = vectors.T @ target
-            for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
-                inverse = 1 / (np.maximum(values, 0.0) + ridge)
-                likelihood = 0.5 * float(np.log(inverse).sum() - (inverse * projected**2).sum())
-                if likelihood > best:
-                    best, self._theta = likelihood, theta
-                    self._dual = vectors @ (inverse * projected)
-                    residuals = self._spread * self._dual / (vectors**2 @ inverse)
-        return residuals
-
-    def __call__(self, actions: Levels) -> Floats:
-        """Predicted reward, (n, steps) -> (n,)."""
-        predicted: Floats = self._centre + self._spread * (self._kernel(self._views(actions), self._theta) @ self._dual)
-        return predicted
-
-    def _views(self, actions: Levels) -> tuple[Floats, Floats]:
-        x = self._positions[actions]
-        return x - x.mean(axis=1, keepdims=True), self._forecast(actions) - self._origin
-
-    def _kernel(self, views: tuple[Floats, Floats], theta: tuple[float, float]) -> Floats:
-        (x, f), (y, g), (offset, cost, total) = views, self._trials, self._scales
-        distance = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * x @ y.T
-        kernel: Floats = 100 + 30 * np.outer(f.sum(axis=1), g.sum(axis=1)) / total
-        kernel += theta[0] * (f @ g.T) / cost + theta[1] * np.exp(-distance / (4 * offset))
-        return kernel
-
-
 @dataclass
 class _Adam:
     """Adam (Kingma & Ba 2015), ascending, on one vector."""
@@ -257,15 +194,14 @@ class Reinforce:
 
     name = "reinforce"
 
-    def __init__(self, task: Task, seed: int, budget: int, settings: ReinforceSettings | None = None) -> None:
-        """Raises ValueError for a budget below 0."""
+    def __init__(self, task: Task, terms: Terms, settings: ReinforceSettings | None = None) -> None:
         self.settings = settings or ReinforceSettings()
         self.policy = Policy.build(task, self.settings)
-        self.critic = Critic(task)
+        self.surrogate = Surrogate(task)
         self._task = task
-        self._budget = budget
-        self._generator = np.random.default_rng(seed)
-        self._ledger = Ledger(budget)
+        self._budget = terms.budget
+        self._generator = np.random.default_rng(terms.seed)
+        self._ledger = Ledger(terms)
         self._adam = _Adam(self.settings.learning_rate)
         self._planned: list[Proposal] = []
         # The policy's own samples of this batch, and where dense was legal in them.
@@ -301,7 +237,7 @@ class Reinforce:
         if len(self._rewards) > self._learned:
             self._learn()
         actions = np.unique(np.array(self._actions, dtype=np.int64), axis=0)
-        believed = actions[np.argsort(-self.critic(actions), kind="stable")]
+        believed = actions[np.argsort(-self.surrogate(actions), kind="stable")]
         found: dict[str, Proposal] = {}
         for levels in (self.policy.mode()[0], *believed):
             if len(found) < count:
@@ -335,12 +271,12 @@ class Reinforce:
         settings = self.settings
         remembered = self._actions[-settings.memory :]
         actions = np.array(remembered, dtype=np.int64)
-        residuals = self.critic.fit(actions, _without_outliers(np.array(self._rewards[-settings.memory :])))
+        residuals = self.surrogate.fit(actions, without_outliers(np.array(self._rewards[-settings.memory :])))
         entropy = settings.entropy * max(0.0, 1 - len(self._rewards) / self._budget)
         real = [row for row, levels in enumerate(remembered) if levels in self._sampled]
         for update in range(settings.updates):
             imagined, legal = self.policy.sample(settings.imagined, self._generator)
-            returns = self.critic(imagined)
+            returns = self.surrogate(imagined)
             spread = float(returns.std()) + 1e-12
             gradient = self.policy.score(imagined, legal, (returns - returns.mean()) / spread)
             if real and update == 0:
@@ -348,17 +284,3 @@ class Reinforce:
                 gradient = gradient + self.policy.score(actions[real], legal, residuals[real] / spread)
             self.policy.climb_(gradient, entropy, self._adam, settings)
         self._learned = len(self._rewards)
-
-
-def _without_outliers(rewards: Floats) -> Floats:
-    """Failures, and what lies ten times as far below the best as the median, count as the worst of the others.
-
-    They are to be avoided, but how deep they lie teaches nothing about the rest.
-    """
-    finite = rewards[np.isfinite(rewards)]
-    if not len(finite):
-        return np.zeros(len(rewards))
-    best, median = float(finite.max()), float(np.median(finite))
-    ordinary = finite[finite >= best - 10 * max(best - median, 1e-9)]
-    lifted: Floats = np.where(np.isfinite(rewards), np.maximum(rewards, ordinary.min()), ordinary.min())
-    return lifted

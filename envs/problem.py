@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -90,8 +90,7 @@ class Problem:
         """
         if all(len(site.choices) == 1 for site in menu.sites):
             raise ValueError("the menu has no site with an option beside dense")
-        if not 0 < target_kept <= 1:
-            raise ValueError(f"target_kept must lie in (0, 1], got {target_kept}")
+        target = _target(menu, target_kept)
         if levels < 4 or levels % 2:
             raise ValueError(
                 f"levels must be even and at least 4 (an odd ladder and dense), got {levels}; "
@@ -99,13 +98,6 @@ class Problem:
             )
         if not 0 < reach < 3:
             raise ValueError(f"reach must lie in (0, 3), got {reach}")
-        target = math.floor(target_kept * menu.dense_parameters + 1e-6)
-        if target < menu.smallest_parameters:
-            least = menu.smallest_parameters / menu.dense_parameters
-            nearest = math.ceil(least * 1000) / 1000
-            raise ValueError(
-                f"target_kept {target_kept} is below what the smallest χ keeps, {least:.4f}; nearest: {nearest:.3f}"
-            )
         rungs = np.linspace(-reach, reach, levels - 1)
         rungs[levels // 2 - 1] = 0.0
         return cls(
@@ -128,6 +120,11 @@ class Problem:
         return len(self.offsets)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the groups."""
+        return tuple(group.name for group in self.groups)
+
+    @property
     def middle(self) -> int:
         """The level of offset 0."""
         return self.levels // 2 - 1
@@ -136,6 +133,17 @@ class Problem:
     def dense_level(self) -> int:
         """The last level."""
         return self.levels - 1
+
+    def at(self, target_kept: float) -> Problem:
+        """The same groups and ladder with another target; raises ValueError as `build` does."""
+        target = _target(self.menu, target_kept)
+        frontier = Frontier.build(self.menu, target)
+        return replace(self, target_kept=target_kept, target_parameters=target, frontier=frontier)
+
+    def kept(self, schedule: Schedule) -> float:
+        """Kept fraction of a schedule of options of the menu."""
+        kept = sum(int(site.parameters[site.choices.index(schedule[site.site.name])]) for site in self.menu.sites)
+        return kept / self.menu.dense_parameters
 
     def closed_form(self) -> Schedule:
         """The Lagrangian over all sites, equal to the schedule of the all-middle actions."""
@@ -267,6 +275,20 @@ class Problem:
 
     def _fits(self, dense: NDArray[np.bool_]) -> bool:
         return int(np.where(dense, self._largest, self._smallest).sum()) <= self.target_parameters
+
+
+def _target(menu: Menu, target_kept: float) -> int:
+    """Parameters that may be kept."""
+    if not 0 < target_kept <= 1:
+        raise ValueError(f"target_kept must lie in (0, 1], got {target_kept}")
+    target = math.floor(target_kept * menu.dense_parameters + 1e-6)
+    if target < menu.smallest_parameters:
+        least = menu.smallest_parameters / menu.dense_parameters
+        nearest = math.ceil(least * 1000) / 1000
+        raise ValueError(
+            f"target_kept {target_kept} is below what the smallest χ keeps, {least:.4f}; nearest: {nearest:.3f}"
+        )
+    return target
 
 
 def _groups(menu: Menu, granularity: str) -> tuple[Group, ...]:

@@ -101,16 +101,20 @@ _OWN = ("state", "seconds", "reason", "shard", "kl_control", "expected_accuracy_
 class Evaluator(Protocol):
     """Anything that scores schedules."""
 
-    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None) -> list[Score]:
-        """One score per schedule, in order. With a rival, a schedule clearly worse than it may be given up early."""
+    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, look: int = 0) -> list[Score]:
+        """One score per schedule, in order. With a rival, a schedule clearly worse than it may be given up early.
+
+        Looks 0, 1, … at one schedule are on different workloads, as long as there are that many.
+        """
 
 
 class ModelEvaluator:
     """Scores schedules on one live model.
 
-    With several workloads every schedule is measured on one of them, picked by its digest, so a search sees all their
-    text at the price of one. What makes a workload easy or hard is taken out by a control variate: the anchor is
-    measured on all of them once, and its mean minus its value on the workload used is added to the estimate.
+    With several workloads every look at a schedule is on one of them, picked by its digest and moved on by the number
+    of the look, so a search sees all their text at the price of one. What makes a workload easy or hard is taken out by
+    a control variate: the anchor is measured on all of them once, and its mean minus its value on the workload used is
+    added to the estimate.
 
     Args:
         model: the dense model; it follows one schedule after the other and is dense again after `close`.
@@ -158,17 +162,18 @@ class ModelEvaluator:
             with self._following(anchor) as through:
                 self._controls = _controls([workload.measure(model, through) for workload in workloads])
 
-    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None) -> list[Score]:
+    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, look: int = 0) -> list[Score]:
         """One score per schedule, in order. An evaluation that raises is a failed score, never a number.
 
         Args:
+            look: at least 0; from the number of workloads on they repeat.
             rival: a full score of this evaluator. A schedule that lands on the same workload stops as soon as it is
                 clearly worse, see `search.racing.clearly_worse`; one that lands on another is measured in full.
 
         Raises:
             ValueError: a schedule that does not fit the model, or a rival that is no full score of this evaluator.
         """
-        return [self._evaluate(schedule, rival) for schedule in schedules]
+        return [self._evaluate(schedule, rival, look) for schedule in schedules]
 
     def score_as_is(self, schedule: Schedule) -> Score:
         """Score of the model as it stands: after `close`, with its sites replaced by the caller as `schedule` says."""
@@ -181,9 +186,9 @@ class ModelEvaluator:
         self.states.forget()
         self._applier.restore_()
 
-    def _evaluate(self, schedule: Schedule, rival: Score | None) -> Score:
+    def _evaluate(self, schedule: Schedule, rival: Score | None, look: int) -> Score:
         size = self._sizes.size(schedule)
-        shard = int(schedule.digest[:8], 16) % len(self._workloads)
+        shard = (int(schedule.digest[:8], 16) + look) % len(self._workloads)
         hopeless = partial(_lost, rival.quality) if rival is not None and rival.shard == shard else None
         start = time.perf_counter()
         reason = ""

@@ -30,7 +30,7 @@ _STUDY = "chisel"
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluated schedule.
+    """One look at one schedule.
 
     Attributes:
         number: position in the order of proposals, from 0.
@@ -43,6 +43,7 @@ class Record:
         state: "ok", "nonfinite" or "failed".
         reason: why, unless "ok".
         seconds: wall time of the evaluation.
+        look: which set of data the schedule was measured on, see `agents.Proposal`.
     """
 
     number: int
@@ -54,6 +55,12 @@ class Record:
     state: str
     reason: str = ""
     seconds: float = 0.0
+    look: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What was evaluated."""
+        return self.digest, self.look
 
 
 class Journal:
@@ -97,22 +104,23 @@ class Journal:
         """All records in the order of their numbers."""
         return [self._records[number] for number in sorted(self._records)]
 
-    def scores(self) -> dict[str, Mapping[str, object]]:
-        """Score by digest of every trial, failed ones too: a resumed search is told again what it was told before."""
-        return {record.digest: record.score for record in self.records}
+    def scores(self) -> dict[tuple[str, int], Mapping[str, object]]:
+        """Score by digest and look of every trial, failed ones too: a resumed search is told again what it was told."""
+        return {record.key: record.score for record in self.records}
 
     def record(self, record: Record) -> None:
-        """Keep one trial; when this returns it is on disk. One kept already with the same digest stays as it is.
+        """Keep one trial; when this returns it is on disk. One kept already stays as it is.
 
         Raises:
             ValueError: the number is taken by another schedule, an "ok" record without a reward or any other with one,
                 or actions that do not fit the steps.
         """
         kept = self._records.get(record.number)
-        if kept is not None and kept.digest != record.digest:
+        if kept is not None and kept.key != record.key:
+            was, now = (f"look {one.look} at schedule {one.digest[:12]}" for one in (kept, record))
             raise ValueError(
-                f"trial {record.number} of {self.path} is schedule {kept.digest[:12]}, but the resumed search proposes "
-                f"{record.digest[:12]}: not the same code, seed or machine"
+                f"trial {record.number} of {self.path} is {was}, but the resumed search proposes {now}: "
+                "not the same code, seed or machine"
             )
         if kept is not None:
             return
@@ -122,7 +130,7 @@ class Journal:
             self._records[record.number] = record
 
     def rows(self) -> list[dict[str, object]]:
-        """A flat row for every trial, for trials.csv: number, state, reward, seconds, figures, levels, digest."""
+        """A flat row for every trial, for trials.csv: number, state, reward, seconds, figures, levels, digest, look."""
         figures = list(dict.fromkeys(name for record in self.records for name in record.score))
         return [
             {
@@ -134,6 +142,7 @@ class Journal:
                 **dict(zip(self.steps, record.actions or (None,) * len(self.steps), strict=True)),
                 "reason": record.reason,
                 "digest": record.digest,
+                "look": record.look,
             }
             for record in self.records
         ]
@@ -166,6 +175,7 @@ class Journal:
                 "trial.state": record.state,
                 "trial.reason": record.reason,
                 "trial.seconds": record.seconds,
+                "trial.look": record.look,
                 "trial.figures": list(record.score),
                 "schedule.digest": record.digest,
                 "schedule.json": record.schedule,
@@ -188,6 +198,7 @@ class Journal:
                 state=attrs["trial.state"],
                 reason=attrs["trial.reason"],
                 seconds=attrs["trial.seconds"],
+                look=attrs.get("trial.look", 0),  # not written before looks were counted
             )
         except KeyError as missing:
             raise ValueError(

@@ -230,7 +230,7 @@ def _search(
     folder: RunFolder, config: Config, subject: Subject, problem: Problem, console: Console
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
-    agent = agents.make(config.agent, problem, config.seed, config.budget)
+    agent = agents.make(config.agent, problem, agents.Terms(config.seed, config.budget, config.search_shards))
     journal = Journal(
         folder / STUDY, _fingerprint(config, subject), [group.name for group in problem.groups], problem.levels
     )

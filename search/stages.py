@@ -147,16 +147,16 @@ def run_agent(
     search replays to where it stopped.
     """
     trials: list[Trial] = []
-    known = {digest: Score.from_dict(score) for digest, score in journal.scores().items()}
+    known = {key: Score.from_dict(score) for key, score in journal.scores().items()}
     while len(trials) < budget:
         proposals = agent.ask(budget - len(trials))
         if not proposals:
             break
         rewards = []
         for proposal in proposals:
-            score = known.get(proposal.schedule.digest)
+            score = known.get((proposal.schedule.digest, proposal.look))
             if score is None:
-                [score] = evaluator.evaluate([proposal.schedule])
+                [score] = evaluator.evaluate([proposal.schedule], look=proposal.look)
             trial = Trial(len(trials), proposal, score, reward(score))
             journal.record(_record(trial))
             trials.append(trial)
@@ -178,6 +178,7 @@ def _record(trial: Trial) -> Record:
         number=trial.number,
         digest=trial.proposal.schedule.digest,
         schedule=trial.proposal.schedule.to_json(),
+        look=trial.proposal.look,
         actions=trial.proposal.actions,
         score=trial.score.to_dict(),
         reward=trial.reward if ok else None,

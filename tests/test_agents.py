@@ -6,6 +6,7 @@ import math
 import pytest
 
 import agents
+from agents import Terms
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 
 REWARD = Reward()
@@ -17,7 +18,7 @@ def toy(levels=8):
 
 def run(name, problem, seed=0, budget=40, counts=(10,), rewards=None):
     """All proposals and their rewards, asked for in groups of `counts`, over and over."""
-    agent, evaluate, told = agents.make(name, problem, seed, budget), ToyEvaluator(problem.menu), []
+    agent, evaluate, told = agents.make(name, problem, Terms(seed, budget)), ToyEvaluator(problem.menu), []
     for count in itertools.cycle(counts):
         proposals = agent.ask(count)
         assert len(proposals) <= count
@@ -37,7 +38,7 @@ every_agent = pytest.mark.parametrize("name", agents.NAMES)
 
 @every_agent
 def test_an_agent_carries_the_name_it_is_made_by(name):
-    assert agents.make(name, toy(), 0, 1).name == name
+    assert agents.make(name, toy(), Terms(0, 1)).name == name
 
 
 @every_agent
@@ -104,7 +105,7 @@ def test_the_optimum_of_three_blocks_is_found(name, seed):
 
 @every_agent
 def test_the_ask_tell_contract_is_enforced(name):
-    agent = agents.make(name, toy(), 0, 5)
+    agent = agents.make(name, toy(), Terms(0, 5))
     with pytest.raises(ValueError, match="at least 1"):
         agent.ask(0)
     (proposal,) = agent.ask(1)
@@ -124,13 +125,13 @@ def toy_menu_dense():
 @pytest.mark.parametrize("name, nearest", [("renforce", "reinforce"), ("rand", "random"), ("lagrange", "lagrangian")])
 def test_an_unknown_agent_is_refused_with_the_nearest_name(name, nearest):
     with pytest.raises(ValueError, match=f"nearest: {nearest}"):
-        agents.make(name, toy(), 0, 5)
+        agents.make(name, toy(), Terms(0, 5))
 
 
-@every_agent
-def test_a_negative_budget_is_refused(name):
-    with pytest.raises(ValueError, match="at least 0"):
-        agents.make(name, toy(), 0, -1)
+@pytest.mark.parametrize("name, value, least", [("seed", -1, 0), ("budget", -1, 0), ("looks", 0, 1)])
+def test_terms_outside_their_range_are_refused(name, value, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+        Terms(**{"seed": 0, "budget": 1, name: value})
 
 
 def test_single_proposals_are_what_they_say():

@@ -179,11 +179,11 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     whole = run(tmp_path / "whole")
     evaluate, calls = ModelEvaluator.evaluate, []
 
-    def stop_at_the_fourth(self: ModelEvaluator, schedules: Any) -> Any:
+    def stop_at_the_fourth(self: ModelEvaluator, schedules: Any, **how: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return evaluate(self, schedules)
+        return evaluate(self, schedules, **how)
 
     monkeypatch.setattr(ModelEvaluator, "evaluate", stop_at_the_fourth)
     assert cli.main(words(out=tmp_path / "cut")) == 130
@@ -245,13 +245,13 @@ def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
 ) -> None:
     evaluate, calls = ModelEvaluator.evaluate, []
 
-    def poison_the_second(self: ModelEvaluator, *what: Any) -> Any:
+    def poison_the_second(self: ModelEvaluator, *what: Any, **how: Any) -> Any:
         calls.append(1)
         if len(calls) != 2:
-            return evaluate(self, *what)
+            return evaluate(self, *what, **how)
         hook = self._model.get_output_embeddings().register_forward_hook(lambda m, a, output: output * torch.nan)
         try:
-            return evaluate(self, *what)
+            return evaluate(self, *what, **how)
         finally:
             hook.remove()
 

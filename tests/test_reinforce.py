@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from agents import RandomSearch, Reinforce, ReinforceSettings
-from agents.reinforce import Critic, Policy
+from agents import RandomSearch, Reinforce, ReinforceSettings, Terms
+from agents.reinforce import Policy
+from agents.surrogate import Surrogate
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
 REWARD = Reward()
@@ -115,7 +116,7 @@ def test_the_residuals_of_the_critic_are_those_of_leaving_one_out():
     generator = np.random.default_rng(0)
     actions = generator.integers(0, 15, (30, 5))
     rewards = generator.normal(size=30)
-    critic = Critic(task)
+    critic = Surrogate(task)
     residuals = critic.fit(actions, rewards)
     kernel = critic._kernel(critic._trials, critic._theta)
     target = (rewards - rewards.mean()) / rewards.std()
@@ -131,12 +132,29 @@ def test_the_residuals_of_the_critic_are_those_of_leaving_one_out():
         assert residuals[left] / rewards.std() == pytest.approx(target[left] - kernel[left, rest] @ dual, rel=1e-4)
 
 
+def test_the_surrogate_knows_how_little_it_knows():
+    task = problem(8, 0.6)
+    generator = np.random.default_rng(0)
+    actions = generator.integers(0, task.levels - 1, (60, task.steps))
+    evaluate = ToyEvaluator(task.menu)
+    rewards = np.array([-evaluate([task.schedule(row)])[0].kl for row in actions])
+    surrogate = Surrogate(task)
+    surrogate.fit(actions[:40], rewards[:40])
+    seen, unseen = surrogate.deviation(actions[:40]), surrogate.deviation(actions[40:])
+    assert unseen.mean() > 1.3 * seen.mean() > 0
+    error = np.abs(surrogate(actions[40:]) - rewards[40:])
+    assert np.mean(error < 3 * unseen) > 0.9
+    # Taking a trial in takes away what was open about it.
+    surrogate.fit(actions, rewards)
+    assert surrogate.deviation(actions[40:]).mean() < 0.8 * unseen.mean()
+
+
 def test_the_critic_learns_which_blocks_matter():
     task = problem(8)
     evaluate = ToyEvaluator(task.menu, WEIGHTS)
     actions = np.random.default_rng(0).integers(3, 12, (120, 8))
     rewards = np.array([REWARD(score) for score in evaluate([task.schedule(row.tolist()) for row in actions])])
-    critic = Critic(task)
+    critic = Surrogate(task)
     critic.fit(actions[:80], rewards[:80])
     left = np.square(rewards[80:] - critic(actions[80:])).mean()
     assert left < 0.1 * rewards[80:].var()
@@ -144,7 +162,7 @@ def test_the_critic_learns_which_blocks_matter():
 
 def test_the_first_proposal_is_the_closed_form():
     task = problem(granularity="block+family")
-    (first, *_) = Reinforce(task, 3, 20).ask(5)
+    (first, *_) = Reinforce(task, Terms(3, 20)).ask(5)
     assert first.schedule == task.closed_form()
     assert first.actions == (task.middle,) * task.steps
 
@@ -154,16 +172,16 @@ def test_the_first_proposal_is_the_closed_form():
 def test_twenty_blocks_end_far_below_the_closed_form_and_random_search(granularity, seed):
     task = problem(20, 0.6, granularity)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    values = search(Reinforce(task, seed, 100), evaluate, PLAIN)
+    values = search(Reinforce(task, Terms(seed, 100)), evaluate, PLAIN)
     assert len(values) == 100
     assert -max(values) < 0.8 * -values[0]
-    assert -max(values) < 0.85 * -max(search(RandomSearch(task, seed, 100), evaluate, PLAIN))
+    assert -max(values) < 0.85 * -max(search(RandomSearch(task, Terms(seed, 100)), evaluate, PLAIN))
 
 
 def test_the_policy_itself_moves_to_the_better_schedules():
     task = problem(12, 0.6)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    agent = Reinforce(task, 0, 80)
+    agent = Reinforce(task, Terms(0, 80))
     start = search(agent, evaluate, PLAIN)[0]
     end = PLAIN(evaluate([task.schedule(agent.policy.mode()[0].tolist())])[0])
     assert -end < 0.85 * -start
@@ -172,7 +190,7 @@ def test_the_policy_itself_moves_to_the_better_schedules():
 
 def test_asking_on_before_telling_is_allowed():
     task = problem(6)
-    agent, evaluate = Reinforce(task, 0, 30), ToyEvaluator(task.menu)
+    agent, evaluate = Reinforce(task, Terms(0, 30)), ToyEvaluator(task.menu)
     early = [proposal for _ in range(4) for proposal in agent.ask(5)]
     assert len({proposal.schedule.digest for proposal in early}) == 20
     for proposal in reversed(early):
@@ -183,7 +201,7 @@ def test_asking_on_before_telling_is_allowed():
 def test_a_failed_trial_does_not_hide_the_others():
     task = problem(12, 0.6)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    agent = Reinforce(task, 0, 80)
+    agent = Reinforce(task, Terms(0, 80))
     values = []
     while proposals := agent.ask(8):
         new = [PLAIN(score) for score in evaluate([proposal.schedule for proposal in proposals])]
@@ -196,4 +214,4 @@ def test_a_failed_trial_does_not_hide_the_others():
 @pytest.mark.parametrize("blocks, granularity", [(1, "block"), (3, "block"), (105, "site")])
 def test_any_number_of_steps_works(blocks, granularity):
     task = problem(blocks, 0.6, granularity)
-    assert len(search(Reinforce(task, 0, 12), ToyEvaluator(task.menu))) == (1 if blocks == 1 else 12)
+    assert len(search(Reinforce(task, Terms(0, 12)), ToyEvaluator(task.menu))) == (1 if blocks == 1 else 12)
