@@ -110,7 +110,7 @@ class Bench:
                 applier.apply_(schedule)
                 yield schedule
             return
-        sites, batches = self.subject.store.sites, self.subject.repair_batches()
+        sites, batches = self.subject.store.sites, self.subject.repair_batches(self.subject.config.repair_tokens)
         statistics, correct = self.subject.calibration(), variant == "repaired"
         taken = repair_(model, sites, schedule, statistics, batches, SHRINKAGE, correct)
         try:

@@ -27,7 +27,7 @@ from torch import nn
 from compression.gauge import PivotedCore
 from compression.layers import MPOLinear
 from compression.legs import Legs
-from compression.routes import OPTIMIZE, TOKENS, Optimize, Plan, Route, choose, modelled, routes
+from compression.routes import OPTIMIZE, TOKENS, Optimize, Plan, Route, choose, extra_entries, modelled, routes
 
 __all__ = ["Planned", "Planner", "random_layer"]
 
@@ -88,6 +88,19 @@ class Planner:
         chi = _bucket(layer.legs, layer.chi)
         costs = {tokens: self._cost(layer.legs, chi, stored.dtype, stored.device, tokens) for tokens in self._tokens}
         return choose(costs, layer.legs, layer.chi, self._optimize)
+
+    def share(self, legs: Legs, chi: int, dtype: torch.dtype, device: torch.device, tokens: int) -> float:
+        """Time of a layer by its best route over that of the dense matrix, both of the same measurement."""
+        costs = self._cost(legs, _bucket(legs, chi), dtype, device, tokens)
+        best = (
+            min(costs.values())
+            if self._optimize == "latency"
+            else min(cost for route, cost in costs.items() if not extra_entries(legs, chi, route))
+        )
+        dense = costs.get("merged") or best * modelled(legs, chi, tokens)["merged"] / min(
+            modelled(legs, chi, tokens)[route] for route in costs
+        )
+        return best / dense
 
     def plan_(self, model: nn.Module) -> Planned:
         """Give every MPO layer of a model its plan, and make what the plans keep."""

@@ -62,12 +62,12 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
     After the last step the entries 1 to 6 and 11 are 0.
 
     ## Reward
-    0 until the last step, then with the weights of `envs.reward.Reward`
+    0 until the last step, then what `envs.reward.Reward` says, by default
 
-        −kl_weight·KL + correct_weight·(expected accuracy − dense expected accuracy)
-        + compression_weight·(1 − kept fraction)
+        −KL + 0.1·(expected accuracy − dense expected accuracy) + (1 − kept fraction)
 
-    by default 1, 0.1 and 1; never below the floor (−30), which is also the reward of a failed or non-finite evaluation.
+    and never below the floor (−30), which is also the reward of a failed or non-finite evaluation; bytes and time can
+    be given a weight.
     The last step's info holds `schedule`, `score` and `actions`.
 
     ## One-shot variant

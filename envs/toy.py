@@ -33,6 +33,16 @@ class ToyScore:
     kept_fraction: float
     state: str = "ok"
 
+    @property
+    def bytes_fraction(self) -> float:
+        """The toy is nothing but its sites."""
+        return self.kept_fraction
+
+    @property
+    def time_fraction(self) -> float:
+        """Its time is multiply-adds."""
+        return self.kept_fraction
+
 
 def toy_menu(blocks: int = 3) -> Menu:
     """Two square sites a block, `lowrank` at every second χ, costs that decay with χ at rates of their own."""

@@ -46,9 +46,24 @@ examples:
   python search.py --resume results/RUN                     continue after an interruption
 
 other commands:
+  python search.py compare                                  several agents at equal cost, --help says how
   python search.py data                                     only fetch the model and the texts of the default job
 
 exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
+
+
+COMPARED = ("reinforce", "random")
+"""Agents that are compared unless others are named."""
+
+_COMPARISON = """\
+Compare agents at equal cost: each searches with every seed and the same budget on the same data; what they recommend
+along the way and at the end is measured on held-out text and questions that none of them saw. Writes a table, a plot
+and the figures behind them into the output folder. --resume continues a comparison, also with more agents or seeds."""
+
+_COMPARISON_EXAMPLES = """\
+examples:
+  python search.py compare --agents reinforce,evolution --budget 100 --out results/two
+  python search.py compare --agents random --resume results/two        one more agent in the same table"""
 
 
 class Summary(Protocol):
@@ -83,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `argv` is without the program's name."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and not words[0].startswith("-") else "search"
-    commands: dict[str, Callable[[list[str]], int]] = {"search": _search, "data": _data}
+    commands: dict[str, Callable[[list[str]], int]] = {"search": _search, "compare": _compare, "data": _data}
     if command not in commands:
         return _refuse(
             f"unknown command {command!r}; the nearest is {nearest(command, commands)}, and --help lists all"
@@ -107,8 +122,7 @@ def _search(words: list[str]) -> int:
     as_json, dry_run = given.pop("json"), given.pop("dry_run")
     try:
         config = _configuration(given)
-        if config.threads is not None:
-            os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read when the numerical libraries are imported
+        _set_threads(config)
         from search import pipeline
 
         if dry_run:
@@ -123,6 +137,24 @@ def _search(words: list[str]) -> int:
     if summary.failures:
         _complain(f"finished, but {summary.failures} failed: see {summary.folder}")
     return FAILURES if summary.failures else DONE
+
+
+def _compare(words: list[str]) -> int:
+    parser = _compare_parser()
+    given = _parse(parser, words)
+    shown = Console(quiet=given.pop("quiet"))
+    try:
+        names, seeds = given.pop("agents").split(","), _whole_numbers("seeds", given.pop("seeds"))
+        config = _configuration(given)
+        _set_threads(config)
+        from search import contest
+
+        with shown:
+            folder, report = contest.compare(config, names, seeds, shown)
+    except BaseException as error:
+        return _explain(error, shown.folder, "compare ")
+    print(f"{report}\n{folder}")
+    return DONE
 
 
 def _data(words: list[str]) -> int:
@@ -143,6 +175,18 @@ def _data(words: list[str]) -> int:
         return _explain(error, None)
     print(folder)
     return DONE
+
+
+def _set_threads(config: Config) -> None:
+    if config.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read when the numerical libraries are imported
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers with commas between, got {text!r}") from None
 
 
 def _configuration(given: Mapping[str, object]) -> Config:
@@ -177,8 +221,45 @@ def _search_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="python search.py [FLAGS]",
     )
+    output = _add_fields(parser)
+    for flag, about in (
+        ("--dry-run", "Say what would run and stop."),
+        ("--json", "Print the result as JSON instead of a table."),
+    ):
+        output.add_argument(flag, action="store_true", default=False, help=about)
+    return parser
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="search.py compare",
+        description=_COMPARISON,
+        epilog=_COMPARISON_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage="python search.py compare [FLAGS]",
+    )
+    contest = parser.add_argument_group("comparison")
+    contest.add_argument(
+        "--agents", metavar="LIST", default=",".join(COMPARED), help="Names with commas between. Default: %(default)s."
+    )
+    contest.add_argument(
+        "--seeds",
+        metavar="LIST",
+        default="0,1,2",
+        help="Of the agents; --seed is that of the data. Default: 0,1,2.",
+    )
+    _add_fields(parser, without=("agent",))
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> Any:
+    """A flag for every field of `Config`, in its groups; returns the group of output."""
     groups: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
+        if name in without:
+            continue
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         title = str(extra["group"])
@@ -197,13 +278,8 @@ def _search_parser() -> argparse.ArgumentParser:
         groups[title].add_argument(flag, dest=name, metavar=str(extra["metavar"]), type=convert, help=about)
     output = groups["output"]
     output.add_argument("--config", metavar="FILE", help="JSON file of these fields; flags win over it.")
-    for flag, about in (
-        ("--dry-run", "Say what would run and stop."),
-        ("--json", "Print the result as JSON instead of a table."),
-        ("--quiet", "No progress; only the result and errors."),
-    ):
-        output.add_argument(flag, action="store_true", default=False, help=about)
-    return parser
+    output.add_argument("--quiet", action="store_true", default=False, help="No progress; only the result and errors.")
+    return output
 
 
 def _converter(name: str, kind: type[int] | type[float], rule: str) -> Callable[[str], int | float]:
@@ -230,10 +306,10 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
     return vars(given)
 
 
-def _explain(error: BaseException, folder: Path | None) -> int:
+def _explain(error: BaseException, folder: Path | None, command: str = "") -> int:
     """One line and an exit code for a failure that a person can act on; any other is a fault of ours and is raised."""
     if isinstance(error, KeyboardInterrupt):
-        hint = f"; continue with: python search.py --resume {shlex.quote(str(folder))}" if folder else ""
+        hint = f"; continue with: python search.py {command}--resume {shlex.quote(str(folder))}" if folder else ""
         _complain(f"interrupted{hint}")
         return INTERRUPTED
     from search.packages import DataUnavailable
@@ -243,7 +319,7 @@ def _explain(error: BaseException, folder: Path | None) -> int:
         return REFUSED
     if isinstance(error, ValueError) and not os.environ.get("CHISEL_TRACEBACK"):
         return _refuse(str(error))
-    resume = f"; once that is mended: python search.py --resume {shlex.quote(str(folder))}" if folder else ""
+    resume = f"; once that is mended: python search.py {command}--resume {shlex.quote(str(folder))}" if folder else ""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         _complain(f"stopped: {error.strerror}{resume}")
         return FAILURES

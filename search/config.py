@@ -47,6 +47,19 @@ def _field(default: object, group: str, rule: str, about: str, metavar: str = "N
     return Field(default, description=about, json_schema_extra=extra, **limits)
 
 
+def _weight(default: float, of: str) -> Any:
+    """A weight of the reward."""
+    return _field(
+        default,
+        "reward",
+        "a number from 0 to 1000",
+        f"Weight in the reward of {of}.",
+        "WEIGHT",
+        ge=0.0,
+        le=1000.0,
+    )
+
+
 def _one_of(names: Iterable[str]) -> str:
     return "one of " + ", ".join(names)
 
@@ -90,6 +103,22 @@ class Config(BaseModel):
         "Start of every random generator; the same seed gives the same trials on the same machine.",
         ge=0,
         lt=2**32,
+    )
+    kl_weight: float = _weight(1.0, "lost nats per token")
+    correct_weight: float = _weight(0.1, "gained probability of the correct answer, as a fraction")
+    compression_weight: float = _weight(1.0, "saved parameters, as a fraction of the compressible matrices'")
+    bytes_weight: float = _weight(0.0, "saved bytes, as a fraction of the model's")
+    latency_weight: float = _weight(
+        0.0, "saved time of the compressible matrices, as a fraction; measures layers on this machine once"
+    )
+    reward_repair_tokens: int = _field(
+        0,
+        "reward",
+        "a whole number from 0 to 100000000",
+        "Score every schedule after a repair on this many tokens of calibration text, since rankings change under it; "
+        "each trial then takes minutes on a processor. 0 scores it as it is.",
+        ge=0,
+        le=100_000_000,
     )
     model: str = _field(
         "default",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -21,11 +21,12 @@ from torch import nn
 from compression.apply import ScheduleApplier
 from compression.factors import FactorStore
 from compression.schedule import Schedule
+from compression.sites import put_modules
 from compression.size import Size, SizeModel
 from search.quality import Quality
 from search.racing import clearly_worse
 from search.reuse import HiddenStates, prefix_keys
-from search.scoring import Through, Workload
+from search.scoring import Through, Workload, plainly
 
 __all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator", "Score"]
 
@@ -47,6 +48,7 @@ class Score:
         reason: why it failed, else empty.
         shard: which of the evaluator's workloads it was measured on.
         kl_control, expected_accuracy_control: control variates, see `ModelEvaluator`; 0 with one workload.
+        time_fraction: time of the sites after / before, see `search.latency.SiteTimes`; NaN where it was not asked for.
     """
 
     state: str
@@ -57,6 +59,7 @@ class Score:
     shard: int = 0
     kl_control: float = 0.0
     expected_accuracy_control: float = 0.0
+    time_fraction: float = math.nan
 
     @property
     def kl(self) -> float:
@@ -72,6 +75,11 @@ class Score:
     def kept_fraction(self) -> float:
         """Parameters after / before over the sites."""
         return self.size.kept_fraction
+
+    @property
+    def bytes_fraction(self) -> float:
+        """Bytes after / before over the whole model."""
+        return self.size.bytes_fraction
 
     def to_dict(self) -> dict[str, Any]:
         """One flat row of single figures; NaN becomes None. `kl` and `expected_accuracy` are those of the workload."""
@@ -92,10 +100,11 @@ class Score:
             return {name: math.nan if row[name] is None else row[name] for name in known}
 
         quality = Quality(**{**pick(Quality), "state": "ok" if row["state"] == "ok" else "nonfinite"})
-        return cls(quality=quality, size=Size(**pick(Size)), **{name: row[name] for name in _OWN})
+        own = {name: row[name] for name in _OWN if row.get(name) is not None}
+        return cls(quality=quality, size=Size(**pick(Size)), **own)
 
 
-_OWN = ("state", "seconds", "reason", "shard", "kl_control", "expected_accuracy_control")
+_OWN = ("state", "seconds", "reason", "shard", "kl_control", "expected_accuracy_control", "time_fraction")
 
 
 class Evaluator(Protocol):
@@ -124,6 +133,9 @@ class ModelEvaluator:
         reuse_bytes: limit of memory for hidden states that later schedules with the same first blocks start from, see
             `search.reuse.HiddenStates`; 0 computes every pass from the first block. Scores are the same bit for bit.
         packed: measure the tensors that a schedule stores; otherwise plain cores: the same function, quicker to swap.
+        repair: makes the dense model follow a schedule in place, repaired, and returns the modules it took out (as
+            `compression.repair.repair_`); scores are then those of the repaired model, at many times the price.
+        times: time fraction of a schedule.
 
     Attributes:
         dense: score of the untouched model; its `kl` and `expected_accuracy` are means over the workloads.
@@ -141,10 +153,14 @@ class ModelEvaluator:
         anchor: Schedule | None = None,
         reuse_bytes: int = REUSE_BYTES,
         packed: bool = False,
+        repair: Callable[[Schedule], Mapping[str, nn.Module]] | None = None,
+        times: Callable[[Schedule], float] | None = None,
     ) -> None:
         if not workloads or (len(workloads) > 1 and anchor is None):
             raise ValueError(f"{len(workloads)} workloads: one is needed, and an anchor schedule for more than one")
         self._model = model
+        self._repair = repair
+        self._times = times
         self._workloads = tuple(workloads)
         self._applier = ScheduleApplier(model, store, packed)
         self._sizes = SizeModel(model, store.sites)
@@ -156,7 +172,7 @@ class ModelEvaluator:
         with self._following(dense) as through:
             qualities = [workload.reference(model, through) for workload in workloads]
         size, seconds = self._sizes.size(dense), time.perf_counter() - start
-        self.dense = Score("ok", qualities[0], size, seconds, "", 0, *_controls(qualities)[0])
+        self.dense = Score("ok", qualities[0], size, seconds, "", 0, *_controls(qualities)[0], self._time(dense))
         self._controls = [(0.0, 0.0)] * len(workloads)
         if anchor is not None and len(workloads) > 1:
             with self._following(anchor) as through:
@@ -192,18 +208,30 @@ class ModelEvaluator:
         hopeless = partial(_lost, rival.quality) if rival is not None and rival.shard == shard else None
         start = time.perf_counter()
         reason = ""
-        with self._following(schedule) as through:
-            try:
+        try:
+            with self._following(schedule) as through:
                 quality = self._workloads[shard].measure(self._model, through, hopeless)
-                state = quality.state
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                quality, state = Quality(), "failed"
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Score(state, quality, size, time.perf_counter() - start, reason, shard, *self._controls[shard])
+            state = quality.state
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            quality, state = Quality(), "failed"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        seconds = time.perf_counter() - start
+        return Score(state, quality, size, seconds, reason, shard, *self._controls[shard], self._time(schedule))
+
+    def _time(self, schedule: Schedule) -> float:
+        return self._times(schedule) if self._times else math.nan
 
     @contextmanager
     def _following(self, schedule: Schedule) -> Iterator[Through]:
         """The model follows `schedule`; gives the way to pass a batch through it."""
+        if self._repair is not None and any(not choice.is_dense for _, choice in schedule):
+            self._applier.restore_()
+            taken = self._repair(schedule)
+            try:
+                yield plainly
+            finally:
+                put_modules(self._model, taken)
+            return
         with self.states.watch():
             self._applier.apply_(schedule)
             yield partial(self.states, prefix_keys(schedule, self._sites, self.states.blocks))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import nn
 
 from compression.apply import ScheduleApplier
 from compression.factors import FactorStore
+from compression.legs import resolve
 from compression.planner import Planner
 from compression.routes import Optimize
 from compression.schedule import Schedule
-from compression.sites import put_modules
+from compression.sites import Site, put_modules
 
-__all__ = ["Latency", "against_dense", "decode", "prefill", "timed"]
+__all__ = ["Latency", "SiteTimes", "against_dense", "decode", "prefill", "timed"]
 
 Modules = Mapping[str, nn.Module]
 
@@ -80,6 +81,36 @@ def against_dense(
         median(mine / other for mine, other in zip(each["compressed"], each["dense"], strict=True)) for each in times
     )
     return Latency(optimize, prefilled, decoded, prompt, planned.stored_bytes, planned.resident_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteTimes:
+    """Time of the sites under a schedule over that of the dense ones, from the planner's costs of single layers.
+
+    The mean of two fractions, for a prompt of 512 tokens and for single tokens. In each, a dense site weighs by its
+    parameters, which single tokens take time to read and prompts to multiply. Attention, embeddings and whatever else
+    stays as it is are left out: they are in `Latency`.
+    """
+
+    sites: Sequence[Site]
+    planner: Planner
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, schedule: Schedule) -> float:
+        """The fraction, 1 for a dense schedule."""
+        return fmean(self._fraction(schedule, tokens) for tokens in (1, _PROMPT))
+
+    def _fraction(self, schedule: Schedule, tokens: int) -> float:
+        total = 0.0
+        for site in self.sites:
+            choice = schedule[site.name]
+            share = 1.0
+            if not choice.is_dense:
+                legs = resolve(choice.topology, site.out_features, site.in_features)
+                share = self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)
+            total += share * site.parameters
+        return total / sum(site.parameters for site in self.sites)
 
 
 def prefill(

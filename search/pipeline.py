@@ -15,31 +15,26 @@ from pathlib import Path
 
 import torch
 
-import agents
 from compression.allocation import uniform_schedule
-from compression.cache import cache_key
-from compression.repair import repair_
 from compression.schedule import Schedule
 from compression.sites import Site, model_bytes, model_parameters, put_modules
-from envs import LEVELS, REACH, Problem, Reward
+from envs import LEVELS, REACH, Problem
 from search.config import Config
 from search.console import Console, Stage
 from search.evaluators import Score
 from search.items import forms, load_proxy
-from search.journal import Journal
 from search.latency import against_dense
 from search.models import resolve_device
 from search.packages import cache_folder
 from search.prior import build_prior
 from search.quality import paired_kl
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
-from search.stages import SHRINKAGE, Trial, best_trials, run_agent
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
+from search.trials import FINALISTS, Trial, challengers, make_agent, open_journal, reward_of, run_agent, select
 
-__all__ = ["RunSummary", "plan", "run"]
+__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
 
-_FINALISTS = 6
 _REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
 
@@ -66,7 +61,7 @@ def run(config: Config, console: Console) -> RunSummary:
         ValueError: refused input.
         DataUnavailable: data or model cannot be had.
     """
-    device = _preflight(config)
+    device = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
     if staying := _stays_dense(sites):
@@ -91,7 +86,7 @@ def plan(config: Config) -> Mapping[str, object]:
     Raises:
         ValueError, DataUnavailable: as `run`.
     """
-    device = _preflight(config)
+    device = preflight(config)
     loaded, sites = load(config, device)
     subject = Subject.of(config, loaded, sites, device)
     searched, [selected], [heldout] = (subject.shards(part) for part in ("search", "selection", "heldout"))
@@ -103,7 +98,7 @@ def plan(config: Config) -> Mapping[str, object]:
     forward = (
         6 * config.calibration_tokens
         + (config.budget + 2 * config.search_shards) * tokens["trial"]
-        + (_FINALISTS + 2) * tokens["selection"]
+        + (FINALISTS + 2) * tokens["selection"]
         + 8 * tokens["held-out"]
         + _REPAIR_PASSES * min(config.repair_tokens, config.calibration_tokens)
     )
@@ -147,7 +142,7 @@ def plan(config: Config) -> Mapping[str, object]:
     }
 
 
-def _preflight(config: Config) -> torch.device:
+def preflight(config: Config) -> torch.device:
     """Refuse what can be refused before anything is loaded."""
     if config.proxy_form not in forms(config.proxy):
         raise ValueError(
@@ -160,15 +155,32 @@ def _preflight(config: Config) -> torch.device:
     return resolve_device(config.device)
 
 
-def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
-    _check_space(subject)
+def calibrate(subject: Subject, console: Console) -> None:
+    """Collect the statistics, unless the cache has them."""
     calibration = subject.calibration
     for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
         if calibration.cache.has(calibration.key):
             break
-        with console.stage(name, config.calibration_tokens, "tokens") as stage:
+        with console.stage(name, subject.config.calibration_tokens, "tokens") as stage:
             part.progress = _advancing(stage)
             part()
+
+
+def _advancing(stage: Stage) -> Callable[[int], None]:
+    """Turns how much is done in all into how much has come to it."""
+    seen = 0
+
+    def progress(done: int) -> None:
+        nonlocal seen
+        stage.advance(done - seen)
+        seen = done
+
+    return progress
+
+
+def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
+    _check_space(subject)
+    calibrate(subject, console)
     baselines = _baselines(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
         menu = subject.store.menu(progress=lambda done: stage.advance(1))
@@ -214,71 +226,38 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     return RunSummary(folder.path, document, failures)
 
 
-def _advancing(stage: Stage) -> Callable[[int], None]:
-    """Turns how much is done in all into how much has come to it."""
-    seen = 0
-
-    def progress(done: int) -> None:
-        nonlocal seen
-        stage.advance(done - seen)
-        seen = done
-
-    return progress
-
-
 def _search(
     folder: RunFolder, config: Config, subject: Subject, problem: Problem, console: Console
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
-    agent = agents.make(config.agent, problem, agents.Terms(config.seed, config.budget, config.search_shards))
-    journal = Journal(
-        folder / STUDY, _fingerprint(config, subject), [group.name for group in problem.groups], problem.levels
-    )
-    closed_form = problem.closed_form()
+    agent, closed_form = make_agent(config, problem), problem.closed_form()
+    journal = open_journal(folder / STUDY, config, subject, problem)
     try:
         with subject.evaluator("search", closed_form) as evaluator:
-            reward = Reward(dense_expected_accuracy=evaluator.dense.expected_accuracy)
             done = min(len(journal.records), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
-                trials = run_agent(agent, config.budget, evaluator, reward, journal, stage, _describe)
+                reward = reward_of(config, evaluator.dense)
+                trials = run_agent(agent, config.budget, evaluator, reward, journal, stage)
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:
         journal.close()
-    finalists = [proposal.schedule for proposal in agent.recommend(_FINALISTS)]
-    return trials, _select(subject, closed_form, finalists, console)
-
-
-def _select(subject: Subject, closed_form: Schedule, finalists: Sequence[Schedule], console: Console) -> Schedule:
-    """The finalist with the lowest KL on text and items that no trial saw, if it beats the closed form there.
-
-    To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays. A finalist
-    that is clearly worse than the best so far is not measured to the end, see `search.racing`.
-    """
-    challengers = {schedule.digest: schedule for schedule in finalists if schedule.digest != closed_form.digest}
-    if not challengers:
-        return closed_form
+    finalists = challengers(closed_form, [proposal.schedule for proposal in agent.recommend(FINALISTS)])
+    if not finalists:
+        return trials, closed_form
     with (
         subject.evaluator("selection") as evaluator,
-        console.stage("select", 1 + len(challengers), "schedules") as stage,
+        console.stage("select", 1 + len(finalists), "schedules") as stage,
     ):
-        best, best_value = closed_form, math.inf
         [reference] = evaluator.evaluate([closed_form])
-        rival = reference if reference.state == "ok" else None
         stage.advance(1)
-        for schedule in challengers.values():
-            [score] = evaluator.evaluate([schedule], rival)
-            if score.state == "ok" and reference.state == "ok":
-                difference = paired_kl(score.quality, reference.quality)
-                if difference.value < min(best_value, -difference.standard_error):
-                    best, best_value, rival = schedule, difference.value, score
-            stage.advance(1)
-    return best
+        return trials, select(evaluator, closed_form, reference, finalists, stage)
 
 
 def _measure(
     subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, console: Console
 ) -> dict[str, Score]:
     """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired."""
+    config = subject.config
     with subject.evaluator("heldout") as evaluator:
         with console.stage("measure", len(schedules), "schedules") as stage:
             scores = {"dense": evaluator.dense}
@@ -288,26 +267,16 @@ def _measure(
                     [known[schedule.digest]] = evaluator.evaluate([schedule])
                 scores[name] = known[schedule.digest]
                 stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
-        batches = subject.repair_batches()
-        if not batches or all(choice.is_dense for _, choice in chosen):
+        if not config.repair_tokens or all(choice.is_dense for _, choice in chosen):
             return scores
         evaluator.close()
-        model, calibration = subject.loaded.model, subject.calibration
         with console.stage("repair", 1 + max(site.block for site in subject.sites), "blocks") as stage:
-            taken = repair_(
-                model,
-                subject.sites,
-                chosen,
-                calibration(),
-                batches,
-                SHRINKAGE,
-                progress=lambda done: stage.advance(1),
-            )
+            taken = subject.repair_(chosen, config.repair_tokens, lambda done: stage.advance(1))
             try:
                 scores["repaired"] = evaluator.score_as_is(chosen)
             finally:
-                put_modules(model, taken)
-                calibration.release()
+                put_modules(subject.loaded.model, taken)
+                subject.calibration.release()
     return scores
 
 
@@ -348,25 +317,6 @@ def _baselines(config: Config, subject: Subject, console: Console) -> dict[str, 
         except ValueError as error:
             console.note(f"baseline {name} ({topology}, {metric}) is left out: {error}")
     return baselines
-
-
-def _fingerprint(config: Config, subject: Subject) -> dict[str, object]:
-    """Everything that decides what a trial is and scores; a resumed run must agree."""
-    splits = subject.splits
-    return {
-        "configuration": config.definition(),
-        "model": subject.loaded.digest,
-        "statistics": subject.calibration.key,
-        "search_text": splits.search_text.digest,
-        "search_items": cache_key(items=[item.digest for item in splits.search_items]),
-        "reward": dataclasses.asdict(Reward()),
-        "dtype": str(subject.loaded.model.dtype),
-    }
-
-
-def _describe(trials: Sequence[Trial]) -> str:
-    best = best_trials(trials, 1)
-    return f"best KL {best[0].score.kl:.4f}, first {trials[0].score.kl:.4f}" if best else "no score yet"
 
 
 def _check_space(subject: Subject) -> None:

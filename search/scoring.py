@@ -18,13 +18,14 @@ from search.packing import Packed, Prediction, group, layout, mix, pack, predict
 from search.quality import Quality, mean_standard_error, ratio_standard_error
 from search.reading import Dense, Reading, log_normalizer, read
 
-__all__ = ["Through", "Workload", "loglikelihoods"]
+__all__ = ["Through", "Workload", "loglikelihoods", "plainly"]
 
 Through = Callable[[Hashable, Callable[[], Any]], Any]
 """Makes a forward pass: given what stands for the inputs, and the pass."""
 
 
-def _plainly(batch: Hashable, forward: Callable[[], Any]) -> Any:
+def plainly(batch: Hashable, forward: Callable[[], Any]) -> Any:
+    """The pass as it is."""
     return forward()
 
 
@@ -81,7 +82,7 @@ class Workload:
         return sum(batch.inputs["input_ids"].numel() for batch in self._batches)
 
     @torch.inference_mode()
-    def reference(self, model: nn.Module, through: Through = _plainly) -> Quality:
+    def reference(self, model: nn.Module, through: Through = plainly) -> Quality:
         """Take `model` as the dense reference and return its own quality (kl 0).
 
         Args:
@@ -96,7 +97,7 @@ class Workload:
     def measure(
         self,
         model: nn.Module,
-        through: Through = _plainly,
+        through: Through = plainly,
         hopeless: Callable[[Quality, int], bool] | None = None,
     ) -> Quality:
         """Quality of `model` against the reference. Call `reference` first.

@@ -1,7 +1,6 @@
-"""Stages: what a run does, one function each, from a loaded model to a measured schedule.
+"""Stages: calibration, factors and workloads of a loaded model.
 
-Composes engine, environment, agents and evaluators. Knows no flag and no file of a run folder but the journal;
-`search.pipeline` decides the order and writes the results.
+Composes engine and data. Knows no flag, no agent and no file of a run folder; `search.subject` holds what they make.
 """
 
 from __future__ import annotations
@@ -14,17 +13,12 @@ from functools import cached_property
 
 import torch
 
-from agents import Agent, Proposal
 from compression.cache import FactorCache, cache_key
 from compression.factors import FactorStore
 from compression.sites import Site, dense_weight
 from compression.statistics import Statistics, collect
-from envs import Reward
-from search.console import Stage
 from search.corpora import Text
-from search.evaluators import Evaluator, Score
 from search.items import Item, render
-from search.journal import Journal, Record
 from search.models import LoadedModel
 from search.packing import Packed, packed_item, packed_text
 
@@ -32,11 +26,8 @@ __all__ = [
     "CHUNK_TOKENS",
     "SHRINKAGE",
     "Calibration",
-    "Trial",
-    "best_trials",
     "calibration_batches",
     "factor_store",
-    "run_agent",
     "workload_sequences",
 ]
 
@@ -120,72 +111,6 @@ def workload_sequences(
         if sequence.prefix + longest <= limit:
             packed.append(sequence)
     return packed + [packed_text(chunk[:limit]) for chunk in text if len(chunk) > 1]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluated proposal."""
-
-    number: int
-    proposal: Proposal
-    score: Score
-    reward: float
-
-
-def run_agent(
-    agent: Agent,
-    budget: int,
-    evaluator: Evaluator,
-    reward: Reward,
-    journal: Journal,
-    stage: Stage,
-    describe: Callable[[Sequence[Trial]], str],
-) -> list[Trial]:
-    """Ask, evaluate, journal, tell, until the budget is spent or the agent has finished.
-
-    Every trial is on disk before the agent hears of it. Trials the journal holds already are told from it, so a resumed
-    search replays to where it stopped.
-    """
-    trials: list[Trial] = []
-    known = {key: Score.from_dict(score) for key, score in journal.scores().items()}
-    while len(trials) < budget:
-        proposals = agent.ask(budget - len(trials))
-        if not proposals:
-            break
-        rewards = []
-        for proposal in proposals:
-            score = known.get((proposal.schedule.digest, proposal.look))
-            if score is None:
-                [score] = evaluator.evaluate([proposal.schedule], look=proposal.look)
-            trial = Trial(len(trials), proposal, score, reward(score))
-            journal.record(_record(trial))
-            trials.append(trial)
-            rewards.append(trial.reward)
-            stage.advance(1, describe(trials))
-        agent.tell(proposals, rewards)
-    return trials
-
-
-def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """The `count` best by reward with a score, best first; ties go to the earlier trial."""
-    scored = [trial for trial in trials if trial.score.state == "ok"]
-    return sorted(scored, key=lambda trial: (-trial.reward, trial.number))[:count]
-
-
-def _record(trial: Trial) -> Record:
-    ok = trial.score.state == "ok"
-    return Record(
-        number=trial.number,
-        digest=trial.proposal.schedule.digest,
-        schedule=trial.proposal.schedule.to_json(),
-        look=trial.proposal.look,
-        actions=trial.proposal.actions,
-        score=trial.score.to_dict(),
-        reward=trial.reward if ok else None,
-        state=trial.score.state,
-        reason=trial.score.reason,
-        seconds=trial.score.seconds,
-    )
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

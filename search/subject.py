@@ -6,26 +6,31 @@ Knows how the search data are dealt; not in which order anything happens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from compression.cache import FactorCache
 from compression.factors import FactorStore
 from compression.heads import split_heads_
 from compression.legs import resolve
+from compression.planner import Planner
+from compression.repair import repair_
 from compression.schedule import Schedule
 from compression.sites import Site, discover_sites
 from search.config import Config
 from search.corpora import Splits, build_splits
 from search.evaluators import ModelEvaluator
+from search.latency import SiteTimes
 from search.models import LoadedModel, head_size, load_model
 from search.packages import cache_folder
 from search.packing import Packed
 from search.scoring import Workload
-from search.stages import CHUNK_TOKENS, Calibration, calibration_batches, factor_store, workload_sequences
+from search.stages import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store, workload_sequences
 
 __all__ = ["Subject", "load", "smallest_parameters"]
 
@@ -91,24 +96,48 @@ class Subject:
 
         What is reported is measured on the tensors that are stored.
         """
+        config, reported = self.config, part == "heldout"
         racing = part == "selection"
         batch_tokens = _RACING_BATCH if racing else _BATCH
         workloads = [Workload(sequences, self.device, batch_tokens, mixed=racing) for sequences in self.shards(part)]
-        evaluator = ModelEvaluator(self.loaded.model, self.store, workloads, anchor, packed=part == "heldout")
+        repairing = config.reward_repair_tokens and not reported
+        evaluator = ModelEvaluator(
+            self.loaded.model,
+            self.store,
+            workloads,
+            anchor,
+            packed=reported,
+            repair=partial(self.repair_, tokens=config.reward_repair_tokens) if repairing else None,
+            times=self._times() if config.latency_weight else None,
+        )
         try:
             yield evaluator
         finally:
             evaluator.close()
 
-    def repair_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The first calibration batches, as many as `repair_tokens` asks for, in the order they were collected in."""
-        batches, tokens = [], 0
+    def repair_(
+        self, schedule: Schedule, tokens: int, progress: Callable[[int], None] = lambda done: None
+    ) -> Mapping[str, nn.Module]:
+        """Make the dense model follow `schedule`, repaired on calibration text; returns the modules it took out.
+
+        See `compression.repair.repair_`. The statistics it needs stay in memory until `calibration.release`.
+        """
+        statistics, batches = self.calibration(), self.repair_batches(tokens)
+        return repair_(self.loaded.model, self.sites, schedule, statistics, batches, SHRINKAGE, progress=progress)
+
+    def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first calibration batches, `tokens` or what there is, in the order they were collected in."""
+        batches, seen = [], 0
         for ids, mask in calibration_batches(self.loaded, self.splits.calibration, self.config.seed):
-            if tokens >= self.config.repair_tokens:
+            if seen >= tokens:
                 break
             batches.append((ids, mask))
-            tokens += int(mask.sum())
+            seen += int(mask.sum())
         return batches
+
+    def _times(self) -> SiteTimes:
+        planner = Planner(self.config.optimize, cache_folder() / "layer-costs.json")
+        return SiteTimes(self.sites, planner, self.loaded.model.dtype, self.device)
 
     def seconds_per_token(self) -> float:
         """Of a forward pass of the dense model here and now, from one short text."""

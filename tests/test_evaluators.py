@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def loaded() -> LoadedModel:
     return load_model("random:tiny-llama", "cpu")
 
 
-def evaluator_of(loaded: LoadedModel) -> tuple[ModelEvaluator, FactorStore]:
+def evaluator_of(loaded: LoadedModel, **how: Any) -> tuple[ModelEvaluator, FactorStore]:
     sites = discover_sites(loaded.model)
     weights = {site.name: dense_weight(loaded.model.get_submodule(site.name)).clone() for site in sites}
     ids = torch.tensor([loaded.encode("Text to calibrate on, a little of it. " * 8)])
@@ -44,7 +45,7 @@ def evaluator_of(loaded: LoadedModel) -> tuple[ModelEvaluator, FactorStore]:
         ],
         CPU,
     )
-    return ModelEvaluator(loaded.model, store, [workload]), store
+    return ModelEvaluator(loaded.model, store, [workload], **how), store
 
 
 def everywhere(store: FactorStore, chi: int) -> Schedule:
@@ -189,3 +190,56 @@ def test_a_rival_from_another_evaluator_or_without_numbers_is_refused(loaded: Lo
     for quality in (Quality(), dataclasses.replace(best.quality, tokens_by_sequence=counts)):
         with pytest.raises(ValueError, match="measured in full on the same workload"):
             evaluator.evaluate([everywhere(store, 1)], dataclasses.replace(best, quality=quality))
+
+
+def test_a_repairing_evaluator_scores_the_repaired_model_and_leaves_it_dense(loaded: LoadedModel) -> None:
+    before = copy.deepcopy(loaded.model.state_dict())
+    asked = []
+
+    def repair(schedule: Schedule) -> dict[str, torch.nn.Module]:
+        asked.append(schedule)
+        name = next(name for name, choice in schedule if not choice.is_dense)
+        taken = {name: loaded.model.get_submodule(name)}
+        loaded.model.set_submodule(name, copy.deepcopy(taken[name]))
+        return taken
+
+    evaluator, store = evaluator_of(loaded, repair=repair)
+    low, dense = everywhere(store, 2), Schedule.dense(tuple(site.name for site in store.sites))
+    scores = evaluator.evaluate([low, dense])
+    # This repair is perfect: it puts the dense matrix back.
+    assert [score.kl for score in scores] == pytest.approx([0, 0], abs=1e-5)
+    assert [score.kept_fraction < 1 for score in scores] == [True, False]
+    assert asked == [low]
+    evaluator.close()
+    after = loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_repair_that_fails_is_a_failed_score(loaded: LoadedModel) -> None:
+    def repair(schedule: Schedule) -> dict[str, torch.nn.Module]:
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    evaluator, store = evaluator_of(loaded, repair=repair)
+    [score] = evaluator.evaluate([everywhere(store, 2)])
+    assert (score.state, score.reason) == ("failed", "_LinAlgError: not positive definite")
+
+
+def test_time_is_measured_only_when_asked_for_and_survives_writing(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    [score] = evaluator.evaluate([everywhere(store, 2)])
+    assert math.isnan(score.time_fraction)
+    assert math.isnan(Score.from_dict(score.to_dict()).time_fraction)
+    evaluator.close()
+    evaluator, store = evaluator_of(loaded, times=lambda schedule: 0.75)
+    [score] = evaluator.evaluate([everywhere(store, 2)])
+    assert (
+        Score.from_dict(score.to_dict()).time_fraction == score.time_fraction == evaluator.dense.time_fraction == 0.75
+    )
+
+
+def test_a_score_of_an_earlier_version_still_reads(loaded: LoadedModel) -> None:
+    evaluator, store = evaluator_of(loaded)
+    [score] = evaluator.evaluate([everywhere(store, 2)])
+    row = {name: value for name, value in score.to_dict().items() if name != "time_fraction"}
+    assert Score.from_dict(row).kl == score.kl

@@ -13,7 +13,8 @@ import torch
 from fakedata import fake_data, jsonl
 
 from compression import Choice, Schedule
-from search import cli, models, pipeline, subject
+from search import cli, models, subject
+from search import trials as trial_module
 from search.config import Config
 from search.evaluators import ModelEvaluator
 from search.scoring import Workload
@@ -322,11 +323,12 @@ def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path / "run", budget=2)
-    reward = pipeline.Reward
-
-    monkeypatch.setattr(pipeline, "Reward", lambda **given: reward(**{"kl_weight": 2.0, **given}))
+    assert cli.main(["--resume", str(tmp_path / "run"), "--kl-weight", "2", "--quiet"]) == cli.REFUSED
+    assert "kl_weight was 1.0, is 2.0" in capsys.readouterr().err
+    reward = trial_module.Reward
+    monkeypatch.setattr(trial_module, "Reward", lambda **given: reward(**{**given, "floor": -7.0}))
     assert cli.main(["--resume", str(tmp_path / "run"), "--quiet"]) == cli.REFUSED
-    assert "reward.kl_weight was 1.0, is 2.0" in capsys.readouterr().err
+    assert "reward.floor was -30.0, is -7.0" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake_data")
@@ -364,3 +366,23 @@ def test_a_baseline_that_prime_dimensions_rule_out_is_left_out(tmp_path: Path, m
 def test_defaults_are_what_the_readme_says() -> None:
     config = Config()
     assert (config.agent, config.budget, config.target_kept, config.proxy) == ("reinforce", 200, 0.8, "mmlu")
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_the_reward_has_the_weights_that_were_given(tmp_path: Path) -> None:
+    run(tmp_path / "plain", budget=2)
+    run(tmp_path / "weighted", budget=2, kl_weight=0.0, correct_weight=0.0, compression_weight=2.0)
+    (_, plain), (_, weighted) = ([trial[2] for trial in trials(tmp_path / name)] for name in ("plain", "weighted"))
+    assert weighted == pytest.approx(2 * 0.3, abs=0.02)
+    assert plain != weighted
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_trials_can_be_scored_after_a_repair_and_by_time(tmp_path: Path) -> None:
+    run(tmp_path / "plain", budget=3, agent="random")
+    run(tmp_path / "repaired", budget=3, agent="random", reward_repair_tokens=512, latency_weight=0.1)
+    plain, repaired = trials(tmp_path / "plain"), trials(tmp_path / "repaired")
+    assert [trial[1] for trial in plain] == [trial[1] for trial in repaired]
+    assert [trial[2] for trial in plain] != [trial[2] for trial in repaired]
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'repaired' / 'study.db'}")
+    assert all(trial.user_attrs["time_fraction"] > 0 for trial in study.trials)

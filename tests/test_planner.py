@@ -202,3 +202,17 @@ def test_what_cannot_be_planned_for_is_refused() -> None:
     with pytest.raises(ValueError, match="positive"):
         Planner("memory", tokens=(0, 1))
     assert Plan(((1, "last"),)).route(5) == "last"
+
+
+def test_a_share_is_the_best_route_over_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measured", lambda legs, chi, dtype, device, tokens: COSTS[tokens])
+    assert Planner("memory").share(LEGS, 5, torch.float32, CPU, 1) == 1.5
+    assert Planner("latency").share(LEGS, 5, torch.float32, CPU, 1) == 1.0
+    assert Planner("memory").share(LEGS, 5, torch.float32, CPU, 512) == pytest.approx(4 / 6)
+
+
+def test_a_share_without_a_measurement_of_the_dense_matrix_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measured", lambda *what: {"pivoted": 1.0})
+    expected = modelled(LEGS, 5, 1)
+    share = Planner("memory").share(LEGS, 5, torch.float32, CPU, 1)
+    assert share == pytest.approx(expected["pivoted"] / expected["merged"], rel=0.2)

@@ -1,0 +1,184 @@
+"""Trials: a search by one agent on a subject, and the choice among what it recommends.
+
+Composes agents, environment, evaluators and the journal; knows no run folder and no command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import agents
+from agents import Agent, Proposal
+from compression.cache import cache_key
+from compression.schedule import Schedule
+from envs import Problem, Reward
+from search.config import Config
+from search.console import Stage
+from search.evaluators import Evaluator, Score
+from search.journal import Journal, Record
+from search.quality import paired_kl
+from search.subject import Subject
+
+__all__ = [
+    "FINALISTS",
+    "Trial",
+    "best_trials",
+    "challengers",
+    "describe",
+    "fingerprint",
+    "make_agent",
+    "open_journal",
+    "reward_of",
+    "run_agent",
+    "select",
+]
+
+FINALISTS = 6
+"""Recommendations of an agent that meet the closed form on the selection set."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated proposal."""
+
+    number: int
+    proposal: Proposal
+    score: Score
+    reward: float
+
+
+def run_agent(
+    agent: Agent,
+    budget: int,
+    evaluator: Evaluator,
+    reward: Reward,
+    journal: Journal,
+    stage: Stage | None = None,
+) -> list[Trial]:
+    """Ask, evaluate, journal, tell, until the budget is spent or the agent has finished.
+
+    Every trial is on disk before the agent hears of it. Trials the journal holds already are told from it, so a resumed
+    search replays to where it stopped.
+    """
+    trials: list[Trial] = []
+    known = {key: Score.from_dict(score) for key, score in journal.scores().items()}
+    while len(trials) < budget:
+        proposals = agent.ask(budget - len(trials))
+        if not proposals:
+            break
+        rewards = []
+        for proposal in proposals:
+            score = known.get((proposal.schedule.digest, proposal.look))
+            if score is None:
+                [score] = evaluator.evaluate([proposal.schedule], look=proposal.look)
+            trial = Trial(len(trials), proposal, score, reward(score))
+            journal.record(_record(trial))
+            trials.append(trial)
+            rewards.append(trial.reward)
+            if stage is not None:
+                stage.advance(1, describe(trials))
+        agent.tell(proposals, rewards)
+    return trials
+
+
+def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The `count` best by reward with a score, best first; ties go to the earlier trial."""
+    scored = [trial for trial in trials if trial.score.state == "ok"]
+    return sorted(scored, key=lambda trial: (-trial.reward, trial.number))[:count]
+
+
+def _record(trial: Trial) -> Record:
+    ok = trial.score.state == "ok"
+    return Record(
+        number=trial.number,
+        digest=trial.proposal.schedule.digest,
+        schedule=trial.proposal.schedule.to_json(),
+        look=trial.proposal.look,
+        actions=trial.proposal.actions,
+        score=trial.score.to_dict(),
+        reward=trial.reward if ok else None,
+        state=trial.score.state,
+        reason=trial.score.reason,
+        seconds=trial.score.seconds,
+    )
+
+
+def select(
+    evaluator: Evaluator,
+    closed_form: Schedule,
+    reference: Score,
+    finalists: Sequence[Schedule],
+    stage: Stage | None = None,
+) -> Schedule:
+    """The finalist with the lowest KL on text and items that no trial saw, if it beats the closed form there.
+
+    To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays. A finalist
+    that is clearly worse than the best so far is not measured to the end, see `search.racing`.
+
+    Args:
+        evaluator: on the selection set.
+        reference: score of the closed form there.
+    """
+    best, best_value = closed_form, math.inf
+    rival = reference if reference.state == "ok" else None
+    for schedule in challengers(closed_form, finalists):
+        [score] = evaluator.evaluate([schedule], rival)
+        if score.state == "ok" and reference.state == "ok":
+            difference = paired_kl(score.quality, reference.quality)
+            if difference.value < min(best_value, -difference.standard_error):
+                best, best_value, rival = schedule, difference.value, score
+        if stage is not None:
+            stage.advance(1)
+    return best
+
+
+def challengers(closed_form: Schedule, finalists: Sequence[Schedule]) -> list[Schedule]:
+    """The finalists that differ from the closed form, each once."""
+    different = {schedule.digest: schedule for schedule in finalists if schedule.digest != closed_form.digest}
+    return list(different.values())
+
+
+def reward_of(config: Config, dense: Score) -> Reward:
+    """The reward of a configuration, given what the dense model scores on the search set."""
+    return replace(_weighted(config), dense_expected_accuracy=dense.expected_accuracy)
+
+
+def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
+    """Everything that decides what a trial is and scores; a resumed run must agree."""
+    splits = subject.splits
+    return {
+        "configuration": config.definition(),
+        "model": subject.loaded.digest,
+        "statistics": subject.calibration.key,
+        "search_text": splits.search_text.digest,
+        "search_items": cache_key(items=[item.digest for item in splits.search_items]),
+        "reward": dataclasses.asdict(_weighted(config)),
+        "dtype": str(subject.loaded.model.dtype),
+    }
+
+
+def open_journal(path: Path, config: Config, subject: Subject, problem: Problem) -> Journal:
+    """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Journal(path, fingerprint(config, subject), problem.names, problem.levels)
+
+
+def make_agent(config: Config, problem: Problem) -> Agent:
+    """`config.agent` on `problem`; raises ValueError as `agents.make` does."""
+    terms = agents.Terms(config.seed, config.budget, config.search_shards, config.compression_weight)
+    return agents.make(config.agent, problem, terms)
+
+
+def describe(trials: Sequence[Trial]) -> str:
+    """The best so far, in a few words."""
+    best = best_trials(trials, 1)
+    return f"best KL {best[0].score.kl:.4f}, first {trials[0].score.kl:.4f}" if best else "no score yet"
+
+
+def _weighted(config: Config) -> Reward:
+    weights = ("kl_weight", "correct_weight", "compression_weight", "bytes_weight", "latency_weight")
+    return Reward(**{name: getattr(config, name) for name in weights})
