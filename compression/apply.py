@@ -56,7 +56,7 @@ class ScheduleApplier:
             odd = sorted(wanted.keys() ^ self._current.keys())
             raise ValueError(f"a schedule must name every site of the model and no other, check {odd[0]!r}")
         changed = [name for name, choice in wanted.items() if choice != self._current[name]]
-        modules = {name: self._module(name, wanted[name]) for name in changed}
+        modules = {name: self.module(name, wanted[name]) for name in changed}
         for name, module in modules.items():
             self._model.set_submodule(name, module)
             self._current[name] = wanted[name]
@@ -74,7 +74,8 @@ class ScheduleApplier:
     ) -> None:
         self.restore_()
 
-    def _module(self, name: str, choice: Choice) -> nn.Module:
+    def module(self, name: str, choice: Choice) -> nn.Module:
+        """What stands in the place of a site under a choice: the original, or a new layer."""
         if choice.is_dense:
             return self._dense[name]
         cores = self._store.cores(name, choice)

@@ -81,7 +81,7 @@ class Workload:
         """The same, padding counted."""
         return sum(batch.inputs["input_ids"].numel() for batch in self._batches)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reference(self, model: nn.Module, through: Through = plainly) -> Quality:
         """Take `model` as the dense reference and return its own quality (kl 0).
 
@@ -108,6 +108,18 @@ class Workload:
                 may be asked. When it says yes, those figures are the result, in state "raced".
         """
         return self._pass(model, through, hopeless=hopeless)
+
+    def descend(self, model: nn.Module) -> None:
+        """Backward passes of the mean KL, nats per token, through `model`; the caller watches the gradients.
+
+        Call `reference` first. Gradients must be enabled.
+        """
+        tokens = sum(batch.compared for batch in self._batches)
+        for batch in self._batches:
+            assert batch.dense is not None, "call reference first"
+            compared = read(model, batch.inputs, batch.source[: batch.compared]).first(batch.compared)
+            kl = batch.dense.negentropy - (batch.dense.mean(compared) - compared.logits.logsumexp(-1))
+            (kl.sum() / tokens).backward()  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def choice_loglikelihoods(self, model: nn.Module) -> list[list[float]]:
