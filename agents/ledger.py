@@ -18,13 +18,14 @@ class Ledger:
         """Counts against `terms.budget`."""
         self._terms = terms
         self._proposed: set[tuple[str, int]] = set()
+        self._spent = 0
         self._open: set[tuple[str, int]] = set()
         self._told: dict[str, tuple[Proposal, list[float]]] = {}
 
     @property
     def left(self) -> int:
         """Evaluations that may still be asked for."""
-        return self._terms.budget - len(self._proposed)
+        return self._terms.budget - self._spent
 
     def check(self, count: int) -> None:
         """Raises ValueError for a count below 1."""
@@ -37,6 +38,7 @@ class Ledger:
         if key in self._proposed or not 0 <= proposal.look < self._terms.looks:
             return False
         self._proposed.add(key)
+        self._spent += proposal.cost
         self._open.add(key)
         return True
 

@@ -5,7 +5,7 @@ Interfaces only. An agent proposes schedules and is told rewards; it never sees 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compression.schedule import Schedule
 
-__all__ = ["Agent", "Proposal", "Task", "Terms"]
+__all__ = ["Agent", "Proposal", "SlopeAgent", "Task", "Terms"]
 
 
 class Task(Protocol):
@@ -70,6 +70,21 @@ class Task(Protocol):
     def schedule(self, actions: Sequence[int]) -> Schedule:
         """The schedule of a complete legal episode."""
 
+    @property
+    def membership(self) -> NDArray[np.float64]:
+        """1 where a site (row) belongs to a step (column), else 0."""
+
+    def weighted(self, offsets: NDArray[np.float64]) -> Schedule:
+        """The schedule between the rungs: costs of every step's sites weighed by exp(offsets), (steps,)."""
+
+    def probe(self, schedule: Schedule) -> Schedule:
+        """Each site a little larger, or a little smaller where it is dense: not a schedule that meets the target."""
+
+    def gains(
+        self, schedule: Schedule, probe: Schedule, slopes: Mapping[str, float]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the step from `schedule` to `probe` is worth at each site, measured and predicted, (sites,) each."""
+
     def closed_form(self) -> Schedule:
         """The schedule of the all-middle episode."""
 
@@ -107,11 +122,19 @@ class Proposal:
         actions: what led to it; None where it did not come from an episode.
         look: which set of data it is measured on, 0 to looks − 1, counted from one that its digest picks. A second look
             at a schedule is a second evaluation: on other data, and paid for.
+        probe: if given, the agent is told slopes too (`SlopeAgent`): by site, what the KL does to first order when the
+            site alone takes its choice in this schedule.
     """
 
     schedule: Schedule
     actions: tuple[int, ...] | None
     look: int = 0
+    probe: Schedule | None = None
+
+    @property
+    def cost(self) -> int:
+        """Evaluations it is charged for: 1, and with slopes 4, for a backward pass and another product a site."""
+        return 1 if self.probe is None else 4
 
 
 class Agent(Protocol):
@@ -122,7 +145,9 @@ class Agent(Protocol):
         """As in `agents.NAMES`."""
 
     def ask(self, count: int) -> list[Proposal]:
-        """At most `count` new proposals, never the same look at the same schedule twice; none means it has finished.
+        """New proposals of a total cost of at most `count`, never the same look at the same schedule twice.
+
+        None at all means that the agent has finished.
 
         Raises:
             ValueError: count below 1.
@@ -140,3 +165,10 @@ class Agent(Protocol):
 
         They need not have been proposed before: an agent that learns may trust that more than single rewards.
         """
+
+
+class SlopeAgent(Agent, Protocol):
+    """An agent that asks for slopes."""
+
+    def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
+        """Slopes of a proposal with a probe, in nats per token by site; called before `tell`. Empty for a failure."""

@@ -7,7 +7,7 @@ that meet the target exactly, and partial episodes into observations. It does no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,6 +24,7 @@ __all__ = ["GRANULARITIES", "LEVELS", "OBSERVATION", "REACH", "Group", "Problem"
 GRANULARITIES = ("block", "family", "block+family", "site")
 LEVELS = 16  # rungs of the ladder and dense
 REACH = 1.4  # offset of the highest rung, in log price
+_PROBE = 0.08  # of a site's dense parameters
 
 #: What the entries of an observation mean, in order: (name, least, most).
 OBSERVATION: tuple[tuple[str, float, float], ...] = (
@@ -142,8 +143,7 @@ class Problem:
 
     def kept(self, schedule: Schedule) -> float:
         """Kept fraction of a schedule of options of the menu."""
-        kept = sum(int(site.parameters[site.choices.index(schedule[site.site.name])]) for site in self.menu.sites)
-        return kept / self.menu.dense_parameters
+        return self.menu.parameters(self._indices(schedule)) / self.menu.dense_parameters
 
     def closed_form(self) -> Schedule:
         """The Lagrangian over all sites, equal to the schedule of the all-middle actions."""
@@ -171,6 +171,51 @@ class Problem:
         return to_schedule(
             self.menu, lagrangian(self.menu, self.target_parameters, weights, frozenset(np.flatnonzero(dense).tolist()))
         )
+
+    def weighted(self, offsets: NDArray[np.float64]) -> Schedule:
+        """The projection of offsets (steps,) that need not be rungs; no group is forced dense.
+
+        Raises:
+            ValueError: not one finite offset per step.
+        """
+        offsets = np.asarray(offsets, dtype=np.float64)
+        if offsets.shape != (self.steps,) or not np.isfinite(offsets).all():
+            raise ValueError(f"offsets must be {self.steps} finite numbers, got shape {offsets.shape}")
+        return to_schedule(self.menu, lagrangian(self.menu, self.target_parameters, self.membership @ offsets))
+
+    def probe(self, schedule: Schedule) -> Schedule:
+        """Each site about 8 % of its dense parameters larger, short of dense; a dense one as much smaller."""
+        near = []
+        for site, now in zip(self.menu.sites, self._indices(schedule), strict=True):
+            step = _PROBE * site.parameters[-1]
+            if site.choices[now].is_dense:
+                index = int(np.searchsorted(site.parameters, site.parameters[now] - step))
+            else:
+                index = int(np.searchsorted(site.parameters, site.parameters[now] + step))
+                index = max(now, min(index, len(site.choices) - 2))
+            near.append(index)
+        return to_schedule(self.menu, np.array(near, dtype=np.int64))
+
+    def gains(
+        self, schedule: Schedule, probe: Schedule, slopes: Mapping[str, float]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the step from `schedule` to `probe` is worth at each site, measured and predicted, (sites,) each.
+
+        In nats per token to first order. Where a step adds parameters its worth is −slope, predicted twice the fall in
+        cost: the cost is quadratic in the error, and to first order twice of what there is can be had. A dense site has
+        no error of its own and no predicted slope; there the worth is that of staying dense, twice the predicted rise
+        in cost, plus twice the measured slope, which holds what the other sites' errors add.
+
+        Args:
+            slopes: first-order change of KL by site; a site that is missing counts as 0.
+        """
+        measured, predicted = np.zeros(len(self.menu.sites)), np.zeros(len(self.menu.sites))
+        pairs = zip(self._indices(schedule), self._indices(probe), strict=True)
+        for number, (site, (now, then)) in enumerate(zip(self.menu.sites, pairs, strict=True)):
+            predicted[number] = 2 * abs(float(site.cost[now] - site.cost[then]))
+            slope = slopes.get(site.site.name, 0.0)
+            measured[number] = predicted[number] + 2 * slope if site.choices[now].is_dense else -slope
+        return measured, predicted
 
     def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
         """Legal levels, (levels,), at the step after `prefix`.
@@ -260,6 +305,10 @@ class Problem:
                 )
             )
         return np.array(rows, dtype=np.float64)
+
+    def _indices(self, schedule: Schedule) -> NDArray[np.int64]:
+        """Option of every site."""
+        return np.array([site.choices.index(schedule[site.site.name]) for site in self.menu.sites], dtype=np.int64)
 
     def _levels(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         levels = np.asarray(actions, dtype=np.int64)

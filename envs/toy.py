@@ -79,6 +79,23 @@ class ToyEvaluator:
         """Scores in the order of `schedules`."""
         return [self._score(schedule) for schedule in schedules]
 
+    def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
+        """First-order changes of the KL as a model's would be: twice what a site's move brings, without its own cost.
+
+        The KL of a model is quadratic in the errors. Moving a site that has an error, the slope is about twice the
+        change; moving a dense one, it holds what the errors of other sites add and nothing of its own.
+        """
+        base, found = self._score(schedule).kl, {}
+        for site in self.menu.sites:
+            name = site.site.name
+            now, then = schedule[name], toward[name]
+            if now != then:
+                moved = Schedule(tuple((key, then if key == name else choice) for key, choice in schedule))
+                change = self._score(moved).kl - base
+                own = float(site.cost[site.choices.index(then)])
+                found[name] = change - own if now.is_dense else 2 * change
+        return found
+
     def _score(self, schedule: Schedule) -> ToyScore:
         cost = np.zeros(1 + max(site.site.block for site in self.menu.sites))
         kept = 0

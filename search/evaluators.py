@@ -117,6 +117,12 @@ class Evaluator(Protocol):
         Looks 0, 1, … at one schedule are on different workloads, as long as there are that many.
         """
 
+    def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
+        """To first order, what KL does when a site of `schedule` alone takes its choice in `toward`, nats per token.
+
+        By name, for the sites where the two differ.
+        """
+
 
 class ModelEvaluator:
     """Scores schedules on one live model.
@@ -193,10 +199,9 @@ class ModelEvaluator:
         return [self._evaluate(schedule, rival, look) for schedule in schedules]
 
     def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
-        """To first order, what KL does when a site of `schedule` alone takes its choice in `toward`, nats per token.
+        """See `Evaluator`. Costs about three evaluations: a backward pass, and the outputs of the other choices.
 
-        By name, for the sites where the two differ. Costs about three evaluations: a backward pass, and the outputs of
-        the other choices.
+        NaN everywhere where the passes give no numbers.
         """
         workload = self._workloads[(int(schedule.digest[:8], 16) + look) % len(self._workloads)]
         with self.states.watch():

@@ -7,6 +7,7 @@ digests, JSON text, numbers, states. optuna-dashboard opens the file.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Record:
         reason: why, unless "ok".
         seconds: wall time of the evaluation.
         look: which set of data the schedule was measured on, see `agents.Proposal`.
+        slopes: by site, where the agent asked for them; else None.
     """
 
     number: int
@@ -56,6 +58,7 @@ class Record:
     reason: str = ""
     seconds: float = 0.0
     look: int = 0
+    slopes: Mapping[str, float] | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -103,10 +106,6 @@ class Journal:
     def records(self) -> Sequence[Record]:
         """All records in the order of their numbers."""
         return [self._records[number] for number in sorted(self._records)]
-
-    def scores(self) -> dict[tuple[str, int], Mapping[str, object]]:
-        """Score by digest and look of every trial, failed ones too: a resumed search is told again what it was told."""
-        return {record.key: record.score for record in self.records}
 
     def record(self, record: Record) -> None:
         """Keep one trial; when this returns it is on disk. One kept already stays as it is.
@@ -176,6 +175,7 @@ class Journal:
                 "trial.reason": record.reason,
                 "trial.seconds": record.seconds,
                 "trial.look": record.look,
+                "trial.slopes": finite(record.slopes),
                 "trial.figures": list(record.score),
                 "schedule.digest": record.digest,
                 "schedule.json": record.schedule,
@@ -199,11 +199,19 @@ class Journal:
                 reason=attrs["trial.reason"],
                 seconds=attrs["trial.seconds"],
                 look=attrs.get("trial.look", 0),  # not written before looks were counted
+                slopes=_numbers(attrs.get("trial.slopes")),
             )
         except KeyError as missing:
             raise ValueError(
                 f"trial {trial.number} of {self.path} was not written by this program: no {missing}"
             ) from None
+
+
+def _numbers(values: Mapping[str, float | None] | None) -> Mapping[str, float] | None:
+    """Figures by name; None among them stands for one that was not finite."""
+    if values is None:
+        return None
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import agents
-from agents import Agent, Proposal
+from agents import Agent, Proposal, SlopeAgent
 from compression.cache import cache_key
 from compression.schedule import Schedule
 from envs import Problem, Reward
@@ -65,22 +66,29 @@ def run_agent(
     search replays to where it stopped.
     """
     trials: list[Trial] = []
-    known = {key: Score.from_dict(score) for key, score in journal.scores().items()}
-    while len(trials) < budget:
-        proposals = agent.ask(budget - len(trials))
+    known = {record.key: record for record in journal.records}
+    spent = 0
+    while spent < budget:
+        proposals = agent.ask(budget - spent)
         if not proposals:
             break
         rewards = []
         for proposal in proposals:
-            score = known.get((proposal.schedule.digest, proposal.look))
-            if score is None:
+            record = known.get((proposal.schedule.digest, proposal.look))
+            if record is None:
                 [score] = evaluator.evaluate([proposal.schedule], look=proposal.look)
+                slopes = _slopes(evaluator, proposal, score)
+            else:
+                score, slopes = Score.from_dict(record.score), record.slopes
             trial = Trial(len(trials), proposal, score, reward(score))
-            journal.record(_record(trial))
+            journal.record(_record(trial, slopes))
             trials.append(trial)
             rewards.append(trial.reward)
+            spent += proposal.cost
             if stage is not None:
-                stage.advance(1, describe(trials))
+                stage.advance(proposal.cost, describe(trials))
+            if slopes is not None:
+                cast(SlopeAgent, agent).tell_slopes(proposal, slopes)
         agent.tell(proposals, rewards)
     return trials
 
@@ -91,7 +99,14 @@ def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(scored, key=lambda trial: (-trial.reward, trial.number))[:count]
 
 
-def _record(trial: Trial) -> Record:
+def _slopes(evaluator: Evaluator, proposal: Proposal, score: Score) -> Mapping[str, float] | None:
+    """None if the agent did not ask, nothing where there is no score."""
+    if proposal.probe is None:
+        return None
+    return evaluator.slopes(proposal.schedule, proposal.probe, proposal.look) if score.state == "ok" else {}
+
+
+def _record(trial: Trial, slopes: Mapping[str, float] | None) -> Record:
     ok = trial.score.state == "ok"
     return Record(
         number=trial.number,
@@ -104,6 +119,7 @@ def _record(trial: Trial) -> Record:
         state=trial.score.state,
         reason=trial.score.reason,
         seconds=trial.score.seconds,
+        slopes=slopes,
     )
 
 

@@ -38,7 +38,7 @@ def test_records_read_back_exactly(tmp_path):
     first.close()
     again = journal(tmp_path / "study.db")
     assert list(again.records) == kept
-    assert dict(again.scores()["digest0", 0]) == {"kl": 0.1 + 0.2, "items": 32, "accuracy": 1 / 3}
+    assert dict(again.records[0].score) == {"kl": 0.1 + 0.2, "items": 32, "accuracy": 1 / 3}
     again.close()
 
 
@@ -65,7 +65,7 @@ def test_a_trial_without_a_figure_is_a_failed_trial_never_a_number(tmp_path, sta
     assert again.records[0].state == state
     assert again.records[0].reason == "logits are NaN"
     assert again.records[0].score["kl"] is None
-    assert ("digest0", 0) in again.scores()
+    assert ("digest0", 0) in [record.key for record in again.records]
     assert again._study.trials[0].state == optuna.trial.TrialState.FAIL
     assert again._study.trials[0].value is None
     again.close()
