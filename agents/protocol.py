@@ -73,6 +73,9 @@ class Task(Protocol):
     def closed_form(self) -> Schedule:
         """The schedule of the all-middle episode."""
 
+    def knapsack(self) -> Schedule:
+        """The schedule of least predicted cost; the closed form is near it, but buys whole edges of convex hulls."""
+
     def uniform(self) -> Schedule:
         """The same kept fraction everywhere."""
 

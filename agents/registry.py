@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 
-from agents.fixed import Lagrangian, Uniform
+from agents.fixed import Knapsack, Lagrangian, Uniform
 from agents.protocol import Agent, Task, Terms
 from agents.random_search import RandomSearch
 from agents.reinforce import Reinforce
 
 __all__ = ["NAMES", "make"]
 
-_AGENTS: dict[str, type[Reinforce] | type[RandomSearch] | type[Lagrangian] | type[Uniform]] = {
-    agent.name: agent for agent in (Reinforce, RandomSearch, Lagrangian, Uniform)
+_AGENTS: dict[str, type[Reinforce] | type[RandomSearch] | type[Lagrangian] | type[Uniform] | type[Knapsack]] = {
+    agent.name: agent for agent in (Reinforce, RandomSearch, Lagrangian, Knapsack, Uniform)
 }
 
 NAMES: tuple[str, ...] = tuple(_AGENTS)
