@@ -1,6 +1,9 @@
 """Who proposes: agents that ask for schedules to be evaluated and are told rewards."""
 
+from agents.bandit import Bandit, BanditSettings
+from agents.evolution import Evolution, EvolutionSettings
 from agents.fixed import Knapsack, Lagrangian, Uniform
+from agents.portfolio import Portfolio, PortfolioSettings
 from agents.protocol import Agent, Proposal, Task, Terms
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, make
@@ -9,8 +12,14 @@ from agents.reinforce import Reinforce, ReinforceSettings
 __all__ = [
     "NAMES",
     "Agent",
+    "Bandit",
+    "BanditSettings",
+    "Evolution",
+    "EvolutionSettings",
     "Knapsack",
     "Lagrangian",
+    "Portfolio",
+    "PortfolioSettings",
     "Proposal",
     "RandomSearch",
     "Reinforce",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
+from agents.bandit import Bandit
+from agents.evolution import Evolution
 from agents.fixed import Knapsack, Lagrangian, Uniform
+from agents.portfolio import Portfolio
 from agents.protocol import Agent, Task, Terms
 from agents.random_search import RandomSearch
 from agents.reinforce import Reinforce
 
 __all__ = ["NAMES", "make"]
 
-_AGENTS: dict[str, type[Reinforce] | type[RandomSearch] | type[Lagrangian] | type[Uniform] | type[Knapsack]] = {
-    agent.name: agent for agent in (Reinforce, RandomSearch, Lagrangian, Knapsack, Uniform)
+_AGENTS: dict[str, Callable[[Task, Terms], Agent]] = {
+    agent.name: agent
+    for agent in (Reinforce, Evolution, Bandit, Portfolio, RandomSearch, Lagrangian, Knapsack, Uniform)
 }
 
 NAMES: tuple[str, ...] = tuple(_AGENTS)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
-AgentName = Literal["knapsack", "lagrangian", "random", "reinforce", "uniform"]
+AgentName = Literal["bandit", "evolution", "knapsack", "lagrangian", "portfolio", "random", "reinforce", "uniform"]
 ProxyForm = Literal["answer", "letter"]
 Granularity = Literal["block", "family", "site", "block+family"]
 
