@@ -1,6 +1,10 @@
 """Who proposes: agents that ask for schedules to be evaluated and are told rewards."""
 
-from agents.fixed import Lagrangian, Uniform
+from agents.bandit import Bandit, BanditSettings
+from agents.evolution import Evolution, EvolutionSettings
+from agents.fixed import Knapsack, Lagrangian, Uniform
+from agents.gradient import Gradient, GradientSettings
+from agents.portfolio import Portfolio, PortfolioSettings
 from agents.protocol import Agent, Proposal, SlopeAgent, Task, Terms
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, make
@@ -9,7 +13,16 @@ from agents.reinforce import Reinforce, ReinforceSettings
 __all__ = [
     "NAMES",
     "Agent",
+    "Bandit",
+    "BanditSettings",
+    "Evolution",
+    "EvolutionSettings",
+    "Gradient",
+    "GradientSettings",
+    "Knapsack",
     "Lagrangian",
+    "Portfolio",
+    "PortfolioSettings",
     "Proposal",
     "RandomSearch",
     "Reinforce",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from agents.ledger import Ledger
 from agents.protocol import Proposal, Task, Terms
 
-__all__ = ["Fixed", "Lagrangian", "Uniform"]
+__all__ = ["Fixed", "Knapsack", "Lagrangian", "Uniform"]
 
 
 class Fixed:
@@ -41,6 +41,20 @@ class Lagrangian(Fixed):
 
     def __init__(self, task: Task, terms: Terms) -> None:
         super().__init__(Proposal(task.closed_form(), (task.middle,) * task.steps), terms)
+
+
+class Knapsack(Fixed):
+    """The allocation of least predicted cost, exactly.
+
+    `Lagrangian` buys edges of the convex hulls of the sites' costs, best gain per parameter first, and fills up with
+    what still fits; this also takes options above a hull, and spends the last parameters as well as can be. On costs
+    that are convex, or nearly, the two differ by a few steps of χ; both trust the predicted costs.
+    """
+
+    name = "knapsack"
+
+    def __init__(self, task: Task, terms: Terms) -> None:
+        super().__init__(Proposal(task.knapsack(), None), terms)
 
 
 class Uniform(Fixed):

@@ -20,7 +20,7 @@ Slopes are of the KL alone, whatever else the reward holds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from agents.ledger import Ledger
 from agents.protocol import Proposal, Task, Terms
 
 __all__ = ["Gradient", "GradientSettings"]
+
+_TRIES = 30  # moves without another schedule; then it stands still
 
 Floats = NDArray[np.float64]
 
@@ -56,8 +58,8 @@ class Gradient:
         self._ledger = Ledger(terms)
         self._theta: Floats = np.zeros(task.steps)
         self._passed: list[Floats] = []
-        self._measured: Floats = np.zeros(len(task.membership))
-        self._predicted: Floats = np.zeros(len(task.membership))
+        self._gains: Floats = np.zeros((2, len(task.membership)))  # measured, predicted
+        self._known: dict[str, list[Floats]] = {}  # the same of every look, by schedule
         self._open: Proposal | None = None
 
     def ask(self, count: int) -> list[Proposal]:
@@ -65,30 +67,35 @@ class Gradient:
         self._ledger.check(count)
         if self._open is not None:
             return []
-        schedule = self._task.weighted(self._theta)
-        probe = self._task.probe(schedule)
-        for look in range(self._terms.looks):
-            number = (len(self._passed) + look) % self._terms.looks
-            proposal = Proposal(schedule, None, number, probe)
-            if proposal.cost <= min(count, self._ledger.left) and self._ledger.add(proposal):
-                self._open = proposal
-                return [proposal]
+        for _ in range(_TRIES if self._ledger.left else 0):
+            schedule = self._task.weighted(self._theta)
+            probe = self._task.probe(schedule)
+            for look in range(self._terms.looks):
+                proposal = Proposal(schedule, None, (len(self._passed) + look) % self._terms.looks, probe)
+                if proposal.cost > self._ledger.left:
+                    proposal = replace(proposal, probe=None)  # what is left does not pay for slopes
+                if self._ledger.add(proposal):
+                    self._open = proposal
+                    return [proposal]
+            # θ has moved too little to be another schedule, and all data have been looked at: move on by what is known.
+            self._absorb(schedule.digest)
+            self._theta = self._moved()
         return []
 
     def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
         """See `agents.SlopeAgent`."""
         assert proposal.probe is not None
-        measured, predicted = self._task.gains(proposal.schedule, proposal.probe, slopes)
-        if slopes and np.isfinite(measured).all():
-            self._measured = self.settings.memory * self._measured + measured
-            self._predicted = self.settings.memory * self._predicted + predicted
+        gains = np.stack(self._task.gains(proposal.schedule, proposal.probe, slopes))
+        if slopes and np.isfinite(gains).all():
+            self._known.setdefault(proposal.schedule.digest, []).append(gains)
 
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
         """See `agents.Agent`."""
         self._ledger.close(proposals, rewards)
-        if proposals:
+        for proposal in proposals:
             self._open = None
             self._passed.append(self._theta)
+            self._absorb(proposal.schedule.digest)
             self._theta = self._moved()
 
     def recommend(self, count: int) -> list[Proposal]:
@@ -102,11 +109,16 @@ class Gradient:
             found.setdefault(proposal.schedule.digest, Proposal(proposal.schedule, None))
         return list(found.values())[:count]
 
+    def _absorb(self, digest: str) -> None:
+        if known := self._known.get(digest):
+            self._gains = self.settings.memory * self._gains + np.mean(known, axis=0)
+
     def _moved(self) -> Floats:
         settings, membership = self.settings, self._task.membership
-        expected = membership.T @ (self._predicted * np.exp(membership @ self._theta))
+        measured, predicted = self._gains
+        expected = membership.T @ (predicted * np.exp(membership @ self._theta))
         total = float(expected.sum())
-        gained = membership.T @ self._measured
+        gained = membership.T @ measured
         if not total > 0 or not gained.sum() > 0:
             return self._theta
         ratio = gained * total / (np.maximum(expected, 1e-12 * total) * gained.sum())

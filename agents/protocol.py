@@ -88,6 +88,9 @@ class Task(Protocol):
     def closed_form(self) -> Schedule:
         """The schedule of the all-middle episode."""
 
+    def knapsack(self) -> Schedule:
+        """The schedule of least predicted cost; the closed form is near it, but buys whole edges of convex hulls."""
+
     def uniform(self) -> Schedule:
         """The same kept fraction everywhere."""
 
@@ -145,9 +148,9 @@ class Agent(Protocol):
         """As in `agents.NAMES`."""
 
     def ask(self, count: int) -> list[Proposal]:
-        """New proposals of a total cost of at most `count`, never the same look at the same schedule twice.
+        """At most `count` new proposals, never the same look at the same schedule twice; none means it has finished.
 
-        None at all means that the agent has finished.
+        The costs of all it ever proposes add up to its budget at most.
 
         Raises:
             ValueError: count below 1.

@@ -11,7 +11,12 @@ __all__ = ["NAMES", "make"]
 
 #: Name -> "module:class", or whatever else makes an agent of (task, terms).
 _AGENTS = {
+    "bandit": "agents.bandit:Bandit",
+    "evolution": "agents.evolution:Evolution",
+    "gradient": "agents.gradient:Gradient",
+    "knapsack": "agents.fixed:Knapsack",
     "lagrangian": "agents.fixed:Lagrangian",
+    "portfolio": "agents.portfolio:Portfolio",
     "random": "agents.random_search:RandomSearch",
     "reinforce": "agents.reinforce:Reinforce",
     "uniform": "agents.fixed:Uniform",

@@ -7,6 +7,7 @@ from compression.factors import Factors, FactorStore
 from compression.fit import Fit, fit
 from compression.gauge import PivotedCore, pivot, unpivot
 from compression.heads import HeadLinear, split_heads_
+from compression.knapsack import Allocation, knapsack
 from compression.layers import MPOLinear
 from compression.legs import Legs, balanced, resolve
 from compression.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
@@ -20,6 +21,7 @@ from compression.whitening import Whitening, shrink
 
 __all__ = [
     "DENSE",
+    "Allocation",
     "Bundle",
     "Choice",
     "FactorCache",
@@ -53,6 +55,7 @@ __all__ = [
     "envelope",
     "fit",
     "fitted_topologies",
+    "knapsack",
     "lagrangian",
     "model_bytes",
     "model_parameters",

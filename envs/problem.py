@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compression.allocation import lagrangian, to_schedule, uniform
+from compression.knapsack import knapsack
 from compression.menu import Menu
 from compression.schedule import Schedule
 from envs.frontier import Frontier
@@ -148,6 +149,10 @@ class Problem:
     def closed_form(self) -> Schedule:
         """The Lagrangian over all sites, equal to the schedule of the all-middle actions."""
         return self.schedule((self.middle,) * self.steps)
+
+    def knapsack(self) -> Schedule:
+        """The least predicted cost that the target allows, exactly, convex or not; see `compression.knapsack`."""
+        return to_schedule(self.menu, knapsack(self.menu, self.target_parameters).indices)
 
     def uniform(self) -> Schedule:
         """The same kept fraction at every site."""

@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
-AgentName = Literal["lagrangian", "random", "reinforce", "uniform"]
+AgentName = Literal[
+    "bandit", "evolution", "gradient", "knapsack", "lagrangian", "portfolio", "random", "reinforce", "uniform"
+]
 ProxyForm = Literal["answer", "letter"]
 Granularity = Literal["block", "family", "site", "block+family"]
 
@@ -70,7 +72,11 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     agent: AgentName = _field(
-        "reinforce", "search", _one_of(AGENTS), "Who proposes schedules; lagrangian and uniform need no search.", "NAME"
+        "reinforce",
+        "search",
+        _one_of(AGENTS),
+        "Who proposes schedules; knapsack, lagrangian and uniform need no search.",
+        "NAME",
     )
     budget: int = _field(
         200,

@@ -15,7 +15,7 @@ def test_defaults_are_the_default_job():
     ("field", "value", "words"),
     [
         ("agent", "reinforc", "the nearest is reinforce"),
-        ("agent", 3, "one of lagrangian"),
+        ("agent", 3, "one of bandit"),
         ("budget", -1, "a whole number of at least 0, got -1"),
         ("budget", "ten", "got 'ten'"),
         ("budget", True, "got True"),

@@ -1,0 +1,150 @@
+"""Evolution: elitist search by level switches, with offspring measured in stages. The whole algorithm, top to bottom.
+
+One parent, at first the closed form. A generation is `offspring` neighbours of the parent, each a few switches away: a
+step's level up, another's down, projected exactly onto the target (Sieberling et al. 2024, EvoPress, §3). All of them
+get look 0, the best `survivors` of them look 1, the best of those look 2, and so on for as many looks as there are. The
+parent gets every look that its challengers get. With one look this is a plain elitist (1 + λ).
+
+Looks are on different data, so their mean has a standard error. The spread σ of a single look is estimated from all
+schedules looked at more than once (1.48 times the median deviation from their own means), and the parent is replaced
+only by an offspring with as many looks whose mean is higher by more than `caution`·σ·√(2 / looks).
+
+After some trials offspring are not taken as they come: each is climbed to, from the parent, on the mean of a surrogate
+of all trials plus a random share of its uncertainty (`agents.surrogate`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.batched import Batched
+from agents.protocol import Proposal, Task, Terms
+from agents.surrogate import Surrogate, without_outliers
+from agents.switches import climb, legal, switched
+
+__all__ = ["Evolution", "EvolutionSettings"]
+
+_TRIES = 50  # rounds of offspring without a new schedule; then the space counts as exhausted
+
+Floats = NDArray[np.float64]
+Levels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EvolutionSettings:
+    """What can be tuned.
+
+    Set on four synthetic tasks of 37 steps with 4 % noise, 200 evaluations, by how far the recommendation is truly
+    below the closed form: without the surrogate 3 %, with it 9 %; 10 % without caution, 11 % with the longer climb.
+    The standard error over tasks is 1 to 2 %, so only the surrogate is beyond doubt; staged looks and single ones
+    could not be told apart.
+    """
+
+    offspring: int = 8  # of a generation
+    survivors: tuple[int, ...] = (2, 1)  # how many of them get look 1, look 2, and so on
+    switches: int = 3  # most level switches between parent and offspring
+    reach: int = 2  # most levels that one switch moves a step
+    caution: float = 0.0  # standard errors by which an offspring must be better
+    screened: int = 20  # trials after which the surrogate chooses offspring; a number above the budget turns it off
+    rounds: int = 25  # times the surrogate chooses on the way to an offspring
+    children: int = 24  # neighbours that it chooses from each time
+    optimism: float = 1.0  # standard deviations of the surrogate that an offspring may hope for, drawn at random
+
+
+class Evolution(Batched):
+    """See the module."""
+
+    name = "evolution"
+
+    def __init__(self, task: Task, terms: Terms, settings: EvolutionSettings | None = None) -> None:
+        super().__init__(task, terms)
+        self.settings = settings or EvolutionSettings()
+        self.parent = Proposal(task.closed_form(), (task.middle,) * task.steps)
+        self.surrogate = Surrogate(task)
+        self._generation: list[Proposal] = []
+        self._stage = 0
+
+    def recommend(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. The trials of which the surrogate expects most."""
+        levels, rewards = self.trials
+        if len(rewards) < 3:
+            return self._ledger.best(count)
+        self._challenge()
+        self.surrogate.fit(levels, without_outliers(rewards))
+        levels = np.unique(levels, axis=0)
+        believed = levels[np.argsort(-self.surrogate(levels), kind="stable")]
+        return self._distinct(believed, count)
+
+    def _plan(self) -> None:
+        stages = self.settings.survivors[: self._terms.looks - 1]
+        while self._generation and self._stage < len(stages):
+            ranked = sorted(self._generation, key=lambda proposal: -self.record(proposal).mean)
+            self._generation = ranked[: stages[self._stage]]
+            self._stage += 1
+            for proposal in (self.parent, *self._generation):
+                self._enter(replace(proposal, look=self._stage))
+            if self._planned:
+                return
+        self._challenge()
+        self._reproduce()
+
+    def _challenge(self) -> None:
+        """The best of the generation meets the parent."""
+        parent = self.record(self.parent)
+        for proposal in self._generation:
+            record = self.record(proposal)
+            looks = min(len(record.rewards), len(parent.rewards))
+            margin = self.settings.caution * self._noise() * np.sqrt(2 / max(1, looks))
+            if record.rewards and len(record.rewards) >= len(parent.rewards) and record.mean > parent.mean + margin:
+                self.parent, parent = proposal, record
+
+    def _noise(self) -> float:
+        """Standard deviation of one look; 0 while nothing is known."""
+        apart = [
+            np.abs(np.array(record.rewards) - record.mean) * np.sqrt(len(record.rewards) / (len(record.rewards) - 1))
+            for record in self.records.values()
+            if len(record.rewards) > 1 and np.isfinite(record.mean)
+        ]
+        return 1.4826 * float(np.median(np.concatenate(apart))) if apart else 0.0
+
+    def _reproduce(self) -> None:
+        """A new generation; offspring proposed before are made again, ever further away."""
+        self._generation, self._stage = [], 0
+        self._enter(self.parent)
+        for attempt in range(_TRIES):
+            missing = self.settings.offspring - len(self._generation)
+            if missing <= 0:
+                return
+            for levels in self._offspring(missing, attempt):
+                proposal = self._proposal(levels)
+                if self._enter(proposal):
+                    self._generation.append(proposal)
+
+    def _offspring(self, count: int, attempt: int) -> Levels:
+        settings = self.settings
+        parents = np.tile(np.array(self.parent.actions), (count, 1))
+        levels, rewards = self.trials
+        if attempt > _TRIES // 2:
+            return legal(self._task, self._generator.integers(0, self._task.levels, parents.shape))
+        children = switched(self._task, parents, settings.switches + attempt, settings.reach, self._generator)
+        if attempt or len(rewards) < settings.screened:
+            return children
+        self.surrogate.fit(levels, without_outliers(rewards))
+        hope = settings.optimism * np.abs(self._generator.standard_normal(count))
+
+        def value(actions: Levels, origin: Levels) -> Floats:
+            return self.surrogate(actions) + hope[origin] * self.surrogate.deviation(actions)
+
+        return climb(
+            self._task,
+            parents,
+            value,
+            settings.rounds,
+            settings.children,
+            settings.switches,
+            settings.reach,
+            self._generator,
+        )

@@ -1,0 +1,75 @@
+"""Switches: neighbours of an episode on the surface of equal size, and climbing from one to the next.
+
+A switch raises one step's level and lowers another's by as much (Sieberling et al. 2024, EvoPress, §3); the task's
+projection then meets the target exactly. Knows episodes and a function that values them, no schedule and no reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.protocol import Task
+
+__all__ = ["climb", "legal", "switched"]
+
+Floats = NDArray[np.float64]
+Levels = NDArray[np.int64]
+
+
+def legal(task: Task, actions: Levels) -> Levels:
+    """Episodes (n, steps) with the highest rung in the place of every dense that is not legal there."""
+    actions = actions.copy()
+    for row, step in np.argwhere(actions == task.levels - 1):
+        actions[row, step] -= not task.mask(actions[row, :step].tolist())[-1]
+    return actions
+
+
+def switched(task: Task, actions: Levels, most: int, reach: int, generator: np.random.Generator) -> Levels:
+    """Neighbours (n, steps) of episodes (n, steps): each after 1 to `most` switches, few being likelier than many.
+
+    Args:
+        reach: levels that one switch moves its two steps by at most, at least 1.
+    """
+    actions = actions.copy()
+    count = generator.integers(1, most + 1, (len(actions), 2)).min(axis=1)
+    for turn in range(most):
+        rows = np.flatnonzero(count > turn)
+        steps = generator.random((len(rows), task.steps)).argsort(axis=1, kind="stable")
+        distance = generator.integers(1, reach + 1, len(rows))
+        up, down = steps[:, 0], steps[:, -1]
+        actions[rows, up] += distance
+        if task.steps > 1:
+            actions[rows, down] -= distance
+    return legal(task, np.clip(actions, 0, task.levels - 1))
+
+
+def climb(
+    task: Task,
+    starts: Levels,
+    value: Callable[[Levels, NDArray[np.int64]], Floats],
+    rounds: int,
+    children: int,
+    most: int,
+    reach: int,
+    generator: np.random.Generator,
+) -> Levels:
+    """From every start (n, steps), the best of `children` neighbours or itself, `rounds` times over.
+
+    Args:
+        value: of episodes (m, steps), given which start each one comes from, (m,) -> (m,).
+    """
+    at = starts.copy()
+    own = np.arange(len(starts))
+    best = value(at, own)
+    for _ in range(rounds):
+        origin = np.repeat(own, children)
+        near = switched(task, at[origin], most, reach, generator)
+        values = value(near, origin).reshape(len(starts), children)
+        chosen = values.argmax(axis=1)
+        better = values[own, chosen] > best
+        at[better] = near.reshape(len(starts), children, -1)[own, chosen][better]
+        best = np.where(better, values[own, chosen], best)
+    return at
