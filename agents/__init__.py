@@ -4,6 +4,7 @@ from agents.bandit import Bandit, BanditSettings
 from agents.evolution import Evolution, EvolutionSettings
 from agents.fixed import Knapsack, Lagrangian, Uniform
 from agents.gradient import Gradient, GradientSettings
+from agents.guided import Guided, GuidedSettings
 from agents.portfolio import Portfolio, PortfolioSettings
 from agents.protocol import Agent, Proposal, SlopeAgent, Task, Terms
 from agents.random_search import RandomSearch
@@ -19,6 +20,8 @@ __all__ = [
     "EvolutionSettings",
     "Gradient",
     "GradientSettings",
+    "Guided",
+    "GuidedSettings",
     "Knapsack",
     "Lagrangian",
     "Portfolio",

@@ -102,12 +102,23 @@ class Gradient:
         """See `agents.Agent`."""
         if not self._passed:
             return []
-        late = [*self._passed, self._theta][(len(self._passed) + 1) // 2 :]
-        thetas = (np.mean(late, axis=0), self._theta)
+        thetas = (self.offsets, self._theta)
         found = {one.digest: Proposal(one, None) for one in map(self._task.weighted, thetas)}
         for proposal in self._ledger.best(count):
             found.setdefault(proposal.schedule.digest, Proposal(proposal.schedule, None))
         return list(found.values())[:count]
+
+    @property
+    def offsets(self) -> Floats:
+        """Mean of θ over the second half of the iterations, (steps,); 0 before the first."""
+        late = [*self._passed, self._theta][(len(self._passed) + 1) // 2 :]
+        mean: Floats = np.mean(late, axis=0)
+        return mean
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything proposed is told."""
+        return self._open is None
 
     def _absorb(self, digest: str) -> None:
         if known := self._known.get(digest):

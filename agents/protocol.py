@@ -77,6 +77,9 @@ class Task(Protocol):
     def weighted(self, offsets: NDArray[np.float64]) -> Schedule:
         """The schedule between the rungs: costs of every step's sites weighed by exp(offsets), (steps,)."""
 
+    def around(self, offsets: NDArray[np.float64]) -> Task:
+        """The same task with `weighted(offsets)` in the place of the closed form."""
+
     def probe(self, schedule: Schedule) -> Schedule:
         """Each site a little larger, or a little smaller where it is dense: not a schedule that meets the target."""
 

@@ -14,6 +14,7 @@ _AGENTS = {
     "bandit": "agents.bandit:Bandit",
     "evolution": "agents.evolution:Evolution",
     "gradient": "agents.gradient:Gradient",
+    "guided": "agents.guided:Guided",
     "knapsack": "agents.fixed:Knapsack",
     "lagrangian": "agents.fixed:Lagrangian",
     "portfolio": "agents.portfolio:Portfolio",

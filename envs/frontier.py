@@ -74,9 +74,9 @@ class Frontier:
             cost=np.take_along_axis(cost, taken, axis=1),
         )
 
-    def kept(self, sites: NDArray[np.int64], offset: float) -> float:
-        """Parameters that `sites` keep together when their costs weigh exp(offset) at the closed-form price."""
-        return float(self.parameters[sites, self._cell(np.array(self.log_price - offset))].sum())
+    def kept(self, sites: NDArray[np.int64], offsets: NDArray[np.float64]) -> float:
+        """Parameters that `sites` keep together when their costs weigh exp(offsets) at the closed-form price."""
+        return float(self.parameters[sites, self._cell(self.log_price - offsets)].sum())
 
     def costs(self, log_weights: NDArray[np.float64], dense: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Predicted KL of every site, (n, sites) in nats per token, at the price that meets the target.

@@ -66,6 +66,7 @@ class Problem:
 
     Attributes:
         offsets: (levels,), ascending, symmetric around 0, the last one +inf for dense.
+        base: log weights of the sites' costs at offset 0, (sites,); zero unless made by `around`.
     """
 
     menu: Menu
@@ -74,6 +75,7 @@ class Problem:
     groups: tuple[Group, ...]
     offsets: NDArray[np.float64]
     frontier: Frontier
+    base: NDArray[np.float64]
 
     @classmethod
     def build(
@@ -109,6 +111,7 @@ class Problem:
             groups=_groups(menu, granularity),
             offsets=np.append(rungs, np.inf),
             frontier=Frontier.build(menu, target),
+            base=np.zeros(len(menu.sites)),
         )
 
     @property
@@ -142,12 +145,16 @@ class Problem:
         frontier = Frontier.build(self.menu, target)
         return replace(self, target_kept=target_kept, target_parameters=target, frontier=frontier)
 
+    def around(self, offsets: NDArray[np.float64]) -> Problem:
+        """The same problem with `weighted(offsets)` in the place of the closed form; raises ValueError as that does."""
+        return replace(self, base=self.base + self.membership @ self._finite(offsets))
+
     def kept(self, schedule: Schedule) -> float:
         """Kept fraction of a schedule of options of the menu."""
         return self.menu.parameters(self._indices(schedule)) / self.menu.dense_parameters
 
     def closed_form(self) -> Schedule:
-        """The Lagrangian over all sites, equal to the schedule of the all-middle actions."""
+        """The Lagrangian over all sites, weighed by `base`: the schedule of the all-middle actions."""
         return self.schedule((self.middle,) * self.steps)
 
     def knapsack(self) -> Schedule:
@@ -170,7 +177,7 @@ class Problem:
             raise ValueError(f"a schedule needs {self.steps} actions, one per group, got {len(levels)}")
         if not self._fits(dense := self._dense_sites(levels)):
             raise ValueError(f"these dense groups leave no room for the target {self.target_kept}; see Problem.mask")
-        weights = self.membership @ np.where(
+        weights = self.base + self.membership @ np.where(
             levels == self.dense_level, 0.0, self.offsets[np.minimum(levels, self.levels - 2)]
         )
         return to_schedule(
@@ -183,10 +190,8 @@ class Problem:
         Raises:
             ValueError: not one finite offset per step.
         """
-        offsets = np.asarray(offsets, dtype=np.float64)
-        if offsets.shape != (self.steps,) or not np.isfinite(offsets).all():
-            raise ValueError(f"offsets must be {self.steps} finite numbers, got shape {offsets.shape}")
-        return to_schedule(self.menu, lagrangian(self.menu, self.target_parameters, self.membership @ offsets))
+        weights = self.base + self.membership @ self._finite(offsets)
+        return to_schedule(self.menu, lagrangian(self.menu, self.target_parameters, weights))
 
     def probe(self, schedule: Schedule) -> Schedule:
         """Each site about 8 % of its dense parameters larger, short of dense; a dense one as much smaller."""
@@ -260,7 +265,8 @@ class Problem:
         sites = np.array(self.groups[step].sites)
         if level == self.dense_level:
             return 1.0
-        return self.frontier.kept(sites, float(self.offsets[level])) / float(self._largest[sites].sum())
+        offsets = self.offsets[level] + self.base[sites]
+        return self.frontier.kept(sites, offsets) / float(self._largest[sites].sum())
 
     def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Predicted KL of every group, (n, steps) in nats per token, for n complete episodes (n, steps).
@@ -271,7 +277,7 @@ class Problem:
         levels = np.atleast_2d(np.asarray(actions, dtype=np.int64))
         dense = levels == self.dense_level
         weights = np.where(dense, 0.0, self.offsets[np.minimum(levels, self.levels - 2)]) @ self.membership.T
-        return self.frontier.costs(weights, (dense @ self.membership.T) > 0) @ self.membership
+        return self.frontier.costs(self.base + weights, (dense @ self.membership.T) > 0) @ self.membership
 
     @cached_property
     def membership(self) -> NDArray[np.float64]:
@@ -310,6 +316,12 @@ class Problem:
                 )
             )
         return np.array(rows, dtype=np.float64)
+
+    def _finite(self, offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+        offsets = np.asarray(offsets, dtype=np.float64)
+        if offsets.shape != (self.steps,) or not np.isfinite(offsets).all():
+            raise ValueError(f"offsets must be {self.steps} finite numbers, got shape {offsets.shape}")
+        return offsets
 
     def _indices(self, schedule: Schedule) -> NDArray[np.int64]:
         """Option of every site."""

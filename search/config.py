@@ -18,7 +18,7 @@ __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config
 
 OptimizeFor = Literal["memory", "latency"]
 AgentName = Literal[
-    "bandit", "evolution", "gradient", "knapsack", "lagrangian", "portfolio", "random", "reinforce", "uniform"
+    "bandit", "evolution", "gradient", "guided", "knapsack", "lagrangian", "portfolio", "random", "reinforce", "uniform"
 ]
 ProxyForm = Literal["answer", "letter"]
 Granularity = Literal["block", "family", "site", "block+family"]

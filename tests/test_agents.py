@@ -17,7 +17,7 @@ def toy(levels=8):
 
 
 LEARNERS = [name for name in agents.NAMES if name not in ("knapsack", "lagrangian", "uniform")]
-UNSEEDED = ("gradient",)  # slopes leave nothing to chance; it ends where it stands still
+UNSEEDED = ("gradient", "guided")  # slopes leave nothing to chance; it ends where it stands still
 SEEDED = [name for name in LEARNERS if name not in UNSEEDED]
 
 

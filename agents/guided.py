@@ -1,0 +1,104 @@
+"""Guided: the gradient agent first, then another agent around what it found.
+
+Slopes say within a few evaluations how far the predicted worth of parameters is off, to first order and for the KL
+alone. What they leave, a search by rewards may find: interactions at a distance, the other terms of the reward, groups
+kept dense. So a share of the budget goes to `agents.gradient`, and what is left to an agent whose task has the outcome
+in the place of the closed form (`Task.around`); its episodes are offsets to that.
+
+Knows the gradient agent; the other one by its protocol only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from agents.gradient import Gradient
+from agents.ledger import Ledger
+from agents.protocol import Agent, Proposal, Task, Terms
+
+__all__ = ["Guided", "GuidedSettings"]
+
+
+@dataclass(frozen=True)
+class GuidedSettings:
+    """What can be tuned."""
+
+    lead: float = 0.16  # share of the budget that the gradient agent gets
+    follower: str = "reinforce"  # name of the agent that gets the rest
+
+
+class Guided:
+    """See the module."""
+
+    name = "guided"
+
+    def __init__(self, task: Task, terms: Terms, settings: GuidedSettings | None = None) -> None:
+        """Raises ValueError for an unknown follower, or one that guides or takes slopes itself."""
+        self.settings = settings or GuidedSettings()
+        if self.settings.follower in (self.name, Gradient.name):
+            raise ValueError(f"the follower must propose episodes, {self.settings.follower} does not")
+        self._task = task
+        self._terms = terms
+        self._ledger = Ledger(terms)
+        lead = min(terms.budget, 4 * round(self.settings.lead * terms.budget / 4))  # slopes cost 4
+        self._lead = Gradient(task, replace(terms, budget=lead))
+        self._follower: Agent | None = None
+        self._given: dict[tuple[str, int], Proposal] = {}  # the follower's own proposals, not told yet
+        self._rewards: dict[tuple[str, int], float] = {}
+
+    def ask(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`."""
+        self._ledger.check(count)
+        if not self._ledger.left:
+            return []
+        if self._follower is None:
+            if proposals := self._lead.ask(count):
+                return [proposal for proposal in proposals if self._ledger.add(proposal)]
+            if not self._lead.settled:
+                return []
+            self._follow()
+        assert self._follower is not None
+        while batch := self._follower.ask(min(count, self._ledger.left)):
+            fresh = [proposal for proposal in batch if self._ledger.add(proposal)]
+            self._given |= {_key(proposal): proposal for proposal in fresh}
+            for proposal in batch:  # a look that the lead has had is known
+                if _key(proposal) not in self._given:
+                    self._follower.tell([proposal], [self._rewards[_key(proposal)]])
+            if fresh:
+                return [replace(proposal, actions=None) for proposal in fresh]
+        return []
+
+    def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
+        """See `agents.SlopeAgent`."""
+        self._lead.tell_slopes(proposal, slopes)
+
+    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
+        """See `agents.Agent`."""
+        self._ledger.close(proposals, rewards)
+        for proposal, reward in zip(proposals, rewards, strict=True):
+            self._rewards[_key(proposal)] = reward
+            if self._follower is None:
+                self._lead.tell([proposal], [reward])
+            else:
+                self._follower.tell([self._given.pop(_key(proposal))], [reward])
+
+    def recommend(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. The follower's, and among them what the lead believed best."""
+        best = self._lead.recommend(1)
+        follower = self._follower.recommend(count) if self._follower and self._rewards else []
+        order = [*follower[:2], *best, *follower[2:]]
+        found = {one.schedule.digest: replace(one, actions=None) for one in order}
+        return list(found.values())[:count]
+
+    def _follow(self) -> None:
+        from agents.registry import make  # the registry knows this agent, too
+
+        around = self._task.around(self._lead.offsets)
+        # What the lead has looked at costs the follower nothing.
+        terms = replace(self._terms, budget=self._ledger.left + len(self._rewards))
+        self._follower = make(self.settings.follower, around, terms)
+
+
+def _key(proposal: Proposal) -> tuple[str, int]:
+    return proposal.schedule.digest, proposal.look
