@@ -12,6 +12,11 @@ __all__ = ["NAMES", "make"]
 #: Name -> "module:class", or whatever else makes an agent of (task, terms).
 _AGENTS = {
     "lagrangian": "agents.fixed:Lagrangian",
+    "optuna-cmaes": "agents.optuna_agents:cmaes",
+    "optuna-gp": "agents.optuna_agents:gp",
+    "optuna-nsga2": "agents.optuna_agents:nsga2",
+    "optuna-qmc": "agents.optuna_agents:qmc",
+    "optuna-tpe": "agents.optuna_agents:tpe",
     "random": "agents.random_search:RandomSearch",
     "reinforce": "agents.reinforce:Reinforce",
     "uniform": "agents.fixed:Uniform",

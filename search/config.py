@@ -17,7 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
-AgentName = Literal["lagrangian", "random", "reinforce", "uniform"]
+AgentName = Literal[
+    "lagrangian",
+    "optuna-cmaes",
+    "optuna-gp",
+    "optuna-nsga2",
+    "optuna-qmc",
+    "optuna-tpe",
+    "random",
+    "reinforce",
+    "uniform",
+]
 ProxyForm = Literal["answer", "letter"]
 Granularity = Literal["block", "family", "site", "block+family"]
 
