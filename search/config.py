@@ -18,7 +18,21 @@ __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config
 
 OptimizeFor = Literal["memory", "latency"]
 AgentName = Literal[
-    "bandit", "evolution", "gradient", "guided", "knapsack", "lagrangian", "portfolio", "random", "reinforce", "uniform"
+    "bandit",
+    "evolution",
+    "gradient",
+    "guided",
+    "knapsack",
+    "lagrangian",
+    "optuna-cmaes",
+    "optuna-gp",
+    "optuna-nsga2",
+    "optuna-qmc",
+    "optuna-tpe",
+    "portfolio",
+    "random",
+    "reinforce",
+    "uniform",
 ]
 ProxyForm = Literal["answer", "letter"]
 Granularity = Literal["block", "family", "site", "block+family"]

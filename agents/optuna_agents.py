@@ -1,0 +1,455 @@
+"""Optuna's samplers as agents, by ask and tell on a study in memory.
+
+| agent | sampler | a parameter is | asks between tells |
+|---|---|---|---|
+| `optuna-cmaes` | separable CMA-ES (Ros & Hansen 2008) | a place on the ladder, rounded | a population |
+| `optuna-gp` | Gaussian process, log expected improvement (Ament et al. 2023) | the same | 1 |
+| `optuna-nsga2` | NSGA-II (Deb et al. 2002) on quality and kept fraction | a level | a population |
+| `optuna-qmc` | scrambled Sobol points (Owen 1998); learns nothing | a quantile of the prior | a batch |
+| `optuna-tpe` | tree-structured Parzen estimator, multivariate (Bergstra et al. 2011) | a level | 1 |
+
+Left alone, all of them would begin uniformly over levels^steps, where a schedule is several times worse than the closed
+form. So they get a prior, as REINFORCE's warm start: every level l with probability ∝ exp(−offsets[l]² / 2σ²), dense
+with a small one, and a little of everything. The closed form is the first proposal. What TPE, GP and NSGA-II begin with
+is drawn from the prior, Sobol points pass through its quantile function, and CMA-ES starts at the middle with a step
+size of its own. Dense is the level above the highest rung. Where it is illegal the highest rung is taken, and the study
+told so, except where the sampler must hear of the very point it asked about (CMA-ES, NSGA-II).
+
+A schedule that comes again is told its known reward and costs nothing. A sampler that only repeats itself is passed
+over for a neighbour of the best trial, or anything; when that is not new either, the space counts as exhausted.
+
+`recommend` trusts `agents.surrogate` on all trials rather than single rewards: among the trials, and the means of the
+best of them (what an evolution strategy would call its mean), which average the noise away.
+
+Knows nothing of models; the study in memory has nothing to do with a run's journal, from which resuming replays.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, QMCSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import Trial, TrialState, create_trial
+
+from agents.ledger import Ledger
+from agents.protocol import Proposal, Task, Terms
+from agents.surrogate import Surrogate, without_outliers
+
+__all__ = ["OptunaAgent", "OptunaPareto", "OptunaSettings", "cmaes", "gp", "nsga2", "qmc", "tpe"]
+
+Floats = NDArray[np.float64]
+Levels = NDArray[np.int64]
+
+_INSTALL = "pip install 'chisel-prior[agents]'"
+_TARGET = "target_kept"  # NSGA-II's parameter beside the steps
+
+
+@dataclass(frozen=True)
+class OptunaSettings:
+    """What can be tuned; the defaults were set on synthetic costs of 24 and 30 blocks with noise of 4 %."""
+
+    sigma: float = 0.3  # of the prior, in log price
+    dense_groups: float = 0.1  # groups a draw from the prior keeps dense on average
+    stray: float = 0.01  # part of the prior that is spread evenly over the rungs, so that none is out of reach
+    startup: int = 20  # trials drawn from the prior, the closed form included, before TPE and GP go by their models
+    sobol_sigma: float = 0.15  # σ of the prior that Sobol points pass through: they are never steered nearer
+    cma_sigma: float = 1.5  # first step size of CMA-ES, in rungs
+    population: int = 14  # of CMA-ES, and how many Sobol points are given at once
+    nsga_population: int = 20
+    acquisitions: int = (
+        2  # places GP climbs its acquisition function from; with Optuna's 10 a trial takes twice as long
+    )
+    deepest: float = 3.0  # a reward further below the closed form's, in units of its quality, is told as this far below
+    patience: int = 2  # batches in a row that may bring nothing new before a sampler is passed over
+    tries: int = 100  # draws near the best, and as many anywhere, for something new; then the space is exhausted
+    around: float = 0.1  # NSGA-II's targets reach this far from the task's
+    grid: float = 0.01  # and lie this far apart
+    anchors: int = 5  # targets at which it is given the closed form to start from
+    centres: tuple[int, ...] = (7, 14, 25)  # the means of this many best trials are candidates of `recommend`
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a sampler is used; a batch is what is asked for between two tells.
+
+    Attributes:
+        make: the sampler.
+        scale: what a parameter is: "level", "position" on the ladder, or "chance" in [0, 1].
+        startup: asks in the first batch, which the prior answers, the closed form first.
+        batch: asks in the others.
+        repairs: whether the study may be told another point than the one it was asked for.
+        needs: packages beside Optuna.
+    """
+
+    make: Callable[[Task, int, OptunaSettings], BaseSampler]
+    scale: str
+    startup: Callable[[OptunaSettings], int]
+    batch: Callable[[OptunaSettings], int]
+    repairs: bool
+    needs: tuple[str, ...] = ()
+
+
+def _make_cmaes(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+    middle = dict.fromkeys(task.names, float(task.middle))
+    # Optuna counts sigma0 in widths of the range. A single dimension has nothing to separate.
+    return CmaEsSampler(
+        x0=middle,
+        sigma0=settings.cma_sigma / task.levels,
+        seed=seed,
+        popsize=settings.population,
+        use_separable_cma=task.steps > 1,
+    )
+
+
+def _make_gp(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+    sampler = GPSampler(seed=seed, n_startup_trials=min(5, settings.startup))
+    sampler._n_local_search = settings.acquisitions
+    return sampler
+
+
+def _make_nsga2(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+    return NSGAIISampler(seed=seed, population_size=settings.nsga_population)
+
+
+def _make_qmc(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+    return QMCSampler(qmc_type="sobol", scramble=True, seed=seed)
+
+
+def _make_tpe(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+    return TPESampler(seed=seed, multivariate=True, n_startup_trials=min(5, settings.startup))
+
+
+_KINDS = {
+    "optuna-cmaes": _Kind(_make_cmaes, "position", lambda s: 1, lambda s: s.population, False, ("cmaes",)),
+    "optuna-gp": _Kind(_make_gp, "position", lambda s: s.startup, lambda s: 1, True, ("scipy",)),
+    "optuna-nsga2": _Kind(_make_nsga2, "level", lambda s: s.nsga_population, lambda s: s.nsga_population, False),
+    "optuna-qmc": _Kind(_make_qmc, "chance", lambda s: 1, lambda s: s.population, False, ("scipy",)),
+    "optuna-tpe": _Kind(_make_tpe, "level", lambda s: s.startup, lambda s: 1, True),
+}
+
+
+class OptunaAgent:
+    """See the module. Plans a batch at a time, so the proposals do not depend on how many are asked for at once.
+
+    A point is the tuple of levels that was really taken.
+    """
+
+    def __init__(self, name: str, task: Task, terms: Terms, settings: OptunaSettings | None = None) -> None:
+        """`name` is one of the module's table.
+
+        Raises:
+            ValueError: the sampler needs a package that is not installed.
+        """
+        self.name = name
+        self.settings = settings or OptunaSettings()
+        self._kind = _KINDS[name]
+        for package in self._kind.needs:
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"agent {name} needs {package}, which is not installed: {_INSTALL}")
+        self._task = task
+        self._terms = terms
+        self._ledger = Ledger(terms)
+        self._generator = np.random.default_rng(terms.seed)
+        sigma = self.settings.sobol_sigma if self._kind.scale == "chance" else self.settings.sigma
+        self._prior = _prior(task, sigma, self.settings)
+        self._space = self._make_space()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # GP says that it climbs from one place after another for want of a package; from two that costs nothing.
+        logging.getLogger("optuna._gp").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            # Some options are marked experimental, and two of CMA-ES's go with Optuna 6, which our range excludes.
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            sampler = self._kind.make(task, terms.seed, self.settings)
+        self._study = optuna.create_study(sampler=sampler, directions=self._directions)
+        self._asked = 0
+        self._finished = False
+        self._planned: list[Proposal] = []
+        self._open: dict[str, list[Trial]] = {}  # trials that wait for the reward of a schedule, by its digest
+        self._points: dict[str, tuple[int, ...]] = {}
+        self._told: dict[str, tuple[Proposal, float]] = {}
+
+    def ask(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. Gives at most the rest of the batch."""
+        self._ledger.check(count)
+        if not self._planned and not self._finished:
+            self._plan()
+            self._finished = not self._planned
+        given, self._planned = self._planned[:count], self._planned[count:]
+        return given
+
+    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
+        """See `agents.Agent`."""
+        self._ledger.close(proposals, rewards)
+        for proposal, reward in zip(proposals, rewards, strict=True):
+            digest = proposal.schedule.digest
+            self._told[digest] = proposal, float(reward)
+            for trial in self._open.pop(digest):
+                self._finish(trial, digest)
+
+    def recommend(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`. The trials and the means of the best of them, by what the surrogate expects of them."""
+        actions, rewards = self._evidence()
+        if len(rewards) < 3:
+            return [proposal for proposal in self._ledger.best(len(rewards)) if proposal.actions is not None][:count]
+        surrogate = Surrogate(self._task)
+        surrogate.fit(actions, without_outliers(rewards))
+        best = actions[np.argsort(-rewards, kind="stable")]
+        means = [np.rint(best[:size].mean(axis=0)).astype(np.int64) for size in self.settings.centres]
+        candidates = np.unique([*(_legal(self._task, mean) for mean in means), *map(tuple, actions.tolist())], axis=0)
+        found: dict[str, Proposal] = {}
+        for levels in candidates[np.argsort(-surrogate(candidates), kind="stable")].tolist():
+            if len(found) < count:
+                proposal = Proposal(self._task.schedule(levels), tuple(levels))
+                found.setdefault(proposal.schedule.digest, proposal)
+        return list(found.values())
+
+    def _plan(self) -> None:
+        """Ask the study for batches until one brings something new; what came before is told at once."""
+        for _ in range(self.settings.patience):
+            for _ in range(self._kind.batch(self.settings) if self._asked else self._kind.startup(self.settings)):
+                if self._ledger.left:
+                    self._enter(None if self._ready() else self._start(self._asked))
+            if self._planned or not self._ledger.left:
+                return
+        if (point := self._unseen()) is not None:
+            self._enter(point)
+
+    def _ready(self) -> bool:
+        """Whether the sampler decides, not the prior."""
+        first = self._asked < self._kind.startup(self.settings)
+        return not first and any(math.isfinite(reward) for _, reward in self._told.values())
+
+    def _enter(self, point: tuple[int, ...] | None) -> None:
+        """One ask, answered by the sampler or by `point`."""
+        if point is not None:
+            self._study.enqueue_trial(self._parameters(point))
+        trial = self._study.ask(self._space)
+        self._asked += 1
+        point = self._taken(self._wanted(trial))
+        proposal = self._proposal(point)
+        digest = proposal.schedule.digest
+        if self._ledger.add(proposal):
+            self._planned.append(proposal)
+            self._points[digest] = point
+        if digest in self._told:
+            self._finish(trial, digest)
+        else:
+            self._open.setdefault(digest, []).append(trial)
+
+    def _unseen(self) -> tuple[int, ...] | None:
+        """A schedule not proposed before: the best with one parameter changed, then anything; None if luck fails."""
+        best = max(self._told.items(), key=lambda item: np.nan_to_num(item[1][1], nan=-np.inf), default=None)
+        for attempt in range(2 * self.settings.tries):
+            point = self._uniform()
+            if best is not None and attempt < self.settings.tries:
+                place = int(self._generator.integers(len(point)))
+                near = list(self._points[best[0]])
+                near[place] = point[place]
+                point = tuple(near)
+            point = self._taken(point)
+            if self._proposal(point).schedule.digest not in self._points:
+                return point
+        return None
+
+    def _finish(self, trial: Trial, digest: str) -> None:
+        """Tell the study; a failure as the worst reward so far, and if there is none as failed."""
+        proposal, reward = self._told[digest]
+        finite = [value for _, value in self._told.values() if math.isfinite(value)]
+        if not finite:
+            self._study.tell(trial, state=TrialState.FAIL)
+            return
+        values = self._values(proposal, reward if math.isfinite(reward) else min(finite))
+        wanted = self._wanted(trial)
+        if self._kind.repairs and (point := self._taken(wanted)) != wanted:
+            self._study.tell(trial, state=TrialState.FAIL)
+            self._study.add_trial(
+                create_trial(params=self._parameters(point), distributions=self._space, values=values)
+            )
+        else:
+            self._study.tell(trial, values)
+
+    # What follows is where the two objectives of `OptunaPareto` differ.
+
+    _directions: ClassVar[list[StudyDirection]] = [StudyDirection.MAXIMIZE]
+
+    def _values(self, proposal: Proposal, reward: float) -> list[float]:
+        """What the study is told of a finite reward: how deep a failure lies teaches nothing, and misleads GP."""
+        first, least = next(pair for pair in self._told.values() if math.isfinite(pair[1]))
+        return [max(reward, least - self.settings.deepest * abs(self._quality(first, least)))]
+
+    def _make_space(self) -> dict[str, BaseDistribution]:
+        levels = self._task.levels
+        ranges: dict[str, BaseDistribution] = {
+            "level": IntDistribution(0, levels - 1),
+            "position": FloatDistribution(-0.5, levels - 0.5),
+            "chance": FloatDistribution(0.0, 1.0),
+        }
+        return dict.fromkeys(self._task.names, ranges[self._kind.scale])
+
+    def _start(self, number: int) -> tuple[int, ...]:
+        """Points of the first batch: the closed form, then draws from the prior."""
+        if number == 0:
+            return (self._task.middle,) * self._task.steps
+        return tuple(self._generator.choice(self._task.levels, self._task.steps, p=self._prior).tolist())
+
+    def _uniform(self) -> tuple[int, ...]:
+        return tuple(self._generator.integers(self._task.levels, size=self._task.steps).tolist())
+
+    def _parameters(self, point: tuple[int, ...]) -> dict[str, Any]:
+        """Of the study, for a point."""
+        if self._kind.scale == "level":
+            return dict(zip(self._space, point, strict=True))
+        above = np.cumsum(self._prior)
+        values = above[list(point)] - self._prior[list(point)] / 2 if self._kind.scale == "chance" else point
+        return {name: float(value) for name, value in zip(self._space, values, strict=True)}
+
+    def _wanted(self, trial: Trial) -> tuple[int, ...]:
+        """The point a trial of the study asks for, legal or not."""
+        values = np.array([trial.params[name] for name in self._space])
+        if self._kind.scale == "chance":
+            values = np.searchsorted(np.cumsum(self._prior)[:-1], values, side="right")
+        elif self._kind.scale == "position":
+            values = np.clip(np.floor(values + 0.5), 0, self._task.levels - 1)
+        return tuple(values.astype(np.int64).tolist())
+
+    def _taken(self, point: tuple[int, ...]) -> tuple[int, ...]:
+        """`point` with every illegal dense level replaced."""
+        return _legal(self._task, point)
+
+    def _proposal(self, point: tuple[int, ...]) -> Proposal:
+        return Proposal(self._task.schedule(point), point)
+
+    def _quality(self, proposal: Proposal, reward: float) -> float:
+        """The reward without its term for compression."""
+        return reward - self._terms.compression_weight * (1 - self._task.kept(proposal.schedule))
+
+    def _evidence(self) -> tuple[Levels, Floats]:
+        """Levels of the trials with a finite reward, (n, steps), and their rewards, (n,)."""
+        told = [(self._points[digest], reward) for digest, (_, reward) in self._told.items() if math.isfinite(reward)]
+        actions = np.array([point for point, _ in told], dtype=np.int64).reshape(-1, self._task.steps)
+        return actions, np.array([reward for _, reward in told])
+
+
+class OptunaPareto(OptunaAgent):
+    """NSGA-II on two objectives: the most quality, and the least kept fraction.
+
+    Quality is the reward without its term for compression. The target is one more parameter, on a grid around the
+    task's own and not below what the smallest options reach. A point is the levels and the target's place on the grid.
+    Proposals at another target than the task's carry no actions, and may keep more than the task allows.
+    """
+
+    _directions: ClassVar[list[StudyDirection]] = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+
+    def __init__(self, task: Task, terms: Terms, settings: OptunaSettings | None = None) -> None:
+        settings = settings or OptunaSettings()
+        self._tasks = _tasks_around(task, settings)
+        self._own = self._tasks.index(task)
+        super().__init__("optuna-nsga2", task, terms, settings)
+
+    def front(self) -> list[tuple[float, float, Proposal]]:
+        """(kept fraction, quality, proposal) of the trials that none other beats in both, ascending in both."""
+        trials = [
+            (self._task.kept(proposal.schedule), self._quality(proposal, reward), proposal)
+            for proposal, reward in self._told.values()
+            if math.isfinite(reward)
+        ]
+        front: list[tuple[float, float, Proposal]] = []
+        for trial in sorted(trials, key=lambda trial: (trial[0], -trial[1])):
+            if not front or trial[1] > front[-1][1]:
+                front.append(trial)
+        return front
+
+    def _values(self, proposal: Proposal, reward: float) -> list[float]:
+        return [self._quality(proposal, reward), self._task.kept(proposal.schedule)]
+
+    def _make_space(self) -> dict[str, BaseDistribution]:
+        return {**super()._make_space(), _TARGET: IntDistribution(0, len(self._tasks) - 1)}
+
+    def _start(self, number: int) -> tuple[int, ...]:
+        """The closed form at the task's target and at some spread over the grid, then draws from the prior."""
+        if number <= self.settings.anchors:
+            spread = np.linspace(0, len(self._tasks) - 1, self.settings.anchors).round().astype(int).tolist()
+            return *super()._start(0), [self._own, *spread][number]
+        return *super()._start(number), int(self._generator.integers(len(self._tasks)))
+
+    def _uniform(self) -> tuple[int, ...]:
+        return *super()._uniform(), int(self._generator.integers(len(self._tasks)))
+
+    def _taken(self, point: tuple[int, ...]) -> tuple[int, ...]:
+        *levels, target = point
+        return *_legal(self._tasks[target], levels), target
+
+    def _proposal(self, point: tuple[int, ...]) -> Proposal:
+        *levels, target = point
+        return Proposal(self._tasks[target].schedule(levels), tuple(levels) if target == self._own else None)
+
+    def _evidence(self) -> tuple[Levels, Floats]:
+        """All trials projected onto the task's target.
+
+        Their quality moves by as much as the forecast does, times the slope of quality over forecast in the trials.
+        """
+        told = [(digest, *pair) for digest, pair in self._told.items() if math.isfinite(pair[1])]
+        points = [self._points[digest] for digest, _, _ in told]
+        quality = np.array([self._quality(proposal, reward) for _, proposal, reward in told])
+        there = np.array([self._tasks[point[-1]].forecast(np.array([point[:-1]])).sum() for point in points])
+        actions = np.array([_legal(self._task, point[:-1]) for point in points], dtype=np.int64)
+        actions = actions.reshape(-1, self._task.steps)
+        if len(points) < 3:
+            return actions, quality
+        ordinary, centred = without_outliers(quality), there - there.mean()
+        slope = min(0.0, float(ordinary @ centred) / max(float(centred @ centred), 1e-12))
+        return actions, quality + slope * (self._task.forecast(actions).sum(axis=1) - there)
+
+
+def _prior(task: Task, sigma: float, settings: OptunaSettings) -> Floats:
+    """Chance of every level, (levels,), see the module."""
+    weights = np.exp(-np.square(task.offsets[:-1]) / (2 * sigma**2))
+    rungs = (1 - settings.stray) * weights / weights.sum() + settings.stray / len(weights)
+    dense = min(0.5, settings.dense_groups / task.steps)
+    return np.append((1 - dense) * rungs, dense)
+
+
+def _legal(task: Task, levels: Sequence[int] | Levels) -> tuple[int, ...]:
+    """The levels with every illegal one replaced by the highest rung, from the first on."""
+    taken: list[int] = []
+    for level in levels:
+        legal = level < task.levels - 1 or task.mask(taken)[-1]
+        taken.append(int(level) if legal else task.levels - 2)
+    return tuple(taken)
+
+
+def _tasks_around(task: Task, settings: OptunaSettings) -> list[Task]:
+    """`task` and the same at other targets, ascending."""
+    tasks = [task]
+    reach = round(settings.around / settings.grid)
+    for sign in (-1, 1):
+        for place in range(1, reach + 1):
+            target = round(task.target_kept + sign * place * settings.grid, 6)
+            try:
+                other = task.at(target)
+            except ValueError:  # above 1, or below what the smallest options keep
+                break
+            tasks.insert(0 if sign < 0 else len(tasks), other)
+    return tasks
+
+
+# What the registry calls with a task and terms.
+cmaes = partial(OptunaAgent, "optuna-cmaes")
+gp = partial(OptunaAgent, "optuna-gp")
+nsga2 = OptunaPareto
+qmc = partial(OptunaAgent, "optuna-qmc")
+tpe = partial(OptunaAgent, "optuna-tpe")
