@@ -1,18 +1,20 @@
-"""Registry: agents by name."""
+"""Registry: agents by name, loaded when asked for, since some bring a library of their own along."""
 
 from __future__ import annotations
 
 import difflib
+from importlib import import_module
 
-from agents.fixed import Lagrangian, Uniform
 from agents.protocol import Agent, Task, Terms
-from agents.random_search import RandomSearch
-from agents.reinforce import Reinforce
 
 __all__ = ["NAMES", "make"]
 
-_AGENTS: dict[str, type[Reinforce] | type[RandomSearch] | type[Lagrangian] | type[Uniform]] = {
-    agent.name: agent for agent in (Reinforce, RandomSearch, Lagrangian, Uniform)
+#: Name -> "module:class", or whatever else makes an agent of (task, terms).
+_AGENTS = {
+    "lagrangian": "agents.fixed:Lagrangian",
+    "random": "agents.random_search:RandomSearch",
+    "reinforce": "agents.reinforce:Reinforce",
+    "uniform": "agents.fixed:Uniform",
 }
 
 NAMES: tuple[str, ...] = tuple(_AGENTS)
@@ -22,9 +24,12 @@ def make(name: str, task: Task, terms: Terms) -> Agent:
     """The agent called `name`, working on `task`.
 
     Raises:
-        ValueError: no such agent, with the nearest name.
+        ValueError: no such agent, with the nearest name; or it needs a package that is not installed, with the extra
+            that brings it.
     """
     if name not in _AGENTS:
         nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
         raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
-    return _AGENTS[name](task, terms)
+    module, _, maker = _AGENTS[name].partition(":")
+    agent: Agent = getattr(import_module(module), maker)(task, terms)
+    return agent
