@@ -58,11 +58,11 @@ class Task(Protocol):
     def kept(self, schedule: Schedule) -> float:
         """Kept fraction of a schedule."""
 
-    def mask(self, prefix: Sequence[int]) -> NDArray[np.bool_]:
-        """Legal levels, (levels,), at the step after `prefix`."""
+    def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Legal levels at the step after `prefix`, (steps taken,) -> (levels,); axes before those are kept."""
 
-    def observation(self, prefix: Sequence[int]) -> NDArray[np.float32]:
-        """What that step can see, entries within [-1, 1]."""
+    def observation(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """What that step can see, (steps taken,) -> (entries,), within [-1, 1]; axes before those are kept."""
 
     def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Predicted cost of every step's group, (n, steps), for n complete episodes; an estimate, not an evaluation."""

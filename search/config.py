@@ -19,7 +19,7 @@ __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config
 OptimizeFor = Literal["memory", "latency"]
 AgentName = Literal["lagrangian", "random", "reinforce", "uniform"]
 ProxyForm = Literal["answer", "letter"]
-Granularity = Literal["block", "family", "site", "block+family"]
+Granularity = Literal["block", "family", "site", "head", "block+family"]
 
 AGENTS: tuple[str, ...] = get_args(AgentName)
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
@@ -80,7 +80,8 @@ class Config(BaseModel):
         "block+family",
         "search",
         _one_of(GRANULARITIES),
-        "What one decision of the agent covers: a layer, a kind of matrix, one matrix, or layer and kind together.",
+        "What one decision of the agent covers: a layer, a kind of matrix, one matrix, an attention head (with "
+        "--per-head), or layer and kind together.",
         "KIND",
     )
     seed: int = _field(
@@ -243,6 +244,12 @@ class Config(BaseModel):
             raise ValueError(
                 f"out and resume name different folders, {self.out!r} and {self.resume!r}: give only resume"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_heads_it_groups(self) -> Self:
+        if self.granularity == "head" and not self.per_head:
+            raise ValueError("granularity head needs per_head, which cuts attention matrices into their heads")
         return self
 
     @classmethod

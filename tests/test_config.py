@@ -82,6 +82,12 @@ def test_out_and_resume_must_be_one_folder(tmp_path):
     assert Config.of({"out": str(tmp_path), "resume": str(tmp_path / "x" / "..")}).out == str(tmp_path)
 
 
+def test_heads_are_decided_about_only_where_they_are_cut():
+    with pytest.raises(ValueError, match="granularity head needs per_head"):
+        Config.of({"granularity": "head"})
+    assert Config.of({"granularity": "head", "per_head": True}).granularity == "head"
+
+
 def test_json_round_trip_keeps_every_field_but_the_folders(tmp_path):
     config = Config.of({"quick": True, "target_kept": 0.7, "threads": 2, "out": "somewhere"})
     path = tmp_path / "config.json"
@@ -136,10 +142,11 @@ def test_every_field_has_a_rule_a_group_and_a_sentence():
 
 def test_names_are_those_of_the_parts_that_carry_them_out():
     import agents
+    import envs
 
     assert sorted(agents.NAMES) == sorted(AGENTS)
     assert set(PROXY_FORMS) == {"answer", "letter"}
-    assert GRANULARITIES[0] == "block"
+    assert sorted(envs.GRANULARITIES) == sorted(GRANULARITIES)
 
 
 def test_config_json_is_plain_json():
