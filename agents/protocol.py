@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.policy_file import SavedPolicy
 from compression.schedule import Schedule
 
-__all__ = ["Agent", "Proposal", "Task", "Terms"]
+__all__ = ["Agent", "Learner", "Proposal", "Task", "Terms"]
 
 
 class Task(Protocol):
@@ -86,12 +87,17 @@ class Terms:
         budget: evaluations it may ask for, at least 0.
         looks: sets of data of equal size that a schedule can be measured on, at least 1.
         compression_weight: what the reward adds per unit of 1 − kept fraction, so that quality can be told from it.
+        subject: identity of the model that schedules are for; goes into saved policies.
+        policy: what to start from in the place of the closed form; of the same agent, steps, ladder and subject, at
+            any target.
     """
 
     seed: int
     budget: int
     looks: int = 1
     compression_weight: float = 1.0
+    subject: str = ""
+    policy: SavedPolicy | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("budget", 0), ("looks", 1)):
@@ -140,3 +146,11 @@ class Agent(Protocol):
 
         They need not have been proposed before: an agent that learns may trust that more than single rewards.
         """
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """An agent with a policy that outlives it: what it saves can be given to another one in its `Terms`."""
+
+    def saved_policy(self) -> SavedPolicy:
+        """The policy as it is now."""

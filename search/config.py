@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
-AgentName = Literal["lagrangian", "random", "reinforce", "uniform"]
+AgentName = Literal["lagrangian", "ppo", "ppo-masked", "random", "reinforce", "uniform"]
 ProxyForm = Literal["answer", "letter"]
 Granularity = Literal["block", "family", "site", "head", "block+family"]
 
@@ -91,6 +91,15 @@ class Config(BaseModel):
         "Start of every random generator; the same seed gives the same trials on the same machine.",
         ge=0,
         lt=2**32,
+    )
+    policy: str | None = _field(
+        None,
+        "search",
+        "a folder with policy.json and policy.safetensors in it, such as that of an earlier run",
+        "What an earlier run of the same agent on the same model learned, at this or another target; the search starts "
+        "from it.",
+        "RUN",
+        min_length=1,
     )
     model: str = _field(
         "default",
@@ -237,6 +246,15 @@ class Config(BaseModel):
         if value not in PROXIES and not (value.endswith(".jsonl") and Path(value).is_file()):
             raise ValueError(value)
         return value
+
+    @field_validator("policy")
+    @classmethod
+    def _is_a_policy(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not all((Path(value) / name).is_file() for name in ("policy.json", "policy.safetensors")):
+            raise ValueError(value)
+        return str(Path(value).absolute())  # a resumed run finds it from anywhere
 
     @model_validator(mode="after")
     def _names_one_folder(self) -> Self:

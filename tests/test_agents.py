@@ -2,14 +2,18 @@
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import agents
-from agents import Terms
+from agents import Learner, Terms
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 
 REWARD = Reward()
+LEARNERS = [name for name in agents.NAMES if name not in ("lagrangian", "uniform")]
 
 
 def toy(levels=8):
@@ -34,6 +38,7 @@ def run(name, problem, seed=0, budget=40, counts=(10,), rewards=None):
 
 
 every_agent = pytest.mark.parametrize("name", agents.NAMES)
+every_learner = pytest.mark.parametrize("name", LEARNERS)
 
 
 @every_agent
@@ -51,7 +56,7 @@ def test_proposals_do_not_depend_on_how_many_are_asked_for_at_once(name):
     assert run(name, toy(), counts=(1,)) == run(name, toy(), counts=(3, 10, 4))
 
 
-@pytest.mark.parametrize("name", ["reinforce", "random"])
+@every_learner
 def test_another_seed_gives_other_proposals(name):
     assert run(name, toy(), seed=0) != run(name, toy(), seed=1)
 
@@ -60,7 +65,7 @@ def test_another_seed_gives_other_proposals(name):
 @pytest.mark.parametrize("budget", [0, 1, 3, 11, 40])
 def test_the_budget_is_kept_and_no_schedule_comes_twice(name, budget):
     digests = [proposal.schedule.digest for proposal, _ in run(name, toy(16), budget=budget, counts=(4,))]
-    assert len(digests) == (budget if name in ("reinforce", "random") else min(budget, 1))
+    assert len(digests) == (budget if name in LEARNERS else min(budget, 1))
     assert len(set(digests)) == len(digests)
 
 
@@ -89,10 +94,10 @@ def test_actions_are_legal_and_lead_to_the_schedule(name, granularity):
 def test_failures_do_not_stop_an_agent(name):
     problem = toy(16)
     for rewards in ([math.nan] * 60, [-30.0] * 60, [-math.inf, 0.1, 0.2] * 20):
-        assert len(run(name, problem, budget=60, rewards=rewards)) == (60 if name in ("reinforce", "random") else 1)
+        assert len(run(name, problem, budget=60, rewards=rewards)) == (60 if name in LEARNERS else 1)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "random"])
+@every_learner
 @pytest.mark.parametrize("seed", range(5))
 def test_the_optimum_of_three_blocks_is_found(name, seed):
     problem = toy()
@@ -126,6 +131,44 @@ def toy_menu_dense():
 def test_an_unknown_agent_is_refused_with_the_nearest_name(name, nearest):
     with pytest.raises(ValueError, match=f"nearest: {nearest}"):
         agents.make(name, toy(), Terms(0, 5))
+
+
+def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
+    for module in ("agents.ppo", "agents.vector", "stable_baselines3"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Without("stable_baselines3", "sb3_contrib"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "sb3_contrib", raising=False)
+    with pytest.raises(ValueError, match=r"agent ppo needs sb3_contrib, .*pip install 'chisel-prior\[agents\]'"):
+        agents.make("ppo", toy(), Terms(0, 5))
+
+
+class _Without:
+    """Finds nothing of some packages, as if they were not installed."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_agents_are_imported_without_the_libraries_of_some():
+    libraries = ("stable_baselines3", "sb3_contrib", "optuna", "cmaes")
+    code = f"import sys, agents; sys.exit(sum(name in sys.modules for name in {libraries}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], timeout=120).returncode == 0
+
+
+@every_agent
+def test_a_policy_is_continued_or_refused(name):
+    start = agents.make("reinforce", toy(), Terms(0, 5)).saved_policy()
+    agent = agents.make(name, toy(), Terms(0, 5))
+    terms = Terms(0, 5, policy=agent.saved_policy() if isinstance(agent, Learner) else start)
+    if isinstance(agent, Learner):
+        assert agents.make(name, toy(), terms).ask(1) == agent.ask(1)
+    else:
+        with pytest.raises(ValueError, match=f"agent {name} learns no policy"):
+            agents.make(name, toy(), terms)
 
 
 @pytest.mark.parametrize("name, value, least", [("seed", -1, 0), ("budget", -1, 0), ("looks", 0, 1)])
