@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import agents
+from agents import SavedPolicy
 from compression.allocation import uniform_schedule
 from compression.cache import cache_key
 from compression.repair import repair_
@@ -28,7 +29,7 @@ from search.evaluators import Score
 from search.items import forms, load_proxy
 from search.journal import Journal
 from search.latency import against_dense
-from search.models import resolve_device
+from search.models import LoadedModel, resolve_device
 from search.packages import cache_folder
 from search.prior import build_prior
 from search.quality import paired_kl
@@ -69,6 +70,7 @@ def run(config: Config, console: Console) -> RunSummary:
     device = _preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
+    _read_policy(config, loaded)
     if staying := _stays_dense(sites):
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
@@ -93,6 +95,7 @@ def plan(config: Config) -> Mapping[str, object]:
     """
     device = _preflight(config)
     loaded, sites = load(config, device)
+    _read_policy(config, loaded)
     subject = Subject.of(config, loaded, sites, device)
     searched, [selected], [heldout] = (subject.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
@@ -155,9 +158,19 @@ def _preflight(config: Config) -> torch.device:
         )
     if config.proxy.endswith(".jsonl"):
         load_proxy(config.proxy)
+    _read_policy(config)
     if config.out is not None:
         refuse_used(Path(config.out))
     return resolve_device(config.device)
+
+
+def _read_policy(config: Config, loaded: LoadedModel | None = None) -> SavedPolicy | None:
+    """What the search starts from, refused if it is of another agent or, once that is known, of another model."""
+    if config.policy is None:
+        return None
+    policy = SavedPolicy.read(Path(config.policy))
+    policy.check(config.agent, policy.subject if loaded is None else loaded.digest)
+    return policy
 
 
 def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
@@ -230,7 +243,9 @@ def _search(
     folder: RunFolder, config: Config, subject: Subject, problem: Problem, console: Console
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
-    agent = agents.make(config.agent, problem, agents.Terms(config.seed, config.budget, config.search_shards))
+    policy = _read_policy(config, subject.loaded)
+    terms = agents.Terms(config.seed, config.budget, config.search_shards, subject=subject.loaded.digest, policy=policy)
+    agent = agents.make(config.agent, problem, terms)
     journal = Journal(
         folder / STUDY, _fingerprint(config, subject), [group.name for group in problem.groups], problem.levels
     )
@@ -245,6 +260,8 @@ def _search(
     finally:
         journal.close()
     finalists = [proposal.schedule for proposal in agent.recommend(_FINALISTS)]
+    if isinstance(agent, agents.Learner):
+        agent.saved_policy().write(folder.path)
     return trials, _select(subject, closed_form, finalists, console)
 
 
@@ -361,6 +378,7 @@ def _fingerprint(config: Config, subject: Subject) -> dict[str, object]:
         "search_items": cache_key(items=[item.digest for item in splits.search_items]),
         "reward": dataclasses.asdict(Reward()),
         "dtype": str(subject.loaded.model.dtype),
+        **({"policy": policy.digest} if (policy := _read_policy(config, subject.loaded)) else {}),
     }
 
 

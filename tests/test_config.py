@@ -35,6 +35,7 @@ def test_defaults_are_the_default_job():
         ("model", "", "a hub id, a local folder, or default"),
         ("calibration_tokens", 0, "from 512"),
         ("quick", "yes", "true or false"),
+        ("policy", "absent", "a folder with policy.json and policy.safetensors in it, such as that of an earlier run"),
     ],
 )
 def test_a_bad_value_is_one_line_with_field_rule_and_value(field, value, words):
@@ -86,6 +87,13 @@ def test_heads_are_decided_about_only_where_they_are_cut():
     with pytest.raises(ValueError, match="granularity head needs per_head"):
         Config.of({"granularity": "head"})
     assert Config.of({"granularity": "head", "per_head": True}).granularity == "head"
+
+
+def test_a_policy_is_found_again_from_another_folder(tmp_path, monkeypatch):
+    for name in ("policy.json", "policy.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert Config.of({"policy": "."}).definition()["policy"] == str(tmp_path)
 
 
 def test_json_round_trip_keeps_every_field_but_the_folders(tmp_path):
