@@ -5,8 +5,9 @@ from agents.evolution import Evolution, EvolutionSettings
 from agents.fixed import Knapsack, Lagrangian, Uniform
 from agents.gradient import Gradient, GradientSettings
 from agents.guided import Guided, GuidedSettings
+from agents.policy_file import SavedPolicy
 from agents.portfolio import Portfolio, PortfolioSettings
-from agents.protocol import Agent, Proposal, SlopeAgent, Task, Terms
+from agents.protocol import Agent, Learner, Proposal, SlopeAgent, Task, Terms
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, make
 from agents.reinforce import Reinforce, ReinforceSettings
@@ -24,12 +25,14 @@ __all__ = [
     "GuidedSettings",
     "Knapsack",
     "Lagrangian",
+    "Learner",
     "Portfolio",
     "PortfolioSettings",
     "Proposal",
     "RandomSearch",
     "Reinforce",
     "ReinforceSettings",
+    "SavedPolicy",
     "SlopeAgent",
     "Task",
     "Terms",

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.policy_file import SavedPolicy
 from compression.schedule import Schedule
 
-__all__ = ["Agent", "Proposal", "SlopeAgent", "Task", "Terms"]
+__all__ = ["Agent", "Learner", "Proposal", "SlopeAgent", "Task", "Terms"]
 
 
 class Task(Protocol):
@@ -58,11 +59,11 @@ class Task(Protocol):
     def kept(self, schedule: Schedule) -> float:
         """Kept fraction of a schedule."""
 
-    def mask(self, prefix: Sequence[int]) -> NDArray[np.bool_]:
-        """Legal levels, (levels,), at the step after `prefix`."""
+    def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Legal levels at the step after `prefix`, (steps taken,) -> (levels,); axes before those are kept."""
 
-    def observation(self, prefix: Sequence[int]) -> NDArray[np.float32]:
-        """What that step can see, entries within [-1, 1]."""
+    def observation(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """What that step can see, (steps taken,) -> (entries,), within [-1, 1]; axes before those are kept."""
 
     def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Predicted cost of every step's group, (n, steps), for n complete episodes; an estimate, not an evaluation."""
@@ -107,12 +108,17 @@ class Terms:
         budget: evaluations it may ask for, at least 0.
         looks: sets of data of equal size that a schedule can be measured on, at least 1.
         compression_weight: what the reward adds per unit of 1 − kept fraction, so that quality can be told from it.
+        subject: identity of the model that schedules are for; goes into saved policies.
+        policy: what to start from in the place of the closed form; of the same agent, steps, ladder and subject, at
+            any target.
     """
 
     seed: int
     budget: int
     looks: int = 1
     compression_weight: float = 1.0
+    subject: str = ""
+    policy: SavedPolicy | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("budget", 0), ("looks", 1)):
@@ -178,3 +184,11 @@ class SlopeAgent(Agent, Protocol):
 
     def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
         """Slopes of a proposal with a probe, in nats per token by site; called before `tell`. Empty for a failure."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """An agent with a policy that outlives it: what it saves can be given to another one in its `Terms`."""
+
+    def saved_policy(self) -> SavedPolicy:
+        """The policy as it is now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from importlib import import_module
 
-from agents.protocol import Agent, Task, Terms
+from agents.protocol import Agent, Learner, Task, Terms
 
 __all__ = ["NAMES", "make"]
 
@@ -23,6 +23,8 @@ _AGENTS = {
     "optuna-qmc": "agents.optuna_agents:qmc",
     "optuna-tpe": "agents.optuna_agents:tpe",
     "portfolio": "agents.portfolio:Portfolio",
+    "ppo": "agents.ppo:Ppo",
+    "ppo-masked": "agents.ppo:PpoMasked",
     "random": "agents.random_search:RandomSearch",
     "reinforce": "agents.reinforce:Reinforce",
     "uniform": "agents.fixed:Uniform",
@@ -36,11 +38,19 @@ def make(name: str, task: Task, terms: Terms) -> Agent:
 
     Raises:
         ValueError: no such agent, with the nearest name; or it needs a package that is not installed, with the extra
-            that brings it.
+            that brings it; or a policy is given that it cannot continue.
     """
     if name not in _AGENTS:
         nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
         raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
     module, _, maker = _AGENTS[name].partition(":")
-    agent: Agent = getattr(import_module(module), maker)(task, terms)
+    try:
+        loaded = import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"agent {name} needs {error.name}, which is not installed: pip install 'chisel-prior[agents]'"
+        ) from None
+    agent: Agent = getattr(loaded, maker)(task, terms)
+    if terms.policy is not None and not isinstance(agent, Learner):
+        raise ValueError(f"agent {name} learns no policy and cannot continue one")
     return agent

@@ -20,12 +20,13 @@ Knows nothing of models, and of schedules only that they have a digest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.ledger import Ledger
+from agents.policy_file import SavedPolicy
 from agents.protocol import Proposal, Task, Terms
 from agents.surrogate import Surrogate, without_outliers
 
@@ -59,8 +60,8 @@ class Policy:
 
     Attributes:
         rungs: offsets of the ladder, (levels − 1,).
-        features: what a step sees while the episode so far follows the closed form, (steps, k), standardised; the
-            actual prefix enters only through the mask of dense.
+        features: what a step sees while the episode so far follows the closed form, (steps, k), standardised, and 0
+            where all see the same; the actual prefix enters only through the mask of dense.
         legal: whether dense is legal at a step while no earlier step took it, (steps,).
     """
 
@@ -79,12 +80,13 @@ class Policy:
         prefixes = [(task.middle,) * step for step in range(task.steps)]
         seen = np.array([task.observation(prefix) for prefix in prefixes], dtype=np.float64)
         spread = seen.std(axis=0)
-        features = ((seen - seen.mean(axis=0)) / np.where(spread > 1e-6, spread, 1.0))[:, spread > 1e-6]
+        told_apart = spread > 1e-6
+        features = np.where(told_apart, seen - seen.mean(axis=0), 0.0) / np.where(told_apart, spread, 1.0)
         chance = min(0.5, settings.dense_groups / task.steps)
         return cls(
             task=task,
             rungs=np.asarray(task.offsets[:-1], dtype=np.float64),
-            features=features / max(1.0, np.sqrt(features.shape[1])),
+            features=features / max(1.0, np.sqrt(told_apart.sum())),
             legal=np.array([task.mask(prefix)[-1] for prefix in prefixes]),
             bias=np.zeros(task.steps),
             weights=np.zeros(features.shape[1]),
@@ -103,6 +105,10 @@ class Policy:
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities: Floats = weights / weights.sum(axis=1, keepdims=True)
         return probabilities
+
+    def arrays(self) -> dict[str, Floats]:
+        """The parameters by name."""
+        return {name: getattr(self, name) for name in ("bias", "weights", "log_sigma", "dense_logit")}
 
     def mode(self) -> Levels:
         """The greedy episode, (1, steps): the rung next to the mean, or dense where that is more likely than not."""
@@ -197,9 +203,14 @@ class Reinforce:
     def __init__(self, task: Task, terms: Terms, settings: ReinforceSettings | None = None) -> None:
         self.settings = settings or ReinforceSettings()
         self.policy = Policy.build(task, self.settings)
+        if terms.policy is not None:
+            start = terms.policy.restore(self.name, terms.subject, task.names, task.offsets, self.policy.arrays())
+            for name, values in start.items():
+                setattr(self.policy, name, values)
         self.surrogate = Surrogate(task)
         self._task = task
         self._budget = terms.budget
+        self._subject = terms.subject
         self._generator = np.random.default_rng(terms.seed)
         self._ledger = Ledger(terms)
         self._adam = _Adam(self.settings.learning_rate)
@@ -244,6 +255,18 @@ class Reinforce:
                 proposal = Proposal(self._task.schedule(levels), tuple(levels.tolist()))
                 found.setdefault(proposal.schedule.digest, proposal)
         return list(found.values())
+
+    def saved_policy(self) -> SavedPolicy:
+        """See `agents.Learner`. Without the moments of Adam."""
+        return SavedPolicy(
+            agent=self.name,
+            subject=self._subject,
+            target_kept=self._task.target_kept,
+            steps=self._task.names,
+            rungs=tuple(self.policy.rungs.tolist()),
+            settings=asdict(self.settings),
+            arrays=self.policy.arrays(),
+        )
 
     def _plan(self) -> None:
         """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""

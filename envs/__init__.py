@@ -3,8 +3,10 @@
 from gymnasium.envs.registration import register
 
 from envs.bond_dimension import BondDimensionEnv
-from envs.problem import GRANULARITIES, LEVELS, REACH, Group, Problem
+from envs.groups import GRANULARITIES, Group
+from envs.problem import LEVELS, REACH, Problem
 from envs.reward import Reward, ScoreLike
+from envs.score_table import ScoreTable
 from envs.toy import ToyEvaluator, ToyScore, best_by_exhaustion, toy_menu
 
 __all__ = [
@@ -16,10 +18,11 @@ __all__ = [
     "Problem",
     "Reward",
     "ScoreLike",
+    "ScoreTable",
     "ToyEvaluator",
     "ToyScore",
     "best_by_exhaustion",
     "toy_menu",
 ]
 
-register(id="Chisel/BondDimension-v0", entry_point="envs.bond_dimension:BondDimensionEnv")
+register(id="chisel/BondDimension-v0", entry_point="envs.bond_dimension:BondDimensionEnv")

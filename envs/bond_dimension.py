@@ -24,10 +24,10 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
     """Choose how many parameters every group of a model's weight matrices keeps, so that the whole meets a target.
 
     ## Episode
-    One step per group (block, family or site, see `envs.problem.Problem.build`), in the order of `problem.groups`. The
-    episode terminates after the last group; it is never truncated. There is no randomness: the same actions end in the
-    same schedule, and `reset(seed=...)` seeds only the action space's own generator in the usual way. One episode costs
-    one evaluation.
+    One step per group (block, family, site or head, see `envs.problem.Problem.build`), in the order of
+    `problem.groups`. The episode terminates after the last group; it is never truncated. There is no randomness: the
+    same actions end in the same schedule, and `reset(seed=...)` seeds only the action space's own generator in the
+    usual way. One episode costs one evaluation.
 
     ## Action
     `Discrete(levels)`. Level l below the last is a rung of a ladder of log-price offsets: it multiplies the predicted
@@ -96,9 +96,9 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
     ) -> None:
         if (problem is None) != (evaluate is None):
             raise ValueError("give both problem and evaluate, or neither for the toy")
-        self.problem = problem or Problem.build(toy_menu(), target_kept=0.5)
-        self.evaluate = evaluate or ToyEvaluator(self.problem.menu)
-        self.reward = reward or Reward()
+        self.problem = Problem.build(toy_menu(), target_kept=0.5) if problem is None else problem
+        self.evaluate = ToyEvaluator(self.problem.menu) if evaluate is None else evaluate
+        self.reward = Reward() if reward is None else reward
         self.one_shot = one_shot
         levels = self.problem.levels
         self.action_space = (

@@ -19,10 +19,10 @@ from compression.knapsack import knapsack
 from compression.menu import Menu
 from compression.schedule import Schedule
 from envs.frontier import Frontier
+from envs.groups import Group, group_sites
 
-__all__ = ["GRANULARITIES", "LEVELS", "OBSERVATION", "REACH", "Group", "Problem"]
+__all__ = ["LEVELS", "OBSERVATION", "REACH", "Problem"]
 
-GRANULARITIES = ("block", "family", "block+family", "site")
 LEVELS = 16  # rungs of the ladder and dense
 REACH = 1.4  # offset of the highest rung, in log price
 _PROBE = 0.08  # of a site's dense parameters
@@ -42,17 +42,6 @@ OBSERVATION: tuple[tuple[str, float, float], ...] = (
     ("steps forced dense so far, as a fraction of all steps", 0.0, 1.0),
     ("whether dense is a legal level now", 0.0, 1.0),
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """The sites one step decides about: indices into the menu, and a name such as "block_07" or "family_down".
-
-    A site whose menu has no option but dense is in no group.
-    """
-
-    name: str
-    sites: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +74,13 @@ class Problem:
 
         Args:
             target_kept: parameters after / before over the sites of the menu, 0 < target_kept ≤ 1.
-            granularity: "block", "family", "site", or "block+family" (a step per block, then a step per family).
+            granularity: "block", "family", "site", "block+family" (a step per block, then a step per family), or "head"
+                (see `envs.groups.group_sites`).
             levels: rungs of the ladder, an odd number of at least 3, plus one for dense.
             reach: offset of the highest rung, in log price, 0 < reach < 3.
 
         Raises:
-            ValueError: a value outside its range, or a target below what the smallest options keep.
+            ValueError: a value outside its range, a target below what the smallest options keep, or no heads to group.
         """
         if all(len(site.choices) == 1 for site in menu.sites):
             raise ValueError("the menu has no site with an option beside dense")
@@ -108,7 +98,7 @@ class Problem:
             menu=menu,
             target_kept=target_kept,
             target_parameters=target,
-            groups=_groups(menu, granularity),
+            groups=group_sites(menu, granularity),
             offsets=np.append(rungs, np.inf),
             frontier=Frontier.build(menu, target),
             base=np.zeros(len(menu.sites)),
@@ -173,8 +163,8 @@ class Problem:
                 room for.
         """
         levels = self._levels(actions)
-        if len(levels) != self.steps:
-            raise ValueError(f"a schedule needs {self.steps} actions, one per group, got {len(levels)}")
+        if levels.shape != (self.steps,):
+            raise ValueError(f"a schedule needs {self.steps} actions, one per group, got {levels.shape[-1]}")
         if not self._fits(dense := self._dense_sites(levels)):
             raise ValueError(f"these dense groups leave no room for the target {self.target_kept}; see Problem.mask")
         weights = self.base + self.membership @ np.where(
@@ -228,34 +218,40 @@ class Problem:
         return measured, predicted
 
     def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Legal levels, (levels,), at the step after `prefix`.
+        """Legal levels at the step after `prefix`, (steps taken,) -> (levels,); axes before those are kept.
 
         Only dense can be illegal: when the groups already dense, this one, and the smallest options elsewhere exceed
         the target.
         """
         levels = self._levels(prefix)
-        legal = np.ones(self.levels, dtype=np.bool_)
-        if len(levels) < self.steps:
-            legal[-1] = self._fits(self._dense_sites(np.append(levels, self.dense_level)))
+        *many, step = levels.shape
+        legal = np.ones((*many, self.levels), dtype=np.bool_)
+        if step < self.steps:
+            legal[..., -1] = self._fits(self._dense_sites(levels) | (self.membership[:, step] > 0))
         return legal
 
-    def observation(self, prefix: Sequence[int]) -> NDArray[np.float32]:
-        """What the step after `prefix` can see, as `OBSERVATION` lists it; group entries are 0 after the last step."""
+    def observation(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the step after `prefix` can see, as `OBSERVATION` lists it, (steps taken,) -> (entries,).
+
+        Axes before those are kept. Entries of the group are 0 after the last step.
+        """
         levels = self._levels(prefix)
-        step = len(levels)
-        group = self._group_features[step] if step < self.steps else np.zeros(6)
+        *many, step = levels.shape
+        seen = np.zeros((*many, len(OBSERVATION)))
         taken = np.clip(self.offsets[levels] / self.offsets[-2], -1.0, 1.0)
         dense = self._dense_sites(levels)
         room = self.target_parameters - self.menu.smallest_parameters
-        left = room - float((self._largest - self._smallest)[dense].sum())
-        history = (
-            left / room if room else 0.0,
-            taken[-1] if step else 0.0,
-            taken.mean() if step else 0.0,
-            (levels == self.dense_level).sum() / self.steps,
-            self.mask(levels)[-1] if step < self.steps else 0.0,
-        )
-        return np.array(np.clip([step / self.steps, *group, *history], -1.0, 1.0), dtype=np.float32)
+        seen[..., 0] = step / self.steps
+        if step < self.steps:
+            seen[..., 1:7] = self._group_features[step]
+            seen[..., 11] = self._fits(dense | (self.membership[:, step] > 0))
+        if room:
+            seen[..., 7] = (room - dense @ (self._largest - self._smallest)) / room
+        if step:
+            seen[..., 8] = taken[..., -1]
+            seen[..., 9] = taken.mean(axis=-1)
+        seen[..., 10] = (levels == self.dense_level).sum(axis=-1) / self.steps
+        return np.clip(seen, -1.0, 1.0).astype(np.float32)
 
     def share(self, step: int, level: int) -> float:
         """What a level means: the fraction of its parameters the step's group keeps there at the closed-form price.
@@ -329,7 +325,7 @@ class Problem:
 
     def _levels(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         levels = np.asarray(actions, dtype=np.int64)
-        if levels.ndim != 1 or len(levels) > self.steps:
+        if levels.ndim < 1 or levels.shape[-1] > self.steps:
             raise ValueError(f"an episode has {self.steps} steps, got actions of shape {levels.shape}")
         wrong = levels[(levels < 0) | (levels >= self.levels)]
         if len(wrong):
@@ -337,10 +333,12 @@ class Problem:
         return levels
 
     def _dense_sites(self, levels: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return np.asarray(self.membership[:, : len(levels)] @ (levels == self.dense_level) > 0, dtype=np.bool_)
+        dense = (levels == self.dense_level) @ self.membership[:, : levels.shape[-1]].T
+        return np.asarray(dense > 0, dtype=np.bool_)
 
-    def _fits(self, dense: NDArray[np.bool_]) -> bool:
-        return int(np.where(dense, self._largest, self._smallest).sum()) <= self.target_parameters
+    def _fits(self, dense: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        needed = np.where(dense, self._largest, self._smallest).sum(axis=-1)
+        return np.asarray(needed <= self.target_parameters, dtype=np.bool_)
 
 
 def _target(menu: Menu, target_kept: float) -> int:
@@ -355,19 +353,3 @@ def _target(menu: Menu, target_kept: float) -> int:
             f"target_kept {target_kept} is below what the smallest χ keeps, {least:.4f}; nearest: {nearest:.3f}"
         )
     return target
-
-
-def _groups(menu: Menu, granularity: str) -> tuple[Group, ...]:
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-    free = [(index, menu_of) for index, menu_of in enumerate(menu.sites) if len(menu_of.choices) > 1]
-    if granularity == "site":
-        return tuple(Group(menu_of.site.name, (index,)) for index, menu_of in free)
-    groups: list[Group] = []
-    for kind in granularity.split("+"):
-        keys: dict[str, list[int]] = {}
-        for index, menu_of in free:
-            key = f"block_{menu_of.site.block:02d}" if kind == "block" else f"family_{menu_of.site.family}"
-            keys.setdefault(key, []).append(index)
-        groups += [Group(name, tuple(sites)) for name, sites in keys.items()]
-    return tuple(groups)

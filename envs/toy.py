@@ -21,7 +21,6 @@ from envs.reward import ScoreLike
 __all__ = ["ToyEvaluator", "ToyScore", "best_by_exhaustion", "toy_menu"]
 
 _WIDTH = 64
-_FAMILIES = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,23 @@ class ToyScore:
         return self.kept_fraction
 
 
-def toy_menu(blocks: int = 3) -> Menu:
-    """Two square sites a block, `lowrank` at every second χ, costs that decay with χ at rates of their own."""
+def toy_menu(blocks: int = 3, heads: int = 0) -> Menu:
+    """Two square sites a block, `lowrank` at every second χ, costs that decay with χ at rates of their own.
+
+    Args:
+        heads: if not 0, attention is in parts: as many that make heads, and as many that read them.
+    """
     if blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}")
     sites = []
     chis = np.arange(2, _WIDTH // 2, 2)
-    for number, (block, family) in enumerate(itertools.product(range(blocks), _FAMILIES)):
+    parts = [(f"attention.{matrix}.{head}", "attention") for matrix in ("make", "read") for head in range(heads)]
+    members = [*(parts or [("attention", "attention")]), ("mlp", "mlp")]
+    for number, (block, (name, family)) in enumerate(itertools.product(range(blocks), members)):
         scale, rate = 0.2 + 0.1 * (number % 3), 0.06 + 0.02 * (number % 4)
         sites.append(
             SiteMenu(
-                site=Site(f"blocks.{block}.{family}", block, family, _WIDTH, _WIDTH),
+                site=Site(f"blocks.{block}.{name}", block, family, _WIDTH, _WIDTH),
                 choices=(*(Choice("lowrank", int(chi), "two-sided") for chi in chis), DENSE),
                 parameters=np.append(chis * 2 * _WIDTH, _WIDTH * _WIDTH).astype(np.int64),
                 cost=np.append(scale * np.exp(-rate * chis), 0.0),

@@ -250,7 +250,7 @@ def _compare_parser() -> argparse.ArgumentParser:
         default="0,1,2",
         help="Of the agents; --seed is that of the data. Default: 0,1,2.",
     )
-    _add_fields(parser, without=("agent",))
+    _add_fields(parser, without=("agent", "policy"))
     return parser
 
 

@@ -30,12 +30,14 @@ AgentName = Literal[
     "optuna-qmc",
     "optuna-tpe",
     "portfolio",
+    "ppo",
+    "ppo-masked",
     "random",
     "reinforce",
     "uniform",
 ]
 ProxyForm = Literal["answer", "letter"]
-Granularity = Literal["block", "family", "site", "block+family"]
+Granularity = Literal["block", "family", "site", "head", "block+family"]
 
 AGENTS: tuple[str, ...] = get_args(AgentName)
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
@@ -113,7 +115,8 @@ class Config(BaseModel):
         "block+family",
         "search",
         _one_of(GRANULARITIES),
-        "What one decision of the agent covers: a layer, a kind of matrix, one matrix, or layer and kind together.",
+        "What one decision of the agent covers: a layer, a kind of matrix, one matrix, an attention head (with "
+        "--per-head), or layer and kind together.",
         "KIND",
     )
     seed: int = _field(
@@ -123,6 +126,15 @@ class Config(BaseModel):
         "Start of every random generator; the same seed gives the same trials on the same machine.",
         ge=0,
         lt=2**32,
+    )
+    policy: str | None = _field(
+        None,
+        "search",
+        "a folder with policy.json and policy.safetensors in it, such as that of an earlier run",
+        "What an earlier run of the same agent on the same model learned, at this or another target; the search starts "
+        "from it.",
+        "RUN",
+        min_length=1,
     )
     kl_weight: float = _weight(1.0, "lost nats per token")
     correct_weight: float = _weight(0.1, "gained probability of the correct answer, as a fraction")
@@ -286,12 +298,27 @@ class Config(BaseModel):
             raise ValueError(value)
         return value
 
+    @field_validator("policy")
+    @classmethod
+    def _is_a_policy(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not all((Path(value) / name).is_file() for name in ("policy.json", "policy.safetensors")):
+            raise ValueError(value)
+        return str(Path(value).absolute())  # a resumed run finds it from anywhere
+
     @model_validator(mode="after")
     def _names_one_folder(self) -> Self:
         if self.out is not None and self.resume is not None and Path(self.out).resolve() != Path(self.resume).resolve():
             raise ValueError(
                 f"out and resume name different folders, {self.out!r} and {self.resume!r}: give only resume"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_heads_it_groups(self) -> Self:
+        if self.granularity == "head" and not self.per_head:
+            raise ValueError("granularity head needs per_head, which cuts attention matrices into their heads")
         return self
 
     @classmethod

@@ -199,10 +199,10 @@ def _search(
         with console.stage(
             f"{config.agent}, seed {config.seed}", config.budget, "trials", len(journal.records)
         ) as stage:
-            trials = run_agent(make_agent(config, problem), config.budget, evaluator, reward, journal, stage)
+            trials = run_agent(make_agent(config, problem, subject), config.budget, evaluator, reward, journal, stage)
         marks, finalists = [], []
         for part in _PARTS:
-            agent = make_agent(config, problem)
+            agent = make_agent(config, problem, subject)
             start = time.perf_counter()
             told = run_agent(agent, round(part * config.budget), evaluator, reward, journal)
             recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from agents import Learner
 from compression.allocation import uniform_schedule
 from compression.schedule import Schedule
 from compression.sites import Site, model_bytes, model_parameters, put_modules
@@ -31,7 +32,17 @@ from search.quality import paired_kl
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
-from search.trials import FINALISTS, Trial, challengers, make_agent, open_journal, reward_of, run_agent, select
+from search.trials import (
+    FINALISTS,
+    Trial,
+    challengers,
+    make_agent,
+    open_journal,
+    read_policy,
+    reward_of,
+    run_agent,
+    select,
+)
 
 __all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
 
@@ -64,6 +75,7 @@ def run(config: Config, console: Console) -> RunSummary:
     device = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
+    read_policy(config, loaded)
     if staying := _stays_dense(sites):
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
@@ -88,6 +100,7 @@ def plan(config: Config) -> Mapping[str, object]:
     """
     device = preflight(config)
     loaded, sites = load(config, device)
+    read_policy(config, loaded)
     subject = Subject.of(config, loaded, sites, device)
     searched, [selected], [heldout] = (subject.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
@@ -150,6 +163,7 @@ def preflight(config: Config) -> torch.device:
         )
     if config.proxy.endswith(".jsonl"):
         load_proxy(config.proxy)
+    read_policy(config)
     if config.out is not None:
         refuse_used(Path(config.out))
     return resolve_device(config.device)
@@ -230,7 +244,7 @@ def _search(
     folder: RunFolder, config: Config, subject: Subject, problem: Problem, console: Console
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
-    agent, closed_form = make_agent(config, problem), problem.closed_form()
+    agent, closed_form = make_agent(config, problem, subject), problem.closed_form()
     journal = open_journal(folder / STUDY, config, subject, problem)
     try:
         with subject.evaluator("search", closed_form) as evaluator:
@@ -242,6 +256,8 @@ def _search(
     finally:
         journal.close()
     finalists = challengers(closed_form, [proposal.schedule for proposal in agent.recommend(FINALISTS)])
+    if isinstance(agent, Learner):
+        agent.saved_policy().write(folder.path)
     if not finalists:
         return trials, closed_form
     with (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import agents
-from agents import Agent, Proposal, SlopeAgent
+from agents import Agent, Proposal, SavedPolicy, SlopeAgent
 from compression.cache import cache_key
 from compression.schedule import Schedule
 from envs import Problem, Reward
@@ -21,6 +21,7 @@ from search.config import Config
 from search.console import Stage
 from search.evaluators import Evaluator, Score
 from search.journal import Journal, Record
+from search.models import LoadedModel
 from search.quality import paired_kl
 from search.subject import Subject
 
@@ -33,6 +34,7 @@ __all__ = [
     "fingerprint",
     "make_agent",
     "open_journal",
+    "read_policy",
     "reward_of",
     "run_agent",
     "select",
@@ -174,6 +176,7 @@ def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
         "search_items": cache_key(items=[item.digest for item in splits.search_items]),
         "reward": dataclasses.asdict(_weighted(config)),
         "dtype": str(subject.loaded.model.dtype),
+        **({"policy": policy.digest} if (policy := read_policy(config, subject.loaded)) else {}),
     }
 
 
@@ -183,10 +186,26 @@ def open_journal(path: Path, config: Config, subject: Subject, problem: Problem)
     return Journal(path, fingerprint(config, subject), problem.names, problem.levels)
 
 
-def make_agent(config: Config, problem: Problem) -> Agent:
+def make_agent(config: Config, problem: Problem, subject: Subject) -> Agent:
     """`config.agent` on `problem`; raises ValueError as `agents.make` does."""
-    terms = agents.Terms(config.seed, config.budget, config.search_shards, config.compression_weight)
+    terms = agents.Terms(
+        config.seed,
+        config.budget,
+        config.search_shards,
+        config.compression_weight,
+        subject=subject.loaded.digest,
+        policy=read_policy(config, subject.loaded),
+    )
     return agents.make(config.agent, problem, terms)
+
+
+def read_policy(config: Config, loaded: LoadedModel | None = None) -> SavedPolicy | None:
+    """What the search starts from, refused if it is of another agent or, once that is known, of another model."""
+    if config.policy is None:
+        return None
+    policy = SavedPolicy.read(Path(config.policy))
+    policy.check(config.agent, policy.subject if loaded is None else loaded.digest)
+    return policy
 
 
 def describe(trials: Sequence[Trial]) -> str:

@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import agents
-from agents import Terms
+from agents import Learner, Terms
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 
 REWARD = Reward()
@@ -142,6 +145,44 @@ def toy_menu_dense():
 def test_an_unknown_agent_is_refused_with_the_nearest_name(name, nearest):
     with pytest.raises(ValueError, match=f"nearest: {nearest}"):
         agents.make(name, toy(), Terms(0, 5))
+
+
+def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
+    for module in ("agents.ppo", "agents.vector", "stable_baselines3"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Without("stable_baselines3", "sb3_contrib"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "sb3_contrib", raising=False)
+    with pytest.raises(ValueError, match=r"agent ppo needs sb3_contrib, .*pip install 'chisel-prior\[agents\]'"):
+        agents.make("ppo", toy(), Terms(0, 5))
+
+
+class _Without:
+    """Finds nothing of some packages, as if they were not installed."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_agents_are_imported_without_the_libraries_of_some():
+    libraries = ("stable_baselines3", "sb3_contrib", "optuna", "cmaes")
+    code = f"import sys, agents; sys.exit(sum(name in sys.modules for name in {libraries}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], timeout=120).returncode == 0
+
+
+@every_agent
+def test_a_policy_is_continued_or_refused(name):
+    start = agents.make("reinforce", toy(), Terms(0, 5)).saved_policy()
+    agent = agents.make(name, toy(), Terms(0, 5))
+    terms = Terms(0, 5, policy=agent.saved_policy() if isinstance(agent, Learner) else start)
+    if isinstance(agent, Learner):
+        assert agents.make(name, toy(), terms).ask(1) == agent.ask(1)
+    else:
+        with pytest.raises(ValueError, match=f"agent {name} learns no policy"):
+            agents.make(name, toy(), terms)
 
 
 @pytest.mark.parametrize("name, value, least", [("seed", -1, 0), ("budget", -1, 0), ("looks", 0, 1)])

@@ -1,9 +1,12 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import stable_baselines3
+import stable_baselines3.common.env_checker
 from gymnasium.utils.env_checker import check_env
+from sb3_contrib import MaskablePPO
 
-from envs import BondDimensionEnv, Problem, Reward, ToyEvaluator, toy_menu
+from envs import GRANULARITIES, BondDimensionEnv, Problem, Reward, ToyEvaluator, toy_menu
 from envs.problem import OBSERVATION
 
 
@@ -13,11 +16,30 @@ def play(env, actions):
 
 
 @pytest.mark.parametrize("one_shot", [False, True])
-def test_gymnasium_finds_nothing_to_complain_about(one_shot):
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gymnasium_and_stable_baselines3_find_nothing_to_complain_about(granularity, one_shot):
     # Warnings are errors in this suite.
-    env = gym.make("Chisel/BondDimension-v0", one_shot=one_shot)
+    menu = toy_menu(heads=2)
+    problem = Problem.build(menu, 0.5, granularity)
+    env = gym.make("chisel/BondDimension-v0", problem=problem, evaluate=ToyEvaluator(menu), one_shot=one_shot)
     check_env(env.unwrapped)
+    stable_baselines3.common.env_checker.check_env(env.unwrapped)
     env.close()
+
+
+def test_the_environment_needs_no_arguments():
+    env = gym.make("chisel/BondDimension-v0")
+    env.reset(seed=0)
+    assert env.unwrapped.problem.steps == 3
+
+
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_algorithms_of_stable_baselines3_learn_on_it(one_shot):
+    env = gym.make("chisel/BondDimension-v0", one_shot=one_shot)
+    model = stable_baselines3.PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
+    assert model.learn(16).num_timesteps == 16
+    masked = MaskablePPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
+    assert masked.learn(16).num_timesteps == 16
 
 
 def test_the_docstring_lists_the_observation_as_it_is():

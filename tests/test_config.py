@@ -35,6 +35,7 @@ def test_defaults_are_the_default_job():
         ("model", "", "a hub id, a local folder, or default"),
         ("calibration_tokens", 0, "from 512"),
         ("quick", "yes", "true or false"),
+        ("policy", "absent", "a folder with policy.json and policy.safetensors in it, such as that of an earlier run"),
     ],
 )
 def test_a_bad_value_is_one_line_with_field_rule_and_value(field, value, words):
@@ -80,6 +81,19 @@ def test_out_and_resume_must_be_one_folder(tmp_path):
     with pytest.raises(ValueError, match="out and resume name different folders"):
         Config.of({"out": str(tmp_path / "a"), "resume": str(tmp_path / "b")})
     assert Config.of({"out": str(tmp_path), "resume": str(tmp_path / "x" / "..")}).out == str(tmp_path)
+
+
+def test_heads_are_decided_about_only_where_they_are_cut():
+    with pytest.raises(ValueError, match="granularity head needs per_head"):
+        Config.of({"granularity": "head"})
+    assert Config.of({"granularity": "head", "per_head": True}).granularity == "head"
+
+
+def test_a_policy_is_found_again_from_another_folder(tmp_path, monkeypatch):
+    for name in ("policy.json", "policy.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert Config.of({"policy": "."}).definition()["policy"] == str(tmp_path)
 
 
 def test_json_round_trip_keeps_every_field_but_the_folders(tmp_path):
@@ -136,10 +150,11 @@ def test_every_field_has_a_rule_a_group_and_a_sentence():
 
 def test_names_are_those_of_the_parts_that_carry_them_out():
     import agents
+    import envs
 
     assert sorted(agents.NAMES) == sorted(AGENTS)
     assert set(PROXY_FORMS) == {"answer", "letter"}
-    assert GRANULARITIES[0] == "block"
+    assert sorted(envs.GRANULARITIES) == sorted(GRANULARITIES)
 
 
 def test_config_json_is_plain_json():

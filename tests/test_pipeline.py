@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from fakedata import fake_data, jsonl
 
+from agents import SavedPolicy
 from compression import Choice, Schedule
 from search import cli, models, subject
 from search import trials as trial_module
@@ -87,6 +89,8 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
     assert {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")} == {
         "config.json",
         "environment.json",
+        "policy.json",
+        "policy.safetensors",
         "prior.json",
         "study.db",
         "summary.json",
@@ -127,6 +131,57 @@ def test_heads_are_compressed_one_by_one_when_asked(tmp_path: Path, capsys: pyte
     flags = words(out=tmp_path / "none", model="random:tiny-qwen2", budget=0)
     assert cli.main([*flags, "--per-head", "--dry-run", "--json"]) == cli.DONE
     assert json.loads(capsys.readouterr().out)["model"]["families"] == ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_an_attention_head_can_be_one_decision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = words(out=tmp_path / "run", budget=2, granularity="head")
+    assert cli.main([*flags, "--per-head"]) == cli.DONE
+    steps = json.loads((tmp_path / "run" / "policy.json").read_text())["steps"]
+    assert steps[:3] == ["block_00_head_00", "block_00_head_01", "block_00_other"]
+    capsys.readouterr()
+    assert cli.main(flags) == cli.REFUSED
+    assert "granularity head needs per_head" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize("agent", ["reinforce", "ppo"])
+def test_a_search_starts_from_what_an_earlier_one_learned(tmp_path: Path, agent: str) -> None:
+    run(tmp_path / "first", agent=agent)
+    learned = SavedPolicy.read(tmp_path / "first")
+    # A policy that has gone far, so that it can be told from the closed form.
+    key = "bias" if agent == "reinforce" else "action_net.linear.weight"
+    far = learned.arrays[key].copy()
+    far.reshape(-1)[-2:] = 1.0
+    replace(learned, arrays={**learned.arrays, key: far}).write(tmp_path / "first")
+    run(tmp_path / "second", agent=agent, target_kept=0.8, policy=tmp_path / "first", budget=1)
+    run(tmp_path / "plain", agent=agent, target_kept=0.8, budget=1)
+    assert trials(tmp_path / "second") != trials(tmp_path / "plain")
+    again = SavedPolicy.read(tmp_path / "second")
+    assert again.target_kept == 0.8
+    assert all(
+        (again.arrays[name] == values).all() for name, values in SavedPolicy.read(tmp_path / "first").arrays.items()
+    )
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "first", budget=1)
+    for changes, message in (
+        ({"agent": "ppo"}, "the policy was learned by agent reinforce and cannot be continued by ppo"),
+        ({"model": "random:tiny-qwen2"}, "the policy was learned on another model"),
+    ):
+        capsys.readouterr()
+        assert cli.main(words(out=tmp_path / "other", policy=tmp_path / "first", **changes)) == cli.REFUSED
+        _, err = capsys.readouterr()
+        assert message in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "other").exists()
+    (tmp_path / "first" / "policy.safetensors").write_bytes(b"cut")
+    assert cli.main(words(out=tmp_path / "other", policy=tmp_path / "first")) == cli.REFUSED
+    assert "policy.safetensors is cut" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -14,6 +14,10 @@ def kept(problem, schedule):
     return sum(int(s.parameters[s.choices.index(schedule[s.site.name])]) for s in menu.sites)
 
 
+def menu_for(granularity, blocks=3):
+    return toy_menu(blocks, heads=2 if granularity == "head" else 0)
+
+
 def prefixes(problem, count=50):
     generator = np.random.default_rng(0)
     for _ in range(count):
@@ -27,7 +31,7 @@ def prefixes(problem, count=50):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.8, 1.0])
 def test_all_middle_is_the_closed_form_exactly(granularity, target):
-    menu = toy_menu()
+    menu = menu_for(granularity)
     problem = Problem.build(menu, target, granularity)
     closed_form = to_schedule(menu, lagrangian(menu, problem.target_parameters))
     assert problem.offsets[problem.middle] == 0
@@ -38,7 +42,7 @@ def test_all_middle_is_the_closed_form_exactly(granularity, target):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_every_legal_episode_meets_the_target_within_one_step_of_chi(granularity):
-    problem = Problem.build(toy_menu(4), 0.6, granularity)
+    problem = Problem.build(menu_for(granularity, 4), 0.6, granularity)
     step = max(int(np.diff(site.parameters[:-1]).max()) for site in problem.menu.sites)
     for prefix in prefixes(problem):
         if len(prefix) == problem.steps:
@@ -112,7 +116,7 @@ def test_a_schedule_without_room_is_refused():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_observations_stay_in_their_ranges_and_tell_steps_apart(granularity):
-    problem = Problem.build(toy_menu(), 0.6, granularity)
+    problem = Problem.build(menu_for(granularity), 0.6, granularity)
     least, most = (np.array([row[i] for row in OBSERVATION]) for i in (1, 2))
     for prefix in prefixes(problem):
         seen = problem.observation(prefix)
@@ -122,6 +126,17 @@ def test_observations_stay_in_their_ranges_and_tell_steps_apart(granularity):
         assert seen[0] == np.float32(len(prefix) / problem.steps)
     firsts = [problem.observation((problem.middle,) * step) for step in range(problem.steps)]
     assert len({first.tobytes() for first in firsts}) == problem.steps
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_many_episodes_at_once_see_what_each_sees_alone(granularity):
+    problem = Problem.build(menu_for(granularity), 0.5, granularity)
+    many = np.random.default_rng(0).integers(0, problem.levels, (2, 10, problem.steps))
+    for step in range(problem.steps + 1):
+        seen, masks = problem.observation(many[..., :step]), problem.mask(many[..., :step])
+        for index in np.ndindex(2, 10):
+            assert np.array_equal(seen[index], problem.observation(many[index][:step].tolist()))
+            assert np.array_equal(masks[index], problem.mask(many[index][:step].tolist()))
 
 
 def test_the_budget_left_falls_to_what_dense_groups_leave():
@@ -135,7 +150,7 @@ def test_the_budget_left_falls_to_what_dense_groups_leave():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_forecast_agrees_with_the_schedule_it_stands_for(granularity):
-    problem = Problem.build(toy_menu(8), 0.5, granularity)
+    problem = Problem.build(menu_for(granularity, 8), 0.5, granularity)
     episodes = np.array([prefix for prefix in prefixes(problem) if len(prefix) == problem.steps])
     forecast = problem.forecast(episodes)
     assert forecast.shape == episodes.shape

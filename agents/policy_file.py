@@ -1,0 +1,208 @@
+"""Policy files: what an agent has learned, arrays in policy.safetensors and beside them policy.json, what they are of.
+
+Never pickle. Strict to read: a file that is cut, changed, or of another model, agent, episode or ladder is refused.
+Knows arrays and names; no agent and no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+__all__ = ["ARRAYS", "DESCRIPTION", "SavedPolicy"]
+
+DESCRIPTION = "policy.json"
+ARRAYS = "policy.safetensors"
+
+_FORMAT = 1
+_KEYS = {"format", "agent", "subject", "target_kept", "steps", "rungs", "settings", "arrays_sha256"}
+_LARGEST = {DESCRIPTION: 1 << 20, ARRAYS: 1 << 26}  # bytes
+
+
+@dataclass(frozen=True, eq=False)
+class SavedPolicy:
+    """A learned policy and what it is of.
+
+    Attributes:
+        agent: its name, as in `agents.NAMES`.
+        subject: identity of the model whose schedules it proposes.
+        target_kept: what it was learned at; it may go on at another.
+        steps: what each step of an episode decides about.
+        rungs: offsets of the ladder, dense left out.
+        settings: of the agent that learned it, for people.
+        arrays: its parameters, floating point and finite.
+    """
+
+    agent: str
+    subject: str
+    target_kept: float
+    steps: tuple[str, ...]
+    rungs: tuple[float, ...]
+    settings: Mapping[str, float]
+    arrays: Mapping[str, NDArray[Any]]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the arrays as they are stored."""
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
+        return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in self.arrays.items()})
+
+    def write(self, folder: Path) -> None:
+        """Write both files into `folder`, the description last; each is whole or absent."""
+        content = self._content()
+        description = {
+            "format": _FORMAT,
+            "agent": self.agent,
+            "subject": self.subject,
+            "target_kept": self.target_kept,
+            "steps": self.steps,
+            "rungs": self.rungs,
+            "settings": dict(self.settings),
+            "arrays_sha256": self.digest,
+        }
+        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+        for name, data in ((ARRAYS, content), (DESCRIPTION, text.encode())):
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(data)
+            os.replace(temporary, folder / name)
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedPolicy:
+        """The policy in `folder`, for example the folder of a finished run.
+
+        Raises:
+            ValueError: one line: no such files, not ours, cut or changed.
+        """
+        try:
+            content = {name: _bytes(folder / name) for name in (DESCRIPTION, ARRAYS)}
+            return cls._parse(content[DESCRIPTION], content[ARRAYS])
+        except OSError as error:
+            reason = f"{Path(error.filename or folder).name}: {error.strerror}"
+        except RecursionError:
+            reason = f"{DESCRIPTION} is nested too deeply"
+        except (ValueError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+        raise ValueError(f"policy must be a folder with {DESCRIPTION} and {ARRAYS} of a run, got {folder}: {reason}")
+
+    @classmethod
+    def _parse(cls, description: bytes, content: bytes) -> SavedPolicy:
+        fields = json.loads(description.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        if not isinstance(fields, dict) or fields.get("format") != _FORMAT or set(fields) != _KEYS:
+            raise ValueError(f"{DESCRIPTION} is not a policy of format {_FORMAT}")
+        steps, rungs, settings = fields["steps"], fields["rungs"], fields["settings"]
+        if not (
+            all(isinstance(fields[name], str) for name in ("agent", "subject", "arrays_sha256"))
+            and _numbers([fields["target_kept"]])
+            and isinstance(steps, list)
+            and all(isinstance(step, str) for step in steps)
+            and isinstance(rungs, list)
+            and _numbers(rungs)
+            and isinstance(settings, dict)
+            and _numbers(list(settings.values()))
+        ):
+            raise ValueError(f"{DESCRIPTION} has a field of a wrong type")
+        if hashlib.sha256(content).hexdigest() != fields["arrays_sha256"]:
+            raise ValueError(f"{ARRAYS} is cut, or not the one that {DESCRIPTION} was written with")
+        arrays = safetensors.numpy.load(content)
+        for name, array in arrays.items():
+            if array.dtype not in (np.float32, np.float64) or not np.isfinite(array).all():
+                raise ValueError(f"the array {name} is not of finite floating-point numbers")
+        return cls(
+            agent=fields["agent"],
+            subject=fields["subject"],
+            target_kept=float(fields["target_kept"]),
+            steps=tuple(steps),
+            rungs=tuple(map(float, rungs)),
+            settings=settings,
+            arrays=arrays,
+        )
+
+    def check(self, agent: str, subject: str) -> None:
+        """Raises ValueError, one line, for a policy of another agent or another model."""
+        if self.agent != agent:
+            raise ValueError(f"the policy was learned by agent {self.agent} and cannot be continued by {agent}")
+        if self.subject != subject:
+            raise ValueError(
+                f"the policy was learned on another model: {_short(self.subject)} there, {_short(subject)} here"
+            )
+
+    def restore(
+        self,
+        agent: str,
+        subject: str,
+        steps: Sequence[str],
+        offsets: NDArray[np.float64],
+        like: Mapping[str, NDArray[Any]],
+    ) -> dict[str, NDArray[Any]]:
+        """The arrays, for a policy of the names, shapes and types in `like`.
+
+        Args:
+            offsets: of the task's levels, dense included.
+
+        Raises:
+            ValueError: one line: learned by another agent, on another model, other steps or another ladder, or with
+                settings that make it of another shape.
+        """
+        self.check(agent, subject)
+        if self.steps != tuple(steps):
+            pairs = zip((*self.steps, "none"), (*steps, "none"), strict=False)
+            number, (there, here) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(
+                f"the policy was learned on other steps, {len(self.steps)} there and {len(steps)} here: "
+                f"step {number} decides about {there} there and {here} here"
+            )
+        if not np.array_equal(self.rungs, offsets[:-1]):
+            raise ValueError(
+                f"the policy was learned on another ladder: {_ladder(self.rungs)} there, {_ladder(offsets[:-1])} here"
+            )
+        shapes, wanted = ({name: a.shape for name, a in arrays.items()} for arrays in (self.arrays, like))
+        if shapes != wanted:
+            name = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))[0]
+            raise ValueError(
+                f"the policy does not fit: its array {name} is {shapes.get(name, 'absent')}, "
+                f"wanted is {wanted.get(name, 'none')}"
+            )
+        return {name: array.astype(like[name].dtype) for name, array in self.arrays.items()}
+
+
+def _bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(_LARGEST[path.name] + 1)
+    if len(content) > _LARGEST[path.name]:
+        raise ValueError(f"{path.name} is larger than {_LARGEST[path.name]} bytes")
+    return content
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"{DESCRIPTION} has a key twice")
+    return fields
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{DESCRIPTION} holds {constant}")
+
+
+def _numbers(values: Sequence[object]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _short(subject: str) -> str:
+    return subject[:12] or "no name"
+
+
+def _ladder(rungs: Sequence[float] | NDArray[np.float64]) -> str:
+    return f"{len(rungs)} rungs from {rungs[0]:g} to {rungs[-1]:g}" if len(rungs) else "no rungs"

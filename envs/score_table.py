@@ -1,0 +1,81 @@
+"""ScoreTable: scores of schedules kept in a JSON file, so that none is measured twice. Knows no model and no reward."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compression.schedule import Schedule
+from envs.reward import ScoreLike
+
+__all__ = ["ScoreTable", "TabledScore"]
+
+
+@dataclass(frozen=True)
+class TabledScore:
+    """What a table keeps of a score; see `envs.reward.ScoreLike`."""
+
+    kl: float
+    expected_accuracy: float
+    kept_fraction: float
+    state: str = "ok"
+
+
+class ScoreTable:
+    """An evaluator in front of another one: what is in the table is looked up, the rest measured and entered.
+
+    Attributes:
+        measured: schedules that the evaluator behind was asked for.
+    """
+
+    def __init__(self, evaluate: Callable[[Sequence[Schedule]], Sequence[ScoreLike]], path: Path) -> None:
+        """Reads `path` if there is such a file. It belongs to one evaluator: name it after the model and its data.
+
+        Raises:
+            ValueError: the file is not a table of scores.
+        """
+        self.measured = 0
+        self._evaluate = evaluate
+        self._path = path
+        self._scores: dict[str, TabledScore] = {}
+        if not path.exists():
+            return
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            self._scores = {digest: _read(*row) for digest, row in rows.items()}
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(f"{path} is no table of scores; remove it, or name another file") from None
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __call__(self, schedules: Sequence[Schedule]) -> list[TabledScore]:
+        """Scores in the order of `schedules`; new ones are measured in one batch, each once."""
+        new = {schedule.digest: schedule for schedule in schedules if schedule.digest not in self._scores}
+        if new:
+            self.measured += len(new)
+            scores = self._evaluate(list(new.values()))
+            for digest, score in zip(new, scores, strict=True):
+                self._scores[digest] = TabledScore(score.kl, score.expected_accuracy, score.kept_fraction, score.state)
+        return [self._scores[schedule.digest] for schedule in schedules]
+
+    def save(self) -> None:
+        """Write what did not fail: digest -> [KL, expected accuracy, kept fraction].
+
+        After a crash at any point the file has either its old or its new content.
+        """
+        rows = {
+            digest: (score.kl, score.expected_accuracy, score.kept_fraction)
+            for digest, score in self._scores.items()
+            if score.state == "ok"
+        }
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self._path)
+
+
+def _read(kl: float, expected_accuracy: float, kept_fraction: float) -> TabledScore:
+    return TabledScore(float(kl), float(expected_accuracy), float(kept_fraction))
