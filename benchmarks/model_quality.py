@@ -9,9 +9,11 @@ Every variant is the closed-form allocation over its menu, no search. In order, 
 * pivoted: the same matrices without their gauge freedom, χ(out + in − χ) parameters.
 * weighted: tokens weighted in C and G, see `compression.statistics`.
 * menu: the lower envelope with fitted MPOs of two cores (balanced legs, and legs that follow the heads).
-* propagated: costs of each block scaled by what leaving the block dense saves in truth, on search text.
+* corrected: costs of blocks and families weighed by what backward passes on search text say that they are worth in the
+  compressed model, what errors elsewhere add included: the gradient agent, six passes.
 * sequential: `menu`, with each site decomposed in the metric of the input that earlier compressed sites give it.
 * repaired: `sequential`, with every site solved for the dense model's output or residual stream first.
+* complete: `repaired`, with the schedule of `corrected`.
 
 Held-out text is two corpora, prose and exam questions with their answers, scored apart. Nothing is tuned on it.
 """
@@ -30,16 +32,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from agents import Gradient, Terms
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
 from compression.apply import ScheduleApplier
 from compression.factors import FactorStore
 from compression.repair import repair_
-from compression.schedule import DENSE
 from compression.sites import put_modules
+from envs import Problem
 from search.config import Config
 from search.models import head_size
 from search.quality import Quality, paired_kl
@@ -47,8 +49,8 @@ from search.scoring import Workload
 from search.stages import SHRINKAGE, factor_store, workload_sequences
 from search.subject import Subject, load
 
-VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "propagated", "sequential", "repaired")
-_LIMIT = 4.0  # a block's weight is corrected by at most this factor
+VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "corrected", "sequential", "repaired", "complete")
+_PASSES = 6
 
 
 @dataclass(eq=False)
@@ -58,8 +60,8 @@ class Bench:
     subject: Subject
     fitted_families: Sequence[str]
     workloads: dict[str, Workload]
-    trial: Workload
     _menus: dict[str, Menu] = field(default_factory=dict)
+    _corrected: dict[float, Schedule] = field(default_factory=dict)
 
     @classmethod
     def of(cls, subject: Subject, fitted_families: Sequence[str]) -> Bench:
@@ -71,7 +73,7 @@ class Bench:
             return made
 
         corpora = {"prose": workload(held.prose), "exam": workload(held.exam)}
-        return cls(subject, fitted_families, corpora, workload(subject.splits.search_text.chunks[:4]))
+        return cls(subject, fitted_families, corpora)
 
     @cached_property
     def unweighted(self) -> FactorStore:
@@ -98,52 +100,40 @@ class Bench:
 
     def schedule(self, variant: str, kept: float) -> Schedule:
         menu = self.menu(variant)
-        target = math.floor(kept * menu.dense_parameters)
-        return to_schedule(menu, lagrangian(menu, target, self.corrections(kept) if variant == "propagated" else None))
+        if variant in ("corrected", "complete"):
+            return self.corrected(kept)
+        return to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
 
     @contextmanager
     def compressed(self, variant: str, kept: float) -> Iterator[Schedule]:
         """The model under a variant; dense again afterwards."""
         model, schedule = self.subject.loaded.model, self.schedule(variant, kept)
-        if variant not in ("sequential", "repaired"):
+        if variant not in ("sequential", "repaired", "complete"):
             with ScheduleApplier(model, self.store(variant)) as applier:
                 applier.apply_(schedule)
                 yield schedule
             return
         sites, batches = self.subject.store.sites, self.subject.repair_batches(self.subject.config.repair_tokens)
-        statistics, correct = self.subject.calibration(), variant == "repaired"
+        statistics, correct = self.subject.calibration(), variant != "sequential"
         taken = repair_(model, sites, schedule, statistics, batches, SHRINKAGE, correct)
         try:
             yield schedule
         finally:
             put_modules(model, taken)
 
-    def corrections(self, kept: float) -> np.ndarray:
-        """Logarithm, by site, of what making its block dense saves over what the menu predicts, against the mean."""
-        menu, model = self.menu("menu"), self.subject.loaded.model
-        schedule = self.schedule("menu", kept)
-        blocks = sorted({menu_site.site.block for menu_site in menu.sites})
-        predicted = dict.fromkeys(blocks, 0.0)
-        for menu_site in menu.sites:
-            place = menu_site.choices.index(schedule[menu_site.site.name])
-            predicted[menu_site.site.block] += float(menu_site.cost[place])
-        block_of = {menu_site.site.name: menu_site.site.block for menu_site in menu.sites}
-        ratio = {}
-        with ScheduleApplier(model, self.subject.store) as applier:
-            applier.apply_(schedule)
-            whole = self.trial.measure(model).kl
-            for block in blocks:
-                without = Schedule(
-                    tuple((name, DENSE if block_of[name] == block else choice) for name, choice in schedule)
-                )
-                applier.apply_(without)
-                saved = whole - self.trial.measure(model).kl
-                if predicted[block] > 0 and saved > 0:
-                    ratio[block] = math.log(saved / predicted[block])
-        middle = float(np.median(list(ratio.values())))
-        limit = math.log(_LIMIT)
-        logs = {block: min(max(ratio.get(block, middle) - middle, -limit), limit) for block in blocks}
-        return np.array([logs[menu_site.site.block] for menu_site in menu.sites])
+    def corrected(self, kept: float) -> Schedule:
+        """What the gradient agent believes best after a few passes; made once."""
+        if kept not in self._corrected:
+            problem = Problem.build(self.menu("menu"), kept, "block+family")
+            agent = Gradient(problem, Terms(seed=0, budget=4 * _PASSES, looks=self.subject.config.search_shards))
+            with self.subject.evaluator("search", problem.closed_form()) as evaluator:
+                while proposals := agent.ask(1):
+                    [proposal] = proposals
+                    assert proposal.probe is not None
+                    agent.tell_slopes(proposal, evaluator.slopes(proposal.schedule, proposal.probe, proposal.look))
+                    agent.tell(proposals, [0.0])
+            self._corrected[kept] = agent.recommend(1)[0].schedule
+        return self._corrected[kept]
 
 
 def _read(file: Path | None) -> dict[tuple[str, float], dict[str, Quality]]:
