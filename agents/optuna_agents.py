@@ -59,7 +59,13 @@ _TARGET = "target_kept"  # NSGA-II's parameter beside the steps
 
 @dataclass(frozen=True)
 class OptunaSettings:
-    """What can be tuned; the defaults were set on synthetic costs of 24 and 30 blocks with noise of 4 %."""
+    """What can be tuned.
+
+    Set on three synthetic costs of 24 and 30 blocks with noise of 4 %, 200 trials, by the true cost of `recommend(1)`
+    against the closed form's. CMA-ES over two seeds: separable with a first step of 1.5 rungs −9.2 %, of 2.5 −8.4 %,
+    with margin and 1.5 −9.2 %. One seed each, so rough: TPE −3.9 % without draws from the prior, −6.7 % with 20; Sobol
+    points at σ 0.15 −3.5 %, 0.3 −1.9 %, uniform over the levels 0. The other defaults were not compared.
+    """
 
     sigma: float = 0.3  # of the prior, in log price
     dense_groups: float = 0.1  # groups a draw from the prior keeps dense on average
