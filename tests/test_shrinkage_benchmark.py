@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.shrinkage import SIDES, against, held_out_costs, report, trials
+from benchmarks.shrinkage import SIDES, against, held_out_costs, measure, report, trials, weighted
+from compression.sites import discover_sites
 from compression.whitening import Whitening
+from search.models import load_model
 from search.stages import SHRINKAGE
 
 
@@ -53,3 +55,14 @@ def test_report_names_the_best_value_of_every_column() -> None:
     body, bars = report({"half": [costs, costs], "quarter": []})
     assert body.count("0.03 is best, -50.0%") == 2 * len(SIDES)
     assert all(bar.value == 0.5 for bar in bars)
+
+
+def test_every_site_and_kept_fraction_of_a_model_has_a_cost() -> None:
+    model = load_model("random:tiny-gpt2", torch.device("cpu"), torch.float32).model
+    sites = [site for site in discover_sites(model) if not site.dense_because]
+    ids = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(0))
+    batches = [(ids[rows], torch.ones_like(ids[rows], dtype=torch.bool)) for rows in (slice(0, 2), slice(2, 4))]
+    known, unknown = (weighted(model, sites, [batch], 0) for batch in batches)
+    costs = measure(model, sites, known, unknown, ("both",))
+    assert set(costs) == set(trials(("both",)))
+    assert all(cost.shape == (len(sites), 2) and (cost > 0).all() for cost in costs.values())
