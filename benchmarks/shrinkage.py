@@ -108,6 +108,12 @@ def measure(
     return {key: costs[:, distinct.index(pair)] for key, pair in tried.items()}
 
 
+def ratios(costs: Mapping[tuple[str, float], np.ndarray]) -> str:
+    """Cost over that of the constant, both sides shrunk, by value and kept fraction: what is known so far."""
+    totals = {value: costs["both", value].sum(0) / costs["both", SHRINKAGE].sum(0) for value in SHRINKAGES}
+    return ", ".join(f"{value}: {' '.join(f'{each:.3f}' for each in total)}" for value, total in totals.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="4,096 tokens, every 10th site, no quarters")
@@ -125,11 +131,14 @@ def main() -> None:
     results: dict[str, list[dict[tuple[str, float], np.ndarray]]] = {"half": [], "quarter": []}
     for part in (0, 1):
         results["half"].append(measure(model, chosen, halves[part], halves[1 - part], SIDES))
-        print(f"half {part + 1} after {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"half {part + 1} after {time.perf_counter() - start:.0f} s: {ratios(results['half'][-1])}", flush=True)
     for part in () if arguments.quick else (0, 1):
         known = weighted(model, chosen, batches[part::4], config.seed)
         results["quarter"].append(measure(model, chosen, known, halves[1 - part], ("both",)))
-        print(f"quarter {part + 1} after {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"quarter {part + 1} after {time.perf_counter() - start:.0f} s: {ratios(results['quarter'][-1])}",
+            flush=True,
+        )
     body, bars = report(results)
     counts = (
         f"{len(chosen)} of {len(sites)} sites of SmolLM2-135M-Instruct, `pivoted-lowrank`; {text.tokens:,} calibration "
