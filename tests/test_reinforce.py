@@ -215,3 +215,15 @@ def test_a_failed_trial_does_not_hide_the_others():
 def test_any_number_of_steps_works(blocks, granularity):
     task = problem(blocks, 0.6, granularity)
     assert len(search(Reinforce(task, Terms(0, 12)), ToyEvaluator(task.menu))) == (1 if blocks == 1 else 12)
+
+
+def test_survivors_are_looked_at_again_on_other_data():
+    task = problem(8, 0.6)
+    agent = Reinforce(task, Terms(0, 60, looks=4), ReinforceSettings(survivors=3))
+    evaluate, seen = ToyEvaluator(task.menu), []
+    while proposals := agent.ask(10):
+        agent.tell(proposals, [-score.kl for score in evaluate([one.schedule for one in proposals])])
+        seen += [(proposal.schedule.digest, proposal.look) for proposal in proposals]
+    assert len(set(seen)) == len(seen) == 60
+    assert {look for _, look in seen[:10]} == {0}
+    assert sum(look > 0 for _, look in seen) >= 5
