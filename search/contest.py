@@ -207,9 +207,10 @@ def _search(
             told = run_agent(agent, round(part * config.budget), evaluator, reward, journal)
             recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
             seconds = time.perf_counter() - start
-            tokens = sum(rows[trial.score.shard] for trial in told)
+            evaluations = sum(trial.proposal.cost for trial in told)
+            tokens = sum(trial.proposal.cost * rows[trial.score.shard] for trial in told)
             best = recommended[0] if recommended else problem.closed_form()
-            marks.append(Mark(len(told), tokens, contest.note(best)))
+            marks.append(Mark(evaluations, tokens, contest.note(best)))
             finalists = [contest.note(schedule) for schedule in recommended]
     finally:
         journal.close()

@@ -21,9 +21,12 @@ _QUANTILE = 1.96  # of the normal distribution: two-sided 95 %
 
 @dataclass(frozen=True)
 class Mark:
-    """What an agent believed best after `trials` evaluations of `tokens` tokens: the schedule of that digest."""
+    """What an agent believed best after evaluations worth `tokens` tokens: the schedule of that digest.
 
-    trials: int
+    A backward pass counts as the evaluations it is charged for, see `agents.Proposal.cost`.
+    """
+
+    evaluations: int
     tokens: int
     digest: str
 
@@ -143,7 +146,7 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
     for name in order:
         of = agents[name]
         row: dict[str, object] = {"agent": name, "seeds": len(of)}
-        row["trials"] = round(fmean(entry.marks[-1].trials for entry in of))
+        row["evaluations"] = round(fmean(entry.marks[-1].evaluations for entry in of))
         row["tokens"] = round(fmean(entry.marks[-1].tokens for entry in of))
         for place in range(len(of[0].marks)):
             row[f"mark{place}"] = _percent(contrast([heldout[entry.marks[place].digest] for entry in of], [base]))
@@ -151,29 +154,29 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
         row["perplexity"] = fmean(one.perplexity for one in finals[name])
         row["selected"] = _percent(contrast(finals[name], [base]))
         row["best"] = "" if name == best else _percent(contrast(finals[name], finals[best]))
-        row["own"] = sum(entry.agent_seconds for entry in of) / max(1, sum(entry.marks[-1].trials for entry in of))
+        row["own"] = sum(entry.agent_seconds for entry in of) / max(1, sum(entry.marks[-1].evaluations for entry in of))
         rows.append(row)
     places = range(max(len(entry.marks) for entry in entries))
-    budgets = [max(entry.marks[place].trials for entry in entries) for place in places]
+    budgets = [max(entry.marks[place].evaluations for entry in entries) for place in places]
     columns = (
         Column("agent", "agent"),
         Column("seeds", "seeds", "d"),
-        Column("trials", "trials", ",d"),
+        Column("evaluations", "evaluations", ",d"),
         Column("tokens", "tokens", ",d"),
-        *(Column(f"mark{place}", f"after {trials}", "") for place, trials in zip(places, budgets, strict=True)),
+        *(Column(f"mark{place}", f"after {spent}", "") for place, spent in zip(places, budgets, strict=True)),
         Column("selected", "selected"),
         Column("kl", "KL nats/token", ".4f"),
         Column("perplexity", "perplexity", ".2f"),
         Column("best", f"selected, against {best}"),
-        Column("own", "agent's seconds a trial", ".3f"),
+        Column("own", "agent's seconds per evaluation", ".3f"),
     )
     used = [count for count in base.tokens_by_sequence if count]
     return (
         f"# Agents at equal cost: {title}\n\n"
         f"Held-out KL to the dense model against the closed form's, {base.kl:.4f} nats per token (perplexity "
         f"{base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no choice saw. "
-        "Columns `after N`: the schedule that an agent believes best when N trials are told. Column `selected`: what "
-        "the choice among its last six and the closed form on the selection set makes of them, as a job ends. Means "
+        "Columns `after N`: the schedule that an agent believes best when N evaluations are paid. Column `selected`: "
+        "what the choice among its last six and the closed form on the selection set makes of them, as a job ends. Means "
         "over seeds with 95 % intervals, paired over sequences, seeds counted as a second source of chance.\n\n"
         f"{markdown_table(rows, columns)}"
     )
@@ -190,7 +193,7 @@ def plot(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_form
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.6", linewidth=1)
-    agents = {name: of for name, of in _by_agent(entries).items() if of[0].marks[-1].trials > 1}
+    agents = {name: of for name, of in _by_agent(entries).items() if of[0].marks[-1].evaluations > 1}
     for number, (name, of) in enumerate(sorted(agents.items())):
         contrasts = [
             contrast([heldout[entry.marks[place].digest] for entry in of], [base]) for place in range(len(of[0].marks))

@@ -58,7 +58,7 @@ def test_every_agent_and_seed_ends_in_the_table_with_equal_cost(
         (name, seed) for name in ("lagrangian", "random", "reinforce") for seed in (0, 1)
     ]
     for entry in document["entries"][2:]:
-        assert [mark["trials"] for mark in entry["marks"]] == [2, 4, 8]
+        assert [mark["evaluations"] for mark in entry["marks"]] == [2, 4, 8]
         tokens = [mark["tokens"] for mark in entry["marks"]]
         assert tokens == sorted(tokens)
         assert tokens[0] > 0
@@ -90,6 +90,15 @@ def test_a_contest_that_was_stopped_ends_like_an_undisturbed_one(
     codes = [cli.main([*again, "--quiet"]) for _ in range(3)]
     assert codes == [130, 130, cli.DONE]
     assert contest(tmp_path / "cut") == whole
+
+
+def test_backward_passes_are_paid_for(tmp_path: Path) -> None:
+    (entry,) = compared(tmp_path / "run", agents="gradient", seeds="0", budget=16)["entries"]
+    assert [mark["evaluations"] for mark in entry["marks"]] == [4, 8, 16]
+    first, _, last = (mark["tokens"] for mark in entry["marks"])
+    (other,) = compared(tmp_path / "other", agents="random", seeds="0", budget=16)["entries"]
+    assert last == pytest.approx(other["marks"][-1]["tokens"], rel=0.3)
+    assert first < 0.4 * last
 
 
 def test_a_published_contest_takes_one_more_agent_without_searching_again(
