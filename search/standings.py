@@ -176,8 +176,8 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
         f"Held-out KL to the dense model against the closed form's, {base.kl:.4f} nats per token (perplexity "
         f"{base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no choice saw. "
         "Columns `after N`: the schedule that an agent believes best when N evaluations are paid. Column `selected`: "
-        "what the choice among its last six and the closed form on the selection set makes of them, as a job ends. Means "
-        "over seeds with 95 % intervals, paired over sequences, seeds counted as a second source of chance.\n\n"
+        "what the choice among its last six and the closed form on the selection set makes of them, as a job ends. "
+        "Means over seeds with 95 % intervals, paired over sequences, seeds counted as a second source of chance.\n\n"
         f"{markdown_table(rows, columns)}"
     )
 
