@@ -7,13 +7,14 @@ from agents.gradient import Gradient, GradientSettings
 from agents.guided import Guided, GuidedSettings
 from agents.policy_file import SavedPolicy
 from agents.portfolio import Portfolio, PortfolioSettings
-from agents.protocol import Agent, Learner, Proposal, SlopeAgent, Task, Terms
+from agents.protocol import SLOPES_COST, Agent, Learner, Proposal, SlopeAgent, Task, Terms
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, make
 from agents.reinforce import Reinforce, ReinforceSettings
 
 __all__ = [
     "NAMES",
+    "SLOPES_COST",
     "Agent",
     "Bandit",
     "BanditSettings",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from agents.gradient import Gradient
 from agents.ledger import Ledger
-from agents.protocol import Agent, Proposal, Task, Terms
+from agents.protocol import SLOPES_COST, Agent, Proposal, Task, Terms
 
 __all__ = ["Guided", "GuidedSettings"]
 
@@ -41,7 +41,7 @@ class Guided:
         self._task = task
         self._terms = terms
         self._ledger = Ledger(terms)
-        lead = min(terms.budget, 4 * round(self.settings.lead * terms.budget / 4))  # slopes cost 4
+        lead = min(terms.budget, SLOPES_COST * round(self.settings.lead * terms.budget / SLOPES_COST))
         self._lead = Gradient(task, replace(terms, budget=lead))
         self._follower: Agent | None = None
         self._given: dict[tuple[str, int], Proposal] = {}  # the follower's own proposals, not told yet

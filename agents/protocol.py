@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from agents.policy_file import SavedPolicy
 from compression.schedule import Schedule
 
-__all__ = ["Agent", "Learner", "Proposal", "SlopeAgent", "Task", "Terms"]
+__all__ = ["SLOPES_COST", "Agent", "Learner", "Proposal", "SlopeAgent", "Task", "Terms"]
 
 
 class Task(Protocol):
@@ -126,6 +126,10 @@ class Terms:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
+SLOPES_COST = 4
+"""Evaluations that one with slopes is charged for: it adds a backward pass, and another product a site."""
+
+
 @dataclass(frozen=True)
 class Proposal:
     """A schedule to evaluate.
@@ -145,8 +149,8 @@ class Proposal:
 
     @property
     def cost(self) -> int:
-        """Evaluations it is charged for: 1, and with slopes 4, for a backward pass and another product a site."""
-        return 1 if self.probe is None else 4
+        """Evaluations it is charged for."""
+        return 1 if self.probe is None else SLOPES_COST
 
 
 class Agent(Protocol):

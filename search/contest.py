@@ -29,7 +29,17 @@ from search.pipeline import calibrate, preflight
 from search.runfolder import CONFIG, ENVIRONMENT, STUDY, RunFolder, environment
 from search.standings import Entry, Heldout, Mark, plot, report
 from search.subject import Subject, load
-from search.trials import FINALISTS, challengers, fingerprint, make_agent, open_journal, reward_of, run_agent, select
+from search.trials import (
+    FINALISTS,
+    challengers,
+    fingerprint,
+    make_agent,
+    open_journal,
+    reward_of,
+    run_agent,
+    select,
+    spent,
+)
 
 __all__ = ["CONTEST", "CURVE", "TABLE", "compare"]
 
@@ -196,9 +206,7 @@ def _search(
     reward = reward_of(config, evaluator.dense)
     journal = open_journal(folder / _key(config.agent, config.seed) / STUDY, config, subject, problem)
     try:
-        with console.stage(
-            f"{config.agent}, seed {config.seed}", config.budget, "trials", len(journal.records)
-        ) as stage:
+        with console.stage(f"{config.agent}, seed {config.seed}", config.budget, "trials", spent(journal)) as stage:
             trials = run_agent(make_agent(config, problem, subject), config.budget, evaluator, reward, journal, stage)
         marks, finalists = [], []
         for part in _PARTS:

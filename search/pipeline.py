@@ -42,6 +42,7 @@ from search.trials import (
     reward_of,
     run_agent,
     select,
+    spent,
 )
 
 __all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
@@ -248,7 +249,7 @@ def _search(
     journal = open_journal(folder / STUDY, config, subject, problem)
     try:
         with subject.evaluator("search", closed_form) as evaluator:
-            done = min(len(journal.records), config.budget)
+            done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
                 reward = reward_of(config, evaluator.dense)
                 trials = run_agent(agent, config.budget, evaluator, reward, journal, stage)

@@ -38,6 +38,7 @@ __all__ = [
     "reward_of",
     "run_agent",
     "select",
+    "spent",
 ]
 
 FINALISTS = 6
@@ -87,7 +88,7 @@ def run_agent(
             trials.append(trial)
             rewards.append(trial.reward)
             spent += proposal.cost
-            if stage is not None:
+            if stage is not None and record is None:
                 stage.advance(proposal.cost, describe(trials))
             if slopes is not None:
                 cast(SlopeAgent, agent).tell_slopes(proposal, slopes)
@@ -184,6 +185,11 @@ def open_journal(path: Path, config: Config, subject: Subject, problem: Problem)
     """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return Journal(path, fingerprint(config, subject), problem.names, problem.levels)
+
+
+def spent(journal: Journal) -> int:
+    """Evaluations that the trials of a journal were charged for."""
+    return sum(1 if record.slopes is None else agents.SLOPES_COST for record in journal.records)
 
 
 def make_agent(config: Config, problem: Problem, subject: Subject) -> Agent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -247,7 +248,9 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     assert "--resume" in capsys.readouterr().err
     assert len(trials(tmp_path / "cut")) == 3
     monkeypatch.setattr(ModelEvaluator, "evaluate", evaluate)
-    assert cli.main(["--resume", str(tmp_path / "cut"), "--quiet"]) == cli.DONE
+    assert cli.main(["--resume", str(tmp_path / "cut")]) == cli.DONE
+    counts = [(int(done), int(of)) for done, of in re.findall(r"(\d+)/(\d+) trials", capsys.readouterr().err)]
+    assert all(done <= of for done, of in counts)
     assert trials(tmp_path / "cut") == trials(tmp_path / "whole")
     again = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert [row["kl"] for row in again["rows"]] == [row["kl"] for row in whole["rows"]]
