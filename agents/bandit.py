@@ -74,8 +74,7 @@ class Bandit(Batched):
             return self._ledger.best(count)
         self._fit(levels, rewards)
         slope, effects = self._posterior(0)
-        levels = np.unique(levels, axis=0)
-        believed = levels[np.argsort(-self._values(levels, slope, effects), kind="stable")]
+        believed = self._believed(lambda rows: self._values(rows, slope, effects))
         return self._distinct(np.vstack([self._best(slope, effects, sweeps=2), believed]), count)
 
     def _plan(self) -> None:

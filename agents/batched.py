@@ -5,7 +5,8 @@ Knows the ask/tell contract, and what was told of every schedule; not how propos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,13 +34,13 @@ class Record:
         return mean if np.isfinite(mean) else -np.inf
 
 
-class Batched:
+class Batched(ABC):
     """Gives at most the rest of a batch; the next one is planned from what is told by then.
 
     A subclass fills a batch in `_plan`, by `_enter`. A batch that stays empty ends the search.
     """
 
-    name = "batched"
+    name: str
 
     def __init__(self, task: Task, terms: Terms) -> None:
         """Nothing proposed yet."""
@@ -83,8 +84,9 @@ class Batched:
         """What is known of a proposal's schedule."""
         return self.records.get(proposal.schedule.digest, Record(proposal.actions or ()))
 
+    @abstractmethod
     def _plan(self) -> None:
-        raise NotImplementedError
+        """Fill the batch."""
 
     def _proposal(self, levels: Levels) -> Proposal:
         actions = tuple(levels.tolist())
@@ -96,6 +98,11 @@ class Batched:
         if entered:
             self._planned.append(proposal)
         return entered
+
+    def _believed(self, value: Callable[[Levels], NDArray[np.float64]]) -> Levels:
+        """Different episodes told so far, (n, steps), those of the highest value first."""
+        levels = np.unique(self.trials[0], axis=0)
+        return levels[np.argsort(-value(levels), kind="stable")]
 
     def _distinct(self, rows: Levels, count: int) -> list[Proposal]:
         """Proposals of the first `count` different schedules among episodes (n, steps)."""

@@ -74,9 +74,7 @@ class Evolution(Batched):
             return self._ledger.best(count)
         self._challenge()
         self.surrogate.fit(levels, without_outliers(rewards))
-        levels = np.unique(levels, axis=0)
-        believed = levels[np.argsort(-self.surrogate(levels), kind="stable")]
-        return self._distinct(believed, count)
+        return self._distinct(self._believed(self.surrogate), count)
 
     def _plan(self) -> None:
         stages = self.settings.survivors[: self._terms.looks - 1]

@@ -80,7 +80,7 @@ class Portfolio:
         self._task = task
         self._ledger = Ledger(terms)
         self._members = [
-            _Member(make(name, task, replace(terms, seed=terms.seed + number)))
+            _Member(make(name, task, replace(terms, seed=terms.seed + number, policy=None)))
             for number, name in enumerate(self.settings.members)
         ]
         self._known: dict[Key, float] = {}

@@ -35,7 +35,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
-from agents.ledger import Ledger
+from agents.batched import Batched
 from agents.policy_file import SavedPolicy
 from agents.protocol import Proposal, Task, Terms
 from agents.surrogate import Surrogate, without_outliers
@@ -123,67 +123,31 @@ class _Rollout:
         )
 
 
-class Ppo:
-    """See the module. Plans one batch at a time, so the proposals do not depend on how many are asked for at once."""
+class Ppo(Batched):
+    """See the module."""
 
     name = "ppo"
     masked = False
 
     def __init__(self, task: Task, terms: Terms, settings: PpoSettings | None = None) -> None:
+        super().__init__(task, terms)
         self.settings = settings or PpoSettings()
         self.surrogate = Surrogate(task)
-        self._task = task
-        self._terms = terms
-        self._generator = np.random.default_rng(terms.seed)
-        self._ledger = Ledger(terms)
         with _own_randomness(terms.seed):
             self._model = self._build()
         if terms.policy is not None:
             arrays = terms.policy.restore(self.name, terms.subject, task.names, task.offsets, self._arrays())
             self._model.policy.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-        self._planned: list[Proposal] = []
         # The policy's own samples of this batch, and the digests of their schedules.
         self._sampled: tuple[_Rollout, list[str]] | None = None
-        self._actions: list[tuple[int, ...]] = []
-        self._rewards: list[float] = []
-        self._known: dict[str, float] = {}
         self._learned = 0
-        self._finished = False
-
-    def ask(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. Gives at most the rest of the batch; the next batch learns from what is told by then."""
-        self._ledger.check(count)
-        if not self._planned and not self._finished:
-            if len(self._rewards) > max(self._learned, 2):
-                self._learn()
-            self._plan()
-            self._finished = not self._planned
-        given, self._planned = self._planned[:count], self._planned[count:]
-        return given
-
-    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """See `agents.Agent`. Learning waits for the next batch."""
-        self._ledger.close(proposals, rewards)
-        for proposal, reward in zip(proposals, rewards, strict=True):
-            assert proposal.actions is not None
-            self._actions.append(proposal.actions)
-            self._rewards.append(float(reward))
-            self._known[proposal.schedule.digest] = float(reward)
 
     def recommend(self, count: int) -> list[Proposal]:
         """See `agents.Agent`. The policy's mode, then the trials of which the surrogate expects most."""
-        if len(self._rewards) < 3:
+        self._learn()
+        if not self._learned:
             return self._ledger.best(count)
-        if len(self._rewards) > self._learned:
-            self._learn()
-        actions = np.unique(np.array(self._actions, dtype=np.int64), axis=0)
-        believed = actions[np.argsort(-self.surrogate(actions), kind="stable")]
-        found: dict[str, Proposal] = {}
-        for levels in (self.mode(), *believed):
-            if len(found) < count:
-                proposal = Proposal(self._task.schedule(levels), tuple(levels.tolist()))
-                found.setdefault(proposal.schedule.digest, proposal)
-        return list(found.values())
+        return self._distinct(np.vstack([self.mode(), self._believed(self.surrogate)]), count)
 
     def mode(self) -> Levels:
         """The greedy episode, (steps,)."""
@@ -191,7 +155,8 @@ class Ppo:
         return levels
 
     def saved_policy(self) -> SavedPolicy:
-        """See `agents.Learner`. Policy and value network, without the moments of Adam."""
+        """See `agents.Learner`. Policy and value network without Adam's moments; what was told is learned first."""
+        self._learn()
         return SavedPolicy(
             agent=self.name,
             subject=self._terms.subject,
@@ -231,25 +196,22 @@ class Ppo:
 
     def _plan(self) -> None:
         """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""
+        self._learn()
         self._sampled = None
         count = min(self.settings.batch, self._ledger.left)
-        if count:
-            self._enter(self.mode())
+        self._enter(self._proposal(self.mode()))
         for attempt in range(_TRIES):
             if len(self._planned) >= count:
                 return
             rollout = self._sample(count, 1.1**attempt)
-            digests = [self._enter(levels) for levels in rollout.taken if len(self._planned) < count]
+            digests = []
+            for levels in rollout.taken:
+                if len(self._planned) < count:
+                    proposal = self._proposal(levels)
+                    self._enter(proposal)
+                    digests.append(proposal.schedule.digest)
             if attempt == 0:
                 self._sampled = rollout.of(range(len(digests))), digests
-
-    def _enter(self, actions: Levels) -> str:
-        """Propose a schedule if it is new; returns its digest."""
-        levels = tuple(actions.tolist())
-        proposal = Proposal(self._task.schedule(levels), levels)
-        if self._ledger.add(proposal):
-            self._planned.append(proposal)
-        return proposal.schedule.digest
 
     def _sample(self, count: int, widening: float = 1.0) -> _Rollout:
         """Episodes of the policy in antithetic pairs; `widening` multiplies σ."""
@@ -279,12 +241,18 @@ class Ppo:
         return _Rollout(np.stack(seen), np.stack(masks), np.stack(chosen), env.taken)
 
     def _learn(self) -> None:
-        """Refit the surrogate on all trials, then climb on imagined episodes and, once, on the new real ones."""
+        """If three trials are known, and anything was told since the last time: refit the surrogate, then climb.
+
+        On imagined episodes, and once on the new real ones.
+        """
         settings = self.settings
-        actions = np.array(self._actions[-settings.memory :], dtype=np.int64)
-        rewards = without_outliers(np.array(self._rewards[-settings.memory :]))
-        self.surrogate.fit(actions, rewards)
-        left = max(0.0, 1 - len(self._rewards) / self._terms.budget)
+        actions, rewards = self.trials
+        if len(rewards) < 3 or len(rewards) == self._learned:
+            return
+        self._learned = len(rewards)
+        rewards = without_outliers(rewards[-settings.memory :])
+        self.surrogate.fit(actions[-settings.memory :], rewards)
+        left = max(0.0, 1 - self._learned / self._terms.budget)
         self._model.ent_coef = settings.entropy * left
         for number in range(settings.rounds):
             rollout = self._sample(settings.imagined)
@@ -292,15 +260,14 @@ class Ppo:
             returns = returns + settings.optimism * left * self.surrogate.deviation(rollout.taken)
             if number == 0 and self._sampled is not None:
                 real, digests = self._sampled
-                told = [row for row, digest in enumerate(digests) if digest in self._known]
-                found = np.array([self._known[digests[row]] for row in told])
+                told = [row for row, digest in enumerate(digests) if digest in self.records]
+                found = np.array([self.records[digests[row]].rewards[-1] for row in told])
                 rollout = rollout.beside(real.of(told))
                 returns = np.append(
                     returns, np.where(np.isfinite(found), np.maximum(found, rewards.min()), rewards.min())
                 )
             self._train(rollout, returns)
         self._sampled = None
-        self._learned = len(self._rewards)
 
     def _train(self, rollout: _Rollout, returns: Floats) -> None:
         """Gradient steps of the library on finished episodes, (n,) rewards at their last steps."""

@@ -19,13 +19,12 @@ Knows nothing of models, and of schedules only that they have a digest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.ledger import Ledger
+from agents.batched import Batched
 from agents.policy_file import SavedPolicy
 from agents.protocol import Proposal, Task, Terms
 from agents.surrogate import Surrogate, without_outliers
@@ -196,12 +195,13 @@ class _Adam:
         return np.asarray(self.rate * mean / (np.sqrt(self.second / (1 - 0.95**self.count)) + 1e-3))
 
 
-class Reinforce:
-    """See the module. Plans one batch at a time, so the proposals do not depend on how many are asked for at once."""
+class Reinforce(Batched):
+    """See the module."""
 
     name = "reinforce"
 
     def __init__(self, task: Task, terms: Terms, settings: ReinforceSettings | None = None) -> None:
+        super().__init__(task, terms)
         self.settings = settings or ReinforceSettings()
         self.policy = Policy.build(task, self.settings)
         if terms.policy is not None:
@@ -209,58 +209,24 @@ class Reinforce:
             for name, values in start.items():
                 setattr(self.policy, name, values)
         self.surrogate = Surrogate(task)
-        self._task = task
-        self._budget = terms.budget
-        self._subject = terms.subject
-        self._generator = np.random.default_rng(terms.seed)
-        self._ledger = Ledger(terms)
         self._adam = _Adam(self.settings.learning_rate)
-        self._planned: list[Proposal] = []
         # The policy's own samples of this batch, and where dense was legal in them.
         self._sampled: dict[tuple[int, ...], NDArray[np.bool_]] = {}
-        self._actions: list[tuple[int, ...]] = []
-        self._rewards: list[float] = []
         self._learned = 0
-        self._looks: dict[tuple[int, ...], int] = {}
-        self._finished = False
-
-    def ask(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. Gives at most the rest of the batch; the next batch learns from what is told by then."""
-        self._ledger.check(count)
-        if not self._planned and not self._finished:
-            if len(self._rewards) > max(self._learned, 2):
-                self._learn()
-            self._plan()
-            self._finished = not self._planned
-        given, self._planned = self._planned[:count], self._planned[count:]
-        return given
-
-    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """See `agents.Agent`. Learning waits for the next batch."""
-        self._ledger.close(proposals, rewards)
-        for proposal, reward in zip(proposals, rewards, strict=True):
-            assert proposal.actions is not None
-            self._actions.append(proposal.actions)
-            self._rewards.append(float(reward))
 
     def recommend(self, count: int) -> list[Proposal]:
         """See `agents.Agent`. The policy's mode, then the trials of which the critic expects most."""
-        if len(self._rewards) < 3:
+        self._learn()
+        if not self._learned:
             return self._ledger.best(count)
-        if len(self._rewards) > self._learned:
-            self._learn()
-        found: dict[str, Proposal] = {}
-        for levels in (self.policy.mode()[0], *self._believed()):
-            if len(found) < count:
-                proposal = Proposal(self._task.schedule(levels), tuple(levels.tolist()))
-                found.setdefault(proposal.schedule.digest, proposal)
-        return list(found.values())
+        return self._distinct(np.vstack([self.policy.mode(), self._believed(self.surrogate)]), count)
 
     def saved_policy(self) -> SavedPolicy:
-        """See `agents.Learner`. Without the moments of Adam."""
+        """See `agents.Learner`. Without Adam's moments; what was told is learned first."""
+        self._learn()
         return SavedPolicy(
             agent=self.name,
-            subject=self._subject,
+            subject=self._terms.subject,
             target_kept=self._task.target_kept,
             steps=self._task.names,
             rungs=tuple(self.policy.rungs.tolist()),
@@ -270,42 +236,36 @@ class Reinforce:
 
     def _plan(self) -> None:
         """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""
+        self._learn()
         self._sampled = {}
         count = min(self.settings.batch, self._ledger.left)
-        if count:
-            self._enter(self.policy.mode()[0])
+        self._enter(self._proposal(self.policy.mode()[0]))
         if self._learned:
-            believed = self._believed()[: min(self.settings.survivors, count - len(self._planned))]
-            for levels in believed:
-                self._enter(levels, self._looks.get(tuple(levels.tolist()), 0))
+            for levels in self._believed(self.surrogate)[: min(self.settings.survivors, count - len(self._planned))]:
+                proposal = self._proposal(levels)
+                self._enter(replace(proposal, look=len(self.record(proposal).rewards)))
         for attempt in range(_TRIES):
             if len(self._planned) >= count:
                 return
             actions, legal = self.policy.sample(2 * (-(-count // 2)), self._generator, 1.1**attempt)
             for row in range(len(actions)):
-                if len(self._planned) < count and self._enter(actions[row]) and attempt == 0:
+                if len(self._planned) < count and self._enter(self._proposal(actions[row])) and not attempt:
                     self._sampled[tuple(actions[row].tolist())] = legal[row]
 
-    def _believed(self) -> Levels:
-        """Different trials so far, those of which the surrogate expects most first."""
-        actions = np.unique(np.array(self._actions, dtype=np.int64), axis=0)
-        return actions[np.argsort(-self.surrogate(actions), kind="stable")]
-
-    def _enter(self, actions: Levels, look: int = 0) -> bool:
-        levels = tuple(actions.tolist())
-        proposal = Proposal(self._task.schedule(levels), levels, look)
-        if fresh := self._ledger.add(proposal):
-            self._planned.append(proposal)
-            self._looks[levels] = look + 1
-        return fresh
-
     def _learn(self) -> None:
-        """One round: refit the critic on all trials, then climb."""
+        """One round, if three trials are known and anything was told since the last one.
+
+        Refit the critic on all trials, then climb.
+        """
         settings = self.settings
-        remembered = self._actions[-settings.memory :]
-        actions = np.array(remembered, dtype=np.int64)
-        residuals = self.surrogate.fit(actions, without_outliers(np.array(self._rewards[-settings.memory :])))
-        entropy = settings.entropy * max(0.0, 1 - len(self._rewards) / self._budget)
+        actions, rewards = self.trials
+        if len(rewards) < 3 or len(rewards) == self._learned:
+            return
+        self._learned = len(rewards)
+        actions, rewards = actions[-settings.memory :], rewards[-settings.memory :]
+        remembered = [tuple(levels) for levels in actions.tolist()]
+        residuals = self.surrogate.fit(actions, without_outliers(rewards))
+        entropy = settings.entropy * max(0.0, 1 - self._learned / self._terms.budget)
         real = [row for row, levels in enumerate(remembered) if levels in self._sampled]
         for update in range(settings.updates):
             imagined, legal = self.policy.sample(settings.imagined, self._generator)
@@ -316,4 +276,3 @@ class Reinforce:
                 legal = np.array([self._sampled[remembered[row]] for row in real])
                 gradient = gradient + self.policy.score(actions[real], legal, residuals[real] / spread)
             self.policy.climb_(gradient, entropy, self._adam, settings)
-        self._learned = len(self._rewards)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from compression.schedule import Schedule
 from envs.reward import ScoreLike
@@ -21,7 +23,21 @@ class TabledScore:
     kl: float
     expected_accuracy: float
     kept_fraction: float
+    bytes_fraction: float
+    time_fraction: float
     state: str = "ok"
+
+    @classmethod
+    def of(cls, score: ScoreLike) -> TabledScore:
+        """The part of any score that a reward reads."""
+        return cls(
+            score.kl,
+            score.expected_accuracy,
+            score.kept_fraction,
+            score.bytes_fraction,
+            score.time_fraction,
+            score.state,
+        )
 
 
 class ScoreTable:
@@ -45,7 +61,7 @@ class ScoreTable:
             return
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
-            self._scores = {digest: _read(*row) for digest, row in rows.items()}
+            self._scores = {digest: _read(row) for digest, row in rows.items()}
         except (ValueError, TypeError, AttributeError):
             raise ValueError(f"{path} is no table of scores; remove it, or name another file") from None
 
@@ -59,23 +75,25 @@ class ScoreTable:
             self.measured += len(new)
             scores = self._evaluate(list(new.values()))
             for digest, score in zip(new, scores, strict=True):
-                self._scores[digest] = TabledScore(score.kl, score.expected_accuracy, score.kept_fraction, score.state)
+                self._scores[digest] = TabledScore.of(score)
         return [self._scores[schedule.digest] for schedule in schedules]
 
     def save(self) -> None:
-        """Write what did not fail: digest -> [KL, expected accuracy, kept fraction].
+        """Write what did not fail: digest -> figures by name; null where there is none.
 
         After a crash at any point the file has either its old or its new content.
         """
-        rows = {
-            digest: (score.kl, score.expected_accuracy, score.kept_fraction)
-            for digest, score in self._scores.items()
-            if score.state == "ok"
-        }
+        rows = {digest: _row(score) for digest, score in self._scores.items() if score.state == "ok"}
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, self._path)
 
 
-def _read(kl: float, expected_accuracy: float, kept_fraction: float) -> TabledScore:
-    return TabledScore(float(kl), float(expected_accuracy), float(kept_fraction))
+def _row(score: TabledScore) -> dict[str, float | None]:
+    figures = {name: value for name, value in asdict(score).items() if name != "state"}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _read(row: dict[str, Any]) -> TabledScore:
+    figures: dict[str, Any] = {name: math.nan if value is None else float(value) for name, value in row.items()}
+    return TabledScore(**figures)

@@ -154,5 +154,5 @@ def test_the_mode_is_recommended_first_and_then_trials():
     found = agent.recommend(5)
     assert len({proposal.schedule.digest for proposal in found}) == 5
     assert found[0].schedule == task.schedule(agent.mode())
-    assert all(proposal.actions in agent._actions for proposal in found[1:])
+    assert all(list(proposal.actions) in agent.trials[0].tolist() for proposal in found[1:])
     assert len(values) == 20
