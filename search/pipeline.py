@@ -29,6 +29,7 @@ from search.models import resolve_device
 from search.packages import cache_folder
 from search.prior import build_prior
 from search.quality import paired_kl
+from search.report import REPORT, report
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
@@ -238,6 +239,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     }
     folder.write_json(SUMMARY, document)
     folder.write_json(PRIOR, build_prior(config, subject.loaded, subject.sites, chosen, rows, subject.splits))
+    folder.write_text(REPORT, report([folder.path]))
     return RunSummary(folder.path, document, failures)
 
 

@@ -93,10 +93,13 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
         "policy.json",
         "policy.safetensors",
         "prior.json",
+        "report.html",
         "study.db",
         "summary.json",
         "trials.csv",
     }
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert [title for title in ("Bond dimensions", "The search", "Speed") if f"<h2>{title}" not in page] == []
     assert len(trials(tmp_path / "run")) == 6
     out, _ = capsys.readouterr()
     assert all(name in out for name in NAMES)

@@ -1,0 +1,253 @@
+"""The report of runs: what their folders hold, as sections of one page. Reads files only; loads no model.
+
+A section appears where its file is: a run that was cut short, or made by an earlier version, has fewer.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from search.charts import heat_map, line_chart, scatter_chart
+from search.report_page import Section, page, table
+from search.runfolder import PRIOR, SUMMARY, TRIALS
+from search.table import SUMMARY as SUMMARY_COLUMNS
+from search.table import Column
+
+__all__ = ["REPORT", "Run", "report"]
+
+REPORT = "report.html"
+_LARGEST_FILE = 1 << 27  # bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is in a run folder.
+
+    Attributes:
+        name: of the folder.
+        summary, prior: content of the JSON files; empty where there is none.
+        trials: rows of trials.csv.
+    """
+
+    name: str
+    summary: Mapping[str, Any]
+    prior: Mapping[str, Any]
+    trials: Sequence[Mapping[str, str]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Raises ValueError if the folder holds no finished run, or a file that is not what it should be."""
+        if not (folder / SUMMARY).is_file():
+            raise ValueError(f"there is no finished run in {folder}: {SUMMARY} is missing")
+        return cls(folder.resolve().name, _json(folder / SUMMARY), _json(folder / PRIOR), _rows(folder / TRIALS))
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The final table."""
+        return tuple(self.summary.get("rows", ()))
+
+    def row(self, schedule: str) -> Mapping[str, Any]:
+        """A row of the final table; empty if there is none."""
+        return next((row for row in self.rows if row.get("schedule") == schedule), {})
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """The last row: what the run ends with."""
+        return self.rows[-1] if self.rows else {}
+
+
+def report(folders: Sequence[Path]) -> str:
+    """The page of one run, or of several beside each other, as HTML.
+
+    Raises:
+        ValueError: as `Run.read`, or no folder.
+    """
+    if not folders:
+        raise ValueError("a report needs the folder of at least one run")
+    runs = [Run.read(folder) for folder in folders]
+    sections = [_comparison(runs)] if len(runs) > 1 else []
+    for run in runs:
+        try:
+            parts = [part for make in _PARTS if (part := make(run)) is not None]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the files of {run.name} are not those of a run: {error!r}") from None
+        if len(runs) > 1:
+            parts = [Section(f"{run.name}: {one.title}", one.text, one.figure, one.data) for one in parts]
+        sections += parts
+    if len(runs) == 1:
+        return page(_title(runs[0]), _headline(runs[0]), sections)
+    return page(f"{len(runs)} runs", "; ".join(f"{run.name}: {_headline(run)}" for run in runs), sections)
+
+
+def _title(run: Run) -> str:
+    return f"{run.summary.get('model', 'model')} at kept {run.summary.get('target_kept', '?')}"
+
+
+def _headline(run: Run) -> str:
+    """One sentence with what a reader wants to know first."""
+    result, dense = run.result, run.row("dense")
+    if not result or not dense:
+        return "No schedule was measured."
+    parts = [
+        f"{result['schedule']}: {result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters"
+        f" ({result['parameters'] / dense['parameters'] - 1:+.0%})",
+        f"held-out KL to the dense model {_figure(result.get('kl'))} nats per token",
+        f"perplexity {_figure(result.get('perplexity'))} (dense {_figure(dense.get('perplexity'))})",
+    ]
+    for baseline, words in (("lagrangian", "closed-form allocation"), ("uniform", "uniform χ")):
+        other = run.row(baseline).get("kl")
+        if other and result.get("kl") is not None and result["schedule"] != baseline:
+            parts.append(f"KL {result['kl'] / other - 1:+.0%} against {words}")
+    return ", ".join(parts) + "."
+
+
+def _table(run: Run) -> Section | None:
+    if not run.rows:
+        return None
+    comparison = run.summary.get("searched_against_lagrangian_kl") or {}
+    text = "KL and perplexity on held-out text, accuracy on questions that no trial saw; ± is one standard error."
+    if comparison:
+        text += (
+            f" Searched minus lagrangian: {comparison['value']:+.4f} ± {comparison['standard_error']:.4f} nats per"
+            f" token ({comparison['relative']:+.1%}), paired over {comparison['sequences']} sequences."
+        )
+    return Section("Beside the baselines", text, table(run.rows, SUMMARY_COLUMNS), run.rows)
+
+
+def _chi_map(run: Run) -> Section | None:
+    sites = run.prior.get("sites") or []
+    if not sites:
+        return None
+    families = list(dict.fromkeys(site["family"] for site in sites))
+    strength, label = {}, {}
+    for site in sites:
+        cell = str(site["block"]), site["family"]
+        out, wide = site["shape"]
+        strength[cell] = site["parameters"] / (out * wide)
+        label[cell] = str(site["chi"]) if "chi" in site else "dense"
+    rows = [str(block) for block in sorted({site["block"] for site in sites})]
+    data = [
+        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "parameters")} for site in sites
+    ]
+    text = "χ of every matrix in the chosen schedule, block by family; the darker, the more of its parameters it keeps."
+    return Section("Bond dimensions", text, heat_map(rows, families, strength, label), data)
+
+
+def _anytime(run: Run) -> Section | None:
+    kl = [float(row["kl"]) + float(row.get("kl_control") or 0) if row.get("kl") else math.nan for row in run.trials]
+    if not any(map(math.isfinite, kl)):
+        return None
+    best = list(accumulate((value if math.isfinite(value) else math.inf for value in kl), min))
+    series = {"trial": list(enumerate(kl, 1)), "best so far": list(enumerate(best, 1))}
+    data = [
+        {"trial": number, "kl": value, "best": least}
+        for number, (value, least) in enumerate(zip(kl, best, strict=True), 1)
+    ]
+    text = f"KL of the trials on search data, agent {run.summary.get('agent')}; the table above is on other data."
+    return Section("The search", text, line_chart(series, "trial", "KL, nats per token"), data)
+
+
+def _front(run: Run) -> Section | None:
+    points: dict[str, dict[str, tuple[float, float]]] = {}
+    trials = {
+        f"trial {row['trial']}": (float(row["parameters"]) / 1e6, float(row["kl"]) + float(row.get("kl_control") or 0))
+        for row in run.trials
+        if row.get("kl") and row.get("parameters")
+    }
+    if len({round(x, 2) for x, _ in trials.values()}) > 1:
+        points["trials, search data"] = trials
+    rows = {row["schedule"]: row for row in run.rows if row.get("kl") is not None}
+    if not rows:
+        return None
+    worst = 2 * max((row["kl"] for name, row in rows.items() if not name.startswith("uniform-")), default=0.0)
+    points["schedules, held out"] = {
+        name: (row["parameters"] / 1e6, row["kl"]) for name, row in rows.items() if row["kl"] <= worst
+    }
+    data = [{"of": kind, "name": name, "x": x, "kl": y} for kind, of in points.items() for name, (x, y) in of.items()]
+    text = "What a size costs. Schedules with more than twice the others' KL are left out."
+    figure = scatter_chart(points, "million parameters", "KL, nats per token")
+    return Section("Quality and size", text, figure, data)
+
+
+def _latency(run: Run) -> Section | None:
+    latency = run.summary.get("latency") or {}
+    if not latency:
+        return None
+    columns = [
+        Column("optimize", "planned for"),
+        Column("prefill_ratio", "prefill, time over dense", ".3f"),
+        Column("decode_ratio", "decode, time over dense", ".3f"),
+        Column("stored_bytes", "stored bytes", ",d"),
+        Column("resident_bytes", "bytes in memory", ",d"),
+    ]
+    text = f"The searched model against the dense one on this machine, batch 1, a prompt of {latency['prompt']} tokens."
+    return Section("Speed", text, table([latency], columns))
+
+
+def _provenance(run: Run) -> Section | None:
+    environment = run.summary.get("environment") or {}
+    lines = [
+        {
+            "what": key,
+            "value": ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+        }
+        for key, value in environment.items()
+    ]
+    lines += [{"what": name, "value": str(value)} for name, value in (run.prior.get("configuration") or {}).items()]
+    if not lines:
+        return None
+    return Section("How it was made", figure=table(lines, [Column("what", "what"), Column("value", "value")]))
+
+
+#: Sections of one run, in their order.
+_PARTS: tuple[Callable[[Run], Section | None], ...] = (
+    _table,
+    _chi_map,
+    _anytime,
+    _front,
+    _latency,
+    _provenance,
+)
+
+
+def _comparison(runs: Sequence[Run]) -> Section:
+    rows = [
+        {"run": run.name, "agent": run.summary.get("agent"), "target": run.summary.get("target_kept"), **run.result}
+        for run in runs
+    ]
+    columns = [Column("run", "run"), Column("agent", "agent"), Column("target", "target", ".3g"), *SUMMARY_COLUMNS]
+    return Section(
+        "What each run ends with", "Compare only runs with the same held-out data.", table(rows, columns), rows
+    )
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) and math.isfinite(value) else "unknown"
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError("it is too large")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
+    return content
+
+
+def _rows(path: Path) -> Sequence[Mapping[str, str]]:
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
