@@ -6,13 +6,20 @@ its directions opens a little further, and the slope of the measured KL along th
 predicted one, for all sites from one backward pass. As in learned masks (Xv et al. 2025, ARA) a site may stay dense;
 unlike there no mask is trained at a penalty, because the projection keeps the budget.
 
-With θ the log weights of the steps, w = exp(membership·θ) those of the sites, m measured and p predicted gains:
+With θ the log weights of the steps, w = exp(membership·θ + δ) those of the sites, m measured and p predicted gains:
 
     θ ← θ + ρ_k·clip(log r),    r_t = Σ_{s in t} m_s / (c·Σ_{s in t} w_s p_s),    c = Σ m / Σ w p,
 
 summed over the last iterations with weights that decay, since one set of data is noisy. ρ_k falls like 1 / (1 + k / τ).
-Where r = 1 at all steps nothing moves. What is recommended is the mean of θ over the second half of the iterations
-(Polyak & Juditsky 1992), the last θ, and the trials of highest reward.
+Where r = 1 at all steps nothing moves.
+
+Single sites depart from what their steps say. δ holds that, shrunk by how far one iteration contradicts another: with
+e_s the mean over iterations of m_s / (c·exp(membership·θ)_s·p_s) − 1, and n_s its squared standard error,
+
+    δ ← δ + ρ_k·(clip(log(1 + e_s·σ² / (σ² + n_s))) − δ).
+
+What is recommended is the mean of θ and δ over the second half of the iterations (Polyak & Juditsky 1992), the last of
+them, and the trials of highest reward.
 
 Slopes are of the KL alone, whatever else the reward holds.
 """
@@ -44,6 +51,8 @@ class GradientSettings:
     memory: float = 0.7  # weight of the gains of an iteration in the next one's sums
     clip: float = 5.0  # largest r, and 1 over the smallest
     reach: float = 2.5  # largest |θ|, in log price
+    spread: float = 0.5  # σ, of the ratios of a step's sites around the step's
+    patience: float = 0.95  # weight of an iteration in the next one's means over iterations
 
 
 class Gradient:
@@ -57,8 +66,10 @@ class Gradient:
         self._terms = terms
         self._ledger = Ledger(terms)
         self._theta: Floats = np.zeros(task.steps)
-        self._passed: list[Floats] = []
+        self._delta: Floats = np.zeros(len(task.membership))
+        self._passed: list[tuple[Floats, Floats]] = []  # θ and δ of every iteration
         self._gains: Floats = np.zeros((2, len(task.membership)))  # measured, predicted
+        self._history: list[Floats] = []  # the same of single iterations
         self._known: dict[str, list[Floats]] = {}  # the same of every look, by schedule
         self._open: Proposal | None = None
 
@@ -68,18 +79,18 @@ class Gradient:
         if self._open is not None:
             return []
         for _ in range(_TRIES if self._ledger.left else 0):
-            schedule = self._task.weighted(self._theta)
+            schedule = self._task.weighted(self._theta, self._delta)
             probe = self._task.probe(schedule)
             for look in range(self._terms.looks):
-                proposal = Proposal(schedule, None, (len(self._passed) + look) % self._terms.looks, probe)
+                turn = self._terms.seed + len(self._passed) + look
+                proposal = Proposal(schedule, None, turn % self._terms.looks, probe)
                 if proposal.cost > self._ledger.left:
                     proposal = replace(proposal, probe=None)  # what is left does not pay for slopes
                 if self._ledger.add(proposal):
                     self._open = proposal
                     return [proposal]
             # θ has moved too little to be another schedule, and all data have been looked at: move on by what is known.
-            self._absorb(schedule.digest)
-            self._theta = self._moved()
+            self._move(schedule.digest)
         return []
 
     def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
@@ -94,16 +105,15 @@ class Gradient:
         self._ledger.close(proposals, rewards)
         for proposal in proposals:
             self._open = None
-            self._passed.append(self._theta)
-            self._absorb(proposal.schedule.digest)
-            self._theta = self._moved()
+            self._passed.append((self._theta, self._delta))
+            self._move(proposal.schedule.digest)
 
     def recommend(self, count: int) -> list[Proposal]:
         """See `agents.Agent`."""
         if not self._passed:
             return []
-        thetas = (self.offsets, self._theta)
-        found = {one.digest: Proposal(one, None) for one in map(self._task.weighted, thetas)}
+        prices = ((self.offsets, self.residuals), (self._theta, self._delta))
+        found = {one.digest: Proposal(one, None) for one in (self._task.weighted(*price) for price in prices)}
         for proposal in self._ledger.best(count):
             found.setdefault(proposal.schedule.digest, Proposal(proposal.schedule, None))
         return list(found.values())[:count]
@@ -111,30 +121,71 @@ class Gradient:
     @property
     def offsets(self) -> Floats:
         """Mean of θ over the second half of the iterations, (steps,); 0 before the first."""
-        late = [*self._passed, self._theta][(len(self._passed) + 1) // 2 :]
-        mean: Floats = np.mean(late, axis=0)
-        return mean
+        return self._late(0)
+
+    @property
+    def residuals(self) -> Floats:
+        """The same of δ, (sites,)."""
+        return self._late(1)
 
     @property
     def settled(self) -> bool:
         """Whether everything proposed is told."""
         return self._open is None
 
-    def _absorb(self, digest: str) -> None:
+    def _late(self, which: int) -> Floats:
+        late = [*self._passed, (self._theta, self._delta)][(len(self._passed) + 1) // 2 :]
+        mean: Floats = np.mean([pair[which] for pair in late], axis=0)
+        return mean
+
+    def _move(self, digest: str) -> None:
+        """One iteration, with what is known of a schedule."""
         if known := self._known.get(digest):
-            self._gains = self.settings.memory * self._gains + np.mean(known, axis=0)
+            gains = np.mean(known, axis=0)
+            self._gains = self.settings.memory * self._gains + gains
+            self._history.append(gains)
+        self._theta, self._delta = self._moved(), self._departed()
+
+    @property
+    def _rate(self) -> float:
+        return self.settings.rate / (1 + (len(self._passed) - 1) / self.settings.slowing)
 
     def _moved(self) -> Floats:
+        """The next θ."""
         settings, membership = self.settings, self._task.membership
         measured, predicted = self._gains
-        expected = membership.T @ (predicted * np.exp(membership @ self._theta))
+        expected = membership.T @ (predicted * np.exp(membership @ self._theta + self._delta))
         total = float(expected.sum())
         gained = membership.T @ measured
         if not total > 0 or not gained.sum() > 0:
             return self._theta
         ratio = gained * total / (np.maximum(expected, 1e-12 * total) * gained.sum())
         ratio = np.where(expected > 1e-9 * total, np.clip(ratio, 1 / settings.clip, settings.clip), 1.0)
-        rate = settings.rate / (1 + (len(self._passed) - 1) / settings.slowing)
-        theta = self._theta + rate * np.log(ratio)
+        theta = self._theta + self._rate * np.log(ratio)
         moved: Floats = np.clip(theta - theta.mean(), -settings.reach, settings.reach)
         return moved
+
+    def _departed(self) -> Floats:
+        """The next δ; one iteration alone says nothing of its own noise."""
+        settings, count = self.settings, len(self._history)
+        if count < 2:
+            return self._delta
+        measured, predicted = np.stack(self._history, axis=1)
+        weights = settings.patience ** np.arange(count)[::-1, None]
+        weights /= weights.sum()
+        expected = (weights * predicted).sum(axis=0) * np.exp(self._task.membership @ self._theta)
+        total, gained = float(expected.sum()), float((weights * measured).sum())
+        if not total > 0 or not gained > 0:
+            return self._delta
+        expected *= gained / total
+        known = expected > 1e-9 * gained
+        ratios = np.where(known, measured / np.where(known, expected, 1.0), 1.0)
+        mean = (weights * ratios).sum(axis=0)
+        # Of a weighted mean, with the variance that the same weights estimate (Kish's effective count).
+        share = float((weights**2).sum())
+        noise = (weights * (ratios - mean) ** 2).sum(axis=0) * share / (1 - share)
+        shrunk = 1 + (mean - 1) * settings.spread**2 / (settings.spread**2 + noise)
+        departed: Floats = self._delta + self._rate * (
+            np.log(np.clip(shrunk, 1 / settings.clip, settings.clip)) - self._delta
+        )
+        return departed

@@ -94,7 +94,7 @@ class Guided:
     def _follow(self) -> None:
         from agents.registry import make  # the registry knows this agent, too
 
-        around = self._task.around(self._lead.offsets)
+        around = self._task.around(self._lead.offsets, self._lead.residuals)
         # What the lead has looked at costs the follower nothing.
         terms = replace(self._terms, budget=self._ledger.left + len(self._rewards))
         self._follower = make(self.settings.follower, around, terms)

@@ -75,11 +75,14 @@ class Task(Protocol):
     def membership(self) -> NDArray[np.float64]:
         """1 where a site (row) belongs to a step (column), else 0."""
 
-    def weighted(self, offsets: NDArray[np.float64]) -> Schedule:
-        """The schedule between the rungs: costs of every step's sites weighed by exp(offsets), (steps,)."""
+    def weighted(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Schedule:
+        """The schedule between the rungs: costs of every step's sites weighed by exp(offsets), (steps,).
 
-    def around(self, offsets: NDArray[np.float64]) -> Task:
-        """The same task with `weighted(offsets)` in the place of the closed form."""
+        Residuals, (sites,), are added to the log weights of single sites.
+        """
+
+    def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Task:
+        """The same task with `weighted(offsets, residuals)` in the place of the closed form."""
 
     def probe(self, schedule: Schedule) -> Schedule:
         """Each site a little larger, or a little smaller where it is dense: not a schedule that meets the target."""

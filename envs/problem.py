@@ -135,9 +135,9 @@ class Problem:
         frontier = Frontier.build(self.menu, target)
         return replace(self, target_kept=target_kept, target_parameters=target, frontier=frontier)
 
-    def around(self, offsets: NDArray[np.float64]) -> Problem:
-        """The same problem with `weighted(offsets)` in the place of the closed form; raises ValueError as that does."""
-        return replace(self, base=self.base + self.membership @ self._finite(offsets))
+    def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Problem:
+        """The same problem with `weighted(…)` in the place of the closed form; raises ValueError as that does."""
+        return replace(self, base=self._log_weights(offsets, residuals))
 
     def kept(self, schedule: Schedule) -> float:
         """Kept fraction of a schedule of options of the menu."""
@@ -174,13 +174,16 @@ class Problem:
             self.menu, lagrangian(self.menu, self.target_parameters, weights, frozenset(np.flatnonzero(dense).tolist()))
         )
 
-    def weighted(self, offsets: NDArray[np.float64]) -> Schedule:
+    def weighted(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Schedule:
         """The projection of offsets (steps,) that need not be rungs; no group is forced dense.
 
+        Args:
+            residuals: (sites,), added to the log weights of single sites.
+
         Raises:
-            ValueError: not one finite offset per step.
+            ValueError: not one finite offset per step, or residual per site.
         """
-        weights = self.base + self.membership @ self._finite(offsets)
+        weights = self._log_weights(offsets, residuals)
         return to_schedule(self.menu, lagrangian(self.menu, self.target_parameters, weights))
 
     def probe(self, schedule: Schedule) -> Schedule:
@@ -313,11 +316,9 @@ class Problem:
             )
         return np.array(rows, dtype=np.float64)
 
-    def _finite(self, offsets: NDArray[np.float64]) -> NDArray[np.float64]:
-        offsets = np.asarray(offsets, dtype=np.float64)
-        if offsets.shape != (self.steps,) or not np.isfinite(offsets).all():
-            raise ValueError(f"offsets must be {self.steps} finite numbers, got shape {offsets.shape}")
-        return offsets
+    def _log_weights(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        weights = self.base + self.membership @ _finite("offsets", offsets, self.steps)
+        return weights if residuals is None else weights + _finite("residuals", residuals, len(self.menu.sites))
 
     def _indices(self, schedule: Schedule) -> NDArray[np.int64]:
         """Option of every site."""
@@ -339,6 +340,13 @@ class Problem:
     def _fits(self, dense: NDArray[np.bool_]) -> NDArray[np.bool_]:
         needed = np.where(dense, self._largest, self._smallest).sum(axis=-1)
         return np.asarray(needed <= self.target_parameters, dtype=np.bool_)
+
+
+def _finite(name: str, values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape != (count,) or not np.isfinite(values).all():
+        raise ValueError(f"{name} must be {count} finite numbers, got shape {values.shape}")
+    return values
 
 
 def _target(menu: Menu, target_kept: float) -> int:

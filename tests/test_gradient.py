@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from agents import Gradient, Proposal, Terms
+from agents.gradient import GradientSettings
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 
 REWARD = Reward(compression_weight=0.0, correct_weight=0.0)
@@ -60,6 +61,38 @@ def test_blocks_that_matter_more_than_predicted_get_more(granularity: str) -> No
     assert theta[0] > theta[2] > theta[1]
     # Without interactions the weights themselves are the answer.
     assert theta[0] - theta[1] == pytest.approx(math.log(6), abs=0.7)
+
+
+def test_sites_depart_from_what_their_step_says() -> None:
+    # A step a family: what blocks are worth is not for θ to say.
+    task = problem(8, 0.6, "family")
+    evaluate = ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0, 1.0), interaction=0.0)
+    agent = Gradient(task, Terms(0, 160))
+    told = search(agent, evaluate)
+    delta = agent.residuals.reshape(8, 2).mean(axis=1)
+    assert delta[0] > delta[2] > delta[1]
+    assert delta[0] - delta[1] == pytest.approx(math.log(6), abs=0.7)
+    assert max(reward for _, reward in told) > 0.95 * told[0][1]  # rewards are negative
+
+
+def test_what_one_pass_says_and_the_next_contradicts_moves_no_site() -> None:
+    def departure(noise: float, spread: float) -> float:
+        task = problem(8, 0.6, "family")
+        agent, generator = Gradient(task, Terms(0, 120), GradientSettings(spread=spread)), np.random.default_rng(0)
+        while proposals := agent.ask(1):
+            (proposal,) = proposals
+            if proposal.probe is not None:
+                exact = ToyEvaluator(task.menu, (1.0,), 0.0).slopes(proposal.schedule, proposal.probe)
+                factors = np.exp(noise * generator.standard_normal(len(exact)))
+                agent.tell_slopes(
+                    proposal,
+                    {name: slope * factor for (name, slope), factor in zip(exact.items(), factors, strict=True)},
+                )
+            agent.tell([proposal], [0.0])
+        return float(agent._delta.std())
+
+    assert departure(0.0, spread=10.0) < 0.02
+    assert departure(1.0, spread=0.1) < 0.6 * departure(1.0, spread=10.0)
 
 
 def test_where_predictions_are_right_nothing_moves() -> None:
@@ -114,5 +147,7 @@ def test_offsets_that_are_not_one_number_a_step_are_refused() -> None:
     task = problem()
     assert task.weighted(np.zeros(3)) == task.closed_form()
     for offsets in (np.zeros(2), np.array([0.0, math.nan, 0.0])):
-        with pytest.raises(ValueError, match="finite numbers"):
+        with pytest.raises(ValueError, match="offsets must be 3 finite numbers"):
             task.weighted(offsets)
+    with pytest.raises(ValueError, match="residuals must be 6 finite numbers"):
+        task.weighted(np.zeros(3), np.zeros(3))

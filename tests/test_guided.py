@@ -44,8 +44,9 @@ def test_the_follower_starts_where_the_gradient_agent_ended() -> None:
     agent = Guided(task, Terms(0, 60))
     told = search(agent, ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0)))
     assert agent._follower is not None
-    around = task.around(agent._lead.offsets)
-    assert around.closed_form() == task.weighted(agent._lead.offsets) != task.closed_form()
+    outcome = agent._lead.offsets, agent._lead.residuals
+    around = task.around(*outcome)
+    assert around.closed_form() == task.weighted(*outcome) != task.closed_form()
     assert around.closed_form() in [proposal.schedule for proposal, _ in told]
     assert all(proposal.actions is None for proposal, _ in told)
 
