@@ -38,6 +38,7 @@ __all__ = [
     "environment",
     "finite",
     "refuse_used",
+    "write_whole",
 ]
 
 CONFIG = "config.json"
@@ -132,25 +133,29 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file whole: after a crash at any point it has either its old or its new content."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with shield():
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, target)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        return target
+        return write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Mapping[str, object] | Sequence[object]) -> Path:
         """Write a JSON file whole. Numbers that are not finite become null: JSON has no other word for them."""
         return self.write_text(name, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_whole(target: Path, text: str) -> Path:
+    """Write a file whole, making its folder: after a crash at any point it has either its old or its new content."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with shield():
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    return target
 
 
 def finite(value: object) -> object:
