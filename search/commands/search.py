@@ -34,6 +34,7 @@ other commands:
   python search.py compare                                  several agents at equal cost, --help says how
   python search.py benchmark results/RUN                    MMLU, HellaSwag and others on its models
   python search.py data                                     only fetch the model and the texts of the default job
+  python search.py doctor                                   can this machine run it, and what to do if not
 
 exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
 
