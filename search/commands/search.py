@@ -35,6 +35,7 @@ other commands:
   python search.py benchmark results/RUN                    MMLU, HellaSwag and others on its models
   python search.py data                                     only fetch the model and the texts of the default job
   python search.py doctor                                   can this machine run it, and what to do if not
+  python search.py completion bash                          complete commands and flags in a shell
 
 exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
 
