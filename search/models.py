@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "empty_model",
     "head_size",
+    "keep_positions",
     "load_model",
     "locate",
     "model_digest",
@@ -179,6 +180,12 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
 def new_cache(model: Any) -> Any:
     """An empty cache of keys and values for one row; a forward pass appends to it in place."""
     return transformers.DynamicCache(config=model.config)
+
+
+def keep_positions(cache: Any, kept: torch.Tensor) -> None:
+    """Drop everything from a cache but these positions, in place."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
 
 
 def model_digest(model: torch.nn.Module) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from search.benchmarking.generation import NonFinite, generate
-from search.models import LoadedModel, load_model
+from search.models import LoadedModel, keep_positions, load_model
 
 SHARED = list(b"Q: what is it?\nA: it is a cow.\n\n")
 PROMPTS = [
@@ -32,11 +33,20 @@ def test_prompts_in_a_row_are_continued_as_alone(name: str, prompts: list[list[i
     assert written == [alone(loaded, prompt, 12) for prompt in prompts]
 
 
-def test_a_prompt_that_has_ended_leaves_the_others_as_they_were() -> None:
+def test_a_prompt_that_has_ended_leaves_the_others_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = []
+
+    def keep(cache: Any, kept: torch.Tensor) -> None:
+        dropped.append(len(kept))
+        keep_positions(cache, kept)
+
+    monkeypatch.setattr("search.benchmarking.generation.keep_positions", keep)
+    monkeypatch.setattr("search.benchmarking.generation._WANTED", 1.0)
     loaded = load_model("random:tiny-llama", "cpu")
     free = generate(loaded.model, PROMPTS, 10, lambda new: False)
     stop = free[0][2]
     stopped = generate(loaded.model, PROMPTS, 10, lambda new: new[-1] == stop)
+    assert dropped  # what some have left, while others go on
     for whole, part in zip(free, stopped, strict=True):
         assert part == whole[: whole.index(stop) + 1] if stop in whole else part == whole
     assert len(stopped[0]) <= 3

@@ -2,7 +2,7 @@
 
 Knows a causal language model with a cache of keys and values; nothing of lm-eval or of tasks. Prompts lie in the cache
 side by side, behind the beginning that they share, and none sees another: what they share is computed, stored and read
-once, and a prompt that has ended costs nothing more.
+once, and what belongs to prompts that have ended is dropped.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from search.models import new_cache
+from search.models import keep_positions, new_cache
 from search.reading import read
 
 __all__ = ["NonFinite", "generate"]
 
 _ROW_TOKENS = 4096  # what the prompts of a row hold together, besides the shared beginning and what is generated
 _ROW_PROMPTS = 32
+_WANTED = 0.8  # a cache is packed anew where less than this share of it is still looked at
 
 
 class NonFinite(ArithmeticError):
@@ -111,6 +112,10 @@ def _fill(
             prompt.written.append(token)
             fed[prompt.number] = [token]
         active = [one for one in active if len(one.written) < most and not ended(one.written)]
+        wanted = torch.isin(owners, torch.tensor([-1, *(one.number for one in active)]))
+        if masked and active and int(wanted.sum()) < _WANTED * len(owners):
+            keep_positions(cache, wanted.nonzero().squeeze(-1).to(next(model.parameters()).device))
+            owners = owners[wanted]
 
 
 def _append(
