@@ -76,7 +76,8 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
             by_settings.setdefault((stops, int(settings.get("max_gen_toks", _GENERATED))), []).append(number)
         texts = [""] * len(requests)
         for (stops, most), numbers in by_settings.items():
-            prompts = [self._encode(requests[number].args[0])[-(self._limit - most) :] for number in numbers]
+            room = max(1, self._limit - most)
+            prompts = [self._encode(requests[number].args[0])[-room:] for number in numbers]
             ended = partial(self._ended, stops=stops)
             written = generate(self._loaded.model, prompts, most, ended, self.progress)
             for number, tokens in zip(numbers, written, strict=True):
