@@ -52,6 +52,23 @@ def test_a_prompt_that_has_ended_leaves_the_others_as_they_were(monkeypatch: pyt
     assert len(stopped[0]) <= 3
 
 
+def test_the_next_prompt_takes_the_place_of_one_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    whole = generate(loaded.model, PROMPTS, 8, lambda new: False)
+    stop = whole[0][1]
+    told: list[int] = []
+    monkeypatch.setattr("search.benchmarking.generation._ROW_PROMPTS", 2)
+    monkeypatch.setattr("search.benchmarking.generation._PASS_TOKENS", 20)
+    written = generate(loaded.model, PROMPTS, 8, lambda new: new[-1] == stop, told.append)
+    assert written == [one[: one.index(stop) + 1] if stop in one else one for one in whole]
+    assert sum(told) == len(PROMPTS)
+    monkeypatch.setattr("search.benchmarking.generation._ROW_PROMPTS", 1)
+    unlike = [list(b"one"), list(b"another one"), list(b"which")]
+    assert generate(loaded.model, unlike, 5, lambda new: False) == [
+        generate(loaded.model, [prompt], 5, lambda new: False)[0] for prompt in unlike
+    ]
+
+
 def test_sliding_windows_are_kept() -> None:
     loaded = load_model("random:tiny-qwen2", "cpu")
     config = loaded.model.config

@@ -2,13 +2,12 @@
 
 Knows a causal language model with a cache of keys and values; nothing of lm-eval or of tasks. Prompts lie in the cache
 side by side, behind the beginning that they share, and none sees another: what they share is computed, stored and read
-once, and what belongs to prompts that have ended is dropped.
+once. Where a prompt ends, the next takes its place, so that the passes of a long answer are shared by others.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -21,8 +20,8 @@ from search.reading import read
 
 __all__ = ["NonFinite", "generate"]
 
-_ROW_TOKENS = 4096  # what the prompts of a row hold together, besides the shared beginning and what is generated
-_ROW_PROMPTS = 32
+_PASS_TOKENS = 2048  # fed in one pass, unless one prompt alone is longer
+_ROW_PROMPTS = 32  # side by side at a time
 _WANTED = 0.8  # a cache is packed anew where less than this share of it is still looked at
 
 
@@ -69,35 +68,35 @@ def generate(
     """
     if not all(prompts):
         raise ValueError("a prompt must have at least one token")
-    sliding = any(new_cache(model).is_sliding)
-    shared = 0 if sliding else _shared(prompts)
-    beginning = new_cache(model)
-    if shared:
-        _append(model, beginning, torch.tensor(prompts[0][:shared]), torch.arange(shared), None)
-    results: list[list[int]] = [[] for _ in prompts]
-    for row in _rows([_Prompt(number, list(tokens[shared:])) for number, tokens in enumerate(prompts)], sliding):
-        _fill(model, copy.deepcopy(beginning), shared, row, most, ended, not sliding)
-        for prompt in row:
-            results[prompt.number] = prompt.written
-        progress(len(row))
-    return results
+    alone = any(new_cache(model).is_sliding)
+    shared = 0 if alone else _shared(prompts)
+    waiting = [_Prompt(number, list(tokens[shared:])) for number, tokens in enumerate(prompts)]
+    for row in [[one] for one in waiting] if alone else [waiting]:
+        cache = new_cache(model)
+        if shared:
+            _append(model, cache, torch.tensor(prompts[0][:shared]), torch.arange(shared), None)
+        _fill(model, cache, shared, row, most, ended, progress, masked=not alone)
+    return [prompt.written for prompt in waiting]
 
 
 def _fill(
     model: nn.Module,
     cache: Any,
     shared: int,
-    row: Sequence[_Prompt],
+    prompts: Sequence[_Prompt],
     most: int,
     ended: Callable[[list[int]], bool],
+    progress: Callable[[int], None],
     masked: bool,
 ) -> None:
-    """Generate for the prompts of one row, together."""
-    fed = {prompt.number: prompt.tokens for prompt in row}
+    """Generate for all prompts in one row: where one ends, the next takes its place."""
+    waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+    fed = {prompt.number: prompt.tokens for prompt in prompts}
     lengths = dict.fromkeys(fed, shared)
     owners = torch.full((shared,), -1)
-    active = list(row)
-    while active:
+    active: list[_Prompt] = []
+    while active or waiting:
+        _admit(active, waiting, fed)
         ids = torch.tensor([token for prompt in active for token in fed[prompt.number]])
         own = torch.tensor([prompt.number for prompt in active for _ in fed[prompt.number]])
         positions = torch.cat([lengths[one.number] + torch.arange(len(fed[one.number])) for one in active])
@@ -111,11 +110,22 @@ def _fill(
             lengths[prompt.number] += len(fed[prompt.number])
             prompt.written.append(token)
             fed[prompt.number] = [token]
+        before = len(active)
         active = [one for one in active if len(one.written) < most and not ended(one.written)]
+        if len(active) < before:
+            progress(before - len(active))
         wanted = torch.isin(owners, torch.tensor([-1, *(one.number for one in active)]))
-        if masked and active and int(wanted.sum()) < _WANTED * len(owners):
+        if masked and int(wanted.sum()) < _WANTED * len(owners):
             keep_positions(cache, wanted.nonzero().squeeze(-1).to(next(model.parameters()).device))
             owners = owners[wanted]
+
+
+def _admit(active: list[_Prompt], waiting: list[_Prompt], fed: Mapping[int, Sequence[int]]) -> None:
+    """Let the longest waiting prompts in, as many as one pass takes; at least one where none is active."""
+    room = _PASS_TOKENS - sum(len(fed[prompt.number]) for prompt in active)
+    while waiting and (not active or (len(active) < _ROW_PROMPTS and len(waiting[-1].tokens) <= room)):
+        active.append(waiting.pop())
+        room -= len(active[-1].tokens)
 
 
 def _append(
@@ -150,16 +160,3 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
     first, last = ordered[0], ordered[-1]  # in the order of words, all others lie between
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     return min(common, min(map(len, prompts)) - 1)
-
-
-def _rows(prompts: Sequence[_Prompt], alone: bool) -> list[list[_Prompt]]:
-    """Prompts of about a length together, as many as a row takes."""
-    rows: list[list[_Prompt]] = []
-    room = 0
-    for prompt in sorted(prompts, key=lambda prompt: -len(prompt.tokens)):
-        if not rows or alone or len(rows[-1]) == _ROW_PROMPTS or len(prompt.tokens) > room:
-            rows.append([])
-            room = _ROW_TOKENS
-        rows[-1].append(prompt)
-        room -= len(prompt.tokens)
-    return rows
