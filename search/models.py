@@ -32,9 +32,11 @@ __all__ = [
     "Source",
     "empty_model",
     "head_size",
+    "keep_positions",
     "load_model",
     "locate",
     "model_digest",
+    "new_cache",
     "resolve_device",
 ]
 
@@ -173,6 +175,17 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
             model, tokenizer = _read(source, dtype)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
+
+
+def new_cache(model: Any) -> Any:
+    """An empty cache of keys and values for one row; a forward pass appends to it in place."""
+    return transformers.DynamicCache(config=model.config)
+
+
+def keep_positions(cache: Any, kept: torch.Tensor) -> None:
+    """Drop everything from a cache but these positions, in place."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
 
 
 def model_digest(model: torch.nn.Module) -> str:

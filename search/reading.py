@@ -82,8 +82,14 @@ def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def read(model: nn.Module, inputs: Mapping[str, torch.Tensor], source: torch.Tensor) -> Reading:
-    """Of every prediction, in float32: the head is given only the positions that are read."""
+def read(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], source: torch.Tensor, cache: object | None = None
+) -> Reading:
+    """Of every prediction, in float32: the head is given only the positions that are read.
+
+    Args:
+        cache: keys and values of what precedes the inputs, which are appended to it; None keeps none.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
     fed: list[torch.Tensor] = []
 
@@ -93,7 +99,7 @@ def read(model: nn.Module, inputs: Mapping[str, torch.Tensor], source: torch.Ten
 
     hook = head.register_forward_pre_hook(feed)
     try:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
     finally:
         hook.remove()
     return Reading(logits[0].float(), fed[0], head)

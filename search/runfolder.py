@@ -132,19 +132,17 @@ class RunFolder:
         return self.path / name
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file whole, see `write_whole`; returns its path."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, text)
-        return target
+        """Write a file whole: after a crash at any point it has either its old or its new content."""
+        return write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Mapping[str, object] | Sequence[object]) -> Path:
         """Write a JSON file whole. Numbers that are not finite become null: JSON has no other word for them."""
         return self.write_text(name, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def write_whole(target: Path, text: str) -> None:
-    """Write a file: after a crash at any point it has either its old or its new content."""
+def write_whole(target: Path, text: str) -> Path:
+    """Write a file whole, making its folder: after a crash at any point it has either its old or its new content."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with shield():
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
@@ -157,6 +155,7 @@ def write_whole(target: Path, text: str) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+    return target
 
 
 def finite(value: object) -> object:

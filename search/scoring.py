@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from search.packing import Packed, Prediction, group, layout, mix, pack, predict
 from search.quality import Quality, mean_standard_error, ratio_standard_error
 from search.reading import Dense, Reading, log_normalizer, read
 
-__all__ = ["Through", "Workload", "loglikelihoods", "plainly"]
+__all__ = ["Continuation", "Through", "Workload", "loglikelihoods", "plainly"]
 
 Through = Callable[[Hashable, Callable[[], Any]], Any]
 """Makes a forward pass: given what stands for the inputs, and the pass."""
@@ -43,6 +43,13 @@ class _Batch:
     owner: torch.Tensor  # sequence number of each prediction
     branch: torch.Tensor  # global branch number of a scored continuation token, -1 elsewhere
     dense: Dense | None = None
+
+
+class Continuation(NamedTuple):
+    """Summed log-probability of a continuation, nats, and whether every token of it is the likeliest one."""
+
+    loglikelihood: float
+    greedy: bool
 
 
 class Workload:
@@ -122,18 +129,19 @@ class Workload:
             (kl.sum() / tokens).backward()  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
-    def choice_loglikelihoods(self, model: nn.Module) -> list[list[float]]:
-        """Summed log-probability of every continuation of every item, in order; needs no reference."""
-        choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
+    def continuations(self, model: nn.Module) -> list[list[Continuation]]:
+        """What the model says of every continuation of every item, in order; needs no reference."""
+        likelihoods, misses = (torch.zeros(int(self._branch_start[-1]), dtype=torch.float64) for _ in range(2))
         for batch in self._batches:
-            logits = read(model, batch.inputs, batch.source).logits
-            chosen = logits.gather(-1, batch.target[:, None]).squeeze(-1) - log_normalizer(logits)
-            _scatter(choices, batch.branch, chosen)
-        return [
-            choices[start:stop].tolist()
-            for start, stop in zip(self._branch_start[:-1], self._branch_start[1:], strict=True)
-            if stop > start
-        ]
+            scored = batch.branch >= 0
+            target, branch = batch.target[scored], batch.branch[scored]
+            logits = read(model, batch.inputs, batch.source[scored]).logits
+            chosen = logits.gather(-1, target[:, None]).squeeze(-1) - log_normalizer(logits)
+            _scatter(likelihoods, branch, chosen)
+            _scatter(misses, branch, logits.argmax(-1) != target)
+        found = [Continuation(*pair) for pair in zip(likelihoods.tolist(), (misses == 0).tolist(), strict=True)]
+        starts = zip(self._branch_start[:-1], self._branch_start[1:], strict=True)
+        return [found[start:stop] for start, stop in starts if stop > start]
 
     def _pass(
         self,
@@ -268,7 +276,8 @@ def loglikelihoods(
     model: nn.Module, items: Sequence[Packed], device: torch.device, batch_tokens: int = 1024
 ) -> list[list[float]]:
     """Summed log-probability of each continuation of each item, nats."""
-    return Workload(items, device, batch_tokens).choice_loglikelihoods(model)
+    found = Workload(items, device, batch_tokens).continuations(model)
+    return [[one.loglikelihood for one in of_item] for of_item in found]
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

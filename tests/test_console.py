@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 
@@ -93,3 +94,16 @@ def test_a_live_bar_shows_the_same_words():
     assert "[note] in between" in out.getvalue()
     assert "best KL 0.410" in out.getvalue()
     assert "done in" in out.getvalue()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_no_color_is_obeyed_on_a_terminal(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if asked:
+        monkeypatch.setenv("NO_COLOR", "1")
+    stream = io.StringIO()
+    with Console(stream, live=True) as shown, shown.stage("search", 2, "trials") as stage:
+        stage.advance(1)
+    colors = re.findall(r"\x1b\[[0-9;]*3[0-9](?:;[0-9;]*)?m", stream.getvalue())
+    assert bool(colors) is not asked

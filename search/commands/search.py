@@ -33,7 +33,10 @@ examples:
 other commands:
   python search.py compare                                  several agents at equal cost, --help says how
   python search.py report results/RUN                       one page with tables and figures, again or of several runs
+  python search.py benchmark results/RUN                    MMLU, HellaSwag and others on its models
   python search.py data                                     only fetch the model and the texts of the default job
+  python search.py doctor                                   can this machine run it, and what to do if not
+  python search.py completion bash                          complete commands and flags in a shell
 
 exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
 

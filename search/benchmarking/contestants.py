@@ -1,0 +1,224 @@
+"""Contestants: the models that words on a command line stand for, one after the other in memory.
+
+Knows model names, run folders and priors; nothing of tasks. Of a run, its schedules are put into the dense model in
+place, as its final table did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compression.allocation import uniform_schedule
+from compression.apply import ScheduleApplier
+from compression.schedule import DENSE, Choice, Schedule
+from compression.sites import put_modules
+from envs import Problem
+from search.config import Config, nearest, read_fields
+from search.console import Console
+from search.models import LoadedModel, load_model, model_digest
+from search.pipeline import calibrate
+from search.runfolder import CONFIG, PRIOR
+from search.subject import Subject, load, working_dtype
+
+__all__ = ["SCHEDULES", "Contestant", "contestants", "schedule_of_prior"]
+
+SCHEDULES = ("dense", "uniform", "lagrangian", "searched", "repaired")
+"""What a run has: the model as it was; uniform χ, the closed form and the search's choice, all at the run's target; and
+that choice repaired block by block."""
+
+_LARGEST_PRIOR = 1 << 26  # bytes
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What one word stands for.
+
+    Attributes:
+        word: as given.
+        names: of its models, in the order in which `models` gives them.
+        searched: digests of items that its search used.
+        models: loads and changes them, each valid until the next is asked for.
+    """
+
+    word: str
+    names: tuple[str, ...]
+    searched: frozenset[str]
+    models: Callable[[], Iterator[LoadedModel]]
+
+
+def contestants(
+    words: Sequence[str], schedules: Sequence[str], device: torch.device, console: Console
+) -> list[Contestant]:
+    """What the words stand for; nothing is loaded yet.
+
+    Args:
+        words: each a run folder, the JSON file of a prior, or a model as `search.models.locate` knows them.
+        schedules: of `SCHEDULES`, which ones of a run are measured; a prior has no other than these either.
+
+    Raises:
+        ValueError: an unknown schedule, an unreadable run or prior, or two models of the same name.
+    """
+    for name in schedules:
+        if name not in SCHEDULES:
+            raise ValueError(
+                f"schedules must be of {', '.join(SCHEDULES)}, got {name!r}; the nearest is {nearest(name, SCHEDULES)}"
+            )
+    ordered = tuple(name for name in SCHEDULES if name in schedules)
+    found = [_contestant(word, ordered, device, console, len(words) > 1) for word in words]
+    names = [name for one in found for name in one.names]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"models must have different names, but {twice[0]!r} stands for two of them")
+    return found
+
+
+def schedule_of_prior(prior: Mapping[str, Any]) -> Schedule:
+    """The schedule that a prior carries.
+
+    Raises:
+        ValueError: it carries none, or not the one whose digest it names.
+    """
+    try:
+        schedule = Schedule(tuple((site["name"], _choice(site)) for site in prior["sites"]))
+        digest = prior["schedule_digest"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"a prior must list its sites with their topology and χ, but {error} is wrong or missing"
+        ) from None
+    if schedule.digest != digest:
+        raise ValueError(
+            f"the prior names the schedule {digest!r:.20} and carries {schedule.digest:.12}: it was altered"
+        )
+    return schedule
+
+
+def _choice(site: Mapping[str, Any]) -> Choice:
+    return DENSE if site["topology"] == "dense" else Choice(site["topology"], site["chi"], site["metric"])
+
+
+def _contestant(
+    word: str, schedules: Sequence[str], device: torch.device, console: Console, several: bool
+) -> Contestant:
+    path = Path(word).expanduser()
+    if (path / CONFIG).is_file() and (path / PRIOR).is_file():
+        prior, config = _read_prior(path / PRIOR), _config(read_fields(path / CONFIG))
+    elif path.suffix == ".json" and path.is_file():
+        prior = _read_prior(path)
+        config = _config(prior["configuration"] | {"model": _model_of(prior)})
+    else:
+        if path.is_dir() and (path / "study.db").exists():
+            raise ValueError(f"the run {word!r} is not finished: it has no {PRIOR}; continue it with --resume")
+        searched = _searched(_read_prior(path / PRIOR)) if (path / PRIOR).is_file() else frozenset()
+
+        def plain() -> Iterator[LoadedModel]:
+            yield load_model(word, device, working_dtype(device))
+
+        return Contestant(word, (path.name or word,), searched, plain)
+    if not config.repair_tokens:
+        schedules = [name for name in schedules if name != "repaired"]
+    label = f"{path.stem}:" if several else ""
+    names = tuple(f"{label}{name}" for name in schedules)
+    run = _Run(config, prior, schedules, device, console)
+    return Contestant(word, names, _searched(prior), run.models)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The models of a run or a prior."""
+
+    config: Config
+    prior: Mapping[str, Any]
+    schedules: Sequence[str]
+    device: torch.device
+    console: Console
+
+    def models(self) -> Iterator[LoadedModel]:
+        """One schedule after the other on one model in memory, which is dense in between."""
+        with self.console.stage("load"):
+            loaded, sites = load(self.config, self.device)
+        wanted = self.prior["model"]["digest"]
+        if loaded.digest != wanted:
+            self.console.note(
+                f"{self.config.model} is not byte for byte what was searched on ({wanted:.12}): other weights, or "
+                f"another precision than {str(loaded.model.dtype).removeprefix('torch.')}"
+            )
+        if set(self.schedules) <= {"dense"}:
+            yield from [loaded] * len(self.schedules)
+            return
+        subject = Subject.of(self.config, loaded, sites, self.device)
+        calibrate(subject, self.console)
+        for name in self.schedules:
+            if name == "repaired":
+                yield from self._repaired(subject)
+            else:
+                with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
+                    applier.apply_(self._schedule(name, subject))
+                    yield _as_is(loaded)
+
+    def _schedule(self, name: str, subject: Subject) -> Schedule:
+        target = self.config.target_kept
+        if name == "dense":
+            return Schedule.dense(tuple(site.name for site in subject.sites))
+        if name == "uniform":
+            parameters = int(target * sum(site.parameters for site in subject.sites) + 1e-6)
+            return uniform_schedule(subject.sites, "lowrank", "two-sided", parameters)
+        if name == "lagrangian":
+            return Problem.build(subject.store.menu(), target, self.config.granularity).closed_form()
+        return schedule_of_prior(self.prior)
+
+    def _repaired(self, subject: Subject) -> Iterator[LoadedModel]:
+        with self.console.stage("repair", 1 + max(site.block for site in subject.sites), "blocks") as stage:
+            schedule = schedule_of_prior(self.prior)
+            taken = subject.repair_(schedule, self.config.repair_tokens, lambda done: stage.advance(1))
+            subject.calibration.release()
+        try:
+            yield _as_is(subject.loaded)
+        finally:
+            put_modules(subject.loaded.model, taken)
+
+
+def _as_is(loaded: LoadedModel) -> LoadedModel:
+    """The model as it stands now, under the digest of what it now holds."""
+    return dataclasses.replace(loaded, digest=model_digest(loaded.model))
+
+
+def _searched(prior: Mapping[str, Any]) -> frozenset[str]:
+    """Digests of the items that a prior says it was searched on."""
+    items = prior.get("data", {}).get("search_items", [])
+    return frozenset(str(digest) for digest in items)
+
+
+def _config(values: Mapping[str, Any]) -> Config:
+    """A run's configuration without what measuring again does not need."""
+    return Config.of({name: value for name, value in values.items() if name not in ("policy", "out", "resume")})
+
+
+def _model_of(prior: Mapping[str, Any]) -> str:
+    return str(prior["configuration"].get("model", "default"))
+
+
+def _read_prior(path: Path) -> Mapping[str, Any]:
+    """The content of a prior.
+
+    Raises:
+        ValueError: it cannot be read, or is no prior.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_PRIOR:
+            raise ValueError(f"larger than {_LARGEST_PRIOR} bytes")
+        prior = json.loads(path.read_text(encoding="utf-8"))
+        if prior["format"] != "chisel-prior":
+            raise ValueError(f"its format is {prior['format']!r}")
+        for key in ("model", "sites", "configuration", "data"):
+            prior[key]
+        prior["model"]["digest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a prior that can be read ({error})") from None
+    assert isinstance(prior, dict)
+    return prior

@@ -1,0 +1,303 @@
+"""A benchmark run: every model on every task, one outcome after the other, none measured twice.
+
+Composes contestants, documents, stock tasks and outcomes, and writes what comes out. An outcome is kept as soon as it
+is there, in the output folder and in the user's cache, under what the model holds and which items it was asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from search.benchmarking.contestants import Contestant, contestants
+from search.benchmarking.documents import SOURCES, Selection, always_searched, select
+from search.benchmarking.outcome import Outcome, mean_and_error, paired
+from search.benchmarking.tasks import named_tasks
+from search.config import nearest
+from search.console import Console
+from search.models import LoadedModel, resolve_device
+from search.packages import cache_folder
+from search.runfolder import CONFIG, RESULTS, RunFolder, environment, finite, write_whole
+from search.table import Column, csv_text, text_table
+
+__all__ = ["BENCHMARKS", "Request", "Result", "benchmark"]
+
+BENCHMARKS = "benchmarks"
+"""Name of the CSV and JSON files of a run."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is measured.
+
+    Attributes:
+        models: words, see `search.benchmarking.contestants.contestants`.
+        tasks: names of tasks and groups.
+        samples: items of a task, at least 2; None for all.
+        schedules: which ones of a run.
+        source: of `search.benchmarking.documents.SOURCES`.
+        seed: of the sample.
+        device: as for `search.models.resolve_device`.
+        out: folder; None takes the run's own where one run is named, else a new one below results/.
+    """
+
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    samples: int | None
+    schedules: tuple[str, ...]
+    source: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out: the folder, outcomes in the order of models and tasks, and a note per task that lacks items."""
+
+    folder: Path
+    outcomes: tuple[Outcome, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def nonfinite(self) -> int:
+        """How many outcomes have no numbers."""
+        return sum(outcome.state != "ok" for outcome in self.outcomes)
+
+    def differences(self) -> list[dict[str, object]]:
+        """Every other model minus the first, paired over items, where both have numbers."""
+        first = {one.task: one for one in self.outcomes if one.model == self.outcomes[0].model}
+        return [
+            {"task": one.task, "model": one.model, "minus": base.model} | asdict(paired(one, base))
+            for one in self.outcomes
+            if (base := first[one.task]) is not one and one.state == base.state == "ok"
+        ]
+
+    def text(self) -> str:
+        """Both tables as aligned text."""
+        models = list(dict.fromkeys(outcome.model for outcome in self.outcomes))
+        rows: dict[str, dict[str, object]] = {}
+        for outcome in self.outcomes:
+            row = rows.setdefault(outcome.task, {"task": outcome.task, "metric": outcome.metric})
+            row[outcome.model], row[f"{outcome.model} error"] = mean_and_error(outcome.values)
+            row["n"] = max(int(str(row.get("n", 0))), len(outcome.values))
+            if outcome.state != "ok":
+                row[outcome.model] = outcome.state
+        columns = [Column("task", "task"), Column("metric", "metric"), Column("n", "n", ",d")]
+        text = text_table(
+            list(rows.values()), [*columns, *(Column(model, model, ".3f", f"{model} error") for model in models)]
+        )
+        if differences := self.differences():
+            shown = [row | {"interval": f"{row['low']:+.3f} to {row['high']:+.3f}"} for row in differences]
+            compared = [Column("task", "task"), Column("model", "model"), Column("value", f"minus {models[0]}", "+.3f")]
+            text += "\n" + text_table(
+                shown, [*compared, Column("interval", "95 % interval"), Column("items", "n", ",d")]
+            )
+        return text + "".join(f"{note}\n" for note in self.notes)
+
+    def document(self) -> dict[str, object]:
+        """The tables as plain values, without the items."""
+        return {
+            "folder": str(self.folder),
+            "rows": [outcome.row() for outcome in self.outcomes],
+            "differences": self.differences(),
+            "notes": list(self.notes),
+        }
+
+
+def benchmark(request: Request, console: Console) -> Result:
+    """Measure everything that is not known yet; the folder's files are whole after every outcome.
+
+    Raises:
+        ValueError: refused input, or lm-eval is not installed.
+        DataUnavailable: data or a model cannot be had.
+    """
+    _check(request)
+    device = resolve_device(request.device)
+    tasks = named_tasks(request.tasks)
+    field = contestants(request.models, request.schedules, device, console)
+    with console.stage("items"):
+        searched = always_searched().union(*(one.searched for one in field))
+        selections = [select(task, request.samples, request.seed, searched, request.source) for task in tasks]
+    path = _folder(request)
+    path.mkdir(parents=True, exist_ok=True)
+    with RunFolder(path) as folder:
+        console.note(f"output folder: {path}")
+        bench = _Bench(folder, request, selections, console)
+        for one in field:
+            bench.measure(one)
+    return bench.result()
+
+
+class _Bench:
+    """Outcomes as they come, known ones included."""
+
+    def __init__(self, folder: RunFolder, request: Request, selections: Sequence[Selection], console: Console) -> None:
+        self._folder, self._request, self._selections, self._console = folder, request, selections, console
+        self._outcomes: list[Outcome] = []
+        self._exams: dict[str, Any] = {}
+        self._before = {_key(outcome): outcome for outcome in _earlier(folder / f"{BENCHMARKS}.json")}
+
+    def measure(self, contestant: Contestant) -> None:
+        for name, loaded in zip(contestant.names, contestant.models(), strict=True):
+            for selection in self._selections:
+                self._outcomes.append(self._outcome(name, loaded, selection))
+                self._write()
+
+    def result(self) -> Result:
+        notes = [
+            f"{one.task.name}: {one.searched} of {one.available} items are left out, a search used them"
+            for one in self._selections
+            if one.searched
+        ]
+        return Result(self._folder.path, tuple(self._outcomes), tuple(notes))
+
+    def _outcome(self, name: str, loaded: LoadedModel, selection: Selection) -> Outcome:
+        task, device = selection.task, str(loaded.model.device.type)
+        blank = Outcome(name, loaded.digest, task.name, selection.digest, task.metric, {}, "nonfinite", 0.0, device)
+        key = _key(blank)
+        known = self._before.get(key) or _cached(key)
+        if known is not None:
+            return Outcome.from_dict(known.to_dict() | {"model": name})
+        outcome = self._ask(blank, loaded, selection)
+        write_whole(_place(key), json.dumps(outcome.to_dict()))
+        return outcome
+
+    def _ask(self, blank: Outcome, loaded: LoadedModel, selection: Selection) -> Outcome:
+        from search.benchmarking.generation import NonFinite
+        from search.benchmarking.language import LanguageModel
+        from search.benchmarking.stock import Exam
+
+        exam = self._exams.get(blank.task) or Exam(selection)
+        self._exams[blank.task] = exam
+        started = time.monotonic()
+        with self._console.stage(f"{blank.model} {blank.task}", len(exam.requests), "requests") as stage:
+            language = LanguageModel(loaded, stage.advance)
+            try:
+                figures, state = exam.grade(getattr(language, exam.kind)), "ok"
+                stage.advance(0, f"{blank.metric} {mean_and_error(figures[blank.metric])[0]:.3f}")
+            except NonFinite as error:
+                figures, state = {}, "nonfinite"
+                self._console.note(f"{blank.model}: {error}; it gets no figure on {blank.task}")
+        changes = {"figures": figures, "state": state, "seconds": round(time.monotonic() - started, 3)}
+        return Outcome.from_dict(blank.to_dict() | changes)
+
+    def _write(self) -> None:
+        """Both files, with what the folder held before of other models and tasks."""
+        result = self.result()
+        fresh = {(outcome.model, outcome.task) for outcome in self._outcomes}
+        kept = [one for one in self._before.values() if (one.model, one.task) not in fresh]
+        document = {
+            "request": asdict(self._request),
+            "lm_eval": version("lm-eval"),
+            "tasks": {one.task.name: _described(one) for one in self._selections},
+            "differences": result.differences(),
+            "notes": list(result.notes),
+            "environment": environment(),
+            "outcomes": [outcome.to_dict() for outcome in (*self._outcomes, *kept)],
+        }
+        self._folder.write_text(f"{BENCHMARKS}.json", json.dumps(finite(document), ensure_ascii=False) + "\n")
+        rows = [outcome.row() for outcome in (*self._outcomes, *kept)]
+        self._folder.write_text(f"{BENCHMARKS}.csv", csv_text(rows))
+
+
+def _described(selection: Selection) -> dict[str, object]:
+    """A task's stock name, the items' digests in the order of the outcomes' figures, and where they come from."""
+    task = selection.task
+    return {
+        "stock": task.stock,
+        "data": {"packages": task.folder, "hub": asdict(task.hub)},
+        "items_digest": selection.digest,
+        "available": selection.available,
+        "searched": selection.searched,
+        "items": [document.digest[:16] for document in selection.documents],
+    }
+
+
+def _check(request: Request) -> None:
+    """Refuse what can be refused before anything is read."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("benchmarks need lm-eval, which is not installed: pip install 'chisel-prior[benchmark]'")
+    if not request.models:
+        raise ValueError("name at least one model: default, a run folder, a prior, a model folder or a hub id")
+    if request.samples is not None and request.samples < 2:
+        raise ValueError(f"samples must be at least 2, got {request.samples}")
+    if request.source not in SOURCES:
+        raise ValueError(
+            f"source must be {', '.join(SOURCES)}, got {request.source!r}; the nearest is "
+            f"{nearest(request.source, SOURCES)}"
+        )
+
+
+def _folder(request: Request) -> Path:
+    """Where files go.
+
+    Raises:
+        ValueError: a folder that holds something else.
+    """
+    if request.out is not None:
+        path = Path(request.out).absolute()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"out must be a folder, got the file {path}")
+        ours = (CONFIG, f"{BENCHMARKS}.json")
+        if path.exists() and any(path.iterdir()) and not any((path / name).is_file() for name in ours):
+            raise ValueError(f"out must be a new or empty folder, or that of a run, but {path} is neither")
+        return path
+    runs = [Path(word).absolute() for word in request.models if (Path(word) / CONFIG).is_file()]
+    runs = [path for path in runs if (path / "study.db").is_file()]
+    if len(runs) == 1 == len(request.models):
+        return runs[0]
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(request.models[0]).name)[:60].strip("-.") or "model"
+    return RESULTS.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-benchmark-{stem}"
+
+
+def _key(outcome: Outcome) -> str:
+    """Under which an outcome is kept: everything that decides it but its name."""
+    parts = (
+        "benchmark 1",
+        version("lm-eval"),
+        outcome.model_digest,
+        outcome.task,
+        outcome.items_digest,
+        outcome.device,
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / "benchmarks" / key[:2] / f"{key}.json"
+
+
+def _cached(key: str) -> Outcome | None:
+    """What the cache holds under a key; a damaged file counts as nothing."""
+    found = _read(_place(key))
+    try:
+        outcome = Outcome.from_dict(found) if isinstance(found, Mapping) else None
+    except TypeError:
+        return None
+    return outcome if outcome is not None and _key(outcome) == key else None
+
+
+def _earlier(path: Path) -> list[Outcome]:
+    """The outcomes in a folder's file, none where there is no such file or it cannot be read."""
+    found = _read(path)
+    try:
+        return [Outcome.from_dict(one) for one in found["outcomes"]] if isinstance(found, Mapping) else []
+    except (KeyError, TypeError):
+        return []
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

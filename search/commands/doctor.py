@@ -1,0 +1,51 @@
+"""`search.py doctor`: can this machine run the default job, and what to do where it cannot."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from search.failures import DONE, PREFLIGHT, explain
+from search.flags import Parser, parse
+from search.table import json_text
+
+__all__ = ["run"]
+
+_EXAMPLES = """\
+examples:
+  python search.py doctor                what is here, and what to do about what is not
+  python search.py doctor --json         the same for a program
+
+exit codes: 0 the default job can run, 3 it cannot"""
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(
+        prog="search.py doctor",
+        description="Look at Python, libraries, devices, memory, disk, data and extras, without changing anything.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="Print the findings as JSON instead of lines.")
+    given = parse(parser, words)
+    try:
+        from search.checkup import checkup
+
+        findings = checkup()
+    except BaseException as error:
+        return explain(error, None)
+    problems = sum(finding.state == "problem" for finding in findings)
+    if given["json"]:
+        print(json_text({"problems": problems, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            print(f"{finding.state:<7}  {finding.name:<{width}}  {finding.found}")
+            if finding.advice:
+                print(f"{'':<7}  {'':<{width}}  -> {finding.advice}")
+        print(
+            f"\n{'The default job can run.' if not problems else f'{problems} to mend before the default job can run.'}"
+        )
+    return PREFLIGHT if problems else DONE
