@@ -14,6 +14,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from search.strict_json import read_object
+
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
@@ -354,30 +356,7 @@ def read_fields(path: Path) -> dict[str, object]:
         ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, or NaN or Infinity in it.
     """
 
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [key for key, _ in pairs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"the key {twice[0]!r} occurs twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> object:
-        raise ValueError(f"{constant} is not allowed")
-
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-        if len(content) > _LARGEST_FILE:
-            raise ValueError(f"larger than {_LARGEST_FILE} bytes")
-        values = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except RecursionError:
-        raise ValueError(f"cannot use the configuration {path}: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"cannot use the configuration {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"cannot use the configuration {path}: a JSON object is wanted, got {type(values).__name__}")
-    return values
+    return read_object(path, "the configuration", _LARGEST_FILE)
 
 
 def _one_line(error: ValidationError) -> str:

@@ -27,7 +27,7 @@ from search.items import forms, load_proxy
 from search.latency import against_dense
 from search.models import resolve_device
 from search.packages import cache_folder
-from search.prior import build_prior
+from search.prior_making import build_prior
 from search.quality import paired_kl
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
 from search.subject import Subject, load, smallest_parameters
@@ -237,7 +237,8 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "environment": environment(),
     }
     folder.write_json(SUMMARY, document)
-    folder.write_json(PRIOR, build_prior(config, subject.loaded, subject.sites, chosen, rows, subject.splits))
+    prior = build_prior(config, subject.loaded, menu, chosen, rows, subject.splits)
+    folder.write_text(PRIOR, prior.to_json())
     return RunSummary(folder.path, document, failures)
 
 
