@@ -131,14 +131,18 @@ class RunFolder:
         return self.path / name
 
     def write_text(self, name: str, text: str) -> Path:
+        """Write a text file whole, as `write_bytes` does."""
+        return self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file whole: after a crash at any point it has either its old or its new content."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with shield():
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
             try:
-                with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                    file.write(text)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
                 os.chmod(temporary, 0o644)

@@ -32,6 +32,7 @@ examples:
 
 other commands:
   python search.py compare                                  several agents at equal cost, --help says how
+  python search.py profile                                  what every matrix costs by itself at several χ
   python search.py prior show|diff|validate FILE...         look at compression priors
   python search.py data                                     only fetch the model and the texts of the default job
 
