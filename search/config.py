@@ -138,6 +138,14 @@ class Config(BaseModel):
         "RUN",
         min_length=1,
     )
+    prior: str | None = _field(
+        None,
+        "search",
+        "an existing prior.json",
+        "A compression prior, of this or another model, that the search starts from in the place of the closed form.",
+        "FILE",
+        min_length=1,
+    )
     kl_weight: float = _weight(1.0, "lost nats per token")
     correct_weight: float = _weight(0.1, "gained probability of the correct answer, as a fraction")
     compression_weight: float = _weight(1.0, "saved parameters, as a fraction of the compressible matrices'")
@@ -309,6 +317,21 @@ class Config(BaseModel):
             raise ValueError(value)
         return str(Path(value).absolute())  # a resumed run finds it from anywhere
 
+    @field_validator("prior")
+    @classmethod
+    def _is_a_file(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not Path(value).is_file():
+            raise ValueError(value)
+        return str(Path(value).absolute())
+
+    @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> Self:
+        if self.policy is not None and self.prior is not None:
+            raise ValueError("policy and prior both say where to start: give one of them")
+        return self
+
     @model_validator(mode="after")
     def _names_one_folder(self) -> Self:
         if self.out is not None and self.resume is not None and Path(self.out).resolve() != Path(self.resume).resolve():
@@ -336,8 +359,11 @@ class Config(BaseModel):
             raise ValueError(_one_line(error)) from None
 
     def definition(self) -> dict[str, object]:
-        """The fields a resumed run may not change: all but budget, quick, threads, optimize and the folders."""
-        return self.model_dump(exclude={"budget", "quick", "threads", "optimize", "out", "resume"})
+        """The fields a resumed run may not change: all but budget, quick, threads, optimize and the folders.
+
+        Nor the prior, which may lie elsewhere by then: its content is what counts, see `search.trials.fingerprint`.
+        """
+        return self.model_dump(exclude={"budget", "quick", "threads", "optimize", "prior", "out", "resume"})
 
     def to_json(self) -> str:
         """The content of config.json: every field but the folders, so that a run folder may be moved."""

@@ -44,8 +44,9 @@ from search.trials import (
     select,
     spent,
 )
+from search.warm_start import read_prior, warm_start
 
-__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
+__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run", "table_row"]
 
 _REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
@@ -165,6 +166,7 @@ def preflight(config: Config) -> torch.device:
     if config.proxy.endswith(".jsonl"):
         load_proxy(config.proxy)
     read_policy(config)
+    read_prior(config)
     if config.out is not None:
         refuse_used(Path(config.out))
     return resolve_device(config.device)
@@ -199,20 +201,27 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     baselines = _baselines(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
         menu = subject.store.menu(progress=lambda done: stage.advance(1))
-        problem = Problem.build(menu, config.target_kept, config.granularity)
+        plain = Problem.build(menu, config.target_kept, config.granularity)
         for schedule in baselines.values():
             for name, choice in schedule:
                 if not choice.is_dense:
                     subject.store.cores(name, choice)
     subject.calibration.release()
-    trials, chosen = _search(folder, config, subject, problem, console)
-    scores = _measure(subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, chosen, console)
+    closed_form = plain.closed_form()
+    problem, notes = warm_start(config, plain)
+    for note in notes:
+        console.note(f"prior: {note}")
+    trials, chosen = _search(folder, config, subject, problem, closed_form, console)
+    schedules = {**baselines, "lagrangian": closed_form}
+    if config.prior is not None:
+        schedules["prior"] = problem.closed_form()
+    scores = _measure(subject, {**schedules, "searched": chosen}, chosen, console)
     with console.stage("time"):
         costs = cache_folder() / "layer-costs.json"
         latency = against_dense(subject.loaded.model, subject.store, chosen, config.optimize, costs)
     if latency:
         console.note(f"searched: {latency}")
-    rows = [_row(name, score) for name, score in scores.items()]
+    rows = [table_row(name, score) for name, score in scores.items()]
     comparison = _comparison(scores)
     if comparison:
         console.note(
@@ -243,10 +252,14 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
 
 
 def _search(
-    folder: RunFolder, config: Config, subject: Subject, problem: Problem, console: Console
+    folder: RunFolder, config: Config, subject: Subject, problem: Problem, closed_form: Schedule, console: Console
 ) -> tuple[list[Trial], Schedule]:
-    """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
-    agent, closed_form = make_agent(config, problem, subject), problem.closed_form()
+    """Run the agent; returns its trials and the schedule selected from the best of them, the prior and the closed form.
+
+    Args:
+        problem: around the prior, if there is one; its own closed form is then the prior's schedule.
+    """
+    agent = make_agent(config, problem, subject)
     journal = open_journal(folder / STUDY, config, subject, problem)
     try:
         with subject.evaluator("search", closed_form) as evaluator:
@@ -257,7 +270,8 @@ def _search(
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:
         journal.close()
-    finalists = challengers(closed_form, [proposal.schedule for proposal in agent.recommend(FINALISTS)])
+    recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
+    finalists = challengers(closed_form, [problem.closed_form(), *recommended])
     if isinstance(agent, Learner):
         agent.saved_policy().write(folder.path)
     if not finalists:
@@ -298,7 +312,7 @@ def _measure(
     return scores
 
 
-def _row(name: str, score: Score) -> dict[str, object]:
+def table_row(name: str, score: Score) -> dict[str, object]:
     """A row of the final table; standard errors under the names the table knows."""
     figures = {key.replace("standard_error", "stderr"): value for key, value in score.to_dict().items()}
     return {"schedule": name, **figures}

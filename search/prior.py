@@ -19,7 +19,17 @@ from compression.schedule import DENSE, METRICS, Choice, Schedule
 from search.prior_versions import FORMAT, VERSION, to_current
 from search.strict_json import read_object
 
-__all__ = ["LARGEST_FILE", "Estimate", "ModelIdentity", "Prior", "PriorData", "PriorScore", "PriorSite", "Sensitivity"]
+__all__ = [
+    "LARGEST_FILE",
+    "Estimate",
+    "ModelIdentity",
+    "Origin",
+    "Prior",
+    "PriorData",
+    "PriorScore",
+    "PriorSite",
+    "Sensitivity",
+]
 
 LARGEST_FILE = 64 << 20
 """Bytes of a prior that is read: a model of 100 blocks cut into heads needs about a fifth of it."""
@@ -190,6 +200,14 @@ class PriorData(_Part):
     report_items: tuple[Digest, ...] | None = None
 
 
+class Origin(_Part):
+    """The prior that this one was made from."""
+
+    model: ModelIdentity
+    schedule_digest: Digest
+    notes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field(description="How it was taken here.")
+
+
 class Prior(_Part):
     """A compression prior."""
 
@@ -203,6 +221,7 @@ class Prior(_Part):
     schedule_digest: Digest | None = Field(
         None, description="Identity of the schedule; null in a prior written by hand, whose scores then claim nothing."
     )
+    origin: Origin | None = Field(None, description="Where the schedule comes from, if not from a search here.")
     seeds: Mapping[Name, Count] = Field(description="Of every generator of the run.")
     sites: tuple[PriorSite, ...] = Field(min_length=1)
     scores: tuple[PriorScore, ...]

@@ -31,6 +31,7 @@ IGNORED = (
     "target_kept",
     "granularity",
     "policy",
+    "prior",
     "kl_weight",
     "correct_weight",
     "compression_weight",

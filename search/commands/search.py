@@ -31,6 +31,7 @@ examples:
   python search.py --resume results/RUN                     continue after an interruption
 
 other commands:
+  python search.py apply --prior FILE                       a compression prior on this or another model
   python search.py compare                                  several agents at equal cost, --help says how
   python search.py profile                                  what every matrix costs by itself at several χ
   python search.py prior show|diff|validate FILE...         look at compression priors
