@@ -43,7 +43,7 @@ __all__ = ["CHI", "FRACTIONS", "PROFILE", "TABLE", "TOKENS", "Levels", "profile"
 
 CHI = tuple(range(10, 100, 10))
 FRACTIONS = (0.25, 0.5, 0.75)
-TOKENS = 640
+TOKENS = 512
 """What a measurement reads, unless said otherwise: KL at thousands of places rather than few figures of each."""
 PROFILE, TABLE, PARQUET, SUMMARY = "profile.json", "sensitivity.csv", "sensitivity.parquet", "summary.txt"
 _FORMAT = 1
@@ -164,9 +164,8 @@ def _sequences(subject: Subject, tokens: int) -> list[Packed]:
     texts, items = ([one for one in every if bool(one.branches) == scored] for scored in (False, True))
     taken: list[Packed] = []
     for sequence in (one for pair in zip_longest(texts, items) for one in pair if one is not None):
-        if len(taken) >= 2 and sum(len(one.tokens) for one in taken) + len(sequence.tokens) > tokens:
-            break
-        taken.append(sequence)
+        if len(taken) < 2 or sum(len(one.tokens) for one in taken) + len(sequence.tokens) <= tokens:
+            taken.append(sequence)
     return taken
 
 

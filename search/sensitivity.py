@@ -210,7 +210,8 @@ def _depth(fragility: NDArray[np.float64]) -> list[str]:
         "CompactifAI and its reproduction report that early blocks are the fragile ones.",
         f"{verdict}: rank correlation of fragility with depth {rho:+.2f} (permutation test, p = {p:.4f}); geometric "
         f"means of the first, middle and last third of the blocks {means[0]:.4f}, {means[1]:.4f} and {means[2]:.4f}. "
-        f"The most fragile block is {int(np.argmax(fragility))} of {count}, counted from 0.",
+        f"The first block costs {fragility[0] / np.median(fragility):.1f} times the median block, the last one "
+        f"{fragility[-1] / np.median(fragility):.1f} times.",
     ]
 
 

@@ -220,6 +220,7 @@ def test_the_summary_says_which_blocks_are_fragile(fragility: list[float], verdi
     assert verdict in text
     worst = max(range(12), key=lambda block: fragility[block])
     assert f"most fragile:  {worst} (" in text
+    assert f"The first block costs {fragility[0] / np.median(fragility):.1f} times the median block" in text
     assert "all       1.000  (24 points; measured / predicted, median 1.00)" in text
 
 

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Bond dimensions as fractions of a matrix' full one, or none. Default: 0.25,0.5,0.75.",
     )
     sweep.add_argument(
-        "--tokens", metavar="N", help="Tokens of the search texts and questions that a measurement reads. Default: 640."
+        "--tokens", metavar="N", help="Tokens of the search texts and questions that a measurement reads. Default: 512."
     )
     add_fields(parser, without=IGNORED)
     return parser
