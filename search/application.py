@@ -24,7 +24,7 @@ from search.profile import read_profile
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, SUMMARY, RunFolder, environment
 from search.sensitivity import traces
 from search.subject import Subject, load
-from search.transfer import Rule, exact_schedule, fits, transfer
+from search.transfer import Rule, check_families, exact_schedule, fits, transfer
 
 __all__ = ["SCHEDULE", "Applied", "apply", "compress_", "fit_prior"]
 
@@ -72,6 +72,7 @@ def fit_prior(
         if target_kept in (None, prior.target_kept):
             return Applied(schedule, None, (*notes, "its schedule is taken as it stands"))
     else:
+        check_families(prior, subject.sites)
         notes = []
     menu = made_menu(subject, console)
     found = transfer(prior, menu, rule)

@@ -32,6 +32,7 @@ from search.quality import paired_kl
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
+from search.transfer import check_families
 from search.trials import (
     FINALISTS,
     Trial,
@@ -78,6 +79,8 @@ def run(config: Config, console: Console) -> RunSummary:
     with console.stage("load"):
         loaded, sites = load(config, device)
     read_policy(config, loaded)
+    if (prior := read_prior(config)) is not None:
+        check_families(prior, sites)
     if staying := _stays_dense(sites):
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")

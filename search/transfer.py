@@ -23,7 +23,7 @@ from compression.sites import Site
 from search.config import nearest
 from search.prior import Prior, PriorSite
 
-__all__ = ["RULES", "Rule", "Transfer", "exact_schedule", "fits", "transfer"]
+__all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fits", "transfer"]
 
 Rule = Literal["price", "chi"]
 RULES: dict[str, str] = {
@@ -77,6 +77,20 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
     return Schedule(tuple((site.name, choices[site.name]) for site in sites))
 
 
+def check_families(prior: Prior, sites: Sequence[Site]) -> None:
+    """Refuse, before anything is calibrated, a prior that no site of a model can take anything from.
+
+    Raises:
+        ValueError: no family in common among the sites that can be tensorized.
+    """
+    ours, theirs = {site.family for site in sites if not site.dense_because}, _donors(prior).keys()
+    if not ours & theirs:
+        raise ValueError(
+            f"sites: the prior's families {', '.join(sorted(theirs))} and the model's {', '.join(sorted(ours))} have "
+            "none in common"
+        )
+
+
 def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
     """Weights that put a prior onto a menu, at whatever budget is spent there.
 
@@ -96,17 +110,9 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
         rule = "price" if known else "chi"
     if rule == "price" and not known:
         raise ValueError("transfer must be chi for this prior, whose version has no offsets, got 'price'")
-    donors: dict[str, list[PriorSite]] = defaultdict(list)
-    for donor in prior.sites:
-        if donor.dense_because is None:
-            donors[donor.family].append(donor)
+    check_families(prior, sites)
+    donors = _donors(prior)
     served = np.array([site.family in donors and not site.dense_because for site in sites])
-    if not served.any():
-        families = sorted({site.family for site in sites})
-        raise ValueError(
-            f"sites: the prior's families {', '.join(sorted(donors))} and the model's {', '.join(families)} have none "
-            "in common"
-        )
     blocks = 1 + max(site.block for site in sites)
     values = np.full(len(sites), np.nan)
     for number, site in enumerate(sites):
@@ -114,6 +120,15 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
             values[number] = _interpolated(donors[site.family], prior.blocks, _depth(site.block, blocks), rule)
     weights = np.where(served, values, 0.0) if rule == "price" else _by_chi(menu, values)
     return Transfer(weights, _notes(prior, sites, served, blocks, rule))
+
+
+def _donors(prior: Prior) -> dict[str, list[PriorSite]]:
+    """Sites of a prior that say something, by family."""
+    donors: dict[str, list[PriorSite]] = defaultdict(list)
+    for donor in prior.sites:
+        if donor.dense_because is None:
+            donors[donor.family].append(donor)
+    return donors
 
 
 def _depth(block: int, blocks: int) -> float:

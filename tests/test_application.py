@@ -77,6 +77,9 @@ def test_a_prior_is_exact_on_its_own_model_and_projected_onto_another(
     capsys.readouterr()
     assert applied(prior, tmp_path / "gpt2", "--no-measure", model="random:tiny-gpt2") == cli.REFUSED
     assert "have none in common" in capsys.readouterr().err
+    search = flags(**SMALL, **{**SEARCH, "model": "random:tiny-gpt2"}, prior=prior, out=tmp_path / "none")
+    assert cli.main([*search, "--quiet"]) == cli.REFUSED
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_prior_that_lacks_a_site_of_its_own_model_is_refused(
