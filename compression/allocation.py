@@ -19,7 +19,7 @@ from compression.menu import Menu, SiteMenu
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site
 
-__all__ = ["lagrangian", "to_schedule", "uniform", "uniform_schedule"]
+__all__ = ["lagrangian", "log_price", "lower_hull", "to_schedule", "uniform", "uniform_schedule"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,18 @@ def lagrangian(
     return indices
 
 
+def log_price(menu: Menu, target_parameters: int) -> float:
+    """Natural logarithm of the price at which `lagrangian` stops: nats per parameter, between the last edge it buys in
+    order and the next one; 0 where no site has a choice."""
+    segments = _segments_of.get(menu) or _segments_of.setdefault(menu, _pool(menu))
+    if not len(segments.site):
+        return 0.0
+    order = np.argsort(-segments.log_slope, kind="stable")
+    bought = int((np.cumsum(segments.parameters[order]) <= target_parameters - menu.smallest_parameters).sum())
+    around = segments.log_slope[order[max(0, bought - 1) : bought + 1]]
+    return float(around.mean())
+
+
 def uniform(menu: Menu, target_parameters: int) -> NDArray[np.int64]:
     """Option index per site at one kept fraction for all: the largest option below it, and never dense below 1.
 
@@ -128,7 +140,7 @@ def to_schedule(menu: Menu, indices: NDArray[np.int64]) -> Schedule:
 def _pool(menu: Menu) -> _Segments:
     site, end, parameters, log_slope = [], [], [], []
     for number, options in enumerate(menu.sites):
-        hull = _lower_hull(options)
+        hull = lower_hull(options)
         for start, stop in pairwise(hull):
             price = int(options.parameters[stop] - options.parameters[start])
             gain = options.cost[start] - options.cost[stop]
@@ -144,7 +156,7 @@ def _pool(menu: Menu) -> _Segments:
     )
 
 
-def _lower_hull(options: SiteMenu) -> list[int]:
+def lower_hull(options: SiteMenu) -> list[int]:
     """Indices of the options on the lower convex hull of cost over parameters, until the cost falls no further."""
     x, y = options.parameters, options.cost
     hull: list[int] = []

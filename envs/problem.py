@@ -55,7 +55,7 @@ class Problem:
 
     Attributes:
         offsets: (levels,), ascending, symmetric around 0, the last one +inf for dense.
-        base: log weights of the sites' costs at offset 0, (sites,); zero unless made by `around`.
+        base: log weights of the sites' costs at offset 0, (sites,); zero unless made by `around` or `centred`.
     """
 
     menu: Menu
@@ -138,6 +138,17 @@ class Problem:
     def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Problem:
         """The same problem with `weighted(…)` in the place of the closed form; raises ValueError as that does."""
         return replace(self, base=self._log_weights(offsets, residuals))
+
+    def centred(self, log_weights: NDArray[np.float64]) -> Problem:
+        """The same problem with the costs of the sites weighed by exp(log_weights), (sites,), in its closed form.
+
+        Raises:
+            ValueError: not one finite number per site.
+        """
+        weights = np.asarray(log_weights, dtype=np.float64)
+        if weights.shape != self.base.shape or not np.isfinite(weights).all():
+            raise ValueError(f"log weights must be {len(self.base)} finite numbers, got shape {weights.shape}")
+        return replace(self, base=self.base + weights)
 
     def kept(self, schedule: Schedule) -> float:
         """Kept fraction of a schedule of options of the menu."""

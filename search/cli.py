@@ -17,7 +17,18 @@ from search.interrupts import guarded
 
 __all__ = ["COMMANDS", "DONE", "FAILURES", "REFUSED", "main"]
 
-COMMANDS = ("search", "compare", "benchmark", "report", "data", "doctor", "completion")
+COMMANDS = (
+    "search",
+    "apply",
+    "benchmark",
+    "compare",
+    "completion",
+    "data",
+    "doctor",
+    "prior",
+    "profile",
+    "report",
+)
 """Names of the modules in `search.commands`; the first is meant where none is named."""
 
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from search.strict_json import read_object
+
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
@@ -134,6 +136,14 @@ class Config(BaseModel):
         "What an earlier run of the same agent on the same model learned, at this or another target; the search starts "
         "from it.",
         "RUN",
+        min_length=1,
+    )
+    prior: str | None = _field(
+        None,
+        "search",
+        "an existing prior.json",
+        "A compression prior, of this or another model, that the search starts from in the place of the closed form.",
+        "FILE",
         min_length=1,
     )
     kl_weight: float = _weight(1.0, "lost nats per token")
@@ -307,6 +317,21 @@ class Config(BaseModel):
             raise ValueError(value)
         return str(Path(value).absolute())  # a resumed run finds it from anywhere
 
+    @field_validator("prior")
+    @classmethod
+    def _is_a_file(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not Path(value).is_file():
+            raise ValueError(value)
+        return str(Path(value).absolute())
+
+    @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> Self:
+        if self.policy is not None and self.prior is not None:
+            raise ValueError("policy and prior both say where to start: give one of them")
+        return self
+
     @model_validator(mode="after")
     def _names_one_folder(self) -> Self:
         if self.out is not None and self.resume is not None and Path(self.out).resolve() != Path(self.resume).resolve():
@@ -334,8 +359,11 @@ class Config(BaseModel):
             raise ValueError(_one_line(error)) from None
 
     def definition(self) -> dict[str, object]:
-        """The fields a resumed run may not change: all but budget, quick, threads, optimize and the folders."""
-        return self.model_dump(exclude={"budget", "quick", "threads", "optimize", "out", "resume"})
+        """The fields a resumed run may not change: all but budget, quick, threads, optimize and the folders.
+
+        Nor the prior, which may lie elsewhere by then: its content is what counts, see `search.trials.fingerprint`.
+        """
+        return self.model_dump(exclude={"budget", "quick", "threads", "optimize", "prior", "out", "resume"})
 
     def to_json(self) -> str:
         """The content of config.json: every field but the folders, so that a run folder may be moved."""
@@ -354,30 +382,7 @@ def read_fields(path: Path) -> dict[str, object]:
         ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, or NaN or Infinity in it.
     """
 
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [key for key, _ in pairs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"the key {twice[0]!r} occurs twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> object:
-        raise ValueError(f"{constant} is not allowed")
-
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-        if len(content) > _LARGEST_FILE:
-            raise ValueError(f"larger than {_LARGEST_FILE} bytes")
-        values = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except RecursionError:
-        raise ValueError(f"cannot use the configuration {path}: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"cannot use the configuration {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"cannot use the configuration {path}: a JSON object is wanted, got {type(values).__name__}")
-    return values
+    return read_object(path, "the configuration", _LARGEST_FILE)
 
 
 def _one_line(error: ValidationError) -> str:

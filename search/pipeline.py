@@ -27,12 +27,13 @@ from search.items import forms, load_proxy
 from search.latency import against_dense
 from search.models import resolve_device
 from search.packages import cache_folder
-from search.prior import build_prior
+from search.prior_making import build_prior
 from search.quality import paired_kl
 from search.report import REPORT, report
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
+from search.transfer import check_families
 from search.trials import (
     FINALISTS,
     Trial,
@@ -45,8 +46,9 @@ from search.trials import (
     select,
     spent,
 )
+from search.warm_start import read_prior, warm_start
 
-__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
+__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run", "table_row"]
 
 _REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
@@ -78,6 +80,8 @@ def run(config: Config, console: Console) -> RunSummary:
     with console.stage("load"):
         loaded, sites = load(config, device)
     read_policy(config, loaded)
+    if (prior := read_prior(config)) is not None:
+        check_families(prior, sites)
     if staying := _stays_dense(sites):
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
@@ -166,6 +170,7 @@ def preflight(config: Config) -> torch.device:
     if config.proxy.endswith(".jsonl"):
         load_proxy(config.proxy)
     read_policy(config)
+    read_prior(config)
     if config.out is not None:
         refuse_used(Path(config.out))
     return resolve_device(config.device)
@@ -200,20 +205,27 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     baselines = _baselines(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
         menu = subject.store.menu(progress=lambda done: stage.advance(1))
-        problem = Problem.build(menu, config.target_kept, config.granularity)
+        plain = Problem.build(menu, config.target_kept, config.granularity)
         for schedule in baselines.values():
             for name, choice in schedule:
                 if not choice.is_dense:
                     subject.store.cores(name, choice)
     subject.calibration.release()
-    trials, chosen = _search(folder, config, subject, problem, console)
-    scores = _measure(subject, {**baselines, "lagrangian": problem.closed_form(), "searched": chosen}, chosen, console)
+    closed_form = plain.closed_form()
+    problem, notes = warm_start(config, plain)
+    for note in notes:
+        console.note(f"prior: {note}")
+    trials, chosen = _search(folder, config, subject, problem, closed_form, console)
+    schedules = {**baselines, "lagrangian": closed_form}
+    if config.prior is not None:
+        schedules["prior"] = problem.closed_form()
+    scores = _measure(subject, {**schedules, "searched": chosen}, chosen, console)
     with console.stage("time"):
         costs = cache_folder() / "layer-costs.json"
         latency = against_dense(subject.loaded.model, subject.store, chosen, config.optimize, costs)
     if latency:
         console.note(f"searched: {latency}")
-    rows = [_row(name, score) for name, score in scores.items()]
+    rows = [table_row(name, score) for name, score in scores.items()]
     comparison = _comparison(scores)
     if comparison:
         console.note(
@@ -238,16 +250,21 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "environment": environment(),
     }
     folder.write_json(SUMMARY, document)
-    folder.write_json(PRIOR, build_prior(config, subject.loaded, subject.sites, chosen, rows, subject.splits))
+    prior = build_prior(config, subject.loaded, menu, chosen, rows, subject.splits)
+    folder.write_text(PRIOR, prior.to_json())
     folder.write_text(REPORT, report([folder.path]))
     return RunSummary(folder.path, document, failures)
 
 
 def _search(
-    folder: RunFolder, config: Config, subject: Subject, problem: Problem, console: Console
+    folder: RunFolder, config: Config, subject: Subject, problem: Problem, closed_form: Schedule, console: Console
 ) -> tuple[list[Trial], Schedule]:
-    """Run the agent; returns its trials and the schedule selected from the best of them and the closed form."""
-    agent, closed_form = make_agent(config, problem, subject), problem.closed_form()
+    """Run the agent; returns its trials and the schedule selected from the best of them, the prior and the closed form.
+
+    Args:
+        problem: around the prior, if there is one; its own closed form is then the prior's schedule.
+    """
+    agent = make_agent(config, problem, subject)
     journal = open_journal(folder / STUDY, config, subject, problem)
     try:
         with subject.evaluator("search", closed_form) as evaluator:
@@ -258,7 +275,8 @@ def _search(
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:
         journal.close()
-    finalists = challengers(closed_form, [proposal.schedule for proposal in agent.recommend(FINALISTS)])
+    recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
+    finalists = challengers(closed_form, [problem.closed_form(), *recommended])
     if isinstance(agent, Learner):
         agent.saved_policy().write(folder.path)
     if not finalists:
@@ -299,7 +317,7 @@ def _measure(
     return scores
 
 
-def _row(name: str, score: Score) -> dict[str, object]:
+def table_row(name: str, score: Score) -> dict[str, object]:
     """A row of the final table; standard errors under the names the table knows."""
     figures = {key.replace("standard_error", "stderr"): value for key, value in score.to_dict().items()}
     return {"schedule": name, **figures}

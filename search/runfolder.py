@@ -132,22 +132,26 @@ class RunFolder:
         return self.path / name
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file whole: after a crash at any point it has either its old or its new content."""
+        """Write a file whole, see `write_whole`; returns its path."""
         return write_whole(self.path / name, text)
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """The same for other files than text."""
+        return write_whole(self.path / name, content)
 
     def write_json(self, name: str, value: Mapping[str, object] | Sequence[object]) -> Path:
         """Write a JSON file whole. Numbers that are not finite become null: JSON has no other word for them."""
         return self.write_text(name, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def write_whole(target: Path, text: str) -> Path:
+def write_whole(target: Path, content: bytes | str) -> Path:
     """Write a file whole, making its folder: after a crash at any point it has either its old or its new content."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with shield():
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)

@@ -91,15 +91,18 @@ class Subject:
         return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
 
     @contextmanager
-    def evaluator(self, part: str, anchor: Schedule | None = None) -> Iterator[ModelEvaluator]:
-        """An evaluator on one part of the data; the model is dense again afterwards.
+    def evaluator(
+        self, part: str, anchor: Schedule | None = None, sequences: Sequence[Packed] | None = None
+    ) -> Iterator[ModelEvaluator]:
+        """An evaluator on one part of the data, or on some sequences of it; the model is dense again afterwards.
 
         What is reported is measured on the tensors that are stored.
         """
         config, reported = self.config, part == "heldout"
         racing = part == "selection"
         batch_tokens = _RACING_BATCH if racing else _BATCH
-        workloads = [Workload(sequences, self.device, batch_tokens, mixed=racing) for sequences in self.shards(part)]
+        shards = self.shards(part) if sequences is None else [sequences]
+        workloads = [Workload(one, self.device, batch_tokens, mixed=racing) for one in shards]
         repairing = config.reward_repair_tokens and not reported
         evaluator = ModelEvaluator(
             self.loaded.model,

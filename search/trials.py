@@ -24,6 +24,7 @@ from search.journal import Journal, Record
 from search.models import LoadedModel
 from search.quality import paired_kl
 from search.subject import Subject
+from search.warm_start import prior_digest
 
 __all__ = [
     "FINALISTS",
@@ -178,6 +179,7 @@ def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
         "reward": dataclasses.asdict(_weighted(config)),
         "dtype": str(subject.loaded.model.dtype),
         **({"policy": policy.digest} if (policy := read_policy(config, subject.loaded)) else {}),
+        **({"prior": digest} if (digest := prior_digest(config)) else {}),
     }
 
 

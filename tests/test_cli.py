@@ -70,7 +70,7 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     weights = dict(kl_weight=2.0, correct_weight=0.0, compression_weight=0.5, bytes_weight=0.1, latency_weight=0.2)
     sizes["reward_repair_tokens"] = 256
     values = {**texts, **sizes, **weights, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
-    assert set(values) | {"quick", "per_head", "policy", "resume"} == set(Config.model_fields)
+    assert set(values) | {"quick", "per_head", "policy", "prior", "resume"} == set(Config.model_fields)
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["search", *words, "--quick", "--per-head"]) == cli.DONE
     assert pipeline.configs == [Config.of({**values, "quick": True, "per_head": True})]

@@ -20,6 +20,7 @@ from search import cli, models, subject
 from search import trials as trial_module
 from search.config import Config
 from search.evaluators import ModelEvaluator
+from search.prior import Prior
 from search.scoring import Workload
 
 __all__ = ["fake_data"]
@@ -120,6 +121,11 @@ def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
     assert parameters / dense == pytest.approx(searched["kept_fraction"])
     assert prior["format"] == "chisel-prior"
     assert len(prior["sites"]) == 21
+    read = Prior.read(tmp_path / "run" / "prior.json")
+    assert read.schedule.digest == prior["schedule_digest"]
+    assert read.bytes_fraction == searched["bytes_fraction"]
+    assert [score.schedule for score in read.scores] == NAMES
+    assert all(site.sensitivity is not None and site.offset is not None for site in read.sites)
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -62,5 +62,5 @@ def _parser() -> argparse.ArgumentParser:
         default="0,1,2",
         help="Of the agents; --seed is that of the data. Default: 0,1,2.",
     )
-    add_fields(parser, without=("agent", "policy"))
+    add_fields(parser, without=("agent", "policy", "prior"))
     return parser

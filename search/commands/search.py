@@ -31,9 +31,12 @@ examples:
   python search.py --resume results/RUN                     continue after an interruption
 
 other commands:
+  python search.py apply --prior FILE                       a compression prior on this or another model
   python search.py compare                                  several agents at equal cost, --help says how
   python search.py report results/RUN                       one page with tables and figures, again or of several runs
   python search.py benchmark results/RUN                    MMLU, HellaSwag and others on its models
+  python search.py profile                                  what every matrix costs by itself at several χ
+  python search.py prior show|diff|validate FILE...         look at compression priors
   python search.py data                                     only fetch the model and the texts of the default job
   python search.py doctor                                   can this machine run it, and what to do if not
   python search.py completion bash                          complete commands and flags in a shell

@@ -1,0 +1,180 @@
+"""Does a prior found on one model save evaluations, or quality, on another?
+
+    python -m benchmarks.transfer [--quick] [--write] [--models A B] [--budget 60] [--seeds 0 1 2] [--target-kept 0.8]
+
+Both ways between two models, by default the default model and Gemma 3 270M. For each: a cold search, from the closed
+form; a warm one with the same agent, budget, seed and data, from the prior that the cold search of the other left;
+and what that prior costs without any evaluation, by either rule of `search.transfer`. Held-out KL of all, and after how
+many evaluations the warm search first had a trial as good as the cold search's best, both by the KL that trials saw.
+
+Every search stands in a folder of its own under `--runs`, and one that is there is not repeated. `--quick` takes two
+tiny random models: it shows that everything works, and nothing about priors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.report import RESULTS, Bar, markdown, publish
+from benchmarks.second_model import second_model
+from search.application import apply
+from search.config import Config
+from search.console import Console
+from search.pipeline import run
+from search.prior import Prior
+from search.runfolder import PRIOR, SUMMARY, TRIALS
+from search.transfer import RULES, Rule
+
+QUICK: dict[str, Any] = dict(calibration_tokens=1500, search_items=2, search_text_tokens=128, search_shards=2)
+QUICK |= dict(heldout_tokens=600, report_items=6, budget=8)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One direction and seed: held-out KL in nats per token, evaluations of the warm search.
+
+    Attributes:
+        reached: evaluations until a warm trial was as good as the best cold one; NaN if none was.
+    """
+
+    source: str
+    target: str
+    seed: int
+    closed_form: float
+    by_price: float
+    by_chi: float
+    cold: float
+    warm: float
+    cold_best_at: int
+    reached: float
+
+
+def search(config: Config, folder: Path) -> dict[str, Any]:
+    """The summary of a run, made or continued if need be."""
+    if not (folder / SUMMARY).exists():
+        known = {"resume": str(folder)} if (folder / "config.json").exists() else {"out": str(folder)}
+        with Console() as console:
+            run(Config.of({**config.model_dump(exclude={"out", "resume"}), **known}), console)
+    document: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return document
+
+
+def applied(config: Config, prior: Path, rule: Rule, folder: Path) -> float:
+    """Held-out KL of a prior transferred without an evaluation."""
+    if not (folder / SUMMARY).exists():
+        values = config.model_dump(exclude={"out", "resume", "prior"})
+        with Console() as console:
+            wanted = Config.of({**values, "out": str(folder)})
+            apply(wanted, Prior.read(prior), console, config.target_kept, rule)
+    document = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return held_out(document, "prior")
+
+
+def held_out(document: dict[str, Any], schedule: str) -> float:
+    """KL of a row of a summary; NaN where it has none."""
+    [value] = [row["kl"] for row in document["rows"] if row["schedule"] == schedule]
+    return math.nan if value is None else float(value)
+
+
+def trial_kl(folder: Path) -> list[float]:
+    """KL of the trials in order, with the control variate, as rewards see it; infinite for a failed one."""
+    with (folder / TRIALS).open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["trial"]))
+    return [float(row["kl"]) + float(row["kl_control"] or 0) if row["kl"] else math.inf for row in rows]
+
+
+def first_as_good(values: Sequence[float], bound: float) -> float:
+    """How many of `values` it takes until one is at most `bound`; NaN if none is."""
+    return next((float(count) for count, value in enumerate(values, 1) if value <= bound), math.nan)
+
+
+def outcome(configs: dict[str, Config], source: str, target: str, seed: int, runs: Path) -> Outcome:
+    """One direction: cold searches of both models, then the warm one and the bare prior on the target."""
+
+    def folder(kind: str, model: str) -> Path:
+        return runs / f"{kind}-{model}-{seed}"
+
+    def seeded(model: str, **changes: object) -> Config:
+        return Config.of({**configs[model].model_dump(exclude={"quick", "out", "resume"}), "seed": seed, **changes})
+
+    search(seeded(source), folder("cold", source))
+    prior = folder("cold", source) / PRIOR
+    cold = search(seeded(target), folder("cold", target))
+    warm = search(seeded(target, prior=str(prior)), folder("warm", target))
+    bare = {rule: applied(seeded(target), prior, rule, folder(f"bare-{rule}", target)) for rule in ("price", "chi")}
+    cold_trials, warm_trials = (trial_kl(folder(kind, target)) for kind in ("cold", "warm"))
+    best = min(cold_trials)
+    return Outcome(
+        source=source,
+        target=target,
+        seed=seed,
+        closed_form=held_out(cold, "lagrangian"),
+        by_price=bare["price"],
+        by_chi=bare["chi"],
+        cold=held_out(cold, "searched"),
+        warm=held_out(warm, "searched"),
+        cold_best_at=1 + cold_trials.index(best),
+        reached=first_as_good(warm_trials, best),
+    )
+
+
+def report(outcomes: Sequence[Outcome], budget: int) -> tuple[str, list[Bar]]:
+    """The table, and a bar each way: the warm search is at least as good as the cold one."""
+    header = ("prior of, on", "seed", "closed form", *(f"bare, by {rule}" for rule in RULES), "cold", "warm")
+    rows = [
+        (
+            f"{one.source}, {one.target}",
+            one.seed,
+            *(f"{value:.4f}" for value in (one.closed_form, one.by_price, one.by_chi, one.cold, one.warm)),
+            one.cold_best_at,
+            "never" if math.isnan(one.reached) else f"{one.reached:.0f}",
+        )
+        for one in outcomes
+    ]
+    text = (
+        f"Held-out KL to the dense model, nats per token; {budget} evaluations a search. The last columns: at which "
+        "evaluation the cold search had its best trial, and at which the warm one first had a trial as good.\n\n"
+    )
+    bars = []
+    for way in dict.fromkeys((one.source, one.target) for one in outcomes):
+        of = [one for one in outcomes if (one.source, one.target) == way]
+        value = fmean(one.warm for one in of) / fmean(one.cold for one in of)
+        bars.append(Bar(f"warm_over_cold_kl_on_{way[1]}", value, "<=", 1.0))
+    return text + markdown((*header, "cold best at", "warm as good at"), rows), bars
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--models", nargs=2, metavar=("A", "B"))
+    parser.add_argument("--agent", default="guided")
+    parser.add_argument("--budget", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--target-kept", type=float, default=0.8)
+    parser.add_argument("--runs", type=Path, default=RESULTS / "transfer-runs", help="where run folders are kept")
+    given = parser.parse_args()
+    values: dict[str, Any] = dict(agent=given.agent, budget=given.budget, target_kept=given.target_kept)
+    values["repair_tokens"] = 0  # a repair hides what allocation is worth
+    if given.quick:
+        models, seeds, values = ["random:tiny-llama", "random:tiny-qwen2"], [0], values | QUICK
+    else:
+        models, seeds = given.models or ["default", str(second_model())], given.seeds
+    configs = {Path(model).stem.replace(":", "-"): Config.of({**values, "model": model}) for model in models}
+    first, second = configs
+    ways = [(source, target, seed) for seed in seeds for source, target in ((first, second), (second, first))]
+    outcomes = [outcome(configs, *way, given.runs) for way in ways]
+    body, bars = report(outcomes, int(values["budget"]))
+    publish("benchmarks.transfer", "Priors from one model to another", body, bars, given.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`search.py apply`: a prior on a model, the one it was made for or another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from search.commands.profile import IGNORED
+from search.console import Console
+from search.failures import DONE, explain
+from search.flags import Parser, add_fields, configuration, parse, set_threads
+from search.table import text_table
+
+__all__ = ["run"]
+
+_ABOUT = """\
+Apply a compression prior to a model. On the model it was made for its schedule is taken as it stands; to another model
+it is transferred by kind of matrix and relative depth, and projected onto the budget. Writes prior.json, schedule.json
+and a table of what the schedule costs, measured on held-out data."""
+
+_EXAMPLES = """\
+examples:
+  python search.py apply --prior results/priors/smollm2-135m-instruct-kept-0.80.json --out results/applied
+  python search.py apply --prior prior.json --model google/gemma-3-270m --out results/on-gemma
+  python search.py apply --prior prior.json --target-kept 0.6 --out results/smaller"""
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    given = parse(_parser(), words)
+    shown = Console(quiet=given.pop("quiet"))
+    clamp, measure = given.pop("clamp"), not given.pop("no_measure")
+    rule, profile, file = (given.pop(name, None) for name in ("transfer", "profile", "prior"))
+    try:
+        target = given.get("target_kept")
+        if file is None:
+            raise ValueError("prior must be an existing prior.json, got none")
+        config = configuration(given)
+        set_threads(config)
+        from search.prior import Prior
+
+        prior = Prior.read(Path(file), clamp)
+        if target is None:
+            config = configuration({**given, "target_kept": prior.target_kept})
+        from search import application
+
+        with shown:
+            path = None if profile is None else Path(profile)
+            folder, rows, notes = application.apply(config, prior, shown, target, rule, measure, path)
+    except BaseException as error:
+        return explain(error, None)
+    table = f"\n{text_table(rows)}" if rows else ""
+    print("\n".join(notes), f"{table}\n{folder}", sep="\n")
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="search.py apply",
+        description=_ABOUT,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage="python search.py apply --prior FILE [FLAGS]",
+    )
+    own = parser.add_argument_group("application")
+    own.add_argument(
+        "--clamp",
+        action="store_true",
+        default=False,
+        help="Lower a χ above the largest that saves parameters, instead of refusing.",
+    )
+    own.add_argument(
+        "--transfer",
+        choices=("price", "chi"),
+        help="To another model: price keeps how far the prior departs from its closed form, chi its relative χ. "
+        "Default: price where the prior says it.",
+    )
+    own.add_argument(
+        "--no-measure", action="store_true", default=False, help="Write the schedule without measuring what it costs."
+    )
+    own.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="A sweep over this model, whose measured traces go into the new prior.",
+    )
+    add_fields(parser, without=(*(name for name in IGNORED if name not in ("target_kept", "prior")), "resume"))
+    return parser

@@ -1,0 +1,85 @@
+"""`search.py prior`: priors printed, compared and checked; the published schema."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from search.config import nearest
+from search.failures import DONE, REFUSED, complain, explain, refuse
+from search.flags import Parser, parse
+
+__all__ = ["run"]
+
+_ACTIONS = {
+    "show": "print each: a bar per block, totals, scores",
+    "diff": "two of them: what differs",
+    "validate": "say of each whether it can be used",
+    "schema": "print the JSON Schema of the format",
+}
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    parser = _parser()
+    names = [word for word in words if not word.startswith("-")]
+    given = parse(parser, [word for word in words if word.startswith("-")])
+    action, files = (names[0] if names else ""), [Path(name) for name in names[1:]]
+    if action not in _ACTIONS:
+        return refuse(f"prior needs one of {', '.join(_ACTIONS)}, got {action!r}; the nearest is {_near(action)}")
+    wanted = {"diff": "two files", "schema": "no file"}.get(action, "one file or more")
+    if not {"diff": len(files) == 2, "schema": not files}.get(action, bool(files)):
+        return refuse(f"prior {action} needs {wanted}, got {len(files)}")
+    try:
+        return _act(action, files, given["clamp"])
+    except BaseException as error:
+        return explain(error, None)
+
+
+def _act(action: str, files: list[Path], clamp: bool) -> int:
+    from search.prior import Prior
+    from search.prior_text import diff_text, show_text
+
+    if action == "schema":
+        print(Prior.published_schema(), end="")
+        return DONE
+    if action == "validate":
+        return _validate(files, clamp)
+    priors = [Prior.read(file, clamp) for file in files]
+    print(diff_text(*priors) if action == "diff" else "\n".join(map(show_text, priors)), end="")
+    return DONE
+
+
+def _validate(files: list[Path], clamp: bool) -> int:
+    """All files are looked at, whatever is wrong with the first."""
+    from search.prior import Prior
+
+    code = DONE
+    for file in files:
+        try:
+            prior = Prior.read(file, clamp)
+        except ValueError as error:
+            complain(str(error))
+            code = REFUSED
+        else:
+            print(f"{file}: ok, {len(prior.sites)} sites of {prior.model.id}, kept {prior.kept_fraction:.4f}")
+    return code
+
+
+def _near(action: str) -> str:
+    return nearest(action, _ACTIONS)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="search.py prior",
+        description="Look at compression priors.\n\n"
+        + "\n".join(f"  prior {name:<9} {about}" for name, about in _ACTIONS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="python search.py prior show|diff|validate FILE...",
+    )
+    parser.add_argument(
+        "--clamp", action="store_true", help="Lower a χ above the largest that saves parameters, instead of refusing."
+    )
+    return parser

@@ -1,0 +1,114 @@
+"""`search.py profile`: what every matrix costs by itself at several χ."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+from search.console import Console
+from search.failures import DONE, explain
+from search.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
+
+__all__ = ["IGNORED", "levels_text", "run"]
+
+Number = TypeVar("Number", int, float)
+
+_ABOUT = """\
+Measure what every matrix costs by itself: one site at one χ, everything else dense, on the search data; beside it what
+the menu predicts. Writes sensitivity.csv and .parquet, heat maps and a summary. --resume continues a sweep, also with
+more levels."""
+
+_EXAMPLES = """\
+examples:
+  python search.py profile                                  every matrix, χ 10 to 90 and three fractions
+  python search.py profile --chi 10,50,90 --fractions none --out results/three
+  python search.py profile --per-head --chi 4:32:4          every attention head by itself"""
+
+IGNORED = (
+    "agent",
+    "budget",
+    "target_kept",
+    "granularity",
+    "policy",
+    "prior",
+    "kl_weight",
+    "correct_weight",
+    "compression_weight",
+    "bytes_weight",
+    "latency_weight",
+    "reward_repair_tokens",
+    "repair_tokens",
+    "optimize",
+)
+"""Fields of a run that a sweep has no use for."""
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    given = parse(_parser(), words)
+    shown = Console(quiet=given.pop("quiet"))
+    chi, fractions, tokens = (given.pop(name, None) for name in ("chi", "fractions", "tokens"))
+    try:
+        config = configuration(given)
+        set_threads(config)
+        from search import profile
+
+        levels = None
+        if chi is not None or fractions is not None:
+            levels = profile.Levels(
+                profile.CHI if chi is None else tuple(levels_text("chi", chi, int)),
+                profile.FRACTIONS if fractions is None else tuple(levels_text("fractions", fractions, float)),
+            )
+        with shown:
+            folder, text = profile.profile(config, levels, tokens and whole_numbers("tokens", tokens)[0], shown)
+    except BaseException as error:
+        return explain(error, shown.folder, "profile ")
+    print(f"{text}\n{folder}")
+    return DONE
+
+
+def levels_text(name: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers with commas between, START:STOP:STEP with both ends for whole ones, or none.
+
+    Raises:
+        ValueError: anything else, naming `name`.
+    """
+    rule = "numbers with commas between, START:STOP:STEP, or none"
+    if text == "none":
+        return []
+    try:
+        if kind is int and ":" in text:
+            start, stop, step = map(int, text.split(":"))
+            if step < 1 or stop < start or (stop - start) // step > 10_000:
+                raise ValueError
+            return [kind(str(number)) for number in range(start, stop + 1, step)]
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be {rule}, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="search.py profile",
+        description=_ABOUT,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage="python search.py profile [FLAGS]",
+    )
+    sweep = parser.add_argument_group("sweep")
+    sweep.add_argument(
+        "--chi", metavar="LIST", help="Bond dimensions: 10,50,90 or 10:90:10, or none. Default: 10:90:10."
+    )
+    sweep.add_argument(
+        "--fractions",
+        metavar="LIST",
+        help="Bond dimensions as fractions of a matrix' full one, or none. Default: 0.25,0.5,0.75.",
+    )
+    sweep.add_argument(
+        "--tokens", metavar="N", help="Tokens of the search texts and questions that a measurement reads. Default: 512."
+    )
+    add_fields(parser, without=IGNORED)
+    return parser

@@ -1,0 +1,283 @@
+"""Profile: what every site costs by itself at several χ, measured beside the menu's prediction.
+
+One schedule a measurement: one site at one χ, all others dense, on some of the search data. Knows the order of a
+sweep and what its folder receives; `search.sensitivity` knows what the table says.
+
+The hidden states below the changed block are those of the dense model and are not computed again
+(`search.reuse`), so a sweep costs about half of its forward passes. It goes level by level and block by block: what an
+interrupted one leaves is whole levels, and the estimate of time left is fair, since late blocks are cheaper than early
+ones. sensitivity.csv is written whole after every block; a resumed sweep measures what is not in it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from compression.cache import cache_key
+from compression.legs import resolve
+from compression.menu import nested_options
+from compression.schedule import Choice, Schedule
+from compression.sites import Site
+from search.config import Config
+from search.console import Console
+from search.evaluators import Score
+from search.heat_maps import heat_map
+from search.journal import differences
+from search.packing import Packed
+from search.pipeline import calibrate, preflight
+from search.runfolder import CONFIG, ENVIRONMENT, RunFolder, environment
+from search.sensitivity import Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
+from search.subject import Subject, load
+
+__all__ = ["CHI", "FRACTIONS", "PROFILE", "TABLE", "TOKENS", "Levels", "profile", "read_profile"]
+
+CHI = tuple(range(10, 100, 10))
+FRACTIONS = (0.25, 0.5, 0.75)
+TOKENS = 512
+"""What a measurement reads, unless said otherwise: KL at thousands of places rather than few figures of each."""
+PROFILE, TABLE, PARQUET, SUMMARY = "profile.json", "sensitivity.csv", "sensitivity.parquet", "summary.txt"
+_FORMAT = 1
+_TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"  # as in the menus
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Bond dimensions of a sweep.
+
+    Attributes:
+        chi: the same at every site.
+        fractions: of a site's full χ, above 0 and below 1.
+    """
+
+    chi: tuple[int, ...] = CHI
+    fractions: tuple[float, ...] = FRACTIONS
+
+    def __post_init__(self) -> None:
+        if bad := [chi for chi in self.chi if chi < 1]:
+            raise ValueError(f"chi must be whole numbers of at least 1, got {bad[0]}")
+        if bad_fractions := [one for one in self.fractions if not 0 < one < 1]:
+            raise ValueError(f"fractions must lie between 0 and 1, got {bad_fractions[0]}")
+        if not self.chi and not self.fractions:
+            raise ValueError("chi or fractions must name a level, got none")
+
+    def of(self, site: Site) -> list[int]:
+        """χ at one site by level, each once; a χ that saves nothing there is left out."""
+        legs = resolve(_TOPOLOGY, site.out_features, site.in_features)
+        wanted = [*self.chi, *(max(1, round(one * max(legs.full_bonds))) for one in self.fractions)]
+        return [chi for chi in dict.fromkeys(wanted) if chi <= legs.break_even_chi]
+
+
+def profile(config: Config, levels: Levels | None, tokens: int | None, console: Console) -> tuple[Path, str]:
+    """Measure what is missing of a sweep; returns its folder and the summary.
+
+    Args:
+        levels: None takes those of the sweep that is resumed, or the defaults.
+        tokens: what every measurement reads, at most; None as for `levels`.
+
+    Raises:
+        ValueError: refused input, and the folder of a sweep over another model or other data.
+        DataUnavailable: data or model cannot be had.
+    """
+    if tokens is not None and tokens < 64:
+        raise ValueError(f"tokens must be a whole number of at least 64, got {tokens}")
+    device = preflight(config)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device)
+    if config.resume:
+        folder = RunFolder.resume(config.resume)
+    else:
+        folder = RunFolder.new(config.out, "profile", config.model, config.seed)
+    with folder:
+        console.opened(folder.path)
+        document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])
+        tokens = tokens or document.get("tokens", TOKENS)
+        data = _sequences(subject, tokens)
+        _refuse_another(folder.path, document, _fingerprint(subject, data))
+        levels = levels or _levels(document)
+        folder.write_text(CONFIG, config.to_json())
+        folder.write_json(ENVIRONMENT, environment())
+        calibrate(subject, console)
+        with console.stage("decompose", len(sites), "matrices") as stage:
+            subject.store.menu(progress=lambda done: stage.advance(1))
+        subject.calibration.release()
+        rows = _sweep(folder, subject, levels, data, tokens, found, console)
+        text = summary(rows, loaded.model_id)
+        _publish(folder, rows, text)
+    return folder.path, text
+
+
+def read_profile(folder: Path, model_digest: str) -> list[Row]:
+    """The rows of a sweep.
+
+    Raises:
+        ValueError: no sweep there, or one of another model.
+    """
+    document, rows = _read(folder)
+    if document["fingerprint"].get("model") != model_digest:
+        raise ValueError(f"profile must be of the same model, but {folder} is of {document['model']}")
+    return rows
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    try:
+        document = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
+        if document["format"] != _FORMAT:
+            raise ValueError(f"its format is {document['format']}, and {_FORMAT} is wanted")
+        rows = parse_rows((folder / TABLE).read_text(encoding="utf-8")) if (folder / TABLE).exists() else []
+        _levels(document)
+        if type(document["tokens"]) is not int or not isinstance(document["fingerprint"], dict):
+            raise ValueError("its tokens or its fingerprint are not what they must be")
+        return {**document, "model": str(document["model"])}, rows
+    except FileNotFoundError:
+        raise ValueError(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot use the profile {folder}: {error}") from None
+
+
+def _levels(document: Mapping[str, Any]) -> Levels:
+    """Those of a sweep that is resumed, else the defaults."""
+    if not document:
+        return Levels()
+    return Levels(tuple(document["levels"]["chi"]), tuple(document["levels"]["fractions"]))
+
+
+def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping[str, object]) -> None:
+    if document and document["fingerprint"] != expected:
+        raise ValueError(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
+
+
+def _sequences(subject: Subject, tokens: int) -> list[Packed]:
+    """Texts and questions of the search sets in turn, as many as `tokens` allow and at least one of each."""
+    every = [sequence for shard in subject.shards("search") for sequence in shard]
+    texts, items = ([one for one in every if bool(one.branches) == scored] for scored in (False, True))
+    taken: list[Packed] = []
+    for sequence in (one for pair in zip_longest(texts, items) for one in pair if one is not None):
+        if len(taken) < 2 or sum(len(one.tokens) for one in taken) + len(sequence.tokens) <= tokens:
+            taken.append(sequence)
+    return taken
+
+
+def _fingerprint(subject: Subject, data: Sequence[Packed]) -> dict[str, object]:
+    """Everything that decides a figure of the table, as plain JSON values."""
+    return {
+        "model": subject.loaded.digest,
+        "statistics": subject.calibration.key,
+        "data": cache_key(tokens=[list(one.tokens) for one in data]),
+        "dtype": str(subject.loaded.model.dtype),
+        "sites": cache_key(names=[site.name for site in subject.sites]),
+    }
+
+
+def _sweep(
+    folder: RunFolder,
+    subject: Subject,
+    levels: Levels,
+    data: Sequence[Packed],
+    tokens: int,
+    rows: Sequence[Row],
+    console: Console,
+) -> list[Row]:
+    found = list(rows)
+    done = {(row.site, row.chi) for row in found}
+    wanted = list(_order(subject.sites, levels))
+    missing = [(site, chi) for site, chi in wanted if (site.name, chi) not in done]
+    costs: dict[str, dict[int, float]] = {}
+    with (
+        subject.evaluator("search", sequences=data) as evaluator,
+        console.stage("profile", len(wanted), "measurements", len(wanted) - len(missing)) as stage,
+    ):
+        folder.write_json(PROFILE, _document(subject, levels, data, tokens, evaluator.dense))
+        for _, batch in groupby(missing, key=lambda pair: pair[0].block):
+            pairs = list(batch)
+            scores = evaluator.evaluate([_alone(subject.sites, site, chi) for site, chi in pairs])
+            for (site, chi), score in zip(pairs, scores, strict=True):
+                predicted = costs.get(site.name) or costs.setdefault(site.name, _costs(subject, site))
+                found.append(_row(site, chi, predicted[chi], score))
+            folder.write_text(TABLE, rows_text(found))
+            stage.advance(len(pairs), f"block {pairs[-1][0].block}, χ {pairs[-1][1]}")
+    return found
+
+
+def _order(sites: Sequence[Site], levels: Levels) -> Iterator[tuple[Site, int]]:
+    """Level by level, and in each by block."""
+    chis = {site.name: levels.of(site) for site in sites if not site.dense_because}
+    for level in range(max(map(len, chis.values()), default=0)):
+        for site in sorted(sites, key=lambda site: site.block):
+            if level < len(chis.get(site.name, ())):
+                yield site, chis[site.name][level]
+
+
+def _alone(sites: Sequence[Site], changed: Site, chi: int) -> Schedule:
+    dense = dict(Schedule.dense(tuple(site.name for site in sites)))
+    return Schedule(tuple((dense | {changed.name: Choice(_TOPOLOGY, chi, _METRIC)}).items()))
+
+
+def _costs(subject: Subject, site: Site) -> dict[int, float]:
+    """Predicted KL of a site by χ."""
+    spectrum = subject.store.factors(site.name, _TOPOLOGY, _METRIC).spectrum.numpy()
+    options = nested_options(_TOPOLOGY, _METRIC, np.asarray(spectrum, dtype=np.float64), site)
+    return {option.choice.chi: option.cost for option in options}
+
+
+def _row(site: Site, chi: int, predicted: float, score: Score) -> Row:
+    legs = resolve(_TOPOLOGY, site.out_features, site.in_features)
+    return Row(
+        site=site.name,
+        block=site.block,
+        family=site.family,
+        topology=_TOPOLOGY,
+        chi=chi,
+        relative_chi=chi / max(legs.full_bonds),
+        kept_fraction=legs.parameters(chi) / site.parameters,
+        predicted_kl=predicted,
+        kl=score.kl,
+        kl_standard_error=score.quality.kl_standard_error,
+        expected_accuracy=score.expected_accuracy,
+        perplexity=score.quality.perplexity,
+        state=score.state,
+        seconds=score.seconds,
+    )
+
+
+def _document(subject: Subject, levels: Levels, data: Sequence[Packed], tokens: int, dense: Score) -> dict[str, object]:
+    return {
+        "format": _FORMAT,
+        "model": subject.loaded.model_id,
+        "fingerprint": _fingerprint(subject, data),
+        "tokens": tokens,
+        "levels": asdict(levels),
+        "dense": {
+            "perplexity": dense.quality.perplexity,
+            "expected_accuracy": dense.expected_accuracy,
+            "items": dense.quality.items,
+            "tokens": dense.quality.tokens,
+        },
+    }
+
+
+def _publish(folder: RunFolder, rows: Sequence[Row], text: str) -> None:
+    """What is made of the table when the sweep is complete."""
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in parse_rows(rows_text(rows))]), out)
+    folder.write_bytes(PARQUET, out.getvalue())
+    folder.write_text(SUMMARY, text)
+    blocks, families, table = block_by_family(rows)
+    unit = "KL, nats per token"
+    drawn = heat_map(table, blocks, families, "one site alone, geometric mean over χ", "family", unit)
+    folder.write_text("plots/block-family.svg", drawn)
+    blocks, chis, table = block_by_chi(rows)
+    if chis:
+        drawn = heat_map(table, blocks, chis, "sites one at a time, summed over the block", "χ", unit)
+        folder.write_text("plots/block-chi.svg", drawn)
