@@ -7,7 +7,6 @@ place, as its final table did.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,22 @@ import torch
 
 from compression.allocation import uniform_schedule
 from compression.apply import ScheduleApplier
-from compression.schedule import DENSE, Choice, Schedule
+from compression.schedule import Schedule
 from compression.sites import put_modules
 from envs import Problem
 from search.config import Config, nearest, read_fields
 from search.console import Console
 from search.models import LoadedModel, load_model, model_digest
 from search.pipeline import calibrate
+from search.prior import Prior
 from search.runfolder import CONFIG, PRIOR
 from search.subject import Subject, load, working_dtype
 
-__all__ = ["SCHEDULES", "Contestant", "contestants", "schedule_of_prior"]
+__all__ = ["SCHEDULES", "Contestant", "contestants"]
 
 SCHEDULES = ("dense", "uniform", "lagrangian", "searched", "repaired")
 """What a run has: the model as it was; uniform χ, the closed form and the search's choice, all at the run's target; and
 that choice repaired block by block."""
-
-_LARGEST_PRIOR = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -78,43 +76,19 @@ def contestants(
     return found
 
 
-def schedule_of_prior(prior: Mapping[str, Any]) -> Schedule:
-    """The schedule that a prior carries.
-
-    Raises:
-        ValueError: it carries none, or not the one whose digest it names.
-    """
-    try:
-        schedule = Schedule(tuple((site["name"], _choice(site)) for site in prior["sites"]))
-        digest = prior["schedule_digest"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"a prior must list its sites with their topology and χ, but {error} is wrong or missing"
-        ) from None
-    if schedule.digest != digest:
-        raise ValueError(
-            f"the prior names the schedule {digest!r:.20} and carries {schedule.digest:.12}: it was altered"
-        )
-    return schedule
-
-
-def _choice(site: Mapping[str, Any]) -> Choice:
-    return DENSE if site["topology"] == "dense" else Choice(site["topology"], site["chi"], site["metric"])
-
-
 def _contestant(
     word: str, schedules: Sequence[str], device: torch.device, console: Console, several: bool
 ) -> Contestant:
     path = Path(word).expanduser()
     if (path / CONFIG).is_file() and (path / PRIOR).is_file():
-        prior, config = _read_prior(path / PRIOR), _config(read_fields(path / CONFIG))
+        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
     elif path.suffix == ".json" and path.is_file():
-        prior = _read_prior(path)
-        config = _config(prior["configuration"] | {"model": _model_of(prior)})
+        prior = Prior.read(path)
+        config = _config(prior.configuration)
     else:
         if path.is_dir() and (path / "study.db").exists():
             raise ValueError(f"the run {word!r} is not finished: it has no {PRIOR}; continue it with --resume")
-        searched = _searched(_read_prior(path / PRIOR)) if (path / PRIOR).is_file() else frozenset()
+        searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 
         def plain() -> Iterator[LoadedModel]:
             yield load_model(word, device, working_dtype(device))
@@ -125,7 +99,7 @@ def _contestant(
     label = f"{path.stem}:" if several else ""
     names = tuple(f"{label}{name}" for name in schedules)
     run = _Run(config, prior, schedules, device, console)
-    return Contestant(word, names, _searched(prior), run.models)
+    return Contestant(word, names, frozenset(prior.data.search_items), run.models)
 
 
 @dataclass(frozen=True)
@@ -133,7 +107,7 @@ class _Run:
     """The models of a run or a prior."""
 
     config: Config
-    prior: Mapping[str, Any]
+    prior: Prior
     schedules: Sequence[str]
     device: torch.device
     console: Console
@@ -142,7 +116,7 @@ class _Run:
         """One schedule after the other on one model in memory, which is dense in between."""
         with self.console.stage("load"):
             loaded, sites = load(self.config, self.device)
-        wanted = self.prior["model"]["digest"]
+        wanted = self.prior.model.digest
         if loaded.digest != wanted:
             self.console.note(
                 f"{self.config.model} is not byte for byte what was searched on ({wanted:.12}): other weights, or "
@@ -170,11 +144,11 @@ class _Run:
             return uniform_schedule(subject.sites, "lowrank", "two-sided", parameters)
         if name == "lagrangian":
             return Problem.build(subject.store.menu(), target, self.config.granularity).closed_form()
-        return schedule_of_prior(self.prior)
+        return self.prior.schedule
 
     def _repaired(self, subject: Subject) -> Iterator[LoadedModel]:
         with self.console.stage("repair", 1 + max(site.block for site in subject.sites), "blocks") as stage:
-            schedule = schedule_of_prior(self.prior)
+            schedule = self.prior.schedule
             taken = subject.repair_(schedule, self.config.repair_tokens, lambda done: stage.advance(1))
             subject.calibration.release()
         try:
@@ -188,37 +162,6 @@ def _as_is(loaded: LoadedModel) -> LoadedModel:
     return dataclasses.replace(loaded, digest=model_digest(loaded.model))
 
 
-def _searched(prior: Mapping[str, Any]) -> frozenset[str]:
-    """Digests of the items that a prior says it was searched on."""
-    items = prior.get("data", {}).get("search_items", [])
-    return frozenset(str(digest) for digest in items)
-
-
 def _config(values: Mapping[str, Any]) -> Config:
     """A run's configuration without what measuring again does not need."""
     return Config.of({name: value for name, value in values.items() if name not in ("policy", "out", "resume")})
-
-
-def _model_of(prior: Mapping[str, Any]) -> str:
-    return str(prior["configuration"].get("model", "default"))
-
-
-def _read_prior(path: Path) -> Mapping[str, Any]:
-    """The content of a prior.
-
-    Raises:
-        ValueError: it cannot be read, or is no prior.
-    """
-    try:
-        if path.stat().st_size > _LARGEST_PRIOR:
-            raise ValueError(f"larger than {_LARGEST_PRIOR} bytes")
-        prior = json.loads(path.read_text(encoding="utf-8"))
-        if prior["format"] != "chisel-prior":
-            raise ValueError(f"its format is {prior['format']!r}")
-        for key in ("model", "sites", "configuration", "data"):
-            prior[key]
-        prior["model"]["digest"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a prior that can be read ({error})") from None
-    assert isinstance(prior, dict)
-    return prior
