@@ -19,7 +19,7 @@ _COMPRESSED = (MPOLinear, HeadLinear)
 
 @torch.no_grad()
 def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
-    """Put a dense module in the place of every compressed one, and of linear ones that are no `nn.Linear` in `skeleton`.
+    """Put a dense module in the place of every compressed one, and of linear ones that are none in `skeleton`.
 
     Args:
         skeleton: the dense model, without values: gives every module its type, so that a weight which the architecture

@@ -24,7 +24,7 @@ from search.models import bare_model, quiet_transformers
 from search.runfolder import refuse_used
 from search.standalone import MODULE, standalone_source
 
-__all__ = ["CARD", "FORMATS", "Footprint", "export_dense_", "export_model", "footprint"]
+__all__ = ["CARD", "FORMATS", "Footprint", "check_gguf", "export_dense_", "export_model", "footprint"]
 
 FORMATS = ("hf", "dense", "gguf-ready")
 CARD = "README.md"
@@ -112,6 +112,21 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "") -> N
     merge_(model, bare_model(model))
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card)
+
+
+def check_gguf(model: Any, tokenizer: Any) -> None:
+    """Refuse what llama.cpp's converter cannot take.
+
+    Raises:
+        ValueError: an architecture that the GGUF format has no name for, or a tokenizer without a tokenizer.json.
+    """
+    from gguf import MODEL_ARCH_NAMES
+
+    kind = str(model.config.model_type).replace("_", "")
+    if kind not in {name.replace("-", "").replace("_", "") for name in MODEL_ARCH_NAMES.values()}:
+        raise ValueError(f"architecture must be one that GGUF has a name for, got {model.config.model_type!r}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("the tokenizer must be of the kind that has a tokenizer.json, and this one is not")
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, card: str) -> None:

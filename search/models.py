@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import json
 import re
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ __all__ = [
     "bare_model",
     "empty_model",
     "head_size",
+    "load_for_use",
     "load_model",
     "locate",
     "model_digest",
@@ -177,6 +179,36 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
 
 
+def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
+    """Load any model to run it, a compressed folder too; in the type it is stored in.
+
+    Raises:
+        ValueError, DataUnavailable: as `load_model`; a compressed folder that does not verify.
+    """
+    place = device if isinstance(device, torch.device) else resolve_device(device)
+    source = locate(name)
+    if source.folder is None or not _is_compressed(source.folder):
+        return load_model(name, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+    import search.hf  # noqa: F401 (makes transformers know compressed folders)
+
+    with quiet_transformers():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        except Exception as error:  # as in `_read`
+            raise _unusable(source, error) from error
+    model.to(place).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
+
+
+def _is_compressed(folder: Path) -> bool:
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def model_digest(model: torch.nn.Module) -> str:
     """sha256 over name, type, shape and bytes of every parameter, tied ones once, in hex."""
     digest = hashlib.sha256()
@@ -200,8 +232,7 @@ def _read(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **where)
     except Exception as error:  # whatever a foreign file makes the libraries raise, it is the file that is refused
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model {source.name!r} cannot be loaded: {reason}") from error
+        raise _unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
         raise ValueError(
             f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
@@ -212,6 +243,11 @@ def _read(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
+
+
+def _unusable(source: Source, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"model {source.name!r} cannot be loaded: {reason}")
 
 
 def _unpacked_default() -> Path:

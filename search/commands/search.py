@@ -32,6 +32,8 @@ examples:
 
 other commands:
   python search.py compare                                  several agents at equal cost, --help says how
+  python search.py export RUN --format hf                   its result as a folder for transformers and other tools
+  python search.py generate DIR --prompt "Hello"            talk to a model; push DIR OWNER/NAME uploads one
   python search.py data                                     only fetch the model and the texts of the default job
 
 exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""

@@ -1,0 +1,101 @@
+"""The model of a finished run, made again from its folder: the compressed model that the run measured.
+
+Weights are not kept in a run folder; the prior and the configuration give them back from the dense model and the cached
+statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from compression.apply import ScheduleApplier
+from compression.schedule import DENSE, Choice, Schedule
+from search.config import Config, read_fields
+from search.console import Console
+from search.models import resolve_device
+from search.pipeline import calibrate
+from search.prior import FORMAT, VERSION
+from search.runfolder import CONFIG, PRIOR, SUMMARY
+from search.subject import Subject, load
+
+__all__ = ["Outcome", "read_prior", "restore"]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A run's compressed model.
+
+    Attributes:
+        subject: with the compressed model in place of the dense one.
+        schedule: the run's result.
+        state: the row of the run's table that this model is: "repaired", or "searched" as it was decomposed.
+        prior: the content of prior.json.
+        summary: the content of summary.json.
+    """
+
+    subject: Subject
+    schedule: Schedule
+    state: str
+    prior: Mapping[str, object]
+    summary: Mapping[str, object]
+
+
+def restore(run: Path, console: Console, device: str = "auto", repair: bool = True) -> Outcome:
+    """Load the dense model of a run and compress it as the run did.
+
+    Args:
+        repair: on calibration text, if the run did so.
+
+    Raises:
+        ValueError: no run folder or one without a result, or whose model is another one now.
+        DataUnavailable: model or data cannot be had.
+    """
+    if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
+        raise ValueError(f"a finished run has {CONFIG} and {PRIOR}, and {run} has not; name its folder")
+    config = Config.of({**read_fields(run / CONFIG), "device": device})
+    prior, summary = read_fields(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
+    schedule = read_prior(prior)
+    where = resolve_device(device)
+    with console.stage("load"):
+        loaded, sites = load(config, where)
+    measured = prior.get("model")
+    if not isinstance(measured, Mapping) or measured.get("id") != loaded.model_id:
+        raise ValueError(f"the run in {run} is of another model than {loaded.model_id}")
+    if measured.get("digest") != loaded.digest:
+        console.note("weights, or their number type on this machine, are not those that the run measured")
+    subject = Subject.of(config, loaded, sites, where)
+    calibrate(subject, console)
+    if repair and config.repair_tokens and any(not choice.is_dense for _, choice in schedule):
+        with console.stage("repair", 1 + max(site.block for site in sites), "blocks") as stage:
+            subject.repair_(schedule, config.repair_tokens, lambda done: stage.advance(1))
+        state = "repaired"
+    else:
+        with console.stage("compress"):
+            ScheduleApplier(loaded.model, subject.store, packed=True).apply_(schedule)
+        state = "searched"
+    return Outcome(subject, schedule, state, prior, summary)
+
+
+def read_prior(document: Mapping[str, object]) -> Schedule:
+    """The schedule of a prior of this project.
+
+    Raises:
+        ValueError: another format, a newer version, or a site that is not described as `search.prior` does it.
+    """
+    version = document.get("version")
+    if document.get("format") != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"a prior must be {FORMAT} of version 1 to {VERSION}")
+    sites = document.get("sites")
+    if not isinstance(sites, list):
+        raise ValueError("a prior must have a list of sites")
+    choices = []
+    for site in sites:
+        try:
+            name, topology = str(site["name"]), str(site["topology"])
+            choice = DENSE if topology == "dense" else Choice(topology, site["chi"], site["metric"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a site of the prior lacks {error}") from None
+        choices.append((name, choice))
+    return Schedule(tuple(choices))
