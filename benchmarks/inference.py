@@ -3,10 +3,10 @@
     python -m benchmarks.inference [--quick] [--write] [--folder DIR ...] [--kept 0.618]
 
 Without folders the compressed side is `pivoted-lowrank` of one kept fraction everywhere, with random numbers, since
-time does not depend on them; 0.618 over the sites of the default model leaves it 94 million parameters. `--folder` measures
-exported folders of the same model instead, quantized ones too. Sides take turns in one process for time. For memory
-each runs alone in a process of its own, which loads it as a user would; there the peak is that of prefill and decoding.
-On a GPU too where there is one.
+time does not depend on them; 0.618 over the sites of the default model leaves it 94 million parameters. `--folder`
+measures exported folders of the same model instead, quantized ones too. Sides take turns in one process for time. For
+memory each runs alone in a process of its own, which loads it as a user would; there the peak is that of prefill and
+decoding. On a GPU too where there is one.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ from torch import nn
 
 from compression.heads import HeadLinear
 from compression.layers import MPOLinear
+from compression.packed import PackedEmbedding, PackedLinear, PackedMPO
 from compression.sites import dense_weight
 
 __all__ = ["dense_layer", "merge_"]
 
-_COMPRESSED = (MPOLinear, HeadLinear)
+_COMPRESSED = (MPOLinear, HeadLinear, PackedMPO, PackedLinear, PackedEmbedding)
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
 def dense_layer(module: nn.Module, skeleton: nn.Module) -> nn.Module:
     """The dense module, of the type and names of `skeleton`, that computes what a compressed or linear one does."""
     weight, bias = _values(module)
-    weight = weight if isinstance(skeleton, nn.Linear) else weight.T
+    weight = weight if isinstance(skeleton, nn.Linear | nn.Embedding) else weight.T
     skeleton.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:
         skeleton.bias = nn.Parameter(bias, requires_grad=False)
@@ -57,7 +58,8 @@ def _values(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         if module.along_output:
             return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
         return torch.cat(weights, dim=1), biases[0]
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, torch.Tensor)
-    weight = module.weight if isinstance(module, MPOLinear) else dense_weight(module)
+    weight = module.weight if isinstance(module, _COMPRESSED) else dense_weight(module)
+    assert isinstance(weight, torch.Tensor)
     return weight.detach(), None if bias is None else bias.detach()

@@ -110,6 +110,7 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "") -> N
         OSError: it cannot be written; nothing is left.
     """
     merge_(model, bare_model(model))
+    model.tie_weights()
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card)
 

@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compression.layers import MPOLinear
 from compression.merging import merge_
+from compression.packed import PackedLinear, PackedMPO
 from compression.skeleton import describe, put_skeleton_
 
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register"]
@@ -77,6 +78,8 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         modules = self.quantization_config.modules
         placeholders = {f"{name}.weight" for name in modules}
         put_skeleton_(model, modules)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        model.all_tied_weights_keys = {name: other for name, other in tied.items() if name not in placeholders}
         if not checkpoint_files:
             raise ValueError("a compressed model is loaded from safetensors files, and none were given")
         _verify(checkpoint_files, _expected(model), placeholders)
@@ -125,7 +128,7 @@ def lora_layers() -> dict[type, type]:
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             raise ValueError("an adapter cannot be merged into the cores of a compressed layer; keep it beside them")
 
-    return {MPOLinear: ChiselLora}
+    return dict.fromkeys((MPOLinear, PackedMPO, PackedLinear), ChiselLora)
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from search.models import resolve_device
 from search.pipeline import calibrate
 from search.prior import FORMAT, VERSION
 from search.runfolder import CONFIG, PRIOR, SUMMARY
+from search.scoring import Workload
 from search.subject import Subject, load
 
 __all__ = ["Outcome", "read_prior", "restore"]
@@ -33,6 +34,7 @@ class Outcome:
         state: the row of the run's table that this model is: "repaired", or "searched" as it was decomposed.
         prior: the content of prior.json.
         summary: the content of summary.json.
+        workload: held-out text and report items, referenced to the dense model, where that was asked for.
     """
 
     subject: Subject
@@ -40,13 +42,15 @@ class Outcome:
     state: str
     prior: Mapping[str, object]
     summary: Mapping[str, object]
+    workload: Workload | None = None
 
 
-def restore(run: Path, console: Console, device: str = "auto", repair: bool = True) -> Outcome:
+def restore(run: Path, console: Console, device: str = "auto", repair: bool = True, reference: bool = False) -> Outcome:
     """Load the dense model of a run and compress it as the run did.
 
     Args:
         repair: on calibration text, if the run did so.
+        reference: read the held-out workload with the dense model, so that what becomes of it can be measured.
 
     Raises:
         ValueError: no run folder or one without a result, or whose model is another one now.
@@ -67,6 +71,11 @@ def restore(run: Path, console: Console, device: str = "auto", repair: bool = Tr
         console.note("weights, or their number type on this machine, are not those that the run measured")
     subject = Subject.of(config, loaded, sites, where)
     calibrate(subject, console)
+    workload = None
+    if reference:
+        with console.stage("reference"):
+            workload = Workload(subject.shards("heldout")[0], where)
+            workload.reference(loaded.model)
     if repair and config.repair_tokens and any(not choice.is_dense for _, choice in schedule):
         with console.stage("repair", 1 + max(site.block for site in sites), "blocks") as stage:
             subject.repair_(schedule, config.repair_tokens, lambda done: stage.advance(1))
@@ -75,7 +84,7 @@ def restore(run: Path, console: Console, device: str = "auto", repair: bool = Tr
         with console.stage("compress"):
             ScheduleApplier(loaded.model, subject.store, packed=True).apply_(schedule)
         state = "searched"
-    return Outcome(subject, schedule, state, prior, summary)
+    return Outcome(subject, schedule, state, prior, summary, workload)
 
 
 def read_prior(document: Mapping[str, object]) -> Schedule:

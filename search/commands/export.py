@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from search.config import nearest
 from search.console import Console
 from search.failures import DONE, explain
 from search.flags import Parser, parse
+
+if TYPE_CHECKING:
+    from search.restored import Outcome
 
 __all__ = ["run"]
 
@@ -23,6 +27,7 @@ Write the compressed model of a finished run as a folder.
 
 _FORMATS = ("hf", "dense", "gguf-ready")
 _DTYPES = ("bfloat16", "float16", "float32")
+_QUANTIZE = ("none", "int8", "int4", "mixed")
 
 
 def run(words: list[str]) -> int:
@@ -30,7 +35,7 @@ def run(words: list[str]) -> int:
     given = parse(_parser(), words)
     shown = Console(quiet=given["quiet"])
     try:
-        for field, valid in (("format", _FORMATS), ("dtype", _DTYPES)):
+        for field, valid in (("format", _FORMATS), ("dtype", _DTYPES), ("quantize", _QUANTIZE)):
             if given[field] not in (None, *valid):
                 raise ValueError(
                     f"{field} must be one of {', '.join(valid)}; the nearest is "
@@ -48,7 +53,7 @@ def run(words: list[str]) -> int:
     return DONE
 
 
-def _export(source: Path, folder: Path, given: dict[str, str], shown: Console) -> str:
+def _export(source: Path, folder: Path, given: dict[str, Any], shown: Console) -> str:
     import torch
 
     from search.card import model_card
@@ -57,14 +62,19 @@ def _export(source: Path, folder: Path, given: dict[str, str], shown: Console) -
     from search.runfolder import PRIOR
 
     form = given["format"]
-    outcome = restore(source, shown, given["device"], repair=not given["no_repair"])
+    quantized = given["quantize"] != "none"
+    outcome = restore(source, shown, given["device"], repair=not given["no_repair"], reference=quantized)
     loaded = outcome.subject.loaded
     dtype = given["dtype"] or ("float16" if form == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
     changes = [_CHANGES[outcome.state]]
+    measured = []
+    if quantized:
+        measured = [_quantized(outcome, given["quantize"], shown)]
+        changes.append(f"{_BITS[given['quantize']]}, by groups, rounded in the metric of calibration text.")
     size = f"Compressed: {footprint(model)}."
     with shown.stage("write"):
-        card = model_card(folder.name, form, outcome.prior, outcome.summary, outcome.state, size, changes)
+        card = model_card(folder.name, form, outcome.prior, outcome.summary, outcome.state, size, changes, measured)
         if form == "hf":
             export_model(model, loaded.tokenizer, folder, card)
         else:
@@ -74,6 +84,29 @@ def _export(source: Path, folder: Path, given: dict[str, str], shown: Console) -
         shutil.copyfile(source / PRIOR, folder / PRIOR)
     return f"{size}\n{_AFTER[form].format(folder=str(folder))}"
 
+
+def _quantized(outcome: Outcome, kind: str, shown: Console) -> dict[str, object]:
+    """Quantize the model in place; returns its row for the table, measured on held-out text and report items."""
+    from search.exporting import footprint
+    from search.quantize import module_bits, quantize_subject_
+
+    subject, workload = outcome.subject, outcome.workload
+    assert workload is not None
+    bits = module_bits(subject.loaded.model, subject.sites, kind)
+    with shown.stage("quantize", len(bits), "modules") as stage:
+        quantize_subject_(subject, bits, lambda done: stage.advance(1))
+    with shown.stage("measure"):
+        quality = workload.measure(subject.loaded.model)
+    shown.note(f"held-out KL after quantization: {quality.kl:.4f} nats a token")
+    figures = {name.replace("standard_error", "stderr"): value for name, value in quality.scalars().items()}
+    return {"schedule": f"{outcome.state}, {kind}", **figures, "bytes": footprint(subject.loaded.model).stored}
+
+
+_BITS = {
+    "int8": "Everything is stored in 8 bits",
+    "int4": "Everything is stored in 4 bits",
+    "mixed": "Embeddings, head and dense matrices are stored in 4 bits",
+}
 
 _CHANGES = {
     "repaired": "Each matrix was then solved anew for what the original has at its place; nothing was trained.",
@@ -102,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="DIR", help="New or empty folder. Default: RUN/FORMAT.")
     parser.add_argument(
         "--dtype", metavar="NAME", help=f"One of {', '.join(_DTYPES)}. Default: bfloat16, for gguf-ready float16."
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="NAME",
+        default="none",
+        help=f"One of {', '.join(_QUANTIZE)}: integers for all matrices; mixed leaves tensorized ones as they are "
+        "and stores the rest in 4 bits. The result is measured again. Default: none.",
     )
     parser.add_argument("--no-repair", action="store_true", help="The matrices as decomposed, without repair.")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:n. Default: auto.")
