@@ -5,8 +5,8 @@
 Three sizes are those of int4 alone with the embedding in 16, 8 and 4 bits. At each, χ alone keeps 16 bits and spends
 the same bytes by the closed form; both chooses for every site between dense and χ in 16, 8 and 4 bits by predicted cost
 (see `compression.byte_menu`), with the embedding in 8, 8 and 4 bits. A fourth point of both has 93 % less bytes than
-the dense model in float32. No search, repair or healing. Bytes are those of all tensors. The default model was published in
-4 bits and 32 numbers a group, so that int4 loses less on it than on a model of 16 bits.
+the dense model in float32. No search, repair or healing. Bytes are those of all tensors. The default model was
+published in 4 bits and 32 numbers a group, so that int4 loses less on it than on a model of 16 bits.
 
 `--quick` rounds to nearest and measures little text; otherwise errors of rounding are fed back in the metric.
 """
