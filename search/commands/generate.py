@@ -1,0 +1,83 @@
+"""`search.py generate`: talk to a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from search.console import Console
+from search.failures import DONE, explain
+from search.flags import Parser, parse
+
+if TYPE_CHECKING:
+    from search.chat import Chat
+
+__all__ = ["run"]
+
+_ABOUT = """\
+Let a model answer: an exported folder, or any model that --model of a search takes. With --prompt one answer; without,
+on a terminal, a conversation that an empty line ends; elsewhere the prompt is read from standard input."""
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    given = parse(_parser(), words)
+    shown = Console(quiet=given["quiet"])
+    try:
+        if not 1 <= given["tokens"] <= 1 << 20:
+            raise ValueError(f"tokens must be 1 or more, got {given['tokens']}")
+        if not 0 <= given["temperature"] <= 100:
+            raise ValueError(f"temperature must be from 0 to 100, got {given['temperature']}")
+        with shown, shown.stage("load"):
+            import torch
+
+            from search.chat import Chat
+            from search.models import load_for_use
+
+            torch.manual_seed(given["seed"])
+            chat = Chat(load_for_use(given["model"], given["device"]), given["tokens"], given["temperature"])
+        if given["prompt"] is not None or not sys.stdin.isatty():
+            _say_answer(chat, sys.stdin.read() if given["prompt"] is None else given["prompt"])
+        else:
+            while prompt := _asked():
+                _say_answer(chat, prompt)
+    except BaseException as error:
+        return explain(error, None)
+    return DONE
+
+
+def _say_answer(chat: Chat, prompt: str) -> None:
+    if not prompt.strip():
+        raise ValueError("prompt must not be empty; give --prompt TEXT, or text on standard input")
+    chat.answer(prompt, lambda piece: print(piece, end="", flush=True))
+    print()
+
+
+def _asked() -> str:
+    """A line from the person; empty at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="search.py generate",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="python search.py generate MODEL [FLAGS]",
+    )
+    parser.add_argument("model", metavar="MODEL", help="An exported folder, or a model as for --model of a search.")
+    parser.add_argument("--prompt", metavar="TEXT", help="Answer this and end.")
+    parser.add_argument("--tokens", metavar="N", type=int, default=256, help="Longest answer. Default: 256.")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 always takes the likeliest token. Default: 0."
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="Of drawing tokens. Default: 0.")
+    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:n. Default: auto.")
+    parser.add_argument("--quiet", action="store_true", help="No progress; only the answer and errors.")
+    return parser

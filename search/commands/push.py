@@ -1,0 +1,36 @@
+"""`search.py push`: upload an exported folder to the model hub. Nothing else of this program uploads anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from search.console import Console
+from search.failures import DONE, explain
+from search.flags import Parser, parse
+
+__all__ = ["run"]
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(
+        prog="search.py push",
+        description="Upload an exported folder to the Hugging Face hub, with the account of `hf auth login`. Private "
+        "unless --public is given.",
+        allow_abbrev=False,
+        usage="python search.py push DIR OWNER/NAME [--public]",
+    )
+    parser.add_argument("folder", metavar="DIR", help="A folder that `search.py export` made.")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="Made if it does not exist.")
+    parser.add_argument("--public", action="store_true", help="Everyone may see it.")
+    parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
+    given = parse(parser, words)
+    try:
+        with Console(quiet=given["quiet"]) as shown, shown.stage("push"):
+            from search.hub import push
+
+            address = push(Path(given["folder"]), given["repository"], public=given["public"])
+    except BaseException as error:
+        return explain(error, None)
+    print(address)
+    return DONE

@@ -1,0 +1,174 @@
+"""The transformers plug-in: `import search.hf`, and `from_pretrained` reads compressed folders, and saves them again.
+
+A compressed folder is an ordinary one whose config.json says in `quantization_config` which modules stand in the place
+of dense ones (see `compression.skeleton`). The architecture and its `model_type` stay what they were.
+
+A process that lacks this plug-in must not fill the missing dense weights with random numbers, which transformers does
+for a method that it does not know. So every compressed matrix has beside its tensors an empty one under the name of the
+dense weight: whoever expects the dense weight finds a wrong shape and raises. That also guards what `save_pretrained`
+and Trainer write, and needs no file name of its own. Each tensor's sha256 stands in the header of its file; names,
+shapes and checksums are verified before any tensor is used.
+
+This module, with what it uses of `compression`, also stands beside the weights as one file: see `search.standalone`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compression.layers import MPOLinear
+from compression.merging import merge_
+from compression.packed import PackedLinear, PackedMPO
+from compression.skeleton import describe, put_skeleton_
+
+__all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register"]
+
+METHOD, FORMAT = "chisel", 1
+"""The name of the method in config.json, and the number of the newest format that this code reads."""
+
+_CHECKSUMS = "chisel_sha256"  # in the header of a weight file: JSON of every tensor's checksum
+
+
+class ChiselConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says of a compressed model.
+
+    Args:
+        modules: see `compression.skeleton.describe`.
+        format: of the folder, at least 1.
+
+    Raises:
+        ValueError: a format that this code does not know, or modules that are no mapping.
+    """
+
+    def __init__(self, modules: Mapping[str, Any] | None = None, format: int = FORMAT, **other: Any) -> None:
+        if type(format) is not int or not 1 <= format <= FORMAT:
+            raise ValueError(f"this model has format {format!r}, and this code reads 1 to {FORMAT}; get a newer one")
+        if not isinstance(modules, Mapping):
+            raise ValueError(f"quantization_config.modules must be a mapping of compressed modules, got {modules!r}")
+        self.quant_method = METHOD
+        self.format = format
+        self.modules = dict(modules)
+
+
+class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts compressed modules in place before weights are loaded, and checks these."""
+
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` works."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        modules = self.quantization_config.modules
+        placeholders = {f"{name}.weight" for name in modules}
+        put_skeleton_(model, modules)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        model.all_tied_weights_keys = {name: other for name, other in tied.items() if name not in placeholders}
+        if not checkpoint_files:
+            raise ValueError("a compressed model is loaded from safetensors files, and none were given")
+        _verify(checkpoint_files, _expected(model), placeholders)
+        patterns = {rf"^{re.escape(name)}$" for name in placeholders}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_pretrained` writes; the description in the configuration is brought up to date."""
+        self.quantization_config.modules = describe(model)
+        if not model.is_remote_code():
+            vars(model.config).pop("auto_map", None)  # no code is written beside the weights
+        state = dict(model.state_dict())
+        for name in self.quantization_config.modules:
+            state[f"{name}.weight"] = torch.empty(0)
+        return state, {_CHECKSUMS: json.dumps({name: _checksum(name, values) for name, values in state.items()})}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        config = type(model.config).from_dict({**model.config.to_dict(), "quantization_config": None})
+        with torch.device("meta"):
+            merge_(model, type(model)(config))
+        return model
+
+
+def register(replace: bool = True) -> None:
+    """Make transformers know the method in this process; without `replace`, only if it does not know it yet."""
+    if replace or METHOD not in AUTO_QUANTIZER_MAPPING:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ChiselConfig
+        AUTO_QUANTIZER_MAPPING[METHOD] = ChiselQuantizer
+
+
+def lora_layers() -> dict[type, type]:
+    """For `LoraConfig(…)._register_custom_module(…)`: what PEFT puts around a compressed layer.
+
+    An adapter cannot be merged into cores without changing their bonds, so merging raises; train and save it as it is.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft.tuners.lora import Linear as LoraLinear
+    except ImportError as error:
+        raise ImportError("LoRA on a compressed model needs PEFT: pip install peft") from error
+
+    class ChiselLora(LoraLinear):
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            raise ValueError("an adapter cannot be merged into the cores of a compressed layer; keep it beside them")
+
+    return dict.fromkeys((MPOLinear, PackedMPO, PackedLinear), ChiselLora)
+
+
+def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the files must hold; a tied one stands in them under one name."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tuple(values.shape) for name, values in model.state_dict().items() if name not in tied}
+
+
+def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], placeholders: set[str]) -> None:
+    """Refuse files whose tensors are not exactly the expected ones, or not those that were written.
+
+    Raises:
+        ValueError: with the file or tensor.
+    """
+    missing = set(expected)
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is not safetensors; a pickle can run code when read and is never opened")
+        try:
+            with safe_open(file, "pt") as tensors:
+                checksums = json.loads((tensors.metadata() or {})[_CHECKSUMS])
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    values = tensors.get_tensor(name)
+                    if name not in placeholders and tuple(values.shape) != expected.get(name):
+                        wanted = expected.get(name, "no such tensor")
+                        raise ValueError(f"{file}: {name} has shape {tuple(values.shape)}, the model wants {wanted}")
+                    if checksums.get(name) != _checksum(name, values):
+                        raise ValueError(f"{file}: {name} is damaged, its checksum differs")
+                    missing.discard(name)
+        except (SafetensorError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is cut, damaged or without checksums: {error}") from error
+    if missing:
+        raise ValueError(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")
+
+
+def _checksum(name: str, values: torch.Tensor) -> str:
+    """sha256 over name, type, shape and bytes."""
+    digest = hashlib.sha256(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+    digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+register()

@@ -1,0 +1,92 @@
+"""The model of a finished run, made again from its folder: the compressed model that the run measured.
+
+Weights are not kept in a run folder; the prior and the configuration give them back from the dense model and the cached
+statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from compression.apply import ScheduleApplier
+from compression.schedule import Schedule
+from search.config import Config, read_fields
+from search.console import Console
+from search.models import resolve_device
+from search.pipeline import calibrate
+from search.prior import Prior
+from search.runfolder import CONFIG, PRIOR, SUMMARY
+from search.scoring import Workload
+from search.subject import Subject, load
+
+__all__ = ["Outcome", "restore"]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A run's compressed model.
+
+    Attributes:
+        subject: with the compressed model in place of the dense one.
+        schedule: the run's result.
+        state: the row of the run's table that this model is: "repaired", or "searched" as it was decomposed.
+        prior: of the run.
+        summary: the content of summary.json.
+        workload: held-out text and report items, referenced to the dense model, where that was asked for.
+    """
+
+    subject: Subject
+    schedule: Schedule
+    state: str
+    prior: Prior
+    summary: Mapping[str, object]
+
+    @property
+    def document(self) -> Mapping[str, object]:
+        """The prior as plain values."""
+        return self.prior.model_dump(mode="json")
+
+    workload: Workload | None = None
+
+
+def restore(run: Path, console: Console, device: str = "auto", repair: bool = True, reference: bool = False) -> Outcome:
+    """Load the dense model of a run and compress it as the run did.
+
+    Args:
+        repair: on calibration text, if the run did so.
+        reference: read the held-out workload with the dense model, so that what becomes of it can be measured.
+
+    Raises:
+        ValueError: no run folder or one without a result, or whose model is another one now.
+        DataUnavailable: model or data cannot be had.
+    """
+    if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
+        raise ValueError(f"a finished run has {CONFIG} and {PRIOR}, and {run} has not; name its folder")
+    config = Config.of({**read_fields(run / CONFIG), "device": device})
+    prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
+    schedule = prior.schedule
+    where = resolve_device(device)
+    with console.stage("load"):
+        loaded, sites = load(config, where)
+    if prior.model.id != loaded.model_id:
+        raise ValueError(f"the run in {run} is of another model than {loaded.model_id}")
+    if prior.model.digest != loaded.digest:
+        console.note("weights, or their number type on this machine, are not those that the run measured")
+    subject = Subject.of(config, loaded, sites, where)
+    calibrate(subject, console)
+    workload = None
+    if reference:
+        with console.stage("reference"):
+            workload = Workload(subject.shards("heldout")[0], where)
+            workload.reference(loaded.model)
+    if repair and config.repair_tokens and any(not choice.is_dense for _, choice in schedule):
+        with console.stage("repair", 1 + max(site.block for site in sites), "blocks") as stage:
+            subject.repair_(schedule, config.repair_tokens, lambda done: stage.advance(1))
+        state = "repaired"
+    else:
+        with console.stage("compress"):
+            ScheduleApplier(loaded.model, subject.store, packed=True).apply_(schedule)
+        state = "searched"
+    return Outcome(subject, schedule, state, prior, summary, workload)
