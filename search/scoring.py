@@ -18,7 +18,10 @@ from search.packing import Packed, Prediction, group, layout, mix, pack, predict
 from search.quality import Quality, mean_standard_error, ratio_standard_error
 from search.reading import Dense, Reading, log_normalizer, read
 
-__all__ = ["Through", "Workload", "loglikelihoods", "plainly"]
+__all__ = ["Hopeless", "Through", "Workload", "is_out_of_memory", "loglikelihoods", "plainly"]
+
+Hopeless = Callable[[Quality, int], bool]
+"""Whether to give up, given the figures so far and how often it may be asked."""
 
 Through = Callable[[Hashable, Callable[[], Any]], Any]
 """Makes a forward pass: given what stands for the inputs, and the pass."""
@@ -65,11 +68,25 @@ class Workload:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
             raise ValueError("a workload needs at least one sequence of two tokens or more")
         self.sequences = tuple(sequences)
+        self._device, self._batch_tokens, self._mixed = device, batch_tokens, mixed
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
         lengths = [len(sequence.tokens) for sequence in sequences]
         rows = mix(pack(lengths), lengths) if mixed else pack(lengths)
         self._batches = [self._batch(rows, device) for rows in group(rows, lengths, batch_tokens, not mixed)]
         self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
+
+    def halved(self) -> Workload | None:
+        """The same in batches of half as many tokens, without a reference; None where every batch is one row."""
+        rows = [len(batch.inputs["input_ids"]) for batch in self._batches]
+        if max(rows) == 1:
+            return None
+        most = max(batch.inputs["input_ids"].numel() for batch in self._batches)
+        return Workload(self.sequences, self._device, min(self._batch_tokens, most) // 2, self._mixed)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` has been called."""
+        return all(batch.dense is not None for batch in self._batches)
 
     @property
     def tokens(self) -> int:
@@ -98,7 +115,7 @@ class Workload:
         self,
         model: nn.Module,
         through: Through = plainly,
-        hopeless: Callable[[Quality, int], bool] | None = None,
+        hopeless: Hopeless | None = None,
     ) -> Quality:
         """Quality of `model` against the reference. Call `reference` first.
 
@@ -140,7 +157,7 @@ class Workload:
         model: nn.Module,
         through: Through,
         before: Callable[[_Batch, Reading], None] | None = None,
-        hopeless: Callable[[Quality, int], bool] | None = None,
+        hopeless: Hopeless | None = None,
     ) -> Quality:
         """One forward pass over all batches; `before` sees what each gives before it is measured."""
         count = len(self.sequences)
@@ -269,6 +286,13 @@ def loglikelihoods(
 ) -> list[list[float]]:
     """Summed log-probability of each continuation of each item, nats."""
     return Workload(items, device, batch_tokens).choice_loglikelihoods(model)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of this process: torch says the latter by a RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
