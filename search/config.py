@@ -223,10 +223,10 @@ class Config(BaseModel):
     ray_address: str | None = _field(
         None,
         "evaluators",
-        "auto, or HOST:PORT of a Ray cluster",
+        "auto, or HOST or HOST:PORT of a Ray cluster",
         "Where these processes run: on a Ray cluster, auto being the one this machine belongs to; left out, here.",
         "ADDRESS",
-        min_length=1,
+        pattern=r"^(auto|[^\s:/]+(:[0-9]{1,5})?)$",
         max_length=300,
     )
     trial_timeout: float | None = _field(
