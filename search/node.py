@@ -22,7 +22,7 @@ from search.packages import cache_folder
 from search.pool import Job, measure
 from search.subject import Subject, device_dtype, load
 
-__all__ = ["NodeEvaluator", "travelling"]
+__all__ = ["NodeEvaluator", "shared_model", "travelling"]
 
 
 def travelling(config: Config) -> dict[str, Any]:
@@ -54,7 +54,9 @@ class NodeEvaluator:
         cache = FactorCache(cache_folder() / "factors")
         lock = FileLock(cache_folder() / "evaluators.lock")
         with lock:
-            loaded = None if config.per_head else _shared_model(config.model, device, digest, cache)
+            loaded = (
+                None if config.per_head else shared_model(config.model, device, device_dtype(device), digest, cache)
+            )
         loaded, sites = load(config, device, loaded)
         self.subject = Subject.of(config, loaded, sites, device)
         with lock:
@@ -70,14 +72,16 @@ class NodeEvaluator:
         return measure(self.evaluator, Job.from_json(job)).to_json()
 
 
-def _shared_model(name: str, device: torch.device, digest: str, cache: FactorCache) -> LoadedModel | None:
+def shared_model(
+    name: str, device: torch.device, dtype: torch.dtype, digest: str, cache: FactorCache
+) -> LoadedModel | None:
     """The model around parameters in the cache, which are put there if they are not; None where it is another one."""
     if not can_be_assembled(name):
         return None
     key = cache_key(kind="parameters", format=1, model=digest)
     bundle = cache.load(key)
     if bundle is None:
-        loaded = load_model(name, device, device_dtype(device))
+        loaded = load_model(name, device, dtype)
         if loaded.digest != digest:
             return loaded
         cache.store(key, Bundle({name: values.detach().cpu() for name, values in loaded.model.named_parameters()}))

@@ -98,7 +98,7 @@ def test_an_agent_that_has_to_wait_is_asked_again_and_ends_within_its_budget(nam
     problem = toy()
     trials = search(tmp_path / "study.db", name, Late(problem, 4), problem, 30)
     assert sum(trial.proposal.cost for trial in trials) <= 30
-    assert len(trials) >= 5
+    assert len(trials) > 1
 
 
 @pytest.mark.parametrize("name", LEARNERS)
