@@ -98,6 +98,8 @@ class Search:
 
     def kill(self) -> int:
         """SIGKILL to the driver; how many of its processes are left after half a minute."""
+        if self.process.poll() is not None:
+            return 0
         family = self.process.children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()

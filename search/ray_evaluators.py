@@ -38,6 +38,7 @@ __all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool"]
 
 _PER_CALL = 8  # schedules in one call of a worker at most, when more wait than there are workers
 _TRIES = 2  # workers that one schedule may take with it
+_STARTS = 3  # times that Ray is started on this machine before it is given up
 _STILLBORN = 3  # workers that die in a row before any of them gets ready
 _OBJECTS = 80 * 2**20  # bytes of Ray's object store on this machine, close to its least: only text goes through it
 _MEMORY_SHARE = 0.9  # of its part of a GPU that a worker may fill; the rest is for what is outside torch's allocator
@@ -325,7 +326,8 @@ def _cluster(config: Config, gpus: float) -> Iterator[dict[str, float]]:
     with shield():
         if config.ray_address is None:
             room = _wanted(config, gpus) * (config.threads or 1) + len(os.sched_getaffinity(0))
-            ray.init(address="local", num_cpus=room, include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
+            local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS, **quiet}
+            _start_here(num_cpus=room, **local)
         else:
             address = config.ray_address if ":" in config.ray_address else f"{config.ray_address}:6379"
             try:
@@ -339,6 +341,18 @@ def _cluster(config: Config, gpus: float) -> Iterator[dict[str, float]]:
         yield _resources()
     finally:
         ray.shutdown()
+
+
+def _start_here(**how: Any) -> None:
+    """Ray on this machine; again if its processes are not up after its own limit of half a minute."""
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(address="local", **how)
+            return
+        except Exception as error:  # Ray raises just that
+            ray.shutdown()
+            if not left:
+                raise EvaluatorsLost(f"Ray cannot be started here: {str(error).splitlines()[0]}") from error
 
 
 def _resources() -> dict[str, float]:
