@@ -37,7 +37,10 @@ class Record:
 class Batched(ABC):
     """Gives at most the rest of a batch; the next one is planned from what is told by then.
 
-    A subclass fills a batch in `_plan`, by `_enter`. A batch that stays empty ends the search.
+    Asked for more before all of a batch is told, it does not wait: then the next batch is planned without what is under
+    way, which counts from the batch after it on. So with n evaluators a batch lacks at most n − 1 rewards of earlier
+    ones. A subclass fills a batch in `_plan`, by `_enter`. A batch that stays empty with nothing under way ends the
+    search.
     """
 
     name: str
@@ -57,7 +60,7 @@ class Batched(ABC):
         self._ledger.check(count)
         if not self._planned and not self._finished and self._ledger.left:
             self._plan()
-        self._finished = not self._planned
+        self._finished = not self._planned and not (self._ledger.waits and self._ledger.left)
         given, self._planned = self._planned[:count], self._planned[count:]
         return given
 

@@ -9,12 +9,17 @@ Looks are on different data, so their mean has a standard error. The spread σ o
 schedules looked at more than once (1.48 times the median deviation from their own means), and the parent is replaced
 only by an offspring with as many looks whose mean is higher by more than `caution`·σ·√(2 / looks).
 
+Asked for more while looks of a generation are not told yet, it breeds another one from the parent of the moment, so
+generations overlap where there are many evaluators. Each goes on to its next stage, and in the end meets whatever
+parent there is by then, when all its own looks are told.
+
 After some trials offspring are not taken as they come: each is climbed to, from the parent, on the mean of a surrogate
 of all trials plus a random share of its uncertainty (`agents.surrogate`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +59,15 @@ class EvolutionSettings:
     optimism: float = 1.0  # standard deviations of the surrogate that an offspring may hope for, drawn at random
 
 
+@dataclass
+class _Generation:
+    """Offspring that are compared with one another, and the looks they wait for."""
+
+    members: list[Proposal]
+    awaited: list[Proposal]
+    stage: int = 0
+
+
 class Evolution(Batched):
     """See the module."""
 
@@ -64,35 +78,47 @@ class Evolution(Batched):
         self.settings = settings or EvolutionSettings()
         self.parent = Proposal(task.closed_form(), (task.middle,) * task.steps)
         self.surrogate = Surrogate(task)
-        self._generation: list[Proposal] = []
-        self._stage = 0
+        self._generations: list[_Generation] = []
 
     def recommend(self, count: int) -> list[Proposal]:
         """See `agents.Agent`. The trials of which the surrogate expects most."""
         levels, rewards = self.trials
         if len(rewards) < 3:
             return self._ledger.best(count)
-        self._challenge()
+        for generation in self._generations:
+            self._challenge(generation.members)
         self.surrogate.fit(levels, without_outliers(rewards))
         return self._distinct(self._believed(self.surrogate), count)
 
     def _plan(self) -> None:
-        stages = self.settings.survivors[: self._terms.looks - 1]
-        while self._generation and self._stage < len(stages):
-            ranked = sorted(self._generation, key=lambda proposal: -self.record(proposal).mean)
-            self._generation = ranked[: stages[self._stage]]
-            self._stage += 1
-            for proposal in (self.parent, *self._generation):
-                self._enter(replace(proposal, look=self._stage))
-            if self._planned:
+        """The next stage of the first generation that is told, or a new generation."""
+        for generation in list(self._generations):
+            if any(map(self._ledger.is_open, generation.awaited)):
+                continue
+            if self._promote(generation):
                 return
-        self._challenge()
+            self._challenge(generation.members)
+            self._generations.remove(generation)
         self._reproduce()
 
-    def _challenge(self) -> None:
-        """The best of the generation meets the parent."""
+    def _promote(self, generation: _Generation) -> bool:
+        """Enter the next look at the best of a generation, and at the parent; False after the last stage."""
+        stages = self.settings.survivors[: self._terms.looks - 1]
+        while generation.members and generation.stage < len(stages):
+            ranked = sorted(generation.members, key=lambda proposal: -self.record(proposal).mean)
+            generation.members = ranked[: stages[generation.stage]]
+            generation.stage += 1
+            for proposal in (self.parent, *generation.members):
+                self._enter(replace(proposal, look=generation.stage))
+            if self._planned:
+                generation.awaited = list(self._planned)
+                return True
+        return False
+
+    def _challenge(self, members: Sequence[Proposal]) -> None:
+        """The best of a generation meets the parent."""
         parent = self.record(self.parent)
-        for proposal in self._generation:
+        for proposal in members:
             record = self.record(proposal)
             looks = min(len(record.rewards), len(parent.rewards))
             margin = self.settings.caution * self._noise() * np.sqrt(2 / max(1, looks))
@@ -110,16 +136,17 @@ class Evolution(Batched):
 
     def _reproduce(self) -> None:
         """A new generation; offspring proposed before are made again, ever further away."""
-        self._generation, self._stage = [], 0
+        members: list[Proposal] = []
         self._enter(self.parent)
         for attempt in range(_TRIES):
-            missing = self.settings.offspring - len(self._generation)
+            missing = self.settings.offspring - len(members)
             if missing <= 0:
-                return
+                break
             for levels in self._offspring(missing, attempt):
                 proposal = self._proposal(levels)
                 if self._enter(proposal):
-                    self._generation.append(proposal)
+                    members.append(proposal)
+        self._generations.append(_Generation(members, list(self._planned)))
 
     def _offspring(self, count: int, attempt: int) -> Levels:
         settings = self.settings

@@ -27,6 +27,15 @@ class Ledger:
         """Evaluations that may still be asked for."""
         return self._terms.budget - self._spent
 
+    @property
+    def waits(self) -> bool:
+        """Whether something proposed is not told yet."""
+        return bool(self._open)
+
+    def is_open(self, proposal: Proposal) -> bool:
+        """Whether this look was proposed and is not told yet."""
+        return (proposal.schedule.digest, proposal.look) in self._open
+
     def check(self, count: int) -> None:
         """Raises ValueError for a count below 1."""
         if count < 1:

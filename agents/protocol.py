@@ -157,16 +157,21 @@ class Proposal:
 
 
 class Agent(Protocol):
-    """Ask, evaluate, tell. The same seed and the same tells in the same order give the same proposals."""
+    """Ask, evaluate, tell. The same seed and the same asks and tells in the same order give the same proposals.
+
+    It may be asked while earlier proposals are not told yet, so that several evaluators are kept busy; its module says
+    how it takes what comes late. Asked and told one proposal at a time it does as if it were asked and told batches.
+    """
 
     @property
     def name(self) -> str:
         """As in `agents.NAMES`."""
 
     def ask(self, count: int) -> list[Proposal]:
-        """At most `count` new proposals, never the same look at the same schedule twice; none means it has finished.
+        """At most `count` new proposals, never the same look at the same schedule twice.
 
-        The costs of all it ever proposes add up to its budget at most.
+        None means it has finished, or if some are not told yet, that it has to wait for one of them. The costs of all
+        it ever proposes add up to its budget at most.
 
         Raises:
             ValueError: count below 1.

@@ -14,6 +14,10 @@ Imagined episodes cost no trial: the policy samples them in antithetic pairs and
 learning follows every batch; it takes the first term once, while the policy is still the one that made the batch, and
 the second at every gradient step. An entropy bonus that fades with the budget keeps σ up. Adam climbs.
 
+With several evaluators an episode may be told after the policy has moved on from the one π' that made it. It is then
+used once, as ever, in the first term of the next round, with the weight min(1, π / π') (as in V-trace, Espeholt et al.
+2018); of an episode told in time that is 1. The critic takes all trials alike.
+
 Knows nothing of models, and of schedules only that they have a digest.
 """
 
@@ -155,6 +159,16 @@ class Policy:
         weight = advantages / len(actions)
         return np.stack([weight @ first, weight @ second, weight @ third])
 
+    def log_probability(self, actions: Levels, legal: NDArray[np.bool_]) -> Floats:
+        """Of episodes, (n,), given where dense was legal in them."""
+        dense = actions == len(self.rungs)
+        rungs = np.log(self.rung_probabilities() + 1e-300)
+        taken = rungs[np.arange(self.task.steps), np.minimum(actions, len(self.rungs) - 1)]
+        kept = -np.logaddexp(0.0, self.dense_logit)  # log of the probability of a rung where dense is legal
+        by_step = np.where(dense, kept + self.dense_logit, taken + np.where(legal, kept, 0.0))
+        probability: Floats = by_step.sum(axis=1)
+        return probability
+
     def entropy_gradient(self) -> Floats:
         """Of the rungs' entropy by log σ, (steps,): ½·Var((o − μ)²/σ²), near 1 far from the ladder's ends."""
         squared = ((self.rungs - self.mean[:, None]) / np.exp(self.log_sigma)[:, None]) ** 2
@@ -210,8 +224,8 @@ class Reinforce(Batched):
                 setattr(self.policy, name, values)
         self.surrogate = Surrogate(task)
         self._adam = _Adam(self.settings.learning_rate)
-        # The policy's own samples of this batch, and where dense was legal in them.
-        self._sampled: dict[tuple[int, ...], NDArray[np.bool_]] = {}
+        # Samples not learned from yet: where dense was legal in them, and their log-probability under their policy.
+        self._sampled: dict[tuple[int, ...], tuple[NDArray[np.bool_], float]] = {}
         self._learned = 0
 
     def recommend(self, count: int) -> list[Proposal]:
@@ -237,7 +251,6 @@ class Reinforce(Batched):
     def _plan(self) -> None:
         """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""
         self._learn()
-        self._sampled = {}
         count = min(self.settings.batch, self._ledger.left)
         self._enter(self._proposal(self.policy.mode()[0]))
         if self._learned:
@@ -248,9 +261,10 @@ class Reinforce(Batched):
             if len(self._planned) >= count:
                 return
             actions, legal = self.policy.sample(2 * (-(-count // 2)), self._generator, 1.1**attempt)
+            chance = self.policy.log_probability(actions, legal)
             for row in range(len(actions)):
                 if len(self._planned) < count and self._enter(self._proposal(actions[row])) and not attempt:
-                    self._sampled[tuple(actions[row].tolist())] = legal[row]
+                    self._sampled[tuple(actions[row].tolist())] = legal[row], float(chance[row])
 
     def _learn(self) -> None:
         """One round, if three trials are known and anything was told since the last one.
@@ -273,6 +287,10 @@ class Reinforce(Batched):
             spread = float(returns.std()) + 1e-12
             gradient = self.policy.score(imagined, legal, (returns - returns.mean()) / spread)
             if real and update == 0:
-                legal = np.array([self._sampled[remembered[row]] for row in real])
-                gradient = gradient + self.policy.score(actions[real], legal, residuals[real] / spread)
+                legal = np.array([self._sampled[remembered[row]][0] for row in real])
+                before = np.array([self._sampled[remembered[row]][1] for row in real])
+                weight = np.exp(np.minimum(0.0, self.policy.log_probability(actions[real], legal) - before))
+                gradient = gradient + self.policy.score(actions[real], legal, weight * residuals[real] / spread)
             self.policy.climb_(gradient, entropy, self._adam, settings)
+        for row in real:
+            self._sampled.pop(remembered[row], None)

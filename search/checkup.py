@@ -25,7 +25,7 @@ _LIBRARIES = ("torch", "transformers", "gguf", "safetensors", "gymnasium", "optu
 _EXTRAS = {
     "agents": (("cmaes", "scipy", "stable_baselines3", "sb3_contrib"), "the agents optuna-cmaes, -gp, -qmc and ppo"),
     "benchmark": (("lm_eval",), "python search.py benchmark"),
-    "ray": (("ray",), "evaluators on several machines"),
+    "cluster": (("ray",), "evaluators on several machines"),
 }
 _CACHE_GIB, _RESULTS_GIB, _MEMORY_GIB = 4.0, 0.1, 3.0  # what the default job takes, rounded up
 

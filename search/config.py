@@ -58,6 +58,10 @@ QUICK: Mapping[str, int] = {
 }
 """What `quick` puts in the place of the defaults; a field given explicitly stays as given."""
 
+_FREE = (
+    *("budget", "quick", "threads", "optimize", "prior", "out", "resume"),
+    *("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout"),
+)
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
 
 
@@ -207,6 +211,43 @@ class Config(BaseModel):
         ge=1,
         le=1024,
     )
+    evaluators: str | None = _field(
+        None,
+        "evaluators",
+        "a whole number from 1 to 9999, or auto",
+        "Processes that score schedules at the same time; auto takes as many as the GPUs, or else the processors, have "
+        "room for. Left out, one in this process, or auto with --ray-address.",
+        "N",
+        pattern=r"^(auto|[1-9][0-9]{0,3})$",
+    )
+    gpus_per_evaluator: float | None = _field(
+        None,
+        "evaluators",
+        "a number above 0 and at most 64",
+        "GPUs that one of these processes takes, such as 0.25 for four on a GPU; left out, 1 where the model runs on a "
+        "GPU.",
+        "N",
+        gt=0.0,
+        le=64.0,
+    )
+    ray_address: str | None = _field(
+        None,
+        "evaluators",
+        "auto, or HOST or HOST:PORT of a Ray cluster",
+        "Where these processes run: on a Ray cluster, auto being the one this machine belongs to; left out, here.",
+        "ADDRESS",
+        pattern=r"^(auto|[^\s:/]+(:[0-9]{1,5})?)$",
+        max_length=300,
+    )
+    trial_timeout: float | None = _field(
+        None,
+        "evaluators",
+        "a number of seconds above 0",
+        "Give up a trial after this many seconds and replace the process that it ran in; left out, never.",
+        "SECONDS",
+        gt=0.0,
+        le=1e9,
+    )
     optimize: OptimizeFor = _field(
         "memory",
         "output",
@@ -301,6 +342,11 @@ class Config(BaseModel):
     def _fill_in_quick_sizes(cls, values: Any) -> Any:
         return {**QUICK, **values} if isinstance(values, dict) and values.get("quick") is True else values
 
+    @field_validator("evaluators", mode="before")
+    @classmethod
+    def _is_a_word(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @field_validator("proxy")
     @classmethod
     def _is_a_proxy(cls, value: str) -> str:
@@ -359,11 +405,16 @@ class Config(BaseModel):
             raise ValueError(_one_line(error)) from None
 
     def definition(self) -> dict[str, object]:
-        """The fields a resumed run may not change: all but budget, quick, threads, optimize and the folders.
+        """The fields a resumed run may not change: all but the budget and those that say how, where and to what end.
 
         Nor the prior, which may lie elsewhere by then: its content is what counts, see `search.trials.fingerprint`.
         """
-        return self.model_dump(exclude={"budget", "quick", "threads", "optimize", "prior", "out", "resume"})
+        return self.model_dump(exclude=set(_FREE))
+
+    @property
+    def in_process(self) -> bool:
+        """Whether schedules are scored in this process, one after the other."""
+        return self.evaluators in (None, "1") and self.ray_address is None and self.trial_timeout is None
 
     def to_json(self) -> str:
         """The content of config.json: every field but the folders, so that a run folder may be moved."""

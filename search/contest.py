@@ -23,16 +23,18 @@ from compression.schedule import Schedule
 from envs import Problem
 from search.config import Config
 from search.console import Console
-from search.evaluators import ModelEvaluator
-from search.journal import differences
+from search.journal import differences, with_defaults
 from search.pipeline import calibrate, preflight
+from search.pool import Pool
 from search.runfolder import CONFIG, ENVIRONMENT, STUDY, RunFolder, environment
+from search.search_pool import search_pool
 from search.standings import Entry, Heldout, Mark, plot, report
 from search.subject import Subject, load
 from search.trials import (
     FINALISTS,
     challengers,
     fingerprint,
+    fingerprint_defaults,
     make_agent,
     open_journal,
     reward_of,
@@ -73,7 +75,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         folder = RunFolder.new(config.out, "compare", config.model, config.seed)
     with folder:
         console.opened(folder.path)
-        contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, subject), config.budget))
+        contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, subject)) | {"budget": config.budget})
         folder.write_text(CONFIG, config.to_json())
         folder.write_json(ENVIRONMENT, environment())
         entered = [search for search in searches if _key(search.agent, search.seed) not in contest.entries]
@@ -145,6 +147,7 @@ class _Contest:
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"cannot use {path}: {error}") from None
+        found.fingerprint = with_defaults(found.fingerprint, _shared(fingerprint_defaults()))
         if found.fingerprint != expected:
             raise ValueError(f"{path} is another contest: " + "; ".join(differences(found.fingerprint, expected)))
         return found
@@ -162,9 +165,9 @@ def _play(
     closed_form = problem.closed_form()
     contest.closed_form = contest.note(closed_form)
     if entered:
-        with subject.evaluator("search", closed_form) as evaluator:
+        with search_pool(subject, closed_form, console.note) as pool:
             for config in entered:
-                entry = _search(folder, subject, problem, config, evaluator, contest, console)
+                entry = _search(folder, subject, problem, config, pool, contest, console)
                 contest.entries[_key(config.agent, config.seed)] = entry
                 contest.write(folder)
     if undecided := [entry for entry in contest.entries.values() if not entry.selected]:
@@ -197,22 +200,22 @@ def _search(
     subject: Subject,
     problem: Problem,
     config: Config,
-    evaluator: ModelEvaluator,
+    pool: Pool,
     contest: _Contest,
     console: Console,
 ) -> Entry:
     """One agent's search; it replays what its journal has."""
     rows = [sum(len(row.tokens) for row in shard) for shard in subject.shards("search")]
-    reward = reward_of(config, evaluator.dense)
+    reward = reward_of(config, pool.dense)
     journal = open_journal(folder / _key(config.agent, config.seed) / STUDY, config, subject, problem)
     try:
         with console.stage(f"{config.agent}, seed {config.seed}", config.budget, "trials", spent(journal)) as stage:
-            trials = run_agent(make_agent(config, problem, subject), config.budget, evaluator, reward, journal, stage)
+            trials = run_agent(make_agent(config, problem, subject), config.budget, pool, reward, journal, stage)
         marks, finalists = [], []
         for part in _PARTS:
             agent = make_agent(config, problem, subject)
             start = time.perf_counter()
-            told = run_agent(agent, round(part * config.budget), evaluator, reward, journal)
+            told = run_agent(agent, round(part * config.budget), pool, reward, journal)
             recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
             seconds = time.perf_counter() - start
             evaluations = sum(trial.proposal.cost for trial in told)
@@ -237,11 +240,11 @@ def _key(name: str, seed: int) -> str:
     return f"{name}-{seed}"
 
 
-def _shared(of: Mapping[str, object], budget: int) -> dict[str, object]:
+def _shared(of: Mapping[str, object]) -> dict[str, object]:
     """What all searches of a contest have in common, as plain JSON values."""
     plain: dict[str, Any] = json.loads(json.dumps(of))
     del plain["configuration"]["agent"]
-    return plain | {"budget": budget}
+    return plain
 
 
 def _searches(config: Config, names: Sequence[str], seeds: Sequence[int]) -> list[Config]:

@@ -1,7 +1,7 @@
 """Evaluators: schedules in, scores out, batch first. The only door to the model.
 
-Budget, replay of known scores and the journal stand around an evaluator in `search.stages.run_agent`, the same for
-every agent.
+Budget, replay of known scores and the journal stand around an evaluator in `search.trials.run_agent`, the same for
+every agent; several evaluators at work at once are a pool, see `search.pool`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from compression.slopes import watch_slopes
 from search.quality import Quality
 from search.racing import clearly_worse
 from search.reuse import HiddenStates, prefix_keys
-from search.scoring import Through, Workload, plainly
+from search.scoring import Hopeless, Through, Workload, is_out_of_memory, plainly
 
 __all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator", "Score"]
 
@@ -105,6 +105,8 @@ class Score:
         return cls(quality=quality, size=Size(**pick(Size)), **own)
 
 
+Outcome = TypeVar("Outcome")
+_NO_ROOM = "even one row at a time; use fewer --search-text-tokens, fewer evaluators on the device, or a larger one"
 _OWN = ("state", "seconds", "reason", "shard", "kl_control", "expected_accuracy_control", "time_fraction")
 
 
@@ -120,7 +122,7 @@ class Evaluator(Protocol):
     def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
         """To first order, what KL does when a site of `schedule` alone takes its choice in `toward`, nats per token.
 
-        By name, for the sites where the two differ.
+        By name, for the sites where the two differ; nothing if the passes fail.
         """
 
 
@@ -168,22 +170,22 @@ class ModelEvaluator:
         self._model = model
         self._repair = repair
         self._times = times
-        self._workloads = tuple(workloads)
+        self._workloads = list(workloads)
         self._applier = ScheduleApplier(model, store, packed)
         self._sizes = SizeModel(model, store.sites)
         self._sites = store.sites
         self.states = HiddenStates(model, store.sites, sum(one.padded_tokens for one in workloads), reuse_bytes)
         self.states.verify()
-        dense = Schedule.dense(tuple(site.name for site in store.sites))
+        self._dense = dense = Schedule.dense(tuple(site.name for site in store.sites))
         start = time.perf_counter()
-        with self._following(dense) as through:
-            qualities = [workload.reference(model, through) for workload in workloads]
+        shards = range(len(workloads))
+        qualities = [self._with_room(shard, partial(self._refer, shard)) for shard in shards]
         size, seconds = self._sizes.size(dense), time.perf_counter() - start
         self.dense = Score("ok", qualities[0], size, seconds, "", 0, *_controls(qualities)[0], self._time(dense))
         self._controls = [(0.0, 0.0)] * len(workloads)
         if anchor is not None and len(workloads) > 1:
-            with self._following(anchor) as through:
-                self._controls = _controls([workload.measure(model, through) for workload in workloads])
+            measured = [self._with_room(shard, partial(self._measure, anchor, shard)) for shard in shards]
+            self._controls = _controls(measured)
 
     def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, look: int = 0) -> list[Score]:
         """One score per schedule, in order. An evaluation that raises is a failed score, never a number.
@@ -201,9 +203,17 @@ class ModelEvaluator:
     def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
         """See `Evaluator`. Costs about three evaluations: a backward pass, and the outputs of the other choices.
 
-        NaN everywhere where the passes give no numbers.
+        NaN everywhere where the passes give no numbers; nothing where they raise, as for want of memory: an agent takes
+        that for a pass that failed, and goes on.
         """
-        workload = self._workloads[(int(schedule.digest[:8], 16) + look) % len(self._workloads)]
+        shard = self._shard(schedule, look)
+        try:
+            return self._with_room(shard, partial(self._slopes, schedule, toward, shard))
+        except (RuntimeError, MemoryError):
+            return {}
+
+    def _slopes(self, schedule: Schedule, toward: Schedule, shard: int) -> dict[str, float]:
+        workload = self._referenced(shard)
         with self.states.watch():
             self._applier.apply_(schedule)
         others = {name: self._applier.module(name, choice) for name, choice in toward if choice != schedule[name]}
@@ -224,19 +234,55 @@ class ModelEvaluator:
 
     def _evaluate(self, schedule: Schedule, rival: Score | None, look: int) -> Score:
         size = self._sizes.size(schedule)
-        shard = (int(schedule.digest[:8], 16) + look) % len(self._workloads)
+        shard = self._shard(schedule, look)
         hopeless = partial(_lost, rival.quality) if rival is not None and rival.shard == shard else None
         start = time.perf_counter()
         reason = ""
         try:
-            with self._following(schedule) as through:
-                quality = self._workloads[shard].measure(self._model, through, hopeless)
+            quality = self._with_room(shard, partial(self._measure, schedule, shard, hopeless))
             state = quality.state
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
             quality, state = Quality(), "failed"
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if is_out_of_memory(error):
+                reason += f" ({_NO_ROOM})"
         seconds = time.perf_counter() - start
         return Score(state, quality, size, seconds, reason, shard, *self._controls[shard], self._time(schedule))
+
+    def _measure(self, schedule: Schedule, shard: int, hopeless: Hopeless | None = None) -> Quality:
+        workload = self._referenced(shard)
+        with self._following(schedule) as through:
+            return workload.measure(self._model, through, hopeless)
+
+    def _refer(self, shard: int) -> Quality:
+        with self._following(self._dense) as through:
+            return self._workloads[shard].reference(self._model, through)
+
+    def _referenced(self, shard: int) -> Workload:
+        if not self._workloads[shard].has_reference:
+            self._refer(shard)
+        return self._workloads[shard]
+
+    def _shard(self, schedule: Schedule, look: int) -> int:
+        return (int(schedule.digest[:8], 16) + look) % len(self._workloads)
+
+    def _with_room(self, shard: int, work: Callable[[], Outcome]) -> Outcome:
+        """`work`, again with batches of half the size as often as it runs out of memory, down to single rows.
+
+        Smaller batches need a new reference, which differs from the old one by rounding only.
+        """
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                smaller = self._workloads[shard].halved() if is_out_of_memory(error) else None
+                if smaller is None:
+                    raise
+            # Outside the handler, whose traceback holds on to tensors.
+            self._workloads[shard] = smaller
+            self.states.forget()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _time(self, schedule: Schedule) -> float:
         return self._times(schedule) if self._times else math.nan

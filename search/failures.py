@@ -11,11 +11,15 @@ from pathlib import Path
 from search.config import Config
 from search.interrupts import INTERRUPTED
 
-__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "complain", "explain", "refuse"]
+__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "EvaluatorsLost", "complain", "explain", "refuse"]
 
 DONE, REFUSED, PREFLIGHT, FAILURES = 0, 2, 3, 4
 """Exit codes: done; refused before any work (input, or data or device not there); `doctor` found what keeps the job
 from running; stopped or finished with failures; 130 is interrupted."""
+
+
+class EvaluatorsLost(Exception):
+    """The processes that score schedules cannot be kept alive."""
 
 
 def explain(error: BaseException, folder: Path | None, command: str = "") -> int:
@@ -34,6 +38,9 @@ def explain(error: BaseException, folder: Path | None, command: str = "") -> int
     resume = f"; once that is mended: python search.py {command}--resume {shlex.quote(str(folder))}" if folder else ""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         complain(f"stopped: {error.strerror}{resume}")
+        return FAILURES
+    if isinstance(error, EvaluatorsLost):
+        complain(f"stopped: {error}{resume}")
         return FAILURES
     if isinstance(error, MemoryError):
         complain(f"stopped: out of memory; use --quick or fewer --calibration-tokens{resume}")

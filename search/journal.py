@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.interrupts import shield
 from search.runfolder import finite
 
-__all__ = ["Journal", "Record", "differences"]
+__all__ = ["Journal", "Record", "differences", "with_defaults"]
 
 _STUDY = "chisel"
 
@@ -46,6 +46,7 @@ class Record:
         seconds: wall time of the evaluation.
         look: which set of data the schedule was measured on, see `agents.Proposal`.
         slopes: by site, where the agent asked for them; else None.
+        asked: how often the agent had been asked when it was told of this one.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Record:
     seconds: float = 0.0
     look: int = 0
     slopes: Mapping[str, float] | None = None
+    asked: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -75,18 +77,24 @@ class Journal:
             once; a journal of another fingerprint is refused.
         steps: a name for every decision of the agent, as the dashboard shows it ("block_07").
         levels: number of levels of each decision, at least 1.
+        defaults: what a stored fingerprint counts as saying where it says nothing, see `with_defaults`.
 
     Raises:
         ValueError: the file is of another fingerprint (the message lists what differs) or is no journal.
     """
 
     def __init__(
-        self, path: Path, fingerprint: Mapping[str, object], steps: Sequence[str] = (), levels: int = 1
+        self,
+        path: Path,
+        fingerprint: Mapping[str, object],
+        steps: Sequence[str] = (),
+        levels: int = 1,
+        defaults: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self.steps = tuple(steps)
         self._space: dict[str, BaseDistribution] = {name: IntDistribution(0, levels - 1) for name in self.steps}
-        plain = json.loads(json.dumps(finite({**fingerprint, "steps": list(steps), "levels": levels}), sort_keys=True))
+        plain = _plain({**fingerprint, "steps": list(steps), "levels": levels})
         if not _is_sqlite(path):
             raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -97,7 +105,7 @@ class Journal:
         known = self._study.user_attrs.get("fingerprint")
         if known is None:
             self._study.set_user_attr("fingerprint", plain)
-        elif known != plain:
+        elif (known := with_defaults(known, _plain(defaults))) != plain:
             self.close()
             raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
         self._records = {record.number: record for record in map(self._read, self._study.get_trials(deepcopy=False))}
@@ -106,6 +114,11 @@ class Journal:
     def records(self) -> Sequence[Record]:
         """All records in the order of their numbers."""
         return [self._records[number] for number in sorted(self._records)]
+
+    @property
+    def told(self) -> Sequence[Record]:
+        """All records in the order they were made: that of the results, and of what the agent was told."""
+        return list(self._records.values())
 
     def record(self, record: Record) -> None:
         """Keep one trial; when this returns it is on disk. One kept already stays as it is.
@@ -175,6 +188,7 @@ class Journal:
                 "trial.reason": record.reason,
                 "trial.seconds": record.seconds,
                 "trial.look": record.look,
+                "trial.asked": record.asked,
                 "trial.slopes": finite(record.slopes),
                 "trial.figures": list(record.score),
                 "schedule.digest": record.digest,
@@ -200,6 +214,7 @@ class Journal:
                 seconds=attrs["trial.seconds"],
                 look=attrs.get("trial.look", 0),  # not written before looks were counted
                 slopes=_numbers(attrs.get("trial.slopes")),
+                asked=attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this while one came after the other
             )
         except KeyError as missing:
             raise ValueError(
@@ -212,6 +227,19 @@ def _numbers(values: Mapping[str, float | None] | None) -> Mapping[str, float] |
     if values is None:
         return None
     return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping with what it lacks taken from `defaults`, inside the mappings that both have.
+
+    A fingerprint of an earlier version lacks the fields that came later.
+    """
+    filled = dict(known)
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled.get(key), Mapping):
+            inner = filled[key]
+            filled[key] = {**inner, **{name: value for name, value in default.items() if name not in inner}}
+    return filled
 
 
 def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:
@@ -232,6 +260,12 @@ def _is_sqlite(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         return file.read(16) in (b"", b"SQLite format 3\x00")
+
+
+def _plain(value: Mapping[str, object]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(finite(value), sort_keys=True))
+    return plain
 
 
 def _short(value: object) -> str:

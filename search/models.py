@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,9 @@ from search.random_models import SHAPES, random_parameter
 __all__ = [
     "LoadedModel",
     "Source",
+    "assemble",
     "bare_model",
+    "can_be_assembled",
     "empty_model",
     "head_size",
     "keep_positions",
@@ -222,6 +224,34 @@ def _is_compressed(folder: Path) -> bool:
         return False
 
 
+def can_be_assembled(name: str) -> bool:
+    """Whether `assemble` knows how: not for a GGUF file."""
+    return locate(name).gguf is None
+
+
+def assemble(name: str, device: torch.device, parameters: Mapping[str, torch.Tensor], digest: str) -> LoadedModel:
+    """The model that `load_model` gives, around parameters that are there already, such as memory-mapped ones.
+
+    Args:
+        name: as for `locate`; not a GGUF file.
+        parameters: all of them by name, of one type, tied ones once.
+        digest: of the parameters, see `model_digest`; taken as given.
+
+    Raises:
+        ValueError, DataUnavailable: as `load_model`.
+    """
+    source = locate(name)
+    model = empty_model(source)
+    for path in [path for path, _ in model.named_parameters()]:
+        owner, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameters[path], requires_grad=False))
+    model.tie_weights()
+    model.to(device=device, dtype=next(iter(parameters.values())).dtype).eval().requires_grad_(False)
+    with quiet_transformers():
+        tokenizer = _byte_tokenizer() if source.folder is None else _read_tokenizer(source.folder)
+    return LoadedModel(model, tokenizer, source.model_id, digest, source.license)
+
+
 def model_digest(model: torch.nn.Module) -> str:
     """sha256 over name, type, shape and bytes of every parameter, tied ones once, in hex."""
     digest = hashlib.sha256()
@@ -243,7 +273,7 @@ def _read(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **where, **weights
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **where)
+        tokenizer = _read_tokenizer(source.folder, **where)
     except Exception as error:  # whatever a foreign file makes the libraries raise, it is the file that is refused
         raise _unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
@@ -261,6 +291,12 @@ def _read(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
 def _unusable(source: Source, error: Exception) -> ValueError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ValueError(f"model {source.name!r} cannot be loaded: {reason}")
+
+
+def _read_tokenizer(folder: Path | None, **where: Any) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(
+        folder, **{"local_files_only": True, "trust_remote_code": False, **where}
+    )
 
 
 def _unpacked_default() -> Path:

@@ -31,6 +31,7 @@ from search.prior_making import build_prior
 from search.quality import paired_kl
 from search.report import REPORT, report
 from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
+from search.search_pool import check_evaluators, search_pool
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
 from search.transfer import check_families
@@ -171,6 +172,7 @@ def preflight(config: Config) -> torch.device:
         load_proxy(config.proxy)
     read_policy(config)
     read_prior(config)
+    check_evaluators(config)
     if config.out is not None:
         refuse_used(Path(config.out))
     return resolve_device(config.device)
@@ -267,11 +269,11 @@ def _search(
     agent = make_agent(config, problem, subject)
     journal = open_journal(folder / STUDY, config, subject, problem)
     try:
-        with subject.evaluator("search", closed_form) as evaluator:
+        with search_pool(subject, closed_form, console.note) as pool:
             done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
-                reward = reward_of(config, evaluator.dense)
-                trials = run_agent(agent, config.budget, evaluator, reward, journal, stage)
+                reward = reward_of(config, pool.dense)
+                trials = run_agent(agent, config.budget, pool, reward, journal, stage)
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:
         journal.close()

@@ -18,7 +18,10 @@ from search.packing import Packed, Prediction, group, layout, mix, pack, predict
 from search.quality import Quality, mean_standard_error, ratio_standard_error
 from search.reading import Dense, Reading, log_normalizer, read
 
-__all__ = ["Continuation", "Through", "Workload", "loglikelihoods", "plainly"]
+__all__ = ["Continuation", "Hopeless", "Through", "Workload", "is_out_of_memory", "loglikelihoods", "plainly"]
+
+Hopeless = Callable[[Quality, int], bool]
+"""Whether to give up, given the figures so far and how often it may be asked."""
 
 Through = Callable[[Hashable, Callable[[], Any]], Any]
 """Makes a forward pass: given what stands for the inputs, and the pass."""
@@ -72,11 +75,25 @@ class Workload:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
             raise ValueError("a workload needs at least one sequence of two tokens or more")
         self.sequences = tuple(sequences)
+        self._device, self._batch_tokens, self._mixed = device, batch_tokens, mixed
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
         lengths = [len(sequence.tokens) for sequence in sequences]
         rows = mix(pack(lengths), lengths) if mixed else pack(lengths)
         self._batches = [self._batch(rows, device) for rows in group(rows, lengths, batch_tokens, not mixed)]
         self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
+
+    def halved(self) -> Workload | None:
+        """The same in batches of half as many tokens, without a reference; None where every batch is one row."""
+        rows = [len(batch.inputs["input_ids"]) for batch in self._batches]
+        if max(rows) == 1:
+            return None
+        most = max(batch.inputs["input_ids"].numel() for batch in self._batches)
+        return Workload(self.sequences, self._device, min(self._batch_tokens, most) // 2, self._mixed)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` has been called."""
+        return all(batch.dense is not None for batch in self._batches)
 
     @property
     def tokens(self) -> int:
@@ -105,7 +122,7 @@ class Workload:
         self,
         model: nn.Module,
         through: Through = plainly,
-        hopeless: Callable[[Quality, int], bool] | None = None,
+        hopeless: Hopeless | None = None,
     ) -> Quality:
         """Quality of `model` against the reference. Call `reference` first.
 
@@ -148,7 +165,7 @@ class Workload:
         model: nn.Module,
         through: Through,
         before: Callable[[_Batch, Reading], None] | None = None,
-        hopeless: Callable[[Quality, int], bool] | None = None,
+        hopeless: Hopeless | None = None,
     ) -> Quality:
         """One forward pass over all batches; `before` sees what each gives before it is measured."""
         count = len(self.sequences)
@@ -278,6 +295,13 @@ def loglikelihoods(
     """Summed log-probability of each continuation of each item, nats."""
     found = Workload(items, device, batch_tokens).continuations(model)
     return [[one.loglikelihood for one in of_item] for of_item in found]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of this process: torch says the latter by a RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from compression.cache import FactorCache
+from compression.cache import FactorCache, cache_key
 from compression.factors import FactorStore
 from compression.heads import split_heads_
 from compression.legs import resolve
@@ -24,7 +24,7 @@ from compression.schedule import Schedule
 from compression.sites import Site, discover_sites
 from search.config import Config
 from search.corpora import Splits, build_splits
-from search.evaluators import ModelEvaluator
+from search.evaluators import REUSE_BYTES, ModelEvaluator
 from search.latency import SiteTimes
 from search.models import LoadedModel, head_size, load_model
 from search.packages import cache_folder
@@ -90,13 +90,28 @@ class Subject:
                 dealt = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
         return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
 
+    @property
+    def identity(self) -> dict[str, object]:
+        """What scores in a search are of, beside the configuration: plain JSON values."""
+        return {
+            "model": self.loaded.digest,
+            "statistics": self.calibration.key,
+            "search_text": self.splits.search_text.digest,
+            "search_items": cache_key(items=[item.digest for item in self.splits.search_items]),
+            "dtype": str(self.loaded.model.dtype),
+        }
+
     @contextmanager
     def evaluator(
-        self, part: str, anchor: Schedule | None = None, sequences: Sequence[Packed] | None = None
+        self,
+        part: str,
+        anchor: Schedule | None = None,
+        sequences: Sequence[Packed] | None = None,
+        reuse_bytes: int = REUSE_BYTES,
     ) -> Iterator[ModelEvaluator]:
         """An evaluator on one part of the data, or on some sequences of it; the model is dense again afterwards.
 
-        What is reported is measured on the tensors that are stored.
+        What is reported is measured on the tensors that are stored. `reuse_bytes` as for `ModelEvaluator`.
         """
         config, reported = self.config, part == "heldout"
         racing = part == "selection"
@@ -109,9 +124,10 @@ class Subject:
             self.store,
             workloads,
             anchor,
+            reuse_bytes,
             packed=reported,
             repair=partial(self.repair_, tokens=config.reward_repair_tokens) if repairing else None,
-            times=self._times() if config.latency_weight else None,
+            times=self.times() if config.latency_weight else None,
         )
         try:
             yield evaluator
@@ -138,7 +154,8 @@ class Subject:
             seen += int(mask.sum())
         return batches
 
-    def _times(self) -> SiteTimes:
+    def times(self) -> SiteTimes:
+        """Time fractions of schedules on this machine."""
         planner = Planner(self.config.optimize, cache_folder() / "layer-costs.json")
         return SiteTimes(self.sites, planner, self.loaded.model.dtype, self.device)
 
@@ -154,15 +171,17 @@ class Subject:
         return min(times) / ids.numel()
 
 
-def load(config: Config, device: torch.device) -> tuple[LoadedModel, tuple[Site, ...]]:
-    """The model and its sites.
+def load(
+    config: Config, device: torch.device, loaded: LoadedModel | None = None
+) -> tuple[LoadedModel, tuple[Site, ...]]:
+    """The model and its sites; `loaded` is the model if it is there already.
 
     Raises:
         ValueError: as `search.models.load_model` and `compression.sites.discover_sites`, a target below what χ = 1
             everywhere keeps, or heads asked for that are not there.
         DataUnavailable: as `search.models.load_model`.
     """
-    loaded = load_model(config.model, device, working_dtype(device))
+    loaded = loaded or load_model(config.model, device, working_dtype(device))
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):

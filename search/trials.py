@@ -14,7 +14,6 @@ from typing import cast
 
 import agents
 from agents import Agent, Proposal, SavedPolicy, SlopeAgent
-from compression.cache import cache_key
 from compression.schedule import Schedule
 from envs import Problem, Reward
 from search.config import Config
@@ -22,6 +21,7 @@ from search.console import Stage
 from search.evaluators import Evaluator, Score
 from search.journal import Journal, Record
 from search.models import LoadedModel
+from search.pool import Job, Pool, Result
 from search.quality import paired_kl
 from search.subject import Subject
 from search.warm_start import prior_digest
@@ -33,6 +33,7 @@ __all__ = [
     "challengers",
     "describe",
     "fingerprint",
+    "fingerprint_defaults",
     "make_agent",
     "open_journal",
     "read_policy",
@@ -59,42 +60,72 @@ class Trial:
 def run_agent(
     agent: Agent,
     budget: int,
-    evaluator: Evaluator,
+    pool: Pool,
     reward: Reward,
     journal: Journal,
     stage: Stage | None = None,
 ) -> list[Trial]:
-    """Ask, evaluate, journal, tell, until the budget is spent or the agent has finished.
+    """Ask, evaluate, journal, tell, until the budget is spent or the agent has finished; trials in the order proposed.
 
-    Every trial is on disk before the agent hears of it. Trials the journal holds already are told from it, so a resumed
-    search replays to where it stopped.
+    The agent is asked, one proposal at a time, whenever the pool has room, and told of every result when it comes: at
+    most `pool.capacity` - 1 others are on their way then. Every trial is on disk before the agent hears of it, with how
+    often it had been asked by then. Trials the journal holds already are told from it in that very order, so a resumed
+    search replays to where it stopped, whatever number of evaluators it had; what was under way is evaluated again.
+
+    Raises:
+        ValueError: the journal is not of this agent.
     """
     trials: list[Trial] = []
-    known = {record.key: record for record in journal.records}
-    spent = 0
-    while spent < budget:
-        proposals = agent.ask(budget - spent)
-        if not proposals:
-            break
-        rewards = []
-        for proposal in proposals:
-            record = known.get((proposal.schedule.digest, proposal.look))
-            if record is None:
-                [score] = evaluator.evaluate([proposal.schedule], look=proposal.look)
-                slopes = _slopes(evaluator, proposal, score)
-            else:
-                score, slopes = Score.from_dict(record.score), record.slopes
-            trial = Trial(len(trials), proposal, score, reward(score))
-            journal.record(_record(trial, slopes))
-            trials.append(trial)
-            rewards.append(trial.reward)
-            spent += proposal.cost
-            if stage is not None and record is None:
-                stage.advance(proposal.cost, describe(trials))
-            if slopes is not None:
-                cast(SlopeAgent, agent).tell_slopes(proposal, slopes)
-        agent.tell(proposals, rewards)
-    return trials
+    waiting: dict[int, Proposal] = {}
+    calls = proposed = charged = 0
+
+    def ask() -> int | None:
+        nonlocal calls, proposed, charged
+        calls += 1
+        for proposal in agent.ask(1):
+            waiting[proposed] = proposal
+            charged += proposal.cost
+            proposed += 1
+            return proposed - 1
+        return None
+
+    def tell(number: int, result: Result) -> None:
+        proposal = waiting.pop(number)
+        trial = Trial(number, proposal, result.score, reward(result.score))
+        journal.record(_record(trial, result.slopes, calls))
+        trials.append(trial)
+        if result.slopes is not None:
+            cast(SlopeAgent, agent).tell_slopes(proposal, result.slopes)
+        agent.tell([proposal], [trial.reward])
+
+    def submit(number: int) -> None:
+        proposal = waiting[number]
+        pool.submit(number, Job(proposal.schedule, proposal.look, proposal.probe))
+
+    for record in journal.told:
+        if sum(trial.proposal.cost for trial in trials) >= budget:
+            return _in_order(trials)
+        while calls < record.asked:
+            ask()
+        if record.number not in waiting:
+            raise ValueError(f"{journal.path} has a trial {record.number} that the resumed search does not propose")
+        tell(record.number, Result(Score.from_dict(record.score), record.slopes))
+    for number in waiting:
+        submit(number)
+    while True:
+        while charged < budget and len(waiting) < pool.capacity and (fresh := ask()) is not None:
+            submit(fresh)
+        if not waiting:
+            return _in_order(trials)
+        number, result = pool.finished()
+        cost = waiting[number].cost
+        tell(number, result)
+        if stage is not None:
+            stage.advance(cost, describe(trials))
+
+
+def _in_order(trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
@@ -103,14 +134,7 @@ def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(scored, key=lambda trial: (-trial.reward, trial.number))[:count]
 
 
-def _slopes(evaluator: Evaluator, proposal: Proposal, score: Score) -> Mapping[str, float] | None:
-    """None if the agent did not ask, nothing where there is no score."""
-    if proposal.probe is None:
-        return None
-    return evaluator.slopes(proposal.schedule, proposal.probe, proposal.look) if score.state == "ok" else {}
-
-
-def _record(trial: Trial, slopes: Mapping[str, float] | None) -> Record:
+def _record(trial: Trial, slopes: Mapping[str, float] | None, asked: int) -> Record:
     ok = trial.score.state == "ok"
     return Record(
         number=trial.number,
@@ -124,6 +148,7 @@ def _record(trial: Trial, slopes: Mapping[str, float] | None) -> Record:
         reason=trial.score.reason,
         seconds=trial.score.seconds,
         slopes=slopes,
+        asked=asked,
     )
 
 
@@ -169,15 +194,10 @@ def reward_of(config: Config, dense: Score) -> Reward:
 
 def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
     """Everything that decides what a trial is and scores; a resumed run must agree."""
-    splits = subject.splits
     return {
         "configuration": config.definition(),
-        "model": subject.loaded.digest,
-        "statistics": subject.calibration.key,
-        "search_text": splits.search_text.digest,
-        "search_items": cache_key(items=[item.digest for item in splits.search_items]),
+        **subject.identity,
         "reward": dataclasses.asdict(_weighted(config)),
-        "dtype": str(subject.loaded.model.dtype),
         **({"policy": policy.digest} if (policy := read_policy(config, subject.loaded)) else {}),
         **({"prior": digest} if (digest := prior_digest(config)) else {}),
     }
@@ -186,7 +206,16 @@ def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
 def open_journal(path: Path, config: Config, subject: Subject, problem: Problem) -> Journal:
     """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Journal(path, fingerprint(config, subject), problem.names, problem.levels)
+    return Journal(path, fingerprint(config, subject), problem.names, problem.levels, fingerprint_defaults())
+
+
+def fingerprint_defaults() -> dict[str, object]:
+    """What a fingerprint of an earlier version would say of fields that came later: a run without them had these."""
+    names = Config.of({}).definition()
+    return {
+        "configuration": {name: Config.model_fields[name].default for name in names},
+        "reward": dataclasses.asdict(Reward()),
+    }
 
 
 def spent(journal: Journal) -> int:

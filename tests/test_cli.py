@@ -69,7 +69,8 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     sizes |= dict(heldout_tokens=101, report_items=4, repair_tokens=512)
     weights = dict(kl_weight=2.0, correct_weight=0.0, compression_weight=0.5, bytes_weight=0.1, latency_weight=0.2)
     sizes["reward_repair_tokens"] = 256
-    values = {**texts, **sizes, **weights, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
+    where = dict(evaluators="4", gpus_per_evaluator=0.5, ray_address="head:6379", trial_timeout=9.5)
+    values = {**texts, **sizes, **weights, **where, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
     assert set(values) | {"quick", "per_head", "policy", "prior", "resume"} == set(Config.model_fields)
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["search", *words, "--quick", "--per-head"]) == cli.DONE

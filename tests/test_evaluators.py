@@ -104,8 +104,56 @@ def test_an_evaluation_that_raises_is_failed_with_its_reason(
     monkeypatch.setattr(Workload, "measure", out_of_memory)
     [score] = evaluator.evaluate([everywhere(store, 3)])
     assert score.state == "failed"
-    assert score.reason == "OutOfMemoryError: no memory left"
+    assert score.reason.startswith("OutOfMemoryError: no memory left (even one row at a time")
     assert math.isnan(score.kl)
+
+
+@pytest.mark.parametrize(
+    "shortage",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+)
+def test_where_memory_runs_out_batches_are_halved_and_the_score_stays(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, shortage: Exception
+) -> None:
+    evaluator, store = evaluator_of(loaded)
+    text = [packed_text(loaded.encode(f"Sentence number {n}, of some length, to be read. " * 6)) for n in range(6)]
+    evaluator = ModelEvaluator(loaded.model, store, [Workload(text, CPU, 2048)])
+    before = evaluator.evaluate([everywhere(store, 3)])[0]
+    forward, rows = loaded.model.forward, []
+
+    def two_rows_at_most(*inputs: Any, **named: Any) -> Any:
+        rows.append(len(named["input_ids"]))
+        if rows[-1] > 2:
+            raise shortage
+        return forward(*inputs, **named)
+
+    monkeypatch.setattr(loaded.model, "forward", two_rows_at_most)
+    evaluator.states.forget()
+    [score] = evaluator.evaluate([everywhere(store, 3)])
+    assert score.state == "ok"
+    assert score.kl == pytest.approx(before.kl, rel=1e-4)
+    assert rows[0] > 2
+    seen = len(rows)
+    assert evaluator.evaluate([everywhere(store, 2)])[0].state == "ok"
+    assert max(rows[seen:]) <= 2
+
+
+def test_slopes_that_fail_are_none_and_the_evaluator_goes_on(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator, store = evaluator_of(loaded)
+    low, high = everywhere(store, 2), everywhere(store, 7)
+    whole = evaluator.slopes(low, high)
+    assert len(whole) == len(store.sites)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    descend = Workload.descend
+    monkeypatch.setattr(Workload, "descend", fail)
+    assert evaluator.slopes(low, high) == {}
+    monkeypatch.setattr(Workload, "descend", descend)
+    assert evaluator.slopes(low, high) == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
 def test_a_score_survives_a_row(loaded: LoadedModel) -> None:

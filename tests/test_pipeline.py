@@ -286,7 +286,7 @@ def test_a_failed_trial_stays_failed_when_the_run_is_resumed(tmp_path: Path, mon
 
 @pytest.mark.usefixtures("fake_data")
 def test_bfloat16_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(subject, "working_dtype", lambda device: torch.bfloat16)
     rows = run(tmp_path / "run", budget=2)["rows"]
     single = rows[0]["parameters"] * 2
     assert rows[0]["bytes"] == single

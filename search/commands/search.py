@@ -28,6 +28,7 @@ examples:
   python search.py --dry-run                                what would run, and how long, without running it
   python search.py --target-kept 0.7 --budget 500           smaller result, longer search
   python search.py --model ./my-llama --proxy exam.jsonl    your own model and questions
+  python search.py --evaluators 4                           four at once; --ray-address for a cluster
   python search.py --resume results/RUN                     continue after an interruption
 
 other commands:

@@ -1,0 +1,201 @@
+"""How the search scales with the number of evaluators: simulated ones of two seconds, and what one more process costs.
+
+    python -m benchmarks.scaling [--quick] [--write] [--seconds S] [--most N] [--agents LIST]
+
+Simulated evaluators take their time on the clock and none of the processor: `Timed` is a pool like any other, so agent,
+journal and search run as they always do, and the clock tells what they cost. Efficiency is the time that evaluators
+spent evaluating over what they could have spent, start and end of the search left out as filling and draining. The
+memory of real evaluators is the proportional set size of their processes (shared pages are divided among their users)
+on the model of `--model`, without statistics: each loads it as `search.node` does and makes one forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import agents
+from agents import Terms
+from benchmarks.report import Bar, markdown, publish
+from compression.schedule import Schedule
+from compression.size import Size
+from envs import Problem, Reward, ToyEvaluator, toy_menu
+from search.evaluators import Score
+from search.journal import Journal
+from search.pool import Job, Result
+from search.quality import Quality
+from search.trials import run_agent
+
+MODULE = "benchmarks.scaling"
+BLOCKS = 30
+
+
+@dataclass
+class Timed:
+    """A pool of evaluators that each take `seconds` a trial; the score is the toy's."""
+
+    problem: Problem
+    capacity: int
+    seconds: float
+    own: float = 0.0  # processor seconds of the toy, which are not the driver's
+    spans: list[tuple[float, float]] = field(default_factory=list)  # begin and end of every evaluation
+
+    def __post_init__(self) -> None:
+        self._evaluate = ToyEvaluator(self.problem.menu)
+        self._running: list[tuple[float, int, Job]] = []
+        self.dense = self._score(self.problem.closed_form())
+
+    def submit(self, number: int, job: Job) -> None:
+        """See `search.pool.Pool`. Evaluators differ in speed by up to a tenth, so that results overtake each other."""
+        now = time.perf_counter()
+        spread = 1 + 0.1 * (int(job.schedule.digest[:4], 16) / 0xFFFF - 0.5)
+        self.spans.append((now, now + spread * self.seconds))
+        heapq.heappush(self._running, (self.spans[-1][1], number, job))
+
+    def finished(self) -> tuple[int, Result]:
+        """See `search.pool.Pool`."""
+        end, number, job = heapq.heappop(self._running)
+        time.sleep(max(0.0, end - time.perf_counter()))
+        start = time.process_time()
+        result = Result(self._score(job.schedule))
+        self.own += time.process_time() - start
+        return number, result
+
+    def _score(self, schedule: Schedule) -> Score:
+        [toy] = self._evaluate([schedule])
+        size = Size(toy.kept_fraction, toy.kept_fraction, toy.kept_fraction, 1, 1, 1)
+        quality = Quality(state="ok", kl=toy.kl, expected_accuracy=toy.expected_accuracy, tokens=1)
+        return Score("ok", quality, size, self.seconds)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one simulated search: share of their time that evaluators were busy, processor ms of the driver a trial."""
+
+    efficiency: float
+    driver: float
+    trials: int
+
+
+def simulate(name: str, count: int, seconds: float, rounds: int) -> Figures:
+    """A search by one agent on `count` evaluators, so many trials each."""
+    problem = Problem.build(toy_menu(BLOCKS), 0.5)
+    budget = rounds * count
+    pool = Timed(problem, count, seconds)
+    agent = agents.make(name, problem, Terms(0, budget))
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "study.db", {}, problem.names, problem.levels)
+        start = time.process_time()
+        trials = run_agent(agent, budget, pool, Reward(), journal)
+        spent = time.process_time() - start
+        journal.close()
+    # From the moment when all evaluators have work to the one when the last trial is handed out.
+    first, last = pool.spans[count - 1][0], pool.spans[-1][0]
+    busy = sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in pool.spans)
+    return Figures(busy / (count * (last - first)), 1e3 * (spent - pool.own) / len(trials), len(trials))
+
+
+_MEMORY = """
+import json, sys
+import torch
+from compression.cache import FactorCache
+from search.models import load_model
+from search.node import shared_model
+from search.packages import cache_folder
+torch.set_num_threads(1)
+name, digest, dtype = sys.argv[1:]
+if digest == "-":
+    loaded = load_model(name, "cpu", getattr(torch, dtype))
+    print(loaded.digest, sum(p.numel() * p.element_size() for p in loaded.model.parameters()))
+    sys.exit()
+cache = FactorCache(cache_folder() / "factors")
+loaded = shared_model(name, torch.device("cpu"), getattr(torch, dtype), digest, cache)
+with torch.inference_mode():
+    loaded.model(torch.ones(1, 64, dtype=torch.long), use_cache=False)
+print("ready", flush=True)
+for line in sys.stdin:
+    rows = dict(row.split()[:2] for row in open("/proc/self/smaps_rollup") if row.split()[0] in ("Pss:", "Rss:"))
+    print(json.dumps({name: int(value) * 1024 for name, value in rows.items()}), flush=True)
+"""
+
+
+def memory(model: str, dtype: str, most: int) -> tuple[int, list[int]]:
+    """Bytes of the model, and of 1 to `most` evaluators together that have it in memory."""
+
+    def start(digest: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", _MEMORY, model, digest, dtype]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    digest, size = start("-").communicate()[0].split()
+    running: list[subprocess.Popen[str]] = []
+    totals = []
+    try:
+        for _ in range(most):
+            running.append(start(digest))
+            out = running[-1].stdout
+            assert out is not None
+            assert out.readline() == "ready\n", "an evaluator did not start"
+            total = 0
+            for one in running:
+                assert one.stdin is not None
+                assert one.stdout is not None
+                one.stdin.write("\n")
+                one.stdin.flush()
+                total += json.loads(one.stdout.readline())["Pss:"]
+            totals.append(total)
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+    return int(size), totals
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--most", type=int, default=256)
+    parser.add_argument("--agents", default="random,reinforce,evolution,optuna-tpe")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--processes", type=int, default=4)
+    given = parser.parse_args()
+    names = given.agents.split(",")[: 2 if given.quick else None]
+    counts = [count for count in ((16, 64) if given.quick else (1, 4, 16, 64, 256)) if count <= given.most]
+    rounds = 4 if given.quick else 8
+    found = {(name, count): simulate(name, count, given.seconds, rounds) for name in names for count in counts}
+    rows = [
+        (name, count, figures.trials, f"{figures.efficiency:.1%}", f"{figures.driver:.1f}")
+        for (name, count), figures in found.items()
+    ]
+    body = f"Simulated evaluators of {given.seconds:g} s, {BLOCKS} decisions a schedule, {rounds} trials each:\n\n"
+    body += markdown(("agent", "evaluators", "trials", "efficiency", "driver ms/trial"), rows)
+    size, totals = memory(given.model, given.dtype, given.processes)
+    shares = [(after - before) / size for before, after in itertools.pairwise(totals)]
+    body += f"\n\nReal processes with `{given.model}` in {given.dtype}, {size / 1e6:.0f} MB:\n\n"
+    body += markdown(
+        ("evaluators", "MB together", "one more, in models"),
+        [
+            (n, f"{total / 1e6:.0f}", f"{share:.2f}")
+            for n, (total, share) in enumerate(zip(totals, [totals[0] / size, *shares], strict=True), 1)
+        ],
+    )
+    bars = [Bar("memory of one more evaluator in models", max(shares), "<=", 0.35)]
+    if (shown := found.get((names[-1], 64))) is not None:
+        bars.insert(0, Bar(f"efficiency of 64 simulated evaluators, {names[-1]}", shown.efficiency, ">=", 0.9))
+        bars.insert(1, Bar(f"driver ms a trial, {names[-1]}", shown.driver, "<=", 5.0))
+    publish(MODULE, "Scaling with the number of evaluators", body, bars, given.write)
+
+
+if __name__ == "__main__":
+    main()

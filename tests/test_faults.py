@@ -1,0 +1,56 @@
+"""A search that cannot be killed: SIGKILL to the driver and to evaluators, and the whole job resumed after it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakedata import data_for_processes
+
+from benchmarks.chaos import ROOT, SMALL, journal, rage
+
+TINY = [*SMALL.split()[:-2], "--model", "random:tiny-llama", "--repair-tokens", "0", "--quiet"]
+
+
+def start(*words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "search.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_a_driver_killed_again_and_again_loses_nothing_and_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    undisturbed, cut = tmp_path / "whole", tmp_path / "cut"
+    words = [*TINY, "--budget", "24"]
+    assert start(*words, "--out", str(undisturbed)).wait(timeout=600) == 0
+    process, kills = start(*words, "--out", str(cut)), 0
+    seen: dict[int, list[tuple[str, object]]] = {}
+    while process.poll() is None and kills < 3:
+        if len(found := journal(cut / "study.db")) >= len(seen) + 3:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            found = journal(cut / "study.db")
+            assert all(found[number] == trial for number, trial in seen.items())
+            seen = found
+            process = start("--resume", str(cut), "--quiet")
+        time.sleep(0.01)
+    assert process.wait(timeout=600) == 0
+    assert kills >= 1
+    assert journal(cut / "study.db") == journal(undisturbed / "study.db")
+
+
+def test_killed_drivers_and_evaluators_lose_and_repeat_no_trial_and_leave_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    tally = rage(tmp_path / "läuft weiter", 3, "random:tiny-llama", 2, seed=3)
+    assert sum(tally.kills.values()) == 3
+    assert all(tally.kills.values())
+    assert len(tally.acknowledged) >= 3
+    assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)

@@ -1,0 +1,215 @@
+"""Evaluators in processes of their own: equal to the one in this process, and what becomes of those that die or hang.
+
+One Ray for all tests here, since starting it takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from fakedata import data_for_processes
+from scriptedworker import Scripted
+
+from compression import Choice, Schedule
+from compression.size import Size
+from envs import Problem
+from search.config import Config
+from search.evaluators import Score
+from search.failures import EvaluatorsLost
+from search.pool import Job, Pool, Result, SerialPool
+from search.quality import Quality
+from search.search_pool import check_evaluators, search_pool
+from search.subject import Subject, load
+
+VALUES: dict[str, object] = {
+    "model": "random:tiny-llama",
+    "device": "cpu",
+    "target_kept": 0.7,
+    "calibration_tokens": 1500,
+    "search_items": 2,
+    "search_text_tokens": 128,
+    "search_shards": 2,
+    "heldout_tokens": 600,
+    "report_items": 6,
+    "threads": 1,
+}
+
+
+def score(kl: float, state: str = "ok", reason: str = "", seconds: float = 0.0) -> Score:
+    size = Size(**{field.name: 1 for field in dataclasses.fields(Size)})
+    return Score(state, Quality(state="ok", kl=kl), size, seconds, reason)
+
+
+def failed(schedule: Schedule, reason: str, seconds: float) -> Score:
+    return score(0, "failed", reason, seconds)
+
+
+def job(chi: int, look: int = 0) -> Job:
+    return Job(Schedule((("site", Choice("lowrank", chi, "plain")),)), look)
+
+
+def drain(pool: Pool, count: int) -> dict[int, Result]:
+    results = dict(pool.finished() for _ in range(count))
+    assert len(results) == count
+    return results
+
+
+@pytest.fixture(scope="module")
+def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Ray on this machine, hand-made data packages for its workers, and an empty cache."""
+    folder = tmp_path_factory.mktemp("päckchen mit leerzeichen")
+    with pytest.MonkeyPatch.context() as patch:
+        data_for_processes(folder, patch)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        import ray
+
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture
+def scripted(ray_here: Any, tmp_path: Path) -> Iterator[Any]:
+    """Makes pools of scripted workers, and closes them."""
+    from search.ray_evaluators import RayPool
+
+    pools: list[RayPool] = []
+
+    def make(count: int, trouble: str = "", **how: Any) -> RayPool:
+        actor = ray_here.remote(Scripted).options(num_cpus=0, max_restarts=0)
+        pools.append(RayPool(lambda: actor.remote(str(tmp_path), score(0).to_dict(), trouble), count, failed, **how))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def test_several_evaluators_give_the_scores_and_slopes_of_the_one_in_this_process(ray_here: Any) -> None:
+    config = Config.of({**VALUES, "evaluators": "2"})
+    loaded, sites = load(config, torch.device("cpu"))
+    subject = Subject.of(config, loaded, sites, torch.device("cpu"))
+    problem = Problem.build(subject.store.menu(), config.target_kept, config.granularity)
+    middle = (problem.middle,) * problem.steps
+    schedules = [problem.schedule((level, *middle[1:])) for level in range(problem.middle)]
+    jobs = [Job(schedule, look) for schedule in schedules for look in range(2)]
+    jobs.append(Job(schedules[0], 1, problem.probe(schedules[0])))
+    with subject.evaluator("search", problem.closed_form()) as evaluator:
+        serial = SerialPool(evaluator, evaluator.dense)
+        for number, one in enumerate(jobs):
+            serial.submit(number, one)
+        expected = drain(serial, len(jobs))
+        dense = evaluator.dense
+    with search_pool(subject, problem.closed_form(), lambda line: None) as pool:
+        assert pool.capacity == 2
+        assert figures(pool.dense) == figures(dense)
+        for number, one in reversed(list(enumerate(jobs))):
+            pool.submit(number, one)
+        found = drain(pool, len(jobs))
+    assert found.keys() == expected.keys()
+    for number, result in expected.items():
+        assert figures(found[number].score) == figures(result.score)
+        assert found[number].slopes == result.slopes
+    assert expected[len(jobs) - 1].slopes
+
+
+def figures(of: Score) -> dict[str, Any]:
+    return {name: value for name, value in of.to_dict().items() if name != "seconds"}
+
+
+def test_results_carry_the_number_of_their_job_in_whatever_order_they_come(scripted: Any) -> None:
+    pool = scripted(2)
+    for number in range(30):
+        pool.submit(number, job(10 + number, number % 2))
+    results = drain(pool, 30)
+    assert all(result.score.kl == 10 + number + number % 2 / 10 for number, result in results.items())
+    with pytest.raises(IndexError):
+        pool.finished()
+
+
+def test_a_job_whose_worker_is_killed_runs_again_and_counts_once(scripted: Any, tmp_path: Path) -> None:
+    notes: list[str] = []
+    pool = scripted(1, note=notes.append)
+    for number, chi in enumerate((5, 2, 6)):
+        pool.submit(number, job(chi))
+    results = drain(pool, 3)
+    assert [results[number].score.kl for number in range(3)] == [5, 2, 6]
+    assert sorted(path.name for path in tmp_path.glob("[256].*"))[:4] == ["2.0", "2.1", "5.0", "6.0"]
+    assert len(notes) == 1
+
+
+def test_a_schedule_that_kills_every_worker_fails_after_two_and_takes_no_other_with_it(
+    scripted: Any, tmp_path: Path
+) -> None:
+    pool = scripted(2)
+    chis = [*range(10, 20), 1, *range(20, 30)]
+    for number, chi in enumerate(chis):
+        pool.submit(number, job(chi))
+    results = drain(pool, len(chis))
+    assert results[10].score.state == "failed"
+    assert "2 evaluators died of it" in results[10].score.reason
+    assert all(results[number].score.kl == chi for number, chi in enumerate(chis) if chi != 1)
+    assert len(list(tmp_path.glob("1.*"))) <= 3  # in company once, then alone twice
+
+
+def test_an_evaluator_that_hangs_is_replaced_and_its_trial_failed(scripted: Any) -> None:
+    pool = scripted(1, timeout=1.0)
+    pool.submit(0, job(3))
+    pool.submit(1, job(5))
+    start = time.monotonic()
+    results = drain(pool, 2)
+    assert time.monotonic() - start < 60
+    assert results[0].score.state == "failed"
+    assert results[0].score.reason == "took longer than --trial-timeout 1 seconds"
+    assert results[1].score.kl == 5
+
+
+def test_workers_that_cannot_start_end_the_search(scripted: Any) -> None:
+    with pytest.raises(EvaluatorsLost, match="3 evaluators in a row died as they started"):
+        scripted(1, "dies")
+    with pytest.raises(ValueError, match="target_kept must be something else"):
+        scripted(1, "refuses")
+    with pytest.raises(ValueError, match="another model, other data"):
+        pool = scripted(2, "differs")
+        for number in range(50):
+            pool.submit(number, job(5 + number))
+            pool.finished()
+            time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_nothing_listens_beyond_loopback() -> None:
+    listening = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # workers come and go
+            found = process.net_connections("inet")
+            listening += [at.laddr.ip for at in found if at.status == psutil.CONN_LISTEN]
+    assert listening
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_a_missing_ray_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_evaluators(Config())
+    for flag, value in (("evaluators", "2"), ("ray_address", "auto"), ("trial_timeout", 3.0)):
+        with pytest.raises(ValueError, match=rf"--{flag.replace('_', '-')} needs ray.*chisel-prior\[cluster\]"):
+            check_evaluators(Config.of({flag: value}))
+
+
+def test_a_job_and_a_result_survive_their_journey() -> None:
+    there = Job(job(4).schedule, 2, job(9).schedule)
+    assert Job.from_json(there.to_json()) == there
+    back = Result(score(1.25), {"site": float("nan")})
+    again = Result.from_json(back.to_json())
+    assert figures(again.score) == figures(back.score)
+    assert json.dumps(again.slopes) == json.dumps(back.slopes)
