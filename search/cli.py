@@ -17,7 +17,7 @@ from search.interrupts import guarded
 
 __all__ = ["COMMANDS", "DONE", "FAILURES", "REFUSED", "main"]
 
-COMMANDS = ("search", "compare", "data")
+COMMANDS = ("search", "compare", "heal", "data")
 """Names of the modules in `search.commands`; the first is meant where none is named."""
 
 

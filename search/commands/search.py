@@ -32,6 +32,7 @@ examples:
 
 other commands:
   python search.py compare                                  several agents at equal cost, --help says how
+  python search.py heal results/RUN                         train the compressed model for a while, --help says how
   python search.py data                                     only fetch the model and the texts of the default job
 
 exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
