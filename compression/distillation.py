@@ -2,8 +2,8 @@
 
 Tensors in, tensors out. What is to be learned at a position is a `Targets` row: the log-probabilities of the k
 likeliest tokens; all others together are one more outcome, the rest. The loss is the KL divergence between the two
-distributions of k + 1 outcomes, a lower bound of the KL over the vocabulary and equal to it when k is its size. A label is the
-case k = 1 with probability 1, where the KL is the cross-entropy.
+distributions of k + 1 outcomes: a lower bound of the KL over the vocabulary, equal to it when k is its size. A label is
+the case k = 1 with probability 1, where the KL is the cross-entropy.
 
 The output head is frozen in healing, so that the gradient with respect to its inputs is all that is needed of it. It is
 computed in the forward pass, a few rows at a time, as Liger (Hsu et al. 2024) does; memory is that of a few rows.

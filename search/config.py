@@ -45,10 +45,11 @@ PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
 
-QUICK: Mapping[str, int] = {
+QUICK: Mapping[str, int | float] = {
     "budget": 10,
     "calibration_tokens": 4096,
     "repair_tokens": 4096,
+    "heal_minutes": 0.5,
     "search_items": 2,
     "search_shards": 2,
     "heldout_tokens": 1024,
@@ -229,6 +230,16 @@ class Config(BaseModel):
         ge=0,
         le=100_000_000,
     )
+    heal_minutes: float = _field(
+        4.0,
+        "sizes",
+        "a number from 0 to 100000",
+        "Minutes for which the repaired model is then trained towards the dense one; 0 leaves it out. The command heal "
+        "does more of it later.",
+        "MINUTES",
+        ge=0,
+        le=100_000,
+    )
     search_items: int = _field(
         4,
         "sizes",
@@ -334,8 +345,9 @@ class Config(BaseModel):
             raise ValueError(_one_line(error)) from None
 
     def definition(self) -> dict[str, object]:
-        """The fields a resumed run may not change: all but budget, quick, threads, optimize and the folders."""
-        return self.model_dump(exclude={"budget", "quick", "threads", "optimize", "out", "resume"})
+        """The fields a resumed run may not change: all that a trial depends on."""
+        free = {"budget", "quick", "threads", "optimize", "heal_minutes", "out", "resume"}
+        return self.model_dump(exclude=free)
 
     def to_json(self) -> str:
         """The content of config.json: every field but the folders, so that a run folder may be moved."""

@@ -8,19 +8,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from compression.rebuild import rebuilt
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site, put_modules
 from compression.trainable import put_parameters
+from search.checkpoints import Checkpoint, Checkpoints
 from search.config import Config, read_fields
 from search.console import Console
 from search.evaluators import ModelEvaluator, Score
@@ -50,7 +53,8 @@ __all__ = [
 HEALED = "healed"
 """Folder of the healed state inside a run folder."""
 
-_WEIGHTS, _STATE, _CHECKPOINTS, _REPAIRED = "weights.safetensors", "healing.json", "checkpoints", "repaired.safetensors"
+_WEIGHTS, _STATE, _UNFINISHED, _REPAIRED = "weights.safetensors", "healing.json", "unfinished", "repaired"
+_TOKENS_A_SECOND = {"cpu": 500, "cuda": 50_000}
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class Options:
     row_tokens: int = 256
     checkpointing: bool = False
     out: str | None = None
+
+    @property
+    def data_name(self) -> str:
+        """Of the source, as part of a folder's name."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.data).name)
 
     def plan(self, seed: int) -> HealingPlan:
         """Raises ValueError, one line, for a value out of range."""
@@ -106,7 +115,7 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
         raise ValueError(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
     with console.stage("data"):
         subject = Subject.of(config, loaded, sites, device)
-    folder = Path(options.out) if options.out else run / HEALED
+    folder = Path(options.out) if options.out else run / f"{HEALED}-{options.data_name}-{plan.length}"
     folder.mkdir(parents=True, exist_ok=True)
     with subject.evaluator("heldout") as evaluator:
         evaluator.close()
@@ -119,7 +128,7 @@ def heal_subject_(
     subject: Subject,
     schedule: Schedule,
     evaluator: ModelEvaluator,
-    plan: HealingPlan,
+    plan: HealingPlan | None,
     options: Options,
     folder: Path,
     console: Console,
@@ -128,32 +137,49 @@ def heal_subject_(
 
     Args:
         evaluator: of held-out data, closed: its model dense.
-        folder: receives the weights, the state and checkpoints.
+        plan: None repairs only.
+        folder: receives the weights, the state and, while it lasts, what a later try continues from.
+
+    Returns:
+        The scores of the dense, the repaired and the healed model, and how healing went.
     """
     model = subject.loaded.model
-    scores = {"dense": evaluator.dense}
+    scores, healed = {"dense": evaluator.dense}, Healed(())
     dense = sharing_copy(model)
-    taken = _repaired(subject, schedule, folder, console)
-    # Norms and biases outside the sites, which training replaces.
+    # Norms and biases, which training replaces.
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
+    resumable = None if plan is None else folder / f"{_UNFINISHED}-{schedule.digest[:12]}"
+    taken = _repaired_(subject, schedule, resumable, console)
     try:
         scores["repaired"] = evaluator.score_as_is(schedule)
-        with console.stage("text"):
-            text = heal_text(subject.loaded, options.data, options.row_tokens, subject.config.seed, plan.tokens)
-        if text.left_out:
-            console.note(f"{text.left_out} documents were left out, which share words with what is reported")
-        judge = judge_of(subject, dense)
-        with console.stage("heal", plan.tokens, "tokens") as stage:
-            healed = heal_(model, dense, text, judge, plan, folder / _CHECKPOINTS, stage, console.note)
-        scores["healed"] = evaluator.score_as_is(schedule)
-        _write(folder, subject, schedule, plan, options, text, healed, scores)
-        if outlook := healed.outlook():
-            console.note(f"healing: {outlook}")
+        if plan is not None and resumable is not None:
+            with console.stage("text"):
+                text = heal_text(
+                    subject.loaded, options.data, options.row_tokens, plan.seed, _text_tokens(plan, subject)
+                )
+            if text.left_out:
+                console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
+            judge = judge_of(subject, dense)
+            with console.stage("heal", plan.tokens, "tokens") as stage:
+                healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note)
+            scores["healed"] = evaluator.score_as_is(schedule)
+            _write(folder, subject, schedule, plan, options, text, healed, scores)
+            shutil.rmtree(resumable, ignore_errors=True)
+            if outlook := healed.outlook():
+                console.note(f"healing: {outlook}")
     finally:
         put_modules(model, taken)
         put_parameters(model, vectors)
         subject.calibration.release()
     return scores, healed
+
+
+def _text_tokens(plan: HealingPlan, subject: Subject) -> int:
+    """More than the plan can get through, so that no row is met twice where there is enough text."""
+    if plan.tokens is not None:
+        return plan.tokens
+    assert plan.minutes is not None
+    return int(60 * plan.minutes * _TOKENS_A_SECOND["cpu" if subject.device.type == "cpu" else "cuda"])
 
 
 def judge_of(subject: Subject, dense: nn.Module) -> Workload:
@@ -170,21 +196,19 @@ def sharing_copy(model: nn.Module) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def _repaired(subject: Subject, schedule: Schedule, folder: Path, console: Console) -> Mapping[str, nn.Module]:
-    """The model repaired, from the file of an earlier try if there is one; returns the modules taken out."""
-    path, model = folder / _REPAIRED, subject.loaded.model
-    digest = path.with_suffix(".sha256")
+def _repaired_(subject: Subject, schedule: Schedule, folder: Path | None, console: Console) -> Mapping[str, nn.Module]:
+    """Repair the model, or take it from what an earlier try left in `folder`; returns the modules taken out."""
+    model = subject.loaded.model
     sites = [site for site in subject.sites if not site.dense_because]
     blocks = 1 + max(site.block for site in sites)
     with console.stage("repair", blocks, "blocks") as stage:
-        if path.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == file_digest(path):
+        kept = None if folder is None else Checkpoints(folder / _REPAIRED)
+        if kept is not None and (found := kept.newest(console.note)):
             stage.advance(blocks)
-            return load_sites_(model, sites, schedule, load_file(path))
+            return load_sites_(model, sites, schedule, found.tensors)
         taken = subject.repair_(schedule, max(subject.config.repair_tokens, 1), lambda done: stage.advance(1))
-    partial = path.with_suffix(".partial")
-    save_file(site_tensors(model, sites), partial)
-    digest.write_text(file_digest(partial), encoding="utf-8")
-    partial.replace(path)
+    if kept is not None:
+        kept.save(Checkpoint(0, site_tensors(model, sites), {}))
     return taken
 
 

@@ -80,6 +80,11 @@ class HealingPlan:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be above 0, got {value}")
 
+    @property
+    def length(self) -> str:
+        """How long it is to take, as part of a file's name."""
+        return f"{self.minutes:g}min" if self.tokens is None else f"{self.tokens}tokens"
+
     def identity(self) -> dict[str, Any]:
         """What a resumed healing has to agree on."""
         return {name: value for name, value in asdict(self).items() if name not in ("minutes", "tokens", "pass_tokens")}

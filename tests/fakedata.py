@@ -77,6 +77,10 @@ HELLASWAG_ROWS: list[dict[str, Any]] = [
         "label": "1",
     },
 ]
+BOOLQ_ROWS: list[dict[str, Any]] = [
+    {"question": "is a whale a fish", "passage": "Whales are mammals that live in the sea.", "answer": False},
+    {"question": "does steam burn", "passage": "Steam is hotter than boiling water may be.", "answer": True},
+]
 
 
 def prose(source: str, documents: int) -> list[str]:
@@ -128,6 +132,7 @@ def benchmark_files(shared: int = 1) -> dict[str, bytes]:
         f"{ROOT}/sciq/none/validation/data.arrow": arrow(SCIQ_ROWS),
         f"{ROOT}/piqa/plain_text/validation/data.arrow": arrow(PIQA_ROWS),
         f"{ROOT}/hellaswag/none/validation/data.arrow": arrow(HELLASWAG_ROWS),
+        f"{ROOT}/boolq/none/validation/data.arrow": arrow(BOOLQ_ROWS),
     }
     for subject in SUBJECTS:
         splits = {split: mmlu_rows(subject, split, n) for split, n in (("dev", 5), ("validation", 20), ("test", 40))}

@@ -14,8 +14,8 @@ __all__ = ["run"]
 
 _INTRODUCTION = """\
 Heal the compressed model of an earlier run: its searched schedule is repaired block by block, then its cores and norms
-are trained towards the dense model for a while. Writes RUN/healed: weights, a table before and after, and checkpoints,
-from which the same command continues after an interruption."""
+are trained towards the dense model for a while. Writes weights and a table before and after into a
+folder of RUN. Interrupted, the same command continues."""
 
 _EXAMPLES = """\
 examples:
@@ -74,6 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pass-tokens", type=int, default=None, metavar="N", help="Tokens of one pass; less memory.")
     parser.add_argument("--row-tokens", type=int, default=256, metavar="N", help="Length of a text. Default: 256.")
     parser.add_argument("--checkpointing", action="store_true", help="Recompute activations; slower, less memory.")
-    parser.add_argument("--out", default=None, metavar="DIR", help="Left out, RUN/healed.")
+    parser.add_argument("--out", default=None, metavar="DIR", help="Left out, a folder in RUN.")
     parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
     return parser
