@@ -123,11 +123,25 @@ def reported_texts(items: Iterable[Item] = (), heldout: Sequence[str] = ()) -> I
         yield f"{item.passage} {item.question}"
 
 
-def without_overlap(documents: Iterable[Document], reported: Shingles) -> tuple[list[Document], int]:
-    """The documents that share no run of words with what is reported, and how many did."""
-    given = list(documents)
-    kept = [document for document in given if not reported.meet(document.text)]
-    return kept, len(given) - len(kept)
+def without_overlap(
+    documents: Iterable[Document], reported: Shingles, characters: int | None = None
+) -> tuple[list[Document], int]:
+    """The documents that share no run of words with what is reported, and how many before the last of them did.
+
+    Args:
+        characters: stop once there are so many; what comes later is not looked at.
+    """
+    kept: list[Document] = []
+    left_out = seen = 0
+    for document in documents:
+        if characters is not None and seen >= characters:
+            break
+        if reported.meet(document.text):
+            left_out += 1
+        else:
+            kept.append(document)
+            seen += len(document.text)
+    return kept, left_out
 
 
 def default_documents() -> list[Document]:
@@ -158,14 +172,8 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
         return sampled_rows(loaded, length, seed, tokens or _SAMPLED_TOKENS)
     documents = default_documents() if source == "text" else read_conversations(source, loaded.tokenizer)
     random.Random(seed).shuffle(documents)
-    if tokens is not None:  # more than enough characters; the rest is neither compared nor encoded
-        most, seen = 8 * (tokens + length), 0
-        for count, document in enumerate(documents):
-            seen += len(document.text)
-            if seen > most:
-                documents = documents[: count + 1]
-                break
-    kept, left_out = without_overlap(documents, Shingles(reported_texts()))
+    most = None if tokens is None else 8 * (tokens + length)
+    kept, left_out = without_overlap(documents, Shingles(reported_texts()), most)
     return pack_rows(loaded.encode, kept, length, source, left_out, tokens)
 
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +26,7 @@ from compression.trainable import put_parameters
 from search.checkpoints import Checkpoint, Checkpoints
 from search.config import Config, read_fields
 from search.console import Console
-from search.evaluators import ModelEvaluator, Score
+from search.evaluators import Score
 from search.heal_data import HealingText, heal_text
 from search.healing import Healed, HealingPlan, heal_
 from search.models import resolve_device
@@ -87,6 +87,15 @@ class Options:
         return HealingPlan(**given, seed=seed)
 
 
+class Measures(Protocol):
+    """What healing needs of an evaluator."""
+
+    dense: Score
+
+    def score_as_is(self, schedule: Schedule) -> Score:
+        """Of the model as it stands, its sites replaced as the schedule says."""
+
+
 @dataclass(frozen=True)
 class HealedRun:
     """What the command ends with: the table before and after, and where the weights are."""
@@ -127,7 +136,7 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
 def heal_subject_(
     subject: Subject,
     schedule: Schedule,
-    evaluator: ModelEvaluator,
+    evaluator: Measures,
     plan: HealingPlan | None,
     options: Options,
     folder: Path,
@@ -136,7 +145,7 @@ def heal_subject_(
     """Repair, heal and measure a schedule; the model of the subject is dense again afterwards.
 
     Args:
-        evaluator: of held-out data, closed: its model dense.
+        evaluator: measures the model of the subject as it stands; of held-out data, closed: its model dense.
         plan: None repairs only.
         folder: receives the weights, the state and, while it lasts, what a later try continues from.
 

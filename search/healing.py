@@ -61,8 +61,8 @@ class HealingPlan:
     minutes: float | None = None
     tokens: int | None = None
     loss: Literal["distill", "labels"] = "distill"
-    rate: float = 1e-3
-    vector_rate: float = 1e-3
+    rate: float = 1e-4
+    vector_rate: float = 3e-4
     batch_tokens: int = 2048
     pass_tokens: int = 2048
     targets: int = 64
