@@ -27,6 +27,7 @@ from search.checkpoints import Checkpoint, Checkpoints
 from search.console import Stage, duration
 from search.heal_data import HealingText
 from search.interrupts import shield
+from search.processes import Processes
 from search.quality import Quality
 from search.scoring import Workload
 
@@ -61,7 +62,7 @@ class HealingPlan:
     minutes: float | None = None
     tokens: int | None = None
     loss: Literal["distill", "labels"] = "distill"
-    rate: float = 1e-4
+    rate: float = 4e-5
     vector_rate: float = 3e-4
     batch_tokens: int = 2048
     pass_tokens: int = 2048
@@ -238,6 +239,7 @@ class _Healing:
         self.lessons = _Lessons(dense, text, plan, self.device)
         self.head = Head(*_head(model))
         self.checkpoints = None if folder is None else Checkpoints(folder)
+        self.processes = Processes()
         self.at = _Progress()
         self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
         self.parameters = trainable_(model)
@@ -286,14 +288,18 @@ class _Healing:
         plan, length = self.plan, self.lessons.text.tokens.shape[1]
         rows = self.lessons.rows(self.at.position, max(1, plan.batch_tokens // length))
         wanted = int(self.lessons.text.wanted[torch.tensor(rows)].sum())
-        size, loss = max(1, plan.pass_tokens // length), 0.0
-        for first in range(0, len(rows), size):
-            part = self._loss(rows[first : first + size], first) / max(1, wanted)
-            if part.requires_grad:
-                part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
+        size, loss = max(1, plan.pass_tokens // length), torch.zeros((), device=self.device)
+        mine = rows[self.processes.rank :: self.processes.count]
+        for first in range(0, len(mine), size):
+            part = self._loss(mine[first : first + size], first) / max(1, wanted)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        if self.processes.count > 1:
+            for parameter in self.parameters.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.processes.sum_([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip))
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if not math.isfinite(float(loss)) or not math.isfinite(norm):
             self.optimizer.zero_grad()
             return f"the loss was not a number at step {self.at.step}; the last good state is kept"
         for group in self.optimizer.param_groups:
@@ -303,9 +309,11 @@ class _Healing:
         self.at.step += 1
         self.at.position += len(rows)
         self.at.tokens += wanted
-        self.at.seconds += time.perf_counter() - start
+        self.at.seconds += self.processes.of_first(time.perf_counter() - start)
         speed = self.at.tokens / self.at.seconds
-        self.stage.advance(wanted, f"loss {loss:.3f}, held-out KL {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s")
+        self.stage.advance(
+            wanted, f"loss {float(loss):.3f}, held-out KL {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
+        )
         return ""
 
     def _loss(self, rows: Sequence[int], salt: int) -> torch.Tensor:
@@ -368,7 +376,7 @@ class _Healing:
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
     def _save(self) -> None:
-        if self.checkpoints is None:
+        if self.checkpoints is None or self.processes.rank:
             return
         tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
