@@ -17,7 +17,7 @@ from compression.size import choice_parameters
 from envs import Problem
 from search.config import Config
 from search.console import Console
-from search.pipeline import calibrate, preflight, table_row
+from search.pipeline import calibrate, preflight
 from search.prior import Origin, Prior
 from search.prior_making import build_prior, config_digest
 from search.profile import read_profile
@@ -151,9 +151,9 @@ def _measured(subject: Subject, menu: Menu, schedule: Schedule, console: Console
     schedules = {"uniform": problem.uniform(), "lagrangian": problem.closed_form(), "prior": schedule}
     rows = []
     with subject.evaluator("heldout") as evaluator, console.stage("measure", len(schedules), "schedules") as stage:
-        rows.append(table_row("dense", evaluator.dense))
+        rows.append(evaluator.dense.to_row("dense"))
         for name, one in schedules.items():
             [score] = evaluator.evaluate([one])
-            rows.append(table_row(name, score))
+            rows.append(score.to_row(name))
             stage.advance(1, f"{name}: KL {score.kl:.3f}")
     return rows

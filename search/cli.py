@@ -27,6 +27,7 @@ COMMANDS = (
     "doctor",
     "export",
     "generate",
+    "heal",
     "prior",
     "profile",
     "push",

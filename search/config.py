@@ -47,10 +47,11 @@ PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
 
-QUICK: Mapping[str, int] = {
+QUICK: Mapping[str, int | float] = {
     "budget": 10,
     "calibration_tokens": 4096,
     "repair_tokens": 4096,
+    "heal_minutes": 0.5,
     "search_items": 2,
     "search_shards": 2,
     "heldout_tokens": 1024,
@@ -59,7 +60,7 @@ QUICK: Mapping[str, int] = {
 """What `quick` puts in the place of the defaults; a field given explicitly stays as given."""
 
 _FREE = (
-    *("budget", "quick", "threads", "optimize", "prior", "out", "resume"),
+    *("budget", "quick", "threads", "optimize", "prior", "heal_minutes", "out", "resume"),
     *("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout"),
 )
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
@@ -279,6 +280,16 @@ class Config(BaseModel):
         "it as it is.",
         ge=0,
         le=100_000_000,
+    )
+    heal_minutes: float = _field(
+        4.0,
+        "sizes",
+        "a number from 0 to 100000",
+        "Minutes for which the repaired model is then trained towards the dense one; 0 leaves it out. The command heal "
+        "does more of it later.",
+        "MINUTES",
+        ge=0,
+        le=100_000,
     )
     search_items: int = _field(
         4,

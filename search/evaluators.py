@@ -92,6 +92,11 @@ class Score:
             for name, value in row.items()
         }
 
+    def to_row(self, schedule: str) -> dict[str, object]:
+        """The same as a row of a final table; standard errors under the names that `search.table` knows."""
+        figures = {key.replace("standard_error", "stderr"): value for key, value in self.to_dict().items()}
+        return {"schedule": schedule, **figures}
+
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Score:
         """Inverse of `to_dict`; per-sequence figures are not kept."""

@@ -94,7 +94,7 @@ def forms(proxy: str) -> tuple[str, ...]:
     "letter" asks for A, B, …; it is there where the correct answer has no fixed place among the choices and these are
     answers rather than endings.
     """
-    return ("answer",) if proxy in ("sciq", "piqa", "hellaswag") else ("answer", "letter")
+    return ("answer",) if proxy in ("sciq", "piqa", "hellaswag", "boolq") else ("answer", "letter")
 
 
 def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Request:
@@ -114,6 +114,8 @@ def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Request:
     question, continuations = item.question, item.choices
     if proxy == "hellaswag":
         context = question
+    elif proxy == "boolq":
+        context = f"{item.passage}\nQuestion: {question}?\nAnswer:"
     elif proxy == "sciq":
         context = f"{item.passage.lstrip()}\nQuestion: {question}\nAnswer:"
     elif proxy in ("arc_easy", "piqa") and form == "answer":
@@ -169,7 +171,8 @@ def stratified(items: Sequence[_Sampled], count: int, seed: int) -> tuple[_Sampl
 
 
 def load_proxy(proxy: str) -> tuple[Item, ...]:
-    """All items of a proxy: MMLU's test split, the others' validation split, or a JSONL file.
+    """All items of a proxy: MMLU's test split, the others' validation split, or a JSONL file. And those of boolq, which
+    is reported on only: its two answers are the same everywhere, and too many of its passages are long.
 
     Raises:
         ValueError: an unknown proxy, with the nearest, or an unreadable file.
@@ -303,6 +306,10 @@ def _hellaswag(row: Mapping[str, Any]) -> Item:
     return Item(_wikihow(context), tuple(map(_wikihow, row["endings"])), int(row["label"]))
 
 
+def _boolq(row: Mapping[str, Any]) -> Item:
+    return Item(row["question"], ("no", "yes"), int(row["answer"]), passage=row["passage"])
+
+
 def _wikihow(text: str) -> str:
     """lm-eval's clean-up of HellaSwag; brackets are left-overs of its WikiHow half."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -313,4 +320,5 @@ _READERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Item]]] = {
     "sciq": ("sciq/none/validation", _sciq),
     "piqa": ("piqa/plain_text/validation", _piqa),
     "hellaswag": ("hellaswag/none/validation", _hellaswag),
+    "boolq": ("boolq/none/validation", _boolq),
 }

@@ -18,11 +18,12 @@ import torch
 from agents import Learner
 from compression.allocation import uniform_schedule
 from compression.schedule import Schedule
-from compression.sites import Site, model_bytes, model_parameters, put_modules
+from compression.sites import Site, model_bytes, model_parameters
 from envs import LEVELS, REACH, Problem
 from search.config import Config
 from search.console import Console, Stage
 from search.evaluators import Score
+from search.heal_run import HEALED, Options, heal_subject_
 from search.items import forms, load_proxy
 from search.latency import against_dense
 from search.models import resolve_device
@@ -49,7 +50,7 @@ from search.trials import (
 )
 from search.warm_start import read_prior, warm_start
 
-__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run", "table_row"]
+__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
 
 _REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
@@ -221,13 +222,13 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     schedules = {**baselines, "lagrangian": closed_form}
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
-    scores = _measure(subject, {**schedules, "searched": chosen}, chosen, console)
+    scores = _measure(subject, {**schedules, "searched": chosen}, chosen, folder / HEALED, console)
     with console.stage("time"):
         costs = cache_folder() / "layer-costs.json"
         latency = against_dense(subject.loaded.model, subject.store, chosen, config.optimize, costs)
     if latency:
         console.note(f"searched: {latency}")
-    rows = [table_row(name, score) for name, score in scores.items()]
+    rows = [score.to_row(name) for name, score in scores.items()]
     comparison = _comparison(scores)
     if comparison:
         console.note(
@@ -293,9 +294,10 @@ def _search(
 
 
 def _measure(
-    subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, console: Console
+    subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, healing: Path, console: Console
 ) -> dict[str, Score]:
-    """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired."""
+    """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
+    and healed; what healing gives is written to the folder `healing`."""
     config = subject.config
     with subject.evaluator("heldout") as evaluator:
         with console.stage("measure", len(schedules), "schedules") as stage:
@@ -309,20 +311,12 @@ def _measure(
         if not config.repair_tokens or all(choice.is_dense for _, choice in chosen):
             return scores
         evaluator.close()
-        with console.stage("repair", 1 + max(site.block for site in subject.sites), "blocks") as stage:
-            taken = subject.repair_(chosen, config.repair_tokens, lambda done: stage.advance(1))
-            try:
-                scores["repaired"] = evaluator.score_as_is(chosen)
-            finally:
-                put_modules(subject.loaded.model, taken)
-                subject.calibration.release()
-    return scores
-
-
-def table_row(name: str, score: Score) -> dict[str, object]:
-    """A row of the final table; standard errors under the names the table knows."""
-    figures = {key.replace("standard_error", "stderr"): value for key, value in score.to_dict().items()}
-    return {"schedule": name, **figures}
+        options = Options(minutes=config.heal_minutes)
+        plan = options.plan(config.seed) if config.heal_minutes else None
+        improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
+    if healed.stopped:
+        console.note(f"healing stopped: {healed.stopped}")
+    return {**scores, **improved}
 
 
 def _comparison(scores: Mapping[str, Score]) -> dict[str, object]:

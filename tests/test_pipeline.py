@@ -35,8 +35,9 @@ SMALL = {
     "search_text_tokens": 128,
     "heldout_tokens": 600,
     "report_items": 6,
+    "heal_minutes": 0.02,
 }
-NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired"]
+NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired", "healed"]
 KEYS = {
     "schedule",
     "kept_fraction",
@@ -91,6 +92,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
     assert {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")} == {
         "config.json",
         "environment.json",
+        "healed",
         "policy.json",
         "policy.safetensors",
         "prior.json",

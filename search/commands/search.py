@@ -34,6 +34,7 @@ examples:
 other commands:
   python search.py apply --prior FILE                       a compression prior on this or another model
   python search.py compare                                  several agents at equal cost, --help says how
+  python search.py heal results/RUN                         train the compressed model for a while, --help says how
   python search.py report results/RUN                       one page with tables and figures, again or of several runs
   python search.py benchmark results/RUN                    MMLU, HellaSwag and others on its models
   python search.py profile                                  what every matrix costs by itself at several χ

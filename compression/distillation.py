@@ -1,0 +1,165 @@
+"""Distillation losses that never hold the matrix of all tokens by the whole vocabulary.
+
+Tensors in, tensors out. What is to be learned at a position is a `Targets` row: the log-probabilities of the k
+likeliest tokens; all others together are one more outcome, the rest. The loss is the KL divergence between the two
+distributions of k + 1 outcomes: a lower bound of the KL over the vocabulary, equal to it when k is its size. A label is
+the case k = 1 with probability 1, where the KL is the cross-entropy.
+
+The output head is frozen in healing, so that the gradient with respect to its inputs is all that is needed of it. It is
+computed in the forward pass, a few rows at a time, as Liger (Hsu et al. 2024) does; memory is that of a few rows.
+Optionally the normalizer is estimated: exact over all tokens that are among the k likeliest anywhere in the rows at
+hand, and by a uniform sample of the others, each counting for many (importance sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+__all__ = ["Head", "Targets", "divergence", "labels", "likeliest"]
+
+_ROWS = 256
+"""Rows of logits at a time: at 49,152 tokens 50 MB in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The frozen linear map from hidden states to logits: W (vocabulary, width), b (vocabulary,) or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def logits(self, hidden: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32 logits (rows, vocabulary), or of some `tokens` only."""
+        weight = self.weight if tokens is None else self.weight[tokens]
+        bias = self.bias if self.bias is None or tokens is None else self.bias[tokens]
+        return functional.linear(hidden.to(weight.dtype), weight, bias).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What is to be predicted at T positions.
+
+    Attributes:
+        tokens: int64 (T, k), distinct in a row.
+        logs: float32 (T, k), their log-probabilities; what is missing to 1 is the rest's.
+    """
+
+    tokens: torch.Tensor
+    logs: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Targets:
+        return Targets(self.tokens[rows], self.logs[rows])
+
+
+def labels(tokens: torch.Tensor) -> Targets:
+    """Known next tokens (T,) as targets."""
+    return Targets(tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device))
+
+
+@torch.no_grad()
+def likeliest(hidden: torch.Tensor, head: Head, count: int) -> Targets:
+    """The targets that a model gives whose head reads `hidden` (T, width): its `count` likeliest tokens.
+
+    Raises:
+        ValueError: the logits are not finite.
+    """
+    tokens, logs = [], []
+    for rows in torch.split(hidden, _ROWS):
+        logits = head.logits(rows)
+        normalizer = logits.logsumexp(-1, keepdim=True)
+        if not torch.isfinite(normalizer).all():
+            raise ValueError("the dense model gives NaN or infinite logits; nothing can be learned from it")
+        values, places = logits.topk(min(count, logits.shape[1]), sorted=False)
+        tokens.append(places)
+        logs.append(values - normalizer)
+    return Targets(torch.cat(tokens), torch.cat(logs))
+
+
+def divergence(
+    hidden: torch.Tensor, head: Head, targets: Targets, sample: int = 0, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Sum over rows of KL(targets ‖ softmax(head(hidden))), nats, differentiable with respect to `hidden`.
+
+    Args:
+        hidden: (T, width).
+        targets: of the same T positions.
+        sample: how many tokens stand for those that are nobody's target; 0 computes all logits.
+        generator: draws the sample; on the device of `hidden`.
+    """
+    result: torch.Tensor = _Divergence.apply(hidden, head, targets, sample, generator)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: Head, targets: Targets, sample: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        slopes = torch.empty_like(hidden)
+        for rows in _slices(len(hidden)):
+            part = targets[rows]
+            if sample:
+                tokens, places, weight = _shortlist(part.tokens, len(head.weight), sample, generator)
+                logits = head.logits(hidden[rows], tokens)
+                logits[:, len(tokens) - sample :] += weight
+                part = Targets(places, part.logs)
+            else:
+                tokens, logits = None, head.logits(hidden[rows])
+            total += _divergence_(logits, part)
+            matrix = head.weight if tokens is None else head.weight[tokens]
+            slopes[rows] = (logits.to(matrix.dtype) @ matrix).to(slopes.dtype)
+        ctx.save_for_backward(slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradients[0].to(slopes.dtype), None, None, None, None
+
+
+def _divergence_(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Sum of the divergences of all rows; the logits become its gradient with respect to them."""
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    chosen = logits.gather(1, targets.tokens) - normalizer
+    wanted, given = targets.logs.exp(), chosen.exp()
+    tiny = torch.finfo(torch.float32).eps
+    rest, left = ((1 - one.sum(1, keepdim=True)).clamp_min(0) for one in (wanted, given))
+    left = left.clamp_min(tiny)
+    value = (wanted * (targets.logs - chosen)).sum() + (rest * (rest.clamp_min(tiny) / left).log()).sum()
+    # Of q_j for a token of the rest, with its share of the rest's mass as probability wanted; a sum of 0 over all j.
+    logits.sub_(normalizer).exp_().mul_(1 - rest / left)
+    logits.scatter_(1, targets.tokens, given - wanted)
+    return value
+
+
+def _shortlist(
+    wanted: torch.Tensor, vocabulary: int, sample: int, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Tokens to compute: all that are wanted and a sample of the others behind them.
+
+    Returns:
+        the tokens, where each of `wanted` is among them, and the logarithm of how many tokens a sampled one stands for.
+    """
+    place = torch.full((vocabulary,), -1, device=wanted.device)
+    place[wanted.flatten()] = 0
+    exact, others = (place == 0).nonzero()[:, 0], (place < 0).nonzero()[:, 0]
+    place[exact] = torch.arange(len(exact), device=wanted.device)
+    if not len(others):
+        raise ValueError("a sample of the vocabulary needs tokens that are nobody's target")
+    drawn = others[torch.randint(len(others), (sample,), generator=generator, device=wanted.device)]
+    return torch.cat((exact, drawn)), place[wanted], log(len(others) / sample)
+
+
+def _slices(count: int) -> Iterator[slice]:
+    for start in range(0, count, _ROWS):
+        yield slice(start, min(start + _ROWS, count))

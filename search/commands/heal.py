@@ -1,0 +1,79 @@
+"""`search.py heal`: recover the quality of a compressed model by a short training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from search.console import Console
+from search.failures import DONE, FAILURES, complain, explain
+from search.flags import Parser, parse
+from search.table import text_table
+
+__all__ = ["run"]
+
+_INTRODUCTION = """\
+Heal the compressed model of an earlier run: its searched schedule is repaired block by block, then its cores and norms
+are trained towards the dense model for a while. Writes weights and a table before and after into a
+folder of RUN. Interrupted, the same command continues."""
+
+_EXAMPLES = """\
+examples:
+  python search.py heal results/RUN                                 half an hour, on the texts of the default job
+  python search.py heal results/RUN --minutes 180 --out healed-3h   longer, elsewhere
+  python search.py heal results/RUN --data sampled                  on what the dense model itself writes
+  python search.py heal results/RUN --data alpaca.json --loss labels   supervised, on instructions of your own"""
+
+
+def run(words: list[str]) -> int:
+    """Returns the exit code."""
+    given = parse(_parser(), words)
+    shown = Console(quiet=given["quiet"])
+    try:
+        from search import heal_run
+
+        with shown:
+            options = {name: value for name, value in given.items() if name not in ("quiet", "run")}
+            result = heal_run.heal_folder(Path(given["run"]), heal_run.Options(**options), shown)
+    except BaseException as error:
+        return explain(error, None)
+    print(f"\n{text_table(result.rows)}\n{result.folder}")
+    if result.stopped:
+        complain(f"finished early: {result.stopped}")
+    return FAILURES if result.stopped else DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="search.py heal",
+        description=_INTRODUCTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="python search.py heal RUN [FLAGS]",
+    )
+    parser.add_argument("run", metavar="RUN", help="Folder of a finished run, with config.json and prior.json in it.")
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="Of training. Default: 30.")
+    parser.add_argument("--tokens", type=int, default=None, metavar="N", help="Of training, in the place of minutes.")
+    parser.add_argument(
+        "--data",
+        default="text",
+        metavar="SOURCE",
+        help="text (that of the default job), sampled (from the dense model), a .json, .jsonl or .parquet file of "
+        "instructions or chats, or a hub id of such. Default: text.",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=("distill", "labels"),
+        default="distill",
+        help="What is learned: the dense model's predictions, or the text's own next tokens. Default: distill.",
+    )
+    parser.add_argument("--hidden-weight", type=float, default=0.0, metavar="W", help="Of matching hidden states too.")
+    parser.add_argument("--rate", type=float, default=None, metavar="RATE", help="Largest learning rate of the cores.")
+    parser.add_argument("--batch-tokens", type=int, default=None, metavar="N", help="Tokens of one step.")
+    parser.add_argument("--pass-tokens", type=int, default=None, metavar="N", help="Tokens of one pass; less memory.")
+    parser.add_argument("--row-tokens", type=int, default=256, metavar="N", help="Length of a text. Default: 256.")
+    parser.add_argument("--checkpointing", action="store_true", help="Recompute activations; slower, less memory.")
+    parser.add_argument("--out", default=None, metavar="DIR", help="Left out, a folder in RUN.")
+    parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
+    return parser

@@ -1,0 +1,296 @@
+"""The healing of a run: its searched schedule repaired, healed, measured and written, resumably.
+
+Knows run folders and how a subject is loaded; how healing works stands in `search.healing`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compression.rebuild import rebuilt
+from compression.schedule import Schedule
+from compression.sites import Site, put_modules
+from compression.trainable import put_parameters
+from search.checkpoints import Checkpoint, Checkpoints
+from search.config import Config, read_fields
+from search.console import Console
+from search.evaluators import Score
+from search.heal_data import HealingText, heal_text
+from search.healing import Healed, HealingPlan, heal_
+from search.models import resolve_device
+from search.packages import file_digest
+from search.packing import packed_text
+from search.prior import Prior
+from search.runfolder import CONFIG, PRIOR, environment, finite
+from search.scoring import Workload
+from search.subject import Subject, load
+
+__all__ = [
+    "HEALED",
+    "HealedRun",
+    "Options",
+    "heal_folder",
+    "heal_subject_",
+    "judge_of",
+    "load_sites_",
+    "sharing_copy",
+    "site_tensors",
+]
+
+HEALED = "healed"
+"""Folder of the healed state inside a run folder."""
+
+_WEIGHTS, _STATE, _UNFINISHED, _REPAIRED = "weights.safetensors", "healing.json", "unfinished", "repaired"
+_TOKENS_A_SECOND = {"cpu": 500, "cuda": 50_000}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a healing; None leaves the default of `HealingPlan`."""
+
+    minutes: float | None = 30.0
+    tokens: int | None = None
+    data: str = "text"
+    loss: Literal["distill", "labels"] = "distill"
+    hidden_weight: float = 0.0
+    rate: float | None = None
+    batch_tokens: int | None = None
+    pass_tokens: int | None = None
+    row_tokens: int = 256
+    checkpointing: bool = False
+    out: str | None = None
+
+    @property
+    def data_name(self) -> str:
+        """Of the source, as part of a folder's name."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.data).name)
+
+    def plan(self, seed: int) -> HealingPlan:
+        """Raises ValueError, one line, for a value out of range."""
+        names = {field.name for field in dataclasses.fields(HealingPlan)}
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name in names and value is not None}
+        if self.tokens is not None:
+            given.pop("minutes", None)
+        return HealingPlan(**given, seed=seed)
+
+
+class Measures(Protocol):
+    """What healing needs of an evaluator."""
+
+    dense: Score
+
+    def score_as_is(self, schedule: Schedule) -> Score:
+        """Of the model as it stands, its sites replaced as the schedule says."""
+
+
+@dataclass(frozen=True)
+class HealedRun:
+    """What the command ends with: the table before and after, and where the weights are."""
+
+    rows: Sequence[Mapping[str, object]]
+    folder: Path
+    stopped: str
+
+
+def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
+    """Heal the searched schedule of a finished run; continues an interrupted healing of the same settings.
+
+    Raises:
+        ValueError: no such run, its model or settings differ from now, or an option out of range.
+    """
+    for name in (CONFIG, PRIOR):
+        if not (run / name).is_file():
+            raise ValueError(f"heal needs the folder of a finished run, but there is no {run / name}")
+    config = Config.of(read_fields(run / CONFIG))
+    plan = options.plan(config.seed)
+    device = resolve_device(config.device)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+        prior = Prior.read(run / PRIOR)
+        if prior.model.digest != loaded.digest:
+            raise ValueError(
+                f"{run / PRIOR} is of another model, with digest {prior.model.digest[:12]}; the one of this run has "
+                f"{loaded.digest[:12]}"
+            )
+        schedule = prior.schedule
+    if all(choice.is_dense for _, choice in schedule):
+        raise ValueError(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device)
+    folder = Path(options.out) if options.out else run / f"{HEALED}-{options.data_name}-{plan.length}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with subject.evaluator("heldout") as evaluator:
+        evaluator.close()
+        scores, healed = heal_subject_(subject, schedule, evaluator, plan, options, folder, console)
+    rows = [score.to_row(name) for name, score in scores.items()]
+    return HealedRun(rows, folder, healed.stopped)
+
+
+def heal_subject_(
+    subject: Subject,
+    schedule: Schedule,
+    evaluator: Measures,
+    plan: HealingPlan | None,
+    options: Options,
+    folder: Path,
+    console: Console,
+) -> tuple[dict[str, Score], Healed]:
+    """Repair, heal and measure a schedule; the model of the subject is dense again afterwards.
+
+    Args:
+        evaluator: measures the model of the subject as it stands; of held-out data, closed: its model dense.
+        plan: None repairs only.
+        folder: receives the weights, the state and, while it lasts, what a later try continues from.
+
+    Returns:
+        The scores of the dense, the repaired and the healed model, and how healing went.
+    """
+    model = subject.loaded.model
+    scores, healed = {"dense": evaluator.dense}, Healed(())
+    dense = sharing_copy(model)
+    # Norms and biases, which training replaces.
+    vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
+    resumable = None if plan is None else folder / f"{_UNFINISHED}-{schedule.digest[:12]}"
+    taken = _repaired_(subject, schedule, resumable, console)
+    try:
+        scores["repaired"] = evaluator.score_as_is(schedule)
+        if plan is not None and resumable is not None:
+            with console.stage("text"):
+                text = heal_text(
+                    subject.loaded, options.data, options.row_tokens, plan.seed, _text_tokens(plan, subject)
+                )
+            if text.left_out:
+                console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
+            judge = judge_of(subject, dense)
+            with console.stage("heal", plan.tokens, "tokens") as stage:
+                healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note)
+            scores["healed"] = evaluator.score_as_is(schedule)
+            _write(folder, subject, schedule, plan, options, text, healed, scores)
+            shutil.rmtree(resumable, ignore_errors=True)
+            if outlook := healed.outlook():
+                console.note(f"healing: {outlook}")
+    finally:
+        put_modules(model, taken)
+        put_parameters(model, vectors)
+        subject.calibration.release()
+    return scores, healed
+
+
+def _text_tokens(plan: HealingPlan, subject: Subject) -> int:
+    """More than the plan can get through, so that no row is met twice where there is enough text."""
+    if plan.tokens is not None:
+        return plan.tokens
+    assert plan.minutes is not None
+    return int(60 * plan.minutes * _TOKENS_A_SECOND["cpu" if subject.device.type == "cpu" else "cuda"])
+
+
+def judge_of(subject: Subject, dense: nn.Module) -> Workload:
+    """Search text, which healing is steered by: neither learned from nor reported on."""
+    chunks = subject.splits.search_text.chunks
+    judge = Workload([packed_text(chunk) for chunk in chunks if len(chunk) > 1][:8], subject.device)
+    judge.reference(dense)
+    return judge
+
+
+def sharing_copy(model: nn.Module) -> Any:
+    """The same module tree anew, with the very parameters and buffers of `model`: costs no memory."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _repaired_(subject: Subject, schedule: Schedule, folder: Path | None, console: Console) -> Mapping[str, nn.Module]:
+    """Repair the model, or take it from what an earlier try left in `folder`; returns the modules taken out."""
+    model = subject.loaded.model
+    sites = [site for site in subject.sites if not site.dense_because]
+    blocks = 1 + max(site.block for site in sites)
+    with console.stage("repair", blocks, "blocks") as stage:
+        kept = None if folder is None else Checkpoints(folder / _REPAIRED)
+        if kept is not None and (found := kept.newest(console.note)):
+            stage.advance(blocks)
+            return load_sites_(model, sites, schedule, found.tensors)
+        taken = subject.repair_(schedule, max(subject.config.repair_tokens, 1), lambda done: stage.advance(1))
+    if kept is not None:
+        kept.save(Checkpoint(0, site_tensors(model, sites), {}))
+    return taken
+
+
+def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """Everything that is stored of these sites, by qualified name."""
+    return {
+        f"{site.name}.{key}": value.detach().contiguous().clone()
+        for site in sites
+        for key, value in model.get_submodule(site.name).state_dict().items()
+    }
+
+
+def load_sites_(
+    model: nn.Module, sites: Sequence[Site], schedule: Schedule, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, nn.Module]:
+    """Put layers with these stored tensors in the places of the sites; returns the modules taken out.
+
+    Raises:
+        ValueError: tensors that do not fit the schedule; the model is then unchanged.
+    """
+    fresh = {}
+    for site in sites:
+        prefix = f"{site.name}."
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        layer = rebuilt(schedule[site.name], site.out_features, site.in_features, state)
+        fresh[site.name] = layer.to(next(model.get_submodule(site.name).parameters()).device)
+    taken = {name: model.get_submodule(name) for name in fresh}
+    put_modules(model, fresh)
+    return taken
+
+
+def _write(
+    folder: Path,
+    subject: Subject,
+    schedule: Schedule,
+    plan: HealingPlan,
+    options: Options,
+    text: HealingText,
+    healed: Healed,
+    scores: Mapping[str, Score],
+) -> None:
+    """The healed state: all stored tensors of the sites and everything else that was trained, and how it came about."""
+    model = subject.loaded.model
+    tensors = site_tensors(model, [site for site in subject.sites if not site.dense_because])
+    vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1 and name not in tensors}
+    partial = folder / f"{_WEIGHTS}.partial"
+    save_file({**tensors, **{name: value.clone() for name, value in vectors.items()}}, partial)
+    state = {
+        "format": "chisel-healed",
+        "version": 1,
+        "model": {"id": subject.loaded.model_id, "digest": subject.loaded.digest},
+        "schedule": json.loads(schedule.to_json()),
+        "sha256": file_digest(partial),
+        "plan": dataclasses.asdict(plan),
+        "data": {
+            "source": options.data,
+            "rows": len(text),
+            "row_tokens": options.row_tokens,
+            "left_out": text.left_out,
+        },
+        "looks": [dataclasses.asdict(look) for look in healed.looks],
+        "tokens_per_second": healed.tokens_per_second,
+        "stopped": healed.stopped,
+        "outlook": healed.outlook(),
+        "rows": [score.to_row(name) for name, score in scores.items()],
+        "environment": environment(),
+    }
+    partial.replace(folder / _WEIGHTS)
+    partial = folder / f"{_STATE}.partial"
+    partial.write_text(json.dumps(finite(state), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(folder / _STATE)

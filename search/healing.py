@@ -1,0 +1,460 @@
+"""Healing: a compressed model trained for a short while towards the dense one it was made from.
+
+Knows two causal language models that share a tokenizer, rows of tokens, and a folder for checkpoints; not where any of
+them come from. Distillation takes the dense model's likeliest tokens at every position as targets, see
+`compression.distillation`; they are computed when a row is first met and kept for later epochs. Supervised healing
+takes the next token. Learning rates fall linearly to zero over the tokens or the time that healing may take, which is
+best for short trainings (Defazio et al. 2023), so that a run that is to take longer has to be started as such.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from compression.cache import cache_key
+from compression.distillation import Head, Targets, divergence, labels, likeliest
+from compression.trainable import captured_head_input, frozen, put_parameters, trainable_
+from search.checkpoints import Checkpoint, Checkpoints
+from search.console import Stage, duration
+from search.heal_data import HealingText
+from search.interrupts import shield
+from search.processes import Processes
+from search.quality import Quality
+from search.scoring import Workload
+
+__all__ = ["Healed", "HealingPlan", "Look", "heal_"]
+
+_EVALUATIONS = 8
+_SAVE_SECONDS = 180.0
+_BETAS = (0.9, 0.95)
+_KEPT_TARGETS = 2**30  # bytes of targets that are kept for later epochs
+
+
+@dataclass(frozen=True)
+class HealingPlan:
+    """How to heal; what `resume` may not change but `minutes` and `tokens`.
+
+    Attributes:
+        minutes, tokens: healing ends with whichever is reached first, in minutes of training or in learned positions;
+            at least one is given.
+        loss: "distill" from the dense model's logits, or "labels", the text's own next tokens.
+        rate: largest learning rate of the cores; norms and biases take `vector_rate`.
+        batch_tokens: tokens of one step, of all processes together.
+        pass_tokens: tokens of one forward pass; steps add up the gradients of several.
+        targets: how many of the dense model's likeliest tokens are told apart.
+        sample: how many tokens stand for all others, see `compression.distillation`; 0 takes them all.
+        hidden_weight: weight of the squared distance of the last hidden states, relative to the dense model's; 0 leaves
+            it out, and the targets of rows met before need no dense model.
+        clip: largest norm of a gradient.
+        checkpointing: keep no activations inside the blocks; slower, with less memory.
+        seed: of the order of rows and of samples.
+    """
+
+    minutes: float | None = None
+    tokens: int | None = None
+    loss: Literal["distill", "labels"] = "distill"
+    rate: float = 4e-5
+    vector_rate: float = 3e-4
+    batch_tokens: int = 2048
+    pass_tokens: int = 2048
+    targets: int = 64
+    sample: int = 0
+    hidden_weight: float = 0.0
+    clip: float = 1.0
+    checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.tokens is None:
+            raise ValueError("healing needs an end: minutes or tokens")
+        for name in ("minutes", "tokens", "rate", "vector_rate", "batch_tokens", "pass_tokens", "targets", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+    @property
+    def length(self) -> str:
+        """How long it is to take, as part of a file's name."""
+        return f"{self.minutes:g}min" if self.tokens is None else f"{self.tokens}tokens"
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed healing has to agree on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("minutes", "tokens", "pass_tokens")}
+
+
+@dataclass(frozen=True)
+class Look:
+    """One measurement on text that is not learned from.
+
+    Attributes:
+        tokens: learned before it.
+        seconds: of training before it.
+        kl: nats per token to the dense model.
+        perplexity: on the same text.
+    """
+
+    tokens: int
+    seconds: float
+    kl: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What healing came to.
+
+    Attributes:
+        looks: measurements along the way, the first before any step; the last is of what the model is now.
+        stopped: why it ended early, empty if it did not.
+        tokens_per_second: learned positions per second of training, of all processes together.
+    """
+
+    looks: Sequence[Look]
+    stopped: str = ""
+    tokens_per_second: float = math.nan
+
+    def outlook(self, factor: float = 4.0) -> str:
+        """One sentence on what more would bring: the KL falls as a power of the tokens, fitted to the last half."""
+        late = [look for look in self.looks if look.tokens > 0]
+        late = late[len(late) // 2 :]
+        if len(late) < 2 or late[-1].kl <= 0 or late[0].kl <= late[-1].kl or late[0].tokens == late[-1].tokens:
+            return ""
+        power = math.log(late[0].kl / late[-1].kl) / math.log(late[-1].tokens / late[0].tokens)
+        return (
+            f"{factor:g} times as long ({duration(factor * late[-1].seconds)}) would bring KL to about "
+            f"{late[-1].kl * factor ** -min(power, 0.5):.2f}"
+        )
+
+
+class _Lessons:
+    """Rows in their order, and the dense model's targets for them, kept as long as they fit into memory."""
+
+    def __init__(self, dense: nn.Module, text: HealingText, plan: HealingPlan, device: torch.device) -> None:
+        self.dense, self.text, self.plan, self.device = dense, text, plan, device
+        self.head = Head(*_head(dense))
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        bytes_a_row = text.tokens.shape[1] * plan.targets * 6
+        self._room = _KEPT_TARGETS // max(1, bytes_a_row)
+
+    def rows(self, position: int, count: int) -> list[int]:
+        """The `count` rows from a position of the endless sequence of epochs on, each epoch in an order of its own."""
+        found: list[int] = []
+        total = len(self.text)
+        while len(found) < count:
+            epoch, place = divmod(position + len(found), total)
+            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
+            found += torch.randperm(total, generator=generator)[place : place + count - len(found)].tolist()
+        return found
+
+    def inputs(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (rows, length) and what of them is to be learned."""
+        chosen = torch.tensor(rows)
+        return self.text.tokens[chosen].long().to(self.device), self.text.wanted[chosen].to(self.device)
+
+    def targets(self, rows: Sequence[int]) -> tuple[Targets, torch.Tensor | None]:
+        """Of all wanted positions of these rows one after the other, and the dense hidden states if they are needed."""
+        ids, wanted = self.inputs(rows)
+        if self.plan.loss == "labels":
+            return labels(ids.roll(-1, 1)[wanted]), None
+        if not self.plan.hidden_weight and all(row in self._kept for row in rows):
+            tokens, logs = (torch.cat(parts) for parts in zip(*(self._kept[row] for row in rows), strict=True))
+            return Targets(tokens.long().to(self.device), logs.float().to(self.device)), None
+        with torch.no_grad(), captured_head_input(self.dense) as caught:
+            self.dense(input_ids=ids, use_cache=False)
+        hidden = caught[0][wanted]
+        targets = likeliest(hidden, self.head, self.plan.targets)
+        targets = Targets(targets.tokens, targets.logs.half().float())  # the same whether met before or not
+        start = 0
+        for row, count in zip(rows, wanted.sum(1).tolist(), strict=True):
+            if len(self._kept) < self._room and row not in self._kept:
+                part = targets[slice(start, start + count)]
+                self._kept[row] = part.tokens.int().cpu(), part.logs.half().cpu()
+            start += count
+        return targets, hidden if self.plan.hidden_weight else None
+
+
+def heal_(
+    model: nn.Module,
+    dense: nn.Module,
+    text: HealingText,
+    judge: Workload,
+    plan: HealingPlan,
+    folder: Path | None,
+    stage: Stage,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Healed:
+    """Heal `model`, which holds `MPOLinear` layers, in place; it ends in evaluation mode and without gradients.
+
+    Args:
+        dense: what it was compressed from; may share every tensor with `model` but its sites. Not changed.
+        text: what is learned from.
+        judge: other text, referenced to `dense`; measured a few times on the way. The model ends as the best of these
+            measurements found it, which at worst is as it began.
+        folder: for checkpoints; healing goes on from the newest one there. None keeps none.
+        stage: told of learned tokens.
+        tell: remarks.
+
+    Raises:
+        ValueError: no compressed matrix, logits that are no linear map of hidden states, or a checkpoint of another
+            healing.
+        OSError: a checkpoint cannot be written.
+    """
+    return _Healing(model, dense, text, judge, plan, folder, stage, tell).run()
+
+
+@dataclass(eq=False)
+class _Progress:
+    """Where a healing is; what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    position: int = 0  # rows handed out
+    tokens: int = 0
+    seconds: float = 0.0
+    looks: list[Look] = field(default_factory=list)
+
+
+class _Healing:
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        text: HealingText,
+        judge: Workload,
+        plan: HealingPlan,
+        folder: Path | None,
+        stage: Stage,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.model, self.judge, self.plan, self.stage, self.tell = model, judge, plan, stage, tell
+        self.device = next(model.parameters()).device
+        self.lessons = _Lessons(dense, text, plan, self.device)
+        self.head = Head(*_head(model))
+        self.checkpoints = None if folder is None else Checkpoints(folder)
+        self.processes = Processes()
+        self.at = _Progress()
+        self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
+        self.parameters = trainable_(model)
+        self.optimizer = self._optimizer()
+        self.best = self._copied()
+
+    def run(self) -> Healed:
+        """See `heal_`."""
+        stopped = ""
+        self._resume()
+        with _training(self.model, self.plan.checkpointing):
+            if not self.at.looks:
+                self._look()
+            try:
+                stopped = self._steps()
+            except KeyboardInterrupt:
+                self._save()
+                raise
+            if not stopped and self.at.looks[-1].tokens != self.at.tokens:
+                self._look()
+                self._save()
+        put_parameters(self.model, frozen(self.model, self._named(self.best)))
+        best = min(self.at.looks, key=lambda look: look.kl)
+        looks = [look for look in self.at.looks if look.tokens <= best.tokens]
+        return Healed(looks, stopped, self.at.tokens / max(self.at.seconds, 1e-9))
+
+    def _steps(self) -> str:
+        """All steps that are left; returns why they ended early, if they did."""
+        looked, saved = self._fraction(), time.monotonic()
+        while self._fraction() < 1:
+            with shield():  # an interrupt waits for the end of a step, whose state is then saved
+                stopped = self._step()
+            if stopped:
+                return stopped
+            if self._fraction() < 1 and self._fraction() - looked >= 1 / _EVALUATIONS:
+                looked = self._fraction()
+                self._look()
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                self._save()
+                saved = time.monotonic()
+        return ""
+
+    def _step(self) -> str:
+        """One step of the optimizer; returns why healing has to end, if it has to."""
+        start = time.perf_counter()
+        plan, length = self.plan, self.lessons.text.tokens.shape[1]
+        rows = self.lessons.rows(self.at.position, max(1, plan.batch_tokens // length))
+        wanted = int(self.lessons.text.wanted[torch.tensor(rows)].sum())
+        size, loss = max(1, plan.pass_tokens // length), torch.zeros((), device=self.device)
+        mine = rows[self.processes.rank :: self.processes.count]
+        for first in range(0, len(mine), size):
+            part = self._loss(mine[first : first + size], first) / max(1, wanted)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        if self.processes.count > 1:
+            for parameter in self.parameters.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.processes.sum_([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip))
+        if not math.isfinite(float(loss)) or not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            return f"the loss was not a number at step {self.at.step}; the last good state is kept"
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["largest"] * self._rate_factor()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.at.step += 1
+        self.at.position += len(rows)
+        self.at.tokens += wanted
+        self.at.seconds += self.processes.of_first(time.perf_counter() - start)
+        speed = self.at.tokens / self.at.seconds
+        self.stage.advance(
+            wanted, f"loss {float(loss):.3f}, held-out KL {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
+        )
+        return ""
+
+    def _loss(self, rows: Sequence[int], salt: int) -> torch.Tensor:
+        """Summed over the wanted positions of these rows."""
+        ids, wanted = self.lessons.inputs(rows)
+        targets, aim = self.lessons.targets(rows)
+        with _autocast(self.model), captured_head_input(self.model) as caught:
+            self.model(input_ids=ids, use_cache=False)
+        hidden = caught[0][wanted]
+        generator = None
+        if self.plan.sample:
+            seed = (self.plan.seed * 1_000_003 + self.at.position) * 1_009 + salt
+            generator = torch.Generator(device=self.device).manual_seed(seed)
+        loss = divergence(hidden, self.head, targets, self.plan.sample, generator)
+        if aim is not None:
+            size = aim.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+            loss = loss + self.plan.hidden_weight * (hidden.float() - aim.float()).square().mean(-1).sum() / size
+        return loss
+
+    def _fraction(self) -> float:
+        """How much of the plan is done, from 0 to 1 and a little beyond."""
+        done = [0.0]
+        if self.plan.tokens:
+            done.append(self.at.tokens / self.plan.tokens)
+        if self.plan.minutes:
+            done.append(self.at.seconds / (60 * self.plan.minutes))
+        return max(done)
+
+    def _rate_factor(self) -> float:
+        """A rise over the first twentieth, then a linear fall to zero."""
+        done = self._fraction()
+        return min(1.0, (done + 0.005) / 0.05) * max(0.0, 1.0 - done)
+
+    def _look(self) -> None:
+        training = self.model.training
+        self.model.eval()
+        with _autocast(self.model):
+            quality: Quality = self.judge.measure(self.model)
+        self.model.train(training)
+        if quality.state == "ok":
+            if not self.at.looks or quality.kl < min(look.kl for look in self.at.looks):
+                self.best = self._copied()
+            self.at.looks.append(Look(self.at.tokens, self.at.seconds, quality.kl, quality.perplexity))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        cores = [p for p in self.parameters.values() if p.ndim > 1]
+        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [
+            {"params": params, "largest": rate}
+            for params, rate in ((cores, self.plan.rate), (vectors, self.plan.vector_rate))
+            if params
+        ]
+        return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+
+    def _copied(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @staticmethod
+    def _named(tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+
+    def _save(self) -> None:
+        if self.checkpoints is None or self.processes.rank:
+            return
+        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        state = {**asdict(self.at), "identity": self.identity}
+        self.checkpoints.save(Checkpoint(self.at.step, tensors, state))
+
+    def _resume(self) -> None:
+        found = None if self.checkpoints is None else self.checkpoints.newest(self.tell)
+        if found is None:
+            return
+        if found.state.get("identity") != self.identity:
+            raise ValueError("the checkpoints in this folder are of another healing: other text, seed or settings")
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(found.tensors[f"model/{name}"])
+            self.best[name] = found.tensors[f"best/{name}"].to(parameter.device)
+            prefix = f"optimizer/{name}/"
+            state = {key.removeprefix(prefix): value for key, value in found.tensors.items() if key.startswith(prefix)}
+            if state:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                }
+        values = {key: value for key, value in found.state.items() if key != "identity"}
+        self.at = _Progress(**{**values, "looks": [Look(**look) for look in values["looks"]]})
+        self.stage.advance(self.at.tokens)
+        self.tell(f"healing goes on from step {self.at.step}, {self.at.tokens:,} tokens")
+
+
+def _head(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the output head.
+
+    Raises:
+        ValueError: logits are not what the head gives.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    fed: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, args, output: fed.append(output))
+    try:
+        with torch.no_grad():
+            ids = torch.ones(1, 2, dtype=torch.long, device=head.weight.device)
+            same = torch.equal(model(input_ids=ids, use_cache=False).logits, fed[0])
+    finally:
+        hook.remove()
+    if not isinstance(head, nn.Linear) or not same:
+        raise ValueError("healing needs a model whose logits are a linear map of its last hidden states")
+    return head.weight.detach(), None if head.bias is None else head.bias.detach()
+
+
+def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """bfloat16 arithmetic where the hardware has it, or where the frozen parameters are stored so."""
+    weight = model.get_output_embeddings().weight  # type: ignore[operator]
+    device = weight.device
+    if weight.dtype == torch.bfloat16:
+        fast = True
+    elif device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+
+
+class _training(AbstractContextManager[None]):
+    """The model ready for backward passes; as it was afterwards."""
+
+    def __init__(self, model: nn.Module, checkpointing: bool) -> None:
+        self.model, self.checkpointing = model, checkpointing
+
+    def __enter__(self) -> None:
+        if self.checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.checkpointing:
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+        self.model.eval()

@@ -1,0 +1,62 @@
+"""The command heal on a finished run: a table before and after, weights that can be loaded, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fakedata import fake_data
+from safetensors.torch import load_file
+from test_pipeline import words
+
+from compression import MPOLinear, Schedule
+from compression.sites import discover_sites
+from search import cli
+from search.heal_run import load_sites_, sharing_copy
+from search.models import load_model
+
+__all__ = ["fake_data"]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "a run é", tmp_path / "out"
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0)) == cli.DONE
+    command = ["heal", str(run), "--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
+    assert cli.main([*command, "--quiet"]) == cli.DONE
+    state = json.loads((out / "healing.json").read_text())
+    assert [row["schedule"] for row in state["rows"]] == ["dense", "repaired", "healed"]
+    assert len({row["parameters"] for row in state["rows"][1:]}) == 1
+    assert {path.name for path in out.iterdir()} == {"healing.json", "weights.safetensors"}
+    model = load_model("random:tiny-llama", "cpu").model
+    sites, schedule = discover_sites(model), Schedule.from_json(json.dumps(state["schedule"]))
+    load_sites_(model, sites, schedule, load_file(out / "weights.safetensors"))
+    kinds = {isinstance(model.get_submodule(name), MPOLinear) for name, choice in schedule if not choice.is_dense}
+    assert kinds == {True}
+    assert torch.isfinite(model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits).all()
+    cut = {name: value for name, value in load_file(out / "weights.safetensors").items() if "tail_0" not in name}
+    with pytest.raises(ValueError, match="do not fit"):
+        load_sites_(load_model("random:tiny-llama", "cpu").model, sites, schedule, cut)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "no "), (["--minutes", "-1"], "no "), (["--loss", "love"], "invalid choice")],
+)
+def test_what_cannot_be_healed_is_refused(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["heal", str(tmp_path), *flags]) == cli.REFUSED
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sharing_copy_has_the_same_tensors_and_other_modules() -> None:
+    model = load_model("random:tiny-llama", "cpu").model
+    other = sharing_copy(model)
+    assert all(one is two for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    assert not set(map(id, model.modules())) & set(map(id, other.modules()))

@@ -1,0 +1,177 @@
+"""Healing on tiny random models: it lowers the divergence, resumes exactly, and never leaves a model worse."""
+
+from __future__ import annotations
+
+import io
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compression import discover_sites
+from compression.gauge import stored
+from compression.layers import MPOLinear
+from compression.legs import resolve
+from compression.mpo import decompose, truncate
+from compression.sites import dense_weight, model_parameters
+from search import healing
+from search.console import Console
+from search.heal_data import HealingText
+from search.healing import Healed, HealingPlan, heal_
+from search.models import load_model
+from search.packing import packed_text
+from search.scoring import Workload
+
+PLAN = HealingPlan(tokens=3000, batch_tokens=160, pass_tokens=80, targets=64, rate=3e-3, vector_rate=3e-3)
+
+
+def subject(name: str = "random:tiny-llama", kept: float = 0.5) -> tuple[Any, Any, HealingText, Workload]:
+    """A dense model, what plain low rank makes of it, text that the dense model finds likely, and other such text."""
+    dense = load_model(name, "cpu").model
+    model = deepcopy(dense)
+    for site in discover_sites(model):
+        legs = resolve("pivoted-lowrank", site.out_features, site.in_features)
+        old = model.get_submodule(site.name)
+        cores = decompose(dense_weight(old).double(), legs)[0]
+        chi = legs.largest_chi(int(kept * site.parameters))
+        cut = [core.float() for core in truncate(cores, chi)]
+        model.set_submodule(site.name, MPOLinear(stored(cut, True), old.bias))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        starts = torch.randint(0, 256, (48, 4))
+        rows = dense.generate(
+            starts, attention_mask=torch.ones_like(starts), pad_token_id=0, do_sample=True, min_length=40, max_length=40
+        )
+    tokens = rows.to(torch.int32)
+    text = HealingText(tokens[:40], torch.ones_like(tokens[:40], dtype=torch.bool), "sampled")
+    judge = Workload([packed_text(row) for row in tokens[40:].tolist()], torch.device("cpu"))
+    judge.reference(dense)
+    return dense, model, text, judge
+
+
+def heal(
+    model: Any, dense: Any, text: HealingText, judge: Workload, plan: HealingPlan = PLAN, folder: Path | None = None
+) -> tuple[Healed, list[str]]:
+    told: list[str] = []
+    with Console(io.StringIO()).stage("heal") as stage:
+        return heal_(model, dense, text, judge, plan, folder, stage, told.append), told
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C behind a step."""
+    plain = healing._Healing._step
+
+    def stepping(self: Any) -> str:
+        result = plain(self)
+        if self.at.step == step:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(healing._Healing, "_step", stepping)
+
+
+@pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2"])
+def test_healing_lowers_the_divergence_on_other_text_at_equal_size_and_leaves_the_dense_model_alone(name: str) -> None:
+    dense, model, text, judge = subject(name)
+    before, size = parameters(dense), model_parameters(model)
+    healed, _ = heal(model, dense, text, judge)
+    assert healed.looks[-1].kl < 0.9 * healed.looks[0].kl
+    assert judge.measure(model).kl == pytest.approx(healed.looks[-1].kl, rel=1e-4)
+    assert model_parameters(model) == size
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in dense.named_parameters())
+
+
+def test_an_interrupted_healing_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model, text, judge = subject()
+    whole, resumed = deepcopy(model), deepcopy(model)
+    plan = replace(PLAN, tokens=1500)  # less than an epoch: then targets are not made anew in other batches
+    heal(whole, dense, text, judge, plan)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 7)
+        with pytest.raises(KeyboardInterrupt):
+            heal(model, dense, text, judge, plan, tmp_path)
+    _, told = heal(resumed, dense, text, judge, plan, tmp_path)
+    assert "goes on from step 7" in told[0]
+    expected = parameters(whole)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in resumed.named_parameters())
+
+
+def test_the_newest_checkpoint_that_verifies_is_used_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model, text, judge = subject()
+    for step in (4, 6):
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, step)
+            with pytest.raises(KeyboardInterrupt):
+                heal(deepcopy(model), dense, text, judge, folder=tmp_path)
+    newest = max(tmp_path.glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-50])
+    _, told = heal(model, dense, text, judge, folder=tmp_path)
+    assert "cannot be used" in told[0]
+    assert "goes on from step 4" in told[1]
+
+
+def test_checkpoints_of_another_healing_are_refused(tmp_path: Path) -> None:
+    dense, model, text, judge = subject()
+    heal(deepcopy(model), dense, text, judge, replace(PLAN, tokens=500), tmp_path)
+    with pytest.raises(ValueError, match="another healing"):
+        heal(model, dense, text, judge, replace(PLAN, tokens=500, rate=1e-3), tmp_path)
+
+
+def test_numbers_that_explode_stop_healing_and_the_last_good_state_is_kept() -> None:
+    dense, model, text, judge = subject()
+    healed, _ = heal(model, dense, text, judge, replace(PLAN, rate=1e25))
+    assert "not a number" in healed.stopped
+    assert judge.measure(model).kl == pytest.approx(healed.looks[-1].kl, rel=1e-4)
+
+
+def test_healing_that_only_hurts_leaves_the_model_as_it_was() -> None:
+    dense, model, text, judge = subject()
+    before = judge.measure(model).kl
+    healed, _ = heal(model, dense, text, judge, replace(PLAN, rate=30.0, tokens=600))
+    assert judge.measure(model).kl == pytest.approx(before, rel=1e-5)
+    assert len(healed.looks) == 1
+
+
+def test_gradients_may_be_added_up_over_passes_and_activations_computed_twice() -> None:
+    dense, model, text, judge = subject()
+    results = []
+    for changes in ({"pass_tokens": 160}, {"pass_tokens": 40}, {"checkpointing": True}):
+        healed, _ = heal(deepcopy(model), dense, text, judge, replace(PLAN, tokens=800, **changes))
+        results.append(healed.looks[-1].kl)
+    assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-3)
+
+
+def test_labels_teach_the_text_itself_where_it_is_wanted() -> None:
+    dense, model, text, judge = subject()
+    healed, _ = heal(model, dense, text, judge, replace(PLAN, loss="labels"))
+    assert healed.looks[-1].perplexity < 0.9 * healed.looks[0].perplexity
+
+
+def test_hidden_states_may_be_matched_too_and_the_vocabulary_sampled() -> None:
+    dense, model, text, judge = subject()
+    for changes in ({"hidden_weight": 0.5}, {"targets": 8, "sample": 40}):
+        healed, _ = heal(deepcopy(model), dense, text, judge, replace(PLAN, **changes))
+        assert healed.looks[-1].kl < 0.93 * healed.looks[0].kl
+
+
+def test_a_model_in_half_precision_is_given_back_in_it() -> None:
+    dense, model, text, judge = subject()
+    dense, model = dense.bfloat16(), model.bfloat16()
+    judge.reference(dense)
+    healed, _ = heal(model, dense, text, judge, replace(PLAN, tokens=1500))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert healed.looks[-1].kl < healed.looks[0].kl
+
+
+def test_a_dense_model_is_refused() -> None:
+    dense, _, text, judge = subject()
+    with pytest.raises(ValueError, match="no matrix of this one is compressed"):
+        heal(deepcopy(dense), dense, text, judge)
