@@ -15,44 +15,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from compression.rebuild import rebuilt
 from compression.schedule import Schedule
-from compression.sites import Site, put_modules
+from compression.sites import put_modules
 from compression.trainable import put_parameters
 from search.checkpoints import Checkpoint, Checkpoints
 from search.config import Config, read_fields
 from search.console import Console
 from search.evaluators import Score
 from search.heal_data import HealingText, heal_text
+from search.healed_state import HEALED, load_sites_, site_tensors, write_healed
 from search.healing import Healed, HealingPlan, heal_
 from search.models import resolve_device
-from search.packages import file_digest
 from search.packing import packed_text
 from search.prior import Prior
-from search.runfolder import CONFIG, PRIOR, environment, finite
+from search.runfolder import CONFIG, PRIOR, environment
 from search.scoring import Workload
 from search.subject import Subject, load
 
 __all__ = [
-    "HEALED",
     "HealedRun",
     "Options",
     "heal_folder",
     "heal_subject_",
     "judge_of",
-    "load_sites_",
     "sharing_copy",
-    "site_tensors",
 ]
 
-HEALED = "healed"
-"""Folder of the healed state inside a run folder."""
-
-_WEIGHTS, _STATE, _UNFINISHED, _REPAIRED = "weights.safetensors", "healing.json", "unfinished", "repaired"
+_UNFINISHED, _REPAIRED = "unfinished", "repaired"
 _TOKENS_A_SECOND = {"cpu": 500, "cuda": 50_000}
 
 
@@ -177,7 +168,8 @@ def heal_subject_(
             with console.stage("heal", plan.tokens, "tokens") as stage:
                 healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note)
             scores["healed"] = evaluator.score_as_is(schedule)
-            _write(folder, subject, schedule, plan, options, text, healed, scores)
+            document = _document(subject, schedule, plan, options, text, healed, scores)
+            write_healed(folder, model, subject.sites, document)
             shutil.rmtree(resumable, ignore_errors=True)
             if outlook := healed.outlook():
                 console.note(f"healing: {outlook}")
@@ -226,36 +218,7 @@ def _repaired_(subject: Subject, schedule: Schedule, folder: Path | None, consol
     return taken
 
 
-def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-    """Everything that is stored of these sites, by qualified name."""
-    return {
-        f"{site.name}.{key}": value.detach().contiguous().clone()
-        for site in sites
-        for key, value in model.get_submodule(site.name).state_dict().items()
-    }
-
-
-def load_sites_(
-    model: nn.Module, sites: Sequence[Site], schedule: Schedule, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, nn.Module]:
-    """Put layers with these stored tensors in the places of the sites; returns the modules taken out.
-
-    Raises:
-        ValueError: tensors that do not fit the schedule; the model is then unchanged.
-    """
-    fresh = {}
-    for site in sites:
-        prefix = f"{site.name}."
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        layer = rebuilt(schedule[site.name], site.out_features, site.in_features, state)
-        fresh[site.name] = layer.to(next(model.get_submodule(site.name).parameters()).device)
-    taken = {name: model.get_submodule(name) for name in fresh}
-    put_modules(model, fresh)
-    return taken
-
-
-def _write(
-    folder: Path,
+def _document(
     subject: Subject,
     schedule: Schedule,
     plan: HealingPlan,
@@ -263,19 +226,11 @@ def _write(
     text: HealingText,
     healed: Healed,
     scores: Mapping[str, Score],
-) -> None:
-    """The healed state: all stored tensors of the sites and everything else that was trained, and how it came about."""
-    model = subject.loaded.model
-    tensors = site_tensors(model, [site for site in subject.sites if not site.dense_because])
-    vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1 and name not in tensors}
-    partial = folder / f"{_WEIGHTS}.partial"
-    save_file({**tensors, **{name: value.clone() for name, value in vectors.items()}}, partial)
-    state = {
-        "format": "chisel-healed",
-        "version": 1,
+) -> dict[str, Any]:
+    """What the healed state is of, and how it came about."""
+    return {
         "model": {"id": subject.loaded.model_id, "digest": subject.loaded.digest},
         "schedule": json.loads(schedule.to_json()),
-        "sha256": file_digest(partial),
         "plan": dataclasses.asdict(plan),
         "data": {
             "source": options.data,
@@ -290,7 +245,3 @@ def _write(
         "rows": [score.to_row(name) for name, score in scores.items()],
         "environment": environment(),
     }
-    partial.replace(folder / _WEIGHTS)
-    partial = folder / f"{_STATE}.partial"
-    partial.write_text(json.dumps(finite(state), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / _STATE)

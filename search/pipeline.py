@@ -23,7 +23,8 @@ from envs import LEVELS, REACH, Problem
 from search.config import Config
 from search.console import Console, Stage
 from search.evaluators import Score
-from search.heal_run import HEALED, Options, heal_subject_
+from search.heal_run import Options, heal_subject_
+from search.healed_state import HEALED
 from search.items import forms, load_proxy
 from search.latency import against_dense
 from search.models import resolve_device

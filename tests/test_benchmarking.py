@@ -29,7 +29,8 @@ __all__ = ["fake_data"]
 FEW = "arc_easy,boolq"
 RUN = (
     "--model random:tiny-llama --device cpu --agent random --budget 1 --target-kept 0.7 --calibration-tokens 1500 "
-    "--search-items 2 --search-text-tokens 128 --heldout-tokens 600 --report-items 6 --quiet"
+    "--search-items 2 --search-text-tokens 128 --heldout-tokens 600 --report-items 6 "
+    "--heal-minutes 0 --quiet"
 )
 
 

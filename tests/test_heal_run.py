@@ -14,8 +14,11 @@ from test_pipeline import words
 from compression import MPOLinear, Schedule
 from compression.sites import discover_sites
 from search import cli
-from search.heal_run import load_sites_, sharing_copy
+from search.console import Console
+from search.heal_run import sharing_copy
+from search.healed_state import HealedState, load_sites_
 from search.models import load_model
+from search.restored import restore
 
 __all__ = ["fake_data"]
 
@@ -38,9 +41,26 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     kinds = {isinstance(model.get_submodule(name), MPOLinear) for name, choice in schedule if not choice.is_dense}
     assert kinds == {True}
     assert torch.isfinite(model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits).all()
+    whole = load_model("random:tiny-llama", "cpu").model
+    ids = torch.arange(8)[None]
+    dense = whole(input_ids=ids).logits
+    outcome = restore(run, Console(quiet=True), "cpu", healed=out)
+    assert outcome.state == "healed"
+    undo = HealedState.read(out).put_(whole, sites, schedule)
+    assert torch.equal(whole(input_ids=ids).logits, outcome.subject.loaded.model(input_ids=ids).logits)
+    assert not torch.equal(whole(input_ids=ids).logits, dense)
+    undo()
+    assert torch.equal(whole(input_ids=ids).logits, dense)
     cut = {name: value for name, value in load_file(out / "weights.safetensors").items() if "tail_0" not in name}
     with pytest.raises(ValueError, match="do not fit"):
         load_sites_(load_model("random:tiny-llama", "cpu").model, sites, schedule, cut)
+    with pytest.raises(ValueError, match="another schedule"):
+        HealedState.read(out).check(Schedule.dense(tuple(name for name, _ in schedule)), state["model"]["digest"])
+    content = bytearray((out / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "weights.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        restore(run, Console(quiet=True), "cpu", healed=out)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from compression.sites import put_modules
 from envs import Problem
 from search.config import Config, nearest, read_fields
 from search.console import Console
+from search.healed_state import HEALED, STATE, HealedState
 from search.models import LoadedModel, load_model, model_digest
 from search.pipeline import calibrate
 from search.prior import Prior
@@ -29,9 +30,9 @@ from search.subject import Subject, load, working_dtype
 
 __all__ = ["SCHEDULES", "Contestant", "contestants"]
 
-SCHEDULES = ("dense", "uniform", "lagrangian", "searched", "repaired")
+SCHEDULES = ("dense", "uniform", "lagrangian", "searched", "repaired", "healed")
 """What a run has: the model as it was; uniform χ, the closed form and the search's choice, all at the run's target; and
-that choice repaired block by block."""
+that choice repaired block by block, and healed."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ def _contestant(
         return Contestant(word, (path.name or word,), searched, plain)
     if not config.repair_tokens:
         schedules = [name for name in schedules if name != "repaired"]
+    if not (path / HEALED / STATE).is_file():
+        schedules = [name for name in schedules if name != "healed"]
     label = f"{path.stem}:" if several else ""
     names = tuple(f"{label}{name}" for name in schedules)
-    run = _Run(config, prior, schedules, device, console)
+    run = _Run(config, prior, schedules, path / HEALED, device, console)
     return Contestant(word, names, frozenset(prior.data.search_items), run.models)
 
 
@@ -109,6 +112,7 @@ class _Run:
     config: Config
     prior: Prior
     schedules: Sequence[str]
+    healed: Path
     device: torch.device
     console: Console
 
@@ -130,6 +134,8 @@ class _Run:
         for name in self.schedules:
             if name == "repaired":
                 yield from self._repaired(subject)
+            elif name == "healed":
+                yield from self._healed(subject)
             else:
                 with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
                     applier.apply_(self._schedule(name, subject))
@@ -155,6 +161,15 @@ class _Run:
             yield _as_is(subject.loaded)
         finally:
             put_modules(subject.loaded.model, taken)
+
+    def _healed(self, subject: Subject) -> Iterator[LoadedModel]:
+        kept = HealedState.read(self.healed)
+        kept.check(self.prior.schedule, self.prior.model.digest)
+        undo = kept.put_(subject.loaded.model, subject.sites, self.prior.schedule)
+        try:
+            yield _as_is(subject.loaded)
+        finally:
+            undo()
 
 
 def _as_is(loaded: LoadedModel) -> LoadedModel:

@@ -63,7 +63,8 @@ def _export(source: Path, folder: Path, given: dict[str, Any], shown: Console) -
 
     form = given["format"]
     quantized = given["quantize"] != "none"
-    outcome = restore(source, shown, given["device"], repair=not given["no_repair"], reference=quantized)
+    healed = Path(given["healed"]) if given["healed"] else None
+    outcome = restore(source, shown, given["device"], given["state"], healed, reference=quantized)
     loaded = outcome.subject.loaded
     dtype = given["dtype"] or ("float16" if form == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
@@ -109,6 +110,7 @@ _BITS = {
 }
 
 _CHANGES = {
+    "healed": "Each matrix was then solved anew, and cores and norms were trained for a while towards the original.",
     "repaired": "Each matrix was then solved anew for what the original has at its place; nothing was trained.",
     "searched": "Nothing was trained or repaired afterwards.",
 }
@@ -143,7 +145,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"One of {', '.join(_QUANTIZE)}: integers for all matrices; mixed leaves tensorized ones as they are "
         "and stores the rest in 4 bits. The result is measured again. Default: none.",
     )
-    parser.add_argument("--no-repair", action="store_true", help="The matrices as decomposed, without repair.")
+    parser.add_argument(
+        "--state",
+        metavar="NAME",
+        help="healed, repaired, or searched: as decomposed. Default: the first of these that the run has.",
+    )
+    parser.add_argument(
+        "--healed", metavar="DIR", help="Folder that search.py heal wrote. Default: that of the run itself."
+    )
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:n. Default: auto.")
     parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
     return parser
