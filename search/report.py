@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from search.charts import heat_map, line_chart, scatter_chart
@@ -23,6 +24,7 @@ from search.table import Column
 __all__ = ["REPORT", "Run", "report"]
 
 REPORT = "report.html"
+BENCHMARKS, SENSITIVITY = "benchmarks.csv", "sensitivity.csv"
 _LARGEST_FILE = 1 << 27  # bytes
 
 
@@ -33,20 +35,32 @@ class Run:
     Attributes:
         name: of the folder.
         summary, prior: content of the JSON files; empty where there is none.
-        trials: rows of trials.csv.
+        trials, benchmarks, sensitivity: rows of the CSV files.
+        healings: content of the healing.json of every healing, by the name of its folder.
     """
 
     name: str
     summary: Mapping[str, Any]
     prior: Mapping[str, Any]
     trials: Sequence[Mapping[str, str]]
+    benchmarks: Sequence[Mapping[str, str]]
+    sensitivity: Sequence[Mapping[str, str]]
+    healings: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Raises ValueError if the folder holds no finished run, or a file that is not what it should be."""
-        if not (folder / SUMMARY).is_file():
-            raise ValueError(f"there is no finished run in {folder}: {SUMMARY} is missing")
-        return cls(folder.resolve().name, _json(folder / SUMMARY), _json(folder / PRIOR), _rows(folder / TRIALS))
+        """Raises ValueError if the folder holds nothing to report, or a file that is not what it should be."""
+        if not any((folder / name).is_file() for name in (SUMMARY, BENCHMARKS, SENSITIVITY)):
+            raise ValueError(f"there is no finished run, profile or benchmark in {folder}: {SUMMARY} is missing")
+        return cls(
+            name=folder.resolve().name,
+            summary=_json(folder / SUMMARY),
+            prior=_json(folder / PRIOR),
+            trials=_rows(folder / TRIALS),
+            benchmarks=_rows(folder / BENCHMARKS),
+            sensitivity=_rows(folder / SENSITIVITY),
+            healings={path.parent.name: _json(path) for path in sorted(folder.glob("healed*/healing.json"))},
+        )
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -87,14 +101,16 @@ def report(folders: Sequence[Path]) -> str:
 
 
 def _title(run: Run) -> str:
-    return f"{run.summary.get('model', 'model')} at kept {run.summary.get('target_kept', '?')}"
+    if not run.summary.get("target_kept"):
+        return run.name
+    return f"{run.summary['model']} at kept {run.summary['target_kept']}"
 
 
 def _headline(run: Run) -> str:
     """One sentence with what a reader wants to know first."""
     result, dense = run.result, run.row("dense")
     if not result or not dense:
-        return "No schedule was measured."
+        return "No table of a search is here."
     parts = [
         f"{result['schedule']}: {result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters"
         f" ({result['parameters'] / dense['parameters'] - 1:+.0%})",
@@ -176,6 +192,55 @@ def _front(run: Run) -> Section | None:
     return Section("Quality and size", text, figure, data)
 
 
+def _benchmarks(run: Run) -> Section | None:
+    if not run.benchmarks:
+        return None
+    models = list(dict.fromkeys(row["model"] for row in run.benchmarks))
+    lines: dict[str, dict[str, object]] = {}
+    for row in run.benchmarks:
+        line = lines.setdefault(row["task"], {"task": row["task"], "metric": row["metric"], "n": int(row["n"])})
+        if row["state"] == "ok":
+            line |= {row["model"]: float(row["value"]), f"{row['model']} error": float(row["stderr"] or "nan")}
+    columns = [Column("task", "task"), Column("metric", "metric"), Column("n", "items", ",d")]
+    columns += [Column(model, model, ".3f", f"{model} error") for model in models]
+    text = "lm-eval's prompts and metrics, the same items for every model; ± is one standard error."
+    return Section("Benchmarks", text, table(list(lines.values()), columns), run.benchmarks)
+
+
+def _healing(run: Run) -> Section | None:
+    curves = {
+        name: [(look["tokens"] / 1000, look["kl"]) for look in document["looks"]]
+        for name, document in run.healings.items()
+    }
+    if not any(curves.values()):
+        return None
+    data = [{"healing": name, **look} for name, document in run.healings.items() for look in document["looks"]]
+    text = "KL on search text while cores and norms are trained towards the dense model."
+    outlooks = [f"{document['outlook']}." for document in run.healings.values() if document.get("outlook")]
+    figure = line_chart(curves, "thousand tokens", "KL, nats per token")
+    return Section("Healing", " ".join([text, *outlooks]), figure, data)
+
+
+def _sensitivity(run: Run) -> Section | None:
+    measured = [row for row in run.sensitivity if row["state"] == "ok" and float(row["kl"]) > 0]
+    if not measured:
+        return None
+    sums: dict[tuple[str, str], list[float]] = {}
+    for row in measured:
+        sums.setdefault((row["block"], row["family"]), []).append(math.log10(float(row["kl"])))
+    means = {cell: fmean(logs) for cell, logs in sums.items()}
+    low, high = min(means.values()), max(means.values())
+    strength = {cell: (value - low) / (high - low or 1.0) for cell, value in means.items()}
+    label = {cell: f"{10**value:.1g}" for cell, value in means.items()}
+    blocks = sorted({block for block, _ in means}, key=int)
+    families = list(dict.fromkeys(row["family"] for row in measured))
+    text = (
+        "KL, nats per token, of one compressed matrix with all others dense: geometric mean over the χ measured, darker "
+        "where it is larger."
+    )
+    return Section("Sensitivity", text, heat_map(blocks, families, strength, label), measured)
+
+
 def _latency(run: Run) -> Section | None:
     latency = run.summary.get("latency") or {}
     if not latency:
@@ -209,9 +274,12 @@ def _provenance(run: Run) -> Section | None:
 #: Sections of one run, in their order.
 _PARTS: tuple[Callable[[Run], Section | None], ...] = (
     _table,
+    _benchmarks,
     _chi_map,
+    _sensitivity,
     _anytime,
     _front,
+    _healing,
     _latency,
     _provenance,
 )

@@ -58,6 +58,35 @@ def run(tmp_path):
     return make
 
 
+def test_benchmarks_sensitivity_and_healing_are_shown_where_they_are(run):
+    folder = run()
+    (folder / "benchmarks.csv").write_text(
+        "model,task,state,n,metric,seconds,value,stderr\n"
+        "dense,piqa,ok,200,acc,3.0,0.65,0.03\nhealed,piqa,ok,200,acc,3.0,0.6,0.03\nhealed,boolq,nonfinite,0,acc,1,,\n"
+    )
+    (folder / "sensitivity.csv").write_text(
+        "block,family,chi,kl,state\n0,q,10,0.01,ok\n0,q,20,0.0001,ok\n10,q,10,1.0,ok\n2,up,10,,failed\n"
+    )
+    (folder / "healed").mkdir()
+    looks = [
+        {"tokens": 0, "seconds": 0, "kl": 0.5, "perplexity": 9},
+        {"tokens": 9, "seconds": 1, "kl": 0.25, "perplexity": 8},
+    ]
+    (folder / "healed" / "healing.json").write_text(json.dumps({"looks": looks, "outlook": "longer is better"}))
+    html = report([folder])
+    text = " ".join(_Elements(html).text)
+    assert "0.650 ± 0.030" in text
+    assert "longer is better." in text
+    cells = re.findall(r"<title>(\d+) q: ([^<]*)</title>", html[html.index("Sensitivity") :])
+    assert cells == [("0", "0.001"), ("10", "1")]  # geometric means; blocks in the order of their numbers
+    assert html.index("<h2>Benchmarks") < html.index("<h2>Healing")
+
+
+def test_a_profile_alone_is_a_report_too(tmp_path):
+    (tmp_path / "sensitivity.csv").write_text("block,family,chi,kl,state\n0,q,10,0.01,ok\n")
+    assert re.findall("<h2>(.*?)</h2>", report([tmp_path])) == ["Sensitivity"]
+
+
 class _Elements(HTMLParser):
     """Every element opened and closed, and what stands in it."""
 
@@ -147,7 +176,7 @@ def test_the_command_writes_the_page_and_says_where(run, capsys, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("summary.json", None, "there is no finished run in"),
+        ("summary.json", None, "there is no finished run,"),
         ("summary.json", "[]", "it is no JSON object"),
         ("prior.json", "[" * 100_000, "cannot use"),
         ("prior.json", '{"sites": [{}]}', "are not those of a run"),
