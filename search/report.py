@@ -235,8 +235,8 @@ def _sensitivity(run: Run) -> Section | None:
     blocks = sorted({block for block, _ in means}, key=int)
     families = list(dict.fromkeys(row["family"] for row in measured))
     text = (
-        "KL, nats per token, of one compressed matrix with all others dense: geometric mean over the χ measured, darker "
-        "where it is larger."
+        "KL, nats per token, of one compressed matrix with all others dense: geometric mean over the χ measured, "
+        "darker where it is larger."
     )
     return Section("Sensitivity", text, heat_map(blocks, families, strength, label), measured)
 
