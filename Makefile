@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 VENV := .venv
 BIN := $(VENV)/bin
-ARGS ?= --agent reinforce --budget 200
+ARGS ?= --agent gradient --budget 200
 PYTHON ?=
 # What is wanted and what is pinned; a stamp older than these is made again.
 INPUTS := pyproject.toml constraints.txt

@@ -95,7 +95,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     agent: AgentName = _field(
-        "reinforce",
+        "gradient",
         "search",
         _one_of(AGENTS),
         "Who proposes schedules; knapsack, lagrangian and uniform need no search.",

@@ -7,7 +7,7 @@ from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Co
 
 def test_defaults_are_the_default_job():
     config = Config()
-    assert (config.agent, config.budget, config.target_kept, config.model) == ("reinforce", 200, 0.8, "default")
+    assert (config.agent, config.budget, config.target_kept, config.model) == ("gradient", 200, 0.8, "default")
     assert (config.proxy, config.proxy_form, config.calibration_tokens) == ("mmlu", "answer", 24576)
 
 

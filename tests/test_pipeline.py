@@ -28,6 +28,7 @@ __all__ = ["fake_data"]
 SMALL = {
     "model": "random:tiny-llama",
     "device": "cpu",
+    "agent": "reinforce",
     "budget": 6,
     "target_kept": 0.7,
     "calibration_tokens": 1500,
@@ -435,7 +436,7 @@ def test_a_baseline_that_prime_dimensions_rule_out_is_left_out(tmp_path: Path, m
 
 def test_defaults_are_what_the_readme_says() -> None:
     config = Config()
-    assert (config.agent, config.budget, config.target_kept, config.proxy) == ("reinforce", 200, 0.8, "mmlu")
+    assert (config.agent, config.budget, config.target_kept, config.proxy) == ("gradient", 200, 0.8, "mmlu")
 
 
 @pytest.mark.usefixtures("fake_data")
