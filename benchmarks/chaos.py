@@ -107,11 +107,13 @@ class Search:
 
 
 def rage(folder: Path, kills: int, model: str, evaluators: int, seed: int) -> Tally:
-    """So many kills at random times."""
+    """So many kills at random times, every other one of an evaluator, in a random order."""
     chance, tally = random.Random(seed), Tally()
+    victims = [("driver", "evaluator")[number % 2] for number in range(kills)]
+    chance.shuffle(victims)
     search = Search(folder, model, evaluators)
     try:
-        while sum(tally.kills.values()) < kills:
+        for victim in victims:
             before = len(tally.acknowledged)
             deadline = time.monotonic() + 300
             while len(journal(folder / "study.db")) <= before and time.monotonic() < deadline:
@@ -120,15 +122,15 @@ def rage(folder: Path, kills: int, model: str, evaluators: int, seed: int) -> Ta
                 time.sleep(0.2)
             time.sleep(chance.uniform(0, 2))
             tally.see(journal(folder / "study.db"))
-            running = search.evaluators()
-            if running and chance.random() < 0.5:
+            if victim == "evaluator":
+                while not (running := search.evaluators()) and time.monotonic() < deadline:
+                    time.sleep(0.2)
                 chance.choice(running).send_signal(signal.SIGKILL)
-                tally.kills["evaluator"] += 1
             else:
                 tally.orphans += search.kill()
-                tally.kills["driver"] += 1
                 tally.see(journal(folder / "study.db"))
                 search.start()
+            tally.kills[victim] += 1
     finally:
         tally.orphans += search.kill()
     tally.see(journal(folder / "study.db"))

@@ -103,7 +103,7 @@ def test_an_agent_that_has_to_wait_is_asked_again_and_ends_within_its_budget(nam
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: Path) -> None:
-    problem = toy(levels=5)
+    problem = toy(levels=6)
     evaluate = ToyEvaluator(problem.menu)
     best, _ = best_by_exhaustion(problem, evaluate, REWARD)
     trials = search(tmp_path / "study.db", name, Late(problem, 6), problem, 60)

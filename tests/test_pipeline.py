@@ -246,7 +246,7 @@ def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: P
 def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     agent: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(tmp_path / "whole", agent=agent, budget=budget)
+    whole = run(tmp_path / "whole", agent=agent, budget=budget, heal_minutes=0)  # minutes are never the same twice
     evaluate, calls = ModelEvaluator.evaluate, []
 
     def stop_at_the_fourth(self: ModelEvaluator, schedules: Any, **how: Any) -> Any:
@@ -256,7 +256,7 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
         return evaluate(self, schedules, **how)
 
     monkeypatch.setattr(ModelEvaluator, "evaluate", stop_at_the_fourth)
-    assert cli.main(words(out=tmp_path / "cut", agent=agent, budget=budget)) == 130
+    assert cli.main(words(out=tmp_path / "cut", agent=agent, budget=budget, heal_minutes=0)) == 130
     assert "--resume" in capsys.readouterr().err
     assert len(trials(tmp_path / "cut")) == 3
     monkeypatch.setattr(ModelEvaluator, "evaluate", evaluate)
