@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from compression.size import SizeModel
 from search.config import Config
 from search.evaluators import Score
 from search.failures import EvaluatorsLost
+from search.guardian import guarded_children
 from search.interrupts import shield
 from search.node import NodeEvaluator, travelling
 from search.pool import Job, Result
@@ -320,6 +321,12 @@ def _cluster(config: Config, gpus: float) -> Iterator[dict[str, float]]:
     if ray.is_initialized():
         yield _resources()
         return
+    with guarded_children() if config.ray_address is None else nullcontext(), _initialized(config, gpus):
+        yield _resources()
+
+
+@contextmanager
+def _initialized(config: Config, gpus: float) -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -338,7 +345,7 @@ def _cluster(config: Config, gpus: float) -> Iterator[dict[str, float]]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        yield _resources()
+        yield
     finally:
         ray.shutdown()
 

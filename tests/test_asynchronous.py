@@ -57,8 +57,8 @@ class Late:
         return Score("ok", Quality(state="ok", kl=toy.kl, expected_accuracy=toy.expected_accuracy), size, 0.0)
 
 
-def toy(levels: int = 8) -> Problem:
-    return Problem.build(toy_menu(), 0.5, levels=levels)
+def toy() -> Problem:
+    return Problem.build(toy_menu(), 0.5, levels=8)
 
 
 @contextmanager
@@ -103,9 +103,8 @@ def test_an_agent_that_has_to_wait_is_asked_again_and_ends_within_its_budget(nam
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: Path) -> None:
-    problem = toy(levels=6)
-    evaluate = ToyEvaluator(problem.menu)
-    best, _ = best_by_exhaustion(problem, evaluate, REWARD)
+    problem = toy()
+    _, best = best_by_exhaustion(problem, ToyEvaluator(problem.menu), REWARD)
     trials = search(tmp_path / "study.db", name, Late(problem, 6), problem, 60)
     assert max(trial.reward for trial in trials) == pytest.approx(best, abs=1e-9)
 
