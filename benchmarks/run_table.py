@@ -32,8 +32,11 @@ def section(document: dict[str, Any]) -> str:
     if "repaired" in rows:
         gain = 100 * (1 - rows["repaired"]["kl"] / closed)
         repaired = f" Repaired, at the same size, it is {gain:.1f} % below the closed form's."
+    if "healed" in rows:
+        change = 100 * (rows["healed"]["kl"] / rows["repaired"]["kl"] - 1)
+        repaired += f"\nHealing for {document['heal_minutes']:g} minutes then changes it by {change:+.1f} %."
     return f"""\
-{document["model"]} at kept fraction {document["target_kept"]} over the sites, {document["trials"]} trials, no training:
+{document["model"]} at kept fraction {document["target_kept"]} over the sites, {document["budget"]} evaluations:
 
 {markdown_table(document["rows"], columns)}
 KL is the mean over {rows["dense"]["tokens"]:,} held-out tokens. The closed form's is

@@ -51,7 +51,6 @@ QUICK: Mapping[str, int | float] = {
     "budget": 10,
     "calibration_tokens": 4096,
     "repair_tokens": 4096,
-    "heal_minutes": 0.5,
     "search_items": 2,
     "search_shards": 2,
     "heldout_tokens": 1024,
@@ -282,11 +281,10 @@ class Config(BaseModel):
         le=100_000_000,
     )
     heal_minutes: float = _field(
-        4.0,
+        0.0,
         "sizes",
         "a number from 0 to 100000",
-        "Minutes for which the repaired model is then trained towards the dense one; 0 leaves it out. The command heal "
-        "does more of it later.",
+        "Minutes for which the repaired model is then trained towards the dense one. The command heal does it later.",
         "MINUTES",
         ge=0,
         le=100_000,

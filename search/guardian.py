@@ -1,77 +1,97 @@
 """Guardian: a small process that outlives a killed one and ends what that has started and could not end any more.
 
-Ray's own helpers may go on for ever when the process that started them gets SIGKILL. Whatever is started inside
-`guarded_children` inherits a mark in its environment; the guardian waits on a pipe that the kernel closes when this
-process is gone, however it went, and then kills what has the mark. Linux; elsewhere it does nothing. Run as a script it
-imports nothing of this project.
+Ray's own helpers may go on for ever when the process that started them gets SIGKILL. The guardian looks once a second
+which processes descend from this one, and waits on a pipe that the kernel closes when this one is gone, however it
+went; then it kills what is left of them. Linux; elsewhere it does nothing. Run as a script it imports nothing of this
+project.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["guarded_children"]
 
-_MARK = "CHISEL_GUARDED"
-_GRACE = 5.0  # seconds in which processes may end by themselves
 _DONE = b"done"
+_GRACE = 5.0  # seconds in which processes may end by themselves
+_PERIOD = 1.0  # seconds between two looks
 
 
 @contextmanager
 def guarded_children() -> Iterator[None]:
     """Processes started inside do not outlive this one by more than some seconds, whatever becomes of it."""
-    if not Path("/proc/self/environ").exists():
+    if not Path("/proc/self/stat").exists():
         yield
         return
-    mark = uuid.uuid4().hex
-    command = [sys.executable, str(Path(__file__).resolve()), mark]
+    command = [sys.executable, str(Path(__file__).resolve()), str(os.getpid())]
     # A session of its own: a Ctrl-C at the terminal is not meant for it.
     guardian = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert guardian.stdin is not None
-    before = os.environ.get(_MARK)
-    os.environ[_MARK] = mark
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_MARK]
-        else:
-            os.environ[_MARK] = before
         with suppress(BrokenPipeError):  # somebody has killed the guardian
             guardian.stdin.write(_DONE)
             guardian.stdin.close()
         guardian.wait()
 
 
-def _marked(mark: str) -> list[int]:
-    """Processes of ours that have the mark."""
-    wanted, found = f"{_MARK}={mark}".encode(), []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+class _Family:
+    """Processes that descend from one, as far as they were seen: their start times tell them from later namesakes."""
+
+    def __init__(self, root: int) -> None:
+        self.root = root
+        self.started: dict[int, int] = {}
+
+    def look(self) -> None:
+        """Take in who has come, and let go of who is gone."""
+        every = dict(_processes())
+        self.started = {pid: start for pid, start in self.started.items() if pid in every and every[pid][1] == start}
+        while fresh := {
+            pid: start
+            for pid, (parent, start) in every.items()
+            if (parent == self.root or parent in self.started) and pid not in self.started and pid != os.getpid()
+        }:
+            self.started |= fresh
+
+    def kill(self) -> None:
+        """Everyone who is left."""
+        for pid in self.started:
             with suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
+                os.kill(pid, signal.SIGKILL)
 
 
-def _watch(mark: str) -> None:
+def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
+    """Number, parent and start time of every process that runs; one that waits to be counted does not."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                state, parent, *rest = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if state != "Z":
+                    yield int(entry.name), (int(parent), int(rest[17]))
+
+
+def _watch(root: int) -> None:
+    family = _Family(root)
+    while not select.select([sys.stdin], [], [], _PERIOD)[0]:
+        family.look()
     if sys.stdin.buffer.read() == _DONE:
         return
     time.sleep(_GRACE)
-    while left := _marked(mark):
-        for process in left:
-            with suppress(OSError):
-                os.kill(process, signal.SIGKILL)
+    family.look()
+    while family.started:
+        family.kill()
         time.sleep(0.2)
+        family.look()
 
 
 if __name__ == "__main__":
-    _watch(sys.argv[1])
+    _watch(int(sys.argv[1]))

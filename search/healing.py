@@ -312,7 +312,7 @@ class _Healing:
         self.at.seconds += self.processes.of_first(time.perf_counter() - start)
         speed = self.at.tokens / self.at.seconds
         self.stage.advance(
-            wanted, f"loss {float(loss):.3f}, held-out KL {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
+            wanted, f"loss {float(loss):.3f}, KL on search text {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
         )
         return ""
 

@@ -244,6 +244,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "target_kept": config.target_kept,
         "seed": config.seed,
         "proxy": config.proxy,
+        "heal_minutes": config.heal_minutes,
         "trials": len(trials),
         "failed_trials": failures,
         "folder": str(folder.path),

@@ -1,6 +1,5 @@
 """What a killed process has started does not stay."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -38,6 +37,7 @@ def test_children_of_a_killed_process_are_ended() -> None:
     with parent.stdout:
         child = int(parent.stdout.readline())
     assert alive(child)
+    time.sleep(2.5)  # the guardian looks once a second
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     deadline = time.monotonic() + 60
@@ -55,7 +55,6 @@ def test_children_are_left_alone_if_the_context_ends(fails: bool) -> None:
     try:
         time.sleep(0.5)
         assert child.poll() is None
-        assert "CHISEL_GUARDED" not in os.environ
     finally:
         child.kill()
         child.wait()

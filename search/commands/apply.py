@@ -20,7 +20,7 @@ and a table of what the schedule costs, measured on held-out data."""
 
 _EXAMPLES = """\
 examples:
-  python search.py apply --prior results/priors/smollm2-135m-instruct-kept-0.80.json --out results/applied
+  python search.py apply --prior results/priors/smollm2-135m-instruct-113m.json --out results/applied
   python search.py apply --prior prior.json --model google/gemma-3-270m --out results/on-gemma
   python search.py apply --prior prior.json --target-kept 0.6 --out results/smaller"""
 
