@@ -11,7 +11,7 @@ ARGS ?= --agent gradient --budget 200
 PYTHON ?=
 # What is wanted and what is pinned; a stamp older than these is made again.
 INPUTS := pyproject.toml constraints.txt
-BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage scaling heal_speed
+BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage
 
 .PHONY: help setup setup-dev search test check bench format clean
 
