@@ -6,15 +6,13 @@ Knows tensors and modules; no file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import nn
 
-from compression.gauge import PivotedCore
-from compression.layers import MPOLinear
 from compression.legs import resolve
 from compression.schedule import Choice
+from compression.skeleton import empty_mpo
 
 __all__ = ["rebuilt"]
 
@@ -31,18 +29,8 @@ def rebuilt(choice: Choice, out_features: int, in_features: int, state: Mapping[
         layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
     else:
         legs = resolve(choice.topology, out_features, in_features)
-        bonds = legs.bonds(choice.chi)
-        last = len(legs.out_legs) - 1
-        like = state.get(f"core_{last}", torch.empty(0))
-        cores: list[torch.Tensor | PivotedCore] = []
-        for number, (left, right) in enumerate(pairwise(bonds)):
-            shape = (left, legs.out_legs[number], legs.in_legs[number], right)
-            rows = shape[0] * shape[1] * shape[2]
-            if legs.pivoted and number < last:
-                cores.append(PivotedCore(like.new_empty(rows - right, right), torch.arange(rows), shape))
-            else:
-                cores.append(like.new_empty(shape))
-        layer = MPOLinear(cores, bias)
+        dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
+        layer = empty_mpo(legs, legs.bonds(choice.chi)[1:-1], bias, dtype)
     try:
         layer.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:

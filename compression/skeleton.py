@@ -6,7 +6,7 @@ modules in place, on the meta device, before the tensors come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ from compression.packed import PackedEmbedding, PackedLinear, PackedMatrix, Pack
 from compression.quantization import BITS, Codes
 from compression.sites import dense_weight
 
-__all__ = ["LARGEST", "describe", "put_skeleton_"]
+__all__ = ["LARGEST", "describe", "empty_mpo", "put_skeleton_"]
 
 LARGEST = 1 << 20
 """No bond and no size of a part may be larger."""
@@ -96,11 +96,11 @@ def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any
     inner = len(legs.out_legs) - 1
     if not isinstance(bonds, list) or len(bonds) != inner or not all(_is_size(bond) for bond in bonds):
         raise ValueError(f"{inner} bonds of 1 to {LARGEST} are needed, and {bonds!r}")
-    return _empty_mpo(legs, bonds, _empty_bias(description["bias"], shape[0], dense), dense_weight(dense).dtype)
+    return empty_mpo(legs, bonds, _empty_bias(description["bias"], shape[0], dense), dense_weight(dense).dtype)
 
 
-def _empty_mpo(legs: Legs, bonds: list[int], bias: torch.Tensor | None, dtype: torch.dtype) -> MPOLinear:
-    """A layer on the meta device."""
+def empty_mpo(legs: Legs, bonds: Sequence[int], bias: torch.Tensor | None, dtype: torch.dtype) -> MPOLinear:
+    """A layer on the meta device with these inner bonds; raises ValueError for one that its core has no rows for."""
     cores: list[torch.Tensor | PivotedCore] = []
     for number, (left, right) in enumerate(pairwise([1, *bonds, 1])):
         core_shape = (left, legs.out_legs[number], legs.in_legs[number], right)

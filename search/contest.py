@@ -69,11 +69,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         loaded, sites = load(config, device)
     with console.stage("data"):
         subject = Subject.of(config, loaded, sites, device)
-    if config.resume:
-        folder = RunFolder.resume(config.resume)
-    else:
-        folder = RunFolder.new(config.out, "compare", config.model, config.seed)
-    with folder:
+    with RunFolder.open(config.resume, config.out, "compare", config.model, config.seed) as folder:
         console.opened(folder.path)
         contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, subject)) | {"budget": config.budget})
         folder.write_text(CONFIG, config.to_json())

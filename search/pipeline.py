@@ -90,11 +90,7 @@ def run(config: Config, console: Console) -> RunSummary:
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
     with console.stage("data"):
         subject = Subject.of(config, loaded, sites, device)
-    if config.resume:
-        folder = RunFolder.resume(config.resume)
-    else:
-        folder = RunFolder.new(config.out, config.agent, config.model, config.seed)
-    with folder:
+    with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())
         folder.write_json(ENVIRONMENT, environment())

@@ -95,11 +95,7 @@ def profile(config: Config, levels: Levels | None, tokens: int | None, console: 
         loaded, sites = load(config, device)
     with console.stage("data"):
         subject = Subject.of(config, loaded, sites, device)
-    if config.resume:
-        folder = RunFolder.resume(config.resume)
-    else:
-        folder = RunFolder.new(config.out, "profile", config.model, config.seed)
-    with folder:
+    with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
         console.opened(folder.path)
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])
         tokens = tokens or document.get("tokens", TOKENS)

@@ -57,7 +57,7 @@ _PACKAGES = ("gguf", "gymnasium", "numpy", "optuna", "pyarrow", "safetensors", "
 class RunFolder:
     """A locked run folder; use as a context manager, leaving it releases the lock.
 
-    Get one by `RunFolder.new` or `RunFolder.resume`.
+    Get one by `RunFolder.open`, `RunFolder.new` or `RunFolder.resume`.
 
     Attributes:
         path: absolute path of the folder.
@@ -120,6 +120,11 @@ class RunFolder:
             return cls(path)
         except OSError as error:
             raise ValueError(f"cannot use the folder {path}: {error.strerror or error}") from None
+
+    @classmethod
+    def open(cls, resume: str | None, out: str | None, agent: str, model: str, seed: int) -> Self:
+        """The folder of an earlier run if one is to be continued, else that of a new one; as those two do."""
+        return cls.resume(resume) if resume else cls.new(out, agent, model, seed)
 
     def __enter__(self) -> Self:
         return self
