@@ -21,7 +21,8 @@ e_s the mean over iterations of m_s / (c·exp(membership·θ)_s·p_s) − 1, and
 What is recommended is the mean of θ and δ over the second half of the iterations (Polyak & Juditsky 1992), the last of
 them, and the trials of highest reward.
 
-Slopes are of the KL alone, whatever else the reward holds.
+Slopes are of the KL alone, whatever else the reward holds. Nothing is drawn: the seed says on
+which set of data the first iteration is.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--agent", default="reinforce")
+    parser.add_argument("--agent", default="gradient")
     parser.add_argument("--budget", type=int, default=200)
     parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens)
     parser.add_argument("--runs", type=Path, default=RESULTS / "published-runs", help="where run folders are kept")

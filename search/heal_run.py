@@ -30,6 +30,7 @@ from search.healing import Healed, HealingPlan, heal_
 from search.models import resolve_device
 from search.packing import packed_text
 from search.prior import Prior
+from search.processes import Processes
 from search.runfolder import CONFIG, PRIOR, environment
 from search.scoring import Workload
 from search.subject import Subject, load
@@ -101,6 +102,11 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
     Raises:
         ValueError: no such run, its model or settings differ from now, or an option out of range.
     """
+    if Processes.wanted() > 1:
+        raise ValueError(
+            "heal writes its folder as one process; healing in several is `search.healing.heal_` in Python"
+        )
+    options.plan(seed=0)  # an option out of range is refused whatever the folder is
     for name in (CONFIG, PRIOR):
         if not (run / name).is_file():
             raise ValueError(f"heal needs the folder of a finished run, but there is no {run / name}")

@@ -24,11 +24,16 @@ class Processes:
 
     def __init__(self) -> None:
         self.rank, self.count = 0, 1
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if self.wanted() < 2:
             return
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+
+    @staticmethod
+    def wanted() -> int:
+        """How many processes the launcher has started; 1 without one."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""

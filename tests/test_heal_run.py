@@ -65,7 +65,11 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [([], "no "), (["--minutes", "-1"], "no "), (["--loss", "love"], "invalid choice")],
+    [
+        ([], "there is no"),
+        (["--minutes", "-1"], "minutes must be above 0, got -1"),
+        (["--loss", "love"], "invalid choice"),
+    ],
 )
 def test_what_cannot_be_healed_is_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -73,6 +77,14 @@ def test_what_cannot_be_healed_is_refused(
     assert cli.main(["heal", str(tmp_path), *flags]) == cli.REFUSED
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused_before_they_write_into_one_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["heal", str(tmp_path)]) == cli.REFUSED
+    assert "as one process" in capsys.readouterr().err
 
 
 def test_a_sharing_copy_has_the_same_tensors_and_other_modules() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from search.console import Console
@@ -38,6 +39,8 @@ def run(words: list[str]) -> int:
     except BaseException as error:
         return explain(error, None)
     print(f"\n{text_table(result.rows)}\n{result.folder}")
+    words = ["python", "search.py", "export", given["run"], "--healed", str(result.folder)]
+    print(f"export it with: {shlex.join(words)}")
     if result.stopped:
         complain(f"finished early: {result.stopped}")
     return FAILURES if result.stopped else DONE
