@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import ray
 import torch
+from ray._private import ray_constants
 
 from compression.schedule import Schedule
 from compression.size import SizeModel
@@ -35,7 +36,7 @@ from search.pool import Job, Result
 from search.quality import Quality
 from search.subject import Subject
 
-__all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool"]
+__all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool", "start_here"]
 
 _PER_CALL = 8  # schedules in one call of a worker at most, when more wait than there are workers
 _TRIES = 2  # workers that one schedule may take with it
@@ -334,7 +335,7 @@ def _initialized(config: Config, gpus: float) -> Iterator[None]:
         if config.ray_address is None:
             room = _wanted(config, gpus) * (config.threads or 1) + len(os.sched_getaffinity(0))
             local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS, **quiet}
-            _start_here(num_cpus=room, **local)
+            start_here(num_cpus=room, **local)
         else:
             address = config.ray_address if ":" in config.ray_address else f"{config.ray_address}:6379"
             try:
@@ -350,16 +351,44 @@ def _initialized(config: Config, gpus: float) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_here(**how: Any) -> None:
-    """Ray on this machine; again if its processes are not up after its own limit of half a minute."""
+def start_here(**how: Any) -> None:
+    """Ray on this machine, listening on loopback only; again if it is not up after its own limit of half a minute.
+
+    Args:
+        how: for `ray.init`.
+
+    Raises:
+        EvaluatorsLost: it did not start.
+    """
     for left in reversed(range(_STARTS)):
         try:
-            ray.init(address="local", **how)
+            with _loopback():
+                ray.init(address="local", **how)
             return
         except Exception as error:  # Ray raises just that
             ray.shutdown()
             if not left:
                 raise EvaluatorsLost(f"Ray cannot be started here: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """While Ray starts: the address of this machine is 127.0.0.1, so that none of its processes listens on another.
+
+    Ray has one switch for it, made for systems without clusters. The processes it starts read it from the environment,
+    this one has read it as ray was imported.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    variable, switch = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = switch
+        if variable is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = variable
 
 
 def _resources() -> dict[str, float]:

@@ -47,10 +47,6 @@ def search_pool(subject: Subject, anchor: Schedule, note: Callable[[str], None])
             yield SerialPool(evaluator, evaluator.dense)
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if subject.config.ray_address is None:
-        # Named for other systems, read as ray is imported: the address of this machine is then 127.0.0.1, and none of
-        # ray's processes listens on another one.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from search.ray_evaluators import ray_pool
 
     with ray_pool(subject, anchor, note) as pool:
