@@ -1,8 +1,12 @@
+import math
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
+from datetime import datetime
 
 import optuna
 import pytest
@@ -54,6 +58,67 @@ def test_another_program_sees_an_optuna_study_with_parameters_and_figures(tmp_pa
     assert trial.duration.total_seconds() == pytest.approx(1.5)
     study._storage._backend.remove_session()
     study._storage._backend.engine.dispose()
+
+
+_TABLES = ("trials", "trial_values", "trial_params", "trial_user_attributes", "trial_system_attributes")
+_COUNTERS = ("trial_value_id", "param_id", "trial_user_attribute_id", "trial_system_attribute_id")
+
+
+def _content(path):
+    """Every row of every table that tells of trials, without the rows' own numbers, their order and the times."""
+    with closing(sqlite3.connect(path)) as file:
+        file.row_factory = sqlite3.Row
+        rows = {table: [dict(row) for row in file.execute(f"SELECT * FROM {table}")] for table in _TABLES}
+    for table, found in rows.items():
+        for row in found:
+            for name in [name for name in row if name.startswith("datetime") or name in _COUNTERS]:
+                del row[name]
+        rows[table] = sorted(found, key=str)
+    return rows
+
+
+def test_the_rows_are_those_that_optuna_itself_writes(tmp_path):
+    one = journal(tmp_path / "study.db")
+    one.record(record(0, slopes={"a": 0.5, "b": math.nan}))
+    one.record(record(1, actions=None))
+    one.record(record(2, state="failed", reward=None, reason="no \u00e4tsch"))
+    one.close()
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'optuna.db'}")
+    other = optuna.create_study(storage=storage, direction="maximize")
+    other.add_trials(study.trials)
+    for each in (study._storage._backend, storage):
+        each.remove_session()
+        each.engine.dispose()
+    ours, theirs = _content(tmp_path / "study.db"), _content(tmp_path / "optuna.db")
+    assert ours == theirs
+    assert {table: len(rows) for table, rows in ours.items()}["trials"] == 3
+    now = datetime.now()
+    assert all(abs((trial.datetime_complete - now).total_seconds()) < 60 for trial in study.trials)
+
+
+def test_a_trial_costs_the_writing_process_little(tmp_path):
+    one = journal(tmp_path / "study.db", steps=tuple(f"block_{number:02}" for number in range(40)), levels=20)
+    score = {f"figure {number}": number / 7 for number in range(20)}
+    start = time.process_time()
+    for number in range(20):
+        one.record(record(number, actions=(number,) * 40, score=score))
+    ours = time.process_time() - start
+    one.close()
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'optuna.db'}", direction="maximize")
+    kept = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}").trials
+    start = time.process_time()
+    for trial in kept[:4]:
+        study.add_trial(trial)
+    assert ours / 20 < (time.process_time() - start) / 4 / 5
+
+
+def test_an_action_beyond_the_levels_is_refused(tmp_path):
+    one = journal(tmp_path / "study.db")
+    with pytest.raises(ValueError, match=r"levels from 0 to 4, got \[1, 5\]"):
+        one.record(record(0, actions=(1, 5)))
+    assert not one.records
+    one.close()
 
 
 @pytest.mark.parametrize("state", ["nonfinite", "failed"])
