@@ -6,7 +6,7 @@ from agents.fixed import Knapsack, Lagrangian, Uniform
 from agents.gradient import Gradient, GradientSettings
 from agents.guided import Guided, GuidedSettings
 from agents.policy_file import SavedPolicy
-from agents.portfolio import Portfolio, PortfolioSettings
+from agents.portfolio import Turns, TurnsSettings
 from agents.protocol import SLOPES_COST, Agent, Learner, Proposal, SlopeAgent, Task, Terms
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, make
@@ -27,8 +27,6 @@ __all__ = [
     "Knapsack",
     "Lagrangian",
     "Learner",
-    "Portfolio",
-    "PortfolioSettings",
     "Proposal",
     "RandomSearch",
     "Reinforce",
@@ -37,6 +35,8 @@ __all__ = [
     "SlopeAgent",
     "Task",
     "Terms",
+    "Turns",
+    "TurnsSettings",
     "Uniform",
     "make",
 ]

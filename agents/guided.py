@@ -1,43 +1,42 @@
-"""Guided: the gradient agent first, then another agent around what it found.
+"""Guided: the gradient agent first, then another agent around what it found. `guided` goes on with REINFORCE.
 
 Slopes say within a few evaluations how far the predicted worth of parameters is off, to first order and for the KL
 alone. What they leave, a search by rewards may find: interactions at a distance, the other terms of the reward, groups
 kept dense. So a share of the budget goes to `agents.gradient`, and what is left to an agent whose task has the outcome
-in the place of the closed form (`Task.around`); its episodes are offsets to that.
+in the place of the closed form (`Task.around`); its episodes are offsets to that. `agents.portfolio` goes on with more.
 
 Knows the gradient agent; the other one by its protocol only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agents.gradient import Gradient
 from agents.ledger import Ledger
 from agents.protocol import SLOPES_COST, Agent, Proposal, Task, Terms
+from agents.reinforce import Reinforce
 
 __all__ = ["Guided", "GuidedSettings"]
+
+Follower = Callable[[Task, Terms], Agent]
 
 
 @dataclass(frozen=True)
 class GuidedSettings:
     """What can be tuned."""
 
-    lead: float = 0.16  # share of the budget that the gradient agent gets
-    follower: str = "reinforce"  # name of the agent that gets the rest
+    lead: float = 0.5  # share of the budget that the gradient agent gets; it gains little after 100 evaluations
+    follower: Follower = Reinforce  # makes the agent that gets the rest; it must propose episodes
+    name: str = "guided"
 
 
 class Guided:
     """See the module."""
 
-    name = "guided"
-
     def __init__(self, task: Task, terms: Terms, settings: GuidedSettings | None = None) -> None:
-        """Raises ValueError for an unknown follower, or one that guides or takes slopes itself."""
         self.settings = settings or GuidedSettings()
-        if self.settings.follower in (self.name, Gradient.name):
-            raise ValueError(f"the follower must propose episodes, {self.settings.follower} does not")
         self._task = task
         self._terms = terms
         self._ledger = Ledger(terms)
@@ -46,6 +45,11 @@ class Guided:
         self._follower: Agent | None = None
         self._given: dict[tuple[str, int], Proposal] = {}  # the follower's own proposals, not told yet
         self._rewards: dict[tuple[str, int], float] = {}
+
+    @property
+    def name(self) -> str:
+        """See `agents.Agent`."""
+        return self.settings.name
 
     def ask(self, count: int) -> list[Proposal]:
         """See `agents.Agent`."""
@@ -92,12 +96,10 @@ class Guided:
         return list(found.values())[:count]
 
     def _follow(self) -> None:
-        from agents.registry import make  # the registry knows this agent, too
-
         around = self._task.around(self._lead.offsets, self._lead.residuals)
         # What the lead has looked at costs the follower nothing.
         terms = replace(self._terms, budget=self._ledger.left + len(self._rewards))
-        self._follower = make(self.settings.follower, around, terms)
+        self._follower = self.settings.follower(around, terms)
 
 
 def _key(proposal: Proposal) -> tuple[str, int]:

@@ -1,6 +1,7 @@
-"""Portfolio: several agents in turn on one budget.
+"""Portfolio: the strongest agents in turn on one budget.
 
-Every member proposes as if it were alone, and is told the rewards of what it proposed and of nothing else. The first
+The gradient agent has the first half, as in `agents.guided`; then several agents take turns around what it found. Every
+member of those proposes as if it were alone, and is told the rewards of what it proposed and of nothing else. The first
 round gives each member a slice of the budget, in whole batches; every later slice goes to the member whose best trials
 look best: the mean of its `best` highest mean rewards, ties to the earlier member. A member with nothing left to
 propose is passed over. What several members propose is evaluated once; who comes later is told the reward that is
@@ -18,24 +19,24 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from agents.gradient import Gradient
+from agents.guided import Guided, GuidedSettings
 from agents.ledger import Ledger
 from agents.protocol import Agent, Proposal, Task, Terms
 from agents.surrogate import Surrogate, without_outliers
 
-__all__ = ["Portfolio", "PortfolioSettings"]
+__all__ = ["Turns", "TurnsSettings", "portfolio"]
+
+_WITHOUT_EPISODES = frozenset({Gradient.name, GuidedSettings.name, "portfolio"})
 
 Key = tuple[str, int]  # digest of a schedule, and look
 
 
 @dataclass(frozen=True)
-class PortfolioSettings:
-    """What can be tuned; nothing was varied.
+class TurnsSettings:
+    """What can be tuned; nothing was varied."""
 
-    On four synthetic tasks it ended 11 % below the closed form, where the bandit alone had 12 and REINFORCE 13: less
-    apart than the tasks are. It is an insurance, not a gain.
-    """
-
-    members: tuple[str, ...] = ("bandit", "reinforce", "evolution")  # names of agents, in the order of the first round
+    members: tuple[str, ...] = ("reinforce", "evolution")  # names of agents, in the order of the first round
     slice: int = 20  # evaluations after which the turn ends, with the batch that reaches them
     best: int = 3  # schedules that a member is judged by
 
@@ -65,18 +66,26 @@ class _Member:
         return float(np.mean(finite)) if finite else -np.inf
 
 
-class Portfolio:
-    """See the module."""
+def portfolio(task: Task, terms: Terms) -> Guided:
+    """The agent that the command line calls so."""
+    return Guided(task, terms, GuidedSettings(follower=Turns, name="portfolio"))
 
-    name = "portfolio"
 
-    def __init__(self, task: Task, terms: Terms, settings: PortfolioSettings | None = None) -> None:
-        """Raises ValueError without members, for an unknown one, or for a portfolio in the portfolio."""
+class Turns:
+    """Members in turn, see the module; an agent in itself.
+
+    Members must propose episodes, which `gradient`, `guided` and `portfolio` do not.
+    """
+
+    name = "turns"
+
+    def __init__(self, task: Task, terms: Terms, settings: TurnsSettings | None = None) -> None:
+        """Raises ValueError without members, or for one that is unknown or proposes no episodes."""
         from agents.registry import make  # the registry knows this agent, too
 
-        self.settings = settings or PortfolioSettings()
-        if not self.settings.members or self.name in self.settings.members:
-            raise ValueError(f"members must be names of other agents, at least one, got {self.settings.members}")
+        self.settings = settings or TurnsSettings()
+        if not self.settings.members or not _WITHOUT_EPISODES.isdisjoint(self.settings.members):
+            raise ValueError(f"members must be agents that propose episodes, at least one, got {self.settings.members}")
         self._task = task
         self._ledger = Ledger(terms)
         self._members = [

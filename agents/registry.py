@@ -22,7 +22,7 @@ _AGENTS = {
     "optuna-nsga2": "agents.optuna_agents:nsga2",
     "optuna-qmc": "agents.optuna_agents:qmc",
     "optuna-tpe": "agents.optuna_agents:tpe",
-    "portfolio": "agents.portfolio:Portfolio",
+    "portfolio": "agents.portfolio:portfolio",
     "ppo": "agents.ppo:Ppo",
     "ppo-masked": "agents.ppo:PpoMasked",
     "random": "agents.random_search:RandomSearch",

@@ -6,9 +6,11 @@ cache and a slice costs nothing. A file that does not match the checksum in its 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -91,8 +93,10 @@ class FactorCache:
             os.replace(temporary, folder / f"{key}.{digest}.safetensors")
         except BaseException as error:
             Path(temporary).unlink(missing_ok=True)
-            if type(error).__name__ == "SafetensorError":
-                raise OSError(f"cannot write the cache below {self.root}: {error}") from error
+            if type(error).__name__ == "SafetensorError":  # which tells the system's error in words only
+                told = re.search(r"os error (\d+)", str(error))
+                code = int(told[1]) if told else errno.EIO
+                raise OSError(code, f"{os.strerror(code)}, as the cache {self.root} was written") from error
             raise
 
     def _folder(self, key: str) -> Path:

@@ -6,10 +6,13 @@ digests, JSON text, numbers, states. optuna-dashboard opens the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +30,7 @@ from search.runfolder import finite
 __all__ = ["Journal", "Record", "differences", "with_defaults"]
 
 _STUDY = "chisel"
+_DISK = {"FULL": errno.ENOSPC, "IOERR": errno.EIO, "READONLY": errno.EROFS}
 _COLUMNS = {
     "trials": ("number", "study_id", "state", "datetime_start", "datetime_complete"),
     "trial_values": ("trial_id", "objective", "value", "value_type"),
@@ -87,6 +91,7 @@ class Journal:
 
     Raises:
         ValueError: the file is of another fingerprint (the message lists what differs) or is no journal.
+        OSError: the disk is full or fails.
     """
 
     def __init__(
@@ -105,14 +110,16 @@ class Journal:
         if not _is_sqlite(path):
             raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path))
-        self._study = optuna.create_study(
-            study_name=_STUDY, storage=self._storage, direction="maximize", load_if_exists=True
-        )
-        known = self._study.user_attrs.get("fingerprint")
-        if known is None:
-            self._study.set_user_attr("fingerprint", plain)
-        elif (known := with_defaults(known, _plain(defaults))) != plain:
+        with _disk(path):
+            self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path))
+            self._study = optuna.create_study(
+                study_name=_STUDY, storage=self._storage, direction="maximize", load_if_exists=True
+            )
+            known = self._study.user_attrs.get("fingerprint")
+            if known is None:
+                self._study.set_user_attr("fingerprint", plain)
+                known = plain
+        if (known := with_defaults(known, _plain(defaults))) != plain:
             self.close()
             raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
         self._records = {record.number: record for record in map(self._read, self._study.get_trials(deepcopy=False))}
@@ -133,6 +140,7 @@ class Journal:
         Raises:
             ValueError: the number is taken by another schedule, an "ok" record without a reward or any other with one,
                 or actions that do not fit the steps.
+            OSError: the disk is full or fails; the trial is not kept.
         """
         kept = self._records.get(record.number)
         if kept is not None and kept.key != record.key:
@@ -144,7 +152,7 @@ class Journal:
         if kept is not None:
             return
         rows = self._rows(record)
-        with shield():
+        with shield(), _disk(self.path):
             self._insert(rows)
             self._records[record.number] = record
 
@@ -284,6 +292,21 @@ def differences(known: Mapping[str, object], given: Mapping[str, object], prefix
         elif before != after:
             found.append(f"{name} was {_short(before)}, is {_short(after)}")
     return found
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What SQLite says of a disk, below the names that Optuna and SQLAlchemy give it, as an OSError."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, sqlite3.Error):
+            cause = cause.__cause__
+        name = getattr(cause, "sqlite_errorname", "").removeprefix("SQLITE_").partition("_")[0]
+        if name not in _DISK:
+            raise
+        raise OSError(_DISK[name], f"{os.strerror(_DISK[name])}, as {path} was written") from error
 
 
 def _stamp(moment: datetime) -> str:

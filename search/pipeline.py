@@ -362,5 +362,5 @@ def _check_space(subject: Subject) -> None:
     cache.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache.root).free
     if free < needed:
-        text = f"the cache {cache.root} needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free"
+        text = f"the cache {cache.root} needs {needed / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are free"
         raise OSError(errno.ENOSPC, text)

@@ -14,7 +14,7 @@ from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 
 REWARD = Reward()
 ONE_SCHEDULE = ("knapsack", "lagrangian", "uniform")
-UNSEEDED = ("gradient", "guided")  # slopes leave nothing to chance, and end where they stand still
+UNSEEDED = ("gradient", "guided", "portfolio")  # slopes leave nothing to chance, and end where they stand still
 SEARCHERS = tuple(name for name in agents.NAMES if name not in (*ONE_SCHEDULE, *UNSEEDED))
 ONE_TARGET = tuple(name for name in SEARCHERS if name != "optuna-nsga2")  # whose proposals all keep to the task's
 
@@ -123,6 +123,13 @@ def test_the_optimum_of_three_blocks_is_found(name, seed):
     assert value == reward
     assert found.schedule == schedule
     assert schedule != problem.closed_form()
+
+
+@pytest.mark.parametrize("name", UNSEEDED)
+def test_slopes_lead_past_the_best_of_all_episodes(name):
+    problem = toy()
+    _, reward = best_by_exhaustion(problem, ToyEvaluator(problem.menu), REWARD)
+    assert max(value for _, value in run(name, problem, budget=400)) > reward
 
 
 @every_agent

@@ -21,7 +21,7 @@ from search.pool import Job, Result
 from search.quality import Quality
 from search.trials import Trial, run_agent
 
-ONE_BY_ONE = ("gradient", "guided")  # the next proposal needs the slopes of the last
+ONE_BY_ONE = ("gradient", "guided", "portfolio")  # the next proposal needs the slopes of the last
 ONE_SCHEDULE = ("knapsack", "lagrangian", "uniform")
 SEARCHERS = [name for name in agents.NAMES if name not in (*ONE_BY_ONE, *ONE_SCHEDULE)]
 LEARNERS = ("reinforce", "evolution", "optuna-tpe", "bandit")
