@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -354,12 +355,16 @@ def _initialized(config: Config, gpus: float) -> Iterator[None]:
 def start_here(**how: Any) -> None:
     """Ray on this machine, listening on loopback only; again if it is not up after its own limit of half a minute.
 
+    It has a token of its own, unless the environment names one, so that nothing is read or written in the home folder.
+
     Args:
         how: for `ray.init`.
 
     Raises:
         EvaluatorsLost: it did not start.
     """
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for left in reversed(range(_STARTS)):
         try:
             with _loopback():

@@ -1,40 +1,18 @@
-"""A disk that is full, for real: a small file system of its own, in a mount namespace that ends with the command."""
+"""A disk that is full or may not be written, for real."""
 
 from __future__ import annotations
 
 import errno
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from disks import SEARCH, on_a_disk
 from fakedata import data_for_processes
 
-from benchmarks.chaos import ROOT, journal
-
-SEARCH = [
-    *(sys.executable, "search.py", "--model", "random:tiny-llama", "--device", "cpu", "--threads", "1", "--quiet"),
-    *("--agent", "random", "--target-kept", "0.7", "--calibration-tokens", "1500", "--repair-tokens", "0"),
-    *("--search-items", "2", "--search-text-tokens", "128", "--heldout-tokens", "600", "--report-items", "6"),
-]
-
-
-def on_a_small_disk(disk: Path, kilobytes: int, *steps: str) -> tuple[list[int], str]:
-    """Exit codes of shell commands, one after the other, with so much room in `disk`; and what they complained of."""
-    disk.mkdir(parents=True, exist_ok=True)
-    mount = f"mount -t tmpfs -o size={kilobytes}k none {shlex.quote(str(disk))}"
-    script = "\n".join([f"{mount} || exit 99", *(f"{step}; echo $?" for step in steps)])
-    done = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
-    return [int(line) for line in done.stdout.split("\n") if line.isdecimal()], done.stderr
+from benchmarks.chaos import journal
 
 
 def test_a_search_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
@@ -43,9 +21,9 @@ def test_a_search_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
     data_for_processes(tmp_path, monkeypatch)
     disk, kept = tmp_path / "kleine platte", tmp_path / "kept"
     run, disk_of_export = disk / "run", tmp_path / "export"
-    codes, said = on_a_small_disk(
+    codes, said = on_a_disk(
         disk,
-        400,
+        "size=400k",
         shlex.join([*SEARCH, "--budget", "150", "--out", str(run)]),
         f"cp -r {shlex.quote(str(run))} {kept}",
         f"mount -o remount,size=50m {shlex.quote(str(disk))}",
@@ -67,9 +45,9 @@ def test_a_search_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_for_processes(tmp_path, monkeypatch)
     disk, cache, out = tmp_path / "disk", tmp_path / "cache", tmp_path / "run"
-    codes, said = on_a_small_disk(
+    codes, said = on_a_disk(
         disk,
-        400,
+        "size=400k",
         shlex.join([sys.executable, "search.py", "data"]) + " > /dev/null",
         f"cp -r {cache}/. {disk}",
         f"CHISEL_CACHE={disk} {shlex.join([*SEARCH, '--budget', '2', '--out', str(out)])}",
@@ -96,5 +74,28 @@ print(int(cache.load(cache_key(n=1)).tensors["small"].sum()))
 
 def test_a_cache_file_that_does_not_fit_leaves_none_cut_and_those_before_it_whole(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _STORE, str(tmp_path / "disk")]
-    lines, said = on_a_small_disk(tmp_path / "disk", 1000, shlex.join(command))
+    lines, said = on_a_disk(tmp_path / "disk", "size=1000k", shlex.join(command))
     assert lines == [errno.ENOSPC, 1, 1000, 0], said
+
+
+@pytest.mark.parametrize("evaluators", [1, 2])
+def test_a_home_that_may_not_be_written_is_no_hindrance_with_a_cache_elsewhere(
+    evaluators: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = ["--budget", "3", "--evaluators", str(evaluators), "--out", str(tmp_path / "run")]
+    codes, said = on_a_disk(tmp_path / "home", "ro", shlex.join([*SEARCH, *flags]))
+    assert codes == [0], said
+    assert len(journal(tmp_path / "run" / "study.db")) == 3
+
+
+def test_without_one_it_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CHISEL_CACHE")
+    flags = ["--budget", "3", "--out", str(tmp_path / "run")]
+    codes, said = on_a_disk(tmp_path / "home", "ro", shlex.join([*SEARCH, *flags]))
+    assert codes == [2]
+    assert re.fullmatch(r"search\.py: .*Read-only file system.*CHISEL_CACHE.*\n", said)
+    assert not (tmp_path / "run").exists()
