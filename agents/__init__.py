@@ -9,7 +9,7 @@ from agents.policy_file import SavedPolicy
 from agents.portfolio import Turns, TurnsSettings
 from agents.protocol import SLOPES_COST, Agent, Learner, Proposal, SlopeAgent, Task, Terms
 from agents.random_search import RandomSearch
-from agents.registry import NAMES, make
+from agents.registry import NAMES, find, make
 from agents.reinforce import Reinforce, ReinforceSettings
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "Turns",
     "TurnsSettings",
     "Uniform",
+    "find",
     "make",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from importlib import import_module
 
 from agents.protocol import Agent, Learner, Task, Terms
 
-__all__ = ["NAMES", "make"]
+__all__ = ["NAMES", "find", "make"]
 
 #: Name -> "module:class", or whatever else makes an agent of (task, terms).
 _AGENTS = {
@@ -33,24 +34,37 @@ _AGENTS = {
 NAMES: tuple[str, ...] = tuple(_AGENTS)
 
 
+def find(name: str) -> Callable[[Task, Terms], Agent]:
+    """What makes the agent called `name`: one of `NAMES`, or `module:Class` of one's own.
+
+    Raises:
+        ValueError: no such agent, with the nearest name; a module or class that is not there; or a package that is not
+            installed, with the extra that brings it.
+    """
+    if name not in _AGENTS and ":" not in name:
+        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
+    module, _, maker = _AGENTS.get(name, name).partition(":")
+    try:
+        found: Callable[[Task, Terms], Agent] = getattr(import_module(module), maker)
+    except ModuleNotFoundError as error:
+        if name in _AGENTS:
+            raise ValueError(
+                f"agent {name} needs {error.name}, which is not installed: pip install 'chisel-prior[agents]'"
+            ) from None
+        raise ValueError(f"agent {name} cannot be imported: there is no module {error.name}") from None
+    except AttributeError:
+        raise ValueError(f"agent {name} cannot be imported: {module} has no {maker}") from None
+    return found
+
+
 def make(name: str, task: Task, terms: Terms) -> Agent:
     """The agent called `name`, working on `task`.
 
     Raises:
-        ValueError: no such agent, with the nearest name; or it needs a package that is not installed, with the extra
-            that brings it; or a policy is given that it cannot continue.
+        ValueError: as `find`; or a policy is given that it cannot continue.
     """
-    if name not in _AGENTS:
-        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
-    module, _, maker = _AGENTS[name].partition(":")
-    try:
-        loaded = import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"agent {name} needs {error.name}, which is not installed: pip install 'chisel-prior[agents]'"
-        ) from None
-    agent: Agent = getattr(loaded, maker)(task, terms)
+    agent = find(name)(task, terms)
     if terms.policy is not None and not isinstance(agent, Learner):
         raise ValueError(f"agent {name} learns no policy and cannot continue one")
     return agent

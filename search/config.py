@@ -19,7 +19,10 @@ from search.strict_json import read_object
 __all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
-AgentName = Literal[
+ProxyForm = Literal["answer", "letter"]
+Granularity = Literal["block", "family", "site", "head", "block+family"]
+
+AGENTS = (
     "bandit",
     "evolution",
     "gradient",
@@ -37,11 +40,7 @@ AgentName = Literal[
     "random",
     "reinforce",
     "uniform",
-]
-ProxyForm = Literal["answer", "letter"]
-Granularity = Literal["block", "family", "site", "head", "block+family"]
-
-AGENTS: tuple[str, ...] = get_args(AgentName)
+)
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -93,10 +92,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    agent: AgentName = _field(
+    agent: str = _field(
         "gradient",
         "search",
-        _one_of(AGENTS),
+        f"{_one_of(AGENTS)}, or module:Class of your own",
         "Who proposes schedules; knapsack, lagrangian and uniform need no search.",
         "NAME",
     )
@@ -355,6 +354,13 @@ class Config(BaseModel):
     @classmethod
     def _is_a_word(cls, value: object) -> object:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("agent")
+    @classmethod
+    def _is_an_agent(cls, value: str) -> str:
+        if value not in AGENTS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+            raise ValueError(value)
+        return value
 
     @field_validator("proxy")
     @classmethod

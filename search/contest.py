@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import agents
 from compression.schedule import Schedule
 from envs import Problem
 from search.config import Config
@@ -65,6 +66,8 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
     """
     searches = _searches(config, names, seeds)
     device = preflight(config)
+    for name in names:
+        agents.find(name)
     with console.stage("load"):
         loaded, sites = load(config, device)
     with console.stage("data"):

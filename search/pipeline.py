@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import agents
 from agents import Learner
 from compression.allocation import uniform_schedule
 from compression.schedule import Schedule
@@ -168,6 +169,7 @@ def preflight(config: Config) -> torch.device:
         )
     if config.proxy.endswith(".jsonl"):
         load_proxy(config.proxy)
+    agents.find(config.agent)
     read_policy(config)
     read_prior(config)
     check_evaluators(config)

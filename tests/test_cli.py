@@ -80,7 +80,10 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--agent", "reinforc"], f"--agent must be one of {', '.join(AGENTS)}, got 'reinforc'"),
+        (
+            ["--agent", "reinforc"],
+            f"--agent must be one of {', '.join(AGENTS)}, or module:Class of your own, got 'reinforc'",
+        ),
         (["--budget", "-1"], "--budget must be a whole number of at least 0, got -1"),
         (["--budget", "ten"], "--budget must be a whole number of at least 0, got 'ten'"),
         (["--budget", "1.5"], "--budget must be a whole number of at least 0, got '1.5'"),

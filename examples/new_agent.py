@@ -1,0 +1,49 @@
+"""An agent of one's own: climb from the closed form, one step and one level at a time.
+
+    python search.py --quick --agent examples.new_agent:HillClimb
+
+An agent asks for schedules and is told rewards (`agents.Agent`); `Ledger` keeps the budget and the order of the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agents import Proposal, Task, Terms
+from agents.ledger import Ledger
+
+
+class HillClimb:
+    """Changes one random step of the best episode so far by one level, and keeps what is better."""
+
+    name = "examples.new_agent:HillClimb"
+
+    def __init__(self, task: Task, terms: Terms) -> None:
+        self._task, self._ledger = task, Ledger(terms)
+        self._generator = np.random.default_rng(terms.seed)
+        self._best, self._reward = (task.middle,) * task.steps, -np.inf
+
+    def ask(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`."""
+        for _ in range(100 if self._ledger.left else 0):
+            actions = list(self._best)
+            if np.isfinite(self._reward):
+                step = int(self._generator.integers(self._task.steps))
+                actions[step] = int(np.clip(actions[step] + self._generator.choice([-1, 1]), 0, 2 * self._task.middle))
+            proposal = Proposal(self._task.schedule(actions), tuple(actions))
+            if self._ledger.add(proposal):
+                return [proposal]
+        return []
+
+    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
+        """See `agents.Agent`."""
+        self._ledger.close(proposals, rewards)
+        for proposal, reward in zip(proposals, rewards, strict=True):
+            if proposal.actions is not None and reward > self._reward:
+                self._best, self._reward = proposal.actions, reward
+
+    def recommend(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`."""
+        return self._ledger.best(count)

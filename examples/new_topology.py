@@ -1,0 +1,48 @@
+"""A topology of one's own: legs by name, fitted in the metric of the search, beside low rank with as many numbers.
+
+    python -m examples.new_topology                                          # one matrix of a small random model
+    python -m examples.new_topology --model default --site model.layers.1.self_attn.v_proj \
+        --topology pivoted-mpo:16.12x24.24 --chi 60
+
+A topology is a name: `mpo:` with the legs of the output, an x, the legs of the input; `pivoted-` before it stores it
+without gauge freedom. Nothing is to be registered: menus, schedules, priors and layers take every such name.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from compression import resolve
+from search.config import Config
+from search.subject import Subject, load
+
+
+def main(words: list[str] | None = None) -> tuple[float, float]:
+    """Predicted costs, in nats per token, of the topology and of low rank."""
+    parser = argparse.ArgumentParser(description="Fit a topology at one matrix.")
+    parser.add_argument("--model", default="random:tiny-llama")
+    parser.add_argument("--site", default="model.layers.0.self_attn.q_proj")
+    parser.add_argument("--topology", default="pivoted-mpo:8.4x4.8")
+    parser.add_argument("--chi", type=int, default=8)
+    given = parser.parse_args(words)
+
+    config, device = Config.of({"model": given.model, "quick": True}), torch.device("cpu")
+    subject = Subject.of(config, *load(config, device), device)
+    [site] = [site for site in subject.sites if site.name == given.site]
+    parameters = resolve(given.topology, site.out_features, site.in_features).parameters(given.chi)
+    rank = resolve("pivoted-lowrank", site.out_features, site.in_features).largest_chi(parameters)
+
+    fitted = subject.store.factors(site.name, given.topology, "two-sided", given.chi).spectrum
+    lowrank = subject.store.factors(site.name, "pivoted-lowrank", "two-sided").spectrum[rank:]
+    costs = 0.5 * float(fitted.square().sum()), 0.5 * float(lowrank.square().sum())
+    print(
+        f"{site.name}, {parameters} of {site.parameters} numbers: {given.topology} χ {given.chi} costs {costs[0]:.3g},"
+    )
+    print(f"low rank χ {rank} costs {costs[1]:.3g} nats per token")
+    return costs
+
+
+if __name__ == "__main__":
+    main()
