@@ -97,7 +97,7 @@ class _Contest:
     """Content of contest.json.
 
     Attributes:
-        schedules: those that are not measured yet, by digest.
+        schedules: those still to be chosen among or measured, by digest.
     """
 
     fingerprint: Mapping[str, object]
@@ -111,9 +111,8 @@ class _Contest:
         return not self.schedules and all(entry.selected for entry in self.entries.values())
 
     def note(self, schedule: Schedule) -> str:
-        """Enter a schedule to be measured; returns its digest."""
-        if schedule.digest not in self.heldout:
-            self.schedules[schedule.digest] = schedule
+        """Enter a schedule to be chosen among, and measured if it is not yet; returns its digest."""
+        self.schedules[schedule.digest] = schedule
         return schedule.digest
 
     def write(self, folder: RunFolder) -> None:
@@ -181,6 +180,7 @@ def _play(
     entries = contest.entries.values()
     wanted = {contest.closed_form, *(entry.selected for entry in entries)}
     wanted |= {mark.digest for entry in entries for mark in entry.marks}
+    wanted -= contest.heldout.keys()
     contest.schedules = {digest: one for digest, one in contest.schedules.items() if digest in wanted}
     with (
         subject.evaluator("heldout") as evaluator,

@@ -112,6 +112,15 @@ def test_a_published_contest_takes_one_more_agent_without_searching_again(
     monkeypatch.undo()
 
 
+def test_a_schedule_that_is_measured_already_may_be_chosen_again(tmp_path: Path) -> None:
+    compared(tmp_path / "run", agents="random", seeds="0", budget=4)
+    words_again = ["compare", "--resume", str(tmp_path / "run"), "--quiet"]
+    assert cli.main([*words_again, "--agents", "lagrangian,reinforce", "--seeds", "0"]) == cli.DONE
+    document = contest(tmp_path / "run")
+    assert document["schedules"] == []
+    assert document["closed_form"] in document["entries"][0]["finalists"]
+
+
 @pytest.mark.parametrize(
     "changes, complaint",
     [

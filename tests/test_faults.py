@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fakedata import data_for_processes
 
@@ -53,3 +54,33 @@ def test_killed_drivers_and_evaluators_lose_and_repeat_no_trial_and_leave_no_pro
     assert tally.kills == {"driver": 1, "evaluator": 1}
     assert len(tally.acknowledged) >= 2
     assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("evaluators", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_polite_end_tells_how_to_go_on_and_leaves_no_process(
+    evaluators: int, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    run = tmp_path / "mit leerzeichen"
+    words = [*SMALL.split()[:-2], "--model", "random:tiny-llama", "--repair-tokens", "0", "--budget", "5000", "--quiet"]
+    process = psutil.Popen(
+        [sys.executable, "search.py", *words, "--evaluators", str(evaluators), "--out", str(run)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(journal(run / "study.db")) < 5 and process.poll() is None:
+        time.sleep(0.1)
+    family = process.children(recursive=True)
+    assert bool(family) == (evaluators > 1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.endswith(f"search.py: interrupted; continue with: python search.py --resume '{run}'\n"), said
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    before = journal(run / "study.db")
+    assert start("--resume", str(run), "--budget", str(len(before) + 2), "--quiet").wait(timeout=600) == 0
+    after = journal(run / "study.db")
+    assert len(after) == len(before) + 2
+    assert all(after[trial] == was for trial, was in before.items())
