@@ -46,15 +46,16 @@ def find(name: str) -> Callable[[Task, Terms], Agent]:
         raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
     module, _, maker = _AGENTS.get(name, name).partition(":")
     try:
-        found: Callable[[Task, Terms], Agent] = getattr(import_module(module), maker)
+        loaded = import_module(module)
     except ModuleNotFoundError as error:
         if name in _AGENTS:
             raise ValueError(
                 f"agent {name} needs {error.name}, which is not installed: pip install 'chisel-prior[agents]'"
             ) from None
         raise ValueError(f"agent {name} cannot be imported: there is no module {error.name}") from None
-    except AttributeError:
-        raise ValueError(f"agent {name} cannot be imported: {module} has no {maker}") from None
+    if not hasattr(loaded, maker):
+        raise ValueError(f"agent {name} cannot be imported: {module} has no {maker}")
+    found: Callable[[Task, Terms], Agent] = getattr(loaded, maker)
     return found
 
 

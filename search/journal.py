@@ -182,7 +182,7 @@ class Journal:
     def _insert(self, rows: Mapping[str, Sequence[Sequence[object]]]) -> None:
         """All rows of a trial in one transaction, in Optuna's tables and as Optuna writes them.
 
-        Optuna's own way asks the database a question or two for every parameter and attribute: a hundred times the
+        Optuna's own way asks the database a question or two for every parameter and attribute: fifty times the
         time, more than many evaluators leave the one process that writes.
         """
         connection = self._storage.engine.raw_connection()

@@ -8,42 +8,33 @@ only what `ray_pool` puts together.
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import torch
-from ray._private import ray_constants
 
 from compression.schedule import Schedule
 from compression.size import SizeModel
 from search.config import Config
 from search.evaluators import Score
 from search.failures import EvaluatorsLost
-from search.guardian import guarded_children
-from search.interrupts import shield
 from search.node import NodeEvaluator, travelling
 from search.pool import Job, Result
 from search.quality import Quality
+from search.ray_cluster import cluster
 from search.subject import Subject
 
-__all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool", "start_here"]
+__all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool"]
 
 _PER_CALL = 8  # schedules in one call of a worker at most, when more wait than there are workers
 _TRIES = 2  # workers that one schedule may take with it
-_STARTS = 3  # times that Ray is started on this machine before it is given up
 _STILLBORN = 3  # workers that die in a row before any of them gets ready
-_OBJECTS = 80 * 2**20  # bytes of Ray's object store on this machine, close to its least: only text goes through it
 _MEMORY_SHARE = 0.9  # of its part of a GPU that a worker may fill; the rest is for what is outside torch's allocator
 _LOST = (
     ray.exceptions.RayActorError,
@@ -281,7 +272,7 @@ def ray_pool(subject: Subject, anchor: Schedule, note: Callable[[str], None]) ->
     """
     config = subject.config
     gpus = (config.gpus_per_evaluator or 1.0) if subject.device.type == "cuda" else 0.0
-    with _cluster(config, gpus) as resources:
+    with cluster(config, _wanted(config, gpus) * (config.threads or 1)) as resources:
         room = int(resources["GPU"] / gpus + 1e-6) if gpus else int(resources["CPU"] // (config.threads or 1))
         count = room if config.evaluators in (None, "auto") and config.ray_address else _wanted(config, gpus)
         if room < 1:
@@ -315,95 +306,3 @@ def _wanted(config: Config, gpus: float) -> int:
     if gpus:
         return max(1, int(torch.cuda.device_count() / gpus + 1e-6))
     return max(1, len(os.sched_getaffinity(0)) // (config.threads or 1))
-
-
-@contextmanager
-def _cluster(config: Config, gpus: float) -> Iterator[dict[str, float]]:
-    """Ray, initialized, and left so if it was; what the cluster has. The handlers of signals stay as they were."""
-    if ray.is_initialized():
-        yield _resources()
-        return
-    with guarded_children() if config.ray_address is None else nullcontext(), _initialized(config, gpus):
-        yield _resources()
-
-
-@contextmanager
-def _initialized(config: Config, gpus: float) -> Iterator[None]:
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with shield():
-        if config.ray_address is None:
-            room = _wanted(config, gpus) * (config.threads or 1) + len(os.sched_getaffinity(0))
-            local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS, **quiet}
-            start_here(num_cpus=room, **local)
-        else:
-            address = config.ray_address if ":" in config.ray_address else f"{config.ray_address}:6379"
-            try:
-                ray.init(address="auto" if config.ray_address == "auto" else address, runtime_env=_sources(), **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ValueError(f"ray_address {config.ray_address!r} cannot be used: {reason}") from None
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def start_here(**how: Any) -> None:
-    """Ray on this machine, listening on loopback only; again if it is not up after its own limit of half a minute.
-
-    It has a token of its own, unless the environment names one, so that nothing is read or written in the home folder.
-
-    Args:
-        how: for `ray.init`.
-
-    Raises:
-        EvaluatorsLost: it did not start.
-    """
-    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for left in reversed(range(_STARTS)):
-        try:
-            with _loopback():
-                ray.init(address="local", **how)
-            return
-        except Exception as error:  # Ray raises just that
-            ray.shutdown()
-            if not left:
-                raise EvaluatorsLost(f"Ray cannot be started here: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """While Ray starts: the address of this machine is 127.0.0.1, so that none of its processes listens on another.
-
-    Ray has one switch for it, made for systems without clusters. The processes it starts read it from the environment,
-    this one has read it as ray was imported.
-    """
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    variable, switch = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = switch
-        if variable is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = variable
-
-
-def _resources() -> dict[str, float]:
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return {"CPU": 0.0, "GPU": 0.0, **found}
-
-
-def _sources() -> dict[str, Any] | None:
-    """The runtime environment that brings this checkout to other nodes; none where a submitted job has brought it."""
-    root = Path(__file__).resolve().parents[1]
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not (root / "search.py").is_file():
-        return None
-    return {"working_dir": str(root)}

@@ -72,7 +72,7 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        from search.ray_evaluators import start_here
+        from search.ray_cluster import start_here
 
         start_here(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield ray
