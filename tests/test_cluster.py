@@ -58,6 +58,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     port, web = free_ports(2)
     for name, value in {
         "HOME": str(tmp_path),
+        # A node is started from the environment of the project, as docs/cluster.md says: the job's `python` is its own.
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
