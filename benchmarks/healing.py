@@ -83,6 +83,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--rate", type=float, help="largest learning rate of the cores")
     parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--pass-tokens", type=int)
+    parser.add_argument("--data", default="text", help="as of search.py heal")
+    parser.add_argument("--text-tokens", type=int, help="as of search.py heal")
     parser.add_argument("--heldout-tokens", type=int, help="of each corpus")
     parser.add_argument("--items", type=int, help="of each task")
     parser.add_argument("--out", help="folder that receives the weights and what a later try continues from")
@@ -102,14 +105,15 @@ def main() -> None:
         applier.apply_(schedule)
         table.score_as_is(schedule)
         parameters = model_parameters(loaded.model)
-    options = Options(minutes=minutes, rate=arguments.rate, batch_tokens=arguments.batch_tokens)
+    names = ("rate", "batch_tokens", "pass_tokens", "data", "text_tokens")
+    options = Options(minutes=minutes, **{name: getattr(arguments, name) for name in names})
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="healing-"))
     folder.mkdir(parents=True, exist_ok=True)
     with Console() as console:
         _, healed = heal_subject_(subject, schedule, table, options.plan(0), options, folder, console)
-    names = ["dense", "decomposed", "repaired", "healed"]
+    sides = ["dense", "decomposed", "repaired", "healed"]
     lines = []
-    for number, (name, row) in enumerate(zip(names, table.rows, strict=True)):
+    for number, (name, row) in enumerate(zip(sides, table.rows, strict=True)):
         cells: list[object] = [name]
         for corpus in CORPORA:
             quality = row[corpus]
@@ -127,7 +131,8 @@ def main() -> None:
     )
     body = (
         f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept {KEPT} over the sites), {minutes:g} minutes of "
-        f"healing at {healed.tokens_per_second:.0f} tokens per second. Measured on {counts}. Plan: {plan}.\n\n"
+        f"healing at {healed.tokens_per_second:.0f} tokens per second, on text from {options.data}. "
+        f"Measured on {counts}. Plan: {plan}.\n\n"
         f"{markdown(header, lines)}\n\nOn the way, on search text:\n\n{curve}"
     )
     first, last = table.rows[0]["encyclopedia"], table.rows[-1]["encyclopedia"]

@@ -6,7 +6,7 @@ Without folders the compressed side is `pivoted-lowrank` of one kept fraction ev
 time does not depend on them; 0.618 over the sites of the default model leaves it 94 million parameters. `--folder`
 measures exported folders of the same model instead, quantized ones too. Sides take turns in one process for time. For
 memory each runs alone in a process of its own, which loads it as a user would; there the peak is that of prefill and
-decoding. On a GPU too where there is one.
+decoding. On the processor, and on a GPU too where there is one, unless `--device` names one of them.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--kept", type=float, default=0.618)
     parser.add_argument("--folder", action="append", default=[], type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default what the processor is fastest in")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default each there is")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
     sizes = QUICK if given.quick else Sizes()
@@ -69,7 +70,8 @@ def main() -> None:
     if given.peak:
         print(*_peak(given.peak, sizes, dtype))
         return
-    devices = [torch.device("cpu"), *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
+    there = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
+    devices = [torch.device(name) for name in there if name.startswith(given.device or "")]
     parts, bars = [], []
     for device in devices:
         body, more = _report(given, sizes, device, dtype if device.type == "cpu" else torch.bfloat16)

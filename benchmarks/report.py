@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def made_by(module: str) -> str:
 
     facts = environment()
     arguments = [argument for argument in sys.argv[1:] if argument != "--write"]
-    gpus = f", {', '.join(map(str, facts['gpus']))}" if isinstance(facts.get("gpus"), list) and facts["gpus"] else ""
+    gpus = f", {', '.join(names)}" if (names := _gpus(facts)) else ""
     commit = str(facts["commit"])
     commit = commit[:12] + "+" * commit.endswith("+")
     command = shlex.join(["python", "-m", module, *arguments])
@@ -55,9 +56,24 @@ def made_by(module: str) -> str:
 
 
 def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool) -> None:
-    """Print a report and its bars; with `write` also keep it as results/NAME.md, NAME the last part of `module`."""
+    """Print a report and its bars; with `write` also keep it in results/, named after module and GPU, if there is one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     lines = "\n".join(map(str, bars))
     page = f"# {title}\n\n{body}\n\n" + (f"```\n{lines}\n```\n\n" if bars else "") + f"{made_by(module)}\n"
     if write:
-        (RESULTS / f"{module.rsplit('.', 1)[-1]}.md").write_text(page, encoding="utf-8")
+        name = "-".join([module.rsplit(".", 1)[-1], *map(_slug, _gpus(environment())[:1])])
+        (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     print(body, made_by(module), lines, sep="\n\n")
+
+
+def _gpus(facts: Mapping[str, object]) -> list[str]:
+    found = facts.get("gpus")
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _slug(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" as "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

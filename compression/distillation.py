@@ -24,7 +24,9 @@ from torch.nn import functional
 __all__ = ["Head", "Targets", "divergence", "labels", "likeliest"]
 
 _ROWS = 256
-"""Rows of logits at a time: at 49,152 tokens 50 MB in float32."""
+"""Rows of logits at a time, at least: at 49,152 tokens 50 MB in float32."""
+_ROOM = 2**30
+"""Bytes of logits at a time on a device that needs many rows to be busy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +75,8 @@ def likeliest(hidden: torch.Tensor, head: Head, count: int) -> Targets:
         ValueError: the logits are not finite.
     """
     tokens, logs = [], []
-    for rows in torch.split(hidden, _ROWS):
-        logits = head.logits(rows)
+    for rows in _slices(len(hidden), head):
+        logits = head.logits(hidden[rows])
         normalizer = logits.logsumexp(-1, keepdim=True)
         if not torch.isfinite(normalizer).all():
             raise ValueError("the dense model gives NaN or infinite logits; nothing can be learned from it")
@@ -106,7 +108,7 @@ class _Divergence(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         slopes = torch.empty_like(hidden)
-        for rows in _slices(len(hidden)):
+        for rows in _slices(len(hidden), head):
             part = targets[rows]
             if sample:
                 tokens, places, weight = _shortlist(part.tokens, len(head.weight), sample, generator)
@@ -160,6 +162,8 @@ def _shortlist(
     return torch.cat((exact, drawn)), place[wanted], log(len(others) / sample)
 
 
-def _slices(count: int) -> Iterator[slice]:
-    for start in range(0, count, _ROWS):
-        yield slice(start, min(start + _ROWS, count))
+def _slices(count: int, head: Head) -> Iterator[slice]:
+    room = 0 if head.weight.device.type == "cpu" else _ROOM
+    size = max(_ROWS, room // (4 * len(head.weight)))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

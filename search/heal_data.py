@@ -6,6 +6,7 @@ Knows the data packages, instruction files and a tokenizer; nothing of losses. S
   packages' sets that nobody is measured on (stories, encyclopedia passages, common sense and medical questions).
 * `sampled`: what the dense model itself writes, which needs no data at all (see `search.healing`).
 * a hub id, such as `tatsu-lab/alpaca`, or a .json, .jsonl or .parquet file: instruction data, see `read_conversations`.
+* several of these with "+" between, such as `text+sampled`: each gives what those before it leave to be wanted.
 
 A document that shares thirteen words in a row with anything reported on is left out.
 """
@@ -18,6 +19,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ _SETS = (
 )
 _REPORTED = ("arc_easy", "hellaswag", "piqa", "sciq", "boolq")
 _SAMPLED_TOKENS = 100_000
-_SAMPLED_AT_ONCE = 64
+_SAMPLED_AT_ONCE = 64  # rows; many more on a GPU, where a step takes as long for one row as for a thousand
 _WORDS = 13
 """As in the overlap analysis of GPT-3 (Brown et al. 2020, appendix C)."""
 _FEWEST = 6
@@ -168,6 +170,20 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
         ValueError: an unknown source or an unreadable file.
         DataUnavailable: the data packages or the hub cannot be had.
     """
+    parts: list[HealingText] = []
+    for name in [source] if Path(source).exists() else source.split("+"):
+        missing = None if tokens is None else tokens - sum(part.tokens.numel() for part in parts)
+        if missing is None or missing >= length or not parts:
+            parts.append(_from_one_source(loaded, name, length, seed, missing))
+    return HealingText(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.wanted for part in parts]),
+        "+".join(part.name for part in parts),
+        sum(part.left_out for part in parts),
+    )
+
+
+def _from_one_source(loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None) -> HealingText:
     if source == "sampled":
         return sampled_rows(loaded, length, seed, tokens or _SAMPLED_TOKENS)
     documents = default_documents() if source == "text" else read_conversations(source, loaded.tokenizer)
@@ -182,10 +198,11 @@ def sampled_rows(loaded: LoadedModel, length: int, seed: int, tokens: int) -> He
     model, rows = loaded.model, -(-tokens // length)
     done: list[torch.Tensor] = []
     device = model.device
+    most = _rows_at_once(model, length)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         while (missing := rows - sum(map(len, done))) > 0:
-            first = torch.randint(model.config.vocab_size, (min(missing, _SAMPLED_AT_ONCE), 1), device=device)
+            first = torch.randint(model.config.vocab_size, (min(missing, most), 1), device=device)
             done.append(
                 model.generate(
                     first,
@@ -204,6 +221,18 @@ def sampled_rows(loaded: LoadedModel, length: int, seed: int, tokens: int) -> He
     wanted = torch.ones_like(written, dtype=torch.bool)
     wanted[:, -1] = False
     return HealingText(written, wanted, "sampled")
+
+
+def _rows_at_once(model: Any, length: int) -> int:
+    """On a GPU those whose keys, values and logits fill a quarter of its free memory."""
+    if model.device.type != "cuda":
+        return _SAMPLED_AT_ONCE
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    bytes_a_row = length * config.num_hidden_layers * 2 * heads * head * model.dtype.itemsize + 16 * config.vocab_size
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(4096, int(free // 4 // bytes_a_row)))
 
 
 def pack_rows(

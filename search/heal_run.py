@@ -55,6 +55,7 @@ class Options:
     minutes: float | None = 30.0
     tokens: int | None = None
     data: str = "text"
+    text_tokens: int | None = None
     loss: Literal["distill", "labels"] = "distill"
     hidden_weight: float = 0.0
     rate: float | None = None
@@ -165,9 +166,8 @@ def heal_subject_(
         scores["repaired"] = evaluator.score_as_is(schedule)
         if plan is not None and resumable is not None:
             with console.stage("text"):
-                text = heal_text(
-                    subject.loaded, options.data, options.row_tokens, plan.seed, _text_tokens(plan, subject)
-                )
+                tokens = _text_tokens(plan, subject, options.text_tokens)
+                text = heal_text(subject.loaded, options.data, options.row_tokens, plan.seed, tokens)
             if text.left_out:
                 console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
             judge = judge_of(subject, dense)
@@ -186,8 +186,10 @@ def heal_subject_(
     return scores, healed
 
 
-def _text_tokens(plan: HealingPlan, subject: Subject) -> int:
+def _text_tokens(plan: HealingPlan, subject: Subject, wanted: int | None) -> int:
     """More than the plan can get through, so that no row is met twice where there is enough text."""
+    if wanted is not None:
+        return wanted
     if plan.tokens is not None:
         return plan.tokens
     assert plan.minutes is not None

@@ -69,6 +69,17 @@ def test_the_dense_model_writes_rows_when_there_is_no_text() -> None:
     assert rows.tokens.equal(again.tokens)
 
 
+@pytest.mark.usefixtures("fake_data")
+def test_a_second_source_gives_what_the_first_leaves_to_be_wanted() -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    text = heal_text(loaded, "text", 64, 0)
+    both = heal_text(loaded, "text+sampled", 64, 0, 64 * (len(text) + 3))
+    assert both.name == "text+sampled"
+    assert both.tokens[: len(text)].equal(text.tokens)
+    assert both.tokens[len(text) :].equal(heal_text(loaded, "sampled", 64, 0, 64 * 3).tokens)
+    assert heal_text(loaded, "text+sampled", 64, 0, 64).name == "text"
+
+
 @pytest.mark.parametrize("record", [ALPACA, CHAT, SHARE])
 def test_every_layout_and_file_kind_gives_the_same_conversation(record: dict[str, Any], tmp_path: Path) -> None:
     files = [jsonl(tmp_path / "a.jsonl", [record]), tmp_path / "a.json", tmp_path / "a.parquet"]

@@ -23,6 +23,7 @@ examples:
   python search.py heal results/RUN                                 half an hour, on the texts of the default job
   python search.py heal results/RUN --minutes 180 --out healed-3h   longer, elsewhere
   python search.py heal results/RUN --data sampled                  on what the dense model itself writes
+  python search.py heal results/RUN --data text+sampled --text-tokens 4000000   on both, longer on a GPU
   python search.py heal results/RUN --data alpaca.json --loss labels   supervised, on instructions of your own"""
 
 
@@ -63,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
         default="text",
         metavar="SOURCE",
         help="text (that of the default job), sampled (from the dense model), a .json, .jsonl or .parquet file of "
-        "instructions or chats, or a hub id of such. Default: text.",
+        "instructions or chats, or a hub id of such; several with + between. Default: text.",
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=None, metavar="N", help="Of data; left out, what the time is enough for."
     )
     parser.add_argument(
         "--loss",
