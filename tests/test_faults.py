@@ -50,7 +50,7 @@ def test_killed_drivers_and_evaluators_lose_and_repeat_no_trial_and_leave_no_pro
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
-    tally = rage(tmp_path / "läuft weiter", 2, "random:tiny-llama", 2, seed=3)
+    tally = rage(tmp_path / "läuft weiter", ["evaluator", "driver"], "random:tiny-llama", 2, seed=3)
     assert tally.kills == {"driver": 1, "evaluator": 1}
     assert len(tally.acknowledged) >= 2
     assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
