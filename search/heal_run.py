@@ -23,6 +23,7 @@ from compression.trainable import put_parameters
 from search.checkpoints import Checkpoint, Checkpoints
 from search.config import Config, read_fields
 from search.console import Console
+from search.curves import curves
 from search.evaluators import Score
 from search.heal_data import HealingText, heal_text
 from search.healed_state import HEALED, load_sites_, site_tensors, write_healed
@@ -171,8 +172,8 @@ def heal_subject_(
             if text.left_out:
                 console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
             judge = judge_of(subject, dense)
-            with console.stage("heal", plan.tokens, "tokens") as stage:
-                healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note)
+            with console.stage("heal", plan.tokens, "tokens") as stage, curves(folder) as drawn:
+                healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note, drawn)
             scores["healed"] = evaluator.score_as_is(schedule)
             document = _document(subject, schedule, plan, options, text, healed, scores)
             write_healed(folder, model, subject.sites, document)

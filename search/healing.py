@@ -25,6 +25,7 @@ from compression.distillation import Head, Targets, divergence, labels, likelies
 from compression.trainable import captured_head_input, frozen, put_parameters, trainable_
 from search.checkpoints import Checkpoint, Checkpoints
 from search.console import Stage, duration
+from search.curves import Curves
 from search.heal_data import HealingText
 from search.interrupts import shield
 from search.processes import Processes
@@ -191,6 +192,7 @@ def heal_(
     folder: Path | None,
     stage: Stage,
     tell: Callable[[str], None] = lambda text: None,
+    drawn: Curves | None = None,
 ) -> Healed:
     """Heal `model`, which holds `MPOLinear` layers, in place; it ends in evaluation mode and without gradients.
 
@@ -202,13 +204,14 @@ def heal_(
         folder: for checkpoints; healing goes on from the newest one there. None keeps none.
         stage: told of learned tokens.
         tell: remarks.
+        drawn: receives the curves of it.
 
     Raises:
         ValueError: no compressed matrix, logits that are no linear map of hidden states, or a checkpoint of another
             healing.
         OSError: a checkpoint cannot be written.
     """
-    return _Healing(model, dense, text, judge, plan, folder, stage, tell).run()
+    return _Healing(model, dense, text, judge, plan, folder, stage, tell, drawn or Curves()).run()
 
 
 @dataclass(eq=False)
@@ -233,8 +236,10 @@ class _Healing:
         folder: Path | None,
         stage: Stage,
         tell: Callable[[str], None],
+        drawn: Curves,
     ) -> None:
         self.model, self.judge, self.plan, self.stage, self.tell = model, judge, plan, stage, tell
+        self.drawn = drawn
         self.device = next(model.parameters()).device
         self.lessons = _Lessons(dense, text, plan, self.device)
         self.head = Head(*_head(model))
@@ -311,6 +316,9 @@ class _Healing:
         self.at.tokens += wanted
         self.at.seconds += self.processes.of_first(time.perf_counter() - start)
         speed = self.at.tokens / self.at.seconds
+        self.drawn.draw(
+            self.at.tokens, {"heal/loss": float(loss), "heal/gradient norm": norm, "heal/tokens a second": speed}
+        )
         self.stage.advance(
             wanted, f"loss {float(loss):.3f}, KL on search text {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
         )
@@ -357,6 +365,7 @@ class _Healing:
             if not self.at.looks or quality.kl < min(look.kl for look in self.at.looks):
                 self.best = self._copied()
             self.at.looks.append(Look(self.at.tokens, self.at.seconds, quality.kl, quality.perplexity))
+            self.drawn.draw(self.at.tokens, {"heal/KL": quality.kl, "heal/perplexity": quality.perplexity})
 
     def _optimizer(self) -> torch.optim.Optimizer:
         cores = [p for p in self.parameters.values() if p.ndim > 1]

@@ -23,6 +23,7 @@ from compression.sites import Site, model_bytes, model_parameters
 from envs import LEVELS, REACH, Problem
 from search.config import Config
 from search.console import Console, Stage
+from search.curves import curves
 from search.evaluators import Score
 from search.heal_run import Options, heal_subject_
 from search.healed_state import HEALED
@@ -270,11 +271,11 @@ def _search(
     agent = make_agent(config, problem, subject)
     journal = open_journal(folder / STUDY, config, subject, problem)
     try:
-        with search_pool(subject, closed_form, console.note) as pool:
+        with search_pool(subject, closed_form, console.note) as pool, curves(folder.path) as drawn:
             done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
                 reward = reward_of(config, pool.dense)
-                trials = run_agent(agent, config.budget, pool, reward, journal, stage)
+                trials = run_agent(agent, config.budget, pool, reward, journal, stage, drawn)
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:
         journal.close()

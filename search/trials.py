@@ -18,6 +18,7 @@ from compression.schedule import Schedule
 from envs import Problem, Reward
 from search.config import Config
 from search.console import Stage
+from search.curves import Curves
 from search.evaluators import Evaluator, Score
 from search.journal import Journal, Record
 from search.models import LoadedModel
@@ -64,6 +65,7 @@ def run_agent(
     reward: Reward,
     journal: Journal,
     stage: Stage | None = None,
+    drawn: Curves | None = None,
 ) -> list[Trial]:
     """Ask, evaluate, journal, tell, until the budget is spent or the agent has finished; trials in the order proposed.
 
@@ -122,6 +124,10 @@ def run_agent(
         tell(number, result)
         if stage is not None:
             stage.advance(cost, describe(trials))
+        if drawn is not None:
+            score = trials[-1].score
+            points = {"reward": trials[-1].reward, "KL": score.kl, "kept": score.kept_fraction}
+            drawn.draw(number, {f"search/{name}": value for name, value in points.items()})
 
 
 def _in_order(trials: Sequence[Trial]) -> list[Trial]:

@@ -15,6 +15,7 @@ from compression import MPOLinear, Schedule
 from compression.sites import discover_sites
 from search import cli
 from search.console import Console
+from search.curves import CURVES
 from search.heal_run import sharing_copy
 from search.healed_state import HealedState, load_sites_
 from search.models import load_model
@@ -34,7 +35,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     state = json.loads((out / "healing.json").read_text())
     assert [row["schedule"] for row in state["rows"]] == ["dense", "repaired", "healed"]
     assert len({row["parameters"] for row in state["rows"][1:]}) == 1
-    assert {path.name for path in out.iterdir()} == {"healing.json", "weights.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"healing.json", "weights.safetensors", CURVES}
     model = load_model("random:tiny-llama", "cpu").model
     sites, schedule = discover_sites(model), Schedule.from_json(json.dumps(state["schedule"]))
     load_sites_(model, sites, schedule, load_file(out / "weights.safetensors"))
