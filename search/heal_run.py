@@ -64,6 +64,7 @@ class Options:
     pass_tokens: int | None = None
     row_tokens: int = 256
     checkpointing: bool = False
+    gates: bool = False
     out: str | None = None
 
     @property

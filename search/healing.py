@@ -22,6 +22,7 @@ from torch import nn
 
 from compression.cache import cache_key
 from compression.distillation import Head, Targets, divergence, labels, likeliest
+from compression.gates import absorb_gates_, add_gates_
 from compression.trainable import captured_head_input, frozen, put_parameters, trainable_
 from search.checkpoints import Checkpoint, Checkpoints
 from search.console import Stage, duration
@@ -57,6 +58,7 @@ class HealingPlan:
             it out, and the targets of rows met before need no dense model.
         clip: largest norm of a gradient.
         checkpointing: keep no activations inside the blocks; slower, with less memory.
+        gates: train a factor for every output of a tensorized layer too, see `compression.gates`.
         seed: of the order of rows and of samples.
     """
 
@@ -72,6 +74,7 @@ class HealingPlan:
     hidden_weight: float = 0.0
     clip: float = 1.0
     checkpointing: bool = False
+    gates: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -247,6 +250,8 @@ class _Healing:
         self.processes = Processes()
         self.at = _Progress()
         self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
+        if plan.gates:
+            add_gates_(model)
         self.parameters = trainable_(model)
         self.optimizer = self._optimizer()
         self.best = self._copied()
@@ -267,6 +272,7 @@ class _Healing:
                 self._look()
                 self._save()
         put_parameters(self.model, frozen(self.model, self._named(self.best)))
+        absorb_gates_(self.model)
         best = min(self.at.looks, key=lambda look: look.kl)
         looks = [look for look in self.at.looks if look.tokens <= best.tokens]
         return Healed(looks, stopped, self.at.tokens / max(self.at.seconds, 1e-9))

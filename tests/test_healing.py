@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from compression import discover_sites
+from compression.gates import absorb_gates_, add_gates_
 from compression.gauge import stored
 from compression.layers import MPOLinear
 from compression.legs import resolve
@@ -147,6 +148,36 @@ def test_gradients_may_be_added_up_over_passes_and_activations_computed_twice() 
         healed, _ = heal(deepcopy(model), dense, text, judge, replace(PLAN, tokens=800, **changes))
         results.append(healed.looks[-1].kl)
     assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2"])
+def test_gates_are_learned_and_absorbed_without_a_trace(name: str) -> None:
+    dense, model, text, judge = subject(name)
+    before = {path: tensor.shape for path, tensor in model.state_dict().items()}
+    healed, _ = heal(model, dense, text, judge, replace(PLAN, gates=True))
+    plain = heal(subject(name)[1], dense, text, judge)[0]
+    assert healed.looks[-1].kl < 0.9 * healed.looks[0].kl
+    assert healed.looks[-1].kl != plain.looks[-1].kl
+    assert {path: tensor.shape for path, tensor in model.state_dict().items()} == before
+    assert judge.measure(model).kl == pytest.approx(healed.looks[-1].kl, rel=1e-4)
+
+
+def test_a_gate_of_a_true_mpo_is_a_factor_per_leg_and_goes_into_its_cores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 3, 4, 5), (5, 2, 3, 2), (2, 4, 1, 1)]
+    cores = [torch.randn(shape, generator=generator) for shape in shapes]
+    for pivoted in (False, True):
+        model = torch.nn.Sequential(MPOLinear(stored(cores, pivoted), torch.randn(24, generator=generator)))
+        add_gates_(model)
+        with torch.no_grad():
+            for name, parameter in model[0].named_parameters():
+                if name.startswith("gate_"):
+                    parameter += torch.randn(parameter.shape, generator=generator)
+        inputs = torch.randn(7, 12, generator=generator)
+        gated = model(inputs)
+        absorb_gates_(model)
+        assert not [name for name, _ in model.named_parameters() if "gate" in name]
+        torch.testing.assert_close(model(inputs), gated, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_teach_the_text_itself_where_it_is_wanted() -> None:

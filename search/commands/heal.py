@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pass-tokens", type=int, default=None, metavar="N", help="Tokens of one pass; less memory.")
     parser.add_argument("--row-tokens", type=int, default=256, metavar="N", help="Length of a text. Default: 256.")
     parser.add_argument("--checkpointing", action="store_true", help="Recompute activations; slower, less memory.")
+    parser.add_argument("--gates", action="store_true", help="Train a factor for every output of a layer too.")
     parser.add_argument("--out", default=None, metavar="DIR", help="Left out, a folder in RUN.")
     parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
     return parser
