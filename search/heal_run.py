@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 from compression.schedule import Schedule
@@ -43,6 +44,7 @@ __all__ = [
     "heal_subject_",
     "judge_of",
     "sharing_copy",
+    "text_tokens",
 ]
 
 _UNFINISHED, _REPAIRED = "unfinished", "repaired"
@@ -168,7 +170,7 @@ def heal_subject_(
         scores["repaired"] = evaluator.score_as_is(schedule)
         if plan is not None and resumable is not None:
             with console.stage("text"):
-                tokens = _text_tokens(plan, subject, options.text_tokens)
+                tokens = text_tokens(plan, subject.device, options)
                 text = heal_text(subject.loaded, options.data, options.row_tokens, plan.seed, tokens)
             if text.left_out:
                 console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
@@ -188,14 +190,14 @@ def heal_subject_(
     return scores, healed
 
 
-def _text_tokens(plan: HealingPlan, subject: Subject, wanted: int | None) -> int:
-    """More than the plan can get through, so that no row is met twice where there is enough text."""
-    if wanted is not None:
-        return wanted
+def text_tokens(plan: HealingPlan, device: torch.device, options: Options) -> int:
+    """What is asked for, or more than the plan can get through: no row is met twice where there is enough text."""
+    if options.text_tokens is not None:
+        return options.text_tokens
     if plan.tokens is not None:
         return plan.tokens
     assert plan.minutes is not None
-    return int(60 * plan.minutes * _TOKENS_A_SECOND["cpu" if subject.device.type == "cpu" else "cuda"])
+    return int(60 * plan.minutes * _TOKENS_A_SECOND["cpu" if device.type == "cpu" else "cuda"])
 
 
 def judge_of(subject: Subject, dense: nn.Module) -> Workload:

@@ -36,6 +36,7 @@ __all__ = [
     "can_be_assembled",
     "empty_model",
     "head_size",
+    "is_compressed",
     "keep_positions",
     "load_for_use",
     "load_model",
@@ -202,7 +203,7 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
     source = locate(name)
-    if source.folder is None or not _is_compressed(source.folder):
+    if source.folder is None or not is_compressed(source.folder):
         return load_model(name, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
     import search.hf  # noqa: F401 (makes transformers know compressed folders)
 
@@ -216,7 +217,8 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
     return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
 
 
-def _is_compressed(folder: Path) -> bool:
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder is one that `search.py export` wrote in its own form."""
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]

@@ -13,12 +13,13 @@ from test_pipeline import words
 
 from compression import MPOLinear, Schedule
 from compression.sites import discover_sites
+from compression.skeleton import describe
 from search import cli
 from search.console import Console
 from search.curves import CURVES
 from search.heal_run import sharing_copy
 from search.healed_state import HealedState, load_sites_
-from search.models import load_model
+from search.models import load_for_use, load_model
 from search.restored import restore
 
 __all__ = ["fake_data"]
@@ -62,6 +63,29 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     (out / "weights.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="checksum"):
         restore(run, Console(quiet=True), "cpu", healed=out)
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_an_exported_folder_is_healed_into_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, exported, out = (tmp_path / name for name in ("run", "exported", "exported and healed"))
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0, target_kept=0.4)) == cli.DONE
+    form = ["--state", "searched", "--dtype", "float32", "--quiet"]
+    assert cli.main(["export", str(run), "--out", str(exported), *form]) == cli.DONE
+    training = ["--data", "sampled", "--tokens", "6000", "--row-tokens", "32", "--batch-tokens", "256"]
+    command = ["heal", str(exported), "--out", str(out), *training, "--rate", "1e-4", "--quiet"]
+    capsys.readouterr()
+    assert cli.main([*command, "--model", "random:tiny-gpt2"]) == cli.REFUSED
+    assert "name that with --model" in capsys.readouterr().err
+    whole = [*command, "--model", "random:tiny-llama"]
+    assert cli.main(whole) == cli.DONE
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    kl = {row[0]: float(row[2]) for row in rows if row[0] in ("exported", "healed")}
+    assert kl["healed"] < kl["exported"]
+    before, after = (load_for_use(str(folder), "cpu").model for folder in (exported, out))
+    assert describe(before) == describe(after)
+    assert "trained" in (out / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+    assert cli.main(whole) == cli.REFUSED  # the folder is there now
 
 
 @pytest.mark.parametrize(

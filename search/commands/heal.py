@@ -15,8 +15,8 @@ __all__ = ["run"]
 
 _INTRODUCTION = """\
 Heal the compressed model of an earlier run: its searched schedule is repaired block by block, then its cores and norms
-are trained towards the dense model for a while. Writes weights and a table before and after into a
-folder of RUN. Interrupted, the same command continues."""
+are trained towards the dense model for a while. Writes weights and a table before and after into a folder of RUN. An
+exported folder DIR is trained as it is, and written as another one. Interrupted, the same command continues."""
 
 _EXAMPLES = """\
 examples:
@@ -24,7 +24,8 @@ examples:
   python search.py heal results/RUN --minutes 180 --out healed-3h   longer, elsewhere
   python search.py heal results/RUN --data sampled                  on what the dense model itself writes
   python search.py heal results/RUN --data text+sampled --text-tokens 4000000   on both, longer on a GPU
-  python search.py heal results/RUN --data alpaca.json --loss labels   supervised, on instructions of your own"""
+  python search.py heal results/RUN --data alpaca.json --loss labels   supervised, on instructions of your own
+  python search.py heal results/RUN/hf --out healed-model           an exported folder, to another one"""
 
 
 def run(words: list[str]) -> int:
@@ -32,16 +33,25 @@ def run(words: list[str]) -> int:
     given = parse(_parser(), words)
     shown = Console(quiet=given["quiet"])
     try:
-        from search import heal_run
+        from search import heal_export, heal_run
+        from search.models import is_compressed
 
+        source = Path(given["run"])
+        options = heal_run.Options(
+            **{key: value for key, value in given.items() if key not in ("quiet", "run", "model")}
+        )
+        exported = is_compressed(source)
         with shown:
-            options = {name: value for name, value in given.items() if name not in ("quiet", "run")}
-            result = heal_run.heal_folder(Path(given["run"]), heal_run.Options(**options), shown)
+            if exported:
+                result = heal_export.heal_export(source, given["model"], options, shown)
+            else:
+                result = heal_run.heal_folder(source, options, shown)
     except BaseException as error:
         return explain(error, None)
     print(f"\n{text_table(result.rows)}\n{result.folder}")
-    words = ["python", "search.py", "export", given["run"], "--healed", str(result.folder)]
-    print(f"export it with: {shlex.join(words)}")
+    if not exported:
+        words = ["python", "search.py", "export", given["run"], "--healed", str(result.folder)]
+        print(f"export it with: {shlex.join(words)}")
     if result.stopped:
         complain(f"finished early: {result.stopped}")
     return FAILURES if result.stopped else DONE
@@ -54,9 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="python search.py heal RUN [FLAGS]",
+        usage="python search.py heal RUN|DIR [FLAGS]",
     )
-    parser.add_argument("run", metavar="RUN", help="Folder of a finished run, with config.json and prior.json in it.")
+    parser.add_argument("run", metavar="RUN|DIR", help="Folder of a finished run, or one that was exported as hf.")
+    parser.add_argument(
+        "--model", default="default", metavar="NAME", help="Dense model that DIR was made from. Default: default."
+    )
     parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="Of training. Default: 30.")
     parser.add_argument("--tokens", type=int, default=None, metavar="N", help="Of training, in the place of minutes.")
     parser.add_argument(
@@ -82,6 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--row-tokens", type=int, default=256, metavar="N", help="Length of a text. Default: 256.")
     parser.add_argument("--checkpointing", action="store_true", help="Recompute activations; slower, less memory.")
     parser.add_argument("--gates", action="store_true", help="Train a factor for every output of a layer too.")
-    parser.add_argument("--out", default=None, metavar="DIR", help="Left out, a folder in RUN.")
+    parser.add_argument("--out", default=None, metavar="DIR", help="Left out, a folder in RUN, or beside DIR.")
     parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
     return parser

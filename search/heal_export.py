@@ -1,0 +1,85 @@
+"""The healing of an exported folder: trained towards the dense model it was made from, and exported again.
+
+Knows folders that `search.py export` wrote; how healing works stands in `search.healing`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compression.skeleton import describe
+from search.card import model_card
+from search.config import Config
+from search.console import Console
+from search.curves import curves
+from search.exporting import export_model, footprint
+from search.heal_data import heal_text
+from search.heal_run import HealedRun, Options, judge_of, text_tokens
+from search.healing import heal_
+from search.models import load_for_use, resolve_device
+from search.prior import Prior
+from search.quality import Quality
+from search.runfolder import PRIOR, refuse_used
+from search.scoring import Workload
+from search.subject import Subject, load
+
+__all__ = ["heal_export"]
+
+_HEALED = "Its cores and norms were then trained for a while towards the original."
+
+
+def heal_export(source: Path, dense: str, options: Options, console: Console) -> HealedRun:
+    """Heal the model of an exported folder into another such folder; continues where an earlier try was interrupted.
+
+    Args:
+        dense: the dense model it was made from, as for `search.models.load_model`.
+
+    Raises:
+        ValueError: no exported folder with a prior, a quantized one, another dense model, or an option out of range.
+        DataUnavailable: model or data cannot be had.
+    """
+    config = Config.of({"model": dense})
+    plan = options.plan(config.seed)
+    if not (source / PRIOR).is_file():
+        raise ValueError(f"heal needs the {PRIOR} of an exported folder, and {source} has none")
+    prior = Prior.read(source / PRIOR)
+    folder = Path(options.out or f"{source}-healed-{options.data_name}-{plan.length}").absolute()
+    refuse_used(folder)
+    device = resolve_device(config.device)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+        if prior.model.id != loaded.model_id:
+            raise ValueError(f"{source} was made from {prior.model.id}, not {loaded.model_id}; name that with --model")
+        given = load_for_use(str(source), device)
+        model, dtype = given.model.to(loaded.model.dtype), given.model.dtype
+    if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
+        raise ValueError(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device)
+        text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))
+        judge = judge_of(subject, loaded.model)
+        workload = Workload(subject.shards("heldout")[0], device)
+        rows = [_row("dense", workload.reference(loaded.model), loaded.model)]
+    rows.append(_row("exported", workload.measure(model), model))
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with console.stage("heal", plan.tokens, "tokens") as stage, curves(unfinished) as drawn:
+        healed = heal_(model, loaded.model, text, judge, plan, unfinished, stage, console.note, drawn)
+    rows.append(_row("healed", workload.measure(model), model))
+    model.to(dtype)
+    document = prior.model_dump(mode="json")
+    size = f"Compressed: {footprint(model)}."
+    export_model(
+        model, given.tokenizer, folder, model_card(folder.name, "hf", document, {}, "healed", size, [_HEALED], rows)
+    )
+    shutil.copyfile(source / PRIOR, folder / PRIOR)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return HealedRun(rows, folder, healed.stopped)
+
+
+def _row(name: str, quality: Quality, model: Any) -> dict[str, object]:
+    figures = {key.replace("standard_error", "stderr"): value for key, value in quality.scalars().items()}
+    size = {"parameters": sum(each.numel() for each in model.parameters()), "bytes": footprint(model).stored}
+    return {"schedule": name, **figures, **size}
