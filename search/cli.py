@@ -32,6 +32,7 @@ COMMANDS = (
     "profile",
     "push",
     "report",
+    "resume",
 )
 """Names of the modules in `search.commands`; the first is meant where none is named."""
 

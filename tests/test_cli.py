@@ -199,9 +199,10 @@ def test_an_unknown_field_in_a_file_is_refused(pipeline, tmp_path, capsys):
     assert (code, line) == (2, "buget is not a field of the configuration; the nearest is budget")
 
 
-def test_resume_takes_the_configuration_of_the_run(pipeline, tmp_path):
+@pytest.mark.parametrize("words", [["--resume"], ["resume"], ["resume", "--quiet"]])
+def test_resume_takes_the_configuration_of_the_run(words, pipeline, tmp_path):
     (tmp_path / CONFIG).write_text(Config.of({"seed": 5, "quick": True}).to_json(), encoding="utf-8")
-    assert cli.main(["--resume", str(tmp_path), "--budget", "40", "--quiet"]) == cli.DONE
+    assert cli.main([*words, str(tmp_path), "--budget", "40", "--quiet"]) == cli.DONE
     assert pipeline.configs == [Config.of({"seed": 5, "quick": True, "budget": 40, "resume": str(tmp_path)})]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from search.console import Console
 from search.failures import DONE, FAILURES, complain, explain
 from search.flags import Parser, add_fields, configuration, parse, set_threads
 from search.table import json_text, lines_text, text_table
 
-__all__ = ["Summary", "run"]
+__all__ = ["Summary", "add_flags", "run", "start"]
 
 _INTRODUCTION = """\
 Make a language model smaller: replace its weight matrices by products of thinner ones, and search how thin each
@@ -29,7 +29,7 @@ examples:
   python search.py --target-kept 0.7 --budget 500           smaller result, longer search
   python search.py --model ./my-llama --proxy exam.jsonl    your own model and questions
   python search.py --evaluators 4                           four at once; --ray-address for a cluster
-  python search.py --resume results/RUN                     continue after an interruption
+  python search.py resume results/RUN                       continue after an interruption; also --resume
 
 other commands:
   python search.py apply --prior FILE                       a compression prior on this or another model
@@ -70,7 +70,21 @@ class Summary(Protocol):
 
 def run(words: list[str]) -> int:
     """Returns the exit code."""
-    given = parse(_parser(), words)
+    parser = Parser(
+        prog="search.py",
+        description=_INTRODUCTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage="python search.py [FLAGS]",
+    )
+    add_flags(parser)
+    return start(parse(parser, words))
+
+
+def start(given: dict[str, Any]) -> int:
+    """The job as these flags say; returns the exit code."""
     shown = Console(quiet=given.pop("quiet"))
     as_json, dry_run = given.pop("json"), given.pop("dry_run")
     try:
@@ -92,21 +106,11 @@ def run(words: list[str]) -> int:
     return FAILURES if summary.failures else DONE
 
 
-def _parser() -> argparse.ArgumentParser:
+def add_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """Flags, groups and help of `Config`'s fields, and of what concerns the command only."""
-    parser = Parser(
-        prog="search.py",
-        description=_INTRODUCTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        usage="python search.py [FLAGS]",
-    )
-    output = add_fields(parser)
+    output = add_fields(parser, without)
     for flag, about in (
         ("--dry-run", "Say what would run and stop."),
         ("--json", "Print the result as JSON instead of a table."),
     ):
         output.add_argument(flag, action="store_true", default=False, help=about)
-    return parser
