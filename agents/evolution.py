@@ -161,7 +161,8 @@ class Evolution(Batched):
         hope = settings.optimism * np.abs(self._generator.standard_normal(count))
 
         def value(actions: Levels, origin: Levels) -> Floats:
-            return self.surrogate(actions) + hope[origin] * self.surrogate.deviation(actions)
+            mean, deviation = self.surrogate.belief(actions)
+            return mean + hope[origin] * deviation
 
         return climb(
             self._task,

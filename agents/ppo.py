@@ -256,8 +256,8 @@ class Ppo(Batched):
         self._model.ent_coef = settings.entropy * left
         for number in range(settings.rounds):
             rollout = self._sample(settings.imagined)
-            returns = self.surrogate(rollout.taken)
-            returns = returns + settings.optimism * left * self.surrogate.deviation(rollout.taken)
+            mean, deviation = self.surrogate.belief(rollout.taken)
+            returns = mean + settings.optimism * left * deviation
             if number == 0 and self._sampled is not None:
                 real, digests = self._sampled
                 told = [row for row, digest in enumerate(digests) if digest in self.records]

@@ -66,16 +66,19 @@ class Surrogate:
 
     def __call__(self, actions: Levels) -> Floats:
         """Predicted reward, (n, steps) -> (n,)."""
-        predicted: Floats = self._centre + self._spread * (self._kernel(self._views(actions), self._theta) @ self._dual)
-        return predicted
+        return self._mean(self._kernel(self._views(actions), self._theta))
 
-    def deviation(self, actions: Levels) -> Floats:
-        """Standard deviation of what the trials leave open about the mean reward, (n, steps) -> (n,)."""
+    def belief(self, actions: Levels) -> tuple[Floats, Floats]:
+        """Predicted reward, and the standard deviation of what the trials leave open, (n, steps) -> (n,), (n,)."""
         views = self._views(actions)
-        own = self._kernel_of_itself(views)
-        explained = np.square(self._kernel(views, self._theta) @ self._inverse).sum(axis=1)
-        deviation: Floats = self._spread * np.sqrt(np.maximum(own - explained, 0.0))
-        return deviation
+        kernel = self._kernel(views, self._theta)
+        explained = np.square(kernel @ self._inverse).sum(axis=1)
+        left = np.maximum(self._kernel_of_itself(views) - explained, 0.0)
+        return self._mean(kernel), self._spread * np.sqrt(left)
+
+    def _mean(self, kernel: Floats) -> Floats:
+        predicted: Floats = self._centre + self._spread * (kernel @ self._dual)
+        return predicted
 
     def _views(self, actions: Levels) -> tuple[Floats, Floats]:
         x = self._positions[actions]

@@ -22,7 +22,9 @@ Levels = NDArray[np.int64]
 def legal(task: Task, actions: Levels) -> Levels:
     """Episodes (n, steps) with the highest rung in the place of every dense that is not legal there."""
     actions = actions.copy()
-    for row, step in np.argwhere(actions == task.levels - 1):
+    # Where even the last step could be dense beside all that are, none of those is one too many.
+    doubtful = ~task.mask(actions[:, :-1])[:, -1]
+    for row, step in np.argwhere((actions == task.levels - 1) & doubtful[:, None]):
         actions[row, step] -= not task.mask(actions[row, :step].tolist())[-1]
     return actions
 

@@ -140,13 +140,14 @@ def test_the_surrogate_knows_how_little_it_knows():
     rewards = np.array([-evaluate([task.schedule(row)])[0].kl for row in actions])
     surrogate = Surrogate(task)
     surrogate.fit(actions[:40], rewards[:40])
-    seen, unseen = surrogate.deviation(actions[:40]), surrogate.deviation(actions[40:])
+    (_, seen), (expected, unseen) = surrogate.belief(actions[:40]), surrogate.belief(actions[40:])
+    assert np.array_equal(expected, surrogate(actions[40:]))
     assert unseen.mean() > 1.3 * seen.mean() > 0
     error = np.abs(surrogate(actions[40:]) - rewards[40:])
     assert np.mean(error < 3 * unseen) > 0.9
     # Taking a trial in takes away what was open about it.
     surrogate.fit(actions, rewards)
-    assert surrogate.deviation(actions[40:]).mean() < 0.8 * unseen.mean()
+    assert surrogate.belief(actions[40:])[1].mean() < 0.8 * unseen.mean()
 
 
 def test_the_critic_learns_which_blocks_matter():
