@@ -6,6 +6,7 @@ Knows folders that `search.py export` wrote; how healing works stands in `search
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from search.heal_run import HealedRun, Options, judge_of, text_tokens
 from search.healing import heal_
 from search.models import load_for_use, resolve_device
 from search.prior import Prior
+from search.processes import Processes
 from search.quality import Quality
 from search.runfolder import PRIOR, refuse_used
 from search.scoring import Workload
 from search.subject import Subject, load
+from search.table import Row
 
 __all__ = ["heal_export"]
 
@@ -53,7 +56,8 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
         if prior.model.id != loaded.model_id:
             raise ValueError(f"{source} was made from {prior.model.id}, not {loaded.model_id}; name that with --model")
         given = load_for_use(str(source), device)
-        model, dtype = given.model.to(loaded.model.dtype), given.model.dtype
+        dtype = given.model.dtype
+        model = given.model.to(loaded.model.dtype)
     if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
         raise ValueError(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
     with console.stage("data"):
@@ -65,18 +69,21 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     rows.append(_row("exported", workload.measure(model), model))
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
-    with console.stage("heal", plan.tokens, "tokens") as stage, curves(unfinished) as drawn:
+    first = Processes.is_first()
+    with console.stage("heal", plan.tokens, "tokens") as stage, curves(unfinished if first else None) as drawn:
         healed = heal_(model, loaded.model, text, judge, plan, unfinished, stage, console.note, drawn)
     rows.append(_row("healed", workload.measure(model), model))
-    model.to(dtype)
-    document = prior.model_dump(mode="json")
-    size = f"Compressed: {footprint(model)}."
-    export_model(
-        model, given.tokenizer, folder, model_card(folder.name, "hf", document, {}, "healed", size, [_HEALED], rows)
-    )
-    shutil.copyfile(source / PRIOR, folder / PRIOR)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if first:
+        _write(model.to(dtype), given.tokenizer, folder, source / PRIOR, rows)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return HealedRun(rows, folder, healed.stopped)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
+    document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}."
+    card = model_card(folder.name, "hf", document, {}, "healed", size, [_HEALED], rows)
+    export_model(model, tokenizer, folder, card)
+    shutil.copyfile(prior, folder / PRIOR)
 
 
 def _row(name: str, quality: Quality, model: Any) -> dict[str, object]:

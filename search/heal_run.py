@@ -104,13 +104,11 @@ class HealedRun:
 def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
     """Heal the searched schedule of a finished run; continues an interrupted healing of the same settings.
 
+    Several processes that `accelerate launch` or torchrun started share the work; the first one writes.
+
     Raises:
         ValueError: no such run, its model or settings differ from now, or an option out of range.
     """
-    if Processes.wanted() > 1:
-        raise ValueError(
-            "heal writes its folder as one process; healing in several is `search.healing.heal_` in Python"
-        )
     options.plan(seed=0)  # an option out of range is refused whatever the folder is
     for name in (CONFIG, PRIOR):
         if not (run / name).is_file():
@@ -165,7 +163,9 @@ def heal_subject_(
     # Norms and biases, which training replaces.
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
     resumable = None if plan is None else folder / f"{_UNFINISHED}-{schedule.digest[:12]}"
-    taken = _repaired_(subject, schedule, resumable, console)
+    with Processes().first_alone():
+        taken = _repaired_(subject, schedule, resumable, console)
+    first = Processes.is_first()
     try:
         scores["repaired"] = evaluator.score_as_is(schedule)
         if plan is not None and resumable is not None:
@@ -175,12 +175,13 @@ def heal_subject_(
             if text.left_out:
                 console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
             judge = judge_of(subject, dense)
-            with console.stage("heal", plan.tokens, "tokens") as stage, curves(folder) as drawn:
+            with console.stage("heal", plan.tokens, "tokens") as stage, curves(folder if first else None) as drawn:
                 healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note, drawn)
             scores["healed"] = evaluator.score_as_is(schedule)
-            document = _document(subject, schedule, plan, options, text, healed, scores)
-            write_healed(folder, model, subject.sites, document)
-            shutil.rmtree(resumable, ignore_errors=True)
+            if first:
+                document = _document(subject, schedule, plan, options, text, healed, scores)
+                write_healed(folder, model, subject.sites, document)
+                shutil.rmtree(resumable, ignore_errors=True)
             if outlook := healed.outlook():
                 console.note(f"healing: {outlook}")
     finally:
@@ -225,7 +226,7 @@ def _repaired_(subject: Subject, schedule: Schedule, folder: Path | None, consol
             stage.advance(blocks)
             return load_sites_(model, sites, schedule, found.tensors)
         taken = subject.repair_(schedule, max(subject.config.repair_tokens, 1), lambda done: stage.advance(1))
-    if kept is not None:
+    if kept is not None and Processes.is_first():
         kept.save(Checkpoint(0, site_tensors(model, sites), {}))
     return taken
 

@@ -26,6 +26,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from filelock import FileLock
 
 from search.packages import DataUnavailable, cache_folder, extract, file_digest, read_requirements
+from search.processes import Processes
 from search.random_models import SHAPES, random_parameter
 
 __all__ = [
@@ -118,18 +119,21 @@ def head_size(model: Any) -> int | None:
 def resolve_device(device: str = "auto") -> torch.device:
     """The device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:n".
 
+    Processes that train together get a GPU each, as far as there are enough, where no number is named.
+
     Raises:
         ValueError: another word, or a GPU that is not there, with the nearest valid choice.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return torch.device("cuda:0" if count else "cpu")
+        return torch.device(f"cuda:{Processes.place() % count}" if count else "cpu")
     if device == "cpu":
         return torch.device("cpu")
     if not (match := re.fullmatch(r"cuda(?::(\d{1,3}))?", device)):
         nearest = difflib.get_close_matches(device, ["auto", "cpu", "cuda"], n=1, cutoff=0) or ["auto"]
         raise ValueError(f"device must be auto, cpu, cuda or cuda:n, got {device!r}; the nearest is {nearest[0]}")
-    if (index := int(match[1] or 0)) >= count:
+    own = Processes.place() % max(1, count)
+    if (index := own if match[1] is None else int(match[1])) >= count:
         valid = f"cuda:{count - 1}" if count else "cpu"
         raise ValueError(f"device must exist, got {device!r} with {count} GPUs here; the nearest is {valid}")
     return torch.device(f"cuda:{index}")

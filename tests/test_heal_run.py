@@ -104,14 +104,6 @@ def test_what_cannot_be_healed_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_several_processes_are_refused_before_they_write_into_one_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["heal", str(tmp_path)]) == cli.REFUSED
-    assert "as one process" in capsys.readouterr().err
-
-
 def test_a_sharing_copy_has_the_same_tensors_and_other_modules() -> None:
     model = load_model("random:tiny-llama", "cpu").model
     other = sharing_copy(model)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from search.console import Console
 from search.failures import DONE, FAILURES, complain, explain
 from search.flags import Parser, parse
 from search.table import text_table
+
+if TYPE_CHECKING:
+    from search.heal_run import HealedRun
 
 __all__ = ["run"]
 
@@ -25,17 +29,20 @@ examples:
   python search.py heal results/RUN --data sampled                  on what the dense model itself writes
   python search.py heal results/RUN --data text+sampled --text-tokens 4000000   on both, longer on a GPU
   python search.py heal results/RUN --data alpaca.json --loss labels   supervised, on instructions of your own
-  python search.py heal results/RUN/hf --out healed-model           an exported folder, to another one"""
+  python search.py heal results/RUN/hf --out healed-model           an exported folder, to another one
+  accelerate launch search.py heal results/RUN                      on all GPUs of this machine"""
 
 
 def run(words: list[str]) -> int:
     """Returns the exit code."""
     given = parse(_parser(), words)
-    shown = Console(quiet=given["quiet"])
     try:
         from search import heal_export, heal_run
         from search.models import is_compressed
+        from search.processes import Processes
 
+        first = Processes.is_first()
+        shown = Console(quiet=given["quiet"] or not first)
         source = Path(given["run"])
         options = heal_run.Options(
             **{key: value for key, value in given.items() if key not in ("quiet", "run", "model")}
@@ -46,15 +53,21 @@ def run(words: list[str]) -> int:
                 result = heal_export.heal_export(source, given["model"], options, shown)
             else:
                 result = heal_run.heal_folder(source, options, shown)
+        Processes.end()
     except BaseException as error:
         return explain(error, None)
+    if first:
+        _tell(result, None if exported else given["run"])
+    return FAILURES if result.stopped else DONE
+
+
+def _tell(result: HealedRun, run: str | None) -> None:
     print(f"\n{text_table(result.rows)}\n{result.folder}")
-    if not exported:
-        words = ["python", "search.py", "export", given["run"], "--healed", str(result.folder)]
+    if run is not None:
+        words = ["python", "search.py", "export", run, "--healed", str(result.folder)]
         print(f"export it with: {shlex.join(words)}")
     if result.stopped:
         complain(f"finished early: {result.stopped}")
-    return FAILURES if result.stopped else DONE
 
 
 def _parser() -> argparse.ArgumentParser:
