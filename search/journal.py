@@ -12,7 +12,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -175,9 +175,11 @@ class Journal:
         ]
 
     def close(self) -> None:
-        """Release the file."""
+        """Release the file; with everything in it and nothing beside it, unless another process reads it just then."""
         self._storage.remove_session()
         self._storage.engine.dispose()
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.path)) as connection:
+            connection.execute("PRAGMA journal_mode = DELETE")
 
     def _insert(self, rows: Mapping[str, Sequence[Sequence[object]]]) -> None:
         """All rows of a trial in one transaction, in Optuna's tables and as Optuna writes them.
@@ -334,5 +336,15 @@ def _short(value: object) -> str:
 
 
 def _engine(path: Path) -> dict[str, Any]:
-    """Engine options that open `path` as it is; in a URL the characters ? % # { would mean something else."""
-    return {"creator": lambda: sqlite3.connect(path, timeout=30, check_same_thread=False)}
+    """Engine options that open `path` as it is; in a URL the characters ? % # { would mean something else.
+
+    While it is open the file has a write-ahead log, which brings a trial to disk with one flush in the place of five.
+    """
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
+        with suppress(sqlite3.OperationalError):  # where it cannot be had, as on some network disks, it goes without
+            connection.execute("PRAGMA journal_mode = WAL")
+        return connection
+
+    return {"creator": connect}

@@ -60,6 +60,21 @@ def test_another_program_sees_an_optuna_study_with_parameters_and_figures(tmp_pa
     study._storage._backend.engine.dispose()
 
 
+def test_an_open_journal_can_be_read_by_others_and_a_closed_one_is_a_single_file(tmp_path):
+    path = tmp_path / "study.db"
+    one = journal(path)
+    one.record(record(0))
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as reader:
+        assert reader.execute("SELECT count(*) FROM trials").fetchone() == (1,)
+        one.record(record(1))
+        assert reader.execute("SELECT count(*) FROM trials").fetchone() == (2,)
+        assert reader.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    one.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["study.db"]
+    with closing(sqlite3.connect(path)) as reader:
+        assert reader.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
 _TABLES = ("trials", "trial_values", "trial_params", "trial_user_attributes", "trial_system_attributes")
 _COUNTERS = ("trial_value_id", "param_id", "trial_user_attribute_id", "trial_system_attribute_id")
 
