@@ -57,6 +57,7 @@ class EvolutionSettings:
     rounds: int = 25  # times the surrogate chooses on the way to an offspring
     children: int = 24  # neighbours that it chooses from each time
     optimism: float = 1.0  # standard deviations of the surrogate that an offspring may hope for, drawn at random
+    memory: int = 400  # the surrogate chooses by this many latest trials
 
 
 @dataclass
@@ -157,7 +158,7 @@ class Evolution(Batched):
         children = switched(self._task, parents, settings.switches + attempt, settings.reach, self._generator)
         if attempt or len(rewards) < settings.screened:
             return children
-        self.surrogate.fit(levels, without_outliers(rewards))
+        self.surrogate.fit(levels[-settings.memory :], without_outliers(rewards[-settings.memory :]))
         hope = settings.optimism * np.abs(self._generator.standard_normal(count))
 
         def value(actions: Levels, origin: Levels) -> Floats:

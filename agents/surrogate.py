@@ -14,6 +14,8 @@ from agents.protocol import Task
 
 __all__ = ["Surrogate", "without_outliers"]
 
+_MANY = 256
+
 Floats = NDArray[np.float64]
 Levels = NDArray[np.int64]
 
@@ -28,7 +30,7 @@ class Surrogate:
 
     in units of the trials' own spread, with a and b large: a level, the predicted cost as it stands, groups that matter
     more or less than predicted, and smooth interactions of everything. θ and the ridge have the highest marginal
-    likelihood on a grid.
+    likelihood on a grid; with many trials θ is looked for again only when an eighth more are there than the last time.
     """
 
     def __init__(self, task: Task) -> None:
@@ -37,6 +39,8 @@ class Surrogate:
         self._positions = np.append(rungs, 2 * rungs[-1] - rungs[-2] if len(rungs) > 1 else 1.0)
         self._forecast = task.forecast
         self._origin = task.forecast(np.full((1, task.steps), task.middle))
+        self._theta = 0.3, 0.3
+        self._enough = _MANY  # trials from which on θ is looked for
 
     def fit(self, actions: Levels, rewards: Floats) -> Floats:
         """Learn (n, steps) -> (n,). Returns each trial's reward less what the other trials predict for it, (n,)."""
@@ -51,7 +55,12 @@ class Surrogate:
         target = (rewards - self._centre) / self._spread
         best = -np.inf
         residuals = np.zeros(len(rewards))
-        for theta in itertools.product((0.03, 0.3, 3.0), (0.03, 0.3, 3.0)):
+        thetas = list(itertools.product((0.03, 0.3, 3.0), (0.03, 0.3, 3.0)))
+        if len(rewards) >= self._enough:
+            self._enough = len(rewards) + len(rewards) // 8
+        elif len(rewards) > _MANY:
+            thetas = [self._theta]
+        for theta in thetas:
             values, vectors = np.linalg.eigh(self._kernel((x, f), theta))
             projected = vectors.T @ target
             for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
