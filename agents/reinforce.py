@@ -138,12 +138,13 @@ class Policy:
         """Dense steps without the illegal ones, and where dense is legal; asks the task only where some are."""
         legal = np.tile(self.legal, (len(dense), 1))
         dense = dense & legal
-        for row in np.flatnonzero(dense.any(axis=1)):
-            prefix: list[int] = []
+        rows = np.flatnonzero(dense.any(axis=1))
+        if len(rows):
+            levels = np.full((len(rows), self.task.steps), self.task.middle)
             for step in range(self.task.steps):
-                legal[row, step] = self.task.mask(prefix)[-1]
-                dense[row, step] &= legal[row, step]
-                prefix.append(len(self.rungs) if dense[row, step] else self.task.middle)
+                legal[rows, step] = self.task.mask(levels[:, :step])[:, -1]
+                dense[rows, step] &= legal[rows, step]
+                levels[dense[rows, step], step] = len(self.rungs)
         return dense, legal
 
     def score(self, actions: Levels, legal: NDArray[np.bool_], advantages: Floats) -> Floats:
