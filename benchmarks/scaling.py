@@ -198,16 +198,16 @@ def main() -> None:
     given = parser.parse_args()
     names = given.agents.split(",")[: 2 if given.quick else None]
     counts = [count for count in ((16, 64) if given.quick else (1, 4, 16, 64, 256)) if count <= given.most]
-    rounds = 4 if given.quick else 8
+    rounds = {count: 4 if given.quick or count > 64 else 8 for count in counts}
     rows, bars = [], []
     for name, count in itertools.product(names, counts):
-        got = simulate(name, count, given.seconds, rounds)
+        got = simulate(name, count, given.seconds, rounds[count])
         rows.append((name, count, got.trials, f"{got.efficiency:.1%}", f"{got.driver:.1f}", f"{got.agent:.1f}"))
         print(*rows[-1], flush=True)
         if count == 64:
             bars.append(Bar(f"efficiency of 64 simulated evaluators, {name}", got.efficiency, ">=", 0.9))
             bars.append(Bar(f"driver ms a trial, {name}", got.driver, "<=", 5.0))
-    body = f"Simulated evaluators of {given.seconds:g} s, {BLOCKS} decisions a schedule, {rounds} trials each:\n\n"
+    body = f"Simulated evaluators of {given.seconds:g} s, {BLOCKS} decisions a schedule; so many trials together:\n\n"
     body += markdown(("agent", "evaluators", "trials", "efficiency", "driver ms/trial", "agent ms/trial"), rows)
     size, totals = memory(given.model, given.dtype, given.processes)
     shares = [(after - before) / size for before, after in itertools.pairwise(totals)]
