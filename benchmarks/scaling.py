@@ -1,4 +1,4 @@
-"""How the search scales with the number of evaluators: simulated ones of two seconds, and what one more process costs.
+"""How the search scales with the number of evaluators: simulated ones of two seconds.
 
     python -m benchmarks.scaling [--quick] [--write] [--seconds S] [--most N] [--agents LIST]
 
@@ -6,9 +6,7 @@ Simulated evaluators take their time on the clock and none of the processor: `Ti
 journal and search run as they always do, and the clock tells what they cost. Efficiency is the time that evaluators
 spent evaluating over what they could have spent, start and end of the search left out as filling and draining. What
 the driver takes of the processor is told apart from what the agent takes to think, which differs by agent and grows
-with the trials it has seen; both count in the efficiency. The memory of real evaluators is the proportional set size
-of their processes (shared pages are divided among their users) on the model of `--model`, without statistics: each
-loads it as `search.node` does and makes one forward pass.
+with the trials it has seen; both count in the efficiency.
 """
 
 from __future__ import annotations
@@ -16,9 +14,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -129,61 +124,6 @@ def simulate(name: str, count: int, seconds: float, rounds: int) -> Figures:
     return Figures(busy / (count * (last - first)), driver, thinking, len(trials))
 
 
-_MEMORY = """
-import json, sys
-import torch
-from compression.cache import FactorCache
-from search.models import load_model
-from search.node import shared_model
-from search.packages import cache_folder
-torch.set_num_threads(1)
-name, digest, dtype = sys.argv[1:]
-if digest == "-":
-    loaded = load_model(name, "cpu", getattr(torch, dtype))
-    print(loaded.digest, sum(p.numel() * p.element_size() for p in loaded.model.parameters()))
-    sys.exit()
-cache = FactorCache(cache_folder() / "factors")
-loaded = shared_model(name, torch.device("cpu"), getattr(torch, dtype), digest, cache)
-with torch.inference_mode():
-    loaded.model(torch.ones(1, 64, dtype=torch.long), use_cache=False)
-print("ready", flush=True)
-for line in sys.stdin:
-    rows = dict(row.split()[:2] for row in open("/proc/self/smaps_rollup") if row.split()[0] in ("Pss:", "Rss:"))
-    print(json.dumps({name: int(value) * 1024 for name, value in rows.items()}), flush=True)
-"""
-
-
-def memory(model: str, dtype: str, most: int) -> tuple[int, list[int]]:
-    """Bytes of the model, and of 1 to `most` evaluators together that have it in memory."""
-
-    def start(digest: str) -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", _MEMORY, model, digest, dtype]
-        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    digest, size = start("-").communicate()[0].split()
-    running: list[subprocess.Popen[str]] = []
-    totals = []
-    try:
-        for _ in range(most):
-            running.append(start(digest))
-            out = running[-1].stdout
-            assert out is not None
-            assert out.readline() == "ready\n", "an evaluator did not start"
-            total = 0
-            for one in running:
-                assert one.stdin is not None
-                assert one.stdout is not None
-                one.stdin.write("\n")
-                one.stdin.flush()
-                total += json.loads(one.stdout.readline())["Pss:"]
-            totals.append(total)
-    finally:
-        for one in running:
-            one.kill()
-            one.wait()
-    return int(size), totals
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,9 +132,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--most", type=int, default=256)
     parser.add_argument("--agents", default="random,reinforce,evolution,optuna-tpe")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--processes", type=int, default=4)
     given = parser.parse_args()
     names = given.agents.split(",")[: 2 if given.quick else None]
     counts = [count for count in ((16, 64) if given.quick else (1, 4, 16, 64, 256)) if count <= given.most]
@@ -209,17 +146,6 @@ def main() -> None:
             bars.append(Bar(f"driver ms a trial, {name}", got.driver, "<=", 5.0))
     body = f"Simulated evaluators of {given.seconds:g} s, {BLOCKS} decisions a schedule; so many trials together:\n\n"
     body += markdown(("agent", "evaluators", "trials", "efficiency", "driver ms/trial", "agent ms/trial"), rows)
-    size, totals = memory(given.model, given.dtype, given.processes)
-    shares = [(after - before) / size for before, after in itertools.pairwise(totals)]
-    body += f"\n\nReal processes with `{given.model}` in {given.dtype}, {size / 1e6:.0f} MB:\n\n"
-    body += markdown(
-        ("evaluators", "MB together", "one more, in models"),
-        [
-            (n, f"{total / 1e6:.0f}", f"{share:.2f}")
-            for n, (total, share) in enumerate(zip(totals, [totals[0] / size, *shares], strict=True), 1)
-        ],
-    )
-    bars.append(Bar("memory of one more evaluator in models", max(shares), "<=", 0.35))
     publish(MODULE, "Scaling with the number of evaluators", body, bars, given.write)
 
 
