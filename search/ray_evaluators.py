@@ -34,7 +34,9 @@ __all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool"]
 
 _PER_CALL = 8  # schedules in one call of a worker at most, when more wait than there are workers
 _TRIES = 2  # workers that one schedule may take with it
-_STILLBORN = 3  # workers that die in a row before any of them gets ready
+_STILLBORN = 3  # workers that die in a row as they start, before any was ever ready
+_UNLUCKY = 30  # the same once one was: a cluster takes a while to miss a dead node, and sends workers there meanwhile
+_PAUSE = 1.0  # seconds between those
 _MEMORY_SHARE = 0.9  # of its part of a GPU that a worker may fill; the rest is for what is outside torch's allocator
 _LOST = (
     ray.exceptions.RayActorError,
@@ -210,8 +212,10 @@ class RayPool:
         """Replace a worker; what it had goes back to the front of the queue, or has failed for good."""
         if not seat.ready:
             self._stillborn += 1
-            if self._stillborn >= _STILLBORN:
-                raise EvaluatorsLost(f"{_STILLBORN} evaluators in a row died as they started; is there enough memory?")
+            most = _UNLUCKY if self.said else _STILLBORN
+            if self._stillborn >= most:
+                raise EvaluatorsLost(f"{most} evaluators in a row died as they started; is there enough memory?")
+            time.sleep(_PAUSE if self.said else 0.0)
         single = len(seat.jobs) == 1
         for one in reversed(seat.jobs):
             one.alone, one.deaths = True, one.deaths + single

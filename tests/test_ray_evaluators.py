@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -86,9 +87,12 @@ def scripted(ray_here: Any, tmp_path: Path) -> Iterator[Any]:
 
     pools: list[RayPool] = []
 
-    def make(count: int, trouble: str = "", **how: Any) -> RayPool:
+    def make(count: int, *troubles: str, **how: Any) -> RayPool:
+        """Of the workers one after the other, the last one's is that of all others."""
         actor = ray_here.remote(Scripted).options(num_cpus=0, max_restarts=0)
-        pools.append(RayPool(lambda: actor.remote(str(tmp_path), score(0).to_dict(), trouble), count, failed, **how))
+        coming = itertools.chain(troubles, itertools.repeat(troubles[-1] if troubles else ""))
+        start = lambda: actor.remote(str(tmp_path), score(0).to_dict(), next(coming))  # noqa: E731
+        pools.append(RayPool(start, count, failed, **how))
         return pools[-1]
 
     yield make
@@ -186,6 +190,12 @@ def test_workers_that_cannot_start_end_the_search(scripted: Any) -> None:
             pool.submit(number, job(5 + number))
             pool.finished()
             time.sleep(0.2)
+
+
+def test_workers_that_cannot_start_for_a_while_do_not_end_a_search_that_was_under_way(scripted: Any) -> None:
+    pool = scripted(1, "", "dies", "dies", "dies", "dies", "")
+    pool.submit(0, job(2))
+    assert drain(pool, 1)[0].score.kl == 2
 
 
 @pytest.mark.usefixtures("ray_here")
