@@ -100,6 +100,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
         "report.html",
         "study.db",
         "summary.json",
+        "tensorboard",
         "trials.csv",
     }
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
