@@ -338,7 +338,7 @@ def _short(value: object) -> str:
 def _engine(path: Path) -> dict[str, Any]:
     """Engine options that open `path` as it is; in a URL the characters ? % # { would mean something else.
 
-    While it is open the file has a write-ahead log, which brings a trial to disk with one flush in the place of five.
+    While it is open the file has a write-ahead log, which brings a trial to disk with fewer flushes.
     """
 
     def connect() -> sqlite3.Connection:
