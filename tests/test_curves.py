@@ -19,7 +19,8 @@ __all__ = ["fake_data"]
 
 def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder / CURVES)).Reload()
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    # By step: files of one second are read in the order of a counter in their names, where 10 comes before 9.
+    return {tag: sorted((point.step, point.value) for point in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 
 @pytest.mark.usefixtures("fake_data")
