@@ -16,7 +16,16 @@ from math import prod
 import torch
 from torch import nn
 
-__all__ = ["Site", "check_weight", "dense_weight", "discover_sites", "model_bytes", "model_parameters", "put_modules"]
+__all__ = [
+    "Site",
+    "check_weight",
+    "dense_weight",
+    "discover_sites",
+    "find_blocks",
+    "model_bytes",
+    "model_parameters",
+    "put_modules",
+]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -69,7 +78,7 @@ def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, .
         ValueError: the model has no such list; or, by name, a matrix as `check_weight`, or a linear map that holds no
             matrix of its shape.
     """
-    prefix, blocks = _blocks(model)
+    prefix, blocks = find_blocks(model)
     users: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users[id(parameter)].append(name)
@@ -86,6 +95,24 @@ def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, .
             reason = _dense_because(matrix, users[id(matrix.parameter)])
             sites.append(Site(f"{prefix}.{index}.{matrix.path}", index, families[matrix.path], *shape, reason))
     return tuple(sites)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and value of the list of blocks of a dense model.
+
+    Raises:
+        ValueError: the model has no list of modules that hold linear maps.
+    """
+    best, chosen = (0, 0), None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            weights = [inner.weight for inner in module.modules() if _is_linear(inner)]
+            rank = (sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), len(module))
+            if weights and rank > best:
+                best, chosen = rank, (name, module)
+    if chosen is None:
+        raise ValueError("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
+    return chosen
 
 
 def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> None:
@@ -129,20 +156,6 @@ def model_parameters(model: nn.Module) -> int:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of the parameters of the whole model at their stored precision, tied weights counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and value of the list of blocks."""
-    best, chosen = (0, 0), None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            weights = [inner.weight for inner in module.modules() if _is_linear(inner)]
-            rank = (sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), len(module))
-            if weights and rank > best:
-                best, chosen = rank, (name, module)
-    if chosen is None:
-        raise ValueError("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
-    return chosen
 
 
 def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:

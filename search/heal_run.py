@@ -5,7 +5,6 @@ Knows run folders and how a subject is loaded; how healing works stands in `sear
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import re
@@ -35,6 +34,7 @@ from search.prior import Prior
 from search.processes import Processes
 from search.runfolder import CONFIG, PRIOR, environment
 from search.scoring import Workload
+from search.sharding import sharing_copy
 from search.subject import Subject, load
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "heal_folder",
     "heal_subject_",
     "judge_of",
-    "sharing_copy",
     "text_tokens",
 ]
 
@@ -207,12 +206,6 @@ def judge_of(subject: Subject, dense: nn.Module) -> Workload:
     judge = Workload([packed_text(chunk) for chunk in chunks if len(chunk) > 1][:8], subject.device)
     judge.reference(dense)
     return judge
-
-
-def sharing_copy(model: nn.Module) -> Any:
-    """The same module tree anew, with the very parameters and buffers of `model`: costs no memory."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 def _repaired_(subject: Subject, schedule: Schedule, folder: Path | None, console: Console) -> Mapping[str, nn.Module]:

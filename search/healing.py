@@ -32,6 +32,7 @@ from search.interrupts import shield
 from search.processes import Processes
 from search.quality import Quality
 from search.scoring import Workload
+from search.sharding import Sharding, like, whole
 
 __all__ = ["Healed", "HealingPlan", "Look", "heal_"]
 
@@ -140,14 +141,14 @@ class Healed:
 
 
 class _Lessons:
-    """Rows in their order, and the dense model's targets for them, kept as long as they fit into memory."""
+    """Rows in their order, and the dense model's targets for them, kept as long as they fit into `room` bytes."""
 
-    def __init__(self, dense: nn.Module, text: HealingText, plan: HealingPlan, device: torch.device) -> None:
+    def __init__(self, dense: nn.Module, text: HealingText, plan: HealingPlan, device: torch.device, room: int) -> None:
         self.dense, self.text, self.plan, self.device = dense, text, plan, device
         self.head = Head(*_head(dense))
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         bytes_a_row = text.tokens.shape[1] * plan.targets * 6
-        self._room = _KEPT_TARGETS // max(1, bytes_a_row)
+        self._room = room // max(1, bytes_a_row)
 
     def rows(self, position: int, count: int) -> list[int]:
         """The `count` rows from a position of the endless sequence of epochs on, each epoch in an order of its own."""
@@ -244,15 +245,17 @@ class _Healing:
         self.model, self.judge, self.plan, self.stage, self.tell = model, judge, plan, stage, tell
         self.drawn = drawn
         self.device = next(model.parameters()).device
-        self.lessons = _Lessons(dense, text, plan, self.device)
+        self.processes = Processes()
+        self.lessons = _Lessons(dense, text, plan, self.device, 0 if self.processes.sharded else _KEPT_TARGETS)
         self.head = Head(*_head(model))
         self.checkpoints = None if folder is None else Checkpoints(folder)
-        self.processes = Processes()
         self.at = _Progress()
         self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
         if plan.gates:
             add_gates_(model)
-        self.parameters = trainable_(model)
+        trainable_(model)
+        self.sharding = Sharding(model, dense) if self.processes.sharded else None
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = self._optimizer()
         self.best = self._copied()
 
@@ -266,12 +269,16 @@ class _Healing:
             try:
                 stopped = self._steps()
             except KeyboardInterrupt:
-                self._save()
+                if self.sharding is None:  # else the processes would have to be interrupted at the same step
+                    self._save()
                 raise
             if not stopped and self.at.looks[-1].tokens != self.at.tokens:
                 self._look()
                 self._save()
-        put_parameters(self.model, frozen(self.model, self._named(self.best)))
+        best_found = self._named({name: whole(tensor) for name, tensor in self.best.items()})
+        if self.sharding is not None:
+            self.sharding.end()
+        put_parameters(self.model, frozen(self.model, best_found))
         absorb_gates_(self.model)
         best = min(self.at.looks, key=lambda look: look.kl)
         looks = [look for look in self.at.looks if look.tokens <= best.tokens]
@@ -288,7 +295,7 @@ class _Healing:
             if self._fraction() < 1 and self._fraction() - looked >= 1 / _EVALUATIONS:
                 looked = self._fraction()
                 self._look()
-            if time.monotonic() - saved > _SAVE_SECONDS:
+            if self.processes.of_first(time.monotonic() - saved) > _SAVE_SECONDS:
                 self._save()
                 saved = time.monotonic()
         return ""
@@ -301,15 +308,15 @@ class _Healing:
         wanted = int(self.lessons.text.wanted[torch.tensor(rows)].sum())
         size, loss = max(1, plan.pass_tokens // length), torch.zeros((), device=self.device)
         mine = rows[self.processes.rank :: self.processes.count]
-        for first in range(0, len(mine), size):
-            part = self._loss(mine[first : first + size], first) / max(1, wanted)
+        for first in range(0, -(-len(rows) // self.processes.count), size):  # as many passes in every process
+            given = mine[first : first + size]
+            part = self._loss(given or rows[:1], first) * (bool(given) / max(1, wanted))
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
-        if self.processes.count > 1:
-            for parameter in self.parameters.values():
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            self.processes.sum_([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip))
+        self.processes.sum_([loss])
+        if self.sharding is None:
+            self.processes.sum_(p.grad for p in self.parameters.values() if p.grad is not None)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip)))
         if not math.isfinite(float(loss)) or not math.isfinite(norm):
             self.optimizer.zero_grad()
             return f"the loss was not a number at step {self.at.step}; the last good state is kept"
@@ -391,13 +398,17 @@ class _Healing:
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
     def _save(self) -> None:
-        if self.checkpoints is None or self.processes.rank:
+        if self.checkpoints is None or (self.processes.rank and self.sharding is None):
             return
         tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        if self.sharding is not None:
+            tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+        if self.processes.rank:
+            return
         state = {**asdict(self.at), "identity": self.identity}
         self.checkpoints.save(Checkpoint(self.at.step, tensors, state))
 
@@ -408,13 +419,13 @@ class _Healing:
         if found.state.get("identity") != self.identity:
             raise ValueError("the checkpoints in this folder are of another healing: other text, seed or settings")
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(found.tensors[f"model/{name}"])
-            self.best[name] = found.tensors[f"best/{name}"].to(parameter.device)
+            parameter.data.copy_(like(found.tensors[f"model/{name}"], parameter))
+            self.best[name] = like(found.tensors[f"best/{name}"], parameter)
             prefix = f"optimizer/{name}/"
             state = {key.removeprefix(prefix): value for key, value in found.tensors.items() if key.startswith(prefix)}
             if state:
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                    key: value if key == "step" else like(value, parameter) for key, value in state.items()
                 }
         values = {key: value for key, value in found.state.items() if key != "identity"}
         self.at = _Progress(**{**values, "looks": [Look(**look) for look in values["looks"]]})

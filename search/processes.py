@@ -24,10 +24,11 @@ class Processes:
 
     Attributes:
         rank, count: this one's number from 0, and how many there are.
+        sharded: whether the launcher asked for models to be sharded (`accelerate launch --use_fsdp`).
     """
 
     def __init__(self) -> None:
-        self.rank, self.count = 0, 1
+        self.rank, self.count, self.sharded = 0, 1, False
         if self.wanted() < 2:
             return
         if not distributed.is_initialized():
@@ -36,6 +37,7 @@ class Processes:
                 torch.cuda.set_device(self.place() % torch.cuda.device_count())
             distributed.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
     @staticmethod
     def wanted() -> int:

@@ -117,7 +117,7 @@ class Workload:
         """
         return self._pass(model, through, self._refer)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode would end a sharded model
     def measure(
         self,
         model: nn.Module,

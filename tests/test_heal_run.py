@@ -17,10 +17,10 @@ from compression.skeleton import describe
 from search import cli
 from search.console import Console
 from search.curves import CURVES
-from search.heal_run import sharing_copy
 from search.healed_state import HealedState, load_sites_
 from search.models import load_for_use, load_model
 from search.restored import restore
+from search.sharding import sharing_copy
 
 __all__ = ["fake_data"]
 

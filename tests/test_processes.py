@@ -1,4 +1,4 @@
-"""Two processes on a CPU heal to what one process heals to, within rounding: from Python, and by the command."""
+"""Two processes on a CPU heal to what one process heals to, within rounding: sharing batches, or sharded as well."""
 
 from __future__ import annotations
 
@@ -15,15 +15,27 @@ from safetensors.torch import load_file
 from test_pipeline import words
 
 ROOT = Path(__file__).parents[1]
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` leaves it
 SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from dataclasses import replace
+from pathlib import Path
 from test_healing import PLAN, heal, subject
-dense, model, text, judge = subject()
-healed, _ = heal(model, dense, text, judge, replace(PLAN, tokens=480))
-print(f"KL {{healed.looks[-1].kl:.8f}}", flush=True)
+from torch.distributed.tensor import DTensor
+from search.sharding import Sharding
+ended = Sharding.end
+def end(self):
+    held = [p for each in (model, dense) for p in each.parameters() if isinstance(p, DTensor)]
+    print(f"SHARE {{sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held):.3f}}", flush=True)
+    ended(self)
+Sharding.end = end
+for tokens in (480, 960):
+    dense, model, text, judge = subject()
+    heal(model, dense, text, judge, replace(PLAN, tokens=tokens), Path({folder!r}))
+    print(f"KL {{judge.measure(model).kl:.8f}}", flush=True)
 """
+"""Heals, and once more for as long again, from where it stood; tells what share of the blocks a process holds."""
 
 
 def free_port() -> int:
@@ -32,9 +44,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def divergences(script: Path, count: int) -> list[float]:
-    """What every process ends with; the environment is what `accelerate launch` and torchrun set."""
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+def told(script: Path, count: int, **environment: str) -> dict[str, list[float]]:
+    """What every process prints; the environment is what `accelerate launch` and torchrun set."""
+    shared = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
     started = [
         subprocess.Popen(
@@ -46,19 +58,27 @@ def divergences(script: Path, count: int) -> list[float]:
         )
         for rank in range(count)
     ]
-    results = []
+    results: dict[str, list[float]] = {"KL": [], "SHARE": []}
     for process in started:
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-2000:]
-        results += [float(line.split()[1]) for line in out.splitlines() if line.startswith("KL ")]
+        for name, value in (line.split() for line in out.splitlines()):
+            results[name].append(float(value))
     return results
 
 
 def test_two_processes_heal_like_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    [alone] = divergences(script, 1)
-    assert divergences(script, 2) == pytest.approx([alone, alone], rel=1e-3)
+    found = {}
+    for name, count, environment in (("one", 1, {}), ("two", 2, {}), ("sharded", 2, SHARDED)):
+        script = tmp_path / f"{name}.py"
+        script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path / name)))
+        found[name] = told(script, count, **environment)
+    first, second = found["one"]["KL"]
+    assert second < first
+    for name in ("two", "sharded"):
+        assert found[name]["KL"] == pytest.approx([first, second] * 2, rel=1e-3)
+    assert found["two"]["SHARE"] == []
+    assert found["sharded"]["SHARE"] == pytest.approx([0.5] * 4, abs=0.02)
 
 
 def test_the_command_started_by_accelerate_heals_like_one_process(
@@ -73,14 +93,21 @@ def test_the_command_started_by_accelerate_heals_like_one_process(
     launch += ["--mixed_precision=no", "--num_processes=2", f"--main_process_port={free_port()}"]
     heal = ["search.py", "heal", str(run), "--tokens=300", "--row-tokens=32", "--batch-tokens=64", "--quiet", "--out"]
     found = {}
-    for name, start in (("one", [sys.executable]), ("two", launch)):
+    for name, start, more in (("one", [sys.executable], {}), ("two", launch, {}), ("sharded", launch, SHARDED)):
         done = subprocess.run(
-            [*start, *heal, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+            [*start, *heal, str(tmp_path / name)],
+            cwd=ROOT,
+            env={**os.environ, **more},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("export it with") == 1
         found[name] = load_file(tmp_path / name / "weights.safetensors")
         assert not [path.name for path in (tmp_path / name).iterdir() if path.name.startswith("unfinished")]
-    assert found["one"].keys() == found["two"].keys()
-    for name, tensor in found["one"].items():
-        torch.testing.assert_close(found["two"][name], tensor, rtol=1e-3, atol=1e-4)
+    for other in ("two", "sharded"):
+        assert found["one"].keys() == found[other].keys()
+        for name, tensor in found["one"].items():
+            torch.testing.assert_close(found[other][name], tensor, rtol=1e-3, atol=1e-4)
