@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -41,9 +42,14 @@ CORPORA = {"web": 1, "encyclopedia": 2}
 
 
 class Table:
-    """Measures the model as it stands on every corpus and task; the first row is the dense reference of all others."""
+    """Measures the model as it stands on every corpus and task; the first row is the dense reference of all others.
 
-    def __init__(self, subject: Subject, tokens: int, items: int) -> None:
+    Args:
+        tokens: of each corpus.
+        items: of each task.
+    """
+
+    def __init__(self, subject: Subject, tokens: int, items: int = 0, tasks: Sequence[str] = TASKS) -> None:
         self.subject = subject
         encode, device = subject.loaded.encode, subject.device
         prose = load_prose()
@@ -52,7 +58,7 @@ class Table:
             stream = [token for text in regions(prose[place])[2] for token in encode(text + "\n\n")][:tokens]
             chunks = [stream[start : start + CHUNK_TOKENS] for start in range(0, len(stream) - 1, CHUNK_TOKENS)]
             self.workloads[name] = Workload([packed_text(chunk) for chunk in chunks if len(chunk) > 1], device)
-        for task in TASKS:
+        for task in tasks:
             chosen = stratified(load_proxy(task), items, 0)
             self.workloads[task] = Workload(workload_sequences(subject.loaded, chosen, task, "answer", []), device)
         self.sizes = SizeModel(subject.loaded.model, subject.store.sites)

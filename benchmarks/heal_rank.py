@@ -1,0 +1,158 @@
+"""Does the best schedule before healing stay the best after it? Rank correlations over schedules of equal size.
+
+    python -m benchmarks.heal_rank [--quick] [--write] [--schedules 12] [--tokens 60000] [--out DIR]
+
+The schedules are the closed-form allocation at kept 0.618 of the default model, the uniform one, and allocations with
+random weights on the predicted costs of every block and kind, weaker and stronger ones in turn. Each is measured as it
+is, after a repair, and after healing on the same rows for the same number of tokens, on two held-out corpora. A
+schedule that is in --out is not healed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.healing import CORPORA, KEPT, Table
+from benchmarks.report import Bar, markdown, publish
+from compression import Menu, Schedule, ScheduleApplier, lagrangian, to_schedule, uniform
+from search.config import Config
+from search.console import Console
+from search.heal_run import Options, heal_subject_
+from search.sensitivity import rank_correlation
+from search.subject import Subject, load
+
+STATES = ("decomposed", "repaired", "healed")
+_SPREADS = (0.1, 0.2, 0.4, 0.8)  # standard deviation of the log weight of a block, and of a kind
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """KL of one schedule, nats per token, by state and corpus."""
+
+    name: str
+    kl: Mapping[str, Mapping[str, float]]
+
+    def mean(self, state: str) -> float:
+        """Over the corpora."""
+        return float(np.mean(list(self.kl[state].values())))
+
+
+def schedules(menu: Menu, count: int) -> list[tuple[str, Schedule]]:
+    """Names and schedules of equal size, the same for the same menu."""
+    target = math.floor(KEPT * menu.dense_parameters)
+    found = [
+        ("closed form", to_schedule(menu, lagrangian(menu, target))),
+        ("uniform", to_schedule(menu, uniform(menu, target))),
+    ]
+    sites = [options.site for options in menu.sites]
+    blocks = np.array([site.block for site in sites])
+    kinds = np.unique([site.family for site in sites], return_inverse=True)[1]
+    generator = np.random.default_rng(0)
+    for number in range(count - len(found)):
+        spread = _SPREADS[number % len(_SPREADS)]
+        weights = spread * generator.standard_normal(blocks.max() + 1)[blocks]
+        weights = weights + spread * generator.standard_normal(kinds.max() + 1)[kinds]
+        found.append((f"random {number + 1}, {spread:g}", to_schedule(menu, lagrangian(menu, target, weights))))
+    return found[:count]
+
+
+def interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """95 % of the rank correlation when schedules are drawn again from these (bootstrap)."""
+    generator, one, two = np.random.default_rng(0), np.asarray(first), np.asarray(second)
+    drawn = [generator.integers(len(one), size=len(one)) for _ in range(_RESAMPLES)]
+    low, high = np.nanpercentile([rank_correlation(one[each], two[each]) for each in drawn], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def correlations(outcomes: Sequence[Outcome]) -> str:
+    """Markdown: each state against being healed, over all schedules and over the better half before."""
+    better = sorted(outcomes, key=lambda outcome: outcome.mean("decomposed"))[: (len(outcomes) + 1) // 2]
+    rows: list[list[object]] = []
+    for state in STATES[:-1]:
+        row: list[object] = [state]
+        for chosen in (outcomes, better):
+            pair = [[outcome.mean(each) for outcome in chosen] for each in (state, "healed")]
+            low, high = interval(pair[0], pair[1])
+            row.append(f"{rank_correlation(*pair):.2f} ({low:.2f} to {high:.2f})")
+        best = min(outcomes, key=lambda outcome: outcome.mean(state))
+        rank = 1 + sum(other.mean("healed") < best.mean("healed") for other in outcomes)
+        rows.append([*row, rank])
+    header = [
+        "KL when",
+        f"with KL healed, {len(outcomes)} schedules",
+        f"the better {len(better)}",
+        "its best is healed",
+    ]
+    return markdown(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="three schedules, hardly healed")
+    parser.add_argument("--write", action="store_true", help="keep the table in results/")
+    parser.add_argument("--schedules", type=int)
+    parser.add_argument("--tokens", type=int, help="of healing, for every schedule")
+    parser.add_argument("--heldout-tokens", type=int, help="of each corpus")
+    parser.add_argument("--out", help="folder that receives what was measured")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    config = Config(target_kept=KEPT, repair_tokens=512 if quick else Config().repair_tokens)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, sites = load(config, device)
+    subject = Subject.of(config, loaded, sites, device)
+    folder = Path(arguments.out or tempfile.mkdtemp(prefix="heal-rank-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    options = Options(minutes=None, tokens=arguments.tokens or (2048 if quick else 60_000))
+    plan = options.plan(0)
+    table = Table(subject, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
+    outcomes = []
+    for name, schedule in schedules(subject.store.menu(), arguments.schedules or (3 if quick else 12)):
+        record = folder / f"{schedule.digest[:16]}-{config.repair_tokens}-{plan.length}.json"
+        if not record.exists():
+            del table.rows[1:]
+            with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
+                applier.apply_(schedule)
+                table.score_as_is(schedule)
+            with Console() as console:
+                console.note(name)
+                heal_subject_(subject, schedule, table, plan, options, folder / "weights", console)
+            figures = [{corpus: row[corpus].kl for corpus in CORPORA} for row in table.rows[1:]]
+            record.write_text(json.dumps(dict(zip(STATES, figures, strict=True))), encoding="utf-8")
+        outcomes.append(Outcome(name, json.loads(record.read_text(encoding="utf-8"))))
+    lines = [
+        [outcome.name, *(f"{outcome.kl[state][corpus]:.3f}" for state in STATES for corpus in CORPORA)]
+        for outcome in sorted(outcomes, key=lambda outcome: outcome.mean("healed"))
+    ]
+    header = ["schedule", *(f"{state}, {corpus}" for state in STATES for corpus in CORPORA)]
+    counts = " and ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
+    body = (
+        f"SmolLM2-135M-Instruct at kept {KEPT} over the sites, KL in nats per token on {counts}; repaired on "
+        f"{config.repair_tokens:,} tokens, healed on {plan.tokens:,}. Ranks are those of the mean over both corpora, "
+        f"intervals 95 % over schedules.\n\n{correlations(outcomes)}\n\n{markdown(header, lines)}"
+    )
+    kls = [[outcome.mean(state) for outcome in outcomes] for state in ("decomposed", "healed")]
+    bars = [
+        Bar("schedules", len(outcomes), ">=", 12),
+        Bar("rank_correlation_before_and_after_healing", rank_correlation(*kls), ">=", 0.9),
+    ]
+    publish(
+        "benchmarks.heal_rank",
+        "Does the best schedule before healing stay the best after it?",
+        body,
+        bars,
+        arguments.write,
+    )
+
+
+if __name__ == "__main__":
+    main()
