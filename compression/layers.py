@@ -137,6 +137,24 @@ class MPOLinear(nn.Module):
             self._merged()
 
     @property
+    def has_latent(self) -> bool:
+        """Whether χ of the outputs determine all others: pivoted low rank."""
+        return self._lowrank and self.legs.pivoted
+
+    def latent(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Those of the outputs that determine all others, (…, out) to (…, χ); with `has_latent` only."""
+        places: torch.Tensor = self.get_buffer("places_0")
+        return outputs.index_select(-1, places.long())
+
+    def outputs(self, latent: torch.Tensor) -> torch.Tensor:
+        """All outputs from what `latent` kept of them, (…, χ) to (…, out)."""
+        bias = self._parameters["bias"]
+        copied = latent if bias is None else latent - self.latent(bias)
+        unordered = torch.cat((copied, functional.linear(copied, self._factors()[1])), dim=-1)
+        result = unordered.index_select(-1, self._order(0)[0])
+        return result if bias is None else result + bias
+
+    @property
     def bonds(self) -> tuple[int, ...]:
         """Bond dimensions between the cores."""
         return tuple(shape[0] for shape in self._shapes[1:])

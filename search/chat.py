@@ -6,11 +6,13 @@ Knows models, their tokenizers and text; where prompts come from and where answe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from search.latent_cache import latent_cache, plain_cache
 from search.models import LoadedModel
 
 __all__ = ["Chat", "Spoken"]
@@ -23,12 +25,14 @@ class Chat:
     Attributes:
         tokens: an answer is at most this long.
         temperature: 0 always takes the likeliest token; otherwise tokens are drawn at this temperature.
+        latent: keep latents instead of keys and values, see `search.latent_cache`.
         turns: what was said, as chat templates want it.
     """
 
     loaded: LoadedModel
     tokens: int = 256
     temperature: float = 0.0
+    latent: bool = False
     turns: list[dict[str, str]] = field(default_factory=list)
 
     @torch.inference_mode()
@@ -50,14 +54,16 @@ class Chat:
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=self.tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=spoken,
-            **sampling,
-        )
+        with latent_cache(model) if self.latent else nullcontext(plain_cache(model)) as cache:
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                streamer=spoken,
+                past_key_values=cache,
+                **sampling,
+            )
         if tokenizer.chat_template:
             self.turns.append({"role": "assistant", "content": spoken.text})
         return spoken.text

@@ -146,6 +146,21 @@ def build_splits(
     )
 
 
+def long_text(encode: Encode, tokens: int) -> tuple[int, ...]:
+    """The first `tokens` tokens of the search prose of the largest source, one document after the other.
+
+    Raises:
+        ValueError: there are not so many.
+        DataUnavailable: the data packages cannot be had.
+    """
+    found: list[int] = []
+    for document in regions(load_prose()[-1])[1]:
+        found += encode(document + "\n\n")
+        if len(found) >= tokens:
+            return tuple(found[:tokens])
+    raise ValueError(f"context must be at most {len(found)}, the tokens of search text there are, got {tokens}")
+
+
 def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Divide items by their digest into two parts of about the same size; equal questions stay together."""
     parts: tuple[list[Item], list[Item]] = ([], [])

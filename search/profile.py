@@ -30,13 +30,14 @@ from compression.schedule import Choice, Schedule
 from compression.sites import Site
 from search.config import Config
 from search.console import Console
+from search.corpora import long_text
 from search.evaluators import Score
 from search.heat_maps import heat_map
 from search.journal import differences
-from search.packing import Packed
+from search.packing import Packed, packed_text
 from search.pipeline import calibrate, preflight
 from search.runfolder import CONFIG, ENVIRONMENT, RunFolder, environment
-from search.sensitivity import Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
+from search.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
 from search.subject import Subject, load
 
 __all__ = ["CHI", "FRACTIONS", "PROFILE", "TABLE", "TOKENS", "Levels", "profile", "read_profile"]
@@ -77,19 +78,24 @@ class Levels:
         return [chi for chi in dict.fromkeys(wanted) if chi <= legs.break_even_chi]
 
 
-def profile(config: Config, levels: Levels | None, tokens: int | None, console: Console) -> tuple[Path, str]:
+def profile(
+    config: Config, levels: Levels | None, tokens: int | None, console: Console, context: int | None = None
+) -> tuple[Path, str]:
     """Measure what is missing of a sweep; returns its folder and the summary.
 
     Args:
         levels: None takes those of the sweep that is resumed, or the defaults.
         tokens: what every measurement reads, at most; None as for `levels`.
+        context: measure the sites that fill the KV cache only, k and v, on one text of so many tokens; None as for
+            `levels`.
 
     Raises:
         ValueError: refused input, and the folder of a sweep over another model or other data.
         DataUnavailable: data or model cannot be had.
     """
-    if tokens is not None and tokens < 64:
-        raise ValueError(f"tokens must be a whole number of at least 64, got {tokens}")
+    for name, value in (("tokens", tokens), ("context", context)):
+        if value is not None and value < 64:
+            raise ValueError(f"{name} must be a whole number of at least 64, got {value}")
     device = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
@@ -99,7 +105,8 @@ def profile(config: Config, levels: Levels | None, tokens: int | None, console: 
         console.opened(folder.path)
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])
         tokens = tokens or document.get("tokens", TOKENS)
-        data = _sequences(subject, tokens)
+        context = context or document.get("context")
+        data = [packed_text(_long_text(subject, context))] if context else _sequences(subject, tokens)
         _refuse_another(folder.path, document, _fingerprint(subject, data))
         levels = levels or _levels(document)
         folder.write_text(CONFIG, config.to_json())
@@ -108,8 +115,9 @@ def profile(config: Config, levels: Levels | None, tokens: int | None, console: 
         with console.stage("decompose", len(sites), "matrices") as stage:
             subject.store.menu(progress=lambda done: stage.advance(1))
         subject.calibration.release()
-        rows = _sweep(folder, subject, levels, data, tokens, found, console)
-        text = summary(rows, loaded.model_id)
+        kept = {"model": loaded.model_id, "levels": asdict(levels), "tokens": tokens, "context": context}
+        rows = _sweep(folder, subject, levels, data, kept, found, console)
+        text = summary(rows, loaded.model_id, context)
         _publish(folder, rows, text)
     return folder.path, text
 
@@ -135,6 +143,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
         _levels(document)
         if type(document["tokens"]) is not int or not isinstance(document["fingerprint"], dict):
             raise ValueError("its tokens or its fingerprint are not what they must be")
+        if type(document.get("context")) not in (int, type(None)):
+            raise ValueError("its context is not what it must be")
         return {**document, "model": str(document["model"])}, rows
     except FileNotFoundError:
         raise ValueError(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}") from None
@@ -165,6 +175,20 @@ def _sequences(subject: Subject, tokens: int) -> list[Packed]:
     return taken
 
 
+def _long_text(subject: Subject, context: int) -> tuple[int, ...]:
+    """One text of `context` tokens.
+
+    Raises:
+        ValueError: the model or the search text has less, or nothing fills a cache by the name of k or v.
+    """
+    if not any(site.family in CACHED for site in subject.sites):
+        raise ValueError(f"context needs matrices of the kinds {' and '.join(CACHED)}, and this model has none")
+    most = getattr(subject.loaded.model.config.get_text_config(), "max_position_embeddings", context)
+    if context > most:
+        raise ValueError(f"context must be at most {most}, what the model has positions for, got {context}")
+    return long_text(subject.loaded.encode, context)
+
+
 def _fingerprint(subject: Subject, data: Sequence[Packed]) -> dict[str, object]:
     """Everything that decides a figure of the table, as plain JSON values."""
     return {
@@ -181,20 +205,20 @@ def _sweep(
     subject: Subject,
     levels: Levels,
     data: Sequence[Packed],
-    tokens: int,
+    kept: Mapping[str, object],
     rows: Sequence[Row],
     console: Console,
 ) -> list[Row]:
     found = list(rows)
     done = {(row.site, row.chi) for row in found}
-    wanted = list(_order(subject.sites, levels))
+    wanted = list(_order([site for site in subject.sites if not kept["context"] or site.family in CACHED], levels))
     missing = [(site, chi) for site, chi in wanted if (site.name, chi) not in done]
     costs: dict[str, dict[int, float]] = {}
     with (
         subject.evaluator("search", sequences=data) as evaluator,
         console.stage("profile", len(wanted), "measurements", len(wanted) - len(missing)) as stage,
     ):
-        folder.write_json(PROFILE, _document(subject, levels, data, tokens, evaluator.dense))
+        folder.write_json(PROFILE, _document(subject, data, kept, evaluator.dense))
         for _, batch in groupby(missing, key=lambda pair: pair[0].block):
             pairs = list(batch)
             scores = evaluator.evaluate([_alone(subject.sites, site, chi) for site, chi in pairs])
@@ -247,13 +271,11 @@ def _row(site: Site, chi: int, predicted: float, score: Score) -> Row:
     )
 
 
-def _document(subject: Subject, levels: Levels, data: Sequence[Packed], tokens: int, dense: Score) -> dict[str, object]:
+def _document(subject: Subject, data: Sequence[Packed], kept: Mapping[str, object], dense: Score) -> dict[str, object]:
     return {
         "format": _FORMAT,
-        "model": subject.loaded.model_id,
         "fingerprint": _fingerprint(subject, data),
-        "tokens": tokens,
-        "levels": asdict(levels),
+        **kept,
         "dense": {
             "perplexity": dense.quality.perplexity,
             "expected_accuracy": dense.expected_accuracy,

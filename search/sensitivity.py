@@ -20,6 +20,7 @@ from search.prior import Sensitivity
 from search.table import csv_text
 
 __all__ = [
+    "CACHED",
     "TOLERABLE",
     "Row",
     "block_by_chi",
@@ -33,6 +34,8 @@ __all__ = [
 
 TOLERABLE = 0.01
 """Nats per token below which a site counts as one that tolerates a χ."""
+CACHED = ("k", "v")
+"""Families whose outputs fill the KV cache."""
 _LEAST = 1e-7  # measured KL is noise below; logarithms start here
 _PERMUTATIONS = 10_000
 _NAMED = 5  # blocks that a summary lists at either end
@@ -145,8 +148,12 @@ def traces(rows: Iterable[Row]) -> dict[str, Sensitivity]:
     }
 
 
-def summary(rows: Sequence[Row], model: str) -> str:
-    """What the table says, in a page: the menu's ranks, fragile and tolerant blocks, and whether depth matters."""
+def summary(rows: Sequence[Row], model: str, context: int | None = None) -> str:
+    """What the table says, in a page: the menu's ranks, fragile and tolerant blocks, and whether depth matters.
+
+    Args:
+        context: length of the text they were measured on, if they are of k and v for the sake of the cache.
+    """
     used = [row for row in rows if row.state == "ok"]
     if not used:
         return f"{model}: nothing measured\n"
@@ -159,6 +166,8 @@ def summary(rows: Sequence[Row], model: str) -> str:
     for family in dict.fromkeys(row.family for row in used):
         of = [row for row in used if row.family == family]
         lines.append(f"  {family:<8} {_correlation(of):6.3f}  ({len(of)} points; {_ratio(of):.2f})")
+    if context:
+        lines += ["", *_cache(used, context)]
     blocks, chis, table = block_by_chi(used)
     if not chis or len(blocks) < 2:
         return "\n".join([*lines, "", "No χ was measured at every site: blocks are not compared."]) + "\n"
@@ -175,6 +184,22 @@ def summary(rows: Sequence[Row], model: str) -> str:
         *_depth(fragility),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cache(rows: Sequence[Row], context: int) -> list[str]:
+    """What the cache keeps where latents stand in it, family by family, and what that costs."""
+    lines = [
+        f"Of the KV cache, on a text of {context} tokens; a low-rank site keeps χ numbers a position instead of all",
+        "its outputs (generate --latent-cache). KL, nats a token: what sites cost one by one, summed over blocks.",
+    ]
+    for family in CACHED:
+        of = [row for row in rows if row.family == family]
+        blocks, chis, table = block_by_chi(of)
+        for chi, kl in zip(chis, table.sum(0), strict=True):
+            share = next(row.relative_chi for row in of if row.chi == chi)
+            worst = blocks[int(table[:, chis.index(chi)].argmax())]
+            lines.append(f"  {family}, χ {chi:<4} keeps {share:4.0%}, KL {kl:.4f}, most of it in block {worst}")
+    return lines
 
 
 def _tolerance(rows: Sequence[Row], blocks: Sequence[int], chi: int, kl: NDArray[np.float64]) -> list[str]:

@@ -135,7 +135,9 @@ def test_half_a_character_waits_for_its_other_half():
 
 
 def test_generate_answers_a_prompt_and_refuses_none(folder, capsys):
-    assert cli.main(["generate", str(folder), "--prompt", "abc", "--tokens", "4", "--quiet"]) == cli.DONE
+    for cache in ([], ["--latent-cache"]):
+        words = ["generate", str(folder), "--prompt", "abc", "--tokens", "4", "--quiet", *cache]
+        assert cli.main(words) == cli.DONE
     assert capsys.readouterr().out.endswith("\n")
     assert cli.main(["generate", str(folder), "--prompt", " "]) == cli.REFUSED
     assert cli.main(["generate", str(folder), "--prompt", "abc", "--tokens", "0"]) == cli.REFUSED

@@ -138,9 +138,27 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_takes_more_levels(
     assert "is another profile: data was" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("fake_data")
+def test_a_long_context_measures_what_fills_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert cli.main(words(out=folder, context="96", chi="2,4", fractions="none")) == cli.DONE
+    found = table(folder)
+    assert {one.family for one in found} == {"k", "v"}
+    assert json.loads((folder / "profile.json").read_text())["dense"]["tokens"] == 95
+    out = capsys.readouterr().out
+    full = next(one.chi / one.relative_chi for one in found)
+    assert f"k, χ 2    keeps {2 / full:4.0%}, KL {sum(o.kl for o in found if (o.family, o.chi) == ('k', 2)):.4f}" in out
+    assert cli.main(["profile", "--resume", str(folder), "--quiet"]) == cli.DONE
+    assert table(folder) == found
+    assert cli.main(["profile", "--resume", str(folder), "--quiet", "--context", "80"]) == cli.REFUSED
+    assert cli.main(words(out=tmp_path / "more", context="9999999")) == cli.REFUSED
+    assert "context must be at most" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(context="9"), "context must be a whole number of at least 64, got 9"),
         (dict(chi="0"), "chi must be whole numbers of at least 1, got 0"),
         (dict(chi="ten"), "chi must be numbers with commas between, START:STOP:STEP, or none, got 'ten'"),
         (dict(chi="90:10:10"), "chi must be numbers"),

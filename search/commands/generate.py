@@ -36,7 +36,8 @@ def run(words: list[str]) -> int:
             from search.models import load_for_use
 
             torch.manual_seed(given["seed"])
-            chat = Chat(load_for_use(given["model"], given["device"]), given["tokens"], given["temperature"])
+            loaded = load_for_use(given["model"], given["device"])
+            chat = Chat(loaded, given["tokens"], given["temperature"], given["latent_cache"])
         if given["prompt"] is not None or not sys.stdin.isatty():
             _say_answer(chat, sys.stdin.read() if given["prompt"] is None else given["prompt"])
         else:
@@ -76,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", metavar="N", type=int, default=256, help="Longest answer. Default: 256.")
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 always takes the likeliest token. Default: 0."
+    )
+    parser.add_argument(
+        "--latent-cache",
+        action="store_true",
+        help="Keep the latents of low-rank k and v instead of keys and values: less memory, more arithmetic.",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="Of drawing tokens. Default: 0.")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:n. Default: auto.")

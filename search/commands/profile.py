@@ -23,7 +23,8 @@ _EXAMPLES = """\
 examples:
   python search.py profile                                  every matrix, χ 10 to 90 and three fractions
   python search.py profile --chi 10,50,90 --fractions none --out results/three
-  python search.py profile --per-head --chi 4:32:4          every attention head by itself"""
+  python search.py profile --per-head --chi 4:32:4          every attention head by itself
+  python search.py profile --context 4096 --chi none        k and v at long context, for the cache"""
 
 IGNORED = (
     "agent",
@@ -48,7 +49,7 @@ def run(words: list[str]) -> int:
     """Returns the exit code."""
     given = parse(_parser(), words)
     shown = Console(quiet=given.pop("quiet"))
-    chi, fractions, tokens = (given.pop(name, None) for name in ("chi", "fractions", "tokens"))
+    chi, fractions, tokens, context = (given.pop(name, None) for name in ("chi", "fractions", "tokens", "context"))
     try:
         config = configuration(given)
         set_threads(config)
@@ -61,7 +62,8 @@ def run(words: list[str]) -> int:
                 profile.FRACTIONS if fractions is None else tuple(levels_text("fractions", fractions, float)),
             )
         with shown:
-            folder, text = profile.profile(config, levels, tokens and whole_numbers("tokens", tokens)[0], shown)
+            sizes = [text and whole_numbers(name, text)[0] for name, text in (("tokens", tokens), ("context", context))]
+            folder, text = profile.profile(config, levels, sizes[0], shown, sizes[1])
     except BaseException as error:
         return explain(error, shown.folder, "profile ")
     print(f"{text}\n{folder}")
@@ -109,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument(
         "--tokens", metavar="N", help="Tokens of the search texts and questions that a measurement reads. Default: 512."
+    )
+    sweep.add_argument(
+        "--context",
+        metavar="N",
+        help="Measure k and v only, on one text of N tokens, and what latents would save of the KV cache.",
     )
     add_fields(parser, without=IGNORED)
     return parser
