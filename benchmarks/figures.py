@@ -1,0 +1,114 @@
+"""The figures of docs/concepts.md and of the README, drawn from what is published in results/.
+
+    python -m benchmarks.figures [--out docs/figures]
+
+No model is needed: bond dimensions and sensitivity traces are those of the published prior of the default job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from benchmarks.report import RESULTS
+from search.prior import Prior
+
+DEFAULT = RESULTS / "priors" / "smollm2-135m-instruct-113m.json"
+FOLDER = RESULTS.parent / "docs" / "figures"
+_SHOWN = (("q", 15), ("v", 15), ("gate", 2), ("gate", 27), ("down", 2), ("down", 27))
+_BLUE, _GREY = "#3b6ea8", "#555555"
+
+
+def mpo(figure: Any) -> None:
+    """A matrix, the same as an MPO of three cores, and as `lowrank`."""
+    axes = figure.subplots(1, 3, width_ratios=(1, 2.4, 1.7))
+    pictures = (
+        ("W", [("", "out", "in")], []),
+        ("mpo3", [("A¹", "o₁", "i₁"), ("A²", "o₂", "i₂"), ("A³", "o₃", "i₃")], ["χ₁", "χ₂"]),
+        ("lowrank", [("A¹", "out", ""), ("A²", "", "in")], ["χ"]),
+    )
+    for axis, (title, cores, bonds) in zip(axes, pictures, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(-0.6, len(cores) - 0.4)
+        axis.set_ylim(-1.15, 1.15)
+        axis.axis("off")
+        for place, (name, above, below) in enumerate(cores):
+            for leg, side in ((above, 1), (below, -1)):
+                if leg:
+                    axis.plot([place, place], [0, 0.75 * side], color=_GREY, lw=1.5, zorder=1)
+                    axis.text(place, 0.95 * side, leg, ha="center", va="center", fontsize=9)
+            axis.scatter([place], [0], s=620, color=_BLUE, zorder=2)
+            axis.text(place, 0, name, ha="center", va="center", color="white", fontsize=9, zorder=3)
+        for place, bond in enumerate(bonds):
+            axis.plot([place, place + 1], [0, 0], color=_BLUE, lw=3, zorder=1)
+            axis.text(place + 0.5, 0.18, bond, ha="center", fontsize=9)
+
+
+def chi(figure: Any) -> None:
+    """What the published schedule keeps of every matrix."""
+    prior = Prior.read(DEFAULT)
+    blocks = sorted({site.block for site in prior.sites})
+    families = list(dict.fromkeys(site.family for site in prior.sites))
+    table = np.full((len(families), len(blocks)), np.nan)
+    for site in prior.sites:
+        kept = site.parameters / (site.shape[0] * site.shape[1])
+        table[families.index(site.family), blocks.index(site.block)] = kept
+    axes = figure.subplots()
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.set_yticks(range(len(families)), families)
+    axes.set_xticks(range(0, len(blocks), 5))
+    axes.set_xlabel("block")
+    figure.colorbar(image, label="kept fraction, 1 is dense")
+
+
+def metric(figure: Any) -> None:
+    """Predicted KL of some matrices alone, by χ."""
+    prior = Prior.read(DEFAULT)
+    axes = figure.subplots()
+    for family, block in _SHOWN:
+        site = next(site for site in prior.sites if (site.family, site.block) == (family, block))
+        trace = site.sensitivity
+        axes.plot([each / min(site.shape) for each in trace.chi], trace.kl, label=f"{family}, block {block}")
+    axes.set_yscale("log")
+    axes.set_xlabel("χ, as a fraction of the full one")
+    axes.set_ylabel("predicted KL, nats per token")
+    axes.legend(fontsize=8)
+
+
+FIGURES: Mapping[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
+    "mpo": (mpo, (6.4, 1.9)),
+    "chi": (chi, (6.4, 2.3)),
+    "metric": (metric, (5.2, 3.0)),
+}
+
+
+def drawn(name: str) -> str:
+    """The SVG of one figure."""
+    from matplotlib.figure import Figure
+
+    draw, size = FIGURES[name]
+    figure, out = Figure(figsize=size, layout="constrained"), io.StringIO()
+    draw(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "chisel", "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", metadata={"Date": None}, facecolor="white")
+    return out.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    matplotlib.use("svg")
+    for name in FIGURES:
+        (folder / f"{name}.svg").write_text(drawn(name), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
