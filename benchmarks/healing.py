@@ -139,7 +139,7 @@ def main() -> None:
         f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept {KEPT} over the sites), {minutes:g} minutes of "
         f"healing at {healed.tokens_per_second:.0f} tokens per second, on text from {options.data}. "
         f"Measured on {counts}. Plan: {plan}.\n\n"
-        f"{markdown(header, lines)}\n\nOn the way, on search text:\n\n{curve}"
+        f"{markdown(header, lines)}\n\nOn the way, on search data:\n\n{curve}"
     )
     first, last = table.rows[0]["encyclopedia"], table.rows[-1]["encyclopedia"]
     gpu = device.type == "cuda"

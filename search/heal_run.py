@@ -29,7 +29,6 @@ from search.heal_data import HealingText, heal_text
 from search.healed_state import HEALED, load_sites_, site_tensors, write_healed
 from search.healing import Healed, HealingPlan, heal_
 from search.models import resolve_device
-from search.packing import packed_text
 from search.prior import Prior
 from search.processes import Processes
 from search.runfolder import CONFIG, PRIOR, environment
@@ -47,6 +46,7 @@ __all__ = [
 ]
 
 _UNFINISHED, _REPAIRED = "unfinished", "repaired"
+_JUDGED = 3000  # tokens
 _TOKENS_A_SECOND = {"cpu": 500, "cuda": 50_000}
 
 
@@ -201,9 +201,8 @@ def text_tokens(plan: HealingPlan, device: torch.device, options: Options) -> in
 
 
 def judge_of(subject: Subject, dense: nn.Module) -> Workload:
-    """Search text, which healing is steered by: neither learned from nor reported on."""
-    chunks = subject.splits.search_text.chunks
-    judge = Workload([packed_text(chunk) for chunk in chunks if len(chunk) > 1][:8], subject.device)
+    """Search texts and questions, which healing is steered by: neither learned from nor reported on."""
+    judge = Workload(subject.mixture(_JUDGED), subject.device)
     judge.reference(dense)
     return judge
 

@@ -333,7 +333,7 @@ class _Healing:
             self.at.tokens, {"heal/loss": float(loss), "heal/gradient norm": norm, "heal/tokens a second": speed}
         )
         self.stage.advance(
-            wanted, f"loss {float(loss):.3f}, KL on search text {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
+            wanted, f"loss {float(loss):.3f}, KL on search data {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
         )
         return ""
 

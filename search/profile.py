@@ -15,7 +15,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def profile(
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])
         tokens = tokens or document.get("tokens", TOKENS)
         context = context or document.get("context")
-        data = [packed_text(_long_text(subject, context))] if context else _sequences(subject, tokens)
+        data = [packed_text(_long_text(subject, context))] if context else subject.mixture(tokens)
         _refuse_another(folder.path, document, _fingerprint(subject, data))
         levels = levels or _levels(document)
         folder.write_text(CONFIG, config.to_json())
@@ -162,17 +162,6 @@ def _levels(document: Mapping[str, Any]) -> Levels:
 def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping[str, object]) -> None:
     if document and document["fingerprint"] != expected:
         raise ValueError(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
-
-
-def _sequences(subject: Subject, tokens: int) -> list[Packed]:
-    """Texts and questions of the search sets in turn, as many as `tokens` allow and at least one of each."""
-    every = [sequence for shard in subject.shards("search") for sequence in shard]
-    texts, items = ([one for one in every if bool(one.branches) == scored] for scored in (False, True))
-    taken: list[Packed] = []
-    for sequence in (one for pair in zip_longest(texts, items) for one in pair if one is not None):
-        if len(taken) < 2 or sum(len(one.tokens) for one in taken) + len(sequence.tokens) <= tokens:
-            taken.append(sequence)
-    return taken
 
 
 def _long_text(subject: Subject, context: int) -> tuple[int, ...]:

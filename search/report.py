@@ -215,7 +215,7 @@ def _healing(run: Run) -> Section | None:
     if not any(curves.values()):
         return None
     data = [{"healing": name, **look} for name, document in run.healings.items() for look in document["looks"]]
-    text = "KL on search text while cores and norms are trained towards the dense model."
+    text = "KL on search data while cores and norms are trained towards the dense model."
     outlooks = [f"{document['outlook']}." for document in run.healings.values() if document.get("outlook")]
     figure = line_chart(curves, "thousand tokens", "KL, nats per token")
     return Section("Healing", " ".join([text, *outlooks]), figure, data)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -89,6 +90,16 @@ class Subject:
                 rest = dealt[config.search_shards :]
                 dealt = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
         return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
+
+    def mixture(self, tokens: int) -> list[Packed]:
+        """Texts and questions of the search shards in turn, as many as `tokens` allow and at least one of each."""
+        every = [sequence for shard in self.shards("search") for sequence in shard]
+        texts, items = ([one for one in every if bool(one.branches) == scored] for scored in (False, True))
+        taken: list[Packed] = []
+        for sequence in (one for pair in zip_longest(texts, items) for one in pair if one is not None):
+            if len(taken) < 2 or sum(len(one.tokens) for one in taken) + len(sequence.tokens) <= tokens:
+                taken.append(sequence)
+        return taken
 
     @property
     def identity(self) -> dict[str, object]:
