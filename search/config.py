@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from search.strict_json import read_object
 
-__all__ = ["AGENTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
+__all__ = ["AGENTS", "EXPORTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
 
 OptimizeFor = Literal["memory", "latency"]
 ProxyForm = Literal["answer", "letter"]
+Export = Literal["none", "hf", "dense", "gguf-ready"]
 Granularity = Literal["block", "family", "site", "head", "block+family"]
 
 AGENTS = (
@@ -42,6 +43,7 @@ AGENTS = (
     "uniform",
 )
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
+EXPORTS: tuple[str, ...] = get_args(Export)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
@@ -59,6 +61,7 @@ QUICK: Mapping[str, int | float] = {
 
 _FREE = (
     *("budget", "quick", "threads", "optimize", "prior", "heal_minutes", "out", "resume"),
+    *("benchmark_items", "export"),
     *("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout"),
 )
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
@@ -254,6 +257,23 @@ class Config(BaseModel):
         "What the compressed layers are timed for: memory keeps only what is stored, latency also keeps merged or "
         "padded weights where that is faster.",
         "GOAL",
+    )
+    benchmark_items: int = _field(
+        0,
+        "output",
+        "a whole number from 0 to 100000",
+        "Items, two or more, of each of eight benchmarks on which the run's models are measured at the end; 0 leaves "
+        "that out. Needs "
+        "the extra benchmark. The command benchmark does it later.",
+        ge=0,
+        le=100_000,
+    )
+    export: Export = _field(
+        "none",
+        "output",
+        _one_of(EXPORTS),
+        "What of the resulting model is written into the run's folder, see the command export, which does it later.",
+        "FORM",
     )
     quick: bool = _field(
         False,

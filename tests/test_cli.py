@@ -38,7 +38,9 @@ def pipeline(monkeypatch, tmp_path):
     module.run, module.plan = run, plan
     packages = types.ModuleType("search.packages")
     packages.DataUnavailable, packages.fetch = DataUnavailable, lambda: tmp_path / "cache"
-    for name, stand_in in (("pipeline", module), ("packages", packages)):
+    finish = types.ModuleType("search.finish")
+    finish.check, finish.finish = lambda config: None, lambda folder, config, console: []
+    for name, stand_in in (("pipeline", module), ("packages", packages), ("finish", finish)):
         monkeypatch.setitem(sys.modules, f"search.{name}", stand_in)
         monkeypatch.setattr(search, name, stand_in, raising=False)
     monkeypatch.delenv("CHISEL_TRACEBACK", raising=False)
@@ -64,9 +66,9 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     texts = dict(
         agent="random", granularity="family", out="o", model="m", proxy="sciq", proxy_form="letter", device="cpu"
     )
-    texts["optimize"] = "latency"
+    texts |= dict(optimize="latency", export="hf")
     sizes = dict(calibration_tokens=600, search_items=3, search_text_tokens=100, search_shards=2)
-    sizes |= dict(heldout_tokens=101, report_items=4, repair_tokens=512, heal_minutes=0.5)
+    sizes |= dict(heldout_tokens=101, report_items=4, repair_tokens=512, heal_minutes=0.5, benchmark_items=5)
     weights = dict(kl_weight=2.0, correct_weight=0.0, compression_weight=0.5, bytes_weight=0.1, latency_weight=0.2)
     sizes["reward_repair_tokens"] = 256
     where = dict(evaluators="4", gpus_per_evaluator=0.5, ray_address="head:6379", trial_timeout=9.5)

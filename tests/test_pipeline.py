@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sqlite3
@@ -458,3 +459,22 @@ def test_trials_can_be_scored_after_a_repair_and_by_time(tmp_path: Path) -> None
     assert [trial[2] for trial in plain] != [trial[2] for trial in repaired]
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'repaired' / 'study.db'}")
     assert all(trial.user_attrs["time_fraction"] > 0 for trial in study.trials)
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("search.finish.TASKS", ("arc_easy", "boolq"))
+    ends = dict(out=tmp_path / "run", budget=0, agent="lagrangian", benchmark_items=2, export="hf")
+    assert cli.main(words(**ends)) == cli.DONE
+    out = capsys.readouterr().out
+    assert out.index("uniform-plain") < out.index("boolq") < out.index("load it with")
+    rows = list(csv.DictReader((tmp_path / "run" / "benchmarks.csv").read_text().splitlines()))
+    assert {row["model"] for row in rows} == {"dense", "uniform", "lagrangian", "searched", "healed"}
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
+    assert "boolq" in (tmp_path / "run" / "report.html").read_text()
+    refused = words(out=tmp_path / "other", benchmark_items=1)
+    assert cli.main(refused) == cli.REFUSED
+    assert "samples must be at least 2, got 1" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

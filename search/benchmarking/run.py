@@ -29,7 +29,7 @@ from search.packages import cache_folder
 from search.runfolder import CONFIG, RESULTS, RunFolder, environment, finite, write_whole
 from search.table import Column, csv_text, text_table
 
-__all__ = ["BENCHMARKS", "Request", "Result", "benchmark"]
+__all__ = ["BENCHMARKS", "Request", "Result", "benchmark", "check_request"]
 
 BENCHMARKS = "benchmarks"
 """Name of the CSV and JSON files of a run."""
@@ -121,7 +121,7 @@ def benchmark(request: Request, console: Console) -> Result:
         ValueError: refused input, or lm-eval is not installed.
         DataUnavailable: data or a model cannot be had.
     """
-    _check(request)
+    check_request(request)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
     field = contestants(request.models, request.schedules, device, console)
@@ -223,8 +223,12 @@ def _described(selection: Selection) -> dict[str, object]:
     }
 
 
-def _check(request: Request) -> None:
-    """Refuse what can be refused before anything is read."""
+def check_request(request: Request) -> None:
+    """Refuse what can be refused before anything is read.
+
+    Raises:
+        ValueError: no model, too few samples, an unknown source, or lm-eval is not installed.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("benchmarks need lm-eval, which is not installed: pip install 'chisel-prior[benchmark]'")
     if not request.models:

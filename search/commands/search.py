@@ -90,17 +90,22 @@ def start(given: dict[str, Any]) -> int:
     try:
         config = configuration(given)
         set_threads(config)
-        from search import pipeline
+        from search import finish, pipeline
 
+        finish.check(config)
         if dry_run:
             plan: Mapping[str, object] = pipeline.plan(config)
             print(json_text(plan) if as_json else lines_text(plan))
             return DONE
         with shown:
             summary: Summary = pipeline.run(config, shown)
+        print(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}")
+        with shown:
+            more = finish.finish(summary.folder, config, shown)
     except BaseException as error:
         return explain(error, shown.folder)
-    print(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}\n{summary.folder}")
+    if not as_json:
+        print(*more, summary.folder, sep="\n")
     if summary.failures:
         complain(f"finished, but {summary.failures} failed: see {summary.folder}")
     return FAILURES if summary.failures else DONE
