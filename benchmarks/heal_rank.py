@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.healing import CORPORA, KEPT, Table
 from benchmarks.report import Bar, markdown, publish
@@ -28,7 +27,7 @@ from search.config import Config
 from search.console import Console
 from search.heal_run import Options, heal_subject_
 from search.sensitivity import rank_correlation
-from search.subject import Subject, load
+from search.subject import Subject
 
 STATES = ("decomposed", "repaired", "healed")
 _SPREADS = (0.1, 0.2, 0.4, 0.8)  # standard deviation of the log weight of a block, and of a kind
@@ -107,9 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.quick
     config = Config(target_kept=KEPT, repair_tokens=512 if quick else Config().repair_tokens)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, sites = load(config, device)
-    subject = Subject.of(config, loaded, sites, device)
+    subject = Subject.open(config)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="heal-rank-"))
     folder.mkdir(parents=True, exist_ok=True)
     options = Options(minutes=None, tokens=arguments.tokens or (2048 if quick else 60_000))
@@ -120,7 +117,7 @@ def main() -> None:
         record = folder / f"{schedule.digest[:16]}-{config.repair_tokens}-{plan.length}.json"
         if not record.exists():
             del table.rows[1:]
-            with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
+            with ScheduleApplier(subject.loaded.model, subject.store, packed=True) as applier:
                 applier.apply_(schedule)
                 table.score_as_is(schedule)
             with Console() as console:

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 from benchmarks.report import Bar, markdown, publish
 from compression import Schedule, ScheduleApplier, lagrangian, to_schedule
 from compression.sites import model_parameters
@@ -33,7 +31,7 @@ from search.packing import packed_text
 from search.quality import Quality
 from search.scoring import Workload
 from search.stages import CHUNK_TOKENS, workload_sequences
-from search.subject import Subject, load
+from search.subject import Subject
 
 KEPT = 0.618
 TASKS = ("arc_easy", "piqa", "sciq", "hellaswag", "boolq", "mmlu")
@@ -99,18 +97,16 @@ def main() -> None:
     quick = arguments.quick
     minutes = arguments.minutes or (1.0 if quick else 30.0)
     config = Config(target_kept=KEPT, repair_tokens=4096 if quick else Config().repair_tokens)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, sites = load(config, device)
-    subject = Subject.of(config, loaded, sites, device)
+    subject = Subject.open(config)
     menu = subject.store.menu()
     schedule = to_schedule(menu, lagrangian(menu, math.floor(KEPT * menu.dense_parameters)))
     table = Table(
         subject, arguments.heldout_tokens or (512 if quick else 4096), arguments.items or (8 if quick else 200)
     )
-    with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
+    with ScheduleApplier(subject.loaded.model, subject.store, packed=True) as applier:
         applier.apply_(schedule)
         table.score_as_is(schedule)
-        parameters = model_parameters(loaded.model)
+        parameters = model_parameters(subject.loaded.model)
     names = ("rate", "batch_tokens", "pass_tokens", "data", "text_tokens")
     options = Options(minutes=minutes, **{name: getattr(arguments, name) for name in names})
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="healing-"))
@@ -137,12 +133,12 @@ def main() -> None:
     )
     body = (
         f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept {KEPT} over the sites), {minutes:g} minutes of "
-        f"healing at {healed.tokens_per_second:.0f} tokens per second, on text from {options.data}. "
+        f"healing at {healed.tokens_per_second:.0f} tokens per second, with `--data {options.data}`. "
         f"Measured on {counts}. Plan: {plan}.\n\n"
         f"{markdown(header, lines)}\n\nOn the way, on search data:\n\n{curve}"
     )
     first, last = table.rows[0]["encyclopedia"], table.rows[-1]["encyclopedia"]
-    gpu = device.type == "cuda"
+    gpu = subject.device.type == "cuda"
     bars = [
         Bar("healed_kl", last.kl, "<=", 0.75),
         Bar("perplexity_over_dense", last.perplexity / first.perplexity, "<=", _allowed(minutes, gpu)),

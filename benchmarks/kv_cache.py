@@ -29,7 +29,7 @@ from search.config import Config
 from search.corpora import load_prose, regions
 from search.latent_cache import cache_bytes, latent_cache, plain_cache
 from search.sharding import sharing_copy
-from search.subject import Subject, load
+from search.subject import Subject
 
 _STEPS, _ROUNDS = 8, 3
 _PIECE = 512  # positions whose logits are there at once
@@ -119,22 +119,21 @@ def main() -> None:
     given = parser.parse_args()
     contexts: Sequence[int] = given.contexts or ([512] if given.quick else [4096, 8192])
     config = Config(target_kept=given.kept)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, sites = load(config, device)
-    subject = Subject.of(config, loaded, sites, device)
+    subject = Subject.open(config)
+    model = subject.loaded.model
     menu = subject.store.menu()
     schedule = to_schedule(menu, lagrangian(menu, math.floor(given.kept * menu.dense_parameters)))
     texts = _texts(subject, max(contexts) + _STEPS, given.texts or (1 if given.quick else 2))
-    dense = sharing_copy(loaded.model)
+    dense = sharing_copy(model)
     parts = []
-    with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
+    with ScheduleApplier(model, subject.store, packed=True) as applier:
         applier.apply_(schedule)
         rows: list[list[object]] = []
         for context in contexts:
             sides = [
                 Side("dense", dense, False),
-                Side("compressed", loaded.model, False),
-                Side("compressed, latents", loaded.model, True),
+                Side("compressed", model, False),
+                Side("compressed, latents", model, True),
             ]
             for _ in range(1 if given.quick else _ROUNDS):
                 for side in sides:
@@ -142,9 +141,9 @@ def main() -> None:
             rows += [_row(side, sides, context) for side in sides]
         header = ["side", "context", "cache bytes a token", "of dense", "prefill tok/s", "decode tok/s", "of dense"]
         parts.append(markdown([*header, "logits from plain, at most"], rows))
-        kl = torch.stack([divergences(dense, loaded.model, ids) for ids in texts])
+        kl = torch.stack([divergences(dense, model, ids) for ids in texts])
         parts.append(markdown(["position", "places", "KL, nats per token"], by_position(kl)))
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     intro = (
         f"SmolLM2-135M-Instruct, {dtype}, at kept {given.kept} over the sites by the closed form, neither repaired nor "
         f"healed. {len(texts)} texts of {max(contexts):,} tokens; speeds are medians."

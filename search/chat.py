@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from search.latent_cache import latent_cache, plain_cache
+from search.latent_cache import latent_cache
 from search.models import LoadedModel
 
 __all__ = ["Chat", "Spoken"]
@@ -54,7 +54,7 @@ class Chat:
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
-        with latent_cache(model) if self.latent else nullcontext(plain_cache(model)) as cache:
+        with latent_cache(model) if self.latent else nullcontext() as cache:
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -16,7 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from search.strict_json import read_object
 
-__all__ = ["AGENTS", "EXPORTS", "GRANULARITIES", "PROXIES", "PROXY_FORMS", "QUICK", "Config", "nearest", "read_fields"]
+__all__ = [
+    "AFTERWARDS",
+    "AGENTS",
+    "EXPORTS",
+    "GRANULARITIES",
+    "PROXIES",
+    "PROXY_FORMS",
+    "QUICK",
+    "Config",
+    "nearest",
+    "read_fields",
+]
 
 OptimizeFor = Literal["memory", "latency"]
 ProxyForm = Literal["answer", "letter"]
@@ -64,6 +75,8 @@ _FREE = (
     *("benchmark_items", "export"),
     *("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout"),
 )
+AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
+"""Fields of what a run does with the schedule it has found."""
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
 
 
@@ -263,8 +276,7 @@ class Config(BaseModel):
         "output",
         "a whole number from 0 to 100000",
         "Items, two or more, of each of eight benchmarks on which the run's models are measured at the end; 0 leaves "
-        "that out. Needs "
-        "the extra benchmark. The command benchmark does it later.",
+        "that out. Needs the extra benchmark. The command benchmark does it later.",
         ge=0,
         le=100_000,
     )
@@ -272,7 +284,7 @@ class Config(BaseModel):
         "none",
         "output",
         _one_of(EXPORTS),
-        "What of the resulting model is written into the run's folder, see the command export, which does it later.",
+        "In which form the resulting model is written into the run's folder. The command export does it later.",
         "FORM",
     )
     quick: bool = _field(

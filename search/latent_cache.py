@@ -26,7 +26,11 @@ _TOLERANCE = 0.02  # of the largest logit, in the arithmetic of bfloat16
 
 
 class LatentCache(Cache):  # type: ignore[misc]
-    """What `latent_cache` yields: a cache of one layer a block; for passes with this cache only."""
+    """What `latent_cache` yields: a cache of one layer a block.
+
+    Attributes:
+        active: whether the pass that is being made uses it.
+    """
 
     def __init__(self, model: Any) -> None:
         base = model.base_model
@@ -41,6 +45,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         self._rotary = rotary
         self._positions: torch.Tensor | None = None
         self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.active = False
         layers = [_Layer(attentions[number], self) for number in range(len(attentions))]
         super().__init__(layers=layers)
         self._hooks = [
@@ -48,7 +53,6 @@ class LatentCache(Cache):  # type: ignore[misc]
             rotary.register_forward_hook(self._rotate, with_kwargs=True),
             *(layer.k.register_forward_hook(layer.catch) for layer in layers),
         ]
-        self._active = False
 
     @property
     def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,23 +78,17 @@ class LatentCache(Cache):  # type: ignore[misc]
             hook.remove()
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._active = keywords.get("past_key_values") is self
+        self.active = keywords.get("past_key_values") is self
 
     def _rotate(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object) -> None:
-        if self._active:
+        if self.active:
             hidden, *rest = arguments
-            positions = keywords["position_ids"] if "position_ids" in keywords else rest[0]
-            earlier = self._positions
-            if earlier is not None and len(earlier) != len(positions):
-                earlier = earlier.expand(len(positions), -1) if len(earlier) == 1 else earlier
-                positions = positions.expand(len(earlier), -1)
-            self._positions = positions if earlier is None else torch.cat((earlier, positions), dim=1)
+            parts = [keywords["position_ids"] if "position_ids" in keywords else rest[0]]
+            if self._positions is not None:
+                parts.insert(0, self._positions)
+            rows = max(map(len, parts))  # one row stands for all where they agree
+            self._positions = torch.cat([part.expand(rows, -1) for part in parts], dim=1)
             self._rotation = module.forward(hidden, self._positions)
-
-    @property
-    def active(self) -> bool:
-        """Whether the pass that is being made uses this cache."""
-        return self._active
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
@@ -115,7 +113,8 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         new = _kept(self.k, self._caught), _kept(self.v, value_states.transpose(1, 2).flatten(2))
         self._caught = None
         kept = super().update(new[0].unsqueeze(1), new[1].unsqueeze(1))
-        shape = (*self._rows(kept[0]), key_states.shape[1], key_states.shape[3])
+        batch, _, positions, _ = kept[0].shape
+        shape = (batch, positions, key_states.shape[1], key_states.shape[3])
         keys = _whole(self.k, kept[0].squeeze(1)).view(shape)
         norm = getattr(self.attention, "k_norm", None)
         keys = (keys if norm is None else norm(keys)).transpose(1, 2)
@@ -123,10 +122,6 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         first, second = keys.chunk(2, dim=-1)
         rotated = keys * cosines + torch.cat((-second, first), dim=-1) * sines
         return rotated, _whole(self.v, kept[1].squeeze(1)).view(shape).transpose(1, 2)
-
-    @staticmethod
-    def _rows(kept: torch.Tensor) -> tuple[int, int]:
-        return kept.shape[0], kept.shape[2]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from search.config import Config
 from search.corpora import Splits, build_splits
 from search.evaluators import REUSE_BYTES, ModelEvaluator
 from search.latency import SiteTimes
-from search.models import LoadedModel, head_size, load_model
+from search.models import LoadedModel, head_size, load_model, resolve_device
 from search.packages import cache_folder
 from search.packing import Packed
 from search.scoring import Workload
@@ -74,6 +74,16 @@ class Subject:
         cache = FactorCache(cache_folder() / "factors")
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
         return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
+
+    @classmethod
+    def open(cls, config: Config) -> Subject:
+        """The model that a configuration names, on its device, with its data.
+
+        Raises:
+            ValueError, DataUnavailable: as `load` and `of`.
+        """
+        device = resolve_device(config.device)
+        return cls.of(config, *load(config, device), device)
 
     def shards(self, part: str) -> list[list[Packed]]:
         """What is scored: "search" in trials, by shard, "selection" among finalists, "heldout" in the final table."""

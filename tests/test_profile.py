@@ -167,6 +167,7 @@ def test_a_long_context_measures_what_fills_the_cache(tmp_path: Path, capsys: py
         (dict(chi="none", fractions="none"), "chi or fractions must name a level"),
         (dict(tokens="9"), "tokens must be a whole number of at least 64, got 9"),
         (dict(budget="9"), "unknown argument '--budget'"),
+        (dict(heal_minutes="1"), "unknown argument '--heal-minutes'"),
     ],
 )
 def test_a_mistake_is_refused_before_any_work(

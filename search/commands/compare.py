@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from search.config import AFTERWARDS
 from search.console import Console
 from search.failures import DONE, explain
 from search.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
@@ -62,5 +63,5 @@ def _parser() -> argparse.ArgumentParser:
         default="0,1,2",
         help="Of the agents; --seed is that of the data. Default: 0,1,2.",
     )
-    add_fields(parser, without=("agent", "policy", "prior"))
+    add_fields(parser, without=("agent", "policy", "prior", *AFTERWARDS))
     return parser

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
+from search.config import AFTERWARDS
 from search.console import Console
 from search.failures import DONE, explain
 from search.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
@@ -39,8 +40,7 @@ IGNORED = (
     "bytes_weight",
     "latency_weight",
     "reward_repair_tokens",
-    "repair_tokens",
-    "optimize",
+    *AFTERWARDS,
 )
 """Fields of a run that a sweep has no use for."""
 
