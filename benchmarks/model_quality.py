@@ -67,12 +67,13 @@ class Bench:
     def of(cls, subject: Subject, fitted_families: Sequence[str]) -> Bench:
         held, model = subject.splits.heldout_text, subject.loaded.model
 
-        def workload(chunks: Sequence[Sequence[int]]) -> Workload:
-            made = Workload(workload_sequences(subject.loaded, [], "mmlu", "answer", chunks), subject.device)
+        def workload(corpus: str) -> Workload:
+            text = [(name, chunk) for name, chunk in held.labelled if name == corpus]
+            made = Workload(workload_sequences(subject.loaded, [], "mmlu", "answer", text), subject.device)
             made.reference(model)
             return made
 
-        corpora = {"prose": workload(held.prose), "exam": workload(held.exam)}
+        corpora = {corpus: workload(corpus) for corpus in ("prose", "exam")}
         return cls(subject, fitted_families, corpora)
 
     @cached_property

@@ -55,6 +55,11 @@ class Text:
         return self.prose + self.exam
 
     @property
+    def labelled(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The same, each behind the name of its corpus, "prose" or "exam"."""
+        return tuple(("prose", chunk) for chunk in self.prose) + tuple(("exam", chunk) for chunk in self.exam)
+
+    @property
     def tokens(self) -> int:
         """How many tokens in all."""
         return sum(map(len, self.chunks))

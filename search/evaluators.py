@@ -87,15 +87,13 @@ class Score:
         own = {name: getattr(self, name) for name in _OWN}
         row = own | {name: value for name, value in self.quality.scalars().items() if name != "state"}
         row |= asdict(self.size)
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
+        return _plain(row)
 
     def to_row(self, schedule: str) -> dict[str, object]:
         """The same as a row of a final table; standard errors under the names that `search.table` knows."""
         figures = {key.replace("standard_error", "stderr"): value for key, value in self.to_dict().items()}
-        return {"schedule": schedule, **figures}
+        corpora = {f"perplexity_{name}": value for name, value in self.quality.perplexity_by_corpus}
+        return {"schedule": schedule, **figures, **_plain(corpora)}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Score:
@@ -108,6 +106,13 @@ class Score:
         quality = Quality(**{**pick(Quality), "state": "ok" if row["state"] == "ok" else "nonfinite"})
         own = {name: row[name] for name in _OWN if row.get(name) is not None}
         return cls(quality=quality, size=Size(**pick(Size)), **own)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for numbers that are not finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 Outcome = TypeVar("Outcome")

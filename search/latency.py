@@ -27,6 +27,7 @@ __all__ = ["Latency", "SiteTimes", "against_dense", "decode", "prefill", "timed"
 Modules = Mapping[str, nn.Module]
 
 _PROMPT, _ROUNDS, _STEPS = 512, 5, 24
+_DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -58,29 +59,44 @@ class Latency:
 
 
 def against_dense(
-    model: Any, store: FactorStore, schedule: Schedule, optimize: Optimize, costs: Path | None
-) -> Latency | None:
-    """Time a schedule; None if it leaves the model dense. The model is dense again afterwards.
+    model: Any, store: FactorStore, schedules: Mapping[str, Schedule], optimize: Optimize, costs: Path | None
+) -> dict[str, Latency]:
+    """Time schedules, all in the same rounds; those that leave the model dense are left out.
+
+    The model is dense again afterwards.
 
     Args:
         costs: the planner's file of measured costs, see `compression.planner.Planner`; for "latency" what it does not
             know is measured, which takes a minute or two the first time, for "memory" it is estimated.
     """
-    names = [name for name, choice in schedule if not choice.is_dense]
+    compressed = {side: one for side, one in schedules.items() if not all(choice.is_dense for _, choice in one)}
+    names = {name for one in compressed.values() for name, choice in one if not choice.is_dense}
     if not names:
-        return None
+        return {}
     device = next(model.parameters()).device
     prompt = min(_PROMPT, getattr(model.config, "max_position_embeddings", None) or _PROMPT)
-    dense = {name: model.get_submodule(name) for name in names}
+    planner = Planner(optimize, costs, measure=optimize == "latency")
+    sides = {_DENSE: {name: model.get_submodule(name) for name in names}}
     with torch.no_grad(), ScheduleApplier(model, store, packed=True) as applier:
-        applier.apply_(schedule)
-        planned = Planner(optimize, costs, measure=optimize == "latency").plan_(model)
-        sides = {"dense": dense, "compressed": {name: model.get_submodule(name) for name in names}}
-        times = [prefill(model, sides, prompt, _ROUNDS, device), decode(model, sides, _STEPS, device)]
-    prefilled, decoded = (
-        median(mine / other for mine, other in zip(each["compressed"], each["dense"], strict=True)) for each in times
-    )
-    return Latency(optimize, prefilled, decoded, prompt, planned.stored_bytes, planned.resident_bytes)
+        planned = {}
+        for side, schedule in compressed.items():
+            applier.apply_(schedule)
+            planned[side] = planner.plan_(model)
+            sides[side] = {name: model.get_submodule(name) for name in names}
+        prefilled = _over_dense(prefill(model, sides, prompt, _ROUNDS, device))
+        decoded = _over_dense(decode(model, sides, _STEPS, device))
+    return {
+        side: Latency(optimize, prefilled[side], decoded[side], prompt, of.stored_bytes, of.resident_bytes)
+        for side, of in planned.items()
+    }
+
+
+def _over_dense(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median over rounds of each side's time over the dense one's in the same round."""
+    return {
+        side: median(mine / dense for mine, dense in zip(each, times[_DENSE], strict=True))
+        for side, each in times.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,17 +26,19 @@ class Packed:
         prefix: length of the prefix; equal to the number of tokens for plain text.
         branches: per branch (start, stop, first scored), positions in `tokens`.
         answer: index of the correct branch, or None for text.
+        corpus: name of what a text is from, for figures of its own; empty for none.
     """
 
     tokens: tuple[int, ...]
     prefix: int
     branches: tuple[tuple[int, int, int], ...] = ()
     answer: int | None = None
+    corpus: str = ""
 
 
-def packed_text(tokens: Sequence[int]) -> Packed:
+def packed_text(tokens: Sequence[int], corpus: str = "") -> Packed:
     """Plain text: every token after the first is scored."""
-    return Packed(tuple(tokens), len(tokens))
+    return Packed(tuple(tokens), len(tokens), corpus=corpus)
 
 
 def packed_item(encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int) -> Packed:

@@ -28,13 +28,24 @@ from search.evaluators import Score
 from search.heal_run import Options, heal_subject_
 from search.healed_state import HEALED
 from search.items import forms, load_proxy
-from search.latency import against_dense
+from search.latency import Latency, against_dense
 from search.models import resolve_device
 from search.packages import cache_folder
 from search.prior_making import build_prior
 from search.quality import paired_kl
 from search.report import REPORT, report
-from search.runfolder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TRIALS, RunFolder, environment, refuse_used
+from search.runfolder import (
+    CONFIG,
+    ENVIRONMENT,
+    PRIOR,
+    STUDY,
+    SUMMARY,
+    TABLE,
+    TRIALS,
+    RunFolder,
+    environment,
+    refuse_used,
+)
 from search.search_pool import check_evaluators, search_pool
 from search.subject import Subject, load, smallest_parameters
 from search.table import csv_text
@@ -55,6 +66,7 @@ from search.warm_start import read_prior, warm_start
 
 __all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
 
+_TIMED = ("uniform", "lagrangian", "searched")
 _REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
 
@@ -222,13 +234,16 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     schedules = {**baselines, "lagrangian": closed_form}
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
-    scores = _measure(subject, {**schedules, "searched": chosen}, chosen, folder / HEALED, console)
+    schedules["searched"] = chosen
+    scores = _measure(subject, schedules, chosen, folder / HEALED, console)
     with console.stage("time"):
         costs = cache_folder() / "layer-costs.json"
-        latency = against_dense(subject.loaded.model, subject.store, chosen, config.optimize, costs)
+        timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
+        latencies = against_dense(subject.loaded.model, subject.store, timed, config.optimize, costs)
+    latency = latencies.get("searched")
     if latency:
         console.note(f"searched: {latency}")
-    rows = [score.to_row(name) for name, score in scores.items()]
+    rows = [score.to_row(name) | _speed(name, latencies) for name, score in scores.items()]
     comparison = _comparison(scores)
     if comparison:
         console.note(
@@ -254,6 +269,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "environment": environment(),
     }
     folder.write_json(SUMMARY, document)
+    folder.write_text(TABLE, csv_text(rows))
     prior = build_prior(config, subject.loaded, menu, chosen, rows, subject.splits)
     folder.write_text(PRIOR, prior.to_json())
     folder.write_text(REPORT, report([folder.path]))
@@ -326,6 +342,12 @@ def _comparison(scores: Mapping[str, Score]) -> dict[str, object]:
     if searched.state != "ok" or closed.state != "ok":
         return {}
     return dataclasses.asdict(paired_kl(searched, closed))
+
+
+def _speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:
+    """Times over dense of a row of the table; repair and healing leave the shapes of the searched schedule."""
+    found = latencies.get("searched" if row in ("repaired", "healed") else row)
+    return {"prefill_ratio": found.prefill_ratio, "decode_ratio": found.decode_ratio} if found else {}
 
 
 def _stays_dense(sites: Sequence[Site]) -> dict[str, str]:

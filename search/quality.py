@@ -27,6 +27,7 @@ class Quality:
         items, tokens: how many were scored.
         kl_by_sequence, tokens_by_sequence: sums and counts per sequence, for paired comparisons.
         correct_by_item: P(correct) per item, for paired comparisons.
+        perplexity_by_corpus: (corpus, perplexity) for every corpus that texts name.
     """
 
     state: str = "nonfinite"
@@ -44,6 +45,7 @@ class Quality:
     kl_by_sequence: tuple[float, ...] = field(default=(), repr=False)
     tokens_by_sequence: tuple[int, ...] = field(default=(), repr=False)
     correct_by_item: tuple[float, ...] = field(default=(), repr=False)
+    perplexity_by_corpus: tuple[tuple[str, float], ...] = ()
 
     def scalars(self) -> dict[str, Any]:
         """The single figures, without the per-sequence tuples."""

@@ -128,7 +128,10 @@ def _table(run: Run) -> Section | None:
     if not run.rows:
         return None
     comparison = run.summary.get("searched_against_lagrangian_kl") or {}
-    text = "KL and perplexity on held-out text, accuracy on questions that no trial saw; ± is one standard error."
+    text = (
+        "KL and perplexity on held-out text, accuracy on questions that no trial saw; ± is one standard error. "
+        "Prefill and decode are times over the dense model's."
+    )
     if comparison:
         text += (
             f" Searched minus lagrangian: {comparison['value']:+.4f} ± {comparison['standard_error']:.4f} nats per"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from search.table import Column
+from search.table import Column, occurring
 
 __all__ = ["Section", "page", "table"]
 
@@ -32,7 +32,8 @@ class Section:
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> str:
-    """Rows as an HTML table that scrolls sideways where it does not fit."""
+    """Rows as an HTML table that scrolls sideways where it does not fit; columns that no row has are left out."""
+    columns = occurring(rows, columns)
     head = "".join(f"<th{_kind(column)}>{escape(column.title)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td{_kind(column)}>{escape(column.show(row))}</td>" for column in columns) + "</tr>"

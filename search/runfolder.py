@@ -33,6 +33,7 @@ __all__ = [
     "RESULTS",
     "STUDY",
     "SUMMARY",
+    "TABLE",
     "TRIALS",
     "RunFolder",
     "environment",
@@ -46,6 +47,7 @@ ENVIRONMENT = "environment.json"
 PRIOR = "prior.json"
 STUDY = "study.db"
 SUMMARY = "summary.json"
+TABLE = "summary.csv"
 TRIALS = "trials.csv"
 
 RESULTS = Path("results")

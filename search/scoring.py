@@ -233,8 +233,12 @@ class Workload:
             kl_by_sequence=tuple(totals["kl"].tolist()),
             tokens_by_sequence=tuple(int(value) for value in tokens.tolist()),
         )
-        if float(totals["scored"].sum()) > 0:
-            quality = replace(quality, perplexity=_exp(float(totals["nll"].sum() / totals["scored"].sum())))
+        corpora = dict.fromkeys(sequence.corpus for sequence in self.sequences if sequence.corpus)
+        quality = replace(
+            quality,
+            perplexity=_perplexity(totals, used),
+            perplexity_by_corpus=tuple((name, _perplexity(totals, self._of(name))) for name in corpora),
+        )
         items = [
             (choices[start:stop], sequence.answer)
             for sequence, seen, start, stop in zip(
@@ -261,6 +265,10 @@ class Workload:
             margin=sum(margins) / max(1, len(margins)),
             correct_by_item=tuple(correct.tolist()),
         )
+
+    def _of(self, corpus: str) -> torch.Tensor:
+        """Whether each sequence is of a corpus."""
+        return torch.tensor([sequence.corpus == corpus for sequence in self.sequences])
 
     def _batch(self, rows: list[list[int]], device: torch.device) -> _Batch:
         length = max(sum(len(self.sequences[number].tokens) for number in row) for row in rows)
@@ -317,5 +325,10 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     return starts
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def _perplexity(totals: dict[str, torch.Tensor], of: torch.Tensor) -> float:
+    """Over the tokens of the texts among some sequences; NaN where there are none."""
+    count = float(totals["scored"][of].sum())
+    if not count:
+        return math.nan
+    loss = float(totals["nll"][of].sum()) / count
+    return math.exp(loss) if loss < 700 else math.inf

@@ -99,9 +99,12 @@ def factor_store(
 
 
 def workload_sequences(
-    loaded: LoadedModel, items: Iterable[Item], proxy: str, form: str, text: Iterable[Sequence[int]]
+    loaded: LoadedModel, items: Iterable[Item], proxy: str, form: str, text: Iterable[tuple[str, Sequence[int]]]
 ) -> list[Packed]:
-    """Items rendered and packed, then texts. Items longer than the model's context are left out."""
+    """Items rendered and packed, then texts, (corpus, tokens) each.
+
+    Items longer than the model's context are left out.
+    """
     limit = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
     packed = []
     for item in items:
@@ -110,7 +113,7 @@ def workload_sequences(
         longest = max(stop - start for start, stop, _ in sequence.branches)
         if sequence.prefix + longest <= limit:
             packed.append(sequence)
-    return packed + [packed_text(chunk[:limit]) for chunk in text if len(chunk) > 1]
+    return packed + [packed_text(chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

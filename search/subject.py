@@ -89,10 +89,10 @@ class Subject:
         """What is scored: "search" in trials, by shard, "selection" among finalists, "heldout" in the final table."""
         config, splits = self.config, self.splits
         if part == "heldout":
-            dealt = [(splits.report_items, splits.heldout_text.chunks)]
+            dealt = [(splits.report_items, splits.heldout_text.labelled)]
         else:
             parts = config.search_shards + _SELECTION
-            items, text = splits.search_items, splits.search_text.chunks
+            items, text = splits.search_items, splits.search_text.labelled
             dealt = [(items[number::parts], text[number::parts]) for number in range(parts)]
             if part == "search":
                 dealt = dealt[: config.search_shards]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from search.runfolder import finite
 
-__all__ = ["SUMMARY", "Column", "csv_text", "json_text", "lines_text", "markdown_table", "text_table"]
+__all__ = ["SUMMARY", "Column", "csv_text", "json_text", "lines_text", "markdown_table", "occurring", "text_table"]
 
 Row = Mapping[str, object]
 
@@ -46,18 +46,32 @@ SUMMARY: tuple[Column, ...] = (
     Column("schedule", "schedule"),
     Column("kept_fraction", "kept", ".3f"),
     Column("kl", "KL nats/token", ".4f"),
-    Column("perplexity", "perplexity", ".2f"),
+    Column("perplexity_prose", "ppl prose", ".2f"),
+    Column("perplexity_exam", "ppl exam", ".2f"),
     Column("accuracy", "accuracy", ".3f", "accuracy_stderr"),
     Column("expected_accuracy", "P(correct)", ".4f", "expected_accuracy_stderr"),
     Column("items", "items", ",d"),
     Column("parameters", "parameters", ",d"),
     Column("bytes", "bytes", ",d"),
+    Column("prefill_ratio", "prefill", ".2f"),
+    Column("decode_ratio", "decode", ".2f"),
 )
-"""The columns of the table a run ends with; `kl` and `perplexity` are on held-out text, the rest on report items."""
+"""The columns of the table a run ends with. Perplexity is that of held-out prose and of held-out questions with their
+answers, KL is over both and the report items, accuracy and P(correct) on report items; prefill and decode are times
+over the dense model's."""
+
+
+def occurring(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
+    """The columns that any of the rows has; all of them where there are no rows."""
+    return [column for column in columns if not rows or any(column.key in row for row in rows)]
 
 
 def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
-    """Aligned text with a heading and a rule; figures to the right, words to the left. Ends with a line break."""
+    """Aligned text with a heading and a rule; figures to the right, words to the left. Ends with a line break.
+
+    A column that no row has is left out, here and in `markdown_table`.
+    """
+    columns = occurring(rows, columns)
     cells = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
@@ -73,6 +87,7 @@ def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
     """The same cells as a Markdown table. Ends with a line break."""
+    columns = occurring(rows, columns)
     lines = [
         [column.title for column in columns],
         ["---:" if column.form else "---" for column in columns],

@@ -45,6 +45,8 @@ KEYS = {
     "kept_fraction",
     "kl",
     "perplexity",
+    "perplexity_prose",
+    "perplexity_exam",
     "accuracy",
     "expected_accuracy",
     "items",
@@ -100,6 +102,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
         "prior.json",
         "report.html",
         "study.db",
+        "summary.csv",
         "summary.json",
         "tensorboard",
         "trials.csv",
@@ -202,10 +205,18 @@ def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_writte
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("goal", ["memory", "latency"])
 def test_the_searched_schedule_is_timed_against_the_dense_model(tmp_path: Path, goal: str) -> None:
-    latency = run(tmp_path / "run", budget=2, optimize=goal)["latency"]
+    document = run(tmp_path / "run", budget=2, optimize=goal)
+    latency = document["latency"]
     assert latency["optimize"] == goal
     assert min(latency["prefill_ratio"], latency["decode_ratio"]) > 0
     assert latency["resident_bytes"] >= latency["stored_bytes"]
+    timed = {row["schedule"]: row.get("prefill_ratio") for row in document["rows"]}
+    assert timed["healed"] == timed["repaired"] == timed["searched"] == latency["prefill_ratio"]
+    assert min(timed["uniform"], timed["lagrangian"]) > 0
+    assert timed["dense"] is timed["uniform-plain"] is None
+    table = list(csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines()))
+    assert [line["schedule"] for line in table] == NAMES
+    assert float(table[-1]["decode_ratio"]) == latency["decode_ratio"]
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -77,6 +77,17 @@ def test_kl_and_perplexity_equal_a_direct_computation() -> None:
     assert quality.tokens == len(tokens) - 1
 
 
+def test_every_corpus_has_the_perplexity_it_has_alone(loaded: LoadedModel) -> None:
+    texts = [("prose", TEXTS[0]), ("exam", TEXTS[1]), ("prose", TEXTS[1])]
+    packed = [packed_text(loaded.encode(text), corpus) for corpus, text in texts]
+    together = dict(Workload(packed, CPU).reference(loaded.model).perplexity_by_corpus)
+    assert list(together) == ["prose", "exam"]
+    for corpus, perplexity in together.items():
+        alone = Workload([one for one in packed if one.corpus == corpus], CPU).reference(loaded.model)
+        assert perplexity == pytest.approx(alone.perplexity, rel=1e-4)
+    assert Workload([packed_text(packed[0].tokens)], CPU).reference(loaded.model).perplexity_by_corpus == ()
+
+
 def test_accuracy_probability_and_margin_follow_from_the_loglikelihoods(loaded: LoadedModel) -> None:
     packed = [packed_item(loaded.encode, *item) for item in ITEMS]
     values = [torch.tensor(row) for row in loglikelihoods(loaded.model, packed, CPU)]

@@ -1,14 +1,15 @@
 import csv
 import io
 
-from search.table import SUMMARY, Column, csv_text, markdown_table, text_table
+from search.table import SUMMARY, Column, csv_text, markdown_table, occurring, text_table
 
 ROWS = [
     {
         "schedule": "dense",
         "kept_fraction": 1.0,
         "kl": 0.0,
-        "perplexity": 13.5,
+        "perplexity_prose": 13.5,
+        "perplexity_exam": 33.5,
         "accuracy": 0.2875,
         "accuracy_stderr": 0.0226,
         "expected_accuracy": 0.26,
@@ -17,7 +18,7 @@ ROWS = [
         "parameters": 106168320,
         "bytes": 212336640,
     },
-    {"schedule": "searched", "kept_fraction": 0.8, "kl": float("nan"), "perplexity": None, "items": 400},
+    {"schedule": "searched", "kept_fraction": 0.8, "kl": float("nan"), "perplexity_prose": None, "items": 400},
 ]
 
 
@@ -36,9 +37,16 @@ def test_what_was_not_measured_is_a_dash_never_a_number():
 
 def test_markdown_has_one_cell_for_every_column():
     lines = markdown_table(ROWS).splitlines()
-    assert all(line.count("|") == len(SUMMARY) + 1 for line in lines)
+    assert all(line.count("|") == len(SUMMARY) + 1 - 2 for line in lines)
     assert lines[1].startswith("| --- | ---: |")
     assert "a\\|b" in markdown_table([{"name": "a|b"}], [Column("name", "name")])
+
+
+def test_a_column_that_no_row_has_is_left_out():
+    assert "prefill" not in text_table(ROWS) + markdown_table(ROWS)
+    timed = [{**ROWS[0]}, {**ROWS[1], "prefill_ratio": 0.875, "decode_ratio": None}]
+    assert [column.key for column in occurring(timed, SUMMARY)] == [column.key for column in SUMMARY]
+    assert text_table(timed).splitlines()[3].split()[-2:] == ["0.88", "-"]
 
 
 def test_csv_has_every_key_and_reads_back():
