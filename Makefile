@@ -63,15 +63,15 @@ $(VENV)/.made:
 
 $(VENV)/.run-stamp: $(INPUTS) | $(VENV)/.made
 	@echo "set-up: installing the pinned dependencies"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[agents,benchmark]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[agents]'
 	@touch $@
 
 $(VENV)/.dev-stamp: $(INPUTS) | $(VENV)/.made
 	@echo "set-up: installing the pinned dependencies, tests and checks included"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,agents,benchmark]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,agents]'
 	@touch $(VENV)/.run-stamp $@
 
 $(VENV)/.bench-stamp: $(INPUTS) | $(VENV)/.made
 	@echo "set-up: installing the pinned dependencies, tests, checks and the benchmarks' peers included"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench,agents,benchmark]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench,agents]'
 	@touch $(VENV)/.run-stamp $(VENV)/.dev-stamp $@

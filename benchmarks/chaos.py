@@ -35,7 +35,8 @@ from benchmarks.report import Bar, markdown, publish
 MODULE = "benchmarks.chaos"
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--device cpu --target-kept 0.7 --calibration-tokens 1500 --search-items 2 --search-text-tokens 128 \
---heldout-tokens 600 --report-items 6 --threads 1 --agent random --trial-timeout 300"
+--heldout-tokens 600 --report-items 6 --heal-minutes 0 --benchmark-items 0 --export none --threads 1 --agent random \
+--trial-timeout 300"
 _KINDS = ("driver", "evaluator", "node")
 _COUNTS = ("trials", "lost", "duplicated", "processes left")
 _SECONDS = 30.0  # after which nothing of a killed driver may be left

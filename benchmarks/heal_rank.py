@@ -1,6 +1,6 @@
 """Does the best schedule before healing stay the best after it? Rank correlations over schedules of equal size.
 
-    python -m benchmarks.heal_rank [--quick] [--write] [--schedules 12] [--tokens 60000] [--out DIR]
+    python -m benchmarks.heal_rank [--quick] [--write] [--schedules 12] [--tokens 24576] [--out DIR]
 
 The schedules are the closed-form allocation at kept 0.618 of the default model, the uniform one, and allocations with
 random weights on the predicted costs of every block and kind, weaker and stronger ones in turn. Each is measured as it
@@ -101,15 +101,16 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table in results/")
     parser.add_argument("--schedules", type=int)
     parser.add_argument("--tokens", type=int, help="of healing, for every schedule")
+    parser.add_argument("--repair-tokens", type=int)
     parser.add_argument("--heldout-tokens", type=int, help="of each corpus")
     parser.add_argument("--out", help="folder that receives what was measured")
     arguments = parser.parse_args()
     quick = arguments.quick
-    config = Config(target_kept=KEPT, repair_tokens=512 if quick else Config().repair_tokens)
+    config = Config(target_kept=KEPT, repair_tokens=arguments.repair_tokens or (512 if quick else 8192))
     subject = Subject.open(config)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="heal-rank-"))
     folder.mkdir(parents=True, exist_ok=True)
-    options = Options(minutes=None, tokens=arguments.tokens or (2048 if quick else 60_000))
+    options = Options(minutes=None, tokens=arguments.tokens or (2048 if quick else 24_576))
     plan = options.plan(0)
     table = Table(subject, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
     outcomes = []

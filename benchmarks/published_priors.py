@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import model_parameters
@@ -101,10 +102,12 @@ def main() -> None:
     parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens)
     parser.add_argument("--runs", type=Path, default=RESULTS / "published-runs", help="where run folders are kept")
     given = parser.parse_args()
-    values = {"agent": given.agent, "budget": given.budget, "repair_tokens": given.repair_tokens}
+    values: dict[str, Any] = {"agent": given.agent, "budget": given.budget, "repair_tokens": given.repair_tokens}
+    values["heal_minutes"] = 0.0  # a prior is a schedule
     sizes = given.sizes
     if given.quick:
-        values, sizes = {"agent": "lagrangian", "budget": 1, "repair_tokens": 0}, [min(given.sizes)]
+        values |= {"agent": "lagrangian", "budget": 1, "repair_tokens": 0}
+        sizes = [min(given.sizes)]
     config = Config.of(values)
     made = {}
     for size in sizes:

@@ -21,7 +21,10 @@ def main(model: str = "default", out: Path = Path("results/from-python"), minute
     console, given = Console(), {"model": model, "quick": True}
     sensitivity = Config.of({**given, "out": str(out / "profile")})
     _, summary = profile(sensitivity, Levels(chi=(10, 50), fractions=()), 256, console)
-    found = run(Config.of({**given, "agent": "reinforce", "target_kept": 0.7, "out": str(out / "run")}), console)
+    found = run(
+        Config.of({**given, "agent": "reinforce", "target_kept": 0.7, "heal_minutes": 0.0, "out": str(out / "run")}),
+        console,
+    )
     healed = heal_folder(found.folder, Options(minutes=minutes), console)
     best = restore(found.folder, console, healed=healed.folder).subject.loaded
     export_model(best.model, best.tokenizer, out / "model")

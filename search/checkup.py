@@ -24,7 +24,6 @@ __all__ = ["Finding", "checkup"]
 _LIBRARIES = ("torch", "transformers", "gguf", "safetensors", "gymnasium", "optuna", "pyarrow", "pydantic", "rich")
 _EXTRAS = {
     "agents": (("cmaes", "scipy", "stable_baselines3", "sb3_contrib"), "the agents optuna-cmaes, -gp, -qmc and ppo"),
-    "benchmark": (("lm_eval",), "python search.py benchmark"),
     "cluster": (("ray",), "evaluators on several machines"),
 }
 _CACHE_GIB, _RESULTS_GIB, _MEMORY_GIB = 4.0, 0.1, 3.0  # what the default job takes, rounded up

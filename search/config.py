@@ -67,6 +67,8 @@ QUICK: Mapping[str, int | float] = {
     "search_shards": 2,
     "heldout_tokens": 1024,
     "report_items": 16,
+    "heal_minutes": 1.0,
+    "benchmark_items": 4,
 }
 """What `quick` puts in the place of the defaults; a field given explicitly stays as given."""
 
@@ -272,16 +274,16 @@ class Config(BaseModel):
         "GOAL",
     )
     benchmark_items: int = _field(
-        0,
+        25,
         "output",
-        "a whole number from 0 to 100000",
-        "Items, two or more, of each of eight benchmarks on which the run's models are measured at the end; 0 leaves "
-        "that out. Needs the extra benchmark. The command benchmark does it later.",
+        "0, or a whole number from 2 to 100000",
+        "Items of each of eight benchmarks on which the run's models are measured at the end; 0 leaves that out. The "
+        "command benchmark does it later, with more items and other benchmarks.",
         ge=0,
         le=100_000,
     )
     export: Export = _field(
-        "none",
+        "hf",
         "output",
         _one_of(EXPORTS),
         "In which form the resulting model is written into the run's folder. The command export does it later.",
@@ -312,10 +314,11 @@ class Config(BaseModel):
         le=100_000_000,
     )
     heal_minutes: float = _field(
-        0.0,
+        4.0,
         "sizes",
         "a number from 0 to 100000",
-        "Minutes for which the repaired model is then trained towards the dense one. The command heal does it later.",
+        "Minutes for which the repaired model is then trained towards the dense one; 0 leaves that out. The command "
+        "heal does it later, and longer.",
         "MINUTES",
         ge=0,
         le=100_000,
@@ -386,6 +389,13 @@ class Config(BaseModel):
     @classmethod
     def _is_a_word(cls, value: object) -> object:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("benchmark_items")
+    @classmethod
+    def _has_an_error(cls, value: int) -> int:
+        if value == 1:  # a standard error takes two
+            raise ValueError(value)
+        return value
 
     @field_validator("agent")
     @classmethod

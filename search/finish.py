@@ -1,35 +1,22 @@
-"""What a run may end with beside its table: benchmarks of its models, and the result as a folder that others load.
+"""What a run ends with beside its table: benchmarks of its models, and the result as a folder that others load.
 
 Knows a finished run's folder. What is there already is not made again, so that a resumed run only adds.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from search.config import Config
 from search.console import Console
 
-if TYPE_CHECKING:
-    from search.benchmarking.run import Request
-
-__all__ = ["TASKS", "check", "finish"]
+__all__ = ["SCHEDULES", "TASKS", "finish"]
 
 TASKS = ("arc_easy", "arc_challenge", "piqa", "sciq", "winogrande", "hellaswag", "boolq", "mmlu_answer")
 """Those that say something about small models and need no generation."""
-
-
-def check(config: Config) -> None:
-    """Refuse what could not be done at the end.
-
-    Raises:
-        ValueError: one item a benchmark, or lm-eval is not installed.
-    """
-    if config.benchmark_items:
-        from search.benchmarking.run import check_request
-
-        check_request(_request("results", config))
+SCHEDULES = ("dense", "uniform", "lagrangian", "searched")
+"""Those that are measured, and with them what the run ends with."""
 
 
 def finish(run: Path, config: Config, console: Console) -> list[str]:
@@ -38,28 +25,41 @@ def finish(run: Path, config: Config, console: Console) -> list[str]:
     Raises:
         ValueError, DataUnavailable: as `search.benchmarking.run.benchmark` and `search.export_run.export_run`.
     """
+    from search.report import REPORT, report
+    from search.runfolder import RunFolder
+
     said = []
     if config.benchmark_items:
-        from search.benchmarking.run import benchmark
-
-        said.append(benchmark(_request(str(run), config), console).text())
-    folder = run / config.export
-    if config.export != "none" and not folder.exists():
-        from search.export_run import Form, export_run
-
-        said.append(export_run(run, folder, Form(config.export, device=config.device), console))
+        said.append(_benchmarks(run, config, console))
+    if config.export != "none":
+        said.append(_exported(run, config, console))
     if said:
-        from search.report import REPORT, report
-        from search.runfolder import RunFolder
-
         with RunFolder(run) as opened:
             opened.write_text(REPORT, report([run]))
     return said
 
 
-def _request(run: str, config: Config) -> Request:
-    from search.benchmarking.run import Request
+def _benchmarks(run: Path, config: Config, console: Console) -> str:
+    from search.benchmarking.run import Request, benchmark
 
     last = "healed" if config.heal_minutes else "repaired"
-    schedules = ("dense", "uniform", "lagrangian", "searched", last)
-    return Request((run,), TASKS, config.benchmark_items, schedules, seed=config.seed, device=config.device)
+    request = Request(
+        (str(run),), TASKS, config.benchmark_items, (*SCHEDULES, last), seed=config.seed, device=config.device
+    )
+    return benchmark(request, console).text()
+
+
+def _exported(run: Path, config: Config, console: Console) -> str:
+    """Export what the run ends with, in the place of what it ended with before it was continued."""
+    from search.export_run import Form, export_run
+    from search.prior import Prior
+    from search.runfolder import PRIOR
+
+    folder = run / config.export
+    schedule = Prior.read(run / PRIOR).schedule
+    if all(choice.is_dense for _, choice in schedule):
+        return "nothing is compressed in the result, so that it is not exported"
+    if (folder / PRIOR).is_file() and Prior.read(folder / PRIOR).schedule.digest == schedule.digest:
+        return f"exported before: {folder}"
+    shutil.rmtree(folder, ignore_errors=True)
+    return export_run(run, folder, Form(config.export, device=config.device), console)

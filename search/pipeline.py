@@ -21,6 +21,7 @@ from compression.allocation import uniform_schedule
 from compression.schedule import Schedule
 from compression.sites import Site, model_bytes, model_parameters
 from envs import LEVELS, REACH, Problem
+from search import finish
 from search.config import Config
 from search.console import Console, Stage
 from search.curves import curves
@@ -67,6 +68,7 @@ from search.warm_start import read_prior, warm_start
 __all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
 
 _TIMED = ("uniform", "lagrangian", "searched")
+_BENCHMARK_TOKENS = 110  # of an item, in the mean over the tasks of `search.finish`
 _REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
 
@@ -127,12 +129,14 @@ def plan(config: Config) -> Mapping[str, object]:
         for name, rows in (("trial", searched[0]), ("selection", selected), ("held-out", heldout))
     }
     parameters = sum(site.parameters for site in sites)
+    measured = config.benchmark_items * len(finish.TASKS) * (len(finish.SCHEDULES) + 1)
     forward = (
         6 * config.calibration_tokens
         + (config.budget + 2 * config.search_shards) * tokens["trial"]
         + (FINALISTS + 2) * tokens["selection"]
         + 8 * tokens["held-out"]
         + _REPAIR_PASSES * min(config.repair_tokens, config.calibration_tokens)
+        + _BENCHMARK_TOKENS * measured
     )
     families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
     smallest = smallest_parameters(sites) / parameters
@@ -163,10 +167,11 @@ def plan(config: Config) -> Mapping[str, object]:
             "selection_tokens": tokens["selection"],
             "held_out_tokens": tokens["held-out"],
             "report_items": len(subject.splits.report_items),
+            "benchmark_items": measured,
         },
         "cost": {
             "forward_tokens": forward,
-            "estimated_minutes": round(forward * subject.seconds_per_token() / 60, 1),
+            "estimated_minutes": round(forward * subject.seconds_per_token() / 60 + config.heal_minutes, 1),
             "statistics_cached": subject.calibration.cache.has(subject.calibration.key),
         },
         "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",

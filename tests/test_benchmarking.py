@@ -30,7 +30,7 @@ FEW = "arc_easy,boolq"
 RUN = (
     "--model random:tiny-llama --device cpu --agent random --budget 1 --target-kept 0.7 --calibration-tokens 1500 "
     "--search-items 2 --search-text-tokens 128 --heldout-tokens 600 --report-items 6 "
-    "--heal-minutes 0 --quiet"
+    "--heal-minutes 0 --benchmark-items 0 --export none --quiet"
 )
 
 

@@ -82,6 +82,6 @@ def test_a_missing_extra_is_a_note_that_names_it(
     monkeypatch.setattr(checkup.importlib.util, "find_spec", lambda name: None)
     code, found = findings(capsys)
     assert code == 0
-    for extra in ("agents", "benchmark", "cluster"):
+    for extra in ("agents", "cluster"):
         assert found[f"extra {extra}"]["state"] == "note"
         assert f"chisel-prior[{extra}]" in found[f"extra {extra}"]["advice"]

@@ -25,7 +25,7 @@ def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_pa
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     rows = {row["schedule"]: row for row in document["rows"]}
-    names = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired"]
+    names = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired", "healed"]
     assert list(rows) == names
     assert document["trials"] == 3  # one with slopes, which is charged for as four, and two without
     assert rows["dense"]["parameters"] == 134_515_008
@@ -37,7 +37,11 @@ def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_pa
     assert rows["lagrangian"]["kl"] < rows["uniform"]["kl"] / 2
     assert rows["lagrangian"]["kl"] < rows["uniform-whitened"]["kl"] / 2.5
     assert rows["repaired"]["kl"] < rows["searched"]["kl"]
+    assert rows["healed"]["kl"] < rows["searched"]["kl"]
     assert document["latency"]["prefill_ratio"] > 0
     assert (tmp_path / "a run é" / "prior.json").is_file()
+    assert (tmp_path / "a run é" / "hf" / "model.safetensors").is_file()
+    lines = (tmp_path / "a run é" / "benchmarks.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 5 * 8
     assert "search" in done.stderr
     assert "left" in done.stderr

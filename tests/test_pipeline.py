@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ SMALL = {
     "heldout_tokens": 600,
     "report_items": 6,
     "heal_minutes": 0.02,
+    "benchmark_items": 0,
+    "export": "none",
 }
 NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired", "healed"]
 KEYS = {
@@ -485,7 +488,11 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
     assert {row["model"] for row in rows} == {"dense", "uniform", "lagrangian", "searched", "healed"}
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
     assert "boolq" in (tmp_path / "run" / "report.html").read_text()
-    refused = words(out=tmp_path / "other", benchmark_items=1)
-    assert cli.main(refused) == cli.REFUSED
-    assert "samples must be at least 2, got 1" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
+    again = ["--resume", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(again) == cli.DONE
+    assert "exported before" in capsys.readouterr().out
+    run(tmp_path / "other", budget=0, agent="lagrangian", target_kept=0.5, heal_minutes=0)
+    shutil.copy(tmp_path / "other" / "prior.json", tmp_path / "run" / "hf" / "prior.json")
+    assert cli.main(again) == cli.DONE
+    kept, exported = (tmp_path / "run" / place / "prior.json" for place in (".", "hf"))
+    assert kept.read_text() == exported.read_text()

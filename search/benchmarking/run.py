@@ -7,7 +7,6 @@ is there, in the output folder and in the user's cache, under what the model hol
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import time
@@ -29,7 +28,7 @@ from search.packages import cache_folder
 from search.runfolder import CONFIG, RESULTS, RunFolder, environment, finite, write_whole
 from search.table import Column, csv_text, text_table
 
-__all__ = ["BENCHMARKS", "Request", "Result", "benchmark", "check_request"]
+__all__ = ["BENCHMARKS", "Request", "Result", "benchmark"]
 
 BENCHMARKS = "benchmarks"
 """Name of the CSV and JSON files of a run."""
@@ -118,10 +117,10 @@ def benchmark(request: Request, console: Console) -> Result:
     """Measure everything that is not known yet; the folder's files are whole after every outcome.
 
     Raises:
-        ValueError: refused input, or lm-eval is not installed.
+        ValueError: refused input.
         DataUnavailable: data or a model cannot be had.
     """
-    check_request(request)
+    _check(request)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
     field = contestants(request.models, request.schedules, device, console)
@@ -223,14 +222,12 @@ def _described(selection: Selection) -> dict[str, object]:
     }
 
 
-def check_request(request: Request) -> None:
+def _check(request: Request) -> None:
     """Refuse what can be refused before anything is read.
 
     Raises:
-        ValueError: no model, too few samples, an unknown source, or lm-eval is not installed.
+        ValueError: no model, too few samples, or an unknown source.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("benchmarks need lm-eval, which is not installed: pip install 'chisel-prior[benchmark]'")
     if not request.models:
         raise ValueError("name at least one model: default, a run folder, a prior, a model folder or a hub id")
     if request.samples is not None and request.samples < 2:
