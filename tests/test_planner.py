@@ -63,6 +63,15 @@ def test_estimates_tell_a_large_contraction_from_a_rebuild() -> None:
     assert choose({512: modelled(lowrank, 144, 512)}, lowrank, 144, "memory").route(512) == "last"
 
 
+def test_a_tiny_bond_has_a_plan_that_keeps_nothing_though_others_are_far_cheaper() -> None:
+    layer = random_layer(resolve("pivoted-lowrank", 1536, 576), 1, torch.float32, CPU)
+    found = measured(layer.legs, 1, torch.float32, CPU, 512, seconds=0.01)
+    assert any(not extra_entries(layer.legs, 1, route) for route in found)
+    for goal in ("memory", "latency"):
+        Planner(goal, None, tokens=(512,)).plan_(layer)
+        assert layer.plan.used <= set(found)
+
+
 def test_measured_costs_are_positive_and_leave_hopeless_routes_out() -> None:
     legs = resolve("mpo2", 96, 96)
     found = measured(legs, 40, torch.float32, CPU, 512, seconds=0.01)
