@@ -25,7 +25,7 @@ load. Started without any flag it takes a small model that it fetches itself, an
 _EXAMPLES = """\
 examples:
   python search.py                                          the default job
-  python search.py --quick                                  everything once, small, in a few minutes
+  python search.py --quick                                  everything once, small, in some ten minutes
   python search.py --dry-run                                what would run, and how long, without running it
   python search.py --target-kept 0.7 --budget 500           smaller result, longer search
   python search.py --model ./my-llama --proxy exam.jsonl    your own model and questions
