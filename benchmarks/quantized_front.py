@@ -80,7 +80,7 @@ class Front:
         return shrink(self.statistics.input(name), SHRINKAGE) if known else None
 
     def noise(self, site: Site) -> dict[int, Noise]:
-        """Measured costs of rounding one site."""
+        """Measured costs of rounding one site, as `changed` rounds it."""
         dense = self.model.get_submodule(site.name)
         weight = dense_weight(dense)
         whitening = Whitening.of(self.statistics.input(site.name), self.statistics.gradient(site.name), SHRINKAGE)
@@ -90,12 +90,12 @@ class Front:
         def cost(matrix: torch.Tensor) -> float:
             return 0.5 * float(whitening.apply(matrix.float()).square().sum())
 
-        found = {}
+        found, moment = {}, self.moment(site.name)
         for bits in (8, 4):
-            rounded = packed(dense, bits, GROUP, None).weight
+            rounded = packed(dense, bits, GROUP, moment).weight
             layer = MPOLinear(stored(cores, True))
             whole = layer.weight
-            share = cost(packed(layer, bits, GROUP, None).weight - whole) / max(cost(whole), 1e-30)
+            share = cost(packed(layer, bits, GROUP, moment).weight - whole) / max(cost(whole), 1e-30)
             found[bits] = Noise(cost(rounded - weight), share)
         return found
 
