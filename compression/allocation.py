@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compression.legs import resolve
-from compression.menu import Menu, SiteMenu
+from compression.menu import Menu, SiteMenu, convex_hull
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site
 
@@ -158,17 +158,8 @@ def _pool(menu: Menu) -> _Segments:
 
 def lower_hull(options: SiteMenu) -> list[int]:
     """Indices of the options on the lower convex hull of cost over parameters, until the cost falls no further."""
-    x, y = options.parameters, options.cost
-    hull: list[int] = []
-    for index in range(len(x)):
-        if hull and y[index] >= y[hull[-1]]:
-            continue
-        while len(hull) >= 2 and (y[index] - y[hull[-2]]) * (x[hull[-1]] - x[hull[-2]]) <= (
-            y[hull[-1]] - y[hull[-2]]
-        ) * (x[index] - x[hull[-2]]):
-            hull.pop()
-        hull.append(index)
-    return hull
+    hull = convex_hull(options.parameters, options.cost)
+    return hull[: 1 + int(np.argmin(options.cost[hull]))]
 
 
 def _spend_rest(

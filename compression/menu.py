@@ -5,8 +5,8 @@ NumPy values only; where the predicted costs come from is the business of `compr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,7 @@ from compression.legs import resolve
 from compression.schedule import DENSE, Choice
 from compression.sites import Site
 
-__all__ = ["Menu", "Option", "SiteMenu", "dense_menu", "envelope", "nested_options"]
+__all__ = ["Menu", "Option", "SiteMenu", "convex_hull", "dense_menu", "envelope", "nested_options", "worth_their_time"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,3 +123,34 @@ def envelope(site: Site, options: Iterable[Option]) -> SiteMenu:
         cost=np.array([*(option.cost for _, option in kept), 0.0], dtype=np.float64),
         multiply_adds=np.array([*arithmetic, site.parameters], dtype=np.int64),
     )
+
+
+def worth_their_time(menu: Menu, burdens: Sequence[NDArray[np.float64]]) -> Menu:
+    """The menu without options that no price of a parameter makes best once every option bears a burden too.
+
+    What is left are, per site, the vertices of the lower convex hull of cost plus burden over parameters, and always
+    the first and the last option. Costs stay what they are: an allocation over the thinner menu needs to know nothing
+    of time, and hardly loses on one over both (a large burden leaves dense and few χ, where a factor pays).
+
+    Args:
+        burdens: per site, what each option costs besides quality, in the unit of the costs.
+    """
+    sites = []
+    for options, burden in zip(menu.sites, burdens, strict=True):
+        kept = sorted({0, *convex_hull(options.parameters, options.cost + burden), len(options.choices) - 1})
+        choices = tuple(options.choices[index] for index in kept)
+        figures = {name: getattr(options, name)[kept] for name in ("parameters", "cost", "multiply_adds")}
+        sites.append(replace(options, choices=choices, **figures))
+    return Menu(tuple(sites))
+
+
+def convex_hull(x: NDArray[np.int64], y: NDArray[np.float64]) -> list[int]:
+    """Indices of the vertices of the lower convex hull of y over x, ascending in x as x is."""
+    hull: list[int] = []
+    for index in range(len(x)):
+        while len(hull) >= 2 and (y[index] - y[hull[-2]]) * (x[hull[-1]] - x[hull[-2]]) <= (
+            y[hull[-1]] - y[hull[-2]]
+        ) * (x[index] - x[hull[-2]]):
+            hull.pop()
+        hull.append(index)
+    return hull

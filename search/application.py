@@ -95,7 +95,7 @@ def made_menu(subject: Subject, console: Console) -> Menu:
     """The menus of all sites, calibrated and decomposed where the cache has not got them."""
     calibrate(subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
-        return subject.store.menu(progress=lambda done: stage.advance(1))
+        return subject.menu(lambda done: stage.advance(1))
 
 
 def apply(

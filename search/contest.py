@@ -81,7 +81,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         if entered or not contest.complete:
             calibrate(subject, console)
             with console.stage("decompose", len(sites), "matrices") as stage:
-                menu = subject.store.menu(progress=lambda done: stage.advance(1))
+                menu = subject.menu(lambda done: stage.advance(1))
             subject.calibration.release()
             problem = Problem.build(menu, config.target_kept, config.granularity)
             _play(folder, subject, problem, contest, entered, console)

@@ -11,15 +11,18 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from compression.apply import ScheduleApplier
 from compression.factors import FactorStore
 from compression.legs import resolve
+from compression.menu import SiteMenu
 from compression.planner import Planner
 from compression.routes import Optimize
-from compression.schedule import Schedule
+from compression.schedule import Choice, Schedule
 from compression.sites import Site, put_modules
 
 __all__ = ["Latency", "SiteTimes", "against_dense", "decode", "prefill", "timed"]
@@ -117,16 +120,24 @@ class SiteTimes:
         """The fraction, 1 for a dense schedule."""
         return fmean(self._fraction(schedule, tokens) for tokens in (1, _PROMPT))
 
+    def shares(self, options: SiteMenu) -> NDArray[np.float64]:
+        """What every option of a site adds to the fraction, (options,)."""
+        site = options.site
+        whole = site.parameters / sum(each.parameters for each in self.sites)
+        return np.array(
+            [whole * fmean(self._share(site, choice, tokens) for tokens in (1, _PROMPT)) for choice in options.choices]
+        )
+
     def _fraction(self, schedule: Schedule, tokens: int) -> float:
-        total = 0.0
-        for site in self.sites:
-            choice = schedule[site.name]
-            share = 1.0
-            if not choice.is_dense:
-                legs = resolve(choice.topology, site.out_features, site.in_features)
-                share = self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)
-            total += share * site.parameters
+        total = sum(self._share(site, schedule[site.name], tokens) * site.parameters for site in self.sites)
         return total / sum(site.parameters for site in self.sites)
+
+    def _share(self, site: Site, choice: Choice, tokens: int) -> float:
+        """Of the dense site's time."""
+        if choice.is_dense:
+            return 1.0
+        legs = resolve(choice.topology, site.out_features, site.in_features)
+        return self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)
 
 
 def prefill(

@@ -224,7 +224,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     calibrate(subject, console)
     baselines = _baselines(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
-        menu = subject.store.menu(progress=lambda done: stage.advance(1))
+        menu = subject.menu(lambda done: stage.advance(1))
         plain = Problem.build(menu, config.target_kept, config.granularity)
         for schedule in baselines.values():
             for name, choice in schedule:

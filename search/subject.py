@@ -19,6 +19,7 @@ from compression.cache import FactorCache, cache_key
 from compression.factors import FactorStore
 from compression.heads import split_heads_
 from compression.legs import resolve
+from compression.menu import Menu, worth_their_time
 from compression.planner import Planner
 from compression.repair import repair_
 from compression.schedule import Schedule
@@ -174,6 +175,14 @@ class Subject:
             batches.append((ids, mask))
             seen += int(mask.sum())
         return batches
+
+    def menu(self, progress: Callable[[int], None] = lambda done: None) -> Menu:
+        """What sites choose from; where time counts in the reward, without what is not worth its time."""
+        menu, weight = self.store.menu(progress=progress), self.config.latency_weight
+        if not weight:
+            return menu
+        times = self.times()
+        return worth_their_time(menu, [weight * times.shares(options) for options in menu.sites])
 
     def times(self) -> SiteTimes:
         """Time fractions of schedules on this machine."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from compression import DENSE, Choice, Planner, Schedule, Site
+from compression.menu import SiteMenu
 from search.latency import SiteTimes
 
 SITES = (Site("a", 0, "q", 64, 64), Site("b", 0, "down", 64, 192))
@@ -36,3 +38,12 @@ def test_the_machine_is_asked_when_nothing_is_known() -> None:
     schedule = Schedule(tuple((site.name, Choice("pivoted-lowrank", 8, "two-sided")) for site in SITES))
     fraction = SiteTimes(SITES, Planner("memory"), torch.float32, torch.device("cpu"))(schedule)
     assert 0.01 < fraction < 100
+
+
+def test_the_shares_of_all_sites_add_up_to_the_fraction() -> None:
+    choices = (Choice("pivoted-lowrank", 8, "two-sided"), Choice("pivoted-lowrank", 16, "two-sided"), DENSE)
+    figures = np.arange(3), np.array([2.0, 1.0, 0.0]), np.arange(3)
+    shares = [times().shares(SiteMenu(site, choices, *figures)) for site in SITES]
+    for place, choice in enumerate(choices):
+        schedule = Schedule(tuple((site.name, choice) for site in SITES))
+        assert sum(each[place] for each in shares) == pytest.approx(times()(schedule))

@@ -17,8 +17,9 @@ from compression import (
     fitted_topologies,
     shrink,
 )
+from compression.allocation import lagrangian
 from compression.factors import OPTIMISM
-from compression.menu import Option, envelope, nested_options
+from compression.menu import Menu, Option, convex_hull, envelope, nested_options, worth_their_time
 from compression.sites import dense_weight
 from search.models import load_model
 
@@ -78,3 +79,44 @@ def test_a_menu_with_fits_is_never_worse_than_without() -> None:
 
 def _matrix(store: FactorStore, name: str, choice: Choice) -> torch.Tensor:
     return contract([core.double() for core in store.cores(name, choice)])
+
+
+def site_menus() -> Menu:
+    menus = []
+    for number, top in enumerate((2.0, 1.0, 4.0)):
+        site = Site(f"layers.{number}.o_proj", number, "o", 24, 24)
+        menus.append(envelope(site, nested_options("pivoted-lowrank", "two-sided", np.geomspace(top, 0.01, 24), site)))
+    return Menu(tuple(menus))
+
+
+def slowness(menu: Menu) -> list[np.ndarray]:
+    """Factors take a fixed time and one by their size; from three quarters of the parameters on longer than dense."""
+    return [np.append(0.25 + options.parameters[:-1] / options.parameters[-1], 1.0) for options in menu.sites]
+
+
+def test_a_menu_without_burdens_keeps_its_hull_and_is_allocated_alike() -> None:
+    menu = site_menus()
+    thin = worth_their_time(menu, [np.zeros(len(options.choices)) for options in menu.sites])
+    for options, kept in zip(menu.sites, thin.sites, strict=True):
+        assert kept.choices == tuple(options.choices[index] for index in convex_hull(options.parameters, options.cost))
+    for share in (0.4, 0.6, 0.8):
+        target = int(share * menu.dense_parameters)
+        assert thin.cost(lagrangian(thin, target)) == pytest.approx(menu.cost(lagrangian(menu, target)), rel=0.02)
+
+
+def test_options_that_are_slower_than_dense_go_and_the_allocation_becomes_faster_for_little() -> None:
+    menu = site_menus()
+    times = slowness(menu)
+    thin = worth_their_time(menu, [10 * each for each in times])
+    target = int(0.6 * menu.dense_parameters)
+    spent = []
+    for one in (menu, thin):
+        taken = [options.choices[index] for options, index in zip(one.sites, lagrangian(one, target), strict=True)]
+        places = [options.choices.index(choice) for options, choice in zip(menu.sites, taken, strict=True)]
+        spent.append(sum(float(time[place]) for time, place in zip(times, places, strict=True)))
+        assert one.parameters(lagrangian(one, target)) <= target
+    assert spent[1] < spent[0]
+    for options, kept in zip(menu.sites, thin.sites, strict=True):
+        assert {options.choices[0], options.choices[-1]} <= set(kept.choices) <= set(options.choices)
+        assert kept.parameters[-2] < 0.75 * options.parameters[-1]
+        assert kept.cost[-1] == 0

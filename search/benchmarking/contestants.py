@@ -149,7 +149,7 @@ class _Run:
             parameters = int(target * sum(site.parameters for site in subject.sites) + 1e-6)
             return uniform_schedule(subject.sites, "lowrank", "two-sided", parameters)
         if name == "lagrangian":
-            return Problem.build(subject.store.menu(), target, self.config.granularity).closed_form()
+            return Problem.build(subject.menu(), target, self.config.granularity).closed_form()
         return self.prior.schedule
 
     def _repaired(self, subject: Subject) -> Iterator[LoadedModel]:
