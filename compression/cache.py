@@ -6,12 +6,9 @@ cache and a slice costs nothing. A file that does not match the checksum in its 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import re
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from compression.tensor_files import new_tensor_file
 
 __all__ = ["Bundle", "FactorCache", "cache_key"]
 
@@ -84,20 +82,9 @@ class FactorCache:
             return
         folder = self._folder(key)
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".partial")
-        os.close(handle)
-        try:
-            tensors = {name: tensor.contiguous() for name, tensor in bundle.tensors.items()}
-            save_file(tensors, temporary, metadata=dict(bundle.metadata))
-            digest = _digest(Path(temporary))
-            os.replace(temporary, folder / f"{key}.{digest}.safetensors")
-        except BaseException as error:
-            Path(temporary).unlink(missing_ok=True)
-            if type(error).__name__ == "SafetensorError":  # which tells the system's error in words only
-                told = re.search(r"os error (\d+)", str(error))
-                code = int(told[1]) if told else errno.EIO
-                raise OSError(code, f"{os.strerror(code)}, as the cache {self.root} was written") from error
-            raise
+        partial = folder / f"{key}.{uuid.uuid4().hex}.partial"
+        with new_tensor_file(partial, bundle.tensors, dict(bundle.metadata)):
+            partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
 
     def _folder(self, key: str) -> Path:
         assert self.root is not None

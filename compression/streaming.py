@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from compression.sites import Site
 from compression.statistics import MomentAccumulator, Statistics, sampled_gradient
+from compression.tensor_files import new_tensor_file
 
 __all__ = ["BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
 
@@ -170,8 +171,8 @@ class _Borders:
         self._folder = folder
 
     def put(self, border: int, batch: int, hidden: torch.Tensor) -> None:
-        save_file({"hidden": hidden.detach().contiguous().cpu()}, self._folder / "new")
-        (self._folder / "new").replace(self._path(border, batch))
+        with new_tensor_file(self._folder / "new", {"hidden": hidden}) as new:
+            new.replace(self._path(border, batch))
 
     def get(self, border: int, batch: int, device: torch.device) -> torch.Tensor:
         return load_file(self._path(border, batch))["hidden"].to(device)

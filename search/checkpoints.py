@@ -7,7 +7,6 @@ crash at any point leaves the checkpoint before it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from compression.tensor_files import new_tensor_file
 from search.interrupts import shield
 from search.packages import file_digest
+from search.runfolder import write_whole
 
 __all__ = ["Checkpoint", "Checkpoints"]
 
@@ -48,20 +49,12 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors, record = self._files(checkpoint.step)
-        partial = tensors.with_suffix(".partial")
         with shield():
-            try:
-                named = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-                save_file(named, partial)
+            with new_tensor_file(tensors.with_suffix(".partial"), checkpoint.tensors) as partial:
                 digest = file_digest(partial)
-                os.replace(partial, tensors)
-                content = {"step": checkpoint.step, "sha256": digest, "state": dict(checkpoint.state)}
-                partial.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-                os.replace(partial, record)
-            except SafetensorError as error:
-                raise OSError(f"cannot write the checkpoint {tensors}: {error}") from error
-            finally:
-                partial.unlink(missing_ok=True)
+                partial.replace(tensors)
+            content = {"step": checkpoint.step, "sha256": digest, "state": dict(checkpoint.state)}
+            write_whole(record, json.dumps(content, allow_nan=False))
             for step in self._steps()[:-_KEPT]:
                 for path in reversed(self._files(step)):
                     path.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ Knows run folders and how their models are made again; how a model is written st
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +83,11 @@ def export_run(source: Path, folder: Path, form: Form, console: Console, healed:
         document, summary, state = outcome.document, outcome.summary, outcome.state
         card = model_card(folder.name, form.kind, document, summary, state, size, changes, measured)
         if form.kind == "hf":
-            export_model(model, loaded.tokenizer, folder, card)
+            export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
         else:
             if form.kind == "gguf-ready":
                 check_gguf(model, loaded.tokenizer)
-            export_dense_(model, loaded.tokenizer, folder, card)
-        shutil.copyfile(source / PRIOR, folder / PRIOR)
+            export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
     return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
 
 

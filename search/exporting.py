@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 
 from compression.merging import merge_
 from compression.skeleton import describe
+from compression.tensor_files import system_errors
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.models import bare_model, quiet_transformers
 from search.runfolder import refuse_used
@@ -68,7 +69,7 @@ def footprint(model: Any) -> Footprint:
     )
 
 
-def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "") -> None:
+def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Write a compressed model as a folder for transformers; the model stays as it is.
 
     Beside the weights stands the code that reads them, for `trust_remote_code=True`; with `import search.hf` none of it
@@ -77,6 +78,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "") -> No
     Args:
         folder: new or empty.
         card: the text of its README.md.
+        beside: files that are copied into it.
 
     Raises:
         ValueError: the folder is used, the model has no compressed module, or an architecture that is not of
@@ -90,7 +92,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "") -> No
     if not type(model).__module__.startswith("transformers."):
         raise ValueError(f"architecture must be one of transformers, got {type(model).__module__}.{architecture}")
     with _whole(folder) as partial, _plugged_in(model, modules):
-        _save(model, tokenizer, partial, card)
+        _save(model, tokenizer, partial, card, beside)
         (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
         document = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         document["auto_map"] = {
@@ -100,10 +102,11 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "") -> No
         (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "") -> None:
+def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Merge every compressed module of a model in place, and write it as an ordinary dense folder.
 
-    It keeps the change in quality but not the size: every tool takes it, and it is as large as the original.
+    It keeps the change in quality but not the size: every tool takes it, and it is as large as the original. The folder
+    receives the same as with `export_model`.
 
     Raises:
         ValueError: the folder is used.
@@ -112,7 +115,7 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "") -> N
     merge_(model, bare_model(model))
     model.tie_weights()
     with _whole(folder) as partial:
-        _save(model, tokenizer, partial, card)
+        _save(model, tokenizer, partial, card, beside)
 
 
 def check_gguf(model: Any, tokenizer: Any) -> None:
@@ -130,12 +133,14 @@ def check_gguf(model: Any, tokenizer: Any) -> None:
         raise ValueError("the tokenizer must be of the kind that has a tokenizer.json, and this one is not")
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[Path]) -> None:
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8")
+    for file in beside:
+        shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager
@@ -176,7 +181,8 @@ def _whole(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        yield partial
+        with system_errors(folder):
+            yield partial
         partial.chmod(0o755)
         if folder.exists():
             folder.rmdir()

@@ -82,8 +82,7 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
 def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
     document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}."
     card = model_card(folder.name, "hf", document, {}, "healed", size, [_HEALED], rows)
-    export_model(model, tokenizer, folder, card)
-    shutil.copyfile(prior, folder / PRIOR)
+    export_model(model, tokenizer, folder, card, [prior])
 
 
 def _row(name: str, quality: Quality, model: Any) -> dict[str, object]:

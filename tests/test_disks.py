@@ -42,6 +42,60 @@ def test_a_search_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
     assert [file.name for file in kept.iterdir() if file.suffix in (".partial", ".tmp")] == []
 
 
+def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    training = ["--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(disk / "healed")]
+    heal = shlex.join([sys.executable, "search.py", "heal", str(run), *training, "--quiet"]) + " > /dev/null"
+    sizes = ("40k", "160k", "360k")  # for no repaired weights, for these, and for what is half trained
+    codes, said = on_a_disk(
+        disk,
+        "size=40k",
+        shlex.join([*SEARCH, "--budget", "2", "--out", str(run)]) + " > /dev/null",
+        *(
+            step
+            for size in sizes
+            for step in (f"mount -o remount,size={size} {disk}", heal, f'test -z "$(find {disk} -name "*.partial")"')
+        ),
+        f"mount -o remount,size=50m {disk}",
+        heal,
+        f"test -f {disk}/healed/healing.json",
+    )
+    assert codes == [0, *[0, 4, 0] * len(sizes), 0, 0, 0], said
+    assert "Traceback" not in said
+    assert re.findall("No space left on device, as .*/(.*) was written", said)[::2] == ["repaired", "healed"]
+
+
+def test_an_export_leaves_nothing_where_the_disk_is_full_and_works_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    out = disk / "model"
+    export = (
+        shlex.join([sys.executable, "search.py", "export", str(run), "--out", str(out), "--quiet"]) + " > /dev/null"
+    )
+    sizes = ("60k", "84k", "164k")  # for no weights, for these but no tokenizer, for all but the last file
+    codes, said = on_a_disk(
+        disk,
+        "size=60k",
+        shlex.join([*SEARCH, "--budget", "2", "--out", str(run)]) + " > /dev/null",
+        *(
+            step
+            for size in sizes
+            for step in (f"mount -o remount,size={size} {disk}", export, f'test -z "$(ls -A {disk})"')
+        ),
+        f"mount -o remount,size=50m {disk}",
+        export,
+        f"test -f {out}/prior.json",
+    )
+    assert codes == [0, *[0, 4, 0] * len(sizes), 0, 0, 0], said
+    assert "Traceback" not in said
+    assert said.count("No space left on device") == len(sizes)
+
+
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_for_processes(tmp_path, monkeypatch)
     disk, cache, out = tmp_path / "disk", tmp_path / "cache", tmp_path / "run"
