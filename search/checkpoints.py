@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from search.runfolder import write_whole
 __all__ = ["Checkpoint", "Checkpoints"]
 
 _KEPT = 2
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write one and remove all but the newest two.
+        """Write one and remove all but it and the one before it; later ones are of no use once it is written.
 
         Raises:
             OSError: the disk is full or not writable; earlier checkpoints are left as they are.
@@ -55,19 +56,28 @@ class Checkpoints:
                 partial.replace(tensors)
             content = {"step": checkpoint.step, "sha256": digest, "state": dict(checkpoint.state)}
             write_whole(record, json.dumps(content, allow_nan=False))
-            for step in self._steps()[:-_KEPT]:
+            steps = self._steps()
+            kept = [step for step in steps if step <= checkpoint.step][-_KEPT:]
+            for step in set(steps).difference(kept):
                 for path in reversed(self._files(step)):
                     path.unlink(missing_ok=True)
 
-    def newest(self, tell: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-        """The newest one that is whole, or None; `tell` hears of every one that is not."""
+    def newest(
+        self, take: Callable[[Checkpoint], Taken], tell: Callable[[str], None] = lambda text: None
+    ) -> Taken | None:
+        """What `take` makes of the newest one that can be used, or None.
+
+        Args:
+            take: raises ValueError, and changes nothing, for one that lacks something.
+            tell: hears of every one that is not whole or was not taken.
+        """
         for step in reversed(self._steps()):
             tensors, record = self._files(step)
             try:
                 content = json.loads(record.read_text(encoding="utf-8"))
                 if content["step"] != step or file_digest(tensors) != content["sha256"]:
                     raise ValueError("its checksum differs")
-                return Checkpoint(step, load_file(tensors), content["state"])
+                return take(Checkpoint(step, load_file(tensors), content["state"]))
             except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 tell(f"checkpoint {record.name} cannot be used ({reason}); the one before it is tried")

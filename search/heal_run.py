@@ -214,9 +214,11 @@ def _repaired_(subject: Subject, schedule: Schedule, folder: Path | None, consol
     blocks = 1 + max(site.block for site in sites)
     with console.stage("repair", blocks, "blocks") as stage:
         kept = None if folder is None else Checkpoints(folder / _REPAIRED)
-        if kept is not None and (found := kept.newest(console.note)):
-            stage.advance(blocks)
-            return load_sites_(model, sites, schedule, found.tensors)
+        if kept is not None:
+            loaded = kept.newest(lambda found: load_sites_(model, sites, schedule, found.tensors), console.note)
+            if loaded is not None:
+                stage.advance(blocks)
+                return loaded
         taken = subject.repair_(schedule, max(subject.config.repair_tokens, 1), lambda done: stage.advance(1))
     if kept is not None and Processes.is_first():
         kept.save(Checkpoint(0, site_tensors(model, sites), {}))

@@ -133,12 +133,15 @@ def load_sites_(
     Raises:
         ValueError: tensors that do not fit the schedule; the model is then unchanged.
     """
-    fresh = {}
+    taken: dict[str, nn.Module] = {}
+    fresh: dict[str, nn.Module] = {}
     for site in sites:
         prefix = f"{site.name}."
         state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        taken[site.name] = model.get_submodule(site.name)
+        if ("bias" in state) != (taken[site.name].bias is not None):
+            raise ValueError(f"stored tensors do not fit {site.name}: its bias is missing, or it has none")
         layer = rebuilt(schedule[site.name], site.out_features, site.in_features, state)
-        fresh[site.name] = layer.to(next(model.get_submodule(site.name).parameters()).device)
-    taken = {name: model.get_submodule(name) for name in fresh}
+        fresh[site.name] = layer.to(next(taken[site.name].parameters()).device)
     put_modules(model, fresh)
     return taken

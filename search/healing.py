@@ -388,7 +388,11 @@ class _Healing:
             for params, rate in ((cores, self.plan.rate), (vectors, self.plan.vector_rate))
             if params
         ]
-        return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+        for parameter in self.parameters.values():  # as its first step would, so that every checkpoint holds the same
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+        return optimizer
 
     def _copied(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -400,11 +404,7 @@ class _Healing:
     def _save(self) -> None:
         if self.checkpoints is None or (self.processes.rank and self.sharding is None):
             return
-        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        tensors = self._tensors()
         if self.sharding is not None:
             tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
         if self.processes.rank:
@@ -412,21 +412,31 @@ class _Healing:
         state = {**asdict(self.at), "identity": self.identity}
         self.checkpoints.save(Checkpoint(self.at.step, tensors, state))
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Those of a checkpoint, in place and at every step of the same names and shapes."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"model/{name}"] = parameter.detach()
+            tensors[f"best/{name}"] = self.best[name]
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return tensors
+
+    def _complete(self, found: Checkpoint) -> Checkpoint:
+        """`found`; raises ValueError if it is of this healing and lacks a tensor."""
+        if found.state.get("identity") == self.identity:
+            for name, tensor in self._tensors().items():
+                if name not in found.tensors or found.tensors[name].shape != tensor.shape:
+                    raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
+        return found
+
     def _resume(self) -> None:
-        found = None if self.checkpoints is None else self.checkpoints.newest(self.tell)
+        found = None if self.checkpoints is None else self.checkpoints.newest(self._complete, self.tell)
         if found is None:
             return
         if found.state.get("identity") != self.identity:
             raise ValueError("the checkpoints in this folder are of another healing: other text, seed or settings")
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(like(found.tensors[f"model/{name}"], parameter))
-            self.best[name] = like(found.tensors[f"best/{name}"], parameter)
-            prefix = f"optimizer/{name}/"
-            state = {key.removeprefix(prefix): value for key, value in found.tensors.items() if key.startswith(prefix)}
-            if state:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else like(value, parameter) for key, value in state.items()
-                }
+        for name, tensor in self._tensors().items():
+            tensor.copy_(like(found.tensors[name], tensor))
         values = {key: value for key, value in found.state.items() if key != "identity"}
         self.at = _Progress(**{**values, "looks": [Look(**look) for look in values["looks"]]})
         self.stage.advance(self.at.tokens)

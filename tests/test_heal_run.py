@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ from test_pipeline import words
 from compression import MPOLinear, Schedule
 from compression.sites import discover_sites
 from compression.skeleton import describe
-from search import cli
+from search import cli, heal_run
+from search.checkpoints import Checkpoints
 from search.console import Console
 from search.curves import CURVES
-from search.healed_state import HealedState, load_sites_
+from search.healed_state import HealedState, load_sites_, site_tensors
+from search.interrupts import INTERRUPTED
 from search.models import load_for_use, load_model
 from search.restored import restore
 from search.sharding import sharing_copy
@@ -79,13 +83,48 @@ def test_an_exported_folder_is_healed_into_another(tmp_path: Path, capsys: pytes
     whole = [*command, "--model", "random:tiny-llama"]
     assert cli.main(whole) == cli.DONE
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    kl = {row[0]: float(row[2]) for row in rows if row[0] in ("exported", "healed")}
+    kl = {row[0]: float(row[1]) for row in rows if row[0] in ("exported", "healed")}
     assert kl["healed"] < kl["exported"]
     before, after = (load_for_use(str(folder), "cpu").model for folder in (exported, out))
     assert describe(before) == describe(after)
     assert "trained" in (out / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
     assert cli.main(whole) == cli.REFUSED  # the folder is there now
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_repaired_weights_that_lack_something_are_said_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0)) == cli.DONE
+    command = ["heal", str(run), "--tokens", "128", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(heal_run, "heal_", interrupted)
+        assert cli.main(command) == INTERRUPTED
+    [folder] = out.glob("unfinished-*/repaired")
+    repaired = Checkpoints(folder).newest(lambda found: found)
+    assert repaired is not None
+    left = dict(repaired.tensors)
+    lost = left.popitem()[0]
+    Checkpoints(folder).save(replace(repaired, tensors=left))
+    capsys.readouterr()
+    assert cli.main(command) == cli.DONE
+    said = capsys.readouterr().err
+    assert re.search(rf"checkpoint step-00000000\.json cannot be used \(.*{lost.rpartition('.')[2]}", said)
+    assert (out / "healing.json").is_file()
+
+
+def test_layers_are_not_made_without_the_bias_that_their_site_has() -> None:
+    model = load_model("random:tiny-gpt2", "cpu").model
+    sites = discover_sites(model)
+    dense, tensors = Schedule.dense(tuple(site.name for site in sites)), site_tensors(model, sites)
+    with pytest.raises(ValueError, match=f"do not fit {sites[0].name}: its bias is missing"):
+        load_sites_(model, sites, dense, {name: each for name, each in tensors.items() if not name.endswith("bias")})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from compression.legs import resolve
 from compression.mpo import decompose, truncate
 from compression.sites import dense_weight, model_parameters
 from search import healing
+from search.checkpoints import Checkpoint, Checkpoints
 from search.console import Console
 from search.heal_data import HealingText
 from search.healing import Healed, HealingPlan, heal_
@@ -117,6 +119,37 @@ def test_the_newest_checkpoint_that_verifies_is_used_and_said(tmp_path: Path, mo
     _, told = heal(model, dense, text, judge, folder=tmp_path)
     assert "cannot be used" in told[0]
     assert "goes on from step 4" in told[1]
+
+
+@pytest.mark.parametrize("lost", ["optimizer/", "best/", "model/", "optimizer/model.norm.weight/exp_avg"])
+def test_a_checkpoint_that_lacks_something_is_passed_over_like_a_damaged_one(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, model, text, judge = subject()
+    whole, plan = deepcopy(model), replace(PLAN, tokens=1000)
+    heal(whole, dense, text, judge, plan)
+    for step in (2, 4):
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, step)
+            with pytest.raises(KeyboardInterrupt):
+                heal(deepcopy(model), dense, text, judge, plan, tmp_path)
+    newest = Checkpoints(tmp_path).newest(lambda found: found)
+    assert newest is not None
+    left = {name: tensor for name, tensor in newest.tensors.items() if not name.startswith(lost)}
+    assert 0 < len(left) < len(newest.tensors)
+    Checkpoints(tmp_path).save(replace(newest, tensors=left))
+    _, told = heal(model, dense, text, judge, plan, tmp_path)
+    assert re.fullmatch(rf"checkpoint step-00000004\.json cannot be used \(it has no {lost}.*\); .*", told[0])
+    assert "goes on from step 2" in told[1]
+    expected = parameters(whole)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+def test_what_is_saved_after_a_checkpoint_was_passed_over_takes_its_place(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (5, 6, 2):
+        checkpoints.save(Checkpoint(step, {"x": torch.ones(1)}, {}))
+    assert checkpoints.newest(lambda found: found.step) == 2
 
 
 def test_checkpoints_of_another_healing_are_refused(tmp_path: Path) -> None:
