@@ -118,7 +118,8 @@ class Healed:
     """What healing came to.
 
     Attributes:
-        looks: measurements along the way, the first before any step; the last is of what the model is now.
+        looks: measurements along the way, the first before any step; the last is of what the model is now. None of a
+            model that gives numbers that are not finite from the start.
         stopped: why it ended early, empty if it did not.
         tokens_per_second: learned positions per second of training, of all processes together.
     """
@@ -280,12 +281,14 @@ class _Healing:
             self.sharding.end()
         put_parameters(self.model, frozen(self.model, best_found))
         absorb_gates_(self.model)
-        best = min(self.at.looks, key=lambda look: look.kl)
-        looks = [look for look in self.at.looks if look.tokens <= best.tokens]
-        return Healed(looks, stopped, self.at.tokens / max(self.at.seconds, 1e-9))
+        looks = self.at.looks
+        best = min(range(len(looks)), key=lambda number: looks[number].kl, default=-1)
+        return Healed(looks[: best + 1], stopped, self.at.tokens / max(self.at.seconds, 1e-9))
 
     def _steps(self) -> str:
         """All steps that are left; returns why they ended early, if they did."""
+        if not self.at.looks:
+            return "the model gives numbers that are not finite; it is left as it is"
         looked, saved = self._fraction(), time.monotonic()
         while self._fraction() < 1:
             with shield():  # an interrupt waits for the end of a step, whose state is then saved
@@ -455,7 +458,8 @@ def _head(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     try:
         with torch.no_grad():
             ids = torch.ones(1, 2, dtype=torch.long, device=head.weight.device)
-            same = torch.equal(model(input_ids=ids, use_cache=False).logits, fed[0])
+            logits = model(input_ids=ids, use_cache=False).logits
+            same = torch.equal(logits.nan_to_num(), fed[0].nan_to_num())
     finally:
         hook.remove()
     if not isinstance(head, nn.Linear) or not same:

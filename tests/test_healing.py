@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -164,6 +165,18 @@ def test_numbers_that_explode_stop_healing_and_the_last_good_state_is_kept() -> 
     healed, _ = heal(model, dense, text, judge, replace(PLAN, rate=1e25))
     assert "not a number" in healed.stopped
     assert judge.measure(model).kl == pytest.approx(healed.looks[-1].kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_gives_no_numbers_from_the_start_is_left_as_it_is_and_said(value: float) -> None:
+    dense, model, text, judge = subject()
+    model.model.norm.weight[3] = value
+    before = parameters(model)
+    healed, _ = heal(model, dense, text, judge)
+    assert "numbers that are not finite" in healed.stopped
+    assert (list(healed.looks), healed.outlook()) == ([], "")
+    after = parameters(model)
+    assert all(torch.equal(after[name].nan_to_num(), was.nan_to_num()) for name, was in before.items())
 
 
 def test_healing_that_only_hurts_leaves_the_model_as_it_was() -> None:

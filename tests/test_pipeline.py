@@ -353,6 +353,26 @@ def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_run_whose_repair_gives_no_numbers_is_not_healed_and_ends_with_its_table(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repair = subject.Subject.repair_
+
+    def poisoned(self: subject.Subject, *what: Any, **how: Any) -> Any:
+        taken = repair(self, *what, **how)
+        next(self.loaded.model.get_submodule(next(iter(taken))).parameters()).fill_(value)
+        return taken
+
+    monkeypatch.setattr(subject.Subject, "repair_", poisoned)
+    assert cli.main(words(out=tmp_path / "run", budget=2)[:-1]) == cli.DONE
+    assert "healing stopped: the model gives numbers that are not finite" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert [row["schedule"] for row in rows] == NAMES
+    assert [row["kl"] for row in rows[-2:]] == [None, None]
+
+
+@pytest.mark.usefixtures("fake_data")
 def test_a_jsonl_file_serves_as_the_proxy(tmp_path: Path) -> None:
     records = [{"question": f"What is {n}?", "choices": ["one", "two", f"{n}"], "answer": n % 3} for n in range(40)]
     proxy = jsonl(tmp_path / "exam.jsonl", records)
