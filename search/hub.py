@@ -1,4 +1,4 @@
-"""The model hub, to write to: uploads a folder, when told to."""
+"""The model hub: whether it answers, and uploads of a folder, when told to."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ from pathlib import Path
 
 from search.packages import DataUnavailable
 
-__all__ = ["push"]
+__all__ = ["SECONDS", "answers", "push"]
+
+SECONDS = 4.0
+"""How long the hub may stay silent at first contact before we say that it cannot be reached."""
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _NEEDED = ("config.json", "README.md", "model.safetensors*")
+
+
+def answers(name: str) -> bool:
+    """Whether the hub says anything when asked for a model, be it that there is none; the library itself would wait
+    for ever."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=SECONDS)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # offline, the hub's client raises many kinds
+        return False
+    return True
 
 
 def push(folder: Path, repository: str, public: bool = False) -> str:

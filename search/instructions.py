@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from search import hub
 from search.packages import DataUnavailable
 
 __all__ = ["Document", "conversation", "read_conversations"]
@@ -32,7 +33,6 @@ _MOST = 200_000
 _LARGEST = 1 << 30
 """Bytes of a .json file, which is read whole."""
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,13 @@ def _from_hub(name: str) -> list[Path]:
             f"data must be text, sampled, {', '.join(_SHORT)}, a {', '.join(_FILES)} file or a hub id, got {name!r}"
         )
     try:
-        files = sorted(HfApi().list_repo_files(name, repo_type="dataset"))
+        files = sorted(file.rfilename for file in HfApi().dataset_info(name, timeout=hub.SECONDS).siblings or ())
         chosen = [file for file in files if file.endswith(_FILES) and "test" not in file and "eval" not in file]
         if not chosen:
             raise ValueError(f"data set {name!r} holds no {', '.join(_FILES)} file")
         kind = min((Path(file).suffix for file in chosen), key=(".parquet", ".jsonl", ".json").index)
         first = next(file for file in chosen if file.endswith(kind))
-        return [Path(hf_hub_download(name, first, repo_type="dataset", etag_timeout=_SECONDS))]
+        return [Path(hf_hub_download(name, first, repo_type="dataset", etag_timeout=hub.SECONDS))]
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(f"data {name!r} is neither a file here nor a data set on the hub") from None
     except ValueError:

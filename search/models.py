@@ -26,6 +26,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from filelock import FileLock
 
 from compression.tensor_files import system_errors
+from search import hub
 from search.packages import DataUnavailable, cache_folder, extract, file_digest, read_requirements
 from search.processes import Processes
 from search.random_models import SHAPES, random_parameter
@@ -70,7 +71,6 @@ _TINY_SHAPE: dict[str, Any] = {
 }
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
-_HUB_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -384,7 +384,8 @@ def _from_hub(name: str) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=_HUB_SECONDS))
+        silent = not hub.answers(name)
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=hub.SECONDS, local_files_only=silent))
     except GatedRepoError as error:
         raise ValueError(
             f"model {name!r} asks for a licence to be accepted on the hub; log in with: hf auth login"

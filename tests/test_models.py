@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from search import models
+from search import hub, models
 from search.models import LoadedModel, load_model, locate, model_digest, resolve_device
 from search.packages import DataUnavailable
 
@@ -120,10 +125,44 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("Name or service not known\nsecond line")
 
+    monkeypatch.setattr(hub, "answers", lambda name: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(DataUnavailable, match="hub cannot be reached; give a folder") as caught:
         locate("somebody/some-model")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The hub of processes that start meanwhile takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        yield
+
+
+_CONVERSATIONS = "from search.instructions import read_conversations as read; read('somebody/some-data', None)"
+
+
+@pytest.mark.usefixtures("silent_hub")
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (
+            ["search.py", "--model", "somebody/some-model", "--quiet"],
+            2,
+            r"search\.py: .*hub cannot be reached; give a folder.*\n",
+        ),
+        (["-c", _CONVERSATIONS], 1, r"(?s).*DataUnavailable: data .* the hub cannot be reached; give a .* file\n"),
+    ],
+)
+def test_a_hub_that_says_nothing_is_not_waited_for(words: list[str], code: int, said: str) -> None:
+    root = Path(models.__file__).parents[1]
+    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == code
+    assert re.fullmatch(said, done.stderr)
 
 
 def test_from_the_hub_only_safe_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -135,6 +174,7 @@ def test_from_the_hub_only_safe_files_are_asked_for(monkeypatch: pytest.MonkeyPa
         asked.extend(allow_patterns)
         return str(folder)
 
+    monkeypatch.setattr(hub, "answers", lambda name: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert locate("somebody/some-model").model_id == "somebody/some-model"
     assert not [pattern for pattern in asked if pattern.endswith((".bin", ".pt", ".py", "*"))]
