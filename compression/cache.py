@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from compression.tensor_files import new_tensor_file
 
@@ -40,10 +40,12 @@ class FactorCache:
 
     Args:
         root: a folder, made when first needed; None keeps nothing on disk.
+        tell: hears of damaged files; left out, they are Python warnings.
     """
 
-    def __init__(self, root: Path | None) -> None:
+    def __init__(self, root: Path | None, tell: Callable[[str], None] = warnings.warn) -> None:
         self.root = root
+        self._tell = tell
 
     def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
         """The bundle of `key`, from disk if a file is there and intact, else built and stored.
@@ -63,17 +65,15 @@ class FactorCache:
         return self.root is not None and any(self._folder(key).glob(f"{key}.*.safetensors"))
 
     def load(self, key: str) -> Bundle | None:
-        """The bundle of `key`, or None if it is not cached. A damaged file counts as absent, with one warning."""
+        """The bundle of `key`, or None if it is not cached. A damaged file counts as absent and is said once."""
         if self.root is None:
             return None
         for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
-            if _digest(path) != path.name.split(".")[1]:
-                warnings.warn(f"cache file {path.name} is damaged; set aside and rebuilt", RuntimeWarning, stacklevel=2)
+            try:
+                return _read(path)
+            except (ValueError, SafetensorError):
+                self._tell(f"cache file {path.name} is damaged; set aside and rebuilt")
                 path.replace(path.with_suffix(".damaged"))
-                continue
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                return Bundle(tensors, file.metadata() or {})
         return None
 
     def store(self, key: str, bundle: Bundle) -> None:
@@ -89,6 +89,15 @@ class FactorCache:
     def _folder(self, key: str) -> Path:
         assert self.root is not None
         return self.root / key[:2]
+
+
+def _read(path: Path) -> Bundle:
+    """Raises ValueError or SafetensorError for a file that is not what its name says, or no safetensors."""
+    if _digest(path) != path.name.split(".")[1]:
+        raise ValueError("its checksum differs")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return Bundle(tensors, file.metadata() or {})
 
 
 def _digest(path: Path) -> str:

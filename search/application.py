@@ -122,7 +122,7 @@ def apply(
         loaded, sites = load(config, device)
     measured = traces(read_profile(profile, loaded.digest)) if profile is not None else {}
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device)
+        subject = Subject.of(config, loaded, sites, device, console.note)
     applied = fit_prior(prior, subject, target_kept, rule, console)
     for note in applied.notes:
         console.note(note)

@@ -71,7 +71,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
     with console.stage("load"):
         loaded, sites = load(config, device)
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device)
+        subject = Subject.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, "compare", config.model, config.seed) as folder:
         console.opened(folder.path)
         contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, subject)) | {"budget": config.budget})

@@ -61,7 +61,7 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
         raise ValueError(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device)
+        subject = Subject.of(config, loaded, sites, device, console.note)
         text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))
         judge = judge_of(subject, loaded.model)
         workload = Workload(subject.shards("heldout")[0], device)

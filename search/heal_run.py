@@ -127,7 +127,7 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
     if all(choice.is_dense for _, choice in schedule):
         raise ValueError(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device)
+        subject = Subject.of(config, loaded, sites, device, console.note)
     folder = Path(options.out) if options.out else run / f"{HEALED}-{options.data_name}-{plan.length}"
     folder.mkdir(parents=True, exist_ok=True)
     with subject.evaluator("heldout") as evaluator:

@@ -105,7 +105,7 @@ def run(config: Config, console: Console) -> RunSummary:
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device)
+        subject = Subject.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())

@@ -100,7 +100,7 @@ def profile(
     with console.stage("load"):
         loaded, sites = load(config, device)
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device)
+        subject = Subject.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
         console.opened(folder.path)
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])

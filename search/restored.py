@@ -88,7 +88,7 @@ def restore(
         raise ValueError(f"the run in {run} is of another model than {loaded.model_id}")
     if prior.model.digest != loaded.digest:
         console.note("weights, or their number type on this machine, are not those that the run measured")
-    subject = Subject.of(config, loaded, sites, where)
+    subject = Subject.of(config, loaded, sites, where, console.note)
     workload = None
     if reference:
         with console.stage("reference"):

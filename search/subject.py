@@ -6,6 +6,7 @@ Knows how the search data are dealt; not in which order anything happens.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +55,18 @@ class Subject:
     device: torch.device
 
     @classmethod
-    def of(cls, config: Config, loaded: LoadedModel, sites: tuple[Site, ...], device: torch.device) -> Subject:
+    def of(
+        cls,
+        config: Config,
+        loaded: LoadedModel,
+        sites: tuple[Site, ...],
+        device: torch.device,
+        tell: Callable[[str], None] = warnings.warn,
+    ) -> Subject:
         """Read and divide the data for a loaded model; nothing is computed yet.
+
+        Args:
+            tell: hears of damaged files in the cache.
 
         Raises:
             ValueError, DataUnavailable: as `search.corpora.build_splits`.
@@ -72,7 +83,7 @@ class Subject:
             chunk_tokens=CHUNK_TOKENS,
             seed=config.seed,
         )
-        cache = FactorCache(cache_folder() / "factors")
+        cache = FactorCache(cache_folder() / "factors", tell)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
         return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
 

@@ -1,6 +1,8 @@
 """The engine on small torch models: sites, statistics, whitening, factors, applying and restoring."""
 
 import copy
+import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,10 +309,14 @@ def test_a_damaged_cache_file_is_set_aside_and_rebuilt_to_the_same_numbers(model
     files[0].write_bytes(flipped)
     files[1].write_bytes(files[1].read_bytes()[:50])
     files[2].write_bytes(b"")
-    with pytest.warns(RuntimeWarning, match="damaged"):
+    pickled = pickle.dumps({"core.0": 1})
+    files[3].unlink()
+    key = files[3].name.split(".")[0]
+    (files[3].parent / f"{key}.{hashlib.sha256(pickled).hexdigest()[:32]}.safetensors").write_bytes(pickled)
+    with pytest.warns(UserWarning, match="damaged"):
         second = store_of(model, tmp_path).menu()
     assert all((a.cost == b.cost).all() for a, b in zip(first.sites, second.sites, strict=True))
-    assert len(list(tmp_path.rglob("*.damaged"))) == 3
+    assert len(list(tmp_path.rglob("*.damaged"))) == 4
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(files)
 
 

@@ -258,6 +258,20 @@ def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: P
 
 
 @pytest.mark.usefixtures("fake_data")
+def test_a_damaged_cache_is_said_and_the_trials_are_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "a", budget=2, heal_minutes=0)
+    files = list((tmp_path / "cache" / "factors").rglob("*.safetensors"))
+    for file in files:
+        file.write_bytes(file.read_bytes()[:50])
+    capsys.readouterr()
+    assert cli.main(words(out=tmp_path / "b", budget=2, heal_minutes=0)[:-1]) == cli.DONE
+    assert capsys.readouterr().err.count("is damaged; set aside and rebuilt\n") == len(files) > 0
+    assert trials(tmp_path / "a") == trials(tmp_path / "b")
+
+
+@pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("agent, budget", [("reinforce", 6), ("gradient", 18)])
 def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     agent: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -129,7 +129,7 @@ class _Run:
         if set(self.schedules) <= {"dense"}:
             yield from [loaded] * len(self.schedules)
             return
-        subject = Subject.of(self.config, loaded, sites, self.device)
+        subject = Subject.of(self.config, loaded, sites, self.device, self.console.note)
         calibrate(subject, self.console)
         for name in self.schedules:
             if name == "repaired":
