@@ -447,6 +447,31 @@ def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
     assert cli.main(["--resume", str(tmp_path / "run"), "--kl-weight", "2", "--quiet"]) == cli.REFUSED
     assert "kl_weight was 1.0, is 2.0" in capsys.readouterr().err
     reward = trial_module.Reward
+class Malicious:
+    """Pickled, it makes a folder where it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("protocol", [0, pickle.HIGHEST_PROTOCOL])
+def test_a_pickle_offered_as_questions_is_refused_and_not_executed(
+    protocol: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy, trace = tmp_path / "exam.jsonl", tmp_path / "trace"
+    proxy.write_bytes(pickle.dumps(Malicious(trace), protocol))
+    assert cli.main(words(out=tmp_path / "run", proxy=proxy)) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search("must be UTF-8 text|must be a JSON object", error)
+    assert [path.name for path in tmp_path.iterdir()] == ["exam.jsonl"]
+    pickle.loads(proxy.read_bytes())
+    assert trace.is_dir()
+
+
     monkeypatch.setattr(trial_module, "Reward", lambda **given: reward(**{**given, "floor": -7.0}))
     assert cli.main(["--resume", str(tmp_path / "run"), "--quiet"]) == cli.REFUSED
     assert "reward.floor was -30.0, is -7.0" in capsys.readouterr().err
