@@ -296,6 +296,8 @@ def _search(
             done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
                 reward = reward_of(config, pool.dense)
+    if not config.budget:
+        console.note("budget 0: nothing is searched, the baselines only are measured")
                 trials = run_agent(agent, config.budget, pool, reward, journal, stage, drawn)
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:

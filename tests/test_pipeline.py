@@ -334,8 +334,12 @@ def test_every_agent_ends_within_its_budget(tmp_path: Path, agent: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_data")
-def test_budget_zero_measures_the_baselines_only(tmp_path: Path) -> None:
-    document = run(tmp_path / "run", budget=0)
+def test_budget_zero_measures_the_baselines_only_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([word for word in words(out=tmp_path / "run", budget=0) if word != "--quiet"]) == cli.DONE
+    assert "budget 0: nothing is searched, the baselines only are measured" in capsys.readouterr().err
+    document = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert document["trials"] == 0
     rows = {row["schedule"]: row for row in document["rows"]}
     assert rows["searched"]["kl"] == rows["lagrangian"]["kl"]
