@@ -185,7 +185,8 @@ def _whole(folder: Path) -> Iterator[Path]:
             yield partial
         partial.chmod(0o755)
         if folder.exists():
-            folder.rmdir()
+            refuse_used(folder)
+            shutil.rmtree(folder)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -30,11 +30,11 @@ def finish(run: Path, config: Config, console: Console) -> list[str]:
 
     said = []
     if config.benchmark_items:
-        said.append(_benchmarks(run, config, console))
-    if config.export != "none":
-        said.append(_exported(run, config, console))
-    if said:
-        with RunFolder(run) as opened:
+        said.append(_benchmarks(run, config, console))  # which takes the folder's lock itself
+    with RunFolder(run) as opened:
+        if config.export != "none":
+            said.append(_exported(run, config, console))
+        if said:
             opened.write_text(REPORT, report([run]))
     return said
 

@@ -17,13 +17,13 @@ from search.console import Console
 from search.curves import curves
 from search.exporting import export_model, footprint
 from search.heal_data import heal_text
-from search.heal_run import HealedRun, Options, judge_of, text_tokens
+from search.heal_run import HealedRun, Options, held, judge_of, text_tokens
 from search.healing import heal_
 from search.models import load_for_use, resolve_device
 from search.prior import Prior
 from search.processes import Processes
 from search.quality import Quality
-from search.runfolder import PRIOR, refuse_used
+from search.runfolder import PRIOR, refuse_held, refuse_used
 from search.scoring import Workload
 from search.subject import Subject, load
 from search.table import Row
@@ -40,7 +40,8 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
         dense: the dense model it was made from, as for `search.models.load_model`.
 
     Raises:
-        ValueError: no exported folder with a prior, a quantized one, another dense model, or an option out of range.
+        ValueError: no exported folder with a prior, a quantized one, another dense model, an option out of range, or a
+            healing into the same folder that is under way.
         DataUnavailable: model or data cannot be had.
     """
     config = Config.of({"model": dense})
@@ -50,6 +51,9 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     prior = Prior.read(source / PRIOR)
     folder = Path(options.out or f"{source}-healed-{options.data_name}-{plan.length}").absolute()
     refuse_used(folder)
+    unfinished, first = folder.with_name(f".{folder.name}-unfinished"), Processes.is_first()
+    if first:
+        refuse_held(unfinished)
     device = resolve_device(config.device)
     with console.stage("load"):
         loaded, sites = load(config, device)
@@ -67,15 +71,13 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
         workload = Workload(subject.shards("heldout")[0], device)
         rows = [_row("dense", workload.reference(loaded.model), loaded.model)]
     rows.append(_row("exported", workload.measure(model), model))
-    unfinished = folder.with_name(f".{folder.name}-unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    first = Processes.is_first()
-    with console.stage("heal", plan.tokens, "tokens") as stage, curves(unfinished if first else None) as drawn:
-        healed = heal_(model, loaded.model, text, judge, plan, unfinished, stage, console.note, drawn)
-    rows.append(_row("healed", workload.measure(model), model))
-    if first:
-        _write(model.to(dtype), given.tokenizer, folder, source / PRIOR, rows)
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with held(unfinished):
+        with console.stage("heal", plan.tokens, "tokens") as stage, curves(unfinished if first else None) as drawn:
+            healed = heal_(model, loaded.model, text, judge, plan, unfinished, stage, console.note, drawn)
+        rows.append(_row("healed", workload.measure(model), model))
+        if first:
+            _write(model.to(dtype), given.tokenizer, folder, source / PRIOR, rows)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return HealedRun(rows, folder, healed.stopped)
 
 

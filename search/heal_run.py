@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,7 +32,7 @@ from search.healing import Healed, HealingPlan, heal_
 from search.models import resolve_device
 from search.prior import Prior
 from search.processes import Processes
-from search.runfolder import CONFIG, PRIOR, environment
+from search.runfolder import CONFIG, PRIOR, RunFolder, environment, refuse_held
 from search.scoring import Workload
 from search.sharding import sharing_copy
 from search.subject import Subject, load
@@ -41,6 +42,7 @@ __all__ = [
     "Options",
     "heal_folder",
     "heal_subject_",
+    "held",
     "judge_of",
     "text_tokens",
 ]
@@ -106,7 +108,8 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
     Several processes that `accelerate launch` or torchrun started share the work; the first one writes.
 
     Raises:
-        ValueError: no such run, its model or settings differ from now, or an option out of range.
+        ValueError: no such run, its model or settings differ from now, an option out of range, or a healing in the
+            same folder that is under way.
     """
     options.plan(seed=0)  # an option out of range is refused whatever the folder is
     for name in (CONFIG, PRIOR):
@@ -114,6 +117,9 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
             raise ValueError(f"heal needs the folder of a finished run, but there is no {run / name}")
     config = Config.of(read_fields(run / CONFIG))
     plan = options.plan(config.seed)
+    folder = Path(options.out) if options.out else run / f"{HEALED}-{options.data_name}-{plan.length}"
+    if Processes.is_first():
+        refuse_held(folder)
     device = resolve_device(config.device)
     with console.stage("load"):
         loaded, sites = load(config, device)
@@ -128,13 +134,16 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
         raise ValueError(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
     with console.stage("data"):
         subject = Subject.of(config, loaded, sites, device, console.note)
-    folder = Path(options.out) if options.out else run / f"{HEALED}-{options.data_name}-{plan.length}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with subject.evaluator("heldout") as evaluator:
+    with held(folder), subject.evaluator("heldout") as evaluator:
         evaluator.close()
         scores, healed = heal_subject_(subject, schedule, evaluator, plan, options, folder, console)
     rows = [score.to_row(name) for name, score in scores.items()]
     return HealedRun(rows, folder, healed.stopped)
+
+
+def held(folder: Path) -> AbstractContextManager[object]:
+    """The lock of a healing's folder; of processes that share the work the first one takes it for all."""
+    return RunFolder(folder) if Processes.is_first() else nullcontext()
 
 
 def heal_subject_(

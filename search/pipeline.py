@@ -10,6 +10,7 @@ import errno
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from search.config import Config
 from search.console import Console, Stage
 from search.curves import curves
 from search.evaluators import Score
-from search.heal_run import Options, heal_subject_
+from search.heal_run import Options, heal_subject_, held
 from search.healed_state import HEALED
 from search.items import forms, load_proxy
 from search.latency import Latency, against_dense
@@ -45,6 +46,7 @@ from search.runfolder import (
     TRIALS,
     RunFolder,
     environment,
+    refuse_held,
     refuse_used,
 )
 from search.search_pool import check_evaluators, search_pool
@@ -191,7 +193,9 @@ def preflight(config: Config) -> torch.device:
     read_policy(config)
     read_prior(config)
     check_evaluators(config)
-    if config.out is not None:
+    if config.resume is not None:
+        refuse_held(Path(config.resume))
+    elif config.out is not None:
         refuse_used(Path(config.out))
     return resolve_device(config.device)
 
@@ -337,7 +341,8 @@ def _measure(
         evaluator.close()
         options = Options(minutes=config.heal_minutes)
         plan = options.plan(config.seed) if config.heal_minutes else None
-        improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
+        with held(healing) if plan else nullcontext():
+            improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
     if healed.stopped:
         console.note(f"healing stopped: {healed.stopped}")
     return {**scores, **improved}

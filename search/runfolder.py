@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -36,8 +37,11 @@ __all__ = [
     "TABLE",
     "TRIALS",
     "RunFolder",
+    "contents",
     "environment",
     "finite",
+    "holding",
+    "refuse_held",
     "refuse_used",
     "write_whole",
 ]
@@ -53,27 +57,25 @@ TRIALS = "trials.csv"
 RESULTS = Path("results")
 _LOCK = ".lock"
 _HOLDER = ".holder.json"
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `write_whole` names what it has not finished
 _PACKAGES = ("gguf", "gymnasium", "numpy", "optuna", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
 
 
 class RunFolder:
-    """A locked run folder; use as a context manager, leaving it releases the lock.
+    """A locked folder, of a run or of a healing; use as a context manager, leaving it releases the lock.
 
-    Get one by `RunFolder.open`, `RunFolder.new` or `RunFolder.resume`.
+    That of a run comes from `RunFolder.open`, `RunFolder.new` or `RunFolder.resume`.
 
     Attributes:
-        path: absolute path of the folder.
+        path: of the folder; made if absent.
+
+    Raises:
+        ValueError: it cannot be made or written, or is in use by another process, which is named.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / _LOCK)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"the folder {path} is in use by {_holder(path)}; wait for it, or give another --out"
-            ) from None
+        self._lock = _locked(path)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
         try:
             self.write_json(_HOLDER, holder)
@@ -100,13 +102,8 @@ class RunFolder:
             path = RESULTS.absolute() / name
             while path.exists():
                 path = path.with_name(f"{name}-{1 + int(path.name[len(name) + 1 :] or 1)}")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            refuse_used(path)
-            folder = cls(path)
-        except OSError as error:
-            raise ValueError(f"cannot use the folder {path}: {error.strerror or error}") from None
-        return folder
+        refuse_used(path)
+        return cls(path)
 
     @classmethod
     def resume(cls, run: str) -> Self:
@@ -118,10 +115,7 @@ class RunFolder:
         path = Path(run).absolute()
         if not (path / CONFIG).is_file():
             raise ValueError(f"resume must be the folder of an earlier run, but {path / CONFIG} does not exist")
-        try:
-            return cls(path)
-        except OSError as error:
-            raise ValueError(f"cannot use the folder {path}: {error.strerror or error}") from None
+        return cls(path)
 
     @classmethod
     def open(cls, resume: str | None, out: str | None, agent: str, model: str, seed: int) -> Self:
@@ -197,20 +191,58 @@ def environment() -> dict[str, object]:
     }
 
 
-def refuse_used(path: Path) -> None:
-    """Refuse a folder that holds anything; one that does not exist yet is fine.
+def holding(path: Path) -> AbstractContextManager[object]:
+    """The lock of the run folder that a file or folder is to be written into; nothing where that is no run folder."""
+    run = path.absolute().parent
+    return RunFolder(run) if (run / ENVIRONMENT).is_file() else nullcontext()
+
+
+def refuse_held(path: Path) -> None:
+    """Refuse a folder that another process is writing into; nothing is made or left in it.
 
     Raises:
-        ValueError: it is no folder, or what it holds.
+        ValueError: who holds it.
+    """
+    if (path / _LOCK).exists():
+        _locked(path).release()
+
+
+def refuse_used(path: Path) -> None:
+    """Refuse a folder that is in use or holds anything; one that does not exist yet is fine.
+
+    Raises:
+        ValueError: it is no folder, who holds it, or what it holds.
     """
     if not path.exists():
         return
     if not path.is_dir():
         raise ValueError(f"out must be a folder, got the file {path}")
+    refuse_held(path)
     if (path / CONFIG).exists():
         raise ValueError(f"the folder {path} holds a run already; continue it with --resume, or give another --out")
-    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in (_LOCK, _HOLDER)):
+    if others := contents(path):
         raise ValueError(f"out must be a new or empty folder, but {path} holds {others[0]!r}")
+
+
+def contents(path: Path) -> list[str]:
+    """Names of what a folder holds, without what a killed owner leaves: its lock, and files it had not finished."""
+    names = sorted(entry.name for entry in path.iterdir())
+    return [name for name in names if name not in (_LOCK, _HOLDER) and not _UNFINISHED.fullmatch(name)]
+
+
+def _locked(path: Path) -> FileLock:
+    """The lock of a folder, which is made if absent; the errors are those of `RunFolder`."""
+    lock = FileLock(path / _LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"the folder {path} is in use by {_holder(path)}; wait for it, or give another --out"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot use the folder {path}: {error.strerror or error}") from None
+    return lock
 
 
 def _holder(path: Path) -> str:

@@ -24,6 +24,7 @@ from search.items import Item, load_mmlu, read_item
 from search.models import LoadedModel, load_model
 from search.packages import DataUnavailable
 
+from search.runfolder import RunFolder
 __all__ = ["fake_data"]
 
 FEW = "arc_easy,boolq"
@@ -107,6 +108,18 @@ def test_a_stopped_run_asks_only_what_is_missing(
 @pytest.mark.usefixtures("fake_data")
 def test_what_a_folder_holds_counts_where_the_cache_is_gone(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+def test_a_folder_in_use_is_refused_before_a_model_is_loaded_and_what_a_killed_run_left_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("random:nothing", "--tasks", FEW, "--out", tmp_path)
+    with RunFolder(tmp_path):
+        assert bench(*words) == cli.REFUSED
+        assert "is in use by process" in capsys.readouterr().err
+    (tmp_path / ".benchmarks.json.a1b2c3d4.tmp").touch()
+    assert bench(*words) == cli.REFUSED
+    assert "random:nothing" in capsys.readouterr().err
+
+
 ) -> None:
     words = ("random:tiny-llama", "--tasks", FEW, "--out", tmp_path / "out")
     assert bench(*words) == 0

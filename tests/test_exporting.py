@@ -61,6 +61,15 @@ def test_a_used_folder_is_refused_and_kept(folder):
     assert sorted(file.name for file in folder.iterdir()) == before
 
 
+def test_a_folder_with_nothing_but_what_a_killed_run_left_is_replaced(tmp_path):
+    loaded = tensorized()
+    for name in (".lock", ".config.json.a1b2c3d4.tmp"):
+        (tmp_path / name).touch()
+    export_model(loaded.model, loaded.tokenizer, tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_failure_while_writing_leaves_nothing(tmp_path):
     loaded = tensorized()
 

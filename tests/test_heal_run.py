@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fakedata import fake_data
 from safetensors.torch import load_file
 from test_pipeline import words
+from test_prior import document
 
 from compression import MPOLinear, Schedule
 from compression.sites import discover_sites
 from compression.skeleton import describe
 from search import cli, heal_run
 from search.checkpoints import Checkpoints
+from search.config import Config
 from search.console import Console
 from search.curves import CURVES
+from search.heal_run import held
 from search.healed_state import HealedState, load_sites_, site_tensors
 from search.interrupts import INTERRUPTED
 from search.models import load_for_use, load_model
 from search.restored import restore
+from search.runfolder import RunFolder, contents, refuse_held
 from search.sharding import sharing_copy
 
 __all__ = ["fake_data"]
@@ -40,7 +47,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     state = json.loads((out / "healing.json").read_text())
     assert [row["schedule"] for row in state["rows"]] == ["dense", "repaired", "healed"]
     assert len({row["parameters"] for row in state["rows"][1:]}) == 1
-    assert {path.name for path in out.iterdir()} == {"healing.json", "weights.safetensors", CURVES}
+    assert set(contents(out)) == {"healing.json", "weights.safetensors", CURVES}
     model = load_model("random:tiny-llama", "cpu").model
     sites, schedule = discover_sites(model), Schedule.from_json(json.dumps(state["schedule"]))
     load_sites_(model, sites, schedule, load_file(out / "weights.safetensors"))
@@ -67,6 +74,64 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     (out / "weights.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="checksum"):
         restore(run, Console(quiet=True), "cpu", healed=out)
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_an_interrupted_healing_holds_its_folder_and_tells_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "a run", tmp_path / "healed é"
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0)) == cli.DONE
+    command = ["heal", str(run), "--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
+
+    def interrupt(*_: Any) -> str:
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} "):
+            refuse_held(out)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("search.healing._Healing._step", interrupt)
+        assert cli.main(command) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    beginning = "search.py: interrupted; continue with: python search.py "
+    assert said.startswith(beginning)
+    again = shlex.split(said.removeprefix(beginning))
+    assert again == command
+    assert cli.main(again) == cli.DONE
+    assert "healing goes on from step 0" in capsys.readouterr().err
+
+
+def test_a_second_healing_into_a_folder_is_refused_and_told_who_holds_it_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    run.mkdir()
+    exported.mkdir()
+    (run / "config.json").write_text(Config.of({"model": "random:nothing"}).to_json())
+    (exported / "config.json").write_text('{"quantization_config": {"quant_method": "chisel"}}')
+    for folder in (run, exported):
+        (folder / "prior.json").write_text(json.dumps(document()))
+    for command, folder in (
+        ([run], run / "healed-text-30min"),
+        ([run, "--out", tmp_path / "out"], tmp_path / "out"),
+        ([exported, "--model", "random:nothing"], tmp_path / ".exported-healed-text-30min-unfinished"),
+    ):
+        with RunFolder(folder):
+            assert cli.main(["heal", *map(str, command), "--quiet"]) == cli.REFUSED
+        assert f"{folder} is in use by process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_of_processes_that_heal_together_only_the_first_takes_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with held(tmp_path):
+        with pytest.raises(ValueError, match="in use by"):
+            held(tmp_path)
+        monkeypatch.setenv("RANK", "1")
+        with held(tmp_path):
+            pass
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -10,6 +10,7 @@ import pytest
 
 from search import cli
 from search.report import report
+from search.runfolder import RunFolder
 
 ROW = {"expected_accuracy": 0.3, "accuracy": 0.25, "accuracy_stderr": 0.07, "items": 32, "bytes": 4_000_000}
 ROWS = [
@@ -194,6 +195,17 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(run, capsys, name, conte
     assert message in error
     assert error.count("\n") == 1
     assert not (folder / "report.html").exists()
+
+
+def test_a_page_or_a_model_is_not_written_into_a_run_that_another_command_holds(run, capsys, tmp_path):
+    folder = run()
+    (folder / "environment.json").write_text("{}")
+    with RunFolder(folder):
+        for command in ("report", "export"):
+            assert cli.main([command, str(folder)]) == cli.REFUSED
+            assert "is in use by process" in capsys.readouterr().err
+        assert cli.main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == cli.DONE
+    assert cli.main(["report", str(folder)]) == cli.DONE
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from search.config import Config
-from search.runfolder import CONFIG, SUMMARY, RunFolder, environment, finite
+from search.runfolder import CONFIG, SUMMARY, RunFolder, contents, environment, finite, refuse_held, refuse_used
 
 
 def test_a_new_folder_is_named_by_date_agent_model_and_seed(tmp_path, monkeypatch):
@@ -50,8 +50,10 @@ def test_a_folder_with_a_run_is_refused_with_the_way_to_resume(tmp_path):
 
 def test_a_file_as_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="cannot use the folder"):
+    with pytest.raises(ValueError, match="out must be a folder, got the file"):
         RunFolder.new(str(tmp_path / "file"), "random", "m", 0)
+    with pytest.raises(ValueError, match=r"cannot use the folder .*: Not a directory"):
+        RunFolder.new(str(tmp_path / "file" / "run"), "random", "m", 0)
 
 
 def test_resume_wants_a_run(tmp_path):
@@ -72,6 +74,39 @@ def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
         )
     assert f"is in use by process {os.getpid()} on " in run.stdout
     RunFolder.resume(str(tmp_path)).__exit__(None, None, None)
+
+
+def test_a_folder_under_way_is_refused_by_its_holder_before_what_it_holds(tmp_path):
+    for written in (None, CONFIG, "thesis.tex"):
+        path = tmp_path / str(written)
+        with RunFolder.new(str(path), "random", "m", 0) as folder:
+            if written is not None:
+                folder.write_text(written, "{}")
+            for refuse in (refuse_held, refuse_used):
+                with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on "):
+                    refuse(path)
+        refuse_held(path)
+    refuse_held(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("files", [0, 1])
+def test_what_a_killed_owner_leaves_of_its_first_files_counts_as_nothing(tmp_path, files):
+    code = (
+        "import os, signal, sys\nfrom search.runfolder import RunFolder\n"
+        "kill, steps = lambda *_: os.kill(os.getpid(), signal.SIGKILL), [os.replace] * int(sys.argv[2])\n"
+        "os.replace = lambda *paths: (steps.pop() if steps else kill)(*paths)\n"
+        "RunFolder.new(sys.argv[1], 'random', 'm', 0).write_text('config.json', '{}')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(files)], timeout=60)
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
+    assert contents(tmp_path) == []
+    (tmp_path / ".my.tmp").touch()
+    with pytest.raises(ValueError, match=r"holds '\.my\.tmp'"):
+        refuse_used(tmp_path)
+    (tmp_path / ".my.tmp").unlink()
+    with RunFolder.new(str(tmp_path), "random", "m", 0) as folder:
+        folder.write_text(CONFIG, "{}")
 
 
 def test_a_killed_owner_does_not_keep_the_folder(tmp_path):

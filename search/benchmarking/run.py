@@ -25,7 +25,16 @@ from search.config import nearest
 from search.console import Console
 from search.models import LoadedModel, resolve_device
 from search.packages import cache_folder
-from search.runfolder import CONFIG, RESULTS, RunFolder, environment, finite, write_whole
+from search.runfolder import (
+    CONFIG,
+    RESULTS,
+    RunFolder,
+    contents,
+    environment,
+    finite,
+    refuse_held,
+    write_whole,
+)
 from search.table import Column, csv_text, text_table
 
 __all__ = ["BENCHMARKS", "Request", "Result", "benchmark"]
@@ -121,14 +130,14 @@ def benchmark(request: Request, console: Console) -> Result:
         DataUnavailable: data or a model cannot be had.
     """
     _check(request)
+    path = _folder(request)
+    refuse_held(path)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
     field = contestants(request.models, request.schedules, device, console)
     with console.stage("items"):
         searched = always_searched().union(*(one.searched for one in field))
         selections = [select(task, request.samples, request.seed, searched, request.source) for task in tasks]
-    path = _folder(request)
-    path.mkdir(parents=True, exist_ok=True)
     with RunFolder(path) as folder:
         console.note(f"output folder: {path}")
         bench = _Bench(folder, request, selections, console)
@@ -250,7 +259,7 @@ def _folder(request: Request) -> Path:
         if path.exists() and not path.is_dir():
             raise ValueError(f"out must be a folder, got the file {path}")
         ours = (CONFIG, f"{BENCHMARKS}.json")
-        if path.exists() and any(path.iterdir()) and not any((path / name).is_file() for name in ours):
+        if path.exists() and contents(path) and not any((path / name).is_file() for name in ours):
             raise ValueError(f"out must be a new or empty folder, or that of a run, but {path} is neither")
         return path
     runs = [Path(word).absolute() for word in request.models if (Path(word) / CONFIG).is_file()]

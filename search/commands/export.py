@@ -37,15 +37,15 @@ def run(words: list[str]) -> int:
                     f"{nearest(given[field], valid)}, got {given[field]!r}"
                 )
         folder = Path(given["out"] or Path(given["run"]) / given["format"])
+        healed = Path(given["healed"]) if given["healed"] else None
         with shown:
             from search.export_run import Form, export_run
-            from search.runfolder import refuse_used
+            from search.runfolder import holding, refuse_used
 
             refuse_used(folder)
             form = Form(given["format"], given["dtype"], given["quantize"], given["state"], given["device"])
-            print(
-                export_run(Path(given["run"]), folder, form, shown, Path(given["healed"]) if given["healed"] else None)
-            )
+            with holding(folder):
+                print(export_run(Path(given["run"]), folder, form, shown, healed))
     except BaseException as error:
         return explain(error, None)
     print(folder)

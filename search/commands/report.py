@@ -26,11 +26,12 @@ def run(words: list[str]) -> int:
     folders = [Path(name) for name in given["runs"]]
     try:
         from search.report import REPORT, report
-        from search.runfolder import write_whole
+        from search.runfolder import holding, write_whole
 
         target = Path(given["out"]) if given["out"] else (folders[0] if len(folders) == 1 else Path()) / REPORT
         text = report(folders)
-        write_whole(target, text)
+        with holding(target):
+            write_whole(target, text)
     except BaseException as error:
         return explain(error, None)
     print(target)
