@@ -27,9 +27,10 @@ from optuna.trial import FrozenTrial, TrialState
 from search.interrupts import shield
 from search.runfolder import finite
 
-__all__ = ["Journal", "Record", "differences", "with_defaults"]
+__all__ = ["Journal", "Record", "differences", "refuse_another", "with_defaults"]
 
 _STUDY = "chisel"
+_SPACE = ("steps", "levels")  # what a fingerprint says of the decisions, known once the model is decomposed
 _DISK = {"FULL": errno.ENOSPC, "IOERR": errno.EIO, "READONLY": errno.EROFS}
 _COLUMNS = {
     "trials": ("number", "study_id", "state", "datetime_start", "datetime_complete"),
@@ -107,21 +108,15 @@ class Journal:
         self._levels = levels
         self._distribution = distribution_to_json(IntDistribution(0, levels - 1))
         plain = _plain({**fingerprint, "steps": list(steps), "levels": levels})
-        if not _is_sqlite(path):
-            raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
+        refuse_another(path, plain, defaults)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with _disk(path):
             self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path))
             self._study = optuna.create_study(
                 study_name=_STUDY, storage=self._storage, direction="maximize", load_if_exists=True
             )
-            known = self._study.user_attrs.get("fingerprint")
-            if known is None:
+            if "fingerprint" not in self._study.user_attrs:
                 self._study.set_user_attr("fingerprint", plain)
-                known = plain
-        if (known := with_defaults(known, _plain(defaults))) != plain:
-            self.close()
-            raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
         self._records = {record.number: record for record in map(self._read, self._study.get_trials(deepcopy=False))}
 
     @property
@@ -271,6 +266,28 @@ def _numbers(values: Mapping[str, float | None] | None) -> Mapping[str, float] |
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
+def refuse_another(
+    path: Path, fingerprint: Mapping[str, object], defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Refuse the journal of another search; writes nothing, and takes one that is not there yet.
+
+    Args:
+        fingerprint: as for `Journal`; before the model is decomposed without steps and levels, which then do not count.
+        defaults: as for `Journal`.
+
+    Raises:
+        ValueError, OSError: as `Journal`.
+    """
+    if not _is_sqlite(path):
+        raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
+    if (stored := _stored_fingerprint(path)) is None:
+        return
+    plain = _plain(fingerprint)
+    comparable = {name: value for name, value in stored.items() if name in plain or name not in _SPACE}
+    if (known := with_defaults(comparable, _plain(defaults))) != plain:
+        raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
+
+
 def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A nested mapping with what it lacks taken from `defaults`, inside the mappings that both have.
 
@@ -314,6 +331,20 @@ def _disk(path: Path) -> Iterator[None]:
 def _stamp(moment: datetime) -> str:
     """A time as SQLAlchemy writes it into SQLite."""
     return moment.strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _stored_fingerprint(path: Path) -> dict[str, Any] | None:
+    """What a journal says that it is of; None where it is not there yet, or nothing is in it."""
+    if not path.exists():
+        return None
+    table = "study_user_attributes"
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with _disk(path), closing(sqlite3.connect(address, timeout=30, uri=True)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+            return None
+        row = connection.execute(f"SELECT value_json FROM {table} WHERE key = 'fingerprint'").fetchone()
+    stored: dict[str, Any] | None = json.loads(row[0]) if row else None
+    return stored
 
 
 def _is_sqlite(path: Path) -> bool:

@@ -60,6 +60,7 @@ from search.trials import (
     make_agent,
     open_journal,
     read_policy,
+    refuse_other_search,
     reward_of,
     run_agent,
     select,
@@ -108,6 +109,8 @@ def run(config: Config, console: Console) -> RunSummary:
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
     with console.stage("data"):
         subject = Subject.of(config, loaded, sites, device, console.note)
+    if config.resume is not None:
+        refuse_other_search(Path(config.resume) / STUDY, config, subject)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())
@@ -293,6 +296,8 @@ def _search(
     Args:
         problem: around the prior, if there is one; its own closed form is then the prior's schedule.
     """
+    if not config.budget:
+        console.note("budget 0: nothing is searched, the baselines only are measured")
     agent = make_agent(config, problem, subject)
     journal = open_journal(folder / STUDY, config, subject, problem)
     try:
@@ -300,8 +305,6 @@ def _search(
             done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
                 reward = reward_of(config, pool.dense)
-    if not config.budget:
-        console.note("budget 0: nothing is searched, the baselines only are measured")
                 trials = run_agent(agent, config.budget, pool, reward, journal, stage, drawn)
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:

@@ -20,7 +20,7 @@ from search.config import Config
 from search.console import Stage
 from search.curves import Curves
 from search.evaluators import Evaluator, Score
-from search.journal import Journal, Record
+from search.journal import Journal, Record, refuse_another
 from search.models import LoadedModel
 from search.pool import Job, Pool, Result
 from search.quality import paired_kl
@@ -38,6 +38,7 @@ __all__ = [
     "make_agent",
     "open_journal",
     "read_policy",
+    "refuse_other_search",
     "reward_of",
     "run_agent",
     "select",
@@ -213,6 +214,11 @@ def open_journal(path: Path, config: Config, subject: Subject, problem: Problem)
     """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return Journal(path, fingerprint(config, subject), problem.names, problem.levels, fingerprint_defaults())
+
+
+def refuse_other_search(path: Path, config: Config, subject: Subject) -> None:
+    """Refuse to continue the journal of another search before anything is computed; raises ValueError as `Journal`."""
+    refuse_another(path, fingerprint(config, subject), fingerprint_defaults())
 
 
 def fingerprint_defaults() -> dict[str, object]:

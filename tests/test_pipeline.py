@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pickle
 import re
 import shutil
 import sqlite3
@@ -22,7 +24,9 @@ from search import cli, models, subject
 from search import trials as trial_module
 from search.config import Config
 from search.evaluators import ModelEvaluator
+from search.models import load_model
 from search.prior import Prior
+from search.runfolder import RunFolder
 from search.scoring import Workload
 
 __all__ = ["fake_data"]
@@ -443,14 +447,6 @@ def test_an_unreadable_jsonl_is_refused_before_the_model_is_loaded(
     assert "line 2" in capsys.readouterr().err.replace(":2:", " line 2")
 
 
-@pytest.mark.usefixtures("fake_data")
-def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(tmp_path / "run", budget=2)
-    assert cli.main(["--resume", str(tmp_path / "run"), "--kl-weight", "2", "--quiet"]) == cli.REFUSED
-    assert "kl_weight was 1.0, is 2.0" in capsys.readouterr().err
-    reward = trial_module.Reward
 class Malicious:
     """Pickled, it makes a folder where it is read."""
 
@@ -476,9 +472,70 @@ def test_a_pickle_offered_as_questions_is_refused_and_not_executed(
     assert trace.is_dir()
 
 
+@pytest.mark.usefixtures("fake_data")
+def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", budget=2)
+    assert cli.main(["--resume", str(tmp_path / "run"), "--kl-weight", "2", "--quiet"]) == cli.REFUSED
+    assert "kl_weight was 1.0, is 2.0" in capsys.readouterr().err
+    reward = trial_module.Reward
     monkeypatch.setattr(trial_module, "Reward", lambda **given: reward(**{**given, "floor": -7.0}))
     assert cli.main(["--resume", str(tmp_path / "run"), "--quiet"]) == cli.REFUSED
     assert "reward.floor was -30.0, is -7.0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_resuming_with_another_model_or_other_questions_is_refused_and_the_folder_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, loaded = tmp_path / "run", load_model("random:tiny-llama", "cpu")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
+    loaded.model.save_pretrained(tmp_path / "model")
+    questions = exam(tmp_path / "exam.jsonl", "What")
+    run(folder, agent="random", budget=2, model=tmp_path / "model", proxy=questions, heal_minutes=0)
+    before = files(folder)
+
+    def refused() -> str:
+        capsys.readouterr()
+        assert cli.main(["resume", str(folder), "--budget", "3"]) == cli.REFUSED
+        assert files(folder) == before
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patched:
+        patched.setattr("search.pipeline.calibrate", lambda *_: pytest.fail("it went to work"))
+        exam(tmp_path / "exam.jsonl", "Which")
+        assert re.search("belongs to another search: search_items was [0-9a-f.]+, is [0-9a-f.]+\n", refused())
+        exam(tmp_path / "exam.jsonl", "What")
+        loaded.model.model.norm.weight.data[0] += 1
+        loaded.model.save_pretrained(tmp_path / "model")
+        assert re.search("belongs to another search: model was [0-9a-f.]+, is [0-9a-f.]+; ", refused())
+    loaded.model.model.norm.weight.data[0] -= 1
+    loaded.model.save_pretrained(tmp_path / "model")
+    assert cli.main(["resume", str(folder), "--budget", "3", "--quiet"]) == cli.DONE
+
+
+def exam(path: Path, word: str) -> Path:
+    """Questions that begin with `word`."""
+    choices = ["one", "two", "three"]
+    return jsonl(path, [{"question": f"{word} is {n}?", "choices": choices, "answer": n % 3} for n in range(40)])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Content of everything in a folder, by its place there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_in_a_folder_is_refused_and_told_who_holds_it_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with RunFolder.new(str(tmp_path), "random", "m", 0) as folder:
+        for commands in ([words(out=tmp_path)], [words(out=tmp_path), words(resume=tmp_path, budget=9)]):
+            for command in commands:
+                assert cli.main(command) == cli.REFUSED
+                assert f"is in use by process {os.getpid()} on " in capsys.readouterr().err
+            folder.write_text("config.json", Config.of(SMALL).to_json())
 
 
 @pytest.mark.usefixtures("fake_data")
