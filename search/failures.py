@@ -6,12 +6,13 @@ import errno
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from search.config import Config
 from search.interrupts import INTERRUPTED
 
-__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "EvaluatorsLost", "complain", "explain", "refuse"]
+__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "EvaluatorsLost", "complain", "explain", "refuse", "resumed"]
 
 DONE, REFUSED, PREFLIGHT, FAILURES = 0, 2, 3, 4
 """Exit codes: done; refused before any work (input, or data or device not there); `doctor` found what keeps the job
@@ -22,11 +23,20 @@ class EvaluatorsLost(Exception):
     """The processes that score schedules cannot be kept alive."""
 
 
-def explain(error: BaseException, folder: Path | None, command: str = "") -> int:
-    """One line and an exit code for a failure that a person can act on; any other is a fault of ours and is raised."""
+def resumed(folder: Path | None, *command: str) -> list[str]:
+    """Words that make a command go on in its folder; none while it has no folder yet."""
+    return [*command, "--resume", str(folder)] if folder else []
+
+
+def explain(error: BaseException, again: Sequence[str] = ()) -> int:
+    """One line and an exit code for a failure that a person can act on; any other is a fault of ours and is raised.
+
+    Args:
+        again: the words of the command that goes on with what was stopped, if there is one.
+    """
+    command = shlex.join(["python", "search.py", *again])
     if isinstance(error, KeyboardInterrupt):
-        hint = f"; continue with: python search.py {command}--resume {shlex.quote(str(folder))}" if folder else ""
-        complain(f"interrupted{hint}")
+        complain(f"interrupted; continue with: {command}" if again else "interrupted")
         return INTERRUPTED
     from search.packages import DataUnavailable
 
@@ -35,7 +45,7 @@ def explain(error: BaseException, folder: Path | None, command: str = "") -> int
         return REFUSED
     if isinstance(error, ValueError) and not os.environ.get("CHISEL_TRACEBACK"):
         return refuse(str(error))
-    resume = f"; once that is mended: python search.py {command}--resume {shlex.quote(str(folder))}" if folder else ""
+    resume = f"; once that is mended: {command}" if again else ""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         complain(f"stopped: {error.strerror}{resume}")
         return FAILURES

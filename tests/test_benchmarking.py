@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,8 @@ from search.benchmarking.tasks import TASKS, named_tasks
 from search.items import Item, load_mmlu, read_item
 from search.models import LoadedModel, load_model
 from search.packages import DataUnavailable
-
 from search.runfolder import RunFolder
+
 __all__ = ["fake_data"]
 
 FEW = "arc_easy,boolq"
@@ -85,8 +86,8 @@ def test_several_models_share_the_items_and_are_compared(tmp_path: Path, capsys:
 
 
 @pytest.mark.usefixtures("fake_data")
-def test_a_stopped_run_asks_only_what_is_missing(
-    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_run_tells_the_command_that_asks_only_what_is_missing(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("random:tiny-llama", "--tasks", FEW, "--out", tmp_path / "out")
     counting = LanguageModel.loglikelihood
@@ -100,14 +101,13 @@ def test_a_stopped_run_asks_only_what_is_missing(
         interrupted.setattr(LanguageModel, "loglikelihood", stop_at_the_second)
         assert bench(*words) == 130
     assert [one["task"] for one in written(tmp_path / "out")["outcomes"]] == ["boolq"]
-    assert bench(*words) == 0
+    again = shlex.split(capsys.readouterr().err.split("interrupted; continue with: python search.py ")[1])
+    assert again == ["benchmark", *map(str, words), "--device", "cpu", "--quiet"]
+    assert cli.main(again) == 0
     assert asked == [4, 7]  # two of boolq's documents with two choices, two of arc_easy's with three and four
     assert len(written(tmp_path / "out")["outcomes"]) == 2
 
 
-@pytest.mark.usefixtures("fake_data")
-def test_what_a_folder_holds_counts_where_the_cache_is_gone(
-    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 def test_a_folder_in_use_is_refused_before_a_model_is_loaded_and_what_a_killed_run_left_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +120,9 @@ def test_a_folder_in_use_is_refused_before_a_model_is_loaded_and_what_a_killed_r
     assert "random:nothing" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("fake_data")
+def test_what_a_folder_holds_counts_where_the_cache_is_gone(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("random:tiny-llama", "--tasks", FEW, "--out", tmp_path / "out")
     assert bench(*words) == 0

@@ -48,7 +48,7 @@ def run(words: list[str]) -> int:
             path = None if profile is None else Path(profile)
             folder, rows, notes = application.apply(config, prior, shown, target, rule, measure, path)
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
     table = f"\n{text_table(rows)}" if rows else ""
     print("\n".join(notes), f"{table}\n{folder}", sep="\n")
     return DONE

@@ -58,7 +58,7 @@ def run(words: list[str]) -> int:
         with shown:
             result = benchmark(request, shown)
     except BaseException as error:
-        return explain(error, None, "benchmark ")
+        return explain(error, ["benchmark", *words])
     print(json_text(result.document()) if given["json"] else f"\n{result.text()}\n{result.folder}")
     if result.nonfinite:
         complain(

@@ -6,7 +6,7 @@ import argparse
 
 from search.config import AFTERWARDS
 from search.console import Console
-from search.failures import DONE, explain
+from search.failures import DONE, explain, resumed
 from search.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
 
 __all__ = ["COMPARED", "run"]
@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
         with shown:
             folder, report = contest.compare(config, names, seeds, shown)
     except BaseException as error:
-        return explain(error, shown.folder, "compare ")
+        return explain(error, resumed(shown.folder, "compare"))
     print(f"{report}\n{folder}")
     return DONE
 

@@ -25,6 +25,6 @@ def run(words: list[str]) -> int:
             with shown.stage("data"):
                 folder = packages.fetch()
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
     print(folder)
     return DONE

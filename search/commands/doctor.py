@@ -35,7 +35,7 @@ def run(words: list[str]) -> int:
 
         findings = checkup()
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
     problems = sum(finding.state == "problem" for finding in findings)
     if given["json"]:
         print(json_text({"problems": problems, "findings": [asdict(finding) for finding in findings]}))

@@ -47,7 +47,7 @@ def run(words: list[str]) -> int:
             with holding(folder):
                 print(export_run(Path(given["run"]), folder, form, shown, healed))
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
     print(folder)
     return DONE
 

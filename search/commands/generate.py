@@ -44,7 +44,7 @@ def run(words: list[str]) -> int:
             while prompt := _asked():
                 _say_answer(chat, prompt)
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
     return DONE
 
 

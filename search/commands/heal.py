@@ -55,7 +55,7 @@ def run(words: list[str]) -> int:
                 result = heal_run.heal_folder(source, options, shown)
         Processes.end()
     except BaseException as error:
-        return explain(error, None)
+        return explain(error, ["heal", *words])
     if first:
         _tell(result, None if exported else given["run"])
     return FAILURES if result.stopped else DONE

@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
     try:
         return _act(action, files, given["clamp"])
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
 
 
 def _act(action: str, files: list[Path], clamp: bool) -> int:

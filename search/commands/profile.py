@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from search.config import AFTERWARDS
 from search.console import Console
-from search.failures import DONE, explain
+from search.failures import DONE, explain, resumed
 from search.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
 
 __all__ = ["IGNORED", "levels_text", "run"]
@@ -65,7 +65,7 @@ def run(words: list[str]) -> int:
             sizes = [text and whole_numbers(name, text)[0] for name, text in (("tokens", tokens), ("context", context))]
             folder, text = profile.profile(config, levels, sizes[0], shown, sizes[1])
     except BaseException as error:
-        return explain(error, shown.folder, "profile ")
+        return explain(error, resumed(shown.folder, "profile"))
     print(f"{text}\n{folder}")
     return DONE
 

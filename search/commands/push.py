@@ -31,6 +31,6 @@ def run(words: list[str]) -> int:
 
             address = push(Path(given["folder"]), given["repository"], public=given["public"])
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
     print(address)
     return DONE

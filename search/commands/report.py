@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
         with holding(target):
             write_whole(target, text)
     except BaseException as error:
-        return explain(error, None)
+        return explain(error)
     print(target)
     return DONE
 

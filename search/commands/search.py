@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from search.console import Console
-from search.failures import DONE, FAILURES, complain, explain
+from search.failures import DONE, FAILURES, complain, explain, resumed
 from search.flags import Parser, add_fields, configuration, parse, set_threads
 from search.table import json_text, lines_text, text_table
 
@@ -103,7 +103,7 @@ def start(given: dict[str, Any]) -> int:
         with shown:
             more = finish.finish(summary.folder, config, shown)
     except BaseException as error:
-        return explain(error, shown.folder)
+        return explain(error, resumed(shown.folder))
     if not as_json:
         print(*more, summary.folder, sep="\n")
     if summary.failures:
