@@ -281,7 +281,7 @@ class Prior(_Part):
             if site.chi is not None and site.chi > site.largest_chi and not clamp:
                 raise ValueError(
                     f"sites.{number}.chi of {site.name} must be at most {site.largest_chi}, above which "
-                    f"{site.topology} saves nothing, got {site.chi}; --clamp lowers it"
+                    f"{site.topology} saves nothing, got {site.chi}; search.py apply --clamp lowers it"
                 )
         schedule = self.schedule  # raises for a name that is repeated
         if self.schedule_digest not in (None, schedule.digest):

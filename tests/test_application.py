@@ -136,6 +136,25 @@ def test_a_bad_prior_is_refused_before_the_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+def test_a_search_from_a_chi_above_the_largest_is_refused_with_advice_that_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads(searched(tmp_path / "run", budget=0).read_text())
+    site = next(site for site in values["sites"] if site["topology"] == "pivoted-lowrank")
+    outputs, inputs = site["shape"]
+    more = outputs * inputs - site["parameters"]
+    site |= {"chi": min(outputs, inputs), "parameters": outputs * inputs}
+    values["kept_fraction"] += more / sum(site["shape"][0] * site["shape"][1] for site in values["sites"])
+    values["schedule_digest"] = None
+    too_large = tmp_path / "large.json"
+    too_large.write_text(json.dumps(values))
+    search = flags(**SMALL, **SEARCH)
+    assert cli.main([*search, "--prior", str(too_large), "--dry-run"]) == cli.REFUSED
+    assert "; search.py apply --clamp lowers it" in capsys.readouterr().err
+    assert applied(too_large, tmp_path / "lowered", "--clamp", "--no-measure") == cli.DONE
+    assert cli.main([*search, "--prior", str(tmp_path / "lowered" / "prior.json"), "--dry-run"]) == cli.DONE
+
+
 def test_the_modules_of_a_schedule_can_be_had_in_place(tmp_path: Path) -> None:
     prior = Prior.read(searched(tmp_path / "run", budget=0))
     config = Config.of({**SMALL, "model": "random:tiny-llama", "target_kept": 0.7})

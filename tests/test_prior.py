@@ -183,7 +183,7 @@ def test_a_prior_of_a_gigabyte_is_refused_without_being_read(tmp_path: Path) -> 
 def test_a_chi_above_the_largest_is_lowered_only_when_asked(tmp_path: Path) -> None:
     values = document(chi={**CHI, "blocks.1.down": 100})
     path = written(tmp_path, values)
-    with pytest.raises(ValueError, match=r"sites\.3\.chi of blocks\.1\.down must be at most 7, .* got 100; --clamp"):
+    with pytest.raises(ValueError, match=r"sites\.3\.chi of blocks\.1\.down must be at most 7, .* got 100; .* --clamp"):
         Prior.read(path)
     lowered = Prior.read(path, clamp=True)
     assert [site.chi for site in lowered.sites] == [2, None, 3, 7, 1, None]
@@ -192,6 +192,20 @@ def test_a_chi_above_the_largest_is_lowered_only_when_asked(tmp_path: Path) -> N
     assert Prior.read(written(tmp_path, lowered.to_json())) == lowered
     within = written(tmp_path, document())
     assert Prior.read(within, clamp=True) == Prior.read(within)
+
+
+def test_validate_takes_a_chi_above_the_largest_with_clamp_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prior", "validate", str(written(tmp_path, document(chi={**CHI, "blocks.1.down": 100})))]
+    assert cli.main(command) == cli.REFUSED
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "must be at most 7" in err
+    assert cli.main([*command, "--clamp"]) == cli.DONE
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "ok, 6 sites of toy" in out
 
 
 def test_a_prior_written_by_hand_needs_no_digest(tmp_path: Path) -> None:
