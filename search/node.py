@@ -30,7 +30,8 @@ def travelling(config: Config) -> dict[str, Any]:
 
     Time is measured by whoever reads the scores, so that all are measured on one machine.
     """
-    own = {"policy", "out", "resume", "evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout", "quick"}
+    own = {"policy", "prior", "out", "resume"}
+    own |= {"evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout", "quick"}
     values = config.model_dump(exclude=own) | {"latency_weight": 0.0}
     for name in ("model", "proxy"):
         if Path(path := str(values[name])).expanduser().exists():

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +18,19 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fakedata import data_for_processes
+from fakedata import data_for_processes, jsonl
 from scriptedworker import Scripted
 
+from benchmarks.chaos import journal
 from compression import Choice, Schedule
 from compression.size import Size
 from envs import Problem
+from search import cli
 from search.config import Config
 from search.evaluators import Score
 from search.failures import EvaluatorsLost
+from search.models import load_model
+from search.node import travelling
 from search.pool import Job, Pool, Result, SerialPool
 from search.quality import Quality
 from search.search_pool import check_evaluators, search_pool
@@ -126,6 +131,34 @@ def test_several_evaluators_give_the_scores_and_slopes_of_the_one_in_this_proces
         assert figures(found[number].score) == figures(result.score)
         assert found[number].slopes == result.slopes
     assert expected[len(jobs) - 1].slopes
+
+
+def test_evaluators_in_another_folder_find_the_model_and_the_questions_of_a_relative_path(
+    ray_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model("random:tiny-llama", "cpu")
+    loaded.model.save_pretrained("my model")
+    loaded.tokenizer.save_pretrained("my model")
+    choices = ["one", "two", "three"]
+    jsonl(Path("exam.jsonl"), [{"question": f"What is {n}?", "choices": choices, "answer": n % 3} for n in range(40)])
+    values = {**VALUES, "model": "my model", "proxy": "exam.jsonl", "out": "läuft", "evaluators": "2"}
+    values |= {"budget": 3, "agent": "random", "repair_tokens": 0, "benchmark_items": 0, "export": "none"}
+    flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert ray_here.get(ray_here.remote(lambda: os.getcwd()).remote()) != str(tmp_path)
+    assert cli.main([*flags, "--quiet"]) == cli.DONE
+    assert len(journal(tmp_path / "läuft" / "study.db")) == 3
+
+
+def test_nothing_travels_to_an_evaluator_but_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prior.json").touch()
+    Path("model").mkdir()
+    values = travelling(Config.of({**VALUES, "model": "model", "prior": "prior.json", "out": "out"}))
+    assert not {"prior", "policy", "out", "resume"} & values.keys()
+    assert values["model"] == str(tmp_path / "model")
+    Path("prior.json").unlink()
+    assert Config.of(values).model == values["model"]
 
 
 def figures(of: Score) -> dict[str, Any]:
