@@ -212,6 +212,18 @@ def test_an_evaluator_that_hangs_is_replaced_and_its_trial_failed(scripted: Any)
     assert results[1].score.kl == 5
 
 
+def test_a_schedule_that_hangs_among_several_jobs_takes_no_other_with_it(scripted: Any, tmp_path: Path) -> None:
+    pool = scripted(1, timeout=1.0)
+    chis = [10, 11, 3, 12]
+    for number, chi in enumerate(chis):
+        pool.submit(number, job(chi))
+    results = drain(pool, len(chis))
+    assert results[2].score.reason == "took longer than --trial-timeout 1 seconds"
+    assert [results[number].score.kl for number in (0, 1, 3)] == [10, 11, 12]
+    assert len(list(tmp_path.glob("3.*"))) == 2  # in company, then alone
+    assert len(list(tmp_path.glob("11.*"))) == 2
+
+
 def test_workers_that_cannot_start_end_the_search(scripted: Any) -> None:
     with pytest.raises(EvaluatorsLost, match="3 evaluators in a row died as they started"):
         scripted(1, "dies")
