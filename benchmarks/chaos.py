@@ -47,16 +47,16 @@ class Tally:
     """What was counted."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    acknowledged: dict[int, tuple[str, object]] = field(default_factory=dict)
+    acknowledged: dict[int, tuple[object, ...]] = field(default_factory=dict)
     lost: int = 0
     duplicated: int = 0
     orphans: int = 0
 
-    def see(self, rows: Mapping[int, list[tuple[str, object]]]) -> None:
+    def see(self, rows: Mapping[int, list[tuple[object, ...]]]) -> None:
         """Compare the journal with what was in it before."""
         self.lost += sum(rows.get(number, [None])[0] != was for number, was in self.acknowledged.items())
         self.duplicated += sum(len(found) - 1 for found in rows.values())
-        looks = [(digest, look) for found in rows.values() for digest, look in found]
+        looks = [(digest, look) for found in rows.values() for digest, look, _ in found]
         self.duplicated += len(looks) - len(set(looks))
         self.acknowledged = {number: found[0] for number, found in rows.items()}
 
@@ -65,24 +65,25 @@ class Tally:
         return len(self.acknowledged), self.lost, self.duplicated, self.orphans
 
 
-def journal(path: Path) -> dict[int, list[tuple[str, object]]]:
-    """Digest and look of every trial in a study, by number; more than one a number would be a fault."""
+def journal(path: Path) -> dict[int, list[tuple[object, ...]]]:
+    """Digest, look and reward of every trial in a study, by number; more than one a number would be a fault."""
     if not path.exists():
         return {}
     query = (
-        "SELECT number.value_json, digest.value_json, look.value_json FROM trial_user_attributes number "
+        "SELECT number.value_json, digest.value_json, look.value_json, reward.value FROM trial_user_attributes number "
         "JOIN trial_user_attributes digest ON digest.trial_id = number.trial_id AND digest.key = 'schedule.digest' "
         "JOIN trial_user_attributes look ON look.trial_id = number.trial_id AND look.key = 'trial.look' "
+        "LEFT JOIN trial_values reward ON reward.trial_id = number.trial_id "
         "WHERE number.key = 'trial.number'"
     )
-    found: dict[int, list[tuple[str, object]]] = {}
+    found: dict[int, list[tuple[object, ...]]] = {}
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60) as connection:
         try:
             rows = connection.execute(query).fetchall()
         except sqlite3.OperationalError:  # killed before the tables were made
             return {}
-    for number, digest, look in rows:
-        found.setdefault(int(number), []).append((digest, look))
+    for number, *trial in rows:
+        found.setdefault(int(number), []).append(tuple(trial))
     return found
 
 
