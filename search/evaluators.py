@@ -90,10 +90,9 @@ class Score:
         return _plain(row)
 
     def to_row(self, schedule: str) -> dict[str, object]:
-        """The same as a row of a final table; standard errors under the names that `search.table` knows."""
-        figures = {key.replace("standard_error", "stderr"): value for key, value in self.to_dict().items()}
-        corpora = {f"perplexity_{name}": value for name, value in self.quality.perplexity_by_corpus}
-        return {"schedule": schedule, **figures, **_plain(corpora)}
+        """The same as a row of a final table, see `Quality.to_row`."""
+        own = {name: getattr(self, name) for name in _OWN}
+        return {"schedule": schedule, **_plain(self.quality.to_row() | own | asdict(self.size))}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Score:

@@ -101,5 +101,4 @@ def _quantized(outcome: Outcome, kind: str, console: Console) -> dict[str, objec
     with console.stage("measure"):
         quality = workload.measure(subject.loaded.model)
     console.note(f"held-out KL after quantization: {quality.kl:.4f} nats a token")
-    figures = {name.replace("standard_error", "stderr"): value for name, value in quality.scalars().items()}
-    return {"schedule": f"{outcome.state}, {kind}", **figures, "bytes": footprint(subject.loaded.model).stored}
+    return {"schedule": f"{outcome.state}, {kind}", **quality.to_row(), "bytes": footprint(subject.loaded.model).stored}

@@ -88,6 +88,5 @@ def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence
 
 
 def _row(name: str, quality: Quality, model: Any) -> dict[str, object]:
-    figures = {key.replace("standard_error", "stderr"): value for key, value in quality.scalars().items()}
     size = {"parameters": sum(each.numel() for each in model.parameters()), "bytes": footprint(model).stored}
-    return {"schedule": name, **figures, **size}
+    return {"schedule": name, **quality.to_row(), **size}

@@ -51,6 +51,11 @@ class Quality:
         """The single figures, without the per-sequence tuples."""
         return {name: value for name, value in asdict(self).items() if not isinstance(value, tuple)}
 
+    def to_row(self) -> dict[str, Any]:
+        """The same under the names that `search.table` knows, with the perplexity of every corpus."""
+        corpora = {f"perplexity_{name}": value for name, value in self.perplexity_by_corpus}
+        return {name.replace("standard_error", "stderr"): value for name, value in self.scalars().items()} | corpora
+
 
 @dataclass(frozen=True)
 class Difference:
