@@ -21,6 +21,7 @@ __all__ = [
     "AGENTS",
     "EXPORTS",
     "GRANULARITIES",
+    "PLANNERS",
     "PROXIES",
     "PROXY_FORMS",
     "QUICK",
@@ -53,6 +54,8 @@ AGENTS = (
     "reinforce",
     "uniform",
 )
+PLANNERS = ("guided", "portfolio", "ppo", "ppo-masked", "reinforce")
+"""Agents that plan with their budget: with another one they would not have proposed what they did."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
@@ -375,7 +378,8 @@ class Config(BaseModel):
         None,
         "output",
         "the folder of an earlier run",
-        "Continue an interrupted run; its configuration is read from its folder and only --budget may change.",
+        "Continue an interrupted run; its configuration is read from its folder and only --budget may change, "
+        f"and not with {', '.join(PLANNERS)}, which plan with it.",
         "RUN",
         min_length=1,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from search.config import Config, nearest, read_fields
+from search.config import PLANNERS, Config, nearest, read_fields
 from search.failures import REFUSED, complain
 from search.runfolder import CONFIG
 
@@ -95,6 +95,11 @@ def configuration(given: Mapping[str, object]) -> Config:
     before, after = kept.definition(), config.definition()
     if changed := [f"{name} was {before[name]}, is {after[name]}" for name in before if before[name] != after[name]]:
         raise ValueError("a resumed run keeps its configuration, but " + "; ".join(changed))
+    if config.agent in PLANNERS and config.budget != kept.budget:
+        raise ValueError(
+            f"a search by {config.agent} plans with its budget, so that it cannot go on with another one (was "
+            f"{kept.budget}, is {config.budget}); begin a new one where it ended: --prior {resume}/prior.json"
+        )
     return config
 
 

@@ -11,6 +11,7 @@ import pytest
 import agents
 from agents import Learner, Terms
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
+from search.config import PLANNERS
 
 REWARD = Reward()
 ONE_SCHEDULE = ("knapsack", "lagrangian", "uniform")
@@ -64,6 +65,12 @@ def test_same_seed_and_same_tells_give_the_same_proposals(name):
 @every_agent
 def test_proposals_do_not_depend_on_how_many_are_asked_for_at_once(name):
     assert run(name, toy(), counts=(1,)) == run(name, toy(), counts=(3, 10, 4))
+
+
+@every_agent
+def test_a_larger_budget_only_adds_to_a_search_but_where_it_is_planned_with(name):
+    short, long = ([one for one, _ in run(name, toy(), budget=budget, counts=(1,))] for budget in (14, 26))
+    assert (short == long[: len(short)]) == (name not in PLANNERS)
 
 
 @pytest.mark.parametrize("name", SEARCHERS)

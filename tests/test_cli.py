@@ -9,7 +9,7 @@ import pytest
 
 import search
 from search import cli
-from search.config import AGENTS, Config
+from search.config import AGENTS, PLANNERS, Config
 from search.runfolder import CONFIG
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +206,16 @@ def test_resume_takes_the_configuration_of_the_run(words, pipeline, tmp_path):
     (tmp_path / CONFIG).write_text(Config.of({"seed": 5, "quick": True}).to_json(), encoding="utf-8")
     assert cli.main([*words, str(tmp_path), "--budget", "40", "--quiet"]) == cli.DONE
     assert pipeline.configs == [Config.of({"seed": 5, "quick": True, "budget": 40, "resume": str(tmp_path)})]
+
+
+@pytest.mark.parametrize("agent", PLANNERS)
+def test_a_search_that_plans_with_its_budget_does_not_get_another_one(agent, pipeline, tmp_path, capsys):
+    (tmp_path / CONFIG).write_text(Config.of({"agent": agent, "budget": 7}).to_json(), encoding="utf-8")
+    code, line = refused(["--resume", str(tmp_path), "--budget", "8"], capsys)
+    assert code == 2
+    assert line.startswith(f"a search by {agent} plans with its budget")
+    assert f"(was 7, is 8); begin a new one where it ended: --prior {tmp_path}/prior.json" in line
+    assert cli.main(["--resume", str(tmp_path), "--budget", "7", "--quiet"]) == cli.DONE
 
 
 def test_resume_with_another_configuration_is_refused_with_a_diff(pipeline, tmp_path, capsys):

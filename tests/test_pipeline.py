@@ -531,7 +531,7 @@ def test_a_second_run_in_a_folder_is_refused_and_told_who_holds_it_before_the_mo
 ) -> None:
     monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with RunFolder.new(str(tmp_path), "random", "m", 0) as folder:
-        for commands in ([words(out=tmp_path)], [words(out=tmp_path), words(resume=tmp_path, budget=9)]):
+        for commands in ([words(out=tmp_path)], [words(out=tmp_path), words(resume=tmp_path)]):
             for command in commands:
                 assert cli.main(command) == cli.REFUSED
                 assert f"is in use by process {os.getpid()} on " in capsys.readouterr().err
