@@ -587,11 +587,12 @@ def test_the_reward_has_the_weights_that_were_given(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fake_data")
 def test_trials_can_be_scored_after_a_repair_and_by_time(tmp_path: Path) -> None:
     run(tmp_path / "plain", budget=3, agent="random")
-    run(tmp_path / "repaired", budget=3, agent="random", reward_repair_tokens=512, latency_weight=0.1)
+    run(tmp_path / "repaired", budget=3, agent="random", reward_repair_tokens=512)
+    run(tmp_path / "timed", budget=3, agent="random", latency_weight=0.1)
     plain, repaired = trials(tmp_path / "plain"), trials(tmp_path / "repaired")
     assert [trial[1] for trial in plain] == [trial[1] for trial in repaired]
     assert [trial[2] for trial in plain] != [trial[2] for trial in repaired]
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'repaired' / 'study.db'}")
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'timed' / 'study.db'}")
     assert all(trial.user_attrs["time_fraction"] > 0 for trial in study.trials)
 
 
