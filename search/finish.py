@@ -1,6 +1,7 @@
 """What a run ends with beside its table: benchmarks of its models, and the result as a folder that others load.
 
-Knows a finished run's folder. What is there already is not made again, so that a resumed run only adds.
+Knows a finished run's folder. A model that was benchmarked before is not again; the folder is always that of the run's
+last result, since a resumed run repairs and heals anew.
 """
 
 from __future__ import annotations
@@ -50,16 +51,13 @@ def _benchmarks(run: Path, config: Config, console: Console) -> str:
 
 
 def _exported(run: Path, config: Config, console: Console) -> str:
-    """Export what the run ends with, in the place of what it ended with before it was continued."""
+    """Export what the run ends with now, in the place of an earlier end."""
     from search.export_run import Form, export_run
     from search.prior import Prior
     from search.runfolder import PRIOR
 
     folder = run / config.export
-    schedule = Prior.read(run / PRIOR).schedule
-    if all(choice.is_dense for _, choice in schedule):
-        return "nothing is compressed in the result, so that it is not exported"
-    if (folder / PRIOR).is_file() and Prior.read(folder / PRIOR).schedule.digest == schedule.digest:
-        return f"exported before: {folder}"
     shutil.rmtree(folder, ignore_errors=True)
+    if all(choice.is_dense for _, choice in Prior.read(run / PRIOR).schedule):
+        return "nothing is compressed in the result, so that it is not exported"
     return export_run(run, folder, Form(config.export, device=config.device), console)

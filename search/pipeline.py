@@ -330,6 +330,8 @@ def _measure(
     """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
     and healed; what healing gives is written to the folder `healing`."""
     config = subject.config
+    if not config.heal_minutes:  # what a run healed that now ends without would be taken for its result
+        shutil.rmtree(healing, ignore_errors=True)
     with subject.evaluator("heldout") as evaluator:
         with console.stage("measure", len(schedules), "schedules") as stage:
             scores = {"dense": evaluator.dense}

@@ -87,6 +87,7 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
             f"--agent must be one of {', '.join(AGENTS)}, or module:Class of your own, got 'reinforc'",
         ),
         (["--budget", "-1"], "--budget must be a whole number of at least 0, got -1"),
+        (["--benchmark-items", "1"], "--benchmark-items must be 0, or a whole number from 2 to 100000, got 1"),
         (["--budget", "ten"], "--budget must be a whole number of at least 0, got 'ten'"),
         (["--budget", "1.5"], "--budget must be a whole number of at least 0, got '1.5'"),
         (["--target-kept", "0"], "--target-kept must be a number above 0 and at most 1, got 0.0"),

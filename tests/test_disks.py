@@ -42,6 +42,11 @@ def test_a_search_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
     assert [file.name for file in kept.iterdir() if file.suffix in (".partial", ".tmp")] == []
 
 
+def at_every(sizes: tuple[str, ...], disk: Path, *steps: str) -> list[str]:
+    """Steps with the disk of one size after the other."""
+    return [step for size in sizes for step in (f"mount -o remount,size={size} {disk}", *steps)]
+
+
 def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,11 +59,7 @@ def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
         disk,
         "size=40k",
         shlex.join([*SEARCH, "--budget", "2", "--out", str(run)]) + " > /dev/null",
-        *(
-            step
-            for size in sizes
-            for step in (f"mount -o remount,size={size} {disk}", heal, f'test -z "$(find {disk} -name "*.partial")"')
-        ),
+        *at_every(sizes, disk, heal, f'test -z "$(find {disk} -name "*.partial")"'),
         f"mount -o remount,size=50m {disk}",
         heal,
         f"test -f {disk}/healed/healing.json",
@@ -82,11 +83,7 @@ def test_an_export_leaves_nothing_where_the_disk_is_full_and_works_when_there_is
         disk,
         "size=60k",
         shlex.join([*SEARCH, "--budget", "2", "--out", str(run)]) + " > /dev/null",
-        *(
-            step
-            for size in sizes
-            for step in (f"mount -o remount,size={size} {disk}", export, f'test -z "$(ls -A {disk})"')
-        ),
+        *at_every(sizes, disk, export, f'test -z "$(ls -A {disk})"'),
         f"mount -o remount,size=50m {disk}",
         export,
         f"test -f {out}/prior.json",
