@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -27,22 +28,24 @@ def test_a_driver_killed_again_and_again_loses_nothing_and_ends_as_if_it_had_not
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
     undisturbed, cut = tmp_path / "whole", tmp_path / "cut"
-    words = [*TINY, "--budget", "24"]
+    words = [*TINY, "--budget", "100"]
     assert start(*words, "--out", str(undisturbed)).wait(timeout=600) == 0
-    process, kills = start(*words, "--out", str(cut)), 0
+    process, kills, chance = start(*words, "--out", str(cut)), 0, random.Random(5)
     seen: dict[int, list[tuple[object, ...]]] = {}
-    while process.poll() is None and kills < 3:
-        if len(found := journal(cut / "study.db")) >= len(seen) + 3:
+    more = chance.randint(0, 2)
+    while process.poll() is None and kills < 10:
+        if (cut / "config.json").exists() and len(journal(cut / "study.db")) >= len(seen) + more:
+            time.sleep(chance.uniform(0, 0.1))
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            kills += 1
+            kills, more = kills + 1, chance.randint(0, 2)
             found = journal(cut / "study.db")
             assert all(found[number] == trial for number, trial in seen.items())
             seen = found
             process = start("--resume", str(cut), "--quiet")
         time.sleep(0.01)
     assert process.wait(timeout=600) == 0
-    assert kills >= 1
+    assert kills == 10
     ended = journal(undisturbed / "study.db")
     assert len({reward for [(_, _, reward)] in ended.values()}) > 12
     assert journal(cut / "study.db") == ended
