@@ -31,7 +31,7 @@ class _Kept(NamedTuple):
     """Something derived from stored tensors, and by what to see whether they are still the same."""
 
     value: Any
-    sources: list[tuple[torch.Tensor, int, int]]  # the tensor, its address and version
+    sources: list[tuple[str, torch.Tensor, int, int]]  # name, the tensor, its address and version
     storages: list[torch.Tensor]  # hold the memory, so that equal addresses mean the same memory
 
 
@@ -93,14 +93,14 @@ class MPOLinear(nn.Module):
     def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
         """`forward` by a route of `compression.routes.routes(legs)`, whatever the plan says."""
         bias = self._parameters["bias"]
-        if route == "merged":
-            return functional.linear(activations, self._merged(), bias)
-        if route == "rebuild":
-            return functional.linear(activations, self.weight, bias)
         if route in ("pivoted", "transposed"):
             last, tail = self._factors()
             result = pivoted_product(activations, last, tail, self._order(0), route == "transposed")
             return result if bias is None else result + bias
+        if route == "merged":
+            return functional.linear(activations, self._merged(), bias)
+        if route == "rebuild":
+            return functional.linear(activations, self.weight, bias)
         if route == "padded":
             last, tail = self._padded()
             order = self._order(0)[1]
@@ -203,10 +203,8 @@ class MPOLinear(nn.Module):
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B and T of `pivoted_product`."""
-        tail, last = self._parameters["tail_0"], self._parameters["core_1"]
-        assert tail is not None
-        assert last is not None
-        return last.flatten(1), tail
+        parameters: Any = self._parameters
+        return parameters["core_1"].view(self.chi, self.in_features), parameters["tail_0"]
 
     def _padded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with zeros that round χ up."""
@@ -225,42 +223,44 @@ class MPOLinear(nn.Module):
 
     def _order(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each row of core `number`'s left unfolding is, see `row_order`."""
-        name, rows = f"places_{number}", prod(self._shapes[number][:3])
-        return self._keep(name, (name,), lambda: row_order(getattr(self, name), rows))
+        name = f"places_{number}"
+        return self._keep(name, (name,), lambda: row_order(getattr(self, name), prod(self._shapes[number][:3])))
 
     def _keep(self, name: str, stored: Sequence[str], make: Callable[[], _Value]) -> _Value:
         """What `make` derives from the stored tensors of these names, kept until one of them changes."""
-        parameters, buffers = self._parameters, self._buffers
-        tensors: list[Any] = [parameters[key] if key in parameters else buffers[key] for key in stored]
         kept = self._kept.get(name)
         if torch.compiler.is_compiling():
-            if any(tensor.requires_grad for tensor in tensors):
+            if any(getattr(self, key).requires_grad for key in stored):
                 self._kept.pop(name, None)
                 return make()
             return make() if kept is None else kept.value
-        if kept is not None and _unchanged(kept, tensors):
+        if kept is not None and self._unchanged(kept):
             value: _Value = kept.value
             return value
         self._kept.pop(name, None)
+        tensors: list[torch.Tensor] = [getattr(self, key) for key in stored]
         # An inference tensor does not count what is written to it.
         if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
             return make()
         # Outside inference mode even if called from within: what is kept may serve a call that needs gradients.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
-        sources = [(tensor, tensor.data_ptr(), tensor._version) for tensor in tensors]
+        sources = [
+            (key, tensor, tensor.data_ptr(), tensor._version) for key, tensor in zip(stored, tensors, strict=True)
+        ]
         self._kept[name] = _Kept(value, sources, [tensor.detach() for tensor in tensors])
         return value
 
-
-def _unchanged(kept: _Kept, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether these are the tensors that something was derived from, unwritten since and without gradients."""
-    for (source, address, version), tensor in zip(kept.sources, tensors, strict=True):
-        if tensor is not source or source.requires_grad:
-            return False
-        if source._version != version or source.data_ptr() != address:
-            return False
-    return True
+    def _unchanged(self, kept: _Kept) -> bool:
+        """Whether something was derived from the tensors that are stored now, unwritten since and without gradients."""
+        parameters, buffers = self._parameters, self._buffers
+        for key, source, address, version in kept.sources:
+            tensor = buffers[key] if key in buffers else parameters[key]
+            if tensor is not source or source._version != version or source.data_ptr() != address:
+                return False
+            if source.requires_grad:
+                return False
+        return True
 
 
 def _prepare_after_loading(module: nn.Module, incompatible_keys: object) -> None:

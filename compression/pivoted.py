@@ -60,6 +60,11 @@ def pivoted_product(
             is laid out the same.
     """
     tokens, inputs = activations.numel() // last.shape[1], last.shape[1]
+    # One token meets 200 layers one after the other: each operation that is not made, and each question, counts.
+    if tokens == 1 and activations.dtype == last.dtype:
+        copied = torch.mv(last, activations.reshape(-1))
+        result = torch.cat((copied, torch.mv(tail, copied))).index_select(0, order[0])
+        return result.view(*activations.shape[:-1], len(result))
     if tokens >= _FEW and _in_place(activations, last, tail):
         result = _by_pieces(activations.reshape(tokens, inputs), last, tail, order[1], transposed)
         return result.reshape(*activations.shape[:-1], result.shape[1])
@@ -70,7 +75,7 @@ def pivoted_product(
     else:
         copied = linear(activations, last)
         unordered = torch.cat((copied, linear(copied, tail)), dim=-1)
-    return unordered.gather(-1, order[0].expand(*unordered.shape[:-1], -1))
+    return unordered.index_select(-1, order[0])
 
 
 def _by_pieces(
