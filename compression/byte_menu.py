@@ -19,7 +19,7 @@ from compression.quantization import packed_bytes
 from compression.schedule import DENSE, Choice
 from compression.sites import Site
 
-__all__ = ["ByteMenu", "Noise", "byte_menu", "choice_bytes"]
+__all__ = ["PLAIN", "ByteMenu", "Noise", "byte_menu", "choice_bytes"]
 
 PLAIN = 16
 _TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"
