@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 
 __all__ = ["padded", "pivoted_product", "row_order", "unfolding"]
 
-_FEW, _PIECE = 32, 512  # tokens
+_FEW = 32  # tokens
+_PIECE = {True: 512, False: 2048}  # tokens, of transposed and of plain products: each as many as pay
 _ALIGNED = 16  # matrix products are up to a sixth slower where rows of float32 do not start on cache lines
 _scratch = threading.local()
 
@@ -84,7 +85,7 @@ def _by_pieces(
     chi, tokens = len(last), len(activations)
     below = padded(chi)
     result = activations.new_empty(tokens, len(order))
-    width, piece = below + padded(len(tail)), min(tokens, _PIECE)
+    width, piece = below + padded(len(tail)), min(tokens, _PIECE[transposed])
     # An odd number of cache lines from row to row, so that a column does not fall into a few cache sets only.
     stride = padded(piece) | _ALIGNED if transposed else width
     buffer = _buffer(width * stride if transposed else piece * stride, activations)
