@@ -54,7 +54,7 @@ _WORTH = (
 )
 # A few years old server core: seconds per operation, multiply-add, weight read, and activation moved.
 _OPERATION, _MULTIPLY_ADD, _WEIGHT, _MOVE = 4e-6, 2e-11, 2e-10, 5e-10
-# Where products with one output after the other in memory are faster, tokens, and what share of the time they then take.
+# Tokens for which products with one output after the other in memory are faster, and what share of the time they take.
 _MIDDLING, _TRANSPOSED = range(16, 256), 0.85
 
 
