@@ -76,7 +76,8 @@ def pivoted_product(
     else:
         copied = linear(activations, last)
         unordered = torch.cat((copied, linear(copied, tail)), dim=-1)
-    return unordered.index_select(-1, order[0])
+    # Not index_select: the gradient of that takes four times as long.
+    return unordered.gather(-1, order[0].expand(*unordered.shape[:-1], -1))
 
 
 def _by_pieces(
