@@ -20,7 +20,7 @@ from compression.gauge import PivotedCore
 from compression.legs import Legs
 from compression.mpo import contract, contract_with
 from compression.pivoted import padded, pivoted_product, row_order, unfolding
-from compression.routes import Plan, Route, default_plan, is_lowrank
+from compression.routes import Plan, Route, default_plan, in_training, is_lowrank
 
 __all__ = ["MPOLinear"]
 
@@ -84,11 +84,17 @@ class MPOLinear(nn.Module):
         self._stored = tuple(name for name in self.state_dict() if name != "bias")
         self._kept: dict[str, _Kept] = {}
         self._plan = default_plan(self.legs, self.chi) if plan is None else plan
+        self._in_training = in_training(self.legs, self.chi)
         self.register_load_state_dict_post_hook(_prepare_after_loading)  # type: ignore[no-untyped-call]
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""
-        return self.run(activations, self._plan.route(activations.numel() // self.in_features))
+        tokens = activations.numel() // self.in_features
+        if self._in_training and tokens > 1 and torch.is_grad_enabled() and self._is_trained():
+            for stale in ("merged", "padded"):  # a compiled graph would not see that they are
+                self._kept.pop(stale, None)
+            return self.run(activations, self._in_training)
+        return self.run(activations, self._plan.route(tokens))
 
     def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
         """`forward` by a route of `compression.routes.routes(legs)`, whatever the plan says."""
@@ -189,6 +195,10 @@ class MPOLinear(nn.Module):
         self._kept.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _is_trained(self) -> bool:
+        parameters: Any = self._parameters
+        return any(parameters[name].requires_grad for name in self._stored if name in parameters)
 
     def _core(self, number: int) -> torch.Tensor:
         """Core `number`, not the last one, as a plain tensor."""

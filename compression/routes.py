@@ -33,6 +33,7 @@ __all__ = [
     "choose",
     "default_plan",
     "extra_entries",
+    "in_training",
     "is_lowrank",
     "modelled",
     "routes",
@@ -117,6 +118,16 @@ def choose(costs: Mapping[int, Mapping[Route, float]], legs: Legs, chi: int, opt
         steps.append((tokens, best))
     limits = [isqrt(low * high) for (low, _), (high, _) in pairwise(steps)]
     return Plan(tuple((limit, route) for limit, (_, route) in zip([*limits, steps[-1][0]], steps, strict=True)))
+
+
+def in_training(legs: Legs, chi: int) -> Route | None:
+    """The route that gradients ask for whatever the plan says, None if the plan's.
+
+    Where χ is small a pivoted low rank is trained through plain cores: χ² multiply-adds more a token, but no activation
+    is put in order, neither forwards nor backwards.
+    """
+    small = 2 * chi <= min(legs.out_legs[0], legs.in_legs[-1])
+    return "expanded-last" if legs.pivoted and is_lowrank(legs) and small else None
 
 
 @cache

@@ -26,7 +26,7 @@ from compression.layers import MPOLinear
 from compression.legs import resolve
 from compression.mpo import contract, decompose, truncate
 from compression.planner import Planner
-from compression.routes import Plan, Route, extra_entries, routes
+from compression.routes import Plan, Route, extra_entries, in_training, routes
 from compression.size import SizeModel
 
 OUT, IN, CHI = 24, 36, 7
@@ -105,9 +105,28 @@ def test_gradients_reach_cores_bias_and_input(topology: str, route: Route) -> No
     layer.plan = always(route)
     x = torch.randn(40, IN, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(expected(layer, x).square().sum(), [x, *layer.parameters()])
-    found = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
+    for result in (layer.run(x, route), layer(x)):
+        found = torch.autograd.grad(result.square().sum(), [x, *layer.parameters()])
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_only_gradients_take_a_pivoted_layer_of_small_chi_off_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, taken = layer_of("pivoted-lowrank"), []
+    run = layer.run
+    monkeypatch.setattr(layer, "run", lambda x, route: (taken.append(route), run(x, route))[1])
+    layer.plan = always("pivoted")
+    x = torch.randn(3, IN)
+    layer(x)
+    layer.requires_grad_(True)
+    layer(x)
+    layer(x[:1])
+    with torch.no_grad():
+        layer(x)
+    assert taken == ["pivoted", "expanded-last", "pivoted", "pivoted"]
+    legs = resolve("pivoted-lowrank", OUT, IN)
+    assert [in_training(legs, chi) for chi in (1, OUT // 2, OUT // 2 + 1)] == ["expanded-last", "expanded-last", None]
+    assert in_training(resolve("lowrank", OUT, IN), 1) is None
 
 
 @pytest.mark.parametrize(("topology", "route"), CASES)
