@@ -140,9 +140,7 @@ class Front:
         workload.reference(self.model)
         menus = [byte_menu(site, self.spectrum(site), {}, GROUP) for site in self.sites]
         room = int(_TRUNCATED * sum(2 * site.parameters for site in self.sites))
-        picked = lagrangian(Menu(tuple(each.menu for each in menus)), room)
-        choices = {each.menu.site.name: each.menu.choices[i] for each, i in zip(menus, picked, strict=True)}
-        truncated = sum(float(each.menu.cost[i]) for each, i in zip(menus, picked, strict=True))
+        choices, _, truncated = _closed_form(menus, room)
         rounded = sum(noise[4].dense for noise in noises.values())
         ratios = []
         for predicted, chosen, bits in ((rounded, {}, dict.fromkeys(noises, 4)), (truncated, choices, {})):
@@ -155,10 +153,16 @@ class Front:
         """The closed form over menus, spending `budget` bytes on the whole model."""
         with self.changed({}, {}, ends_bits):
             fixed = self.bytes() - sum(2 * site.parameters for site in self.sites)
-        picked = lagrangian(Menu(tuple(each.menu for each in menus)), budget - fixed)
-        choices = {m.menu.site.name: m.menu.choices[i] for m, i in zip(menus, picked, strict=True)}
-        bits = {m.menu.site.name: m.bits[i] for m, i in zip(menus, picked, strict=True)}
+        choices, bits, _ = _closed_form(menus, budget - fixed)
         return self.measure(way, choices, bits, ends_bits)
+
+
+def _closed_form(menus: Sequence[ByteMenu], room: int) -> tuple[dict[str, Choice], dict[str, int], float]:
+    """What the Lagrangian picks for `room` bytes, by site, with how many bits, and the predicted cost of all."""
+    picked = list(zip(menus, lagrangian(Menu(tuple(each.menu for each in menus)), room), strict=True))
+    choices = {each.menu.site.name: each.menu.choices[i] for each, i in picked}
+    bits = {each.menu.site.name: each.bits[i] for each, i in picked}
+    return choices, bits, sum(float(each.menu.cost[i]) for each, i in picked)
 
 
 def main() -> None:
