@@ -42,3 +42,8 @@ def tensorized(name: str = "random:tiny-llama", chi: int = 8, heads: bool = Fals
         layer = MPOLinear(stored(cut, topology.startswith("pivoted-")), dense.bias)
         loaded.model.set_submodule(site.name, layer)
     return loaded
+
+
+def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: weights read from a file are mapped at any address, and products round by the address."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
