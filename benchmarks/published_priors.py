@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RESULTS / "published-runs", help="where run folders are kept")
     given = parser.parse_args()
     values: dict[str, Any] = {"agent": given.agent, "budget": given.budget, "repair_tokens": given.repair_tokens}
-    values["heal_minutes"] = 0.0  # a prior is a schedule
+    values |= {"heal_minutes": 0.0, "benchmark_items": 0, "export": "none"}  # a prior is a schedule
     sizes = given.sizes
     if given.quick:
         values |= {"agent": "lagrangian", "budget": 1, "repair_tokens": 0}
