@@ -12,17 +12,19 @@ import threading
 import torch
 from torch.nn.functional import linear
 
-__all__ = ["padded", "pivoted_product", "row_order", "unfolding"]
+__all__ = ["ALIGNED", "padded", "pivoted_product", "row_order", "unfolding"]
+
+ALIGNED = 16
+"""Entries: matrix products are up to a sixth slower where rows of float32 do not start on cache lines."""
 
 _FEW = 32  # tokens
 _PIECE = {True: 512, False: 2048}  # tokens, of transposed and of plain products: each as many as pay
-_ALIGNED = 16  # matrix products are up to a sixth slower where rows of float32 do not start on cache lines
 _scratch = threading.local()
 
 
 def padded(entries: int) -> int:
     """Rounded up to whole cache lines of float32."""
-    return -(-entries // _ALIGNED) * _ALIGNED
+    return -(-entries // ALIGNED) * ALIGNED
 
 
 def row_order(places: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +90,7 @@ def _by_pieces(
     result = activations.new_empty(tokens, len(order))
     width, piece = below + padded(len(tail)), min(tokens, _PIECE[transposed])
     # An odd number of cache lines from row to row, so that a column does not fall into a few cache sets only.
-    stride = padded(piece) | _ALIGNED if transposed else width
+    stride = padded(piece) | ALIGNED if transposed else width
     buffer = _buffer(width * stride if transposed else piece * stride, activations)
     for start in range(0, tokens, piece):
         part = activations[start : start + piece]

@@ -27,6 +27,7 @@ from torch import nn
 from compression.gauge import PivotedCore
 from compression.layers import MPOLinear
 from compression.legs import Legs
+from compression.pivoted import ALIGNED, padded
 from compression.routes import OPTIMIZE, TOKENS, Optimize, Plan, Route, choose, extra_entries, modelled, routes
 
 __all__ = ["Planned", "Planner", "random_layer"]
@@ -83,24 +84,23 @@ class Planner:
         self._costs: dict[str, dict[str, dict[Route, float]]] | None = None
 
     def plan(self, layer: MPOLinear) -> Plan:
-        """The plan for one layer, by the costs of the nearest sixteenth of its full bond dimension."""
+        """The plan for one layer, by the costs of a bond dimension like its own, see `_bucket`."""
         stored = layer.cores[-1]
         chi = _bucket(layer.legs, layer.chi)
         costs = {tokens: self._cost(layer.legs, chi, stored.dtype, stored.device, tokens) for tokens in self._tokens}
         return choose(costs, layer.legs, layer.chi, self._optimize)
 
     def share(self, legs: Legs, chi: int, dtype: torch.dtype, device: torch.device, tokens: int) -> float:
-        """Time of a layer by its best route over that of the dense matrix, both of the same measurement."""
-        costs = self._cost(legs, _bucket(legs, chi), dtype, device, tokens)
-        best = (
-            min(costs.values())
-            if self._optimize == "latency"
-            else min(cost for route, cost in costs.items() if not extra_entries(legs, chi, route))
-        )
-        dense = costs.get("merged") or best * modelled(legs, chi, tokens)["merged"] / min(
-            modelled(legs, chi, tokens)[route] for route in costs
-        )
-        return best / dense
+        """Time of a layer by its best route over that of the dense matrix, both of the same measurement.
+
+        That is one of a bond dimension like `chi`; estimates of both make up for the difference.
+        """
+        like = _bucket(legs, chi)
+        costs, estimates = self._cost(legs, like, dtype, device, tokens), modelled(legs, like, tokens)
+        free = [route for route in costs if self._optimize == "latency" or not extra_entries(legs, like, route)]
+        best = min(free, key=costs.__getitem__)
+        dense = costs.get("merged") or costs[best] * estimates["merged"] / min(estimates[route] for route in costs)
+        return costs[best] / dense * modelled(legs, chi, tokens)[best] / estimates[best]
 
     def plan_(self, model: nn.Module) -> Planned:
         """Give every MPO layer of a model its plan, and make what the plans keep."""
@@ -179,8 +179,13 @@ def random_layer(legs: Legs, chi: int, dtype: torch.dtype, device: torch.device)
 
 
 def _bucket(legs: Legs, chi: int) -> int:
+    """The χ that stands for this one in measurements: near a sixteenth of the full one, and aligned like it or not."""
     full = max(legs.full_bonds)
-    return min(full, max(1, round(round(16 * chi / full) * full / 16)))
+    near = round(round(16 * chi / full) * full / 16)
+    if padded(chi) == chi:
+        return min(padded(max(1, near - ALIGNED // 2)), full - full % ALIGNED)
+    odd = near | 1
+    return odd if odd <= full else max(1, full - 1 + full % 2)
 
 
 def _wait(device: torch.device) -> None:

@@ -116,7 +116,27 @@ def test_neighbouring_bond_dimensions_share_a_measurement(monkeypatch: pytest.Mo
     planner = Planner("memory", tokens=(1,))
     legs = resolve("pivoted-lowrank", 320, 320)
     planner.plan_(nn.ModuleList(random_layer(legs, chi, torch.float32, CPU) for chi in range(100, 110)))
-    assert [chi for _, chi, _ in measuring.asked] == [100]
+    assert [chi for _, chi, _ in measuring.asked] == [101]
+
+
+def test_aligned_bond_dimensions_are_measured_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = Measuring(monkeypatch)
+    planner = Planner("memory", tokens=(1,))
+    for full in (320, 200, 17):
+        legs = resolve("pivoted-lowrank", full, full)
+        measuring.asked.clear()
+        planner.plan_(nn.ModuleList(random_layer(legs, chi, torch.float32, CPU) for chi in range(1, full + 1)))
+        stand_ins = [chi for _, chi, _ in measuring.asked]
+        assert len(stand_ins) == len(set(stand_ins)) <= 34
+        assert any(chi % 16 == 0 for chi in stand_ins)
+        assert all(0 < chi <= full and (chi % 16 == 0 or chi % 2) for chi in stand_ins)
+
+
+def test_a_share_grows_with_the_bond_dimension_within_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measured", lambda *what: {"pivoted": 1.0, "merged": 2.0})
+    legs = resolve("pivoted-lowrank", 320, 320)
+    shares = [Planner("memory").share(legs, chi, torch.float32, CPU, 512) for chi in (99, 101, 103)]
+    assert shares[0] < shares[1] == 0.5 < shares[2]
 
 
 def test_other_types_and_thread_counts_are_measured_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
