@@ -16,7 +16,19 @@ from compression.legs import resolve
 from compression.schedule import DENSE, Choice
 from compression.sites import Site
 
-__all__ = ["Menu", "Option", "SiteMenu", "convex_hull", "dense_menu", "envelope", "nested_options", "worth_their_time"]
+__all__ = [
+    "Menu",
+    "Option",
+    "SiteMenu",
+    "aligned",
+    "convex_hull",
+    "dense_menu",
+    "envelope",
+    "nested_options",
+    "worth_their_time",
+]
+
+_FEWEST = 8  # options of a site
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +150,27 @@ def worth_their_time(menu: Menu, burdens: Sequence[NDArray[np.float64]]) -> Menu
     sites = []
     for options, burden in zip(menu.sites, burdens, strict=True):
         kept = sorted({0, *convex_hull(options.parameters, options.cost + burden), len(options.choices) - 1})
-        choices = tuple(options.choices[index] for index in kept)
-        figures = {name: getattr(options, name)[kept] for name in ("parameters", "cost", "multiply_adds")}
-        sites.append(replace(options, choices=choices, **figures))
+        sites.append(_only(options, kept))
     return Menu(tuple(sites))
+
+
+def aligned(menu: Menu, entries: int) -> Menu:
+    """The menu without bond dimensions that are no multiple of `entries`, whose products take longer for their size.
+
+    The first and the last option of a site stay, and so do all of a site that would keep less than eight.
+    """
+    sites = []
+    for options in menu.sites:
+        ends = (0, len(options.choices) - 1)
+        kept = [i for i, choice in enumerate(options.choices) if i in ends or choice.chi % entries == 0]
+        sites.append(options if len(kept) < _FEWEST else _only(options, kept))
+    return Menu(tuple(sites))
+
+
+def _only(options: SiteMenu, kept: list[int]) -> SiteMenu:
+    choices = tuple(options.choices[index] for index in kept)
+    figures = {name: getattr(options, name)[kept] for name in ("parameters", "cost", "multiply_adds")}
+    return replace(options, choices=choices, **figures)
 
 
 def convex_hull(x: NDArray[np.int64], y: NDArray[np.float64]) -> list[int]:

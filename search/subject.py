@@ -20,7 +20,8 @@ from compression.cache import FactorCache, cache_key
 from compression.factors import FactorStore
 from compression.heads import split_heads_
 from compression.legs import resolve
-from compression.menu import Menu, worth_their_time
+from compression.menu import Menu, aligned, worth_their_time
+from compression.pivoted import ALIGNED
 from compression.planner import Planner
 from compression.repair import repair_
 from compression.schedule import Schedule
@@ -192,7 +193,7 @@ class Subject:
         menu, weight = self.store.menu(progress=progress), self.config.latency_weight
         if not weight:
             return menu
-        times = self.times()
+        menu, times = aligned(menu, ALIGNED), self.times()
         return worth_their_time(menu, [weight * times.shares(options) for options in menu.sites])
 
     def times(self) -> SiteTimes:

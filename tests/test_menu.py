@@ -19,7 +19,7 @@ from compression import (
 )
 from compression.allocation import lagrangian
 from compression.factors import OPTIMISM
-from compression.menu import Menu, Option, convex_hull, envelope, nested_options, worth_their_time
+from compression.menu import Menu, Option, aligned, convex_hull, envelope, nested_options, worth_their_time
 from compression.sites import dense_weight
 from search.models import load_model
 
@@ -120,3 +120,19 @@ def test_options_that_are_slower_than_dense_go_and_the_allocation_becomes_faster
         assert {options.choices[0], options.choices[-1]} <= set(kept.choices) <= set(options.choices)
         assert kept.parameters[-2] < 0.75 * options.parameters[-1]
         assert kept.cost[-1] == 0
+
+
+def test_aligned_menus_keep_their_ends_and_every_multiple() -> None:
+    menu = site_menus()
+    chis = [choice.chi for choice in menu.sites[0].choices[:-1]]
+    for options, kept in zip(menu.sites, aligned(menu, 3).sites, strict=True):
+        assert [choice.chi for choice in kept.choices[:-1]] == [chi for chi in chis if chi == chis[0] or chi % 3 == 0]
+        assert kept.choices[-1].is_dense
+        places = [options.choices.index(choice) for choice in kept.choices]
+        assert kept.cost.tolist() == options.cost[places].tolist()
+        assert kept.parameters.tolist() == options.parameters[places].tolist()
+
+
+def test_a_site_with_few_aligned_bond_dimensions_keeps_them_all() -> None:
+    menu = site_menus()
+    assert aligned(menu, 8).sites == menu.sites
