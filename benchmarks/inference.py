@@ -32,7 +32,7 @@ from compression.planner import Planner, random_layer
 from compression.sites import discover_sites, put_modules
 from compression.skeleton import describe
 from search.exporting import export_model, footprint
-from search.latency import Modules, decode, prefill
+from search.latency import Modules, decode, layer_costs, prefill
 from search.models import load_for_use, load_model
 
 PREFILL, DECODE = 1.25, 1.0
@@ -41,15 +41,15 @@ _LOADED = "loaded"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; `batches` are numbers of sequences at a time."""
+    """What is measured; `batches` are numbers of sequences at a time, the first of them one, which takes more rounds."""
 
     batches: tuple[int, ...] = (1, 8)
     prompt: int = 512
-    rounds: int = 9
+    rounds: tuple[int, ...] = (27, 9)
     steps: int = 48
 
 
-QUICK = Sizes(prompt=256, rounds=3, steps=12)
+QUICK = Sizes(prompt=256, rounds=(3, 3), steps=12)
 
 
 def main() -> None:
@@ -114,7 +114,7 @@ def _sides(model: nn.Module, folders: Mapping[str, Path], dtype: torch.dtype) ->
     for name, folder in folders.items():
         for optimize in ("memory", "latency"):
             other = load_for_use(str(folder), device).model.to(dtype)
-            Planner(optimize, None, measure=optimize == "latency").plan_(other)
+            Planner(optimize, layer_costs(), measure=optimize == "latency").plan_(other)
             sides[f"{name}, {optimize}"] = {each: other.get_submodule(each) for each in describe(other)}
     names = {name for side in sides.values() for name in side}
     dense = {name: model.get_submodule(name) for name in names}
@@ -128,10 +128,11 @@ def _timed(
     sides = {"dense": dense, **others}
     rows: list[list[object]] = []
     bars = []
-    for batch in sizes.batches:
-        filled = prefill(model, sides, sizes.prompt, sizes.rounds, device, batch)
+    first: dict[str, list[float]] = {}
+    for batch, rounds in zip(sizes.batches, sizes.rounds, strict=True):
+        filled = prefill(model, sides, sizes.prompt, rounds, device, batch)
+        first = first or filled
         stepped = decode(model, sides, sizes.steps, device, batch)
-        first = filled if batch == 1 else prefill(model, sides, sizes.prompt, sizes.rounds, device, 1)
         for side in sides:
             fill, step = (_ratio(times["dense"], times[side]) for times in (filled, stepped))
             rows.append(

@@ -24,8 +24,9 @@ from compression.planner import Planner
 from compression.routes import Optimize
 from compression.schedule import Choice, Schedule
 from compression.sites import Site, put_modules
+from search.packages import cache_folder
 
-__all__ = ["Latency", "SiteTimes", "against_dense", "decode", "prefill", "timed"]
+__all__ = ["Latency", "SiteTimes", "against_dense", "decode", "layer_costs", "prefill", "timed"]
 
 Modules = Mapping[str, nn.Module]
 
@@ -59,6 +60,11 @@ class Latency:
             f"tokens, {self.decode_ratio:.2f} for each token after it; the compressed matrices store "
             f"{self.stored_bytes / 1e6:,.0f} MB and hold {self.resident_bytes / 1e6:,.0f} MB in memory"
         )
+
+
+def layer_costs() -> Path:
+    """Where this user's machine keeps the planner's measured costs."""
+    return cache_folder() / "layer-costs.json"
 
 
 def against_dense(

@@ -32,7 +32,6 @@ from search.healed_state import HEALED
 from search.items import forms, load_proxy
 from search.latency import Latency, against_dense
 from search.models import resolve_device
-from search.packages import cache_folder
 from search.prior_making import build_prior
 from search.quality import paired_kl
 from search.report import REPORT, report
@@ -249,9 +248,8 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     schedules["searched"] = chosen
     scores = _measure(subject, schedules, chosen, folder / HEALED, console)
     with console.stage("time"):
-        costs = cache_folder() / "layer-costs.json"
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
-        latencies = against_dense(subject.loaded.model, subject.store, timed, config.optimize, costs)
+        latencies = against_dense(subject.loaded.model, subject.store, timed, config.optimize, layer_costs())
     latency = latencies.get("searched")
     if latency:
         console.note(f"searched: {latency}")

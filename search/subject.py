@@ -29,7 +29,7 @@ from compression.sites import Site, discover_sites
 from search.config import Config
 from search.corpora import Splits, build_splits
 from search.evaluators import REUSE_BYTES, ModelEvaluator
-from search.latency import SiteTimes
+from search.latency import SiteTimes, layer_costs
 from search.models import LoadedModel, head_size, load_model, resolve_device
 from search.packages import cache_folder
 from search.packing import Packed
@@ -189,7 +189,7 @@ class Subject:
         return batches
 
     def menu(self, progress: Callable[[int], None] = lambda done: None) -> Menu:
-        """What sites choose from; where time counts in the reward, without what is not worth its time."""
+        """What sites choose from; where time counts in the reward, what is aligned in memory and worth its time."""
         menu, weight = self.store.menu(progress=progress), self.config.latency_weight
         if not weight:
             return menu
@@ -198,7 +198,7 @@ class Subject:
 
     def times(self) -> SiteTimes:
         """Time fractions of schedules on this machine."""
-        planner = Planner(self.config.optimize, cache_folder() / "layer-costs.json")
+        planner = Planner(self.config.optimize, layer_costs())
         return SiteTimes(self.sites, planner, self.loaded.model.dtype, self.device)
 
     def seconds_per_token(self) -> float:
