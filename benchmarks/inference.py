@@ -41,7 +41,7 @@ _LOADED = "loaded"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; `batches` are numbers of sequences at a time, the first of them one, which takes more rounds."""
+    """What is measured; `batches` are numbers of sequences at a time, each with its rounds."""
 
     batches: tuple[int, ...] = (1, 8)
     prompt: int = 512

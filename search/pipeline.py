@@ -30,7 +30,7 @@ from search.evaluators import Score
 from search.heal_run import Options, heal_subject_, held
 from search.healed_state import HEALED
 from search.items import forms, load_proxy
-from search.latency import Latency, against_dense
+from search.latency import Latency, against_dense, layer_costs
 from search.models import resolve_device
 from search.prior_making import build_prior
 from search.quality import paired_kl
