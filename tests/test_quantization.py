@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tinymodel import assert_same_logits, tensorized
+from tinymodel import assert_same_logits, assert_same_tensors, tensorized
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -141,10 +141,11 @@ def test_a_shared_matrix_is_stored_once(quantized):
     assert ends(tensorized().model) == ["model.embed_tokens", "lm_head"]
 
 
-def test_a_quantized_folder_gives_the_same_logits_bit_for_bit_and_casts(quantized, tmp_path):
+def test_a_quantized_folder_gives_the_same_tensors_and_logits_and_casts(quantized, tmp_path):
     loaded, _ = quantized
     export_model(loaded.model, loaded.tokenizer, tmp_path / "out")
     read = load_for_use(str(tmp_path / "out"), "cpu").model
+    assert_same_tensors(read, loaded.model)
     assert_same_logits(logits(read), logits(loaded.model))
     size = footprint(read).stored
     assert size == footprint(loaded.model).stored

@@ -47,3 +47,10 @@ def tensorized(name: str = "random:tiny-llama", chi: int = 8, heads: bool = Fals
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for rounding: weights read from a file are mapped at any address, and products round by the address."""
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_tensors(found: nn.Module, expected: nn.Module) -> None:
+    """Equal names and, bit for bit, equal values of everything that is stored."""
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(values, theirs[name]) for name, values in ours.items())
