@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import pickle
 import re
@@ -19,12 +20,15 @@ from fakedata import fake_data, jsonl
 
 from agents import SavedPolicy
 from compression import Choice, Schedule
+from compression.size import Size
 from search import cli, models, subject
 from search import trials as trial_module
 from search.config import Config
-from search.evaluators import ModelEvaluator
+from search.evaluators import ModelEvaluator, Score
 from search.models import load_model
+from search.pipeline import _worse_for_repair
 from search.prior import Prior
+from search.quality import Quality
 from search.runfolder import RunFolder
 from search.scoring import Workload
 
@@ -614,3 +618,14 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
     assert "nothing was trained" in card.read_text()
     kept, exported = (tmp_path / "run" / place / "prior.json" for place in (".", "hf"))
     assert kept.read_text() == exported.read_text()
+
+
+def test_a_repair_that_does_harm_is_said_and_no_other() -> None:
+    def scores(**kl: float) -> dict[str, Score]:
+        size = Size(1.0, 1.0, 1.0, 1, 1, 1)
+        return {name: Score("ok", Quality(state="ok", kl=value), size, 0.0) for name, value in kl.items()}
+
+    assert "from 0.0863 to 0.0974; --repair-tokens 0" in _worse_for_repair(scores(searched=0.0863, repaired=0.0974))
+    assert _worse_for_repair(scores(searched=0.2, repaired=0.18)) == ""
+    assert _worse_for_repair(scores(searched=0.2)) == ""
+    assert _worse_for_repair(scores(searched=math.nan, repaired=0.1)) == ""
