@@ -33,7 +33,7 @@ def section(document: dict[str, Any]) -> str:
         gain = 100 * (1 - rows["repaired"]["kl"] / closed)
         repaired = f" Repaired, at the same size, it is {gain:.1f} % below the closed form's."
     if "healed" in rows:
-        change = 100 * (rows["healed"]["kl"] / rows["repaired"]["kl"] - 1)
+        change = 100 * (rows["healed"]["kl"] / rows.get("repaired", rows["searched"])["kl"] - 1)
         repaired += f"\nHealing for {document['heal_minutes']:g} minutes then changes it by {change:+.1f} %."
     return f"""\
 {document["model"]} at kept fraction {document["target_kept"]} over the sites, {document["budget"]} evaluations:

@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RESULTS / "transfer-runs", help="where run folders are kept")
     given = parser.parse_args()
     values: dict[str, Any] = dict(agent=given.agent, budget=given.budget, target_kept=given.target_kept)
-    values["repair_tokens"] = 0  # a repair hides what allocation is worth
+    values |= {"repair_tokens": 0, "heal_minutes": 0}  # which hide what allocation is worth
     if given.quick:
         models, seeds, values = ["random:tiny-llama", "random:tiny-qwen2"], [0], values | QUICK
     else:

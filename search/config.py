@@ -311,8 +311,8 @@ class Config(BaseModel):
         24576,
         "sizes",
         "a whole number from 0 to 100000000",
-        "Tokens of that text with which the searched schedule is repaired, block by block, without training; 0 leaves "
-        "it as it is.",
+        "Tokens of that text with which the searched schedule is repaired, block by block, without training, "
+        "unless that does harm; 0 leaves it as it is.",
         ge=0,
         le=100_000_000,
     )
@@ -320,7 +320,7 @@ class Config(BaseModel):
         4.0,
         "sizes",
         "a number from 0 to 100000",
-        "Minutes for which the repaired model is then trained towards the dense one; 0 leaves that out. The command "
+        "Minutes for which the result is then trained towards the dense model; 0 leaves that out. The command "
         "heal does it later, and longer.",
         "MINUTES",
         ge=0,

@@ -26,7 +26,7 @@ _BITS = {
 }
 
 _CHANGES = {
-    "healed": "Each matrix was then solved anew, and cores and norms were trained for a while towards the original.",
+    "healed": "Cores and norms were then trained for a while towards the original.",
     "repaired": "Each matrix was then solved anew for what the original has at its place; nothing was trained.",
     "searched": "Nothing was trained or repaired afterwards.",
 }

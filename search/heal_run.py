@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from compression.apply import ScheduleApplier
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from compression.trainable import put_parameters
@@ -32,6 +33,7 @@ from search.healing import Healed, HealingPlan, heal_
 from search.models import resolve_device
 from search.prior import Prior
 from search.processes import Processes
+from search.quality import Quality, paired_kl
 from search.runfolder import CONFIG, PRIOR, RunFolder, environment, refuse_held
 from search.scoring import Workload
 from search.sharding import sharing_copy
@@ -40,6 +42,7 @@ from search.subject import Subject, load
 __all__ = [
     "HealedRun",
     "Options",
+    "clearly_worse",
     "heal_folder",
     "heal_subject_",
     "held",
@@ -47,7 +50,7 @@ __all__ = [
     "text_tokens",
 ]
 
-_UNFINISHED, _REPAIRED = "unfinished", "repaired"
+_UNFINISHED, _START = "unfinished", "start"
 _JUDGED = 3000  # tokens
 _TOKENS_A_SECOND = {"cpu": 500, "cuda": 50_000}
 
@@ -157,13 +160,18 @@ def heal_subject_(
 ) -> tuple[dict[str, Score], Healed]:
     """Repair, heal and measure a schedule; the model of the subject is dense again afterwards.
 
+    Repair is kept unless it clearly raises the KL (by more than a standard error, paired) on the selection set, which
+    no trial, no repair and no table reads. It can where little is compressed: inputs deviate little there, and its
+    moments come from less text than those of the decomposition, with all tokens alike.
+
     Args:
         evaluator: measures the model of the subject as it stands; of held-out data, closed: its model dense.
         plan: None repairs only.
         folder: receives the weights, the state and, while it lasts, what a later try continues from.
 
     Returns:
-        The scores of the dense, the repaired and the healed model, and how healing went.
+        The scores of the dense model, of what healing starts from, named "repaired", or "searched" where there was no
+        repair or it was not kept, and of the healed one; and how healing went.
     """
     model = subject.loaded.model
     scores, healed = {"dense": evaluator.dense}, Healed(())
@@ -172,10 +180,10 @@ def heal_subject_(
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
     resumable = None if plan is None else folder / f"{_UNFINISHED}-{schedule.digest[:12]}"
     with Processes().first_alone():
-        taken = _repaired_(subject, schedule, resumable, console)
+        taken, name = _started_(subject, schedule, dense, resumable, console)
     first = Processes.is_first()
     try:
-        scores["repaired"] = evaluator.score_as_is(schedule)
+        scores[name] = evaluator.score_as_is(schedule)
         if plan is not None and resumable is not None:
             with console.stage("text"):
                 tokens = text_tokens(plan, subject.device, options)
@@ -211,27 +219,77 @@ def text_tokens(plan: HealingPlan, device: torch.device, options: Options) -> in
 
 def judge_of(subject: Subject, dense: nn.Module) -> Workload:
     """Search texts and questions, which healing is steered by: neither learned from nor reported on."""
-    judge = Workload(subject.mixture(_JUDGED), subject.device)
+    return _referenced(Workload(subject.mixture(_JUDGED), subject.device), dense)
+
+
+def _referenced(judge: Workload, dense: nn.Module) -> Workload:
     judge.reference(dense)
     return judge
 
 
-def _repaired_(subject: Subject, schedule: Schedule, folder: Path | None, console: Console) -> Mapping[str, nn.Module]:
-    """Repair the model, or take it from what an earlier try left in `folder`; returns the modules taken out."""
+def _started_(
+    subject: Subject, schedule: Schedule, dense: nn.Module, folder: Path | None, console: Console
+) -> tuple[Mapping[str, nn.Module], str]:
+    """Make the model what healing starts from, or take that from what an earlier try left in `folder`.
+
+    Returns:
+        The modules taken out, and the name of the row that the model now is.
+    """
     model = subject.loaded.model
     sites = [site for site in subject.sites if not site.dense_because]
-    blocks = 1 + max(site.block for site in sites)
-    with console.stage("repair", blocks, "blocks") as stage:
-        kept = None if folder is None else Checkpoints(folder / _REPAIRED)
-        if kept is not None:
-            loaded = kept.newest(lambda found: load_sites_(model, sites, schedule, found.tensors), console.note)
-            if loaded is not None:
-                stage.advance(blocks)
-                return loaded
-        taken = subject.repair_(schedule, max(subject.config.repair_tokens, 1), lambda done: stage.advance(1))
+    kept = None if folder is None else Checkpoints(folder / _START)
+    if kept is not None:
+
+        def take(found: Checkpoint) -> tuple[Mapping[str, nn.Module], str]:
+            return load_sites_(model, sites, schedule, found.tensors), found.state["row"]
+
+        if (loaded := kept.newest(take, console.note)) is not None:
+            return loaded
+    taken, name = _decomposed_(subject, schedule), "searched"
+    if subject.config.repair_tokens:
+        taken, name = _repaired_(subject, schedule, taken, dense, console)
     if kept is not None and Processes.is_first():
-        kept.save(Checkpoint(0, site_tensors(model, sites), {}))
+        kept.save(Checkpoint(0, site_tensors(model, sites), {"row": name}))
+    return taken, name
+
+
+def _decomposed_(subject: Subject, schedule: Schedule) -> Mapping[str, nn.Module]:
+    """Put the factors of a schedule into the dense model; returns the modules taken out."""
+    model = subject.loaded.model
+    applier = ScheduleApplier(model, subject.store, packed=True)
+    taken = {name: model.get_submodule(name) for name, choice in schedule if not choice.is_dense}
+    applier.apply_(schedule)
     return taken
+
+
+def _repaired_(
+    subject: Subject, schedule: Schedule, taken: Mapping[str, nn.Module], dense: nn.Module, console: Console
+) -> tuple[Mapping[str, nn.Module], str]:
+    """Repair the model, which follows the schedule with `taken` taken out, unless that does harm; as `_started_`."""
+    model, blocks = subject.loaded.model, 1 + max(site.block for site in subject.sites)
+    with console.stage("judge"):
+        judge = _referenced(Workload(subject.shards("selection")[0], subject.device), dense)
+        before = judge.measure(model)
+        put_modules(model, taken)
+    with console.stage("repair", blocks, "blocks") as stage:
+        taken = subject.repair_(schedule, subject.config.repair_tokens, lambda done: stage.advance(1))
+    after = judge.measure(model)
+    if not clearly_worse(after, before):
+        return taken, "repaired"
+    put_modules(model, taken)
+    console.note(
+        f"repair is left out: on text and questions that no trial saw it takes KL from {before.kl:.4f} to "
+        f"{after.kl:.4f} nats/token"
+    )
+    return _decomposed_(subject, schedule), "searched"
+
+
+def clearly_worse(repaired: Quality, before: Quality) -> bool:
+    """By more than a standard error of the paired difference, or for being no number where the other is one."""
+    if repaired.state != "ok" or before.state != "ok":
+        return before.state == "ok"
+    difference = paired_kl(repaired, before)
+    return difference.value > difference.standard_error
 
 
 def _document(

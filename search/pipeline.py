@@ -260,8 +260,6 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
             f"held-out KL, searched minus lagrangian: {comparison['value']:+.4f} ± {comparison['standard_error']:.4f}"
             f" nats/token ({comparison['relative']:+.1%}, {comparison['sequences']} sequences)"
         )
-    if worse := _worse_for_repair(scores):
-        console.note(worse)
     failures = sum(trial.score.state == "failed" for trial in trials)
     document: dict[str, object] = {
         "model": subject.loaded.model_id,
@@ -341,7 +339,8 @@ def _measure(
                     [known[schedule.digest]] = evaluator.evaluate([schedule])
                 scores[name] = known[schedule.digest]
                 stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
-        if not config.repair_tokens or all(choice.is_dense for _, choice in chosen):
+        untouched = not config.repair_tokens and not config.heal_minutes
+        if untouched or all(choice.is_dense for _, choice in chosen):
             return scores
         evaluator.close()
         options = Options(minutes=config.heal_minutes)
@@ -359,17 +358,6 @@ def _comparison(scores: Mapping[str, Score]) -> dict[str, object]:
     if searched.state != "ok" or closed.state != "ok":
         return {}
     return dataclasses.asdict(paired_kl(searched, closed))
-
-
-def _worse_for_repair(scores: Mapping[str, Score]) -> str:
-    """What to say where repair raised the held-out KL, as it can where little is compressed; else nothing.
-
-    The result is not chosen by it: held-out text would then no longer be held out.
-    """
-    before, after = scores["searched"].kl, scores["repaired"].kl if "repaired" in scores else 0.0
-    if not after > before:
-        return ""
-    return f"repair raised the held-out KL from {before:.4f} to {after:.4f}; --repair-tokens 0 leaves it out"
 
 
 def _speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:

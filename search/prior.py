@@ -260,6 +260,11 @@ class Prior(_Part):
         """Blocks of the model it was made for."""
         return 1 + max(site.block for site in self.sites)
 
+    @property
+    def was_repaired(self) -> bool:
+        """Whether its run ended with a repair that was kept: its table has a row of it then."""
+        return any(score.schedule == "repaired" for score in self.scores)
+
     def to_json(self) -> str:
         """The content of a file: keys in the order of the schema, absent values left out, short lists in one line."""
         return _pretty(self.model_dump(mode="json", exclude_none=True)) + "\n"

@@ -79,7 +79,7 @@ def restore(
     config = Config.of({**read_fields(run / CONFIG), "device": device})
     prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
-    state = _state(run, config, schedule, state, healed)
+    state = _state(run, prior, state, healed)
     kept = HealedState.read(healed or run / HEALED) if state == "healed" else None
     where = resolve_device(device)
     with console.stage("load"):
@@ -108,11 +108,11 @@ def restore(
     return Outcome(subject, schedule, state, prior, summary, workload)
 
 
-def _state(run: Path, config: Config, schedule: Schedule, wanted: str | None, healed: Path | None) -> str:
+def _state(run: Path, prior: Prior, wanted: str | None, healed: Path | None) -> str:
     """The state that is wanted, or the last one that the run has."""
     has = {
         "healed": healed is not None or (run / HEALED / STATE).is_file(),
-        "repaired": bool(config.repair_tokens) and any(not choice.is_dense for _, choice in schedule),
+        "repaired": prior.was_repaired,
         "searched": True,
     }
     if wanted is None:

@@ -17,7 +17,7 @@ SEARCH = [
     *(sys.executable, "search.py", "--model", "random:tiny-llama", "--device", "cpu", "--threads", "1", "--quiet"),
     *("--agent", "random", "--target-kept", "0.7", "--calibration-tokens", "1500", "--repair-tokens", "0"),
     *("--search-items", "2", "--search-text-tokens", "128", "--heldout-tokens", "600", "--report-items", "6"),
-    *("--benchmark-items", "0", "--export", "none"),
+    *("--heal-minutes", "0", "--benchmark-items", "0", "--export", "none"),
 ]
 
 

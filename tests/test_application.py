@@ -28,7 +28,7 @@ SMALL = {
     "report_items": 6,
 }
 SEARCH = {"model": "random:tiny-llama", "target_kept": 0.7, "agent": "random", "budget": 3, "repair_tokens": 0}
-SEARCH |= {"benchmark_items": 0, "export": "none"}
+SEARCH |= {"heal_minutes": 0, "benchmark_items": 0, "export": "none"}
 
 pytestmark = pytest.mark.usefixtures("fake_data")
 

@@ -54,7 +54,7 @@ def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
     disk, run = tmp_path / "disk", tmp_path / "run"
     training = ["--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(disk / "healed")]
     heal = shlex.join([sys.executable, "search.py", "heal", str(run), *training, "--quiet"]) + " > /dev/null"
-    sizes = ("40k", "160k", "360k")  # for no repaired weights, for these, and for what is half trained
+    sizes = ("40k", "160k", "360k")  # for no weights to start from, for these, and for what is half trained
     codes, said = on_a_disk(
         disk,
         "size=40k",
@@ -66,7 +66,7 @@ def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
     )
     assert codes == [0, *[0, 4, 0] * len(sizes), 0, 0, 0], said
     assert "Traceback" not in said
-    assert re.findall("No space left on device, as .*/(.*) was written", said)[::2] == ["repaired", "healed"]
+    assert re.findall("No space left on device, as .*/(.*) was written", said)[::2] == ["start", "healed"]
 
 
 def test_an_export_leaves_nothing_where_the_disk_is_full_and_works_when_there_is_room(

@@ -57,7 +57,7 @@ def test_an_agent_of_ones_own_climbs() -> None:
 def test_it_is_named_on_the_command_line_and_resumed(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     words = ["--quick", "--model", "random:tiny-llama", "--device", "cpu", "--quiet", "--repair-tokens", "0"]
-    words += ["--benchmark-items", "0", "--export", "none"]
+    words += ["--heal-minutes", "0", "--benchmark-items", "0", "--export", "none"]
     assert cli.main([*words, "--agent", CLIMB, "--budget", "4", "--out", out]) == cli.DONE
     assert json.loads((tmp_path / "run" / "config.json").read_text())["agent"] == CLIMB
     assert cli.main(["--resume", out, "--budget", "6", "--quiet"]) == cli.DONE

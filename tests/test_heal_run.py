@@ -25,10 +25,11 @@ from search.checkpoints import Checkpoints
 from search.config import Config
 from search.console import Console
 from search.curves import CURVES
-from search.heal_run import held
+from search.heal_run import clearly_worse, held
 from search.healed_state import HealedState, load_sites_, site_tensors
 from search.interrupts import INTERRUPTED
 from search.models import load_for_use, load_model
+from search.quality import Quality
 from search.restored import restore
 from search.runfolder import RunFolder, contents, refuse_held
 from search.sharding import sharing_copy
@@ -171,7 +172,7 @@ def test_repaired_weights_that_lack_something_are_said_and_made_again(
     with monkeypatch.context() as patched:
         patched.setattr(heal_run, "heal_", interrupted)
         assert cli.main(command) == INTERRUPTED
-    [folder] = out.glob("unfinished-*/repaired")
+    [folder] = out.glob("unfinished-*/start")
     repaired = Checkpoints(folder).newest(lambda found: found)
     assert repaired is not None
     left = dict(repaired.tensors)
@@ -213,3 +214,24 @@ def test_a_sharing_copy_has_the_same_tensors_and_other_modules() -> None:
     other = sharing_copy(model)
     assert all(one is two for one, two in zip(model.parameters(), other.parameters(), strict=True))
     assert not set(map(id, model.modules())) & set(map(id, other.modules()))
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "worse"),
+    [
+        ((2.0, 4.0, 3.1), (1.0, 3.0, 2.0), True),  # each sequence by about one
+        ((1.0, 3.0, 2.0), (2.0, 4.0, 3.1), False),
+        ((1.0, 3.0, 2.0), (1.0, 3.0, 2.0), False),
+        ((5.0, 1.0, 2.1), (1.0, 4.0, 2.0), False),  # more on the whole, but one of three only
+        (None, (1.0, 3.0, 2.0), True),
+        ((1.0, 3.0, 2.0), None, False),
+        (None, None, False),
+    ],
+)
+def test_a_repair_is_worse_when_it_is_so_beyond_a_standard_error(
+    after: tuple[float, ...] | None, before: tuple[float, ...] | None, worse: bool
+) -> None:
+    def quality(kl: tuple[float, ...] | None) -> Quality:
+        return Quality() if kl is None else Quality(state="ok", kl_by_sequence=kl, tokens_by_sequence=(1, 1, 1))
+
+    assert clearly_worse(quality(after), quality(before)) is worse

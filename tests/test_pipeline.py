@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import pickle
 import re
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,19 @@ import optuna
 import pytest
 import torch
 from fakedata import fake_data, jsonl
+from torch import nn
 
 from agents import SavedPolicy
 from compression import Choice, Schedule
-from compression.size import Size
-from search import cli, models, subject
+from search import cli, heal_run, models, subject
 from search import trials as trial_module
 from search.config import Config
-from search.evaluators import ModelEvaluator, Score
+from search.console import Console
+from search.evaluators import ModelEvaluator
+from search.heal_run import clearly_worse
 from search.models import load_model
-from search.pipeline import _worse_for_repair
 from search.prior import Prior
-from search.quality import Quality
+from search.restored import restore
 from search.runfolder import RunFolder
 from search.scoring import Workload
 
@@ -613,19 +614,46 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
     assert "boolq" in (tmp_path / "run" / "report.html").read_text()
     card = tmp_path / "run" / "hf" / "README.md"
-    assert "were trained for a while" in card.read_text()
+    assert "were then trained for a while" in card.read_text()
     assert cli.main(["--resume", str(tmp_path / "run"), "--heal-minutes", "0", "--quiet"]) == cli.DONE
     assert "nothing was trained" in card.read_text()
     kept, exported = (tmp_path / "run" / place / "prior.json" for place in (".", "hf"))
     assert kept.read_text() == exported.read_text()
 
 
-def test_a_repair_that_does_harm_is_said_and_no_other() -> None:
-    def scores(**kl: float) -> dict[str, Score]:
-        size = Size(1.0, 1.0, 1.0, 1, 1, 1)
-        return {name: Score("ok", Quality(state="ok", kl=value), size, 0.0) for name, value in kl.items()}
+@pytest.mark.usefixtures("fake_data")
+def test_a_repair_that_does_harm_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repair_ = subject.Subject.repair_
 
-    assert "from 0.0863 to 0.0974; --repair-tokens 0" in _worse_for_repair(scores(searched=0.0863, repaired=0.0974))
-    assert _worse_for_repair(scores(searched=0.2, repaired=0.18)) == ""
-    assert _worse_for_repair(scores(searched=0.2)) == ""
-    assert _worse_for_repair(scores(searched=math.nan, repaired=0.1)) == ""
+    def harmful(self: subject.Subject, schedule: Schedule, *arguments: Any) -> Mapping[str, nn.Module]:
+        taken = repair_(self, schedule, *arguments)
+        for name, choice in schedule:
+            if not choice.is_dense:
+                next(self.loaded.model.get_submodule(name).parameters()).data.mul_(-1)
+        return taken
+
+    monkeypatch.setattr(subject.Subject, "repair_", harmful)
+    monkeypatch.setattr(heal_run, "clearly_worse", clearly_worse)
+    run = tmp_path / "run"
+    loud = [word for word in words(out=run, budget=0, agent="lagrangian") if word != "--quiet"]
+    assert cli.main(loud) == cli.DONE
+    assert "repair is left out" in capsys.readouterr().err
+    rows = {row["schedule"]: row for row in json.loads((run / "summary.json").read_text())["rows"]}
+    assert list(rows) == [name for name in NAMES if name != "repaired"]
+    assert cli.main(["--resume", str(run), "--heal-minutes", "0", "--quiet"]) == cli.DONE
+    outcome = restore(run, Console(quiet=True), "cpu", reference=True)
+    assert outcome.state == "searched"
+    assert outcome.workload is not None
+    assert outcome.workload.measure(outcome.subject.loaded.model).kl == pytest.approx(rows["searched"]["kl"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_without_repair_it_is_healed_as_it_was_decomposed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", repair_tokens=0)) == cli.DONE
+    document = json.loads((run / "healed" / "healing.json").read_text())
+    assert [row["schedule"] for row in document["rows"]] == ["dense", "searched", "healed"]
+    names = [row["schedule"] for row in json.loads((run / "summary.json").read_text())["rows"]]
+    assert names == [name for name in NAMES if name != "repaired"]

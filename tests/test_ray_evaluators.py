@@ -143,7 +143,8 @@ def test_evaluators_in_another_folder_find_the_model_and_the_questions_of_a_rela
     choices = ["one", "two", "three"]
     jsonl(Path("exam.jsonl"), [{"question": f"What is {n}?", "choices": choices, "answer": n % 3} for n in range(40)])
     values = {**VALUES, "model": "my model", "proxy": "exam.jsonl", "out": "läuft", "evaluators": "2"}
-    values |= {"budget": 3, "agent": "random", "repair_tokens": 0, "benchmark_items": 0, "export": "none"}
+    values |= {"budget": 3, "agent": "random", "repair_tokens": 0, "heal_minutes": 0}
+    values |= {"benchmark_items": 0, "export": "none"}
     flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert ray_here.get(ray_here.remote(lambda: os.getcwd()).remote()) != str(tmp_path)
     assert cli.main([*flags, "--quiet"]) == cli.DONE

@@ -95,7 +95,7 @@ def _contestant(
             yield load_model(word, device, working_dtype(device))
 
         return Contestant(word, (path.name or word,), searched, plain)
-    if not config.repair_tokens:
+    if not prior.was_repaired:
         schedules = [name for name in schedules if name != "repaired"]
     if not (path / HEALED / STATE).is_file():
         schedules = [name for name in schedules if name != "healed"]
