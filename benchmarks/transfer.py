@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--models", nargs=2, metavar=("A", "B"))
-    parser.add_argument("--agent", default="guided")
+    parser.add_argument("--agent", default=Config().agent)
     parser.add_argument("--budget", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target-kept", type=float, default=0.8)
