@@ -52,7 +52,8 @@ def table(priors: Sequence[Prior]) -> str:
     """Markdown: a row for each prior and schedule of its run."""
     rows = []
     for prior in sorted(priors, key=lambda prior: -prior.kept_fraction):
-        agent = f"{prior.configuration['agent']}, {prior.configuration.get('budget', 'unknown')}"
+        known = (prior.configuration[name] for name in ("agent", "budget") if name in prior.configuration)
+        agent = ", ".join(map(str, known))
         made = f"{str(prior.environment.get('commit'))[:12]}, {str(prior.environment.get('date'))[:10]}"
         rows += [_row(score, agent, made) for score in prior.scores if score.schedule in _SHOWN]
     header = ("parameters", "schedule", "kept", "bytes", "KL nats/token (95 %)", "perplexity", "P(correct) (95 %)")

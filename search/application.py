@@ -17,7 +17,7 @@ from compression.size import choice_parameters
 from envs import Problem
 from search.config import Config
 from search.console import Console
-from search.pipeline import calibrate, preflight
+from search.preparation import calibrate, preflight
 from search.prior import Origin, Prior
 from search.prior_making import build_prior, config_digest
 from search.profile import read_profile

@@ -25,8 +25,8 @@ from envs import Problem
 from search.config import Config
 from search.console import Console
 from search.journal import differences, with_defaults
-from search.pipeline import calibrate, preflight
 from search.pool import Pool
+from search.preparation import calibrate, preflight
 from search.runfolder import CONFIG, ENVIRONMENT, STUDY, RunFolder, environment
 from search.search_pool import search_pool
 from search.standings import Entry, Heldout, Mark, plot, report

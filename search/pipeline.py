@@ -6,32 +6,25 @@ Knows the order of the stages and what a run folder receives; how a stage works 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-import agents
 from agents import Learner
 from compression.allocation import uniform_schedule
 from compression.schedule import Schedule
-from compression.sites import Site, model_bytes, model_parameters
-from envs import LEVELS, REACH, Problem
-from search import finish
+from envs import Problem
 from search.config import Config
-from search.console import Console, Stage
+from search.console import Console
 from search.curves import curves
 from search.evaluators import Score
 from search.heal_run import Options, heal_subject_, held
 from search.healed_state import HEALED
-from search.items import forms, load_proxy
 from search.latency import Latency, against_dense, layer_costs
-from search.models import resolve_device
+from search.preparation import calibrate, check_space, preflight, stays_dense
 from search.prior_making import build_prior
 from search.quality import paired_kl
 from search.report import REPORT, report
@@ -45,11 +38,9 @@ from search.runfolder import (
     TRIALS,
     RunFolder,
     environment,
-    refuse_held,
-    refuse_used,
 )
-from search.search_pool import check_evaluators, search_pool
-from search.subject import Subject, load, smallest_parameters
+from search.search_pool import search_pool
+from search.subject import Subject, load
 from search.table import csv_text
 from search.transfer import check_families
 from search.trials import (
@@ -67,11 +58,9 @@ from search.trials import (
 )
 from search.warm_start import read_prior, warm_start
 
-__all__ = ["RunSummary", "calibrate", "plan", "preflight", "run"]
+__all__ = ["RunSummary", "run"]
 
 _TIMED = ("uniform", "lagrangian", "searched")
-_BENCHMARK_TOKENS = 110  # of an item, in the mean over the tasks of `search.finish`
-_REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,7 @@ def run(config: Config, console: Console) -> RunSummary:
     read_policy(config, loaded)
     if (prior := read_prior(config)) is not None:
         check_families(prior, sites)
-    if staying := _stays_dense(sites):
+    if staying := stays_dense(sites):
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
     with console.stage("data"):
@@ -117,116 +106,8 @@ def run(config: Config, console: Console) -> RunSummary:
         return _run_in(folder, config, subject, console)
 
 
-def plan(config: Config) -> Mapping[str, object]:
-    """What `run` would do, without doing it: nothing is calibrated, evaluated or written.
-
-    Raises:
-        ValueError, DataUnavailable: as `run`.
-    """
-    device = preflight(config)
-    loaded, sites = load(config, device)
-    read_policy(config, loaded)
-    subject = Subject.of(config, loaded, sites, device)
-    searched, [selected], [heldout] = (subject.shards(part) for part in ("search", "selection", "heldout"))
-    tokens = {
-        name: sum(len(row.tokens) for row in rows)
-        for name, rows in (("trial", searched[0]), ("selection", selected), ("held-out", heldout))
-    }
-    parameters = sum(site.parameters for site in sites)
-    measured = config.benchmark_items * len(finish.TASKS) * (len(finish.SCHEDULES) + 1)
-    forward = (
-        6 * config.calibration_tokens
-        + (config.budget + 2 * config.search_shards) * tokens["trial"]
-        + (FINALISTS + 2) * tokens["selection"]
-        + 8 * tokens["held-out"]
-        + _REPAIR_PASSES * min(config.repair_tokens, config.calibration_tokens)
-        + _BENCHMARK_TOKENS * measured
-    )
-    families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
-    smallest = smallest_parameters(sites) / parameters
-    return {
-        "model": {
-            "name": loaded.model_id,
-            "parameters": model_parameters(loaded.model),
-            "bytes": model_bytes(loaded.model),
-            "sites": len(sites),
-            "site_parameters": parameters,
-            "stays_dense": _stays_dense(sites),
-            "blocks": 1 + max(site.block for site in sites),
-            "families": families,
-        },
-        "search": {
-            "agent": config.agent,
-            "budget": config.budget,
-            "target_kept": config.target_kept,
-            "reachable_kept": f"{smallest:.4f} to 1",
-            "granularity": config.granularity,
-            "ladder": f"{LEVELS - 1} log-price offsets from {-REACH} to {REACH} around the closed form, and dense",
-            "seed": config.seed,
-        },
-        "data": {
-            "proxy": config.proxy,
-            "calibration_tokens": subject.splits.calibration.tokens,
-            "tokens_per_trial": tokens["trial"],
-            "selection_tokens": tokens["selection"],
-            "held_out_tokens": tokens["held-out"],
-            "report_items": len(subject.splits.report_items),
-            "benchmark_items": measured,
-        },
-        "cost": {
-            "forward_tokens": forward,
-            "estimated_minutes": round(forward * subject.seconds_per_token() / 60 + config.heal_minutes, 1),
-            "statistics_cached": subject.calibration.cache.has(subject.calibration.key),
-        },
-        "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
-        "output": str(Path(config.resume or config.out or "results").absolute()),
-    }
-
-
-def preflight(config: Config) -> torch.device:
-    """Refuse what can be refused before anything is loaded."""
-    if config.proxy_form not in forms(config.proxy):
-        raise ValueError(
-            f"proxy_form must be {' or '.join(forms(config.proxy))} for {config.proxy}, got {config.proxy_form!r}"
-        )
-    if config.proxy.endswith(".jsonl"):
-        load_proxy(config.proxy)
-    agents.find(config.agent)
-    read_policy(config)
-    read_prior(config)
-    check_evaluators(config)
-    if config.resume is not None:
-        refuse_held(Path(config.resume))
-    elif config.out is not None:
-        refuse_used(Path(config.out))
-    return resolve_device(config.device)
-
-
-def calibrate(subject: Subject, console: Console) -> None:
-    """Collect the statistics, unless the cache has them."""
-    calibration = subject.calibration
-    for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
-        if calibration.cache.has(calibration.key):
-            break
-        with console.stage(name, subject.config.calibration_tokens, "tokens") as stage:
-            part.progress = _advancing(stage)
-            part()
-
-
-def _advancing(stage: Stage) -> Callable[[int], None]:
-    """Turns how much is done in all into how much has come to it."""
-    seen = 0
-
-    def progress(done: int) -> None:
-        nonlocal seen
-        stage.advance(done - seen)
-        seen = done
-
-    return progress
-
-
 def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
-    _check_space(subject)
+    check_space(subject)
     calibrate(subject, console)
     baselines = _baselines(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
@@ -272,7 +153,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "trials": len(trials),
         "failed_trials": failures,
         "folder": str(folder.path),
-        "stays_dense": _stays_dense(subject.sites),
+        "stays_dense": stays_dense(subject.sites),
         "rows": rows,
         "searched_against_lagrangian_kl": comparison,
         "latency": dataclasses.asdict(latency) if latency else {},
@@ -366,11 +247,6 @@ def _speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:
     return {"prefill_ratio": found.prefill_ratio, "decode_ratio": found.decode_ratio} if found else {}
 
 
-def _stays_dense(sites: Sequence[Site]) -> dict[str, str]:
-    """Why, by name, of every site that cannot be tensorized."""
-    return {site.name: site.dense_because for site in sites if site.dense_because}
-
-
 def _baselines(config: Config, subject: Subject, console: Console) -> dict[str, Schedule]:
     """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target.
 
@@ -389,19 +265,3 @@ def _baselines(config: Config, subject: Subject, console: Console) -> dict[str, 
         except ValueError as error:
             console.note(f"baseline {name} ({topology}, {metric}) is left out: {error}")
     return baselines
-
-
-def _check_space(subject: Subject) -> None:
-    """Refuse to start building a cache that the disk cannot hold: moments of two passes, three sets of factors."""
-    cache = subject.calibration.cache
-    if cache.root is None or cache.has(subject.calibration.key):
-        return
-    sites = [site for site in subject.sites if not site.dense_because]
-    moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
-    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
-    needed = 4 * (2 * moments + 2 * lowrank + sum(site.parameters for site in sites))
-    cache.root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache.root).free
-    if free < needed:
-        text = f"the cache {cache.root} needs {needed / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are free"
-        raise OSError(errno.ENOSPC, text)

@@ -35,7 +35,7 @@ from search.evaluators import Score
 from search.heat_maps import heat_map
 from search.journal import differences
 from search.packing import Packed, packed_text
-from search.pipeline import calibrate, preflight
+from search.preparation import calibrate, preflight
 from search.runfolder import CONFIG, ENVIRONMENT, RunFolder, environment
 from search.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
 from search.subject import Subject, load

@@ -16,7 +16,7 @@ from search.config import Config, read_fields
 from search.console import Console
 from search.healed_state import HEALED, STATE, HealedState
 from search.models import resolve_device
-from search.pipeline import calibrate
+from search.preparation import calibrate
 from search.prior import Prior
 from search.runfolder import CONFIG, PRIOR, SUMMARY
 from search.scoring import Workload

@@ -177,9 +177,11 @@ def finite(value: object) -> object:
 def environment() -> dict[str, object]:
     """What this process runs on and with: time (UTC), command, commit, interpreter, machine, threads, versions."""
     torch = sys.modules.get("torch")
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    program = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
     return {
         "date": _now(),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -35,12 +35,14 @@ def pipeline(monkeypatch, tmp_path):
         return {"agent": config.agent, "sites": {"count": 210, "families": ["q", "k"]}}
 
     module = types.ModuleType("search.pipeline")
-    module.run, module.plan = run, plan
+    module.run = run
+    dry_run = types.ModuleType("search.dry_run")
+    dry_run.plan = plan
     packages = types.ModuleType("search.packages")
     packages.DataUnavailable, packages.fetch = DataUnavailable, lambda: tmp_path / "cache"
     finish = types.ModuleType("search.finish")
     finish.check, finish.finish = lambda config: None, lambda folder, config, console: []
-    for name, stand_in in (("pipeline", module), ("packages", packages), ("finish", finish)):
+    for name, stand_in in (("pipeline", module), ("dry_run", dry_run), ("packages", packages), ("finish", finish)):
         monkeypatch.setitem(sys.modules, f"search.{name}", stand_in)
         monkeypatch.setattr(search, name, stand_in, raising=False)
     monkeypatch.delenv("CHISEL_TRACEBACK", raising=False)

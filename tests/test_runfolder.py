@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -161,4 +162,18 @@ def test_the_environment_says_what_it_ran_on():
     assert found["packages"]["torch"].startswith("2.")
     assert found["cores"] >= 1
     assert found["python"].startswith("3.")
-    assert found["command"].startswith("python ")
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        (None, "python search.py --out 'a b'"),
+        ("benchmarks.transfer", "python -m benchmarks.transfer --out 'a b'"),
+        ("search.__main__", "python -m search --out 'a b'"),
+    ],
+)
+def test_the_environment_says_by_what_command(module, command, monkeypatch):
+    spec = None if module is None else ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
+    monkeypatch.setattr(sys, "argv", ["some/where/search.py", "--out", "a b"])
+    assert environment()["command"] == command

@@ -23,7 +23,7 @@ from search.config import Config, nearest, read_fields
 from search.console import Console
 from search.healed_state import HEALED, STATE, HealedState
 from search.models import LoadedModel, load_model, model_digest
-from search.pipeline import calibrate
+from search.preparation import calibrate
 from search.prior import Prior
 from search.runfolder import CONFIG, PRIOR
 from search.subject import Subject, load, working_dtype

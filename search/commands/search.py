@@ -87,14 +87,14 @@ def run(words: list[str]) -> int:
 def start(given: dict[str, Any]) -> int:
     """The job as these flags say; returns the exit code."""
     shown = Console(quiet=given.pop("quiet"))
-    as_json, dry_run = given.pop("json"), given.pop("dry_run")
+    as_json, dry = given.pop("json"), given.pop("dry_run")
     try:
         config = configuration(given)
         set_threads(config)
-        from search import finish, pipeline
+        from search import dry_run, finish, pipeline
 
-        if dry_run:
-            plan: Mapping[str, object] = pipeline.plan(config)
+        if dry:
+            plan: Mapping[str, object] = dry_run.plan(config)
             print(json_text(plan) if as_json else lines_text(plan))
             return DONE
         with shown:

@@ -1,0 +1,90 @@
+"""What comes before the work of a command: refuse early, count what stays dense, collect the statistics.
+
+Knows configurations, subjects and the cache; no run folder but whether one may be written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import agents
+from compression.sites import Site
+from search.config import Config
+from search.console import Console, Stage
+from search.items import forms, load_proxy
+from search.models import resolve_device
+from search.runfolder import refuse_held, refuse_used
+from search.search_pool import check_evaluators
+from search.subject import Subject
+from search.trials import read_policy
+from search.warm_start import read_prior
+
+__all__ = ["calibrate", "check_space", "preflight", "stays_dense"]
+
+
+def preflight(config: Config) -> torch.device:
+    """Refuse what can be refused before anything is loaded."""
+    if config.proxy_form not in forms(config.proxy):
+        raise ValueError(
+            f"proxy_form must be {' or '.join(forms(config.proxy))} for {config.proxy}, got {config.proxy_form!r}"
+        )
+    if config.proxy.endswith(".jsonl"):
+        load_proxy(config.proxy)
+    agents.find(config.agent)
+    read_policy(config)
+    read_prior(config)
+    check_evaluators(config)
+    if config.resume is not None:
+        refuse_held(Path(config.resume))
+    elif config.out is not None:
+        refuse_used(Path(config.out))
+    return resolve_device(config.device)
+
+
+def calibrate(subject: Subject, console: Console) -> None:
+    """Collect the statistics, unless the cache has them."""
+    calibration = subject.calibration
+    for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
+        if calibration.cache.has(calibration.key):
+            break
+        with console.stage(name, subject.config.calibration_tokens, "tokens") as stage:
+            part.progress = _advancing(stage)
+            part()
+
+
+def _advancing(stage: Stage) -> Callable[[int], None]:
+    """Turns how much is done in all into how much has come to it."""
+    seen = 0
+
+    def progress(done: int) -> None:
+        nonlocal seen
+        stage.advance(done - seen)
+        seen = done
+
+    return progress
+
+
+def stays_dense(sites: Sequence[Site]) -> dict[str, str]:
+    """Why, by name, of every site that cannot be tensorized."""
+    return {site.name: site.dense_because for site in sites if site.dense_because}
+
+
+def check_space(subject: Subject) -> None:
+    """Refuse to start building a cache that the disk cannot hold: moments of two passes, three sets of factors."""
+    cache = subject.calibration.cache
+    if cache.root is None or cache.has(subject.calibration.key):
+        return
+    sites = [site for site in subject.sites if not site.dense_because]
+    moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
+    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
+    needed = 4 * (2 * moments + 2 * lowrank + sum(site.parameters for site in sites))
+    cache.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache.root).free
+    if free < needed:
+        text = f"the cache {cache.root} needs {needed / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, text)
