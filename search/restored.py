@@ -66,7 +66,7 @@ def restore(
     """Load the dense model of a run and make it what the run made of it.
 
     Args:
-        state: one of `STATES`; by default the last one that the run has.
+        state: one of `STATES`; by default the last one that the run has. A repair that it left out can be asked for.
         healed: folder of a healing; by default that of the run itself.
         reference: read the held-out workload with the dense model, so that what becomes of it can be measured.
 
@@ -79,7 +79,7 @@ def restore(
     config = Config.of({**read_fields(run / CONFIG), "device": device})
     prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
-    state = _state(run, prior, state, healed)
+    state = _state(run, config, prior, state, healed)
     kept = HealedState.read(healed or run / HEALED) if state == "healed" else None
     where = resolve_device(device)
     with console.stage("load"):
@@ -108,8 +108,8 @@ def restore(
     return Outcome(subject, schedule, state, prior, summary, workload)
 
 
-def _state(run: Path, prior: Prior, wanted: str | None, healed: Path | None) -> str:
-    """The state that is wanted, or the last one that the run has."""
+def _state(run: Path, config: Config, prior: Prior, wanted: str | None, healed: Path | None) -> str:
+    """The state that is wanted, or the last one that the run has; repaired can be what it has not measured, too."""
     has = {
         "healed": healed is not None or (run / HEALED / STATE).is_file(),
         "repaired": prior.was_repaired,
@@ -119,6 +119,7 @@ def _state(run: Path, prior: Prior, wanted: str | None, healed: Path | None) -> 
         return next(name for name in STATES if has[name])
     if wanted not in STATES:
         raise ValueError(f"state must be one of {', '.join(STATES)}, got {wanted!r}")
-    if not has[wanted]:
+    can_be_repaired = bool(config.repair_tokens) and any(not choice.is_dense for _, choice in prior.schedule)
+    if not has[wanted] and not (wanted == "repaired" and can_be_repaired):
         raise ValueError(f"state must be one that the run has, and {run} was not {wanted}")
     return wanted

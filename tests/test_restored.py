@@ -7,7 +7,7 @@ import torch
 from fakedata import fake_data  # noqa: F401 (a fixture)
 from tinymodel import assert_same_logits
 
-from search import cli
+from search import cli, heal_run
 from search.console import Console
 from search.models import load_for_use
 from search.restored import restore
@@ -56,3 +56,20 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys):
     load_for_use(str(tmp_path / "int4"), "cpu")
 
     assert cli.main(command) == cli.REFUSED  # the folder is there already
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_repair_that_was_left_out_is_had_on_demand_and_a_healing_is_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(heal_run, "clearly_worse", lambda after, before: True)
+    run = tmp_path / "run"
+    assert cli.main([*FLAGS.split(), *SIZES.split(), "--quiet", "--out", str(run)]) == cli.DONE
+    rows = [row["schedule"] for row in json.loads((run / "summary.json").read_text())["rows"]]
+    assert (rows[-1], rows.count("repaired")) == ("searched", 0)
+    command = ["export", str(run), "--quiet", "--device", "cpu"]
+    for words, said in (([], "Nothing was trained or repaired"), (["--state", "repaired"], "solved anew")):
+        out = tmp_path / said
+        assert cli.main([*command, *words, "--out", str(out)]) == cli.DONE
+        assert said in (out / "README.md").read_text()
+    capsys.readouterr()
+    assert cli.main([*command, "--state", "healed", "--out", str(tmp_path / "none")]) == cli.REFUSED
+    assert "was not healed" in capsys.readouterr().err
