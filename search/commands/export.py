@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state",
         metavar="NAME",
-        help="healed, repaired, or searched: as decomposed. Default: the first of these that the run has. Any run can be "
-        "exported repaired.",
+        help="healed, repaired, or searched: as decomposed. Default: the first of these that the run has. Any run "
+        "can be exported repaired.",
     )
     parser.add_argument(
         "--healed", metavar="DIR", help="Folder that search.py heal wrote. Default: that of the run itself."
