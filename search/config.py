@@ -75,10 +75,12 @@ QUICK: Mapping[str, int | float] = {
 }
 """What `quick` puts in the place of the defaults; a field given explicitly stays as given."""
 
+EVALUATORS = ("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout")
+"""Fields of who scores."""
 _FREE = (
     *("budget", "quick", "threads", "optimize", "prior", "heal_minutes", "out", "resume"),
     *("benchmark_items", "export"),
-    *("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout"),
+    *EVALUATORS,
 )
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of what a run does with the schedule it has found."""

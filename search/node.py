@@ -15,12 +15,12 @@ from filelock import FileLock
 
 from compression.cache import Bundle, FactorCache, cache_key
 from compression.schedule import Schedule
-from search.config import Config
+from search.config import EVALUATORS, Config
 from search.evaluators import REUSE_BYTES, ModelEvaluator
 from search.models import LoadedModel, assemble, can_be_assembled, load_model, resolve_device
 from search.packages import cache_folder
 from search.pool import Job, measure
-from search.subject import Subject, load, working_dtype
+from search.subject import Extract, Subject, load, working_dtype
 
 __all__ = ["NodeEvaluator", "shared_model", "travelling"]
 
@@ -30,8 +30,7 @@ def travelling(config: Config) -> dict[str, Any]:
 
     Time is measured by whoever reads the scores, so that all are measured on one machine.
     """
-    own = {"policy", "prior", "out", "resume"}
-    own |= {"evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout", "quick"}
+    own = {"policy", "prior", "out", "resume", "quick", *EVALUATORS}
     values = config.model_dump(exclude=own) | {"latency_weight": 0.0}
     for name in ("model", "proxy"):
         if Path(path := str(values[name])).expanduser().exists():
@@ -47,9 +46,12 @@ class NodeEvaluator:
         anchor: see `search.evaluators.ModelEvaluator`.
         digest: of the model's parameters; under another one they are not shared, and the caller will refuse.
         sharers: evaluators that share this machine's memory for hidden states, about.
+        extract: see `search.search_pool.search_pool`.
     """
 
-    def __init__(self, values: dict[str, Any], anchor: Schedule, digest: str, sharers: int = 1) -> None:
+    def __init__(
+        self, values: dict[str, Any], anchor: Schedule, digest: str, sharers: int = 1, extract: Extract | None = None
+    ) -> None:
         config = Config.of(values)
         device = resolve_device(config.device)
         cache = FactorCache(cache_folder() / "factors")
@@ -65,7 +67,7 @@ class NodeEvaluator:
             self.subject.calibration.release()
         self._open = ExitStack()
         self.evaluator: ModelEvaluator = self._open.enter_context(
-            self.subject.evaluator("search", anchor, reuse_bytes=REUSE_BYTES // sharers)
+            self.subject.evaluator("search", anchor, extract, REUSE_BYTES // sharers)
         )
 
     def work(self, job: str) -> str:

@@ -6,7 +6,8 @@ sweep and what its folder receives; `search.sensitivity` knows what the table sa
 The hidden states below the changed block are those of the dense model and are not computed again
 (`search.reuse`), so a sweep costs about half of its forward passes. It goes level by level and block by block: what an
 interrupted one leaves is whole levels, and the estimate of time left is fair, since late blocks are cheaper than early
-ones. sensitivity.csv is written whole after every block; a resumed sweep measures what is not in it.
+ones. Any number of evaluators share the measurements. sensitivity.csv is written whole after every few; a resumed sweep
+measures what is not in it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,16 @@ from compression.schedule import Choice, Schedule
 from compression.sites import Site
 from search.config import Config
 from search.console import Console
-from search.corpora import long_text
 from search.evaluators import Score
 from search.heat_maps import heat_map
 from search.journal import differences
-from search.packing import Packed, packed_text
+from search.packing import Packed
+from search.pool import Job, Pool
 from search.preparation import calibrate, preflight
 from search.runfolder import CONFIG, ENVIRONMENT, RunFolder, environment
+from search.search_pool import search_pool
 from search.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
-from search.subject import Subject, load
+from search.subject import Extract, Subject, load
 
 __all__ = ["CHI", "FRACTIONS", "PROFILE", "TABLE", "TOKENS", "Levels", "profile", "read_profile"]
 
@@ -48,6 +49,7 @@ TOKENS = 512
 """What a measurement reads, unless said otherwise: KL at thousands of places rather than few figures of each."""
 PROFILE, TABLE, PARQUET, SUMMARY = "profile.json", "sensitivity.csv", "sensitivity.parquet", "summary.txt"
 _FORMAT = 1
+_UNSAVED = 7  # measurements that a killed sweep may lose
 _TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"  # as in the menus
 
 
@@ -106,7 +108,10 @@ def profile(
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])
         tokens = tokens or document.get("tokens", TOKENS)
         context = context or document.get("context")
-        data = [packed_text(_long_text(subject, context))] if context else subject.mixture(tokens)
+        if context:
+            _check_context(subject, context)
+        extract = Extract(tokens, context)
+        data = subject.extract(extract)
         _refuse_another(folder.path, document, _fingerprint(subject, data))
         levels = levels or _levels(document)
         folder.write_text(CONFIG, config.to_json())
@@ -116,7 +121,11 @@ def profile(
             subject.store.menu(progress=lambda done: stage.advance(1))
         subject.calibration.release()
         kept = {"model": loaded.model_id, "levels": asdict(levels), "tokens": tokens, "context": context}
-        rows = _sweep(folder, subject, levels, data, kept, found, console)
+        wanted = list(_order([site for site in sites if not context or site.family in CACHED], levels))
+        dense = Schedule.dense(tuple(site.name for site in sites))
+        with search_pool(subject, dense, console.note, extract) as pool:
+            folder.write_json(PROFILE, _document(subject, data, kept, pool.dense))
+            rows = _sweep(folder, subject, wanted, found, pool, console)
         text = summary(rows, loaded.model_id, context)
         _publish(folder, rows, text)
     return folder.path, text
@@ -164,18 +173,13 @@ def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping
         raise ValueError(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
 
 
-def _long_text(subject: Subject, context: int) -> tuple[int, ...]:
-    """One text of `context` tokens.
-
-    Raises:
-        ValueError: the model or the search text has less, or nothing fills a cache by the name of k or v.
-    """
+def _check_context(subject: Subject, context: int) -> None:
+    """Raises ValueError where the model has fewer positions, or nothing that fills a cache by the name of k or v."""
     if not any(site.family in CACHED for site in subject.sites):
         raise ValueError(f"context needs matrices of the kinds {' and '.join(CACHED)}, and this model has none")
     most = getattr(subject.loaded.model.config.get_text_config(), "max_position_embeddings", context)
     if context > most:
         raise ValueError(f"context must be at most {most}, what the model has positions for, got {context}")
-    return long_text(subject.loaded.encode, context)
 
 
 def _fingerprint(subject: Subject, data: Sequence[Packed]) -> dict[str, object]:
@@ -192,31 +196,39 @@ def _fingerprint(subject: Subject, data: Sequence[Packed]) -> dict[str, object]:
 def _sweep(
     folder: RunFolder,
     subject: Subject,
-    levels: Levels,
-    data: Sequence[Packed],
-    kept: Mapping[str, object],
+    wanted: Sequence[tuple[Site, int]],
     rows: Sequence[Row],
+    pool: Pool,
     console: Console,
 ) -> list[Row]:
-    found = list(rows)
-    done = {(row.site, row.chi) for row in found}
-    wanted = list(_order([site for site in subject.sites if not kept["context"] or site.family in CACHED], levels))
-    missing = [(site, chi) for site, chi in wanted if (site.name, chi) not in done]
+    """Measure what is wanted and not in `rows`; returns all rows, those wanted first and in their order."""
+    found = {(row.site, row.chi): row for row in rows}
+    missing = [(site, chi) for site, chi in wanted if (site.name, chi) not in found]
+    places = {(site.name, chi): place for place, (site, chi) in enumerate(wanted)}
     costs: dict[str, dict[int, float]] = {}
-    with (
-        subject.evaluator("search", sequences=data) as evaluator,
-        console.stage("profile", len(wanted), "measurements", len(wanted) - len(missing)) as stage,
-    ):
-        folder.write_json(PROFILE, _document(subject, data, kept, evaluator.dense))
-        for _, batch in groupby(missing, key=lambda pair: pair[0].block):
-            pairs = list(batch)
-            scores = evaluator.evaluate([_alone(subject.sites, site, chi) for site, chi in pairs])
-            for (site, chi), score in zip(pairs, scores, strict=True):
+    handed = unsaved = 0
+
+    def in_order() -> list[Row]:
+        return sorted(found.values(), key=lambda row: places.get((row.site, row.chi), len(places)))
+
+    with console.stage("profile", len(wanted), "measurements", len(wanted) - len(missing)) as stage:
+        try:
+            for done in range(len(missing)):
+                while handed < min(len(missing), done + pool.capacity):
+                    pool.submit(handed, Job(_alone(subject.sites, *missing[handed])))
+                    handed += 1
+                number, result = pool.finished()
+                site, chi = missing[number]
                 predicted = costs.get(site.name) or costs.setdefault(site.name, _costs(subject, site))
-                found.append(_row(site, chi, predicted[chi], score))
-            folder.write_text(TABLE, rows_text(found))
-            stage.advance(len(pairs), f"block {pairs[-1][0].block}, χ {pairs[-1][1]}")
-    return found
+                found[site.name, chi] = _row(site, chi, predicted[chi], result.score)
+                unsaved += 1
+                if unsaved == _UNSAVED:
+                    folder.write_text(TABLE, rows_text(in_order()))
+                    unsaved = 0
+                stage.advance(1, f"block {site.block}, χ {chi}")
+        finally:
+            folder.write_text(TABLE, rows_text(in_order()))
+    return in_order()
 
 
 def _order(sites: Sequence[Site], levels: Levels) -> Iterator[tuple[Site, int]]:

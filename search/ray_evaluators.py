@@ -28,7 +28,7 @@ from search.node import NodeEvaluator, travelling
 from search.pool import Job, Result
 from search.quality import Quality
 from search.ray_cluster import cluster
-from search.subject import Subject
+from search.subject import Extract, Subject
 
 __all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool"]
 
@@ -250,9 +250,19 @@ class RayPool:
 class ModelWorker:
     """An evaluator on a model of its own, see `search.node`."""
 
-    def __init__(self, values: dict[str, Any], anchor: str, digest: str, sharers: int, threads: int, gpus: float):
+    def __init__(
+        self,
+        values: dict[str, Any],
+        anchor: str,
+        digest: str,
+        sharers: int,
+        threads: int,
+        gpus: float,
+        extract: tuple[int, int | None] | None = None,
+    ):
         self._arguments = values, anchor, digest, sharers
         self._threads, self._gpus = threads, gpus
+        self._extract = None if extract is None else Extract(*extract)
 
     def ready(self) -> dict[str, Any]:
         """See `Worker`."""
@@ -260,7 +270,7 @@ class ModelWorker:
         if 0 < self._gpus < 1:
             torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE * self._gpus)
         values, anchor, digest, sharers = self._arguments
-        self._evaluator = NodeEvaluator(values, Schedule.from_json(anchor), digest, sharers)
+        self._evaluator = NodeEvaluator(values, Schedule.from_json(anchor), digest, sharers, self._extract)
         return {"dense": self._evaluator.evaluator.dense.to_dict(), "identity": self._evaluator.subject.identity}
 
     def work(self, jobs: list[str]) -> list[str]:
@@ -269,7 +279,9 @@ class ModelWorker:
 
 
 @contextmanager
-def ray_pool(subject: Subject, anchor: Schedule, note: Callable[[str], None]) -> Iterator[RayPool]:
+def ray_pool(
+    subject: Subject, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
+) -> Iterator[RayPool]:
     """The evaluators of `subject.config`, on its cluster or on one that is started here and ends with this context.
 
     Args and errors: see `search.search_pool.search_pool`.
@@ -288,7 +300,8 @@ def ray_pool(subject: Subject, anchor: Schedule, note: Callable[[str], None]) ->
         actor = ray.remote(ModelWorker).options(
             num_cpus=0 if gpus else threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )
-        arguments = travelling(config), anchor.to_json(), subject.loaded.digest, count, threads, gpus
+        plain = None if extract is None else (extract.tokens, extract.context)
+        arguments = travelling(config), anchor.to_json(), subject.loaded.digest, count, threads, gpus, plain
         sizes = SizeModel(subject.loaded.model, subject.sites)
 
         def failed(schedule: Schedule, reason: str, seconds: float) -> Score:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from compression.schedule import Schedule
 from search.config import Config
 from search.pool import Pool, SerialPool
-from search.subject import Subject
+from search.subject import Extract, Subject
 
 __all__ = ["check_evaluators", "search_pool"]
 
@@ -32,22 +32,25 @@ def check_evaluators(config: Config) -> None:
 
 
 @contextmanager
-def search_pool(subject: Subject, anchor: Schedule, note: Callable[[str], None]) -> Iterator[Pool]:
+def search_pool(
+    subject: Subject, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
+) -> Iterator[Pool]:
     """The pool that scores trials, as `subject.config` says; statistics and factors must be in the cache.
 
     Args:
         anchor: see `search.evaluators.ModelEvaluator`.
         note: says a line to the person.
+        extract: what it reads, in the place of the shards of the search data.
 
     Raises:
         ValueError: a cluster that cannot be reached or has no room, or an evaluator with another model or other data.
     """
     if subject.config.in_process:
-        with subject.evaluator("search", anchor) as evaluator:
+        with subject.evaluator("search", anchor, extract) as evaluator:
             yield SerialPool(evaluator, evaluator.dense)
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from search.ray_evaluators import ray_pool
 
-    with ray_pool(subject, anchor, note) as pool:
+    with ray_pool(subject, anchor, note, extract) as pool:
         yield pool

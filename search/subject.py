@@ -27,20 +27,33 @@ from compression.repair import repair_
 from compression.schedule import Schedule
 from compression.sites import Site, discover_sites
 from search.config import Config
-from search.corpora import Splits, build_splits
+from search.corpora import Splits, build_splits, long_text
 from search.evaluators import REUSE_BYTES, ModelEvaluator
 from search.latency import SiteTimes, layer_costs
 from search.models import LoadedModel, head_size, load_model, resolve_device
 from search.packages import cache_folder
-from search.packing import Packed
+from search.packing import Packed, packed_text
 from search.scoring import Workload
 from search.stages import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store, workload_sequences
 
-__all__ = ["Subject", "load", "smallest_parameters", "working_dtype"]
+__all__ = ["Extract", "Subject", "load", "smallest_parameters", "working_dtype"]
 
 _SELECTION = 4  # the selection set is this many times what a trial sees
 _BATCH = 1024  # tokens in one forward pass
 _RACING_BATCH = 512  # tokens between two looks at whether a finalist is worth going on with
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Some of the search data, in the place of its shards.
+
+    Attributes:
+        tokens: texts and questions of all shards in turn, at most so many tokens.
+        context: one text of so many tokens and no question instead.
+    """
+
+    tokens: int
+    context: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +127,12 @@ class Subject:
                 dealt = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
         return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
 
+    def extract(self, wanted: Extract) -> list[Packed]:
+        """Raises ValueError where the search text is shorter than the context that is wanted."""
+        if wanted.context:
+            return [packed_text(long_text(self.loaded.encode, wanted.context))]
+        return self.mixture(wanted.tokens)
+
     def mixture(self, tokens: int) -> list[Packed]:
         """Texts and questions of the search shards in turn, as many as `tokens` allow and at least one of each."""
         every = [sequence for shard in self.shards("search") for sequence in shard]
@@ -140,17 +159,17 @@ class Subject:
         self,
         part: str,
         anchor: Schedule | None = None,
-        sequences: Sequence[Packed] | None = None,
+        extract: Extract | None = None,
         reuse_bytes: int = REUSE_BYTES,
     ) -> Iterator[ModelEvaluator]:
-        """An evaluator on one part of the data, or on some sequences of it; the model is dense again afterwards.
+        """An evaluator on one part of the data, or on an extract of it; the model is dense again afterwards.
 
         What is reported is measured on the tensors that are stored. `reuse_bytes` as for `ModelEvaluator`.
         """
         config, reported = self.config, part == "heldout"
         racing = part == "selection"
         batch_tokens = _RACING_BATCH if racing else _BATCH
-        shards = self.shards(part) if sequences is None else [sequences]
+        shards = self.shards(part) if extract is None else [self.extract(extract)]
         workloads = [Workload(one, self.device, batch_tokens, mixed=racing) for one in shards]
         repairing = config.reward_repair_tokens and not reported
         evaluator = ModelEvaluator(

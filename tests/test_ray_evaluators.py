@@ -34,6 +34,7 @@ from search.node import travelling
 from search.pool import Job, Pool, Result, SerialPool
 from search.quality import Quality
 from search.search_pool import check_evaluators, search_pool
+from search.sensitivity import parse_rows
 from search.subject import Subject, load
 
 VALUES: dict[str, object] = {
@@ -131,6 +132,21 @@ def test_several_evaluators_give_the_scores_and_slopes_of_the_one_in_this_proces
         assert figures(found[number].score) == figures(result.score)
         assert found[number].slopes == result.slopes
     assert expected[len(jobs) - 1].slopes
+
+
+@pytest.mark.parametrize("more", [["--tokens", "200"], ["--context", "100"]])
+def test_a_sweep_is_the_same_however_many_evaluators_share_it(ray_here: Any, tmp_path: Path, more: list[str]) -> None:
+    sizes = {name: value for name, value in VALUES.items() if name != "target_kept"}
+    flags = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["profile", *flags, *more, "--chi", "2,6", "--fractions", "none", "--quiet"]
+    assert cli.main([*command, "--out", str(tmp_path / "one")]) == cli.DONE
+    assert cli.main([*command, "--out", str(tmp_path / "two"), "--evaluators", "2"]) == cli.DONE
+    one, two = (
+        [dataclasses.replace(row, seconds=0.0) for row in parse_rows((tmp_path / name / "sensitivity.csv").read_text())]
+        for name in ("one", "two")
+    )
+    assert len(one) > 6
+    assert one == two
 
 
 def test_evaluators_in_another_folder_find_the_model_and_the_questions_of_a_relative_path(

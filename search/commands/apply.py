@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from search.commands.profile import IGNORED
+from search.config import EVALUATORS
 from search.console import Console
 from search.failures import DONE, explain
 from search.flags import Parser, add_fields, configuration, parse, set_threads
@@ -85,5 +86,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="A sweep over this model, whose measured traces go into the new prior.",
     )
-    add_fields(parser, without=(*(name for name in IGNORED if name not in ("target_kept", "prior")), "resume"))
+    ignored = (name for name in IGNORED if name not in ("target_kept", "prior"))
+    add_fields(parser, without=(*ignored, *EVALUATORS, "resume"))
     return parser
