@@ -1,6 +1,7 @@
 """Does a prior found on one model save evaluations, or quality, on another?
 
     python -m benchmarks.transfer [--quick] [--write] [--models A B] [--budget 60] [--seeds 0 1 2] [--target-kept 0.8]
+        [--rules price chi]
 
 Both ways between two models, by default the default model and Gemma 3 270M. For each: a cold search, from the closed
 form; a warm one with the same agent, budget, seed and data, from the prior that the cold search of the other left;
@@ -17,7 +18,7 @@ import argparse
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -42,6 +43,7 @@ class Outcome:
     """One direction and seed: held-out KL in nats per token, evaluations of the warm search.
 
     Attributes:
+        bare: of the prior without any evaluation, by rule.
         reached: evaluations until a warm trial was as good as the best cold one; NaN if none was.
     """
 
@@ -49,8 +51,7 @@ class Outcome:
     target: str
     seed: int
     closed_form: float
-    by_price: float
-    by_chi: float
+    bare: Mapping[str, float]
     cold: float
     warm: float
     cold_best_at: int
@@ -96,7 +97,9 @@ def first_as_good(values: Sequence[float], bound: float) -> float:
     return next((float(count) for count, value in enumerate(values, 1) if value <= bound), math.nan)
 
 
-def outcome(configs: dict[str, Config], source: str, target: str, seed: int, runs: Path) -> Outcome:
+def outcome(
+    configs: dict[str, Config], source: str, target: str, seed: int, runs: Path, rules: Sequence[Rule]
+) -> Outcome:
     """One direction: cold searches of both models, then the warm one and the bare prior on the target."""
 
     def folder(kind: str, model: str) -> Path:
@@ -109,7 +112,7 @@ def outcome(configs: dict[str, Config], source: str, target: str, seed: int, run
     prior = folder("cold", source) / PRIOR
     cold = search(seeded(target), folder("cold", target))
     warm = search(seeded(target, prior=str(prior)), folder("warm", target))
-    bare = {rule: applied(seeded(target), prior, rule, folder(f"bare-{rule}", target)) for rule in ("price", "chi")}
+    bare = {rule: applied(seeded(target), prior, rule, folder(f"bare-{rule}", target)) for rule in rules}
     cold_trials, warm_trials = (trial_kl(folder(kind, target)) for kind in ("cold", "warm"))
     best = min(cold_trials)
     return Outcome(
@@ -117,8 +120,7 @@ def outcome(configs: dict[str, Config], source: str, target: str, seed: int, run
         target=target,
         seed=seed,
         closed_form=held_out(cold, "lagrangian"),
-        by_price=bare["price"],
-        by_chi=bare["chi"],
+        bare=bare,
         cold=held_out(cold, "searched"),
         warm=held_out(warm, "searched"),
         cold_best_at=1 + cold_trials.index(best),
@@ -128,12 +130,12 @@ def outcome(configs: dict[str, Config], source: str, target: str, seed: int, run
 
 def report(outcomes: Sequence[Outcome], budget: int) -> tuple[str, list[Bar]]:
     """The table, and a bar each way: the warm search is at least as good as the cold one."""
-    header = ("prior of, on", "seed", "closed form", *(f"bare, by {rule}" for rule in RULES), "cold", "warm")
+    header = ("prior of, on", "seed", "closed form", *(f"bare, by {rule}" for rule in outcomes[0].bare), "cold", "warm")
     rows = [
         (
             f"{one.source}, {one.target}",
             one.seed,
-            *(f"{value:.4f}" for value in (one.closed_form, one.by_price, one.by_chi, one.cold, one.warm)),
+            *(f"{value:.4f}" for value in (one.closed_form, *one.bare.values(), one.cold, one.warm)),
             one.cold_best_at,
             "never" if math.isnan(one.reached) else f"{one.reached:.0f}",
         )
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target-kept", type=float, default=0.8)
     parser.add_argument("--runs", type=Path, default=RESULTS / "transfer-runs", help="where run folders are kept")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="by which a bare prior is moved")
     given = parser.parse_args()
     values: dict[str, Any] = dict(agent=given.agent, budget=given.budget, target_kept=given.target_kept)
     values |= {"repair_tokens": 0, "heal_minutes": 0}  # which hide what allocation is worth
@@ -171,7 +174,7 @@ def main() -> None:
     configs = {Path(model).stem.replace(":", "-"): Config.of({**values, "model": model}) for model in models}
     first, second = configs
     ways = [(source, target, seed) for seed in seeds for source, target in ((first, second), (second, first))]
-    outcomes = [outcome(configs, *way, given.runs) for way in ways]
+    outcomes = [outcome(configs, *way, given.runs, given.rules) for way in ways]
     body, bars = report(outcomes, int(values["budget"]))
     publish("benchmarks.transfer", "Priors from one model to another", body, bars, given.write)
 
