@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from agents import SLOPES_COST
 from benchmarks.report import RESULTS, Bar, markdown, publish
@@ -39,9 +39,20 @@ QUICK: dict[str, Any] = dict(calibration_tokens=1500, search_items=2, search_tex
 QUICK |= dict(heldout_tokens=600, report_items=6, budget=8)
 
 
+class Figure(NamedTuple):
+    """Held-out KL, nats per token, its standard error over sequences, and how many tokens it is of."""
+
+    value: float
+    error: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ± {self.error:.4f}"
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """One direction and seed: held-out KL in nats per token, trials counted from 1.
+    """One direction and seed; trials are counted from 1.
 
     Attributes:
         bare: of the prior without any evaluation, by rule.
@@ -51,10 +62,10 @@ class Outcome:
     source: str
     target: str
     seed: int
-    closed_form: float
-    bare: Mapping[str, float]
-    cold: float
-    warm: float
+    closed_form: Figure
+    bare: Mapping[str, Figure]
+    cold: Figure
+    warm: Figure
     cold_best_at: int
     reached: float
 
@@ -69,8 +80,8 @@ def search(config: Config, folder: Path) -> dict[str, Any]:
     return document
 
 
-def applied(config: Config, prior: Path, rule: Rule, folder: Path) -> float:
-    """Held-out KL of a prior transferred without an evaluation."""
+def applied(config: Config, prior: Path, rule: Rule, folder: Path) -> Figure:
+    """Of a prior transferred without an evaluation."""
     if not (folder / SUMMARY).exists():
         values = config.model_dump(exclude={"out", "resume", "prior"})
         with Console() as console:
@@ -80,10 +91,11 @@ def applied(config: Config, prior: Path, rule: Rule, folder: Path) -> float:
     return held_out(document, "prior")
 
 
-def held_out(document: dict[str, Any], schedule: str) -> float:
-    """KL of a row of a summary; NaN where it has none."""
-    [value] = [row["kl"] for row in document["rows"] if row["schedule"] == schedule]
-    return math.nan if value is None else float(value)
+def held_out(document: dict[str, Any], schedule: str) -> Figure:
+    """Of a row of a summary; NaN where it has none."""
+    [row] = [row for row in document["rows"] if row["schedule"] == schedule]
+    value, error = (math.nan if row[name] is None else float(row[name]) for name in ("kl", "kl_stderr"))
+    return Figure(value, error, row["tokens"])
 
 
 def trial_kl(folder: Path) -> list[float]:
@@ -136,21 +148,26 @@ def report(outcomes: Sequence[Outcome], budget: int) -> tuple[str, list[Bar]]:
         (
             f"{one.source}, {one.target}",
             one.seed,
-            *(f"{value:.4f}" for value in (one.closed_form, *one.bare.values(), one.cold, one.warm)),
+            one.closed_form,
+            *one.bare.values(),
+            one.cold,
+            one.warm,
             one.cold_best_at,
             "never" if math.isnan(one.reached) else f"{one.reached:.0f}",
         )
         for one in outcomes
     ]
+    tokens = " and ".join(f"{one.closed_form.tokens:,} tokens of {one.target}" for one in outcomes[:2])
     text = (
-        f"Held-out KL to the dense model, nats per token; {budget} evaluations a search. The last columns: which trial "
-        "of the cold search was its best, and which of the warm one first was as good, by the KL that trials saw; one "
-        f"that takes slopes, as all of `gradient` do, counts for {SLOPES_COST} evaluations.\n\n"
+        f"Held-out KL to the dense model on {tokens}, nats per token, ± a standard error over sequences, which all "
+        f"columns share, so that differences are known better; {budget} evaluations a search. The last columns: which "
+        "trial of the cold search was its best, and which of the warm one first was as good, by the KL that trials saw; "
+        f"one that takes slopes, as all of `gradient` do, counts for {SLOPES_COST} evaluations.\n\n"
     )
     bars = []
     for way in dict.fromkeys((one.source, one.target) for one in outcomes):
         of = [one for one in outcomes if (one.source, one.target) == way]
-        value = fmean(one.warm for one in of) / fmean(one.cold for one in of)
+        value = fmean(one.warm.value for one in of) / fmean(one.cold.value for one in of)
         bars.append(Bar(f"warm_over_cold_kl_on_{way[1]}", value, "<=", 1.0))
     return text + markdown((*header, "cold best", "warm as good"), rows), bars
 
