@@ -161,8 +161,8 @@ def report(outcomes: Sequence[Outcome], budget: int) -> tuple[str, list[Bar]]:
     text = (
         f"Held-out KL to the dense model on {tokens}, nats per token, ± a standard error over sequences, which all "
         f"columns share, so that differences are known better; {budget} evaluations a search. The last columns: which "
-        "trial of the cold search was its best, and which of the warm one first was as good, by the KL that trials saw; "
-        f"one that takes slopes, as all of `gradient` do, counts for {SLOPES_COST} evaluations.\n\n"
+        "trial of the cold search was its best, and which of the warm one first was as good, by the KL that trials "
+        f"saw; one that takes slopes, as all of `gradient` do, counts for {SLOPES_COST} evaluations.\n\n"
     )
     bars = []
     for way in dict.fromkeys((one.source, one.target) for one in outcomes):

@@ -135,12 +135,13 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     if latency:
         console.note(f"searched: {latency}")
     rows = [score.to_row(name) | _speed(name, latencies) for name, score in scores.items()]
-    comparison = _comparison(scores)
-    if comparison:
-        console.note(
-            f"held-out KL, searched minus lagrangian: {comparison['value']:+.4f} ± {comparison['standard_error']:.4f}"
-            f" nats/token ({comparison['relative']:+.1%}, {comparison['sequences']} sequences)"
-        )
+    comparisons = {name: _against_closed_form(scores, name) for name in ("prior", "searched") if name in scores}
+    for name, found in comparisons.items():
+        if found:
+            console.note(
+                f"held-out KL, {name} minus lagrangian: {found['value']:+.4f} ± {found['standard_error']:.4f}"
+                f" nats/token ({found['relative']:+.1%}, {found['sequences']} sequences)"
+            )
     failures = sum(trial.score.state == "failed" for trial in trials)
     document: dict[str, object] = {
         "model": subject.loaded.model_id,
@@ -155,7 +156,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "folder": str(folder.path),
         "stays_dense": stays_dense(subject.sites),
         "rows": rows,
-        "searched_against_lagrangian_kl": comparison,
+        **{f"{name}_against_lagrangian_kl": found for name, found in comparisons.items()},
         "latency": dataclasses.asdict(latency) if latency else {},
         "environment": environment(),
     }
@@ -233,12 +234,12 @@ def _measure(
     return {**scores, **improved}
 
 
-def _comparison(scores: Mapping[str, Score]) -> dict[str, object]:
-    """How far the searched schedule's held-out KL lies from the closed form's, paired over sequences."""
-    searched, closed = scores["searched"].quality, scores["lagrangian"].quality
-    if searched.state != "ok" or closed.state != "ok":
+def _against_closed_form(scores: Mapping[str, Score], row: str) -> dict[str, object]:
+    """How far the held-out KL of a row's schedule lies from the closed form's, paired over sequences."""
+    one, closed = scores[row].quality, scores["lagrangian"].quality
+    if one.state != "ok" or closed.state != "ok":
         return {}
-    return dataclasses.asdict(paired_kl(searched, closed))
+    return dataclasses.asdict(paired_kl(one, closed))
 
 
 def _speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:

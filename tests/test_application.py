@@ -106,8 +106,11 @@ def test_a_search_starts_from_a_prior_and_a_resumed_one_insists_on_it(
     prior = searched(tmp_path / "run", seed=0)
     started = searched(tmp_path / "warm", agent="lagrangian", budget=1, prior=prior)
     made = {score.schedule: score for score in Prior.read(prior).scores}["searched"]
-    rows = {row["schedule"]: row for row in json.loads((tmp_path / "warm" / "summary.json").read_text())["rows"]}
+    summary = json.loads((tmp_path / "warm" / "summary.json").read_text())
+    rows = {row["schedule"]: row for row in summary["rows"]}
     assert list(rows)[-3:] == ["lagrangian", "prior", "searched"]
+    difference = rows["prior"]["kl"] - rows["lagrangian"]["kl"]
+    assert summary["prior_against_lagrangian_kl"]["value"] == pytest.approx(difference)
     assert made.kl is not None
     assert rows["prior"]["kl"] == pytest.approx(made.kl.value, rel=0.2)  # up to a step of χ at a site or two
     # What meets the closed form at the end is the prior, whatever the agent did.
