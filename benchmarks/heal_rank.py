@@ -1,9 +1,10 @@
 """Does the best schedule before healing stay the best after it? Rank correlations over schedules of equal size.
 
-    python -m benchmarks.heal_rank [--quick] [--write] [--schedules 12] [--tokens 24576] [--out DIR]
+    python -m benchmarks.heal_rank [--quick] [--write] [--schedules 13] [--tokens 24576] [--out DIR]
 
-The schedules are the closed-form allocation at kept 0.618 of the default model, the uniform one, and allocations with
-random weights on the predicted costs of every block and kind, weaker and stronger ones in turn. Each is measured as it
+The schedules are the closed-form allocation at kept 0.618 of the default model, the uniform one, the one that 200
+evaluations found (the published prior of 94 M parameters), and allocations with random weights on the predicted costs of
+every block and kind, weaker and stronger ones in turn. Each is measured as it
 is, after a repair, and after healing on the same rows for the same number of tokens, on two held-out corpora. A
 schedule that is in --out is not healed again.
 """
@@ -21,15 +22,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.healing import CORPORA, KEPT, Table
-from benchmarks.report import Bar, markdown, publish
+from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import Menu, Schedule, ScheduleApplier, lagrangian, to_schedule, uniform
 from search.config import Config
 from search.console import Console
 from search.heal_run import Options, heal_subject_
+from search.prior import Prior
 from search.sensitivity import rank_correlation
 from search.subject import Subject
+from search.transfer import exact_schedule
 
 STATES = ("decomposed", "repaired", "healed")
+SEARCHED = RESULTS / "priors" / "smollm2-135m-instruct-94m.json"
 _SPREADS = (0.1, 0.2, 0.4, 0.8)  # standard deviation of the log weight of a block, and of a kind
 _RESAMPLES = 2000
 
@@ -52,6 +56,7 @@ def schedules(menu: Menu, count: int) -> list[tuple[str, Schedule]]:
     found = [
         ("closed form", to_schedule(menu, lagrangian(menu, target))),
         ("uniform", to_schedule(menu, uniform(menu, target))),
+        ("searched", exact_schedule(Prior.read(SEARCHED), [options.site for options in menu.sites])),
     ]
     sites = [options.site for options in menu.sites]
     blocks = np.array([site.block for site in sites])
@@ -97,7 +102,7 @@ def correlations(outcomes: Sequence[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="three schedules, hardly healed")
+    parser.add_argument("--quick", action="store_true", help="four schedules, hardly healed")
     parser.add_argument("--write", action="store_true", help="keep the table in results/")
     parser.add_argument("--schedules", type=int)
     parser.add_argument("--tokens", type=int, help="of healing, for every schedule")
@@ -114,7 +119,7 @@ def main() -> None:
     plan = options.plan(0)
     table = Table(subject, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
     outcomes = []
-    for name, schedule in schedules(subject.store.menu(), arguments.schedules or (3 if quick else 12)):
+    for name, schedule in schedules(subject.store.menu(), arguments.schedules or (4 if quick else 13)):
         record = folder / f"{schedule.digest[:16]}-{config.repair_tokens}-{plan.length}.json"
         if not record.exists():
             del table.rows[1:]

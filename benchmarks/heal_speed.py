@@ -5,8 +5,9 @@
 One step is a forward and a backward pass over the same rows and an AdamW step. Fine-tuning trains every parameter of
 the dense model on next tokens, with the logits over the whole vocabulary that its own loss makes. Healing on labels
 trains cores and norms on the same task; healing by distillation also computes what the dense model predicts, first with
-the dense model's forward pass and then, as in every later epoch, from targets that are kept. Schedules are uniform. The
-sides take turns; figures are medians of the rounds. Peak memory is that of a process of its own for every side.
+the dense model's forward pass and then, as in every later epoch, from targets that are kept; of the vocabulary it
+computes, as healing does, the targets and a sample of the others, and in a row of its own all. Schedules are uniform.
+The sides take turns; figures are medians of the rounds. Peak memory is that of a process of its own for every side.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from compression.gauge import stored
 from compression.legs import resolve
 from compression.sites import dense_weight
 from compression.trainable import captured_head_input, trainable_
+from search.healing import HealingPlan
 from search.models import load_model
 
-SIDES = ("fine-tuning", "labels", "distill", "distill, kept targets")
-_TARGETS = 64
+SIDES = ("fine-tuning", "labels", "distill", "distill, kept targets", "distill, all tokens, kept targets")
+_PLAN = HealingPlan(tokens=1)
 
 
 def compressed(dense: Any, kept: float) -> Any:
@@ -80,7 +82,8 @@ class Side:
                 )
                 with captured_head_input(self.model) as caught:
                     self.model(input_ids=self.ids, use_cache=False)
-                loss = divergence(caught[0].flatten(0, 1), self.head, targets) / self.ids.numel()
+                sample = 0 if self.name == "labels" or "all tokens" in self.name else _PLAN.sample
+                loss = divergence(caught[0].flatten(0, 1), self.head, targets, sample) / self.ids.numel()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -91,7 +94,7 @@ class Side:
     def _targets(self) -> Any:
         with torch.no_grad(), captured_head_input(self.dense) as caught:
             self.dense(input_ids=self.ids, use_cache=False)
-        return likeliest(caught[0].flatten(0, 1), self.head, _TARGETS)
+        return likeliest(caught[0].flatten(0, 1), self.head, _PLAN.targets)
 
 
 def peak(arguments: argparse.Namespace, side: str, kept: float) -> float:

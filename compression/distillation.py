@@ -36,11 +36,13 @@ class Head:
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
-    def logits(self, hidden: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Float32 logits (rows, vocabulary), or of some `tokens` only."""
-        weight = self.weight if tokens is None else self.weight[tokens]
-        bias = self.bias if self.bias is None or tokens is None else self.bias[tokens]
-        return functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits (rows, vocabulary)."""
+        return functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+
+    def only(self, tokens: torch.Tensor) -> Head:
+        """The head of some tokens."""
+        return Head(self.weight[tokens], None if self.bias is None else self.bias[tokens])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +96,8 @@ def divergence(
     Args:
         hidden: (T, width).
         targets: of the same T positions.
-        sample: how many tokens stand for those that are nobody's target; 0 computes all logits.
+        sample: how many tokens stand for those that are nobody's target; 0 computes all logits, as is done where there
+            are no more others than that.
         generator: draws the sample; on the device of `hidden`.
     """
     result: torch.Tensor = _Divergence.apply(hidden, head, targets, sample, generator)  # type: ignore[no-untyped-call]
@@ -109,17 +112,15 @@ class _Divergence(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         slopes = torch.empty_like(hidden)
         for rows in _slices(len(hidden), head):
-            part = targets[rows]
-            if sample:
-                tokens, places, weight = _shortlist(part.tokens, len(head.weight), sample, generator)
-                logits = head.logits(hidden[rows], tokens)
-                logits[:, len(tokens) - sample :] += weight
-                part = Targets(places, part.logs)
-            else:
-                tokens, logits = None, head.logits(hidden[rows])
+            part, known = targets[rows], head
+            shortlist = _shortlist(part.tokens, len(head.weight), sample, generator) if sample else None
+            if shortlist is not None:
+                part, known = Targets(shortlist.places, part.logs), head.only(shortlist.tokens)
+            logits = known.logits(hidden[rows])
+            if shortlist is not None:
+                logits[:, -sample:] += shortlist.weight
             total += _divergence_(logits, part)
-            matrix = head.weight if tokens is None else head.weight[tokens]
-            slopes[rows] = (logits.to(matrix.dtype) @ matrix).to(slopes.dtype)
+            slopes[rows] = (logits.to(known.weight.dtype) @ known.weight).to(slopes.dtype)
         ctx.save_for_backward(slopes)
         return total
 
@@ -144,22 +145,28 @@ def _divergence_(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     return value
 
 
+@dataclass(frozen=True, eq=False)
+class _Shortlist:
+    """Tokens to compute, the sampled ones last; where in it each of the wanted is; ln of how many a sampled one counts
+    for."""
+
+    tokens: torch.Tensor
+    places: torch.Tensor
+    weight: float
+
+
 def _shortlist(
     wanted: torch.Tensor, vocabulary: int, sample: int, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Tokens to compute: all that are wanted and a sample of the others behind them.
-
-    Returns:
-        the tokens, where each of `wanted` is among them, and the logarithm of how many tokens a sampled one stands for.
-    """
+) -> _Shortlist | None:
+    """All that are wanted and a sample of the others; None if there are no more others than `sample`."""
     place = torch.full((vocabulary,), -1, device=wanted.device)
     place[wanted.flatten()] = 0
     exact, others = (place == 0).nonzero()[:, 0], (place < 0).nonzero()[:, 0]
+    if len(others) <= sample:
+        return None
     place[exact] = torch.arange(len(exact), device=wanted.device)
-    if not len(others):
-        raise ValueError("a sample of the vocabulary needs tokens that are nobody's target")
     drawn = others[torch.randint(len(others), (sample,), generator=generator, device=wanted.device)]
-    return torch.cat((exact, drawn)), place[wanted], log(len(others) / sample)
+    return _Shortlist(torch.cat((exact, drawn)), place[wanted], log(len(others) / sample))
 
 
 def _slices(count: int, head: Head) -> Iterator[slice]:

@@ -54,7 +54,8 @@ class HealingPlan:
         batch_tokens: tokens of one step, of all processes together.
         pass_tokens: tokens of one forward pass; steps add up the gradients of several.
         targets: how many of the dense model's likeliest tokens are told apart.
-        sample: how many tokens stand for all others, see `compression.distillation`; 0 takes them all.
+        sample: in distillation, how many tokens stand for all others, see `compression.distillation`; 0 takes them
+            all. Labels take them all: one target a position leaves too much to the others.
         hidden_weight: weight of the squared distance of the last hidden states, relative to the dense model's; 0 leaves
             it out, and the targets of rows met before need no dense model.
         clip: largest norm of a gradient.
@@ -71,7 +72,7 @@ class HealingPlan:
     batch_tokens: int = 2048
     pass_tokens: int = 2048
     targets: int = 64
-    sample: int = 0
+    sample: int = 1024
     hidden_weight: float = 0.0
     clip: float = 1.0
     checkpointing: bool = False
@@ -347,11 +348,11 @@ class _Healing:
         with _autocast(self.model), captured_head_input(self.model) as caught:
             self.model(input_ids=ids, use_cache=False)
         hidden = caught[0][wanted]
-        generator = None
-        if self.plan.sample:
+        generator, sample = None, self.plan.sample if self.plan.loss == "distill" else 0
+        if sample:
             seed = (self.plan.seed * 1_000_003 + self.at.position) * 1_009 + salt
             generator = torch.Generator(device=self.device).manual_seed(seed)
-        loss = divergence(hidden, self.head, targets, self.plan.sample, generator)
+        loss = divergence(hidden, self.head, targets, sample, generator)
         if aim is not None:
             size = aim.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
             loss = loss + self.plan.hidden_weight * (hidden.float() - aim.float()).square().mean(-1).sum() / size
