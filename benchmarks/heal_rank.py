@@ -3,10 +3,10 @@
     python -m benchmarks.heal_rank [--quick] [--write] [--schedules 13] [--tokens 24576] [--out DIR]
 
 The schedules are the closed-form allocation at kept 0.618 of the default model, the uniform one, the one that 200
-evaluations found (the published prior of 94 M parameters), and allocations with random weights on the predicted costs of
-every block and kind, weaker and stronger ones in turn. Each is measured as it
-is, after a repair, and after healing on the same rows for the same number of tokens, on two held-out corpora. A
-schedule that is in --out is not healed again.
+evaluations found (the published prior of 94 M parameters), and allocations with random weights on the predicted costs
+of every block and kind, weaker and stronger ones in turn. Each is measured as it is, after a repair where that is kept,
+and after healing on the same rows for the same number of tokens, on two held-out corpora. A schedule that is in --out
+is not healed again.
 """
 
 from __future__ import annotations
