@@ -13,8 +13,10 @@ squares with the solution
 Most of the residual y − W x̂ cannot be told from x̂, and from a limited text a correction learns noise. The ridge λ and
 the share α in [0, 1] are therefore those with which a correction from one half of the sequences helps most on the
 other half, in the metric of the gradient moment G; a site without a correction that helps keeps W. W* is then
-decomposed in the metric of x̂ and G. A site that stays dense takes W* itself: repaired at no parameter. Matching dense
-outputs from compressed inputs goes back to the layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
+decomposed in the metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], C being that of the dense input x from the statistics: they
+are of more text, and weight its tokens, and where little deviates the moment of x̂ alone does harm. A site that stays
+dense takes W* itself: repaired at no parameter. Matching dense outputs from compressed inputs goes back to the
+layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
 """
 
 from __future__ import annotations
@@ -60,11 +62,11 @@ def repair_(
 
     Args:
         model: dense; maps `input_ids` and `attention_mask` to logits, without gradients.
-        statistics: of the dense model: G, and which sites share an input.
+        statistics: of the dense model.
         batches: (input_ids, mask) as for `compression.statistics.collect`, two sequences or more; their hidden states
             stay in memory twice. All tokens count alike.
         shrinkage: of the moments, see `compression.whitening.shrink`.
-        correct: whether W is replaced by W*; if not, only the metric follows the compressed input (sequential
+        correct: whether W is replaced by W*; if not, W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
             calibration).
         progress: called with the number of blocks done.
 
@@ -93,13 +95,14 @@ def repair_(
             groups = _groups([site for site in free if site.block == number], statistics)
             targets = _Targets(block, groups, dense_states, masks, correct)
             for place, group in enumerate(groups):
-                inputs, missing = targets.moments(place, states)
+                inputs, drift, missing = targets.moments(place, states)
                 for site, cross in zip_longest(group, missing):
                     old = taken[site.name]
                     weight = dense_weight(old).double()
                     if cross is not None:
                         weight = weight + _correction(inputs, cross, statistics.gradient(site.name).to(weight))
-                    new = _compressed(old, weight, schedule[site.name], inputs.sum(0), statistics, site, shrinkage)
+                    metric = statistics.input(site.name).to(inputs) + drift if correct else inputs.sum(0)
+                    new = _compressed(old, weight, schedule[site.name], metric, statistics, site, shrinkage)
                     model.set_submodule(site.name, new)
             states, dense_states = targets.advance(states), targets.outputs
             progress(done)
@@ -218,15 +221,18 @@ class _Targets:
                 if self._writes(number, states[0]):
                     self._streams[number] = block.run(states) if self._later(number) else self.outputs
 
-    def moments(self, number: int, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def moments(
+        self, number: int, states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Of one group, whose earlier groups are compressed already.
 
         Returns:
-            E[x̂ x̂ᵀ] (folds, in, in) and, with `correct`, E[(y − W x̂) x̂ᵀ] (folds, out, in) of each site, float64: of
-            every half of the sequences its share, so that the sum over folds is the mean over all tokens.
+            E[x̂ x̂ᵀ] (folds, in, in); with `correct`, E[(x̂ − x)(x̂ − x)ᵀ] (in, in) and E[(y − W x̂) x̂ᵀ] (folds, out, in)
+            of each site; float64. With folds, of every half of the sequences its share, so that the sum over folds is
+            the mean over all tokens.
         """
         group, streams = self._groups[number], self._streams[number]
-        inputs = cross = mean = torch.zeros(0)
+        inputs = cross = mean = drift = torch.zeros(0)
         tokens = sequences = 0
         for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
             if streams is None:
@@ -247,7 +253,11 @@ class _Targets:
                 width = reaching.shape[-1]
                 inputs = reaching.new_zeros(_FOLDS, width, width, dtype=torch.float64)
                 mean = inputs.new_zeros(_FOLDS, width)
+                drift = inputs.new_zeros(width, width)
                 cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
+            if self._inputs:
+                apart = (reaching - self._inputs[number][batch])[mask]
+                drift += (apart.T @ apart).double()
             for fold in range(_FOLDS):
                 part = mask & (folds == fold)
                 rows = reaching[part]
@@ -255,8 +265,9 @@ class _Targets:
                 mean[fold] += rows.sum(0).double()
                 if aim is not None:
                     cross[fold] += (aim[part].T @ rows).double()
-        inputs, cross, mean = (total.div_(tokens) for total in (inputs, cross, mean))
-        return inputs, [self._missing(site, streams is not None, inputs, cross, mean) for site in group if self._inputs]
+        inputs, cross, mean, drift = (total.div_(tokens) for total in (inputs, cross, mean, drift))
+        sites = group if self._inputs else []
+        return inputs, drift, [self._missing(site, streams is not None, inputs, cross, mean) for site in sites]
 
     def _missing(
         self, site: Site, writes: bool, inputs: torch.Tensor, cross: torch.Tensor, mean: torch.Tensor
