@@ -161,8 +161,8 @@ def heal_subject_(
     """Repair, heal and measure a schedule; the model of the subject is dense again afterwards.
 
     Repair is kept unless it clearly raises the KL (by more than a standard error, paired) on the selection set, which
-    no trial, no repair and no table reads. On little text it can: a search has found what goes well together unrepaired,
-    and corrections are learned from few tokens, all counted alike.
+    no trial, no repair and no table reads. On little text it can: a search has found what goes well together
+    unrepaired, and corrections are learned from few tokens, all counted alike.
 
     Args:
         evaluator: measures the model of the subject as it stands; of held-out data, closed: its model dense.
