@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import decompose, resolve
 
@@ -118,16 +118,16 @@ def measure(case: Case) -> Measured:
     """In this process, once."""
     decomposition = call(case)
     decomposition(matrix(96, 128, "flat"), 16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     weight = matrix(case.rows, case.columns, case.spectrum)
     start = time.perf_counter()
     left, right = decomposition(weight, case.chi or min(case.rows, case.columns))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_resident()
     errors = {str(chi): error(weight, left[:, :chi], right[:chi]) for chi in {*CHIS, *QUICK_CHIS} if chi <= len(right)}
     if case.chi == 0:
         errors["0"] = error(weight[::16], left[::16], right)
-    return Measured(seconds, errors, (peak - before) * 1024 / weight.nbytes)
+    return Measured(seconds, errors, (peak - before) / weight.nbytes)
 
 
 def error(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.evaluator_sides import SIDES, Figures, Naive, Ours, Work, plain_store
+from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression.legs import resolve
 from compression.schedule import Choice, Schedule
@@ -149,16 +149,16 @@ def peak_memory(side: str, work: Work, schedules: Sequence[Schedule]) -> float:
         task.write_text(json.dumps({"work": work.to_json(), "schedules": [s.to_json() for s in schedules]}))
         command = [sys.executable, "-m", MODULE, "--alone", side, str(task)]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(result.stdout.split()[-1]) / 1e6
+    return float(result.stdout.split()[-1]) / 1e9
 
 
 def alone(side: str, task: Path) -> None:
-    """Score by one side only and print the peak of this process, kB."""
+    """Score by one side only and print the peak of this process, bytes."""
     row = json.loads(task.read_text())
     score = SIDES[side](Work.from_json(row["work"]), task.parent)
     for schedule in row["schedules"]:
         score(Schedule.from_json(schedule))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_resident())
 
 
 def main() -> None:

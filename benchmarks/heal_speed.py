@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import MPOLinear, discover_sites
 from compression.distillation import Head, divergence, labels, likeliest
@@ -123,9 +123,7 @@ def main() -> None:
     dense = load_model(arguments.model).model
     if arguments.alone:
         Side(arguments.alone, dense, fractions[0], arguments.rows, arguments.length).step()
-        cuda = dense.device.type == "cuda"
-        taken = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps(taken / 1e9))
+        print(json.dumps((torch.cuda.max_memory_allocated() if dense.device.type == "cuda" else peak_resident()) / 1e9))
         return
     rows, bars = [], []
     tokens = arguments.rows * arguments.length

@@ -12,7 +12,6 @@ decoding. On the processor, and on a GPU too where there is one, unless `--devic
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.memory import peak_resident, resident
 from benchmarks.report import Bar, markdown, publish
 from compression.legs import resolve
 from compression.planner import Planner, random_layer
@@ -176,19 +176,11 @@ def _peak(name: str, sizes: Sizes, dtype: torch.dtype) -> tuple[int, int, int]:
     model = load_for_use(name, "cpu").model.to(dtype)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to start a new peak
-    idle = _resident("VmRSS")
+    idle = resident()
     for batch in sizes.batches:
         prefill(model, {_LOADED: {}}, sizes.prompt, 1, torch.device("cpu"), batch)
         decode(model, {_LOADED: {}}, 2, torch.device("cpu"), batch)
-    return footprint(model).stored, idle, _resident("VmHWM")
-
-
-def _resident(kind: str) -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(kind):
-                return 1024 * int(line.split()[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return footprint(model).stored, idle, peak_resident()
 
 
 if __name__ == "__main__":

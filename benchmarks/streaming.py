@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import FactorCache
 from compression.streaming import BlockShape, footprint
@@ -72,28 +73,23 @@ def arithmetic() -> str:
     return markdown([*header, "on disk"], rows)
 
 
-def resident() -> int:
-    """Peak resident bytes of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def whole(name: str) -> dict[str, object]:
     """Try to have all weights in memory."""
     try:
         load_model(name, "cpu", torch.float32)
     except (RuntimeError, MemoryError) as error:
         return {"refused": True, "reason": str(error).splitlines()[0][:160]}
-    return {"refused": False, "peak": resident()}
+    return {"refused": False, "peak": peak_resident()}
 
 
 def streamed(name: str, tokens: int, chi: int, decompose: int) -> dict[str, object]:
     """Statistics of every block and factors of the first `decompose`."""
-    before, start = resident(), time.perf_counter()
+    before, start = peak_resident(), time.perf_counter()
     times: list[float] = []
 
     def progress(what: str) -> None:
         times.append(time.perf_counter() - start)
-        print(f"{times[-1]:7.1f} s  {resident() / 1e9:.2f} GB  {what}", file=sys.stderr, flush=True)
+        print(f"{times[-1]:7.1f} s  {peak_resident() / 1e9:.2f} GB  {what}", file=sys.stderr, flush=True)
 
     model = StreamedModel(name, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +112,7 @@ def streamed(name: str, tokens: int, chi: int, decompose: int) -> dict[str, obje
         files = [path.stat().st_size for path in Path(folder).rglob("*.safetensors")]
     return {
         "libraries": before,
-        "peak": resident(),
+        "peak": peak_resident(),
         "seconds": time.perf_counter() - start,
         "files": len(files),
         "written": sum(files),
