@@ -69,7 +69,7 @@ class HealingPlan:
     loss: Literal["distill", "labels"] = "distill"
     rate: float = 4e-5
     vector_rate: float = 3e-4
-    batch_tokens: int = 2048
+    batch_tokens: int = 512
     pass_tokens: int = 2048
     targets: int = 64
     sample: int = 1024
