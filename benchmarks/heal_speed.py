@@ -56,7 +56,7 @@ def compressed(dense: Any, kept: float) -> Any:
 class Side:
     """One way of training, step by step."""
 
-    def __init__(self, name: str, dense: Any, kept: float, rows: int, length: int) -> None:
+    def __init__(self, name: str, dense: Any, smaller: Any, rows: int, length: int) -> None:
         self.name, self.dense = name, dense
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(dense.config.vocab_size, (rows, length), generator=generator).to(dense.device)
@@ -65,7 +65,7 @@ class Side:
             self.model = copy.deepcopy(dense).requires_grad_(True)
             parameters = list(self.model.parameters())
         else:
-            self.model = compressed(dense, kept)
+            self.model = copy.deepcopy(smaller)
             parameters = list(trainable_(self.model).values())
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
         self.targets = self._targets() if name.endswith("kept targets") else None
@@ -122,19 +122,20 @@ def main() -> None:
     rounds = arguments.rounds or (1 if quick else 3)
     dense = load_model(arguments.model).model
     if arguments.alone:
-        Side(arguments.alone, dense, fractions[0], arguments.rows, arguments.length).step()
+        Side(arguments.alone, dense, compressed(dense, fractions[0]), arguments.rows, arguments.length).step()
         print(json.dumps((torch.cuda.max_memory_allocated() if dense.device.type == "cuda" else peak_resident()) / 1e9))
         return
     rows, bars = [], []
     tokens = arguments.rows * arguments.length
     for kept in fractions:
-        sides = [Side(name, dense, kept, arguments.rows, arguments.length) for name in SIDES]
+        smaller = compressed(dense, kept)
+        sides = [Side(name, dense, smaller, arguments.rows, arguments.length) for name in SIDES]
         for side in sides:
             side.step()
         times = [[side.step() for side in sides] for _ in range(rounds)]
         speeds = [tokens / median(column) for column in zip(*times, strict=True)]
         ratios = [median(row[0] / row[index] for row in times) for index in range(len(SIDES))]
-        del sides
+        del sides, smaller
         for name, speed, ratio in zip(SIDES, speeds, ratios, strict=True):
             memory = peak(arguments, name, kept)
             rows.append([name, kept, f"{speed:,.0f}", f"{ratio:.2f}", f"{memory:.2f}"])
