@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hidden-weight", type=float, default=0.0, metavar="W", help="Of matching hidden states too.")
     parser.add_argument("--rate", type=float, default=None, metavar="RATE", help="Largest learning rate of the cores.")
-    parser.add_argument("--batch-tokens", type=int, default=None, metavar="N", help="Tokens of one step.")
+    batch = "Tokens of one step; take more on GPUs. Default: 512."
+    parser.add_argument("--batch-tokens", type=int, default=None, metavar="N", help=batch)
     parser.add_argument("--pass-tokens", type=int, default=None, metavar="N", help="Tokens of one pass; less memory.")
     parser.add_argument("--row-tokens", type=int, default=256, metavar="N", help="Length of a text. Default: 256.")
     parser.add_argument("--checkpointing", action="store_true", help="Recompute activations; slower, less memory.")
