@@ -6,7 +6,7 @@ Knows a model whose blocks pass hidden states from one to the next as their firs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,16 @@ class Block:
     def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states behind the block for those before it."""
         arguments, keywords = self.calls[batch]
-        output = self.model.get_submodule(self.name)(hidden, *arguments, **keywords)
+        with self.arithmetic():
+            output = self.model.get_submodule(self.name)(hidden, *arguments, **keywords)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Matrix products in the parameters' precision, whatever that of the hidden states."""
+        weight = next(self.model.parameters())
+        reduced = weight.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(weight.device.type, weight.dtype) if reduced else nullcontext()
 
     def run(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """`forward` of every batch."""
@@ -96,8 +103,9 @@ class _Zero(nn.Module):
 def record_blocks(
     model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
 ) -> tuple[list[Block], list[torch.Tensor]]:
-    """The named blocks, in the order they run, and the hidden states before the first one by batch.
+    """The named blocks, in the order they run, and the hidden states before the first one by batch, in float32.
 
+    In the precision of the parameters, activations of thousands would round away what others differ by.
     After one run of a single token the blocks do nothing while the batches pass.
     """
     modules = [model.get_submodule(name) for name in names]
@@ -109,7 +117,7 @@ def record_blocks(
         def forward(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> object:
             calls[number].append((arguments, keywords))
             if number == 0:
-                states.append(hidden)
+                states.append(hidden.float() if hidden.dtype.itemsize < 4 else hidden)
             return (hidden,) if wrapped[number] else hidden
 
         return forward

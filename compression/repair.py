@@ -64,7 +64,7 @@ def repair_(
         model: dense; maps `input_ids` and `attention_mask` to logits, without gradients.
         statistics: of the dense model.
         batches: (input_ids, mask) as for `compression.statistics.collect`, two sequences or more; their hidden states
-            stay in memory twice. All tokens count alike.
+            stay in memory twice, in float32. All tokens count alike.
         shrinkage: of the moments, see `compression.whitening.shrink`.
         correct: whether W is replaced by W*; if not, W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
             calibration).
@@ -256,15 +256,15 @@ class _Targets:
                 drift = inputs.new_zeros(width, width)
                 cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
             if self._inputs:
-                apart = (reaching - self._inputs[number][batch])[mask]
+                apart = (reaching - self._inputs[number][batch])[mask].float()
                 drift += (apart.T @ apart).double()
             for fold in range(_FOLDS):
                 part = mask & (folds == fold)
-                rows = reaching[part]
+                rows = reaching[part].float()
                 inputs[fold] += (rows.T @ rows).double()
                 mean[fold] += rows.sum(0).double()
                 if aim is not None:
-                    cross[fold] += (aim[part].T @ rows).double()
+                    cross[fold] += (aim[part].float().T @ rows).double()
         inputs, cross, mean, drift = (total.div_(tokens) for total in (inputs, cross, mean, drift))
         sites = group if self._inputs else []
         return inputs, drift, [self._missing(site, streams is not None, inputs, cross, mean) for site in sites]
@@ -284,7 +284,8 @@ class _Targets:
         if not self._before:
             return self._block.run(states)
         last = self._block.model.get_submodule(self._groups[-1][0].name)
-        return [before + last(rows) for before, rows in self._before]
+        with self._block.arithmetic():
+            return [before + last(rows) for before, rows in self._before]
 
     def _later(self, number: int) -> list[Site]:
         return [site for group in self._groups[number + 1 :] for site in group]
