@@ -117,7 +117,7 @@ def apply(
         ValueError: as `fit_prior`, `search.pipeline.run` and `search.profile.read_profile`.
         DataUnavailable: data or model cannot be had.
     """
-    device = preflight(config)
+    config, device = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
     measured = traces(read_profile(profile, loaded.digest)) if profile is not None else {}

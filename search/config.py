@@ -33,6 +33,7 @@ __all__ = [
 OptimizeFor = Literal["memory", "latency"]
 ProxyForm = Literal["answer", "letter"]
 Export = Literal["none", "hf", "dense", "gguf-ready"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 Granularity = Literal["block", "family", "site", "head", "block+family"]
 
 AGENTS = (
@@ -58,6 +59,7 @@ PLANNERS = ("guided", "portfolio", "ppo", "ppo-masked", "reinforce")
 """Agents that plan with their budget: with another one they would not have proposed what they did."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
+DTYPES: tuple[str, ...] = get_args(Dtype)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
@@ -79,7 +81,7 @@ EVALUATORS = ("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout"
 """Fields of who scores."""
 _FREE = (
     *("budget", "quick", "threads", "optimize", "prior", "heal_minutes", "out", "resume"),
-    *("benchmark_items", "export"),
+    *("benchmark_items", "export", "dtype"),
     *EVALUATORS,
 )
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
@@ -183,8 +185,8 @@ class Config(BaseModel):
         0,
         "reward",
         "a whole number from 0 to 100000000",
-        "Score every schedule after a repair on this many tokens of calibration text, since rankings change under it; "
-        "each trial then takes minutes on a processor. 0 scores it as it is.",
+        "Score every schedule after a repair on this many tokens of calibration text; each trial then takes minutes on "
+        "a processor. 0 scores it as it is, which ranks schedules as they rank after healing.",
         ge=0,
         le=100_000_000,
     )
@@ -224,6 +226,14 @@ class Config(BaseModel):
         "Where the model runs; auto takes a GPU if there is one.",
         "DEVICE",
         pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$",
+    )
+    dtype: Dtype = _field(
+        "auto",
+        "model and data",
+        _one_of(DTYPES),
+        "Number type of the model's parameters; auto takes bfloat16 where the hardware multiplies it, else float32. A "
+        "run keeps its own, whichever machine continues it.",
+        "NAME",
     )
     threads: int | None = _field(
         None,
@@ -470,7 +480,8 @@ class Config(BaseModel):
     def definition(self) -> dict[str, object]:
         """The fields a resumed run may not change: all but the budget and those that say how, where and to what end.
 
-        Nor the prior, which may lie elsewhere by then: its content is what counts, see `search.trials.fingerprint`.
+        Nor the prior, which may lie elsewhere by then, and the dtype, which "auto" leaves to the machine: what came of
+        them is what counts, see `search.trials.fingerprint`.
         """
         return self.model_dump(exclude=set(_FREE))
 
@@ -511,6 +522,7 @@ def _one_line(error: ValidationError) -> str:
     rule = extra["rule"] if isinstance(extra, dict) else first["msg"]
     names = {
         "agent": AGENTS,
+        "dtype": DTYPES,
         "optimize": OPTIMIZE,
         "proxy": PROXIES,
         "proxy_form": PROXY_FORMS,

@@ -65,7 +65,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         DataUnavailable: data or model cannot be had.
     """
     searches = _searches(config, names, seeds)
-    device = preflight(config)
+    config, device = preflight(config)
     for name in names:
         agents.find(name)
     with console.stage("load"):

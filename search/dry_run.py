@@ -30,7 +30,7 @@ def plan(config: Config) -> Mapping[str, object]:
     Raises:
         ValueError, DataUnavailable: as `search.pipeline.run`.
     """
-    device = preflight(config)
+    config, device = preflight(config)
     loaded, sites = load(config, device)
     read_policy(config, loaded)
     subject = Subject.of(config, loaded, sites, device)

@@ -128,7 +128,10 @@ def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Ten
 def load_sites_(
     model: nn.Module, sites: Sequence[Site], schedule: Schedule, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, nn.Module]:
-    """Put layers with these stored tensors in the places of the sites; returns the modules taken out.
+    """Put layers with these stored tensors, as numbers of the model's type, in the places of the sites.
+
+    Returns:
+        The modules taken out, by site name.
 
     Raises:
         ValueError: tensors that do not fit the schedule; the model is then unchanged.
@@ -142,6 +145,7 @@ def load_sites_(
         if ("bias" in state) != (taken[site.name].bias is not None):
             raise ValueError(f"stored tensors do not fit {site.name}: its bias is missing, or it has none")
         layer = rebuilt(schedule[site.name], site.out_features, site.in_features, state)
-        fresh[site.name] = layer.to(next(taken[site.name].parameters()).device)
+        old = next(taken[site.name].parameters())
+        fresh[site.name] = layer.to(old.device, old.dtype)
     put_modules(model, fresh)
     return taken

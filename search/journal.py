@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.interrupts import shield
 from search.runfolder import finite
 
-__all__ = ["Journal", "Record", "differences", "refuse_another", "with_defaults"]
+__all__ = ["Journal", "Record", "differences", "refuse_another", "stored_fingerprint", "with_defaults"]
 
 _STUDY = "chisel"
 _SPACE = ("steps", "levels")  # what a fingerprint says of the decisions, known once the model is decomposed
@@ -280,7 +280,7 @@ def refuse_another(
     """
     if not _is_sqlite(path):
         raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
-    if (stored := _stored_fingerprint(path)) is None:
+    if (stored := stored_fingerprint(path)) is None:
         return
     plain = _plain(fingerprint)
     comparable = {name: value for name, value in stored.items() if name in plain or name not in _SPACE}
@@ -333,7 +333,7 @@ def _stamp(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
-def _stored_fingerprint(path: Path) -> dict[str, Any] | None:
+def stored_fingerprint(path: Path) -> dict[str, Any] | None:
     """What a journal says that it is of; None where it is not there yet, or nothing is in it."""
     if not path.exists():
         return None

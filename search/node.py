@@ -57,9 +57,8 @@ class NodeEvaluator:
         cache = FactorCache(cache_folder() / "factors")
         lock = FileLock(cache_folder() / "evaluators.lock")
         with lock:
-            loaded = (
-                None if config.per_head else shared_model(config.model, device, working_dtype(device), digest, cache)
-            )
+            dtype = working_dtype(config.dtype, device)
+            loaded = None if config.per_head else shared_model(config.model, device, dtype, digest, cache)
         loaded, sites = load(config, device, loaded)
         self.subject = Subject.of(config, loaded, sites, device)
         with lock:

@@ -86,7 +86,7 @@ def run(config: Config, console: Console) -> RunSummary:
         ValueError: refused input.
         DataUnavailable: data or model cannot be had.
     """
-    device = preflight(config)
+    config, device = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
     read_policy(config, loaded)

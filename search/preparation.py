@@ -17,18 +17,24 @@ from compression.sites import Site
 from search.config import Config
 from search.console import Console, Stage
 from search.items import forms, load_proxy
+from search.journal import stored_fingerprint
 from search.models import resolve_device
-from search.runfolder import refuse_held, refuse_used
+from search.runfolder import STUDY, refuse_held, refuse_used
 from search.search_pool import check_evaluators
-from search.subject import Subject
+from search.subject import Subject, working_dtype
 from search.trials import read_policy
 from search.warm_start import read_prior
 
 __all__ = ["calibrate", "check_space", "preflight", "stays_dense"]
 
 
-def preflight(config: Config) -> torch.device:
-    """Refuse what can be refused before anything is loaded."""
+def preflight(config: Config) -> tuple[Config, torch.device]:
+    """Refuse what can be refused before anything is loaded.
+
+    Returns:
+        The configuration with a number type in the place of "auto" (that of the run to continue, else this machine's),
+        and the device to run on.
+    """
     if config.proxy_form not in forms(config.proxy):
         raise ValueError(
             f"proxy_form must be {' or '.join(forms(config.proxy))} for {config.proxy}, got {config.proxy_form!r}"
@@ -43,7 +49,12 @@ def preflight(config: Config) -> torch.device:
         refuse_held(Path(config.resume))
     elif config.out is not None:
         refuse_used(Path(config.out))
-    return resolve_device(config.device)
+    device = resolve_device(config.device)
+    if config.dtype != "auto":
+        return config, device
+    stored = stored_fingerprint(Path(config.resume) / STUDY) if config.resume is not None else None
+    dtype = str(stored["dtype"] if stored else working_dtype("auto", device)).removeprefix("torch.")
+    return Config.of({**config.model_dump(), "dtype": dtype}), device
 
 
 def calibrate(subject: Subject, console: Console) -> None:

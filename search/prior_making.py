@@ -82,7 +82,7 @@ def build_prior(
             "search_items": sorted(item.digest for item in splits.search_items),
             "report_items": sorted(item.digest for item in splits.report_items),
         },
-        "configuration": {**config.definition(), "budget": config.budget},
+        "configuration": {**config.definition(), "budget": config.budget, "dtype": config.dtype},
         "environment": environment(),
     }
     return Prior.model_validate_json(json.dumps(finite(document)))

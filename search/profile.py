@@ -98,7 +98,7 @@ def profile(
     for name, value in (("tokens", tokens), ("context", context)):
         if value is not None and value < 64:
             raise ValueError(f"{name} must be a whole number of at least 64, got {value}")
-    device = preflight(config)
+    config, device = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
     with console.stage("data"):

@@ -26,7 +26,7 @@ from compression.planner import Planner
 from compression.repair import repair_
 from compression.schedule import Schedule
 from compression.sites import Site, discover_sites
-from search.config import Config
+from search.config import Config, Dtype
 from search.corpora import Splits, build_splits, long_text
 from search.evaluators import REUSE_BYTES, ModelEvaluator
 from search.latency import SiteTimes, layer_costs
@@ -242,7 +242,7 @@ def load(
             everywhere keeps, or heads asked for that are not there.
         DataUnavailable: as `search.models.load_model`.
     """
-    loaded = loaded or load_model(config.model, device, working_dtype(device))
+    loaded = loaded or load_model(config.model, device, working_dtype(config.dtype, device))
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
@@ -267,8 +267,11 @@ def smallest_parameters(sites: Sequence[Site]) -> int:
     )
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32."""
+def working_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The number type of that name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -68,7 +68,7 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     texts = dict(
         agent="random", granularity="family", out="o", model="m", proxy="sciq", proxy_form="letter", device="cpu"
     )
-    texts |= dict(optimize="latency", export="hf")
+    texts |= dict(optimize="latency", export="hf", dtype="bfloat16")
     sizes = dict(calibration_tokens=600, search_items=3, search_text_tokens=100, search_shards=2)
     sizes |= dict(heldout_tokens=101, report_items=4, repair_tokens=512, heal_minutes=0.5, benchmark_items=5)
     weights = dict(kl_weight=2.0, correct_weight=0.0, compression_weight=0.5, bytes_weight=0.1, latency_weight=0.2)

@@ -326,12 +326,24 @@ def test_a_failed_trial_stays_failed_when_the_run_is_resumed(tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("fake_data")
-def test_bfloat16_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "working_dtype", lambda device: torch.bfloat16)
-    rows = run(tmp_path / "run", budget=2)["rows"]
+def test_bfloat16_runs_too(tmp_path: Path) -> None:
+    rows = run(tmp_path / "run", budget=2, dtype="bfloat16")["rows"]
     single = rows[0]["parameters"] * 2
     assert rows[0]["bytes"] == single
     assert rows[4]["kl"] < rows[1]["kl"]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_run_keeps_its_number_type_on_a_machine_that_would_take_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = run(tmp_path / "run", agent="random", budget=2, heal_minutes=0)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert cli.main(["--resume", str(tmp_path / "run"), "--budget", "3"]) == cli.DONE
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"][0]["bytes"] == begun["rows"][0]["bytes"]
+    capsys.readouterr()
+    assert cli.main(["--resume", str(tmp_path / "run"), "--dtype", "bfloat16"]) == cli.REFUSED
+    assert "dtype" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -92,7 +92,7 @@ def _contestant(
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 
         def plain() -> Iterator[LoadedModel]:
-            yield load_model(word, device, working_dtype(device))
+            yield load_model(word, device, working_dtype("auto", device))
 
         return Contestant(word, (path.name or word,), searched, plain)
     if not prior.was_repaired:

@@ -1,0 +1,16 @@
+"""What every test runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_machine_without_bfloat16() -> Iterator[None]:
+    """The number type that "auto" stands for in this process does not depend on the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        yield
