@@ -67,7 +67,7 @@ class Side:
         else:
             self.model = copy.deepcopy(smaller)
             parameters = list(trainable_(self.model).values())
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
         self.targets = self._targets() if name.endswith("kept targets") else None
 
     def step(self) -> float:

@@ -24,9 +24,9 @@ from torch.nn import functional
 __all__ = ["Head", "Targets", "divergence", "labels", "likeliest"]
 
 _ROWS = 256
-"""Rows of logits at a time, at least: at 49,152 tokens 50 MB in float32."""
-_ROOM = 2**30
-"""Bytes of logits at a time on a device that needs many rows to be busy."""
+"""Rows of logits at a time, at least."""
+_ROOM = {"cpu": 2**28, "cuda": 2**30}
+"""Bytes of float32 logits over the whole vocabulary at a time, by device: products want many rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +79,11 @@ def likeliest(hidden: torch.Tensor, head: Head, count: int) -> Targets:
     tokens, logs = [], []
     for rows in _slices(len(hidden), head):
         logits = head.logits(hidden[rows])
-        normalizer = logits.logsumexp(-1, keepdim=True)
+        values, places = logits.topk(min(count, logits.shape[1]), sorted=False)
+        largest = values.amax(-1, keepdim=True)
+        normalizer = largest + logits.sub_(largest).exp_().sum(-1, keepdim=True).log()
         if not torch.isfinite(normalizer).all():
             raise ValueError("the dense model gives NaN or infinite logits; nothing can be learned from it")
-        values, places = logits.topk(min(count, logits.shape[1]), sorted=False)
         tokens.append(places)
         logs.append(values - normalizer)
     return Targets(torch.cat(tokens), torch.cat(logs))
@@ -111,7 +112,7 @@ class _Divergence(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         slopes = torch.empty_like(hidden)
-        for rows in _slices(len(hidden), head):
+        for rows in _slices(len(hidden), head, bool(sample)):
             part, known = targets[rows], head
             shortlist = _shortlist(part.tokens, len(head.weight), sample, generator) if sample else None
             if shortlist is not None:
@@ -132,15 +133,18 @@ class _Divergence(torch.autograd.Function):
 
 def _divergence_(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Sum of the divergences of all rows; the logits become its gradient with respect to them."""
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    chosen = logits.gather(1, targets.tokens) - normalizer
+    # In place, with one exponential of every logit: the matrix is large, and passes over it are what this costs.
+    largest = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(1, targets.tokens) - largest
+    normalizer = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    chosen -= normalizer.log()
     wanted, given = targets.logs.exp(), chosen.exp()
     tiny = torch.finfo(torch.float32).eps
     rest, left = ((1 - one.sum(1, keepdim=True)).clamp_min(0) for one in (wanted, given))
     left = left.clamp_min(tiny)
     value = (wanted * (targets.logs - chosen)).sum() + (rest * (rest.clamp_min(tiny) / left).log()).sum()
     # Of q_j for a token of the rest, with its share of the rest's mass as probability wanted; a sum of 0 over all j.
-    logits.sub_(normalizer).exp_().mul_(1 - rest / left)
+    logits.mul_((1 - rest / left) / normalizer)
     logits.scatter_(1, targets.tokens, given - wanted)
     return value
 
@@ -169,8 +173,10 @@ def _shortlist(
     return _Shortlist(torch.cat((exact, drawn)), place[wanted], log(len(others) / sample))
 
 
-def _slices(count: int, head: Head) -> Iterator[slice]:
-    room = 0 if head.weight.device.type == "cpu" else _ROOM
-    size = max(_ROWS, room // (4 * len(head.weight)))
+def _slices(count: int, head: Head, sampled: bool = False) -> Iterator[slice]:
+    """Pieces of `count` rows; where logits are sampled a processor takes few, whose shortlist is shorter."""
+    device, size = head.weight.device.type, _ROWS
+    if device != "cpu" or not sampled:
+        size = max(size, _ROOM.get(device, _ROOM["cuda"]) // (4 * len(head.weight)))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -392,10 +392,12 @@ class _Healing:
             for params, rate in ((cores, self.plan.rate), (vectors, self.plan.vector_rate))
             if params
         ]
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+        # Small steps make the optimizer's share of the time count; sharded tensors have no fused one.
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=self.sharding is None)
         for parameter in self.parameters.values():  # as its first step would, so that every checkpoint holds the same
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            step = torch.zeros((), device=self.device if self.sharding is None else None)
+            optimizer.state[parameter] = {"step": step, **moments}
         return optimizer
 
     def _copied(self) -> dict[str, torch.Tensor]:
