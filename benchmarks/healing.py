@@ -92,11 +92,15 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, help="as of search.py heal")
     parser.add_argument("--heldout-tokens", type=int, help="of each corpus")
     parser.add_argument("--items", type=int, help="of each task")
+    parser.add_argument("--calibration-tokens", type=int, help="of the statistics, as of search.py")
+    parser.add_argument("--repair-tokens", type=int, help="as of search.py")
     parser.add_argument("--out", help="folder that receives the weights and what a later try continues from")
     arguments = parser.parse_args()
     quick = arguments.quick
     minutes = arguments.minutes or (1.0 if quick else 30.0)
-    config = Config(target_kept=KEPT, repair_tokens=4096 if quick else Config().repair_tokens)
+    sizes = {name: getattr(arguments, name) for name in ("calibration_tokens", "repair_tokens")}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    config = Config.of({"target_kept": KEPT, **({"repair_tokens": 4096} if quick else {}), **given})
     subject = Subject.open(config)
     menu = subject.store.menu()
     schedule = to_schedule(menu, lagrangian(menu, math.floor(KEPT * menu.dense_parameters)))
@@ -133,7 +137,8 @@ def main() -> None:
     )
     body = (
         f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept {KEPT} over the sites), {minutes:g} minutes of "
-        f"healing at {healed.tokens_per_second:.0f} tokens per second, with `--data {options.data}`. "
+        f"healing at {healed.tokens_per_second:.0f} tokens per second, with `--data {options.data}`; statistics of "
+        f"{config.calibration_tokens:,} tokens, repaired on {config.repair_tokens:,}. "
         f"Measured on {counts}. Plan: {plan}.\n\n"
         f"{markdown(header, lines)}\n\nOn the way, on search data:\n\n{curve}"
     )
