@@ -186,7 +186,7 @@ class Config(BaseModel):
         "reward",
         "a whole number from 0 to 100000000",
         "Score every schedule after a repair on this many tokens of calibration text; each trial then takes minutes on "
-        "a processor. 0 scores it as it is, which ranks schedules as they rank after healing.",
+        "a processor. 0 scores it as it is.",
         ge=0,
         le=100_000_000,
     )
