@@ -116,7 +116,7 @@ def main() -> None:
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="heal-rank-"))
     folder.mkdir(parents=True, exist_ok=True)
     options = Options(minutes=None, tokens=arguments.tokens or (2048 if quick else 24_576))
-    plan = options.plan(0)
+    plan = options.plan(0, subject.device)
     table = Table(subject, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
     outcomes = []
     for name, schedule in schedules(subject.store.menu(), arguments.schedules or (4 if quick else 13)):

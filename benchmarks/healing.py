@@ -113,11 +113,12 @@ def main() -> None:
         parameters = model_parameters(subject.loaded.model)
     names = ("rate", "batch_tokens", "pass_tokens", "data", "text_tokens")
     options = Options(minutes=minutes, **{name: getattr(arguments, name) for name in names})
+    plan = options.plan(0, subject.device)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="healing-"))
     folder.mkdir(parents=True, exist_ok=True)
     with Console() as console:
-        _, healed = heal_subject_(subject, schedule, table, options.plan(0), options, folder, console)
-    sides = ["dense", "decomposed", "repaired", "healed"]
+        scores, healed = heal_subject_(subject, schedule, table, plan, options, folder, console)
+    sides = ["dense", "decomposed", *list(scores)[1:]]  # what is healed is named after whether it was repaired
     lines = []
     for number, (name, row) in enumerate(zip(sides, table.rows, strict=True)):
         cells: list[object] = [name]
@@ -132,14 +133,12 @@ def main() -> None:
         [[f"{x.tokens:,}", f"{x.seconds / 60:.1f}", f"{x.kl:.3f}", f"{x.perplexity:.1f}"] for x in healed.looks],
     )
     counts = ", ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
-    plan = ", ".join(
-        f"{key} {value}" for key, value in dataclasses.asdict(options.plan(0)).items() if value is not None
-    )
+    planned = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items() if value is not None)
     body = (
         f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept {KEPT} over the sites), {minutes:g} minutes of "
         f"healing at {healed.tokens_per_second:.0f} tokens per second, with `--data {options.data}`; statistics of "
         f"{config.calibration_tokens:,} tokens, repaired on {config.repair_tokens:,}. "
-        f"Measured on {counts}. Plan: {plan}.\n\n"
+        f"Measured on {counts}. Plan: {planned}.\n\n"
         f"{markdown(header, lines)}\n\nOn the way, on search data:\n\n{curve}"
     )
     first, last = table.rows[0]["encyclopedia"], table.rows[-1]["encyclopedia"]

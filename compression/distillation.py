@@ -38,7 +38,12 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits (rows, vocabulary)."""
-        return functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        hidden, weight = hidden.to(self.weight.dtype), self.weight
+        if not (weight.is_cuda and weight.dtype == torch.bfloat16):
+            return functional.linear(hidden, weight, self.bias).float()
+        # Sums are float32 inside: taken as they are, a logit of 20 is not rounded to the nearest eighth.
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return logits if self.bias is None else logits.add_(self.bias)
 
     def only(self, tokens: torch.Tensor) -> Head:
         """The head of some tokens."""

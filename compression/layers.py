@@ -84,17 +84,19 @@ class MPOLinear(nn.Module):
         self._stored = tuple(name for name in self.state_dict() if name != "bias")
         self._kept: dict[str, _Kept] = {}
         self._plan = default_plan(self.legs, self.chi) if plan is None else plan
-        self._in_training = in_training(self.legs, self.chi)
         self.register_load_state_dict_post_hook(_prepare_after_loading)  # type: ignore[no-untyped-call]
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""
         tokens = activations.numel() // self.in_features
-        if self._in_training and tokens > 1 and torch.is_grad_enabled() and self._is_trained():
-            for stale in ("merged", "padded"):  # a compiled graph would not see that they are
-                self._kept.pop(stale, None)
-            return self.run(activations, self._in_training)
-        return self.run(activations, self._plan.route(tokens))
+        route = None
+        if tokens > 1 and torch.is_grad_enabled() and self._is_trained():
+            route = in_training(self.legs, self.chi, tokens, activations.is_cuda)
+        if route is None:
+            return self.run(activations, self._plan.route(tokens))
+        for stale in ("merged", "padded"):  # a compiled graph would not see that they are
+            self._kept.pop(stale, None)
+        return self.run(activations, route)
 
     def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
         """`forward` by a route of `compression.routes.routes(legs)`, whatever the plan says."""
@@ -174,7 +176,10 @@ class MPOLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense matrix (out, in), computed; for code that reads a layer's weight."""
-        return contract(self.cores)
+        if not (self._lowrank and self.legs.pivoted):
+            return contract(self.cores)
+        last, tail = self._factors()
+        return torch.cat((last, torch.mm(tail, last))).index_select(0, self._order(0)[0])
 
     @property
     def resident_bytes(self) -> int:

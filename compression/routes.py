@@ -120,12 +120,15 @@ def choose(costs: Mapping[int, Mapping[Route, float]], legs: Legs, chi: int, opt
     return Plan(tuple((limit, route) for limit, (_, route) in zip([*limits, steps[-1][0]], steps, strict=True)))
 
 
-def in_training(legs: Legs, chi: int) -> Route | None:
+def in_training(legs: Legs, chi: int, tokens: int, gpu: bool) -> Route | None:
     """The route that gradients ask for whatever the plan says, None if the plan's.
 
     Where χ is small a pivoted low rank is trained through plain cores: χ² multiply-adds more a token, but no activation
-    is put in order, neither forwards nor backwards.
+    is put in order, neither forwards nor backwards. A GPU forms the matrix where more tokens than χ share it: its
+    products are limited by traffic, and one with the matrix reads and writes fewer activations than two with factors.
     """
+    if gpu:
+        return "rebuild" if tokens > chi else None
     small = 2 * chi <= min(legs.out_legs[0], legs.in_legs[-1])
     return "expanded-last" if legs.pivoted and is_lowrank(legs) and small else None
 

@@ -4,7 +4,8 @@ Knows the data packages, instruction files and a tokenizer; nothing of losses. S
 
 * `text`, the default: all prose and exam questions that calibration may use, and passages and questions of the data
   packages' sets that nobody is measured on (stories, encyclopedia passages, common sense and medical questions).
-* `sampled`: what the dense model itself writes, which needs no data at all (see `search.healing`).
+* `sampled`: what the dense model itself writes, which needs no data at all; behind other sources it goes on from
+  beginnings cut out of their rows, so that it writes about what they are about.
 * a hub id, such as `tatsu-lab/alpaca`, or a .json, .jsonl or .parquet file: instruction data, see `read_conversations`.
 * several of these with "+" between, such as `text+sampled`: each gives what those before it leave to be wanted.
 
@@ -55,6 +56,8 @@ _SETS = (
 _REPORTED = ("arc_easy", "hellaswag", "piqa", "sciq", "boolq")
 _SAMPLED_TOKENS = 100_000
 _SAMPLED_AT_ONCE = 64  # rows; many more on a GPU, where a step takes as long for one row as for a thousand
+_MOST_AT_ONCE = 8192
+_BEGINNING = 16  # tokens of other text that sampled text goes on from
 _WORDS = 13
 """As in the overlap analysis of GPT-3 (Brown et al. 2020, appendix C)."""
 _FEWEST = 6
@@ -174,7 +177,7 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
     for name in [source] if Path(source).exists() else source.split("+"):
         missing = None if tokens is None else tokens - sum(part.tokens.numel() for part in parts)
         if missing is None or missing >= length or not parts:
-            parts.append(_from_one_source(loaded, name, length, seed, missing))
+            parts.append(_from_one_source(loaded, name, length, seed, missing, [part.tokens for part in parts]))
     return HealingText(
         torch.cat([part.tokens for part in parts]),
         torch.cat([part.wanted for part in parts]),
@@ -183,9 +186,11 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
     )
 
 
-def _from_one_source(loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None) -> HealingText:
+def _from_one_source(
+    loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None, before: Sequence[torch.Tensor]
+) -> HealingText:
     if source == "sampled":
-        return sampled_rows(loaded, length, seed, tokens or _SAMPLED_TOKENS)
+        return sampled_rows(loaded, length, seed, tokens or _SAMPLED_TOKENS, torch.cat([*before]) if before else None)
     documents = default_documents() if source == "text" else read_conversations(source, loaded.tokenizer)
     random.Random(seed).shuffle(documents)
     most = None if tokens is None else 8 * (tokens + length)
@@ -193,8 +198,14 @@ def _from_one_source(loaded: LoadedModel, source: str, length: int, seed: int, t
     return pack_rows(loaded.encode, kept, length, source, left_out, tokens)
 
 
-def sampled_rows(loaded: LoadedModel, length: int, seed: int, tokens: int) -> HealingText:
-    """What a model itself writes at temperature 1, from one random token on."""
+def sampled_rows(
+    loaded: LoadedModel, length: int, seed: int, tokens: int, given: torch.Tensor | None = None
+) -> HealingText:
+    """What a model itself writes at temperature 1.
+
+    Args:
+        given: rows (n, at least 16) that beginnings are cut out of; without it rows begin with one random token.
+    """
     model, rows = loaded.model, -(-tokens // length)
     done: list[torch.Tensor] = []
     device = model.device
@@ -202,7 +213,7 @@ def sampled_rows(loaded: LoadedModel, length: int, seed: int, tokens: int) -> He
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         while (missing := rows - sum(map(len, done))) > 0:
-            first = torch.randint(model.config.vocab_size, (min(missing, most), 1), device=device)
+            first = _beginnings(given, model.config.vocab_size, min(missing, most)).to(device)
             done.append(
                 model.generate(
                     first,
@@ -223,8 +234,17 @@ def sampled_rows(loaded: LoadedModel, length: int, seed: int, tokens: int) -> He
     return HealingText(written, wanted, "sampled")
 
 
+def _beginnings(given: torch.Tensor | None, vocabulary: int, count: int) -> torch.Tensor:
+    """Token ids (count, 16) out of random places of `given`, or (count, 1) at random."""
+    if given is None:
+        return torch.randint(vocabulary, (count, 1))
+    size = min(_BEGINNING, given.shape[1] - 1)
+    rows, starts = torch.randint(len(given), (count, 1)), torch.randint(given.shape[1] - size + 1, (count, 1))
+    return given[rows, starts + torch.arange(size)].long()
+
+
 def _rows_at_once(model: Any, length: int) -> int:
-    """On a GPU those whose keys, values and logits fill a quarter of its free memory."""
+    """On a GPU those whose keys, values and logits fill half of its free memory."""
     if model.device.type != "cuda":
         return _SAMPLED_AT_ONCE
     config = model.config
@@ -232,7 +252,7 @@ def _rows_at_once(model: Any, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     bytes_a_row = length * config.num_hidden_layers * 2 * heads * head * model.dtype.itemsize + 16 * config.vocab_size
     free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, min(4096, int(free // 4 // bytes_a_row)))
+    return max(1, min(_MOST_AT_ONCE, int(free // 2 // bytes_a_row)))
 
 
 def pack_rows(

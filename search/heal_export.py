@@ -45,7 +45,8 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
         DataUnavailable: model or data cannot be had.
     """
     config = Config.of({"model": dense})
-    plan = options.plan(config.seed)
+    device = resolve_device(config.device)
+    plan = options.plan(config.seed, device)
     if not (source / PRIOR).is_file():
         raise ValueError(f"heal needs the {PRIOR} of an exported folder, and {source} has none")
     prior = Prior.read(source / PRIOR)
@@ -54,7 +55,6 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     unfinished, first = folder.with_name(f".{folder.name}-unfinished"), Processes.is_first()
     if first:
         refuse_held(unfinished)
-    device = resolve_device(config.device)
     with console.stage("load"):
         loaded, sites = load(config, device)
         if prior.model.id != loaded.model_id:

@@ -31,7 +31,7 @@ from search.heal_data import HealingText
 from search.interrupts import shield
 from search.processes import Processes
 from search.quality import Quality
-from search.scoring import Workload
+from search.scoring import Workload, is_out_of_memory
 from search.sharding import Sharding, like, whole
 
 __all__ = ["Healed", "HealingPlan", "Look", "heal_"]
@@ -39,7 +39,7 @@ __all__ = ["Healed", "HealingPlan", "Look", "heal_"]
 _EVALUATIONS = 8
 _SAVE_SECONDS = 180.0
 _BETAS = (0.9, 0.95)
-_KEPT_TARGETS = 2**30  # bytes of targets that are kept for later epochs
+_KEPT_TARGETS = {"cpu": 2**30, "cuda": 2**32}  # bytes of targets that are kept for later epochs, in main memory
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,17 @@ class _Lessons:
         hidden = caught[0][wanted]
         targets = likeliest(hidden, self.head, self.plan.targets)
         targets = Targets(targets.tokens, targets.logs.half().float())  # the same whether met before or not
-        start = 0
-        for row, count in zip(rows, wanted.sum(1).tolist(), strict=True):
-            if len(self._kept) < self._room and row not in self._kept:
-                part = targets[slice(start, start + count)]
-                self._kept[row] = part.tokens.int().cpu(), part.logs.half().cpu()
-            start += count
+        self._keep(rows, wanted.sum(1).tolist(), targets)
         return targets, hidden if self.plan.hidden_weight else None
+
+    def _keep(self, rows: Sequence[int], counts: Sequence[int], targets: Targets) -> None:
+        """As far as there is room, row by row."""
+        if len(self._kept) >= self._room:
+            return
+        parts = (values.cpu().split_with_sizes(counts) for values in (targets.tokens.int(), targets.logs.half()))
+        for row, tokens, logs in zip(rows, *parts, strict=True):
+            if len(self._kept) < self._room:
+                self._kept.setdefault(row, (tokens, logs))
 
 
 def heal_(
@@ -248,7 +252,9 @@ class _Healing:
         self.drawn = drawn
         self.device = next(model.parameters()).device
         self.processes = Processes()
-        self.lessons = _Lessons(dense, text, plan, self.device, 0 if self.processes.sharded else _KEPT_TARGETS)
+        self.pass_tokens = plan.pass_tokens
+        room = 0 if self.processes.sharded else _KEPT_TARGETS.get(self.device.type, _KEPT_TARGETS["cpu"])
+        self.lessons = _Lessons(dense, text, plan, self.device, room)
         self.head = Head(*_head(model))
         self.checkpoints = None if folder is None else Checkpoints(folder)
         self.at = _Progress()
@@ -310,13 +316,9 @@ class _Healing:
         plan, length = self.plan, self.lessons.text.tokens.shape[1]
         rows = self.lessons.rows(self.at.position, max(1, plan.batch_tokens // length))
         wanted = int(self.lessons.text.wanted[torch.tensor(rows)].sum())
-        size, loss = max(1, plan.pass_tokens // length), torch.zeros((), device=self.device)
-        mine = rows[self.processes.rank :: self.processes.count]
-        for first in range(0, -(-len(rows) // self.processes.count), size):  # as many passes in every process
-            given = mine[first : first + size]
-            part = self._loss(given or rows[:1], first) * (bool(given) / max(1, wanted))
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+        while (loss := self._gradients(rows, wanted)) is None:
+            self.pass_tokens //= 2
+            self.tell(f"memory ran out; passes of {self.pass_tokens} tokens from here on")
         self.processes.sum_([loss])
         if self.sharding is None:
             self.processes.sum_(p.grad for p in self.parameters.values() if p.grad is not None)
@@ -340,6 +342,24 @@ class _Healing:
             wanted, f"loss {float(loss):.3f}, KL on search data {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
         )
         return ""
+
+    def _gradients(self, rows: Sequence[int], wanted: int) -> torch.Tensor | None:
+        """Of this process's share of the rows; returns their loss, None if memory for smaller passes may be enough."""
+        size, loss = max(1, self.pass_tokens // self.lessons.text.tokens.shape[1]), torch.zeros((), device=self.device)
+        mine = rows[self.processes.rank :: self.processes.count]
+        try:
+            for first in range(0, -(-len(rows) // self.processes.count), size):  # as many passes in every process
+                given = mine[first : first + size]
+                part = self._loss(given or rows[:1], first) * (bool(given) / max(1, wanted))
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
+        except (RuntimeError, MemoryError) as error:
+            # Processes that share every pass would have to agree on its size.
+            if size == 1 or self.sharding is not None or not is_out_of_memory(error):
+                raise
+            self.optimizer.zero_grad()
+            return None
+        return loss
 
     def _loss(self, rows: Sequence[int], salt: int) -> torch.Tensor:
         """Summed over the wanted positions of these rows."""

@@ -226,7 +226,7 @@ def _measure(
             return scores
         evaluator.close()
         options = Options(minutes=config.heal_minutes)
-        plan = options.plan(config.seed) if config.heal_minutes else None
+        plan = options.plan(config.seed, subject.device) if config.heal_minutes else None
         with held(healing) if plan else nullcontext():
             improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
     if healed.stopped:

@@ -15,6 +15,7 @@ from torch.nn import functional
 __all__ = ["Dense", "Reading", "log_normalizer", "read"]
 
 _ROWS = 16
+_SHORT_OF_MEMORY = ("cuda",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,19 +35,22 @@ class Dense:
     """What the dense model says of the compared predictions of a batch: probabilities p over the vocabulary.
 
     Where logits are W h, the mean of other logits under p needs no p: Σ_v p_v (W h)_v = (Wᵀ p)·h, and Wᵀ p is as small
-    as a hidden state h. So p is kept only where the head does something else, or computes in low precision, whose
-    rounding would not cancel; it is made again when logits come from another head.
+    as a hidden state h. In low precision rounding would not cancel: p is then made again from h on a GPU, where that
+    takes no time and memory is short, and kept elsewhere. It is also kept where the head does something else, and made
+    again when logits come from another head.
     """
 
     def __init__(self, reading: Reading) -> None:
         self.choice = reading.logits.argmax(-1)
         probability = torch.softmax(reading.logits, -1)
         self._weight = _plain_weight(reading)
+        self._embedding: torch.Tensor | None = None
         if self._weight is None:
             self._probability = probability
         else:
             self._version, self._hidden = self._weight._version, reading.hidden
-            self._embedding = probability @ self._weight
+            if self._weight.dtype == torch.float32:
+                self._embedding = probability @ self._weight
         # By the same arithmetic as in KL, so that rounding cancels and the dense model has a KL of exactly 0.
         self.negentropy = self.mean(reading) - log_normalizer(reading.logits)
 
@@ -60,20 +64,22 @@ class Dense:
             return _dot(self._probability, reading.logits)
         if self._weight._version != self._version:
             raise ValueError("the output head of the dense model has changed; take the reference again")
-        if reading.head.weight is self._weight:
+        if self._embedding is not None and reading.head.weight is self._weight:
             return _dot(self._embedding, reading.hidden)
-        return _dot(torch.softmax(functional.linear(self._hidden, self._weight), -1), reading.logits)
+        return _dot(torch.softmax(functional.linear(self._hidden, self._weight).float(), -1), reading.logits)
 
 
 def _plain_weight(reading: Reading) -> torch.Tensor | None:
-    """W if the logits are W h in float32."""
+    """W if the logits are W h in float32, or in low precision on a device of `_SHORT_OF_MEMORY`."""
     if not isinstance(reading.head, nn.Linear) or "bias" in dict(reading.head.named_parameters()):
         return None
     weight, some = reading.head.weight, slice(0, 8)
-    if weight.dtype != torch.float32 or weight.is_inference():
+    exact = weight.dtype == torch.float32
+    if weight.is_inference() or not (exact or weight.device.type in _SHORT_OF_MEMORY):
         return None
-    same = torch.allclose(functional.linear(reading.hidden[some], weight), reading.logits[some], rtol=1e-4, atol=1e-3)
-    return weight if same else None
+    given, wanted = functional.linear(reading.hidden[some], weight).float(), reading.logits[some]
+    relative, absolute = (1e-4, 1e-3) if exact else (1e-2, 1e-2 * float(wanted.abs().max()))
+    return weight if torch.allclose(given, wanted, rtol=relative, atol=absolute) else None
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

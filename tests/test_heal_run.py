@@ -25,7 +25,7 @@ from search.checkpoints import Checkpoints
 from search.config import Config
 from search.console import Console
 from search.curves import CURVES
-from search.heal_run import clearly_worse, held
+from search.heal_run import Options, clearly_worse, held
 from search.healed_state import HealedState, load_sites_, site_tensors
 from search.interrupts import INTERRUPTED
 from search.models import load_for_use, load_model
@@ -235,3 +235,11 @@ def test_a_repair_is_worse_when_it_is_so_beyond_a_standard_error(
         return Quality() if kl is None else Quality(state="ok", kl_by_sequence=kl, tokens_by_sequence=(1, 1, 1))
 
     assert clearly_worse(quality(after), quality(before)) is worse
+
+
+def test_a_gpu_takes_larger_steps_unless_told_otherwise() -> None:
+    small, large = (Options(minutes=1.0).plan(0, torch.device(name)) for name in ("cpu", "cuda"))
+    assert large.batch_tokens > small.batch_tokens
+    assert Options(minutes=1.0, batch_tokens=64, rate=0.5).plan(3, torch.device("cuda")) == replace(
+        large, batch_tokens=64, rate=0.5, seed=3
+    )

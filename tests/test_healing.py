@@ -252,3 +252,27 @@ def test_a_dense_model_is_refused() -> None:
     dense, _, text, judge = subject()
     with pytest.raises(ValueError, match="no matrix of this one is compressed"):
         heal(deepcopy(dense), dense, text, judge)
+
+
+def test_passes_become_smaller_when_memory_runs_out_and_the_result_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for limit in (160, 40):
+        dense, model, text, judge = subject()
+        plain = healing._Healing._loss
+
+        def loss(self: Any, rows: Any, salt: int, limit: int = limit, plain: Any = plain) -> torch.Tensor:
+            if len(rows) * self.lessons.text.tokens.shape[1] > limit:
+                raise torch.OutOfMemoryError("no memory left")
+            return plain(self, rows, salt)
+
+        monkeypatch.setattr(healing._Healing, "_loss", loss)
+        plan = replace(PLAN, tokens=800, pass_tokens=160, sample=0)
+        _, told = heal(model, dense, text, judge, plan)
+        monkeypatch.undo()
+        results.append((parameters(model), told))
+    (wanted, nothing), (found, told) = results
+    assert not nothing
+    assert told
+    assert all("memory ran out" in line for line in told)
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-5)

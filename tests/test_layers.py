@@ -125,8 +125,10 @@ def test_only_gradients_take_a_pivoted_layer_of_small_chi_off_its_plan(monkeypat
         layer(x)
     assert taken == ["pivoted", "expanded-last", "pivoted", "pivoted"]
     legs = resolve("pivoted-lowrank", OUT, IN)
-    assert [in_training(legs, chi) for chi in (1, OUT // 2, OUT // 2 + 1)] == ["expanded-last", "expanded-last", None]
-    assert in_training(resolve("lowrank", OUT, IN), 1) is None
+    found = [in_training(legs, chi, 9, gpu=False) for chi in (1, OUT // 2, OUT // 2 + 1)]
+    assert found == ["expanded-last", "expanded-last", None]
+    assert in_training(resolve("lowrank", OUT, IN), 1, 9, gpu=False) is None
+    assert [in_training(legs, 2, tokens, gpu=True) for tokens in (2, 3)] == [None, "rebuild"]
 
 
 @pytest.mark.parametrize(("topology", "route"), CASES)

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hidden-weight", type=float, default=0.0, metavar="W", help="Of matching hidden states too.")
     parser.add_argument("--rate", type=float, default=None, metavar="RATE", help="Largest learning rate of the cores.")
-    batch = "Tokens of one step; take more on GPUs. Default: 512."
+    batch = "Tokens of one step. Default: 512, on a GPU 8192; several GPUs want more."
     parser.add_argument("--batch-tokens", type=int, default=None, metavar="N", help=batch)
     parser.add_argument("--pass-tokens", type=int, default=None, metavar="N", help="Tokens of one pass; less memory.")
     parser.add_argument("--row-tokens", type=int, default=256, metavar="N", help="Length of a text. Default: 256.")
