@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from compression.cache import cache_key
-from compression.distillation import Head, Targets, divergence, labels, likeliest
+from compression.distillation import divergence
 from compression.gates import absorb_gates_, add_gates_
 from compression.trainable import captured_head_input, frozen, put_parameters, trainable_
 from search.checkpoints import Checkpoint, Checkpoints
@@ -29,6 +29,7 @@ from search.console import Stage, duration
 from search.curves import Curves
 from search.heal_data import HealingText
 from search.interrupts import shield
+from search.lessons import Lessons, output_head
 from search.processes import Processes
 from search.quality import Quality
 from search.scoring import Workload, is_out_of_memory
@@ -39,7 +40,6 @@ __all__ = ["Healed", "HealingPlan", "Look", "heal_"]
 _EVALUATIONS = 8
 _SAVE_SECONDS = 180.0
 _BETAS = (0.9, 0.95)
-_KEPT_TARGETS = {"cpu": 2**30, "cuda": 2**32}  # bytes of targets that are kept for later epochs, in main memory
 
 
 @dataclass(frozen=True)
@@ -142,57 +142,6 @@ class Healed:
         )
 
 
-class _Lessons:
-    """Rows in their order, and the dense model's targets for them, kept as long as they fit into `room` bytes."""
-
-    def __init__(self, dense: nn.Module, text: HealingText, plan: HealingPlan, device: torch.device, room: int) -> None:
-        self.dense, self.text, self.plan, self.device = dense, text, plan, device
-        self.head = Head(*_head(dense))
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        bytes_a_row = text.tokens.shape[1] * plan.targets * 6
-        self._room = room // max(1, bytes_a_row)
-
-    def rows(self, position: int, count: int) -> list[int]:
-        """The `count` rows from a position of the endless sequence of epochs on, each epoch in an order of its own."""
-        found: list[int] = []
-        total = len(self.text)
-        while len(found) < count:
-            epoch, place = divmod(position + len(found), total)
-            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
-            found += torch.randperm(total, generator=generator)[place : place + count - len(found)].tolist()
-        return found
-
-    def inputs(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (rows, length) and what of them is to be learned."""
-        chosen = torch.tensor(rows)
-        return self.text.tokens[chosen].long().to(self.device), self.text.wanted[chosen].to(self.device)
-
-    def targets(self, rows: Sequence[int]) -> tuple[Targets, torch.Tensor | None]:
-        """Of all wanted positions of these rows one after the other, and the dense hidden states if they are needed."""
-        ids, wanted = self.inputs(rows)
-        if self.plan.loss == "labels":
-            return labels(ids.roll(-1, 1)[wanted]), None
-        if not self.plan.hidden_weight and all(row in self._kept for row in rows):
-            tokens, logs = (torch.cat(parts) for parts in zip(*(self._kept[row] for row in rows), strict=True))
-            return Targets(tokens.long().to(self.device), logs.float().to(self.device)), None
-        with torch.no_grad(), captured_head_input(self.dense) as caught:
-            self.dense(input_ids=ids, use_cache=False)
-        hidden = caught[0][wanted]
-        targets = likeliest(hidden, self.head, self.plan.targets)
-        targets = Targets(targets.tokens, targets.logs.half().float())  # the same whether met before or not
-        self._keep(rows, wanted.sum(1).tolist(), targets)
-        return targets, hidden if self.plan.hidden_weight else None
-
-    def _keep(self, rows: Sequence[int], counts: Sequence[int], targets: Targets) -> None:
-        """As far as there is room, row by row."""
-        if len(self._kept) >= self._room:
-            return
-        parts = (values.cpu().split_with_sizes(counts) for values in (targets.tokens.int(), targets.logs.half()))
-        for row, tokens, logs in zip(rows, *parts, strict=True):
-            if len(self._kept) < self._room:
-                self._kept.setdefault(row, (tokens, logs))
-
-
 def heal_(
     model: nn.Module,
     dense: nn.Module,
@@ -253,9 +202,10 @@ class _Healing:
         self.device = next(model.parameters()).device
         self.processes = Processes()
         self.pass_tokens = plan.pass_tokens
-        room = 0 if self.processes.sharded else _KEPT_TARGETS.get(self.device.type, _KEPT_TARGETS["cpu"])
-        self.lessons = _Lessons(dense, text, plan, self.device, room)
-        self.head = Head(*_head(model))
+        count = plan.targets if plan.loss == "distill" else None
+        # Every process has to run a sharded dense model when any of them does.
+        self.lessons = Lessons(dense, text, count, bool(plan.hidden_weight), not self.processes.sharded, plan.seed)
+        self.head = output_head(model)
         self.checkpoints = None if folder is None else Checkpoints(folder)
         self.at = _Progress()
         self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
@@ -467,27 +417,6 @@ class _Healing:
         self.at = _Progress(**{**values, "looks": [Look(**look) for look in values["looks"]]})
         self.stage.advance(self.at.tokens)
         self.tell(f"healing goes on from step {self.at.step}, {self.at.tokens:,} tokens")
-
-
-def _head(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of the output head.
-
-    Raises:
-        ValueError: logits are not what the head gives.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    fed: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, args, output: fed.append(output))
-    try:
-        with torch.no_grad():
-            ids = torch.ones(1, 2, dtype=torch.long, device=head.weight.device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            same = torch.equal(logits.nan_to_num(), fed[0].nan_to_num())
-    finally:
-        hook.remove()
-    if not isinstance(head, nn.Linear) or not same:
-        raise ValueError("healing needs a model whose logits are a linear map of its last hidden states")
-    return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
 
 def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
