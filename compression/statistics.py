@@ -139,9 +139,9 @@ class MomentAccumulator:
         self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # site -> of C⁻¹ (in, 64) and G⁻¹ (out, 64)
         if first is not None:
             for site in self.sites:
-                like = next(model.get_submodule(site.name).parameters())
-                moments = first.input(site.name), first.gradient(site.name)
-                self._sketches[site.name] = _sketch(moments[0].to(like.device)), _sketch(moments[1].to(like.device))
+                device = next(model.get_submodule(site.name).parameters()).device
+                inputs, gradients = first.input(site.name).to(device), first.gradient(site.name).to(device)
+                self._sketches[site.name] = _sketch(inputs), _sketch(gradients)
         self._last: tuple[str, torch.Tensor] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 

@@ -187,10 +187,10 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
 
 
 def _from_one_source(
-    loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None, before: Sequence[torch.Tensor]
+    loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None, before: list[torch.Tensor]
 ) -> HealingText:
     if source == "sampled":
-        return sampled_rows(loaded, length, seed, tokens or _SAMPLED_TOKENS, torch.cat([*before]) if before else None)
+        return sampled_rows(loaded, length, seed, tokens or _SAMPLED_TOKENS, torch.cat(before) if before else None)
     documents = default_documents() if source == "text" else read_conversations(source, loaded.tokenizer)
     random.Random(seed).shuffle(documents)
     most = None if tokens is None else 8 * (tokens + length)
@@ -204,7 +204,7 @@ def sampled_rows(
     """What a model itself writes at temperature 1.
 
     Args:
-        given: rows (n, at least 16) that beginnings are cut out of; without it rows begin with one random token.
+        given: rows (n, length) that beginnings are cut out of; without it rows begin with one random token.
     """
     model, rows = loaded.model, -(-tokens // length)
     done: list[torch.Tensor] = []
@@ -235,7 +235,7 @@ def sampled_rows(
 
 
 def _beginnings(given: torch.Tensor | None, vocabulary: int, count: int) -> torch.Tensor:
-    """Token ids (count, 16) out of random places of `given`, or (count, 1) at random."""
+    """Token ids (count, 16 or fewer) out of random places of `given`, or (count, 1) at random."""
     if given is None:
         return torch.randint(vocabulary, (count, 1))
     size = min(_BEGINNING, given.shape[1] - 1)

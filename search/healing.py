@@ -52,7 +52,7 @@ class HealingPlan:
         loss: "distill" from the dense model's logits, or "labels", the text's own next tokens.
         rate: largest learning rate of the cores; norms and biases take `vector_rate`.
         batch_tokens: tokens of one step, of all processes together.
-        pass_tokens: tokens of one forward pass; steps add up the gradients of several.
+        pass_tokens: tokens of one forward pass, halved where memory runs out; steps add up the gradients of several.
         targets: how many of the dense model's likeliest tokens are told apart.
         sample: in distillation, how many tokens stand for all others, see `compression.distillation`; 0 takes them
             all. Labels take them all: one target a position leaves too much to the others.
@@ -201,10 +201,10 @@ class _Healing:
         self.drawn = drawn
         self.device = next(model.parameters()).device
         self.processes = Processes()
-        self.pass_tokens = plan.pass_tokens
-        count = plan.targets if plan.loss == "distill" else None
+        self.pass_tokens = min(plan.pass_tokens, plan.batch_tokens // self.processes.count)
+        told_apart = plan.targets if plan.loss == "distill" else None
         # Every process has to run a sharded dense model when any of them does.
-        self.lessons = Lessons(dense, text, count, bool(plan.hidden_weight), not self.processes.sharded, plan.seed)
+        self.lessons = Lessons(dense, text, told_apart, bool(plan.hidden_weight), not self.processes.sharded, plan.seed)
         self.head = output_head(model)
         self.checkpoints = None if folder is None else Checkpoints(folder)
         self.at = _Progress()

@@ -25,20 +25,21 @@ class Lessons:
 
     Args:
         dense: gives the targets.
-        count: how many of its likeliest tokens; None takes the text's own next tokens instead.
+        told_apart: how many of its likeliest tokens are; None takes the text's own next tokens instead.
         hidden: whether its last hidden states are wanted too.
         keep: keep targets of rows for when they are met again, as far as there is room for them.
         seed: of the order.
     """
 
     def __init__(
-        self, dense: nn.Module, text: HealingText, count: int | None, hidden: bool, keep: bool, seed: int
+        self, dense: nn.Module, text: HealingText, told_apart: int | None, hidden: bool, keep: bool, seed: int
     ) -> None:
-        self.dense, self.text, self.count, self.hidden, self.seed = dense, text, count, hidden, seed
+        self.dense, self.text, self.hidden, self.seed = dense, text, hidden, seed
+        self.told_apart = told_apart
         self.head = output_head(dense)
         self.device = self.head.weight.device
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        row = text.tokens.shape[1] * (count or 0) * 6  # bytes
+        row = text.tokens.shape[1] * (told_apart or 0) * 6  # bytes
         self._room = _KEPT.get(self.device.type, _KEPT["cpu"]) // max(1, row) if keep and not hidden else 0
 
     def rows(self, position: int, count: int) -> list[int]:
@@ -59,7 +60,7 @@ class Lessons:
     def targets(self, rows: Sequence[int]) -> tuple[Targets, torch.Tensor | None]:
         """Of all wanted positions of these rows one after the other, and the dense hidden states if they are needed."""
         ids, wanted = self.inputs(rows)
-        if self.count is None:
+        if self.told_apart is None:
             return labels(ids.roll(-1, 1)[wanted]), None
         if all(row in self._kept for row in rows):
             tokens, logs = (torch.cat(parts) for parts in zip(*(self._kept[row] for row in rows), strict=True))
@@ -67,7 +68,7 @@ class Lessons:
         with torch.no_grad(), captured_head_input(self.dense) as caught:
             self.dense(input_ids=ids, use_cache=False)
         hidden = caught[0][wanted]
-        targets = likeliest(hidden, self.head, self.count)
+        targets = likeliest(hidden, self.head, self.told_apart)
         targets = Targets(targets.tokens, targets.logs.half().float())  # the same whether met before or not
         self._keep(rows, wanted.sum(1).tolist(), targets)
         return targets, hidden if self.hidden else None

@@ -15,7 +15,7 @@ from torch.nn import functional
 __all__ = ["Dense", "Reading", "log_normalizer", "read"]
 
 _ROWS = 16
-_SHORT_OF_MEMORY = ("cuda",)
+_SHORT_OF_MEMORY = ("cuda",)  # device types
 
 
 @dataclass(frozen=True, eq=False)
