@@ -55,8 +55,11 @@ def made_by(module: str) -> str:
     )
 
 
-def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool) -> None:
-    """Print a report and its bars; with `write` also keep it in results/, named after module and GPU, if there is one.
+def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool, variant: str = "") -> None:
+    """Print a report and its bars; with `write` also keep it in results/, named after module, variant and GPU, if any.
+
+    Args:
+        variant: what tells this report from the module's usual one.
 
     Raises:
         OSError: it cannot be written.
@@ -64,7 +67,7 @@ def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool
     lines = "\n".join(map(str, bars))
     page = f"# {title}\n\n{body}\n\n" + (f"```\n{lines}\n```\n\n" if bars else "") + f"{made_by(module)}\n"
     if write:
-        name = "-".join([module.rsplit(".", 1)[-1], *map(_slug, _gpus(environment())[:1])])
+        name = "-".join([module.rsplit(".", 1)[-1], *map(_slug, [variant] * bool(variant) + _gpus(environment())[:1])])
         (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     print(body, made_by(module), lines, sep="\n\n")
 
