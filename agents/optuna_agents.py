@@ -75,9 +75,7 @@ class OptunaSettings:
     cma_sigma: float = 1.5  # first step size of CMA-ES, in rungs
     population: int = 14  # of CMA-ES, and how many Sobol points are given at once
     nsga_population: int = 20
-    acquisitions: int = (
-        2  # places GP climbs its acquisition function from; with Optuna's 10 a trial takes twice as long
-    )
+    acquisitions: int = 2  # places GP climbs its acquisition function from; 10, Optuna's, take twice as long
     deepest: float = 3.0  # a reward further below the closed form's, in units of its quality, is told as this far below
     patience: int = 2  # batches in a row that may bring nothing new before a sampler is passed over
     tries: int = 100  # draws near the best, and as many anywhere, for something new; then the space is exhausted

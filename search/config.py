@@ -506,7 +506,6 @@ def read_fields(path: Path) -> dict[str, object]:
     Raises:
         ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, or NaN or Infinity in it.
     """
-
     return read_object(path, "the configuration", _LARGEST_FILE)
 
 
