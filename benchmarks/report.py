@@ -67,7 +67,8 @@ def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool
     lines = "\n".join(map(str, bars))
     page = f"# {title}\n\n{body}\n\n" + (f"```\n{lines}\n```\n\n" if bars else "") + f"{made_by(module)}\n"
     if write:
-        name = "-".join([module.rsplit(".", 1)[-1], *map(_slug, [variant] * bool(variant) + _gpus(environment())[:1])])
+        parts = [module.rsplit(".", 1)[-1], _slug(variant), *map(_slug, _gpus(environment())[:1])]
+        name = "-".join(filter(None, parts))
         (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     print(body, made_by(module), lines, sep="\n\n")
 
