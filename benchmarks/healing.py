@@ -52,15 +52,18 @@ class Table:
     def __init__(self, subject: Subject, tokens: int, items: int = 0, tasks: Sequence[str] = TASKS) -> None:
         self.subject = subject
         encode, device = subject.loaded.encode, subject.device
+        batch_tokens = 1 << (10 if device.type == "cpu" else 13)
         prose = load_prose()
         self.workloads: dict[str, Workload] = {}
         for name, place in CORPORA.items():
             stream = [token for text in regions(prose[place])[2] for token in encode(text + "\n\n")][:tokens]
             chunks = [stream[start : start + CHUNK_TOKENS] for start in range(0, len(stream) - 1, CHUNK_TOKENS)]
-            self.workloads[name] = Workload([packed_text(chunk) for chunk in chunks if len(chunk) > 1], device)
+            texts = [packed_text(chunk) for chunk in chunks if len(chunk) > 1]
+            self.workloads[name] = Workload(texts, device, batch_tokens)
         for task in tasks:
             chosen = stratified(load_proxy(task), items, 0)
-            self.workloads[task] = Workload(workload_sequences(subject.loaded, chosen, task, "answer", []), device)
+            items_of = workload_sequences(subject.loaded, chosen, task, "answer", [])
+            self.workloads[task] = Workload(items_of, device, batch_tokens)
         self.sizes = SizeModel(subject.loaded.model, subject.store.sites)
         self.rows: list[dict[str, Quality]] = [
             {name: workload.reference(subject.loaded.model) for name, workload in self.workloads.items()}

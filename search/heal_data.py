@@ -210,6 +210,7 @@ def sampled_rows(
     done: list[torch.Tensor] = []
     device = model.device
     most = _rows_at_once(model, length)
+    most = -(-rows // -(-rows // most))  # equally many each time: few rows take as long as many
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         while (missing := rows - sum(map(len, done))) > 0:

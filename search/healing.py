@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from torch import nn
 from compression.cache import cache_key
 from compression.distillation import divergence
 from compression.gates import absorb_gates_, add_gates_
+from compression.replay import replayed
+from compression.sites import find_blocks
 from compression.trainable import captured_head_input, frozen, put_parameters, trainable_
 from search.checkpoints import Checkpoint, Checkpoints
 from search.console import Stage, duration
@@ -216,12 +218,16 @@ class _Healing:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = self._optimizer()
         self.best = self._copied()
+        self.recordings = ExitStack()
+        # Checkpointing runs a block twice, and sharding changes where parameters are.
+        replays = _has_graphs(self.device) and self.sharding is None and not plan.checkpointing
+        self.recorded: int | None = 0 if replays else None  # rows of a pass that is replayed; None never replays
 
     def run(self) -> Healed:
         """See `heal_`."""
         stopped = ""
         self._resume()
-        with _training(self.model, self.plan.checkpointing):
+        with _training(self.model, self.plan.checkpointing), self.recordings:
             if not self.at.looks:
                 self._look()
             try:
@@ -274,12 +280,12 @@ class _Healing:
             self.processes.sum_(p.grad for p in self.parameters.values() if p.grad is not None)
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip)))
         if not math.isfinite(float(loss)) or not math.isfinite(norm):
-            self.optimizer.zero_grad()
+            self._forget_gradients()
             return f"the loss was not a number at step {self.at.step}; the last good state is kept"
         for group in self.optimizer.param_groups:
             group["lr"] = group["largest"] * self._rate_factor()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._forget_gradients()
         self.at.step += 1
         self.at.position += len(rows)
         self.at.tokens += wanted
@@ -298,6 +304,7 @@ class _Healing:
         size, loss = max(1, self.pass_tokens // self.lessons.text.tokens.shape[1]), torch.zeros((), device=self.device)
         mine = rows[self.processes.rank :: self.processes.count]
         try:
+            self._record(min(size, len(mine)))
             for first in range(0, -(-len(rows) // self.processes.count), size):  # as many passes in every process
                 given = mine[first : first + size]
                 part = self._loss(given or rows[:1], first) * (bool(given) / max(1, wanted))
@@ -307,9 +314,33 @@ class _Healing:
             # Processes that share every pass would have to agree on its size.
             if size == 1 or self.sharding is not None or not is_out_of_memory(error):
                 raise
-            self.optimizer.zero_grad()
+            self.recordings.close()
+            self._forget_gradients()
             return None
         return loss
+
+    def _record(self, rows: int) -> None:
+        """Have passes of so many rows replayed, where graphs are to be had."""
+        if self.recorded is None or rows == self.recorded:
+            return
+        self.recordings.close()
+        self.recorded = rows
+        name, _ = find_blocks(self.lessons.dense)
+        ids, _ = self.lessons.inputs(range(rows))
+        try:
+            with torch.no_grad():
+                self._replay(self.lessons.dense, name, ids)
+            with _autocast(self.model):
+                self._replay(self.model, name, ids)
+        except RuntimeError as error:
+            self.recordings.close()
+            self.tell(f"passes are not recorded as CUDA graphs, which would be faster: {str(error).splitlines()[0]}")
+
+    def _replay(self, model: nn.Module, blocks: str, ids: torch.Tensor) -> None:
+        self.recordings.enter_context(replayed(model, list(model.get_submodule(blocks).children()), ids))
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=self.recorded is None)  # see `compression.replay`
 
     def _loss(self, rows: Sequence[int], salt: int) -> torch.Tensor:
         """Summed over the wanted positions of these rows."""
@@ -419,6 +450,10 @@ class _Healing:
         self.tell(f"healing goes on from step {self.at.step}, {self.at.tokens:,} tokens")
 
 
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
     """bfloat16 arithmetic where the hardware has it, or where the frozen parameters are stored so."""
     weight = model.get_output_embeddings().weight  # type: ignore[operator]
@@ -429,7 +464,8 @@ def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+    # Each weight is used once in a pass, so that a cache of what it is in bfloat16 would only take memory.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if fast else nullcontext()
 
 
 class _training(AbstractContextManager[None]):

@@ -5,6 +5,7 @@ Knows a causal language model and rows of tokens; nothing of the one that learns
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,10 @@ from search.heal_data import HealingText
 
 __all__ = ["Lessons", "output_head"]
 
-_KEPT = {"cpu": 2**30, "cuda": 2**32}
-"""Bytes of targets that are kept in main memory, by where models are: a GPU is sooner through with a text."""
+_KEPT = {"cpu": 2**30, "cuda": 2**34}
+"""Most bytes of targets that are kept in main memory, by where models are: a GPU is sooner through with a text."""
+_SHARE = 8
+"""No more than this fraction of main memory."""
 
 
 class Lessons:
@@ -40,7 +43,7 @@ class Lessons:
         self.device = self.head.weight.device
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         row = text.tokens.shape[1] * (told_apart or 0) * 6  # bytes
-        self._room = _KEPT.get(self.device.type, _KEPT["cpu"]) // max(1, row) if keep and not hidden else 0
+        self._room = _bytes(self.device) // max(1, row) if keep and not hidden else 0
 
     def rows(self, position: int, count: int) -> list[int]:
         """The `count` rows from a position of the endless sequence of epochs on, each epoch in an order of its own."""
@@ -81,6 +84,11 @@ class Lessons:
         for row, tokens, logs in zip(rows, *parts, strict=True):
             if len(self._kept) < self._room:
                 self._kept.setdefault(row, (tokens, logs))
+
+
+def _bytes(device: torch.device) -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_KEPT.get(device.type, _KEPT["cpu"]), memory // _SHARE)
 
 
 def output_head(model: nn.Module) -> Head:

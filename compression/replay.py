@@ -1,0 +1,123 @@
+"""Replay: the blocks of a model recorded as CUDA graphs, for passes of one shape that are made thousands of times.
+
+Knows the module tree of a torch model whose blocks are called with tensors and constants. A block of factors is some
+hundred small kernels, forth and back, which a processor starts more slowly than a GPU ends them; a graph starts them
+all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["replayed"]
+
+Recorder = Callable[[tuple[nn.Module, ...], tuple[tuple[torch.Tensor, ...], ...]], Sequence[Callable[..., Any]]]
+
+
+@contextmanager
+def replayed(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    input_ids: torch.Tensor,
+    record: Recorder = torch.cuda.make_graphed_callables,
+) -> Iterator[None]:
+    """While inside, passes shaped like this one replay the blocks; any other runs them as ever.
+
+    To be entered as the passes are made: under the same autocast, without its cache, and with gradients or without.
+    Until it is left, parameters may be written but not replaced, and gradients have to be set to zero, not to None: a
+    gradient that is None takes over the memory that the next replay writes to.
+
+    Args:
+        blocks: of the model, in the order they run.
+        input_ids: (rows, length), of any tokens.
+        record: makes a function of tensors out of each module and sample arguments for it.
+
+    Raises:
+        RuntimeError: a block does what a graph cannot hold, such as waiting for a number, or memory ran out.
+    """
+    calls = _calls(model, blocks, input_ids)
+    functions = record(tuple(calls), tuple(call.samples for call in calls))
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, call, function in zip(blocks, calls, functions, strict=True):
+            block.forward = call.dispatcher(function)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+class _Call(nn.Module):
+    """A block as a function of tensors, all else that it was called with being fixed."""
+
+    def __init__(self, block: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.block = block
+        self.train(block.training)
+        self._plain, self._spec = block.forward, spec
+        self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._given = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self.samples = tuple(
+            leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor)
+        )
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        left = iter(tensors)
+        leaves = [
+            next(left) if given else constant for given, constant in zip(self._given, self._constants, strict=True)
+        ]
+        arguments, keywords = pytree.tree_unflatten(leaves, self._spec)
+        return self._plain(*arguments, **keywords)
+
+    def dispatcher(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands in for the block's forward pass: `function` for calls like the recorded one."""
+
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            leaves, spec = pytree.tree_flatten((arguments, keywords))
+            if spec != self._spec or not self._fits(leaves):
+                return self._plain(*arguments, **keywords)
+            return function(*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
+
+        return forward
+
+    def _fits(self, leaves: Sequence[Any]) -> bool:
+        samples = iter(self.samples)
+        for leaf, given, constant in zip(leaves, self._given, self._constants, strict=True):
+            if isinstance(leaf, torch.Tensor) is not given:
+                return False
+            if given:
+                sample = next(samples)
+                if leaf.shape != sample.shape or leaf.dtype != sample.dtype:
+                    return False
+            elif leaf is not constant and leaf != constant:
+                return False
+        return True
+
+
+def _calls(model: nn.Module, blocks: Sequence[nn.Module], input_ids: torch.Tensor) -> list[_Call]:
+    """What each block is called with in one pass."""
+    calls: list[_Call] = []
+
+    def watch(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.append(_Call(block, *pytree.tree_flatten((arguments, keywords))))
+
+    hooks = [block.register_forward_pre_hook(watch, with_kwargs=True) for block in blocks]
+    try:
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
