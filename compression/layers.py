@@ -31,8 +31,18 @@ class _Kept(NamedTuple):
     """Something derived from stored tensors, and by what to see whether they are still the same."""
 
     value: Any
-    sources: list[tuple[str, torch.Tensor, int, int]]  # name, the tensor, its address and version
+    # Parameters or buffers, the name in them, the tensor, its address and version.
+    sources: list[tuple[dict[str, Any], str, torch.Tensor, int, int]]
     storages: list[torch.Tensor]  # hold the memory, so that equal addresses mean the same memory
+
+    def holds(self) -> bool:
+        """Whether the tensors it was derived from are those stored now, unwritten since and without gradients."""
+        for holder, key, source, address, version in self.sources:
+            if holder[key] is not source or source._version != version or source.data_ptr() != address:
+                return False
+            if source.requires_grad:
+                return False
+        return True
 
 
 class MPOLinear(nn.Module):
@@ -89,24 +99,23 @@ class MPOLinear(nn.Module):
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""
         tokens = activations.numel() // self.in_features
-        route = None
-        if tokens > 1 and torch.is_grad_enabled() and self._is_trained():
+        if torch.is_grad_enabled() and tokens > 1 and self._is_trained():
             route = in_training(self.legs, self.chi, tokens, activations.is_cuda)
-        if route is None:
-            return self.run(activations, self._plan.route(tokens))
-        for stale in ("merged", "padded"):  # a compiled graph would not see that they are
-            self._kept.pop(stale, None)
-        return self.run(activations, route)
+            if route is not None:
+                for stale in ("merged", "padded"):  # a compiled graph would not see that they are
+                    self._kept.pop(stale, None)
+                return self.run(activations, route)
+        return self.run(activations, self._plan.route(tokens))
 
     def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
         """`forward` by a route of `compression.routes.routes(legs)`, whatever the plan says."""
         bias = self._parameters["bias"]
+        if route == "merged":
+            return functional.linear(activations, self._merged(), bias)
         if route in ("pivoted", "transposed"):
             last, tail = self._factors()
             result = pivoted_product(activations, last, tail, self._order(0), route == "transposed")
             return result if bias is None else result + bias
-        if route == "merged":
-            return functional.linear(activations, self._merged(), bias)
         if route == "rebuild":
             return functional.linear(activations, self.weight, bias)
         if route == "padded":
@@ -249,7 +258,7 @@ class MPOLinear(nn.Module):
                 self._kept.pop(name, None)
                 return make()
             return make() if kept is None else kept.value
-        if kept is not None and self._unchanged(kept):
+        if kept is not None and kept.holds():
             value: _Value = kept.value
             return value
         self._kept.pop(name, None)
@@ -260,22 +269,13 @@ class MPOLinear(nn.Module):
         # Outside inference mode even if called from within: what is kept may serve a call that needs gradients.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
+        parameters: dict[str, Any] = self._parameters
         sources = [
-            (key, tensor, tensor.data_ptr(), tensor._version) for key, tensor in zip(stored, tensors, strict=True)
+            (parameters if key in parameters else self._buffers, key, tensor, tensor.data_ptr(), tensor._version)
+            for key, tensor in zip(stored, tensors, strict=True)
         ]
         self._kept[name] = _Kept(value, sources, [tensor.detach() for tensor in tensors])
         return value
-
-    def _unchanged(self, kept: _Kept) -> bool:
-        """Whether something was derived from the tensors that are stored now, unwritten since and without gradients."""
-        parameters, buffers = self._parameters, self._buffers
-        for key, source, address, version in kept.sources:
-            tensor = buffers[key] if key in buffers else parameters[key]
-            if tensor is not source or source._version != version or source.data_ptr() != address:
-                return False
-            if source.requires_grad:
-                return False
-        return True
 
 
 def _prepare_after_loading(module: nn.Module, incompatible_keys: object) -> None:

@@ -42,6 +42,8 @@ def replayed(
         RuntimeError: a block does what a graph cannot hold, such as waiting for a number, or memory ran out.
     """
     calls = _calls(model, blocks, input_ids)
+    # Gradients are added up on another stream than blocks were recorded on, which torch would remark on.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     functions = record(tuple(calls), tuple(call.samples for call in calls))
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
