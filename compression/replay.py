@@ -39,9 +39,12 @@ def replayed(
         record: makes a function of tensors out of each module and sample arguments for it.
 
     Raises:
-        RuntimeError: a block does what a graph cannot hold, such as waiting for a number, or memory ran out.
+        RuntimeError: a block does what a graph cannot hold, such as waiting for a number, or is not run just once a
+            pass, or memory ran out.
     """
     calls = _calls(model, blocks, input_ids)
+    if [call.block for call in calls] != list(blocks):
+        raise RuntimeError("blocks are not run once each, in their order")
     # Gradients are added up on another stream than blocks were recorded on, which torch would remark on.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     functions = record(tuple(calls), tuple(call.samples for call in calls))

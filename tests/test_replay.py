@@ -97,6 +97,16 @@ def test_replayed_passes_give_the_same_gradients_added_up(name: str) -> None:
         assert torch.equal(value, again[key]), key
 
 
+def test_blocks_that_are_not_run_once_each_in_order_are_refused() -> None:
+    _, model, text, _ = subject()
+    blocks = list(model.get_submodule("model.layers"))
+    with (
+        pytest.raises(RuntimeError, match="once each"),
+        replayed(model, blocks[::-1], text.tokens[:2].long(), Recorder()),
+    ):
+        pass
+
+
 def test_healing_replays_and_comes_to_the_same(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, model, text, judge = subject()
     _, told = heal(model, dense, text, judge)
