@@ -69,7 +69,7 @@ class _Call(nn.Module):
     def __init__(self, block: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
         self.block = block
-        self.train(block.training)
+        self.training = block.training  # not train(), which would set those of modules inside
         self._plain, self._spec = block.forward, spec
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._given = [isinstance(leaf, torch.Tensor) for leaf in leaves]
