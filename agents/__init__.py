@@ -1,8 +1,8 @@
 """Who proposes: agents that ask for schedules to be evaluated and are told rewards."""
 
 from agents.bandit import Bandit, BanditSettings
+from agents.baselines import Knapsack, Lagrangian, Uniform
 from agents.evolution import Evolution, EvolutionSettings
-from agents.fixed import Knapsack, Lagrangian, Uniform
 from agents.gradient import Gradient, GradientSettings
 from agents.guided import Guided, GuidedSettings
 from agents.policy_file import SavedPolicy

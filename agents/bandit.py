@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.batched import Batched
+from agents.batch_agent import Batched
+from agents.level_swaps import legal
 from agents.protocol import Proposal, Task, Terms
 from agents.surrogate import without_outliers
-from agents.switches import legal
 
 __all__ = ["Bandit", "BanditSettings"]
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.batched import Batched
+from agents.batch_agent import Batched
+from agents.level_swaps import climb, legal, switched
 from agents.protocol import Proposal, Task, Terms
 from agents.surrogate import Surrogate, without_outliers
-from agents.switches import climb, legal, switched
 
 __all__ = ["Evolution", "EvolutionSettings"]
 

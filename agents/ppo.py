@@ -35,11 +35,11 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
-from agents.batched import Batched
+from agents.batch_agent import Batched
 from agents.policy_file import SavedPolicy
 from agents.protocol import Proposal, Task, Terms
+from agents.sb3_episodes import Episodes
 from agents.surrogate import Surrogate, without_outliers
-from agents.vector import Episodes
 
 __all__ = ["Ppo", "PpoMasked", "PpoSettings"]
 

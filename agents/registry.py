@@ -16,8 +16,8 @@ _AGENTS = {
     "evolution": "agents.evolution:Evolution",
     "gradient": "agents.gradient:Gradient",
     "guided": "agents.guided:Guided",
-    "knapsack": "agents.fixed:Knapsack",
-    "lagrangian": "agents.fixed:Lagrangian",
+    "knapsack": "agents.baselines:Knapsack",
+    "lagrangian": "agents.baselines:Lagrangian",
     "optuna-cmaes": "agents.optuna_agents:cmaes",
     "optuna-gp": "agents.optuna_agents:gp",
     "optuna-nsga2": "agents.optuna_agents:nsga2",
@@ -28,7 +28,7 @@ _AGENTS = {
     "ppo-masked": "agents.ppo:PpoMasked",
     "random": "agents.random_search:RandomSearch",
     "reinforce": "agents.reinforce:Reinforce",
-    "uniform": "agents.fixed:Uniform",
+    "uniform": "agents.baselines:Uniform",
 }
 
 NAMES: tuple[str, ...] = tuple(_AGENTS)

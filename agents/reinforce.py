@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.batched import Batched
+from agents.batch_agent import Batched
 from agents.policy_file import SavedPolicy
 from agents.protocol import Proposal, Task, Terms
 from agents.surrogate import Surrogate, without_outliers

@@ -26,17 +26,17 @@ import torch
 from benchmarks.evaluator_sides import SIDES, Figures, Naive, Ours, Work, plain_store
 from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
-from compression.legs import resolve
+from compression.numerics.legs import resolve
 from compression.schedule import Choice, Schedule
 from compression.sites import Site
 from envs import Problem
 from search.config import Config
-from search.evaluators import REUSE_BYTES, ModelEvaluator
-from search.items import render
-from search.models import resolve_device
-from search.quality import paired_kl
-from search.scoring import Workload
-from search.subject import Subject, load
+from search.data.items import render
+from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
+from search.evaluation.quality import paired_kl
+from search.evaluation.workload import Workload
+from search.experiment.experiment import Subject, load
+from search.model.loading import resolve_device
 
 MODULE = "benchmarks.evaluate"
 KEPT = 0.8

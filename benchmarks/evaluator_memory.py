@@ -3,8 +3,9 @@
     python -m benchmarks.evaluator_memory [--quick] [--write] [--model NAME ...] [--dtype NAME] [--processes N]
 
 The proportional set size of real processes (shared pages are divided among their users), without statistics and
-factors, which are memory-mapped too: each loads the model as `search.node` does and makes one forward pass. Python with
-torch and transformers takes some 350 MB in every process, so that only a model of 1 GB or more can meet the bar.
+factors, which are memory-mapped too: each loads the model as `search.workers.remote_evaluator` does and makes one
+forward pass. Python with torch and transformers takes some 350 MB in every process, so that only a model of 1 GB or
+more can meet the bar.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from benchmarks.report import Bar, markdown, publish
 _MEMORY = """
 import json, sys
 import torch
-from compression.cache import FactorCache
-from search.models import load_model
-from search.node import shared_model
-from search.packages import cache_folder
+from compression.storage.factor_cache import FactorCache
+from search.model.loading import load_model
+from search.workers.remote_evaluator import shared_model
+from search.data.packages import cache_folder
 torch.set_num_threads(1)
 name, digest, dtype = sys.argv[1:]
 if digest == "-":

@@ -21,16 +21,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compression.cache import FactorCache
-from compression.factors import FactorStore
-from compression.layers import MPOLinear
+from compression.decomposition.factors import FactorStore
+from compression.layers.mpo_linear import MPOLinear
 from compression.schedule import Schedule
 from compression.sites import Site, dense_weight, discover_sites
-from search.evaluators import ModelEvaluator
-from search.models import LoadedModel, load_model, locate
-from search.packages import cache_folder
-from search.packing import Packed, packed_item, packed_text
-from search.scoring import Workload
+from compression.storage.factor_cache import FactorCache
+from search.data.packages import cache_folder
+from search.evaluation.evaluator import ModelEvaluator
+from search.evaluation.packed_sequences import Packed, packed_item, packed_text
+from search.evaluation.workload import Workload
+from search.model.loading import LoadedModel, load_model, locate
 
 __all__ = ["SIDES", "Figures", "Naive", "Ours", "Swapping", "Work", "plain_store"]
 
@@ -212,7 +212,7 @@ class Swapping:
 
 
 class Ours:
-    """`search.evaluators.ModelEvaluator` on one workload."""
+    """`search.evaluation.evaluator.ModelEvaluator` on one workload."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         loaded = load_model("default", "cpu")

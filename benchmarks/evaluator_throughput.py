@@ -21,10 +21,10 @@ from benchmarks.report import markdown, publish
 from compression.schedule import Schedule
 from envs import Problem
 from search.config import Config
-from search.models import resolve_device
-from search.pool import Job
-from search.search_pool import search_pool
-from search.subject import Subject, load
+from search.evaluation.pool import Job
+from search.experiment.experiment import Subject, load
+from search.model.loading import resolve_device
+from search.workers.pools import search_pool
 
 IN_PROCESS = 0
 

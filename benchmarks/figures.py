@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.report import RESULTS
-from search.prior import Prior
+from search.priors.format import Prior
 
 DEFAULT = RESULTS / "priors" / "smollm2-135m-instruct-113m.json"
 FOLDER = RESULTS.parent / "docs" / "figures"

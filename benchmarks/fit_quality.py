@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.report import Bar, markdown, publish
 from compression import Choice, Site, collect, contract, fitted_topologies, resolve
-from compression.factors import OPTIMISM, FactorStore
+from compression.decomposition.factors import OPTIMISM, FactorStore
 from search.config import Config
-from search.models import head_size
-from search.stages import calibration_batches, factor_store
-from search.subject import Subject, load
+from search.experiment.calibration import calibration_batches, factor_store
+from search.experiment.experiment import Subject, load
+from search.model.loading import head_size
 
 METHODS = ("sequential 2", "sequential 3", "whitened", "pivoted", "fitted 2", "fitted 3", "fitted heads", "menu")
 _MENU = ("pivoted", "fitted 2", "fitted 3", "fitted heads")

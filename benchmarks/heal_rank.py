@@ -25,12 +25,12 @@ from benchmarks.healing import CORPORA, KEPT, Table
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import Menu, Schedule, ScheduleApplier, lagrangian, to_schedule, uniform
 from search.config import Config
-from search.console import Console
-from search.heal_run import Options, heal_subject_
-from search.prior import Prior
-from search.sensitivity import rank_correlation
-from search.subject import Subject
-from search.transfer import exact_schedule
+from search.experiment.experiment import Subject
+from search.healing.run import Options, heal_subject_
+from search.priors.format import Prior
+from search.priors.transfer import exact_schedule
+from search.profiling.sensitivity import rank_correlation
+from search.runtime.console import Console
 
 STATES = ("decomposed", "repaired", "healed")
 SEARCHED = RESULTS / "priors" / "smollm2-135m-instruct-94m.json"

@@ -31,14 +31,14 @@ import torch
 from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import MPOLinear, discover_sites
-from compression.distillation import Head, divergence, labels, likeliest
-from compression.gauge import stored
-from compression.legs import resolve
-from compression.replay import replayed
+from compression.numerics.gauge import stored
+from compression.numerics.legs import resolve
 from compression.sites import dense_weight, find_blocks
-from compression.trainable import captured_head_input, trainable_
-from search.healing import HealingPlan
-from search.models import load_model
+from compression.training.distillation import Head, divergence, labels, likeliest
+from compression.training.replay import replayed
+from compression.training.trainable import captured_head_input, trainable_
+from search.healing.training import HealingPlan
+from search.model.loading import load_model
 
 SIDES = ("fine-tuning", "labels", "distill", "distill, kept targets", "distill, all tokens, kept targets")
 GPU_SIDES = ("fine-tuning", "fine-tuning, replayed", "labels", "distill", "distill, kept targets")

@@ -22,21 +22,21 @@ from compression import Schedule, ScheduleApplier, lagrangian, to_schedule
 from compression.sites import model_parameters
 from compression.size import SizeModel
 from search.config import Config
-from search.console import Console
-from search.corpora import load_prose, regions
-from search.evaluators import Score
-from search.heal_run import Options, heal_subject_
-from search.items import load_proxy, stratified
-from search.packing import packed_text
-from search.quality import Quality
-from search.scoring import Workload
-from search.stages import CHUNK_TOKENS, workload_sequences
-from search.subject import Subject
+from search.data.items import load_proxy, stratified
+from search.data.splits import load_prose, regions
+from search.evaluation.evaluator import Score
+from search.evaluation.packed_sequences import packed_text
+from search.evaluation.quality import Quality
+from search.evaluation.workload import Workload
+from search.experiment.calibration import CHUNK_TOKENS, workload_sequences
+from search.experiment.experiment import Subject
+from search.healing.run import Options, heal_subject_
+from search.runtime.console import Console
 
 KEPT = 0.618
 TASKS = ("arc_easy", "piqa", "sciq", "hellaswag", "boolq", "mmlu")
 CORPORA = {"web": 1, "encyclopedia": 2}
-"""By place among the sources of `search.corpora.load_prose`."""
+"""By place among the sources of `search.data.splits.load_prose`."""
 _SHORT = 30.0
 """Minutes; a longer healing has a bar of its own and a table beside this one."""
 

@@ -27,13 +27,13 @@ from torch import nn
 
 from benchmarks.memory import peak_resident, resident
 from benchmarks.report import Bar, markdown, publish
-from compression.legs import resolve
-from compression.planner import Planner, random_layer
+from compression.layers.planner import Planner, random_layer
+from compression.layers.skeleton import describe
+from compression.numerics.legs import resolve
 from compression.sites import discover_sites, put_modules
-from compression.skeleton import describe
-from search.exporting import export_model, footprint
-from search.latency import Modules, decode, layer_costs, prefill
-from search.models import load_for_use, load_model
+from search.evaluation.latency import Modules, decode, layer_costs, prefill
+from search.export.folder import export_model, footprint
+from search.model.loading import load_for_use, load_model
 
 PREFILL, DECODE = 1.25, 1.0
 _LOADED = "loaded"

@@ -3,9 +3,10 @@
     python -m benchmarks.kv_cache [--quick] [--write] [--contexts 4096 8192] [--kept 0.618] [--texts 2]
 
 The default model, dense with a plain cache, and at the closed-form allocation with a plain one and with one of latents
-(`search.latent_cache`), which keeps χ numbers of k and v instead of all their outputs. Speed is that of a prefill of
-the whole context and of the steps after it; the sides take turns. The KL is that of one pass over held-out encyclopedia
-text, by position; which cache a pass uses does not change it, and by how much the logits of the steps differ is shown.
+(`search.model.latent_cache`), which keeps χ numbers of k and v instead of all their outputs. Speed is that of a
+prefill of the whole context and of the steps after it; the sides take turns. The KL is that of one pass over held-out
+encyclopedia text, by position; which cache a pass uses does not change it, and by how much the logits of the steps
+differ is shown.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from benchmarks.healing import CORPORA
 from benchmarks.report import markdown, publish
 from compression import ScheduleApplier, lagrangian, to_schedule
 from search.config import Config
-from search.corpora import load_prose, regions
-from search.latent_cache import cache_bytes, latent_cache, plain_cache
-from search.sharding import sharing_copy
-from search.subject import Subject
+from search.data.splits import load_prose, regions
+from search.experiment.experiment import Subject
+from search.healing.sharding import sharing_copy
+from search.model.latent_cache import cache_bytes, latent_cache, plain_cache
 
 _STEPS, _ROUNDS = 8, 3
 _PIECE = 512  # positions whose logits are there at once

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from benchmarks.report import Bar, markdown, publish
-from compression.legs import Legs, resolve
-from compression.planner import Planned, Planner, random_layer
-from compression.routes import Plan, Route, modelled, routes
+from compression.layers.planner import Planned, Planner, random_layer
+from compression.layers.routes import Plan, Route, modelled, routes
+from compression.numerics.legs import Legs, resolve
 from compression.sites import Site, discover_sites, put_modules
-from search.latency import decode, prefill, timed
-from search.models import load_model, resolve_device
+from search.evaluation.latency import decode, prefill, timed
+from search.model.loading import load_model, resolve_device
 
 SLOWEST, SPEEDUP = 1.05, 1.25
 _COLD = 1 << 26  # bytes of weights gone through, so that none is in a cache when its turn comes

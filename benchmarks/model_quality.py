@@ -7,7 +7,7 @@ Every variant is the closed-form allocation over its menu, no search. In order, 
 * lowrank: two full factors a site, χ(out + in) parameters, C and G of tokens that count alike: the engine of the first
   issue, the reference of the bars.
 * pivoted: the same matrices without their gauge freedom, χ(out + in − χ) parameters.
-* weighted: tokens weighted in C and G, see `compression.statistics`.
+* weighted: tokens weighted in C and G, see `compression.calibration.statistics`.
 * menu: the lower envelope with fitted MPOs of two cores (balanced legs, and legs that follow the heads).
 * corrected: costs of blocks and families weighed by what backward passes on search text say that they are worth in the
   compressed model, what errors elsewhere add included: the gradient agent, six passes.
@@ -37,17 +37,17 @@ import torch
 from agents import Gradient, Terms
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
-from compression.apply import ScheduleApplier
-from compression.factors import FactorStore
-from compression.repair import repair_
+from compression.decomposition.apply import ScheduleApplier
+from compression.decomposition.factors import FactorStore
+from compression.decomposition.repair import repair_
 from compression.sites import put_modules
 from envs import Problem
 from search.config import Config
-from search.models import head_size
-from search.quality import Quality, paired_kl
-from search.scoring import Workload
-from search.stages import SHRINKAGE, factor_store, workload_sequences
-from search.subject import Subject, load
+from search.evaluation.quality import Quality, paired_kl
+from search.evaluation.workload import Workload
+from search.experiment.calibration import SHRINKAGE, factor_store, workload_sequences
+from search.experiment.experiment import Subject, load
+from search.model.loading import head_size
 
 VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "corrected", "sequential", "repaired", "complete")
 _PASSES = 6

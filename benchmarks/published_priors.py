@@ -19,12 +19,12 @@ from typing import Any
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import model_parameters
 from search.config import Config
-from search.console import Console
-from search.models import resolve_device
-from search.pipeline import run
-from search.prior import Estimate, Prior, PriorScore
-from search.runfolder import PRIOR
-from search.subject import load
+from search.experiment.experiment import load
+from search.model.loading import resolve_device
+from search.pipeline.run import run
+from search.priors.format import Estimate, Prior, PriorScore
+from search.runtime.console import Console
+from search.runtime.run_folder import PRIOR
 
 PRIORS = RESULTS / "priors"
 SIZES = (120, 107, 94)

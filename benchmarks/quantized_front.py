@@ -4,11 +4,11 @@
 
 Three sizes are those of int4 alone with the embedding in 16, 8 and 4 bits. At each, χ alone keeps 16 bits and spends
 the same bytes by the closed form; both chooses for every site between dense and χ in 16, 8 and 4 bits by predicted cost
-(see `compression.byte_menu`), with the embedding in 8, 8 and 4 bits. What a model loses is not what its sites are
-predicted to lose one by one, and for rounding the ratio is another one than for truncation: both are measured once on
-search text, and predictions of rounding are multiplied by their quotient. A fourth point of both has 93 % less bytes
-than the dense model in float32. No search, repair or healing. Bytes are those of all tensors. The default model was
-published in 4 bits and 32 numbers a group, so that int4 loses less on it than on a model of 16 bits.
+(see `compression.allocation.byte_menu`), with the embedding in 8, 8 and 4 bits. What a model loses is not what its
+sites are predicted to lose one by one, and for rounding the ratio is another one than for truncation: both are
+measured once on search text, and predictions of rounding are multiplied by their quotient. A fourth point of both has
+93 % less bytes than the dense model in float32. No search, repair or healing. Bytes are those of all tensors. The
+default model was published in 4 bits and 32 numbers a group, so that int4 loses less on it than on a model of 16 bits.
 
 `--quick` rounds to nearest and measures little text; otherwise errors of rounding are fed back in the metric.
 """
@@ -26,20 +26,20 @@ import torch
 
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import DENSE, Choice, Menu, MPOLinear, Schedule, dense_weight, lagrangian
-from compression.apply import ScheduleApplier
-from compression.byte_menu import PLAIN, ByteMenu, Noise, byte_menu
-from compression.gauge import stored
-from compression.quantizing import GROUP, packed, quantize_
+from compression.allocation.byte_menu import PLAIN, ByteMenu, Noise, byte_menu
+from compression.decomposition.apply import ScheduleApplier
+from compression.layers.quantize import GROUP, packed, quantize_
+from compression.numerics.gauge import stored
+from compression.numerics.whitening import Whitening, shrink
 from compression.sites import Site, put_modules
-from compression.whitening import Whitening, shrink
 from search.config import Config
-from search.exporting import footprint
-from search.models import resolve_device
-from search.quality import Quality
-from search.quantize import ends
-from search.scoring import Workload
-from search.stages import SHRINKAGE
-from search.subject import Subject, load
+from search.evaluation.quality import Quality
+from search.evaluation.workload import Workload
+from search.experiment.calibration import SHRINKAGE
+from search.experiment.experiment import Subject, load
+from search.export.folder import footprint
+from search.export.quantize import ends
+from search.model.loading import resolve_device
 
 _HEADLINE = 0.93
 _ENDS = (16, 8, 4)

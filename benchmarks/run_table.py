@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from search.table import SUMMARY, markdown_table
+from search.reporting.tables import SUMMARY, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run table -->"

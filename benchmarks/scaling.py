@@ -26,11 +26,11 @@ from benchmarks.report import Bar, markdown, publish
 from compression.schedule import Schedule
 from compression.size import Size
 from envs import Problem, Reward, ToyEvaluator, toy_menu
-from search.evaluators import Score
-from search.journal import Journal
-from search.pool import Job, Result
-from search.quality import Quality
-from search.trials import run_agent
+from search.evaluation.evaluator import Score
+from search.evaluation.pool import Job, Result
+from search.evaluation.quality import Quality
+from search.trials.journal import Journal
+from search.trials.loop import run_agent
 
 MODULE = "benchmarks.scaling"
 BLOCKS = 30
@@ -52,14 +52,14 @@ class Timed:
         self.dense = self._score(self.problem.closed_form())
 
     def submit(self, number: int, job: Job) -> None:
-        """See `search.pool.Pool`. Evaluators differ in speed by up to a tenth, so that results overtake each other."""
+        """See `search.evaluation.pool.Pool`. Speeds differ by up to a tenth, so results may overtake each other."""
         now = time.perf_counter()
         spread = 1 + 0.1 * (int(job.schedule.digest[:4], 16) / 0xFFFF - 0.5)
         self.spans.append((now, now + spread * self.seconds))
         heapq.heappush(self._running, (self.spans[-1][1], number, job))
 
     def finished(self) -> tuple[int, Result]:
-        """See `search.pool.Pool`."""
+        """See `search.evaluation.pool.Pool`."""
         end, number, job = heapq.heappop(self._running)
         time.sleep(max(0.0, end - time.perf_counter()))
         start = time.process_time()

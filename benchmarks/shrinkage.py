@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.report import Bar, markdown, publish
 from compression import Site, Statistics, collect, resolve
-from compression.factors import lowrank_cores
+from compression.decomposition.factors import lowrank_cores
+from compression.numerics.whitening import Whitening
 from compression.sites import dense_weight
-from compression.whitening import Whitening
 from search.config import Config
-from search.stages import SHRINKAGE, calibration_batches
-from search.subject import Subject, load
+from search.experiment.calibration import SHRINKAGE, calibration_batches
+from search.experiment.experiment import Subject, load
 
 SHRINKAGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 KEPT = (0.8, 0.5)

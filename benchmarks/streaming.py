@@ -24,10 +24,10 @@ import torch
 from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import FactorCache
-from compression.streaming import BlockShape, footprint
-from search.models import load_model
-from search.random_models import SHAPES
-from search.streaming import StreamedModel, decompose_streamed
+from compression.calibration.streaming import BlockShape, footprint
+from search.model.loading import load_model
+from search.model.random_models import SHAPES
+from search.model.streaming import StreamedModel, decompose_streamed
 
 ROW, BATCH = 128, 256  # tokens
 LLAMA_70B = BlockShape(8192, 28672, 1024, 80, 128256, tied=False, bytes_per_weight=2)

@@ -33,18 +33,18 @@ from compression import (
     collect,
     contract,
     envelope,
-    fit,
     fitted_topologies,
     lagrangian,
     nested_options,
     resolve,
     shrink,
 )
-from compression.factors import lowrank_cores
+from compression.decomposition.factors import lowrank_cores
+from compression.numerics import fit
 from search.config import Config
-from search.models import head_size
-from search.stages import SHRINKAGE, calibration_batches
-from search.subject import Subject, load
+from search.experiment.calibration import SHRINKAGE, calibration_batches
+from search.experiment.experiment import Subject, load
+from search.model.loading import head_size
 
 VARIANTS = ("heads", "mpo2", "shuffled", "ordered", "sum", "mpo3", "mpo3 adapted")
 _ROUNDS = 3  # of the two parts of a sum

@@ -5,8 +5,8 @@
 
 Both ways between two models, by default the default model and Gemma 3 270M. For each: a cold search, from the closed
 form; a warm one with the same agent, budget, seed and data, from the prior that the cold search of the other left;
-and what that prior costs without any evaluation, by either rule of `search.transfer`. Held-out KL of all, and at which
-trial the warm search first had a trial as good as the cold search's best, both by the KL that trials saw.
+and what that prior costs without any evaluation, by either rule of `search.priors.transfer`. Held-out KL of all, and
+at which trial the warm search first had a trial as good as the cold search's best, both by the KL that trials saw.
 
 Every search stands in a folder of its own under `--runs`, and one that is there is not repeated. `--quick` takes two
 tiny random models: it shows that everything works, and nothing about priors.
@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 from agents import SLOPES_COST
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from benchmarks.second_model import second_model
-from search.application import apply
 from search.config import Config
-from search.console import Console
-from search.pipeline import run
-from search.prior import Prior
-from search.runfolder import PRIOR, SUMMARY, TRIALS
-from search.transfer import RULES, Rule
+from search.pipeline.apply import apply
+from search.pipeline.run import run
+from search.priors.format import Prior
+from search.priors.transfer import RULES, Rule
+from search.runtime.console import Console
+from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
 
 QUICK: dict[str, Any] = dict(calibration_tokens=1500, search_items=2, search_text_tokens=128, search_shards=2)
 QUICK |= dict(heldout_tokens=600, report_items=6, budget=8)

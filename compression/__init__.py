@@ -1,23 +1,23 @@
 """The compression engine: MPO fits, metrics, menus, allocation, and applying a schedule to a torch model."""
 
-from compression.allocation import lagrangian, to_schedule, uniform, uniform_schedule
-from compression.apply import ScheduleApplier
-from compression.cache import Bundle, FactorCache, cache_key
-from compression.factors import Factors, FactorStore
-from compression.fit import Fit, fit
-from compression.gauge import PivotedCore, pivot, unpivot
-from compression.heads import HeadLinear, split_heads_
-from compression.knapsack import Allocation, knapsack
-from compression.layers import MPOLinear
-from compression.legs import Legs, balanced, resolve
-from compression.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
-from compression.mpo import contract, contract_with, decompose, truncate, truncation_error_bound
-from compression.planner import Planned, Planner
+from compression.allocation.closed_form import lagrangian, to_schedule, uniform, uniform_schedule
+from compression.allocation.knapsack import Allocation, knapsack
+from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
+from compression.allocation.topologies import fitted_topologies
+from compression.calibration.statistics import Statistics, collect
+from compression.decomposition.apply import ScheduleApplier
+from compression.decomposition.factors import Factors, FactorStore
+from compression.layers.heads import HeadLinear, split_heads_
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.planner import Planned, Planner
+from compression.numerics.cores import contract, contract_with, decompose, truncate, truncation_error_bound
+from compression.numerics.fit import Fit, fit
+from compression.numerics.gauge import PivotedCore, pivot, unpivot
+from compression.numerics.legs import Legs, balanced, resolve
+from compression.numerics.whitening import Whitening, shrink
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site, check_weight, dense_weight, discover_sites, model_bytes, model_parameters
-from compression.statistics import Statistics, collect
-from compression.topologies import fitted_topologies
-from compression.whitening import Whitening, shrink
+from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 
 __all__ = [
     "DENSE",

@@ -22,7 +22,7 @@ class Choice:
     """What one site becomes.
 
     Attributes:
-        topology: "dense", "lowrank", or "mpoN" for N balanced legs (see `compression.legs.resolve`).
+        topology: "dense", "lowrank", or "mpoN" for N balanced legs (see `compression.numerics.legs.resolve`).
         chi: bond dimension, at least 1; 0 for dense.
         metric: the norm in which the cores were fitted: "plain" (Frobenius), "input" (input second moment C),
             "two-sided" (C and the output-gradient second moment G); "none" for dense.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from compression.legs import resolve
+from compression.numerics.legs import resolve
 from compression.schedule import Choice, Schedule
 from compression.sites import Site, model_bytes, model_parameters
 

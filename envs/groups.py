@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compression.menu import Menu
+from compression.allocation.menu import Menu
 from compression.sites import Site
 
 __all__ = ["GRANULARITIES", "Group", "group_sites"]
@@ -27,9 +27,10 @@ class Group:
 def group_sites(menu: Menu, granularity: str) -> tuple[Group, ...]:
     """The groups of a menu: one per block, per family, per block and then per family, per site, or per attention head.
 
-    Heads are found where `compression.heads.split_heads_` cut the attention matrices. The group of a head, such as
-    "block_07_head_02", holds its part of every matrix. Where several heads read the same keys and values, these and all
-    that read them are one group. What belongs to no head is one group of its block, such as "block_07_other".
+    Heads are found where `compression.layers.heads.split_heads_` cut the attention matrices. The group of a head, such
+    as "block_07_head_02", holds its part of every matrix. Where several heads read the same keys and values,
+    these and all that read them are one group. What belongs to no head is one group of its block, such as
+    "block_07_other".
 
     Raises:
         ValueError: no such granularity, or no heads where they are asked for.

@@ -14,11 +14,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from compression.allocation import lagrangian, to_schedule, uniform
-from compression.knapsack import knapsack
-from compression.menu import Menu
+from compression.allocation.closed_form import lagrangian, to_schedule, uniform
+from compression.allocation.knapsack import knapsack
+from compression.allocation.menu import Menu
+from compression.allocation.price_table import Frontier
 from compression.schedule import Schedule
-from envs.frontier import Frontier
 from envs.groups import Group, group_sites
 
 __all__ = ["LEVELS", "OBSERVATION", "REACH", "Problem"]
@@ -159,7 +159,7 @@ class Problem:
         return self.schedule((self.middle,) * self.steps)
 
     def knapsack(self) -> Schedule:
-        """The least predicted cost that the target allows, exactly, convex or not; see `compression.knapsack`."""
+        """The least predicted cost that the target allows, exactly; see `compression.allocation.knapsack`."""
         return to_schedule(self.menu, knapsack(self.menu, self.target_parameters).indices)
 
     def uniform(self) -> Schedule:

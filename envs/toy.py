@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compression.menu import Menu, SiteMenu
+from compression.allocation.menu import Menu, SiteMenu
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site
 from envs.problem import Problem

@@ -16,7 +16,7 @@ import torch
 
 from compression import resolve
 from search.config import Config
-from search.subject import Subject, load
+from search.experiment.experiment import Subject, load
 
 
 def main(words: list[str] | None = None) -> tuple[float, float]:

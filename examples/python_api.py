@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from search.config import Config
-from search.console import Console
-from search.exporting import export_model
-from search.heal_run import Options, heal_folder
-from search.pipeline import run
-from search.profile import Levels, profile
-from search.restored import restore
+from search.export.folder import export_model
+from search.export.restore import restore
+from search.healing.run import Options, heal_folder
+from search.pipeline.run import run
+from search.profiling.sweep import Levels, profile
+from search.runtime.console import Console
 
 
 def main(model: str = "default", out: Path = Path("results/from-python"), minutes: float = 2.0) -> Path:

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from search.commands.exits import DONE, FAILURES, REFUSED, refuse
 from search.config import nearest
-from search.failures import DONE, FAILURES, REFUSED, refuse
-from search.interrupts import guarded
+from search.runtime.signals import guarded
 
 __all__ = ["COMMANDS", "DONE", "FAILURES", "REFUSED", "main"]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from search.strict_json import read_object
+from search.runtime.strict_json import read_object
 
 __all__ = [
     "AFTERWARDS",
@@ -481,7 +481,7 @@ class Config(BaseModel):
         """The fields a resumed run may not change: all but the budget and those that say how, where and to what end.
 
         Nor the prior, which may lie elsewhere by then, and the dtype, which "auto" leaves to the machine: what came of
-        them is what counts, see `search.trials.fingerprint`.
+        them is what counts, see `search.trials.loop.fingerprint`.
         """
         return self.model_dump(exclude=set(_FREE))
 

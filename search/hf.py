@@ -1,7 +1,7 @@
 """The transformers plug-in: `import search.hf`, and `from_pretrained` reads compressed folders, and saves them again.
 
 A compressed folder is an ordinary one whose config.json says in `quantization_config` which modules stand in the place
-of dense ones (see `compression.skeleton`). The architecture and its `model_type` stay what they were.
+of dense ones (see `compression.layers.skeleton`). The architecture and its `model_type` stay what they were.
 
 A process that lacks this plug-in must not fill the missing dense weights with random numbers, which transformers does
 for a method that it does not know. So every compressed matrix has beside its tensors an empty one under the name of the
@@ -9,7 +9,8 @@ dense weight: whoever expects the dense weight finds a wrong shape and raises. T
 and Trainer write, and needs no file name of its own. Each tensor's sha256 stands in the header of its file; names,
 shapes and checksums are verified before any tensor is used.
 
-This module, with what it uses of `compression`, also stands beside the weights as one file: see `search.standalone`.
+This module, with what it uses of `compression`, also stands beside the weights as one file: see
+`search.export.standalone`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compression.layers import MPOLinear
-from compression.merging import merge_
-from compression.packed import PackedLinear, PackedMPO
-from compression.skeleton import describe, put_skeleton_
+from compression.layers.merge import merge_
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.packed import PackedLinear, PackedMPO
+from compression.layers.skeleton import describe, put_skeleton_
 
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register"]
 
@@ -44,7 +45,7 @@ class ChiselConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says of a compressed model.
 
     Args:
-        modules: see `compression.skeleton.describe`.
+        modules: see `compression.layers.skeleton.describe`.
         format: of the folder, at least 1.
 
     Raises:

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from search.benchmarking.tasks import Task
-from search.corpora import assert_disjoint
-from search.items import benchmark_rows, load_mmlu, stratified
-from search.packages import DataUnavailable
+from search.data.items import benchmark_rows, load_mmlu, stratified
+from search.data.packages import DataUnavailable
+from search.data.splits import assert_disjoint
 
 __all__ = ["SOURCES", "Document", "Selection", "always_searched", "hub_rows", "select"]
 
@@ -29,7 +29,7 @@ class Document:
 
     Attributes:
         row: its fields.
-        digest: of its question, see `search.items.Item.digest`.
+        digest: of its question, see `search.data.items.Item.digest`.
         subject: what it is about, "" if unknown.
     """
 
@@ -86,7 +86,7 @@ def select(task: Task, count: int | None, seed: int, searched: frozenset[str], s
 def always_searched() -> frozenset[str]:
     """Digests that any run may have calibrated or searched on: MMLU's dev and validation items.
 
-    Those that also occur in test are never used by a run, see `search.corpora`, and may be reported.
+    Those that also occur in test are never used by a run, see `search.data.splits`, and may be reported.
     """
     tested = {item.digest for item in load_mmlu("test")}
     return frozenset(item.digest for item in load_mmlu("dev", "validation")) - tested
@@ -98,7 +98,7 @@ def hub_rows(task: Task) -> list[Mapping[str, Any]]:
     Raises:
         DataUnavailable: the hub cannot be reached.
     """
-    from search.benchmarking.stock import download
+    from search.benchmarking.lm_eval_tasks import download
 
     try:
         return download(task.hub.path, task.hub.config, task.hub.split)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from search.models import keep_positions, new_cache
-from search.reading import read
+from search.evaluation.logits import read
+from search.model.loading import keep_positions, new_cache
 
 __all__ = ["NonFinite", "generate"]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from search.packing import Packed, packed_item
-from search.scoring import Continuation, Workload
+from search.evaluation.packed_sequences import Packed, packed_item
+from search.evaluation.workload import Continuation, Workload
 
 __all__ = ["continuations", "text_likelihoods"]
 

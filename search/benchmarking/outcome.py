@@ -22,7 +22,7 @@ class Outcome:
 
     Attributes:
         model: its name.
-        model_digest: of what it holds, see `search.models.model_digest`.
+        model_digest: of what it holds, see `search.model.loading.model_digest`.
         task: the task's name.
         items_digest: of the rows in order, see `search.benchmarking.documents.Selection`.
         metric: the figure of the table.

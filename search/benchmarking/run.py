@@ -17,15 +17,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.benchmarking.contestants import Contestant, contestants
+from search.benchmarking.compared_models import Contestant, contestants
 from search.benchmarking.documents import SOURCES, Selection, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
 from search.benchmarking.tasks import named_tasks
 from search.config import nearest
-from search.console import Console
-from search.models import LoadedModel, resolve_device
-from search.packages import cache_folder
-from search.runfolder import (
+from search.data.packages import cache_folder
+from search.model.loading import LoadedModel, resolve_device
+from search.reporting.tables import Column, csv_text, text_table
+from search.runtime.console import Console
+from search.runtime.run_folder import (
     CONFIG,
     RESULTS,
     RunFolder,
@@ -35,7 +36,6 @@ from search.runfolder import (
     refuse_held,
     write_whole,
 )
-from search.table import Column, csv_text, text_table
 
 __all__ = ["BENCHMARKS", "Request", "Result", "benchmark"]
 
@@ -48,13 +48,13 @@ class Request:
     """What is measured.
 
     Attributes:
-        models: words, see `search.benchmarking.contestants.contestants`.
+        models: words, see `search.benchmarking.compared_models.contestants`.
         tasks: names of tasks and groups.
         samples: items of a task, at least 2; None for all.
         schedules: which ones of a run.
         source: of `search.benchmarking.documents.SOURCES`.
         seed: of the sample.
-        device: as for `search.models.resolve_device`.
+        device: as for `search.model.loading.resolve_device`.
         out: folder; None takes the run's own where one run is named, else a new one below results/.
     """
 
@@ -182,8 +182,8 @@ class _Bench:
 
     def _ask(self, blank: Outcome, loaded: LoadedModel, selection: Selection) -> Outcome:
         from search.benchmarking.generation import NonFinite
-        from search.benchmarking.language import LanguageModel
-        from search.benchmarking.stock import Exam
+        from search.benchmarking.lm_eval_model import LanguageModel
+        from search.benchmarking.lm_eval_tasks import Exam
 
         exam = self._exams.get(blank.task) or Exam(selection)
         self._exams[blank.task] = exam

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.config import nearest
-from search.items import Item, read_item
+from search.data.items import Item, read_item
 
 __all__ = ["GROUPS", "TASKS", "Hub", "Task", "named_tasks"]
 

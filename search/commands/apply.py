@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from search.commands.exits import DONE, explain
+from search.commands.flags import Parser, add_fields, configuration, parse, set_threads
 from search.commands.profile import IGNORED
 from search.config import EVALUATORS
-from search.console import Console
-from search.failures import DONE, explain
-from search.flags import Parser, add_fields, configuration, parse, set_threads
-from search.table import text_table
+from search.reporting.tables import text_table
+from search.runtime.console import Console
 
 __all__ = ["run"]
 
@@ -38,16 +38,16 @@ def run(words: list[str]) -> int:
             raise ValueError("prior must be an existing prior.json, got none")
         config = configuration(given)
         set_threads(config)
-        from search.prior import Prior
+        from search.priors.format import Prior
 
         prior = Prior.read(Path(file), clamp)
         if target is None:
             config = configuration({**given, "target_kept": prior.target_kept})
-        from search import application
+        from search.pipeline.apply import apply
 
         with shown:
             path = None if profile is None else Path(profile)
-            folder, rows, notes = application.apply(config, prior, shown, target, rule, measure, path)
+            folder, rows, notes = apply(config, prior, shown, target, rule, measure, path)
     except BaseException as error:
         return explain(error)
     table = f"\n{text_table(rows)}" if rows else ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
-from search.console import Console
-from search.failures import DONE, FAILURES, complain, explain
-from search.flags import Parser, parse
-from search.table import json_text
+from search.commands.exits import DONE, FAILURES, complain, explain
+from search.commands.flags import Parser, parse
+from search.reporting.tables import json_text
+from search.runtime.console import Console
 
 __all__ = ["run"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from search.commands.exits import DONE, explain, resumed
+from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
 from search.config import AFTERWARDS
-from search.console import Console
-from search.failures import DONE, explain, resumed
-from search.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
+from search.runtime.console import Console
 
 __all__ = ["COMPARED", "run"]
 
@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
         names, seeds = given.pop("agents").split(","), whole_numbers("seeds", given.pop("seeds"))
         config = configuration(given)
         set_threads(config)
-        from search import contest
+        from search.comparison import contest
 
         with shown:
             folder, report = contest.compare(config, names, seeds, shown)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
+from search.commands.exits import DONE, refuse
+from search.commands.flags import Parser, parse
 from search.config import nearest
-from search.failures import DONE, refuse
-from search.flags import Parser, parse
 
 __all__ = ["run"]
 
@@ -21,7 +21,7 @@ examples:
 def run(words: list[str]) -> int:
     """Returns the exit code."""
     from search.cli import COMMANDS
-    from search.completion import SHELLS, parser_of, script, words_of
+    from search.commands.shell_scripts import SHELLS, parser_of, script, words_of
 
     parser = Parser(
         prog="search.py completion",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from search.console import Console
-from search.failures import DONE, explain
-from search.flags import Parser, parse
+from search.commands.exits import DONE, explain
+from search.commands.flags import Parser, parse
+from search.runtime.console import Console
 
 __all__ = ["run"]
 
@@ -20,7 +20,7 @@ def run(words: list[str]) -> int:
     given = parse(parser, words)
     try:
         with Console(quiet=given["quiet"]) as shown:
-            from search import packages
+            from search.data import packages
 
             with shown.stage("data"):
                 folder = packages.fetch()

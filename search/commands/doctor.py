@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from search.failures import DONE, PREFLIGHT, explain
-from search.flags import Parser, parse
-from search.table import json_text
+from search.commands.exits import DONE, PREFLIGHT, explain
+from search.commands.flags import Parser, parse
+from search.reporting.tables import json_text
 
 __all__ = ["run"]
 
@@ -31,7 +31,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON instead of lines.")
     given = parse(parser, words)
     try:
-        from search.checkup import checkup
+        from search.commands.machine_check import checkup
 
         findings = checkup()
     except BaseException as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from search.commands.exits import DONE, explain
+from search.commands.flags import Parser, parse
 from search.config import EXPORTS, nearest
-from search.console import Console
-from search.failures import DONE, explain
-from search.flags import Parser, parse
+from search.runtime.console import Console
 
 __all__ = ["run"]
 
@@ -39,8 +39,8 @@ def run(words: list[str]) -> int:
         folder = Path(given["out"] or Path(given["run"]) / given["format"])
         healed = Path(given["healed"]) if given["healed"] else None
         with shown:
-            from search.export_run import Form, export_run
-            from search.runfolder import holding, refuse_used
+            from search.export.run import Form, export_run
+            from search.runtime.run_folder import holding, refuse_used
 
             refuse_used(folder)
             form = Form(given["format"], given["dtype"], given["quantize"], given["state"], given["device"])

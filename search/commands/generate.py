@@ -6,12 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from search.console import Console
-from search.failures import DONE, explain
-from search.flags import Parser, parse
+from search.commands.exits import DONE, explain
+from search.commands.flags import Parser, parse
+from search.runtime.console import Console
 
 if TYPE_CHECKING:
-    from search.chat import Chat
+    from search.model.chat import Chat
 
 __all__ = ["run"]
 
@@ -32,8 +32,8 @@ def run(words: list[str]) -> int:
         with shown, shown.stage("load"):
             import torch
 
-            from search.chat import Chat
-            from search.models import load_for_use
+            from search.model.chat import Chat
+            from search.model.loading import load_for_use
 
             torch.manual_seed(given["seed"])
             loaded = load_for_use(given["model"], given["device"])

@@ -7,13 +7,13 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.console import Console
-from search.failures import DONE, FAILURES, complain, explain
-from search.flags import Parser, parse
-from search.table import text_table
+from search.commands.exits import DONE, FAILURES, complain, explain
+from search.commands.flags import Parser, parse
+from search.reporting.tables import text_table
+from search.runtime.console import Console
 
 if TYPE_CHECKING:
-    from search.heal_run import HealedRun
+    from search.healing.run import HealedRun
 
 __all__ = ["run"]
 
@@ -37,22 +37,21 @@ def run(words: list[str]) -> int:
     """Returns the exit code."""
     given = parse(_parser(), words)
     try:
-        from search import heal_export, heal_run
-        from search.models import is_compressed
-        from search.processes import Processes
+        from search.export.heal_folder import heal_export
+        from search.healing.run import Options, heal_folder
+        from search.model.loading import is_compressed
+        from search.runtime.distributed import Processes
 
         first = Processes.is_first()
         shown = Console(quiet=given["quiet"] or not first)
         source = Path(given["run"])
-        options = heal_run.Options(
-            **{key: value for key, value in given.items() if key not in ("quiet", "run", "model")}
-        )
+        options = Options(**{key: value for key, value in given.items() if key not in ("quiet", "run", "model")})
         exported = is_compressed(source)
         with shown:
             if exported:
-                result = heal_export.heal_export(source, given["model"], options, shown)
+                result = heal_export(source, given["model"], options, shown)
             else:
-                result = heal_run.heal_folder(source, options, shown)
+                result = heal_folder(source, options, shown)
         Processes.end()
     except BaseException as error:
         return explain(error, ["heal", *words])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from search.commands.exits import DONE, REFUSED, complain, explain, refuse
+from search.commands.flags import Parser, parse
 from search.config import nearest
-from search.failures import DONE, REFUSED, complain, explain, refuse
-from search.flags import Parser, parse
 
 __all__ = ["run"]
 
@@ -37,8 +37,8 @@ def run(words: list[str]) -> int:
 
 
 def _act(action: str, files: list[Path], clamp: bool) -> int:
-    from search.prior import Prior
-    from search.prior_text import diff_text, show_text
+    from search.priors.format import Prior
+    from search.priors.text import diff_text, show_text
 
     if action == "schema":
         print(Prior.published_schema(), end="")
@@ -52,7 +52,7 @@ def _act(action: str, files: list[Path], clamp: bool) -> int:
 
 def _validate(files: list[Path], clamp: bool) -> int:
     """All files are looked at, whatever is wrong with the first."""
-    from search.prior import Prior
+    from search.priors.format import Prior
 
     code = DONE
     for file in files:

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
+from search.commands.exits import DONE, explain, resumed
+from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
 from search.config import AFTERWARDS
-from search.console import Console
-from search.failures import DONE, explain, resumed
-from search.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
+from search.runtime.console import Console
 
 __all__ = ["IGNORED", "levels_text", "run"]
 
@@ -53,17 +53,17 @@ def run(words: list[str]) -> int:
     try:
         config = configuration(given)
         set_threads(config)
-        from search import profile
+        from search.profiling import sweep
 
         levels = None
         if chi is not None or fractions is not None:
-            levels = profile.Levels(
-                profile.CHI if chi is None else tuple(levels_text("chi", chi, int)),
-                profile.FRACTIONS if fractions is None else tuple(levels_text("fractions", fractions, float)),
+            levels = sweep.Levels(
+                sweep.CHI if chi is None else tuple(levels_text("chi", chi, int)),
+                sweep.FRACTIONS if fractions is None else tuple(levels_text("fractions", fractions, float)),
             )
         with shown:
             sizes = [text and whole_numbers(name, text)[0] for name, text in (("tokens", tokens), ("context", context))]
-            folder, text = profile.profile(config, levels, sizes[0], shown, sizes[1])
+            folder, text = sweep.profile(config, levels, sizes[0], shown, sizes[1])
     except BaseException as error:
         return explain(error, resumed(shown.folder, "profile"))
     print(f"{text}\n{folder}")

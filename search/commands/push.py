@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from search.console import Console
-from search.failures import DONE, explain
-from search.flags import Parser, parse
+from search.commands.exits import DONE, explain
+from search.commands.flags import Parser, parse
+from search.runtime.console import Console
 
 __all__ = ["run"]
 
@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     given = parse(parser, words)
     try:
         with Console(quiet=given["quiet"]) as shown, shown.stage("push"):
-            from search.hub import push
+            from search.data.hub import push
 
             address = push(Path(given["folder"]), given["repository"], public=given["public"])
     except BaseException as error:

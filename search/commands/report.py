@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from search.failures import DONE, explain
-from search.flags import Parser, parse
+from search.commands.exits import DONE, explain
+from search.commands.flags import Parser, parse
 
 __all__ = ["run"]
 
@@ -25,8 +25,8 @@ def run(words: list[str]) -> int:
     given = parse(_parser(), words)
     folders = [Path(name) for name in given["runs"]]
     try:
-        from search.report import REPORT, report
-        from search.runfolder import holding, write_whole
+        from search.reporting.run_report import REPORT, report
+        from search.runtime.run_folder import holding, write_whole
 
         target = Path(given["out"]) if given["out"] else (folders[0] if len(folders) == 1 else Path()) / REPORT
         text = report(folders)

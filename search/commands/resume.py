@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from search.commands.flags import Parser, parse
 from search.commands.search import add_flags, start
-from search.flags import Parser, parse
 
 __all__ = ["run"]
 

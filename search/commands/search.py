@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from search.console import Console
-from search.failures import DONE, FAILURES, complain, explain, resumed
-from search.flags import Parser, add_fields, configuration, parse, set_threads
-from search.table import json_text, lines_text, text_table
+from search.commands.exits import DONE, FAILURES, complain, explain, resumed
+from search.commands.flags import Parser, add_fields, configuration, parse, set_threads
+from search.reporting.tables import json_text, lines_text, text_table
+from search.runtime.console import Console
 
 __all__ = ["Summary", "add_flags", "run", "start"]
 
@@ -50,7 +50,7 @@ exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finis
 
 
 class Summary(Protocol):
-    """What `search.pipeline.run` gives back."""
+    """What `search.pipeline.run.run` gives back."""
 
     @property
     def folder(self) -> Path:
@@ -58,7 +58,7 @@ class Summary(Protocol):
 
     @property
     def rows(self) -> Sequence[Mapping[str, object]]:
-        """The final table, with the keys of `search.table.SUMMARY`."""
+        """The final table, with the keys of `search.reporting.tables.SUMMARY`."""
 
     @property
     def failures(self) -> int:
@@ -91,17 +91,19 @@ def start(given: dict[str, Any]) -> int:
     try:
         config = configuration(given)
         set_threads(config)
-        from search import dry_run, finish, pipeline
+        from search.pipeline.dry_run import plan
+        from search.pipeline.finish import finish
+        from search.pipeline.run import run
 
         if dry:
-            plan: Mapping[str, object] = dry_run.plan(config)
-            print(json_text(plan) if as_json else lines_text(plan))
+            planned: Mapping[str, object] = plan(config)
+            print(json_text(planned) if as_json else lines_text(planned))
             return DONE
         with shown:
-            summary: Summary = pipeline.run(config, shown)
+            summary: Summary = run(config, shown)
         print(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}")
         with shown:
-            more = finish.finish(summary.folder, config, shown)
+            more = finish(summary.folder, config, shown)
     except BaseException as error:
         return explain(error, resumed(shown.folder))
     if not as_json:

@@ -1,0 +1,185 @@
+"""Menus: per site, the options to choose from, with what each costs in parameters, arithmetic and predicted quality.
+
+NumPy values only; where the predicted costs come from is the business of `compression.decomposition.factors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compression.numerics.legs import resolve
+from compression.schedule import DENSE, Choice
+from compression.sites import Site
+
+__all__ = [
+    "Menu",
+    "Option",
+    "SiteMenu",
+    "aligned",
+    "convex_hull",
+    "dense_menu",
+    "envelope",
+    "nested_options",
+    "worth_their_time",
+]
+
+_FEWEST = 8  # options of a site
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMenu:
+    """Options of one site in ascending order of parameters; the last one is dense with cost 0.
+
+    Attributes:
+        choices: the options.
+        parameters: entries stored, int64, strictly ascending.
+        cost: predicted KL to the dense model in nats per token, float64, never negative.
+        multiply_adds: per token, int64, when the cores are contracted with the activations.
+    """
+
+    site: Site
+    choices: tuple[Choice, ...]
+    parameters: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    multiply_adds: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if not len(self.choices) == len(self.parameters) == len(self.cost) == len(self.multiply_adds):
+            raise ValueError(f"menu of {self.site.name}: every option needs parameters, cost and multiply-adds")
+        if not self.choices[-1].is_dense or self.cost[-1] != 0:
+            raise ValueError(f"menu of {self.site.name}: the last option must be dense at cost 0")
+        if not np.isfinite(self.cost).all() or (self.cost < 0).any():
+            raise ValueError(f"menu of {self.site.name}: costs must be finite and not negative")
+        if (np.diff(self.parameters) <= 0).any():
+            raise ValueError(f"menu of {self.site.name}: options must ascend strictly in parameters")
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """The menus of all sites of a model, in discovery order."""
+
+    sites: tuple[SiteMenu, ...]
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        """Entries of all sites when everything stays dense."""
+        return sum(int(menu.parameters[-1]) for menu in self.sites)
+
+    @cached_property
+    def smallest_parameters(self) -> int:
+        """Entries of all sites when every site takes its smallest option."""
+        return sum(int(menu.parameters[0]) for menu in self.sites)
+
+    def parameters(self, indices: NDArray[np.int64]) -> int:
+        """Entries of all sites under one option index per site."""
+        return sum(int(menu.parameters[index]) for menu, index in zip(self.sites, indices, strict=True))
+
+    def cost(self, indices: NDArray[np.int64]) -> float:
+        """Sum of the predicted costs under one option index per site, in nats per token."""
+        return sum(float(menu.cost[index]) for menu, index in zip(self.sites, indices, strict=True))
+
+
+def dense_menu(site: Site) -> SiteMenu:
+    """Menu of a site that can only stay dense."""
+    size = np.array([site.parameters], dtype=np.int64)
+    return SiteMenu(site, (DENSE,), parameters=size, cost=np.zeros(1), multiply_adds=size)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice for one site with its predicted cost in nats per token."""
+
+    choice: Choice
+    cost: float
+
+
+def nested_options(
+    topology: str, metric: str, spectrum: NDArray[np.float64], site: Site, max_chi: int | None = None
+) -> list[Option]:
+    """`topology` at every χ that saves parameters, where one decomposition serves them all.
+
+    Args:
+        spectrum: singular values of the whitened matrix, descending. The cost of χ is ½ Σ_{i>χ} σ_i², which is
+            ½·tr(G E C Eᵀ) when the matrix was whitened by C and G: the second-order KL of the error E under the
+            Kronecker-factored Fisher metric (Martens & Grosse 2015, eq. 3).
+        max_chi: largest χ offered, at most what `spectrum` tells apart.
+    """
+    legs = resolve(topology, site.out_features, site.in_features)
+    tail = 0.5 * np.append(np.cumsum(np.square(spectrum[::-1]))[::-1], 0.0)
+    last = min(legs.break_even_chi, max_chi or len(spectrum))
+    return [Option(Choice(topology, chi, metric), float(tail[chi])) for chi in range(1, last + 1)]
+
+
+def envelope(site: Site, options: Iterable[Option]) -> SiteMenu:
+    """Menu of the options that no other one beats: dense, and each that costs less than all with as few parameters."""
+    options = tuple(options)
+    names = {option.choice.topology for option in options}
+    legs = {name: resolve(name, site.out_features, site.in_features) for name in names}
+    sized = [(legs[option.choice.topology].parameters(option.choice.chi), option) for option in options]
+    kept: list[tuple[int, Option]] = []
+    for size, option in sorted(sized, key=lambda pair: (pair[0], pair[1].cost, pair[1].choice.topology)):
+        if size < site.parameters and (not kept or (size > kept[-1][0] and option.cost < kept[-1][1].cost)):
+            kept.append((size, option))
+    arithmetic = [
+        min(site.parameters, legs[option.choice.topology].multiply_adds(option.choice.chi)) for _, option in kept
+    ]
+    return SiteMenu(
+        site=site,
+        choices=(*(option.choice for _, option in kept), DENSE),
+        parameters=np.array([*(size for size, _ in kept), site.parameters], dtype=np.int64),
+        cost=np.array([*(option.cost for _, option in kept), 0.0], dtype=np.float64),
+        multiply_adds=np.array([*arithmetic, site.parameters], dtype=np.int64),
+    )
+
+
+def worth_their_time(menu: Menu, burdens: Sequence[NDArray[np.float64]]) -> Menu:
+    """The menu without options that no price of a parameter makes best once every option bears a burden too.
+
+    What is left are, per site, the vertices of the lower convex hull of cost plus burden over parameters, and always
+    the first and the last option. Costs stay what they are: an allocation over the thinner menu needs to know nothing
+    of time, and hardly loses on one over both (a large burden leaves dense and few χ, where a factor pays).
+
+    Args:
+        burdens: per site, what each option costs besides quality, in the unit of the costs.
+    """
+    sites = []
+    for options, burden in zip(menu.sites, burdens, strict=True):
+        kept = sorted({0, *convex_hull(options.parameters, options.cost + burden), len(options.choices) - 1})
+        sites.append(_only(options, kept))
+    return Menu(tuple(sites))
+
+
+def aligned(menu: Menu, entries: int) -> Menu:
+    """The menu without bond dimensions that are no multiple of `entries`, whose products take longer for their size.
+
+    The first and the last option of a site stay, and so do all of a site that would keep less than eight.
+    """
+    sites = []
+    for options in menu.sites:
+        ends = (0, len(options.choices) - 1)
+        kept = [i for i, choice in enumerate(options.choices) if i in ends or choice.chi % entries == 0]
+        sites.append(options if len(kept) < _FEWEST else _only(options, kept))
+    return Menu(tuple(sites))
+
+
+def _only(options: SiteMenu, kept: list[int]) -> SiteMenu:
+    choices = tuple(options.choices[index] for index in kept)
+    figures = {name: getattr(options, name)[kept] for name in ("parameters", "cost", "multiply_adds")}
+    return replace(options, choices=choices, **figures)
+
+
+def convex_hull(x: NDArray[np.int64], y: NDArray[np.float64]) -> list[int]:
+    """Indices of the vertices of the lower convex hull of y over x, ascending in x as x is."""
+    hull: list[int] = []
+    for index in range(len(x)):
+        while len(hull) >= 2 and (y[index] - y[hull[-2]]) * (x[hull[-1]] - x[hull[-2]]) <= (
+            y[hull[-1]] - y[hull[-2]]
+        ) * (x[index] - x[hull[-2]]):
+            hull.pop()
+        hull.append(index)
+    return hull

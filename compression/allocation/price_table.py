@@ -1,0 +1,103 @@
+"""Frontier: what every site keeps and costs at every price of a parameter.
+
+NumPy only. A price λ (nats per parameter) decides each site alone: the option with the least cost + λ·parameters.
+Tabulated once on a grid of log prices, so that the outcome of thousands of allocations can be forecast without running
+one. Forecasts are features and explanations; schedules always come from the exact
+`compression.allocation.closed_form.lagrangian`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compression.allocation.menu import Menu
+
+__all__ = ["Frontier"]
+
+_SPAN = 5.0  # the grid reaches this far, in log price, to both sides of the closed-form price
+_CELLS = 500
+_HALVINGS = 12  # of the grid: 10 / 2^12 is finer than a cell
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Tables over (sites, grid cells), prices ascending.
+
+    Attributes:
+        log_price: logarithm of the closed-form price λ*: the dearest at which the whole menu still meets the target, to
+            1e-9.
+        parameters: parameters of the option each site takes at a price.
+        cost: predicted KL of that option, nats per token.
+    """
+
+    target_parameters: int
+    log_price: float
+    grid: NDArray[np.float64]
+    parameters: NDArray[np.float64]
+    cost: NDArray[np.float64]
+
+    @classmethod
+    def build(cls, menu: Menu, target_parameters: int) -> Frontier:
+        """Tabulate `menu` around the price at which it keeps `target_parameters`."""
+        most = max(len(site.choices) for site in menu.sites)
+        parameters = np.zeros((len(menu.sites), most))
+        cost = np.full((len(menu.sites), most), np.inf)
+        for row, site in enumerate(menu.sites):
+            parameters[row, : len(site.choices)] = site.parameters
+            cost[row, : len(site.choices)] = site.cost
+        rows = np.arange(len(menu.sites))
+
+        def options(log_price: float) -> NDArray[np.int64]:
+            taken: NDArray[np.int64] = np.argmin(cost + np.exp(log_price) * parameters, axis=1)
+            return taken
+
+        slopes = [-np.diff(site.cost) / np.diff(site.parameters) for site in menu.sites if len(site.choices) > 1]
+        positive = np.concatenate([slope[slope > 0] for slope in slopes] or [np.ones(1)])
+        low = high = 0.0
+        if len(positive):
+            low, high = float(np.log(positive.min())) - 1.0, float(np.log(positive.max())) + 1.0
+        while high - low > 1e-9 * max(1.0, abs(high)):
+            middle = (low + high) / 2
+            if parameters[rows, options(middle)].sum() > target_parameters:
+                low = middle
+            else:
+                high = middle
+        grid = high + np.linspace(-_SPAN, _SPAN, _CELLS)
+        taken = np.stack([options(float(price)) for price in grid], axis=1)
+        return cls(
+            target_parameters=target_parameters,
+            log_price=high,
+            grid=grid,
+            parameters=np.take_along_axis(parameters, taken, axis=1),
+            cost=np.take_along_axis(cost, taken, axis=1),
+        )
+
+    def kept(self, sites: NDArray[np.int64], offsets: NDArray[np.float64]) -> float:
+        """Parameters that `sites` keep together when their costs weigh exp(offsets) at the closed-form price."""
+        return float(self.parameters[sites, self._cell(self.log_price - offsets)].sum())
+
+    def costs(self, log_weights: NDArray[np.float64], dense: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Predicted KL of every site, (n, sites) in nats per token, at the price that meets the target.
+
+        Args:
+            log_weights: (n, sites), n allocations at once.
+            dense: (n, sites), sites that stay dense at cost 0.
+        """
+        sites = np.arange(log_weights.shape[1])
+        full = self.parameters.max(axis=1)
+        low, high = np.full(len(log_weights), self.grid[0]), np.full(len(log_weights), self.grid[-1])
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            taken = self.parameters[sites, self._cell(middle[:, None] - log_weights)]
+            over = np.where(dense, full, taken).sum(axis=1) > self.target_parameters
+            low, high = np.where(over, middle, low), np.where(over, high, middle)
+        cost: NDArray[np.float64] = self.cost[sites, self._cell(high[:, None] - log_weights)]
+        return np.where(dense, 0.0, cost)
+
+    def _cell(self, log_price: NDArray[np.float64]) -> NDArray[np.int64]:
+        width = self.grid[1] - self.grid[0]
+        cell: NDArray[np.int64] = np.clip(np.rint((log_price - self.grid[0]) / width), 0, _CELLS - 1).astype(np.int64)
+        return cell

@@ -1,0 +1,255 @@
+"""Statistics: second moments of what flows into and back out of every site, streamed over calibration text.
+
+With x the input of a site and g the gradient, with respect to its output, of the log-likelihood of a token sampled from
+the model itself, the Fisher information of its weight is the mean of (g xᵀ) ⊗ (g xᵀ), and the KL that an error E costs
+is near ½ of the mean of (gᵀ E x)². C and G are its Kronecker factors: ½·tr(G E C Eᵀ) predicts the cost.
+
+Were x and g independent, C = mean of x xᵀ and G = mean of g gᵀ would do (Martens & Grosse 2015). They are not: a token
+whose x is huge may hardly matter. Given such moments of a first pass, a second one counts each token in C by gᵀG⁻¹g and
+in G by xᵀC⁻¹x, over their means in a batch: a step of the flip-flop iteration for a Kronecker covariance (Dutilleul
+1999) but for the scale. The text must be the same: on other text than the moments are of, gradients have tails so heavy
+that a few tokens would count for all.
+
+Knows torch modules and token batches; no tokenizer, no file. One forward and one backward pass per batch, no weight
+gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from compression.numerics.whitening import shrink
+from compression.sites import Site
+from compression.storage.factor_cache import Bundle
+
+__all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
+
+_SKETCH = 64  # random directions in which xᵀC⁻¹x is estimated, with a relative standard error of √(2/64)
+_SHRINKAGE = 0.003  # of the moments that weights are made of
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Second moments of every site, float32, symmetric positive semidefinite.
+
+    Attributes:
+        inputs: C (in, in) by site name.
+        input_of: the first site that reads the same input, by site name; q, k and v share one.
+        gradients: G (out, out) by site name.
+        tokens: number of tokens averaged over.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    input_of: Mapping[str, str]
+    gradients: Mapping[str, torch.Tensor]
+    tokens: int
+
+    def input(self, name: str) -> torch.Tensor:
+        """C (in, in) of a site. Raises ValueError if it was not collected or is not finite."""
+        return _checked(name, "inputs", self.inputs.get(name))
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """G (out, out) of a site. Raises ValueError if it was not collected or is not finite."""
+        return _checked(name, "gradients", self.gradients.get(name))
+
+    def to_bundle(self) -> Bundle:
+        """As named tensors with metadata, for the cache."""
+        tensors = {f"input/{name}": moment for name, moment in self.inputs.items()}
+        tensors |= {f"gradient/{name}": moment for name, moment in self.gradients.items()}
+        return Bundle(tensors, {"input_of": json.dumps(dict(self.input_of)), "tokens": str(self.tokens)})
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> Statistics:
+        """Inverse of `to_bundle`."""
+        table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}}
+        for key, moment in bundle.tensors.items():
+            kind, name = key.split("/", 1)
+            table[kind][name] = moment
+        input_of = json.loads(bundle.metadata["input_of"])
+        return cls(table["input"], input_of, table["gradient"], int(bundle.metadata["tokens"]))
+
+
+def collect(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    generator: torch.Generator,
+    progress: Callable[[int], None] = lambda tokens: None,
+    first: Statistics | None = None,
+) -> Statistics:
+    """Stream C and G of every site that can be tensorized.
+
+    Args:
+        model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary); has
+            `get_input_embeddings()`. Its parameters must not require gradients.
+        batches: (input_ids, mask) pairs, each (batch, length), int64 and bool, on the model's device; masked-out
+            positions (right padding) count nowhere.
+        generator: draws the sampled tokens; on the model's device.
+        progress: called with the number of tokens done after each batch.
+        first: of an earlier pass over the same batches, to weight tokens by; None counts all alike.
+
+    Raises:
+        ValueError: no token at all; or, by name, a site whose statistics are not finite, that the text never reaches,
+            that the prediction does not depend on, or that does not read one row a token.
+    """
+    accumulator = MomentAccumulator(model, sites, first)
+    with accumulator:
+        for input_ids, mask in batches:
+            accumulator.expect(mask)
+            logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
+            logits.backward(sampled_gradient(logits.detach(), mask, generator))
+            progress(accumulator.count())
+    return accumulator.result()
+
+
+def sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gradient of Σ −log p(sampled token) with respect to the logits: softmax minus one-hot, zero where masked out."""
+    gradient = torch.softmax(logits.float(), dim=-1)
+    cumulative = gradient.cumsum(-1)
+    uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device)
+    threshold = (uniform * cumulative[..., -1]).unsqueeze(-1)
+    sampled = torch.searchsorted(cumulative, threshold).clamp_(max=logits.shape[-1] - 1)
+    gradient.scatter_add_(-1, sampled, -torch.ones_like(threshold))
+    return gradient.mul_(mask.unsqueeze(-1)).to(logits.dtype)
+
+
+class MomentAccumulator:
+    """Hooks on the sites of a model while it runs forward and backward; sums of outer products.
+
+    Args:
+        first: moments to weight tokens by, see the module.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], first: Statistics | None = None) -> None:
+        self.model = model
+        self.sites = [site for site in sites if not site.dense_because]
+        self.tokens = 0
+        self._mask = torch.empty(0)
+        self._full = False  # whether the mask leaves nothing out
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._input_of: dict[str, str] = {}  # site -> site whose input it shares
+        self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # site -> of C⁻¹ (in, 64) and G⁻¹ (out, 64)
+        if first is not None:
+            for site in self.sites:
+                device = next(model.get_submodule(site.name).parameters()).device
+                inputs, gradients = first.input(site.name).to(device), first.gradient(site.name).to(device)
+                self._sketches[site.name] = _sketch(inputs), _sketch(gradients)
+        self._last: tuple[str, torch.Tensor] | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def expect(self, mask: torch.Tensor) -> None:
+        """Before a batch: which of its positions count, bool (batch, length)."""
+        self._mask, self._full = mask, bool(mask.all())
+
+    def count(self) -> int:
+        """After a batch has run backward: tokens so far."""
+        self.tokens, self._last = self.tokens + int(self._mask.sum()), None
+        return self.tokens
+
+    def __enter__(self) -> MomentAccumulator:
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        self._hooks.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()))
+        for site in self.sites:
+            module = self.model.get_submodule(site.name)
+            self._hooks.append(module.register_forward_hook(self._forward_hook(site.name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._last = None
+
+    def result(self) -> Statistics:
+        if self.tokens == 0:
+            raise ValueError("no calibration token: statistics need at least one")
+        for site in self.sites:
+            if site.name not in self._input_of:
+                raise ValueError(f"site {site.name}: never reached by the calibration text; it cannot be calibrated")
+            if site.name not in self._gradients:
+                raise _not_differentiable(site.name)
+        for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
+            for site in self.sites:
+                _checked(site.name, kind, _mirror_upper_(table[site.name].div_(self.tokens)))
+        return Statistics(self._inputs, self._input_of, self._gradients, self.tokens)
+
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not args or args[0].shape[:-1].numel() != self._mask.numel():
+                read = f"shape {tuple(args[0].shape)}" if args else "a keyword argument"
+                raise ValueError(f"site {name}: must read one row a token to be calibrated, reads {read}")
+            if not output.requires_grad:
+                raise _not_differentiable(name)
+            shared = self._last is not None and self._last[1] is args[0]
+            source = self._last[0] if self._last is not None and shared else name
+            self._last = (source, args[0])
+            if self._input_of.setdefault(name, source) != source:
+                raise ValueError(f"site {name} does not read the same input in every pass; it cannot be calibrated")
+            output.register_hook(partial(self._add, name, args[0].detach()))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        both = [values.reshape(-1, values.shape[-1]) for values in (inputs, gradients)]
+        rows = [(values if self._full else values[self._mask.flatten()]).float() for values in both]
+        weights = [torch.ones(len(values), device=values.device) for values in rows]
+        if name in self._sketches:
+            weights = [_weights(*pair) for pair in zip(rows, self._sketches[name], strict=True)]
+        for table, values, weight in zip((self._inputs, self._gradients), rows, reversed(weights), strict=True):
+            if name not in table:
+                table[name] = torch.zeros(values.shape[1], values.shape[1], device=values.device)
+            _add_upper_gram_(table[name], values, weight)
+
+
+def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:
+    """The moment of a site, if it is there and finite."""
+    if moment is None:
+        raise ValueError(f"site {name}: no second moment of its {kind} was collected")
+    if not torch.isfinite(moment).all():
+        raise ValueError(f"site {name}: the second moment of its {kind} has NaN or infinite entries")
+    return moment
+
+
+def _not_differentiable(name: str) -> ValueError:
+    return ValueError(f"site {name}: no gradient of the prediction reaches it; it cannot be calibrated")
+
+
+def _sketch(moment: torch.Tensor) -> torch.Tensor:
+    """P (d, 64) with E‖Pᵀx‖² = xᵀM⁻¹x / d over the random directions, for a moment M (d, d)."""
+    size, generator = len(moment), torch.Generator(device=moment.device).manual_seed(0)
+    factor = torch.linalg.cholesky(shrink(moment, _SHRINKAGE))
+    directions = torch.randn(size, _SKETCH, generator=generator, device=moment.device, dtype=factor.dtype)
+    solved = torch.linalg.solve_triangular(factor.mT, directions, upper=True)
+    sketch: torch.Tensor = (solved / math.sqrt(size * _SKETCH)).float()
+    return sketch
+
+
+def _weights(rows: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
+    """xᵀM⁻¹x / d, near enough, for every row x (n, d), over its mean."""
+    result: torch.Tensor = (rows @ sketch).square().sum(1)
+    weights: torch.Tensor = result / result.mean().clamp_min(torch.finfo(result.dtype).tiny)
+    return weights
+
+
+def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> None:
+    """Add the upper block triangle of Σ w·x xᵀ over `rows` (n, d) to `total` (d, d): 5/8 of the full product."""
+    weighted = rows * weights[:, None]
+    width = rows.shape[1]
+    step = max(64, -(-width // 4))
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        total[start:stop, start:].addmm_(weighted[:, start:stop].T, rows[:, start:])
+
+
+def _mirror_upper_(total: torch.Tensor) -> torch.Tensor:
+    """Make a matrix whose upper triangle is filled symmetric; returns it."""
+    upper = total.triu(1)
+    mirrored: torch.Tensor = total.triu_().add_(upper.T)
+    return mirrored

@@ -1,0 +1,306 @@
+"""Repair: the sites of a schedule fitted one after another to what earlier ones have become, without training.
+
+Knows a model of consecutive blocks, token batches and statistics; no file.
+
+Decomposing every site for itself assumes that its input stays what it was. Here the blocks are walked in order and in
+a block the groups of sites that read the same input. Each group sees the input x̂ that the already compressed sites give
+it, and aims at what the dense model has at that place: its own output W x, or, where it writes to the residual stream,
+the stream of the dense model behind it, so that it makes up for what the stream has lost before. Both are linear least
+squares with the solution
+
+    W* = W + α·E[(y − W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ·I)⁻¹,    y the target.
+
+Most of the residual y − W x̂ cannot be told from x̂, and from a limited text a correction learns noise. The ridge λ and
+the share α in [0, 1] are therefore those with which a correction from one half of the sequences helps most on the
+other half, in the metric of the gradient moment G; a site without a correction that helps keeps W. W* is then
+decomposed in the metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], C being that of the dense input x from the statistics: they
+are of more text, and weight its tokens, and where little deviates the moment of x̂ alone does harm. A site that stays
+dense takes W* itself: repaired at no parameter. Matching dense outputs from compressed inputs goes back to the
+layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from compression.calibration.blocks import Batch, Block, record_blocks
+from compression.calibration.statistics import Statistics
+from compression.decomposition.factors import lowrank_cores
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.routes import is_lowrank
+from compression.numerics.fit import fit
+from compression.numerics.gauge import stored
+from compression.numerics.legs import resolve
+from compression.numerics.whitening import Whitening, shrink
+from compression.schedule import Choice, Schedule
+from compression.sites import Site, dense_weight, put_modules
+
+__all__ = ["repair_"]
+
+_FOLDS = 2
+_RIDGES = (0.003, 0.03, 0.3)
+"""In units of the mean of the diagonal of E[x̂ x̂ᵀ]."""
+
+
+@torch.no_grad()
+def repair_(
+    model: nn.Module,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    statistics: Statistics,
+    batches: Sequence[Batch],
+    shrinkage: float,
+    correct: bool = True,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Mapping[str, nn.Module]:
+    """Compress `model` in place along `schedule`, block by block.
+
+    Args:
+        model: dense; maps `input_ids` and `attention_mask` to logits, without gradients.
+        statistics: of the dense model.
+        batches: (input_ids, mask) as for `compression.calibration.statistics.collect`, two sequences or more; their
+            hidden states stay in memory twice, in float32. All tokens count alike.
+        shrinkage: of the moments, see `compression.numerics.whitening.shrink`.
+        correct: whether W is replaced by W*; if not, W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
+            calibration).
+        progress: called with the number of blocks done.
+
+    Returns:
+        The modules that were taken out, by site name; putting them back restores the dense model. On an error they are
+        put back.
+
+    Raises:
+        ValueError: a site is compressed already, there are fewer than two sequences, or a fit does (see
+            `compression.numerics.fit`).
+    """
+    if sum(len(ids) for ids, _ in batches) < _FOLDS:
+        raise ValueError(f"repair needs {_FOLDS} sequences of calibration text or more")
+    free = [site for site in sites if not site.dense_because]
+    masks = [mask for _, mask in batches]
+    taken = {site.name: model.get_submodule(site.name) for site in free}
+    if compressed := [name for name, module in taken.items() if isinstance(module, MPOLinear)]:
+        raise ValueError(f"site {compressed[0]} is compressed already; repair starts from the dense model")
+    numbers = range(min(site.block for site in sites), 1 + max(site.block for site in sites))
+    prefix = sites[0].name.split(f".{sites[0].block}.")[0]
+    blocks, first = record_blocks(model, [f"{prefix}.{number}" for number in numbers], batches)
+    dense_states: Sequence[torch.Tensor] = first
+    states: Sequence[torch.Tensor] = first
+    try:
+        for done, (block, number) in enumerate(zip(blocks, numbers, strict=True), 1):
+            groups = _groups([site for site in free if site.block == number], statistics)
+            targets = _Targets(block, groups, dense_states, masks, correct)
+            for place, group in enumerate(groups):
+                inputs, drift, missing = targets.moments(place, states)
+                for site, cross in zip_longest(group, missing):
+                    old = taken[site.name]
+                    weight = dense_weight(old).double()
+                    if cross is not None:
+                        weight = weight + _correction(inputs, cross, statistics.gradient(site.name).to(weight))
+                    metric = statistics.input(site.name).to(inputs) + drift if correct else inputs.sum(0)
+                    new = _compressed(old, weight, schedule[site.name], metric, statistics, site, shrinkage)
+                    model.set_submodule(site.name, new)
+            states, dense_states = targets.advance(states), targets.outputs
+            progress(done)
+    except BaseException:
+        put_modules(model, taken)
+        raise
+    return taken
+
+
+def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """What is added to W (out, in), see the module.
+
+    Args:
+        inputs: E[x̂ x̂ᵀ] (folds, in, in), of each half its share of the whole mean.
+        cross: E[(y − W x̂) x̂ᵀ] (folds, out, in), likewise.
+        gradient: G (out, out).
+    """
+
+    def solved(moment: torch.Tensor, other: torch.Tensor, ridge: float) -> torch.Tensor:
+        damped = moment.clone()
+        damped.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+        answer: torch.Tensor = torch.linalg.solve(damped, other.mT).mT
+        return answer
+
+    # What a correction is worth needs few digits: float32.
+    gradient, seen, missing = gradient.float(), inputs.float(), cross.float()
+    best, result = 0.0, torch.zeros_like(cross[0])
+    for ridge in _RIDGES:
+        linear = square = 0.0
+        for fold, (moment, other) in enumerate(zip(inputs, cross, strict=True)):
+            change, unseen = solved(moment, other, ridge).float(), 1 - fold
+            pulled = gradient @ change
+            linear += float((pulled * missing[unseen]).sum())
+            square += float((pulled * (change @ seen[unseen])).sum())
+        share = min(1.0, max(0.0, linear / square)) if square > 0 else 0.0
+        gain = 2 * share * linear - share**2 * square
+        if gain > best:
+            best, result = gain, share * solved(inputs.sum(0), cross.sum(0), ridge)
+    return result
+
+
+def _compressed(
+    old: nn.Module,
+    weight: torch.Tensor,
+    choice: Choice,
+    input_moment: torch.Tensor,
+    statistics: Statistics,
+    site: Site,
+    shrinkage: float,
+) -> nn.Module:
+    """The layer that stands for `weight` (out, in) under a choice, in its stored form."""
+    old_weight, bias = old.weight, _bias(old)
+    assert isinstance(old_weight, torch.Tensor)
+    if choice.is_dense:
+        layer = nn.Linear(site.in_features, site.out_features, bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.to(old_weight.dtype), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+    legs = resolve(choice.topology, site.out_features, site.in_features)
+    gradient = statistics.gradient(site.name).to(weight.device)
+    if is_lowrank(legs):
+        cores, _ = lowrank_cores(weight, Whitening.of(input_moment, gradient, shrinkage), choice.chi)
+    else:
+        metrics = (shrink(gradient, shrinkage)[None], shrink(input_moment, shrinkage)[None])
+        cores = [core[0] for core in fit(weight[None], *metrics, legs, choice.chi).cores]
+    return MPOLinear(stored([core.to(old_weight.dtype) for core in cores], legs.pivoted), bias)
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    bias = module.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return bias
+
+
+def _groups(sites: Sequence[Site], statistics: Statistics) -> list[list[Site]]:
+    """Sites by the input they share, in the order they run."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(statistics.input_of[site.name], []).append(site)
+    return list(groups.values())
+
+
+class _Targets:
+    """What the dense block has at every site, and the moments of a group of the compressed one against it.
+
+    Without `correct` only what the compressed block reads.
+
+    Attributes:
+        outputs: hidden states behind the dense block, with `correct`.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        groups: Sequence[Sequence[Site]],
+        states: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor],
+        correct: bool = True,
+    ) -> None:
+        self._block, self._groups, self._masks = block, groups, masks
+        self._streams: list[list[torch.Tensor] | None] = [None] * len(groups)
+        self._inputs: list[list[torch.Tensor]] = []
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []  # stream and input of a last group that writes to it
+        self.outputs = states
+        if not correct:
+            return
+        dense = {site.name: block.model.get_submodule(site.name) for group in groups for site in group}
+        self._weights = {name: dense_weight(module).double() for name, module in dense.items()}
+        self._biases = {name: _bias(module) for name, module in dense.items()}
+        with ExitStack() as stack:
+            self._inputs = [stack.enter_context(block.caught(group[0])) for group in groups]
+            self.outputs = block.run(states)
+        for number in range(len(groups)):
+            with block.silent(self._later(number)):
+                if self._writes(number, states[0]):
+                    self._streams[number] = block.run(states) if self._later(number) else self.outputs
+
+    def moments(
+        self, number: int, states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Of one group, whose earlier groups are compressed already.
+
+        Returns:
+            E[x̂ x̂ᵀ] (folds, in, in); with `correct`, E[(x̂ − x)(x̂ − x)ᵀ] (in, in) and E[(y − W x̂) x̂ᵀ] (folds, out, in)
+            of each site; float64. With folds, of every half of the sequences its share, so that the sum over folds is
+            the mean over all tokens.
+        """
+        group, streams = self._groups[number], self._streams[number]
+        inputs = cross = mean = drift = torch.zeros(0)
+        tokens = sequences = 0
+        for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
+            if streams is None:
+                before, reaching = hidden, self._block.input_of(group[0], batch, hidden)
+            else:
+                with self._block.silent([*group, *self._later(number)]), self._block.caught(group[0]) as caught:
+                    before = self._block.forward(batch, hidden)
+                [reaching] = caught
+                if number == len(self._groups) - 1:
+                    self._before.append((before, reaching))
+            folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
+            sequences += len(mask)
+            tokens += int(mask.sum())
+            aim = None  # what x̂ᵀ is multiplied with besides itself: x, or what the residual stream lacks
+            if self._inputs:
+                aim = self._inputs[number][batch] if streams is None else streams[batch] - before
+            if batch == 0:
+                width = reaching.shape[-1]
+                inputs = reaching.new_zeros(_FOLDS, width, width, dtype=torch.float64)
+                mean = inputs.new_zeros(_FOLDS, width)
+                drift = inputs.new_zeros(width, width)
+                cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
+            if self._inputs:
+                apart = (reaching - self._inputs[number][batch])[mask].float()
+                drift += (apart.T @ apart).double()
+            for fold in range(_FOLDS):
+                part = mask & (folds == fold)
+                rows = reaching[part].float()
+                inputs[fold] += (rows.T @ rows).double()
+                mean[fold] += rows.sum(0).double()
+                if aim is not None:
+                    cross[fold] += (aim[part].float().T @ rows).double()
+        inputs, cross, mean, drift = (total.div_(tokens) for total in (inputs, cross, mean, drift))
+        sites = group if self._inputs else []
+        return inputs, drift, [self._missing(site, streams is not None, inputs, cross, mean) for site in sites]
+
+    def _missing(
+        self, site: Site, writes: bool, inputs: torch.Tensor, cross: torch.Tensor, mean: torch.Tensor
+    ) -> torch.Tensor:
+        """E[(y − W x̂) x̂ᵀ] of a site, from E[x x̂ᵀ], or from E[y x̂ᵀ] and E[x̂] where it writes to the stream."""
+        weight, bias = self._weights[site.name], self._biases[site.name]
+        if not writes:
+            return weight @ (cross - inputs)
+        shift = 0 if bias is None else bias.double()[:, None] * mean[:, None, :]
+        return cross - weight @ inputs - shift
+
+    def advance(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The hidden states behind the block, all of whose groups are compressed by now."""
+        if not self._before:
+            return self._block.run(states)
+        last = self._block.model.get_submodule(self._groups[-1][0].name)
+        with self._block.arithmetic():
+            return [before + last(rows) for before, rows in self._before]
+
+    def _later(self, number: int) -> list[Site]:
+        return [site for group in self._groups[number + 1 :] for site in group]
+
+    def _writes(self, number: int, hidden: torch.Tensor) -> bool:
+        """Whether the output of a site is added to the stream as it is, tried out by adding something to it."""
+        site = self._groups[number][0]
+        if len(self._groups[number]) > 1 or site.out_features != hidden.shape[-1]:
+            return False
+        module = self._block.model.get_submodule(site.name)
+        plain = self._block.forward(0, hidden)
+        size = plain.abs().mean()
+        handle = module.register_forward_hook(lambda module, arguments, output: output + size)
+        try:
+            raised = self._block.forward(0, hidden)
+        finally:
+            handle.remove()
+        return bool(torch.allclose(raised - plain, size.expand_as(plain), rtol=0.02, atol=0.02 * float(size)))

@@ -1,0 +1,65 @@
+"""Merging: compressed modules turned back into the dense ones they stand for.
+
+Knows torch modules only. The result computes what the compressed model computes and is as large as the dense one was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compression.layers.heads import HeadLinear
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMPO
+from compression.sites import dense_weight
+
+__all__ = ["dense_layer", "merge_"]
+
+_COMPRESSED = (MPOLinear, HeadLinear, PackedMPO, PackedLinear, PackedEmbedding)
+
+
+@torch.no_grad()
+def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
+    """Put a dense module in the place of every compressed one, and of linear ones that are none in `skeleton`.
+
+    Args:
+        skeleton: the dense model, without values: gives every module its type, so that a weight which the architecture
+            stores transposed is stored so again.
+        only: the name of a module; empty for all.
+
+    Returns:
+        Names of the modules that were put in.
+    """
+    names: list[str] = []
+    for name, module in list(model.named_modules()):
+        if (only and name != only) or any(name.startswith(f"{other}.") for other in names):
+            continue
+        dense = skeleton.get_submodule(name) if isinstance(module, (*_COMPRESSED, nn.Linear)) else module
+        if isinstance(module, _COMPRESSED) or type(dense) is not type(module):
+            model.set_submodule(name, dense_layer(module, dense))
+            names.append(name)
+    return names
+
+
+def dense_layer(module: nn.Module, skeleton: nn.Module) -> nn.Module:
+    """The dense module, of the type and names of `skeleton`, that computes what a compressed or linear one does."""
+    weight, bias = _values(module)
+    weight = weight if isinstance(skeleton, nn.Linear | nn.Embedding) else weight.T
+    skeleton.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        skeleton.bias = nn.Parameter(bias, requires_grad=False)
+    return skeleton.train(module.training)
+
+
+def _values(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight (out, in) and bias."""
+    if isinstance(module, HeadLinear):
+        weights, biases = zip(*(_values(part) for part in module), strict=True)
+        if module.along_output:
+            return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+        return torch.cat(weights, dim=1), biases[0]
+    bias = getattr(module, "bias", None)
+    assert bias is None or isinstance(bias, torch.Tensor)
+    weight = module.weight if isinstance(module, _COMPRESSED) else dense_weight(module)
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach(), None if bias is None else bias.detach()

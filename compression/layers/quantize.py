@@ -1,0 +1,106 @@
+"""Quantizing a model in place: its compressed layers, dense matrices, embeddings and head become packed integers.
+
+Knows the module tree and the moments of its inputs; which module gets how many bits is its caller's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
+from compression.layers.routes import is_lowrank
+from compression.numerics.group_integers import quantize
+from compression.sites import dense_weight
+
+__all__ = ["GROUP", "packed", "quantize_"]
+
+GROUP = 64
+
+Moment = Callable[[str], torch.Tensor | None]
+
+
+@torch.no_grad()
+def quantize_(
+    model: nn.Module,
+    bits: Mapping[str, int],
+    moment: Moment,
+    group: int = GROUP,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Pack modules of `model` in place; a matrix that a linear layer shares with an embedding is stored once.
+
+    Args:
+        bits: 8 or 4 by the names of linear layers, `MPOLinear`s and embeddings.
+        moment: C (in, in) of what reaches a module, by its name; None where it is not known.
+        group: see `compression.numerics.group_integers.quantize`.
+        progress: called with the number of modules done.
+
+    Raises:
+        ValueError: a name of another kind of module, or as `compression.numerics.group_integers.quantize`.
+    """
+    tables: dict[int, tuple[str, PackedMatrix]] = {}
+    modules = {name: model.get_submodule(name) for name in bits}
+    embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+    for done, name in enumerate([*embeddings, *(name for name in bits if name not in embeddings)], 1):
+        module = modules[name]
+        shared = tables.get(id(getattr(module, "weight", None))) if isinstance(module, nn.Linear) else None
+        if shared is not None:
+            model.set_submodule(name, PackedLinear(shared[1], _bias(module), tied=shared[0]))
+        else:
+            new = packed(module, bits[name], group, moment(name))
+            if isinstance(new, PackedEmbedding):
+                tables[id(module.weight)] = name, new.packed
+            model.set_submodule(name, new)
+        progress(done)
+
+
+@torch.no_grad()
+def packed(module: nn.Module, bits: int, group: int, moment: torch.Tensor | None) -> nn.Module:
+    """The packed module that stands for one.
+
+    Of a `pivoted-lowrank` layer the last core is rounded first and the tail solved anew for what it has become, so that
+    the tail makes up for it; cores of other topologies are rounded one by one.
+
+    Raises:
+        ValueError: another kind of module, or as `compression.numerics.group_integers.quantize`.
+    """
+    if isinstance(module, nn.Embedding):
+        return PackedEmbedding(_matrix(module.weight, bits, group, None, module.weight.dtype))
+    if isinstance(module, MPOLinear):
+        return PackedMPO(module, _cores(module, bits, group, moment))
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        raise ValueError(f"a {type(module).__name__} cannot be quantized")
+    return PackedLinear(_matrix(dense_weight(module), bits, group, moment, weight.dtype), _bias(module))
+
+
+def _cores(layer: MPOLinear, bits: int, group: int, moment: torch.Tensor | None) -> dict[str, PackedMatrix]:
+    state = {name: values for name, values in layer.state_dict().items() if name.startswith(("core_", "tail_"))}
+    dtype = layer.cores[-1].dtype
+    if moment is None or not (layer.legs.pivoted and is_lowrank(layer.legs)):
+        return {name: _matrix(values, bits, group, None, dtype) for name, values in state.items()}
+    tail, inner = state["tail_0"].double(), state["core_1"].flatten(1).double()
+    first = _matrix(inner, bits, group, moment, dtype)
+    rounded = first.matrix(torch.float32).double()
+    seen = rounded @ moment.double() @ rounded.T
+    seen.diagonal().add_(1e-6 * seen.diagonal().mean().clamp_min(1e-12))
+    tail = torch.linalg.solve(seen, rounded @ moment.double() @ (tail @ inner).T).T
+    return {"tail_0": _matrix(tail, bits, group, seen, dtype), "core_1": first}
+
+
+def _matrix(
+    values: torch.Tensor, bits: int, group: int, moment: torch.Tensor | None, dtype: torch.dtype
+) -> PackedMatrix:
+    """A tensor as the matrix of its last axis longer than one, the others being rows."""
+    flat = values.squeeze(-1) if values.ndim > 2 and values.shape[-1] == 1 else values
+    flat = flat.reshape(-1, flat.shape[-1])
+    return PackedMatrix(quantize(flat, bits, group, moment), flat.shape[1], bits, group, dtype)
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias.detach() if isinstance(bias, torch.Tensor) else None

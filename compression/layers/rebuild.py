@@ -1,0 +1,39 @@
+"""Layers from stored tensors: what a schedule says about a site and a state dict, made a module again.
+
+Knows tensors and modules; no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from compression.layers.skeleton import empty_mpo
+from compression.numerics.legs import resolve
+from compression.schedule import Choice
+
+__all__ = ["rebuilt"]
+
+
+def rebuilt(choice: Choice, out_features: int, in_features: int, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The layer of a site whose `state_dict` was `state`, without gradients.
+
+    Raises:
+        ValueError: tensors that are missing, unknown or of another shape than the choice says.
+    """
+    bias = state.get("bias")
+    layer: nn.Module
+    if choice.is_dense:
+        layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    else:
+        legs = resolve(choice.topology, out_features, in_features)
+        dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
+        layer = empty_mpo(legs, legs.bonds(choice.chi)[1:-1], bias, dtype)
+    try:
+        layer.load_state_dict(dict(state), assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"stored tensors do not fit {choice.topology} with χ {choice.chi}: {reason}") from None
+    return layer.requires_grad_(False)

@@ -1,0 +1,177 @@
+"""Skeletons: what stands in the place of a model's dense matrices, as plain values, and such modules without weights.
+
+Knows torch modules only. A folder of weights says by these values what its tensors belong to; what reads it puts the
+modules in place, on the meta device, before the tensors come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from compression.layers.heads import HeadLinear
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
+from compression.numerics.gauge import PivotedCore
+from compression.numerics.group_integers import BITS, Codes
+from compression.numerics.legs import Legs, leg_name, resolve
+from compression.sites import dense_weight
+
+__all__ = ["LARGEST", "describe", "empty_mpo", "put_skeleton_"]
+
+LARGEST = 1 << 20
+"""No bond and no size of a part may be larger."""
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every compressed module of `model` by qualified name, those that hold others first.
+
+    Returns:
+        For an `MPOLinear` {"kind": "mpo", "topology": see `compression.numerics.legs.leg_name`, "bonds": inner ones,
+        "bias"}; for a `HeadLinear` {"kind": "heads", "size", "along_output"}, its parts having names of their own;
+        for packed modules {"kind": "packed-mpo", "packed-linear" or "packed-embedding", "bits", "group"} with what the
+        plain ones have, and of a linear layer "tied": the embedding that holds its matrix, or an empty text.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MPOLinear):
+            topology, bonds = leg_name(module.legs), list(module.bonds)
+            found[name] = {"kind": "mpo", "topology": topology, "bonds": bonds, "bias": module.bias is not None}
+        elif isinstance(module, HeadLinear):
+            found[name] = {"kind": "heads", "size": module.size, "along_output": module.along_output}
+        elif isinstance(module, PackedMPO):
+            topology, bonds = leg_name(module.legs), list(module.bonds)
+            plain = {"kind": "packed-mpo", "topology": topology, "bonds": bonds, "bias": module.bias is not None}
+            found[name] = {**plain, **_packing(next(iter(module.packed.values())))}
+        elif isinstance(module, PackedLinear):
+            plain = {"kind": "packed-linear", "bias": module.bias is not None, "tied": module.tied}
+            found[name] = {**plain, **_packing(module.stored)}
+        elif isinstance(module, PackedEmbedding):
+            found[name] = {"kind": "packed-embedding", **_packing(module.packed)}
+    return found
+
+
+def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put modules as described, without values, in the place of the dense ones of `model`.
+
+    Raises:
+        ValueError: a description that is not as `describe` makes them, or does not fit the module at its name.
+    """
+    makers: Mapping[str, Callable[..., nn.Module]] = {
+        "mpo": _mpo,
+        "heads": _heads,
+        "packed-mpo": _packed_mpo,
+        "packed-linear": _packed_linear,
+        "packed-embedding": _packed_embedding,
+    }
+    # Parts after the whole, and who shares a matrix after who holds it.
+    for name in sorted(descriptions, key=lambda name: (bool(_get(descriptions[name], "tied")), name)):
+        description = descriptions[name]
+        try:
+            dense = model.get_submodule(name)
+            weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
+            shape = tuple(weight.shape)
+        except AttributeError:
+            raise ValueError(f"compressed module {name}: the model has no matrix of this name") from None
+        kind = _get(description, "kind")
+        if kind not in makers:
+            raise ValueError(f"compressed module {name}: kind must be {' or '.join(makers)}, got {kind!r}")
+        try:
+            if _get(description, "tied"):
+                holder = model.get_submodule(description["tied"])
+                model.set_submodule(name, _tied(dense, holder, shape, description))
+            else:
+                model.set_submodule(name, makers[kind](dense, shape, description))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"compressed module {name}: {error} does not fit a matrix {shape}") from None
+
+
+def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> MPOLinear:
+    legs, bonds = resolve(description["topology"], *shape), description["bonds"]
+    inner = len(legs.out_legs) - 1
+    if not isinstance(bonds, list) or len(bonds) != inner or not all(_is_size(bond) for bond in bonds):
+        raise ValueError(f"{inner} bonds of 1 to {LARGEST} are needed, and {bonds!r}")
+    return empty_mpo(legs, bonds, _empty_bias(description["bias"], shape[0], dense), dense_weight(dense).dtype)
+
+
+def empty_mpo(legs: Legs, bonds: Sequence[int], bias: torch.Tensor | None, dtype: torch.dtype) -> MPOLinear:
+    """A layer on the meta device with these inner bonds; raises ValueError for one that its core has no rows for."""
+    cores: list[torch.Tensor | PivotedCore] = []
+    for number, (left, right) in enumerate(pairwise([1, *bonds, 1])):
+        core_shape = (left, legs.out_legs[number], legs.in_legs[number], right)
+        rows = prod(core_shape[:3])
+        if legs.pivoted and number < len(bonds):
+            if rows < right:
+                raise ValueError(f"bond {right}")
+            tail = torch.empty(rows - right, right, device="meta", dtype=dtype)
+            cores.append(PivotedCore(tail, torch.empty(rows, device="meta", dtype=torch.int64), core_shape))
+        else:
+            cores.append(torch.empty(core_shape, device="meta", dtype=dtype))
+    return MPOLinear(cores, bias)
+
+
+def _heads(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> HeadLinear:
+    size, along_output = description["size"], description["along_output"]
+    side = shape[0] if along_output is True else shape[1]
+    if not _is_size(size) or type(along_output) is not bool or side % size:
+        raise ValueError(f"size {size!r}, along_output {along_output!r}")
+    bias = _empty_bias(getattr(dense, "bias", None) is not None, shape[0], dense)
+    return HeadLinear(torch.empty(shape, device="meta", dtype=dense_weight(dense).dtype), bias, size, along_output)
+
+
+def _packed_mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedMPO:
+    layer = _mpo(dense, shape, description)
+    cores = {name: values for name, values in layer.state_dict().items() if name.startswith(("core_", "tail_"))}
+    packed = {}
+    for name, values in cores.items():
+        columns = values.shape[-2] if values.ndim > 2 and values.shape[-1] == 1 else values.shape[-1]
+        packed[name] = _empty_packed(values.numel() // columns, columns, values.dtype, description)
+    return PackedMPO(layer, packed)
+
+
+def _packed_linear(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedLinear:
+    weight = dense_weight(dense)
+    matrix = _empty_packed(shape[0], shape[1], weight.dtype, description)
+    return PackedLinear(matrix, _empty_bias(description["bias"], shape[0], dense))
+
+
+def _tied(dense: nn.Module, holder: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedLinear:
+    if not isinstance(holder, PackedEmbedding) or holder.packed.columns != shape[1]:
+        raise ValueError(f"the matrix of {description['tied']}")
+    return PackedLinear(holder.packed, _empty_bias(description["bias"], shape[0], dense), description["tied"])
+
+
+def _packed_embedding(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedEmbedding:
+    assert isinstance(dense.weight, torch.Tensor)
+    return PackedEmbedding(_empty_packed(shape[0], shape[1], dense.weight.dtype, description))
+
+
+def _empty_packed(rows: int, columns: int, dtype: torch.dtype, description: Mapping[str, Any]) -> PackedMatrix:
+    bits, group = description["bits"], description["group"]
+    if bits not in BITS or not _is_size(group):
+        raise ValueError(f"bits {bits!r} and group {group!r}")
+    codes = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8, device="meta")
+    scales = torch.empty(rows, -(-columns // group), dtype=torch.float16, device="meta")
+    return PackedMatrix(Codes(codes, scales), columns, bits, group, dtype)
+
+
+def _packing(matrix: object) -> dict[str, int]:
+    assert isinstance(matrix, PackedMatrix)
+    return {"bits": matrix.bits, "group": matrix.group}
+
+
+def _get(description: object, key: str) -> Any:
+    return description.get(key) if isinstance(description, Mapping) else None
+
+
+def _empty_bias(wanted: object, outputs: int, dense: nn.Module) -> torch.Tensor | None:
+    return torch.empty(outputs, device="meta", dtype=dense_weight(dense).dtype) if wanted else None
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST

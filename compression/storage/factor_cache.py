@@ -1,0 +1,105 @@
+"""The factor cache: named tensors on disk under content-derived keys, shared by every process of a machine.
+
+Knows safetensors files and checksums; not what the tensors mean. Files are memory-mapped, so evaluators share the page
+cache and a slice costs nothing. A file that does not match the checksum in its name is set aside and rebuilt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from compression.storage.tensor_files import new_tensor_file
+
+__all__ = ["Bundle", "FactorCache", "cache_key"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Named tensors with text metadata: the unit of the cache."""
+
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def cache_key(**parts: object) -> str:
+    """sha256 over the canonical JSON of everything that determines a cached value, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class FactorCache:
+    """Bundles by key below `root`. Safe against concurrent writers: each writes a temporary file and renames it.
+
+    Args:
+        root: a folder, made when first needed; None keeps nothing on disk.
+        tell: hears of damaged files; left out, they are Python warnings.
+    """
+
+    def __init__(self, root: Path | None, tell: Callable[[str], None] = warnings.warn) -> None:
+        self.root = root
+        self._tell = tell
+
+    def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
+        """The bundle of `key`, from disk if a file is there and intact, else built and stored.
+
+        Raises:
+            OSError: the disk is full or not writable; no partial file is left.
+        """
+        bundle = self.load(key)
+        if bundle is None:
+            bundle = build()
+            self.store(key, bundle)
+            bundle = self.load(key) or bundle  # memory-mapped from here on
+        return bundle
+
+    def has(self, key: str) -> bool:
+        """Whether a file of `key` is there; `load` tells whether it is intact."""
+        return self.root is not None and any(self._folder(key).glob(f"{key}.*.safetensors"))
+
+    def load(self, key: str) -> Bundle | None:
+        """The bundle of `key`, or None if it is not cached. A damaged file counts as absent and is said once."""
+        if self.root is None:
+            return None
+        for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
+            try:
+                return _read(path)
+            except (ValueError, SafetensorError):
+                self._tell(f"cache file {path.name} is damaged; set aside and rebuilt")
+                path.replace(path.with_suffix(".damaged"))
+        return None
+
+    def store(self, key: str, bundle: Bundle) -> None:
+        """Write the bundle of `key`; the file appears whole or not at all."""
+        if self.root is None:
+            return
+        folder = self._folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{key}.{uuid.uuid4().hex}.partial"
+        with new_tensor_file(partial, bundle.tensors, dict(bundle.metadata)):
+            partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
+
+    def _folder(self, key: str) -> Path:
+        assert self.root is not None
+        return self.root / key[:2]
+
+
+def _read(path: Path) -> Bundle:
+    """Raises ValueError or SafetensorError for a file that is not what its name says, or no safetensors."""
+    if _digest(path) != path.name.split(".")[1]:
+        raise ValueError("its checksum differs")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return Bundle(tensors, file.metadata() or {})
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]

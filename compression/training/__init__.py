@@ -1,0 +1,3 @@
+"""Training through factors: losses, gates, trainable cores, replayed CUDA graphs."""
+
+__all__: list[str] = []

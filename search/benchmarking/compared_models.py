@@ -1,0 +1,182 @@
+"""Contestants: the models that words on a command line stand for, one after the other in memory.
+
+Knows model names, run folders and priors; nothing of tasks. Of a run, its schedules are put into the dense model in
+place, as its final table did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compression.allocation.closed_form import uniform_schedule
+from compression.decomposition.apply import ScheduleApplier
+from compression.schedule import Schedule
+from compression.sites import put_modules
+from envs import Problem
+from search.config import Config, nearest, read_fields
+from search.experiment.experiment import Subject, load, working_dtype
+from search.experiment.preparation import calibrate
+from search.healing.state import HEALED, STATE, HealedState
+from search.model.loading import LoadedModel, load_model, model_digest
+from search.priors.format import Prior
+from search.runtime.console import Console
+from search.runtime.run_folder import CONFIG, PRIOR
+
+__all__ = ["SCHEDULES", "Contestant", "contestants"]
+
+SCHEDULES = ("dense", "uniform", "lagrangian", "searched", "repaired", "healed")
+"""What a run has: the model as it was; uniform χ, the closed form and the search's choice, all at the run's target; and
+that choice repaired block by block, and healed."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What one word stands for.
+
+    Attributes:
+        word: as given.
+        names: of its models, in the order in which `models` gives them.
+        searched: digests of items that its search used.
+        models: loads and changes them, each valid until the next is asked for.
+    """
+
+    word: str
+    names: tuple[str, ...]
+    searched: frozenset[str]
+    models: Callable[[], Iterator[LoadedModel]]
+
+
+def contestants(
+    words: Sequence[str], schedules: Sequence[str], device: torch.device, console: Console
+) -> list[Contestant]:
+    """What the words stand for; nothing is loaded yet.
+
+    Args:
+        words: each a run folder, the JSON file of a prior, or a model as `search.model.loading.locate` knows them.
+        schedules: of `SCHEDULES`, which ones of a run are measured; a prior has no other than these either.
+
+    Raises:
+        ValueError: an unknown schedule, an unreadable run or prior, or two models of the same name.
+    """
+    for name in schedules:
+        if name not in SCHEDULES:
+            raise ValueError(
+                f"schedules must be of {', '.join(SCHEDULES)}, got {name!r}; the nearest is {nearest(name, SCHEDULES)}"
+            )
+    ordered = tuple(name for name in SCHEDULES if name in schedules)
+    found = [_contestant(word, ordered, device, console, len(words) > 1) for word in words]
+    names = [name for one in found for name in one.names]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"models must have different names, but {twice[0]!r} stands for two of them")
+    return found
+
+
+def _contestant(
+    word: str, schedules: Sequence[str], device: torch.device, console: Console, several: bool
+) -> Contestant:
+    path = Path(word).expanduser()
+    if (path / CONFIG).is_file() and (path / PRIOR).is_file():
+        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
+    elif path.suffix == ".json" and path.is_file():
+        prior = Prior.read(path)
+        config = _config(prior.configuration)
+    else:
+        if path.is_dir() and (path / "study.db").exists():
+            raise ValueError(f"the run {word!r} is not finished: it has no {PRIOR}; continue it with --resume")
+        searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
+
+        def plain() -> Iterator[LoadedModel]:
+            yield load_model(word, device, working_dtype("auto", device))
+
+        return Contestant(word, (path.name or word,), searched, plain)
+    if not prior.was_repaired:
+        schedules = [name for name in schedules if name != "repaired"]
+    if not (path / HEALED / STATE).is_file():
+        schedules = [name for name in schedules if name != "healed"]
+    label = f"{path.stem}:" if several else ""
+    names = tuple(f"{label}{name}" for name in schedules)
+    run = _Run(config, prior, schedules, path / HEALED, device, console)
+    return Contestant(word, names, frozenset(prior.data.search_items), run.models)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The models of a run or a prior."""
+
+    config: Config
+    prior: Prior
+    schedules: Sequence[str]
+    healed: Path
+    device: torch.device
+    console: Console
+
+    def models(self) -> Iterator[LoadedModel]:
+        """One schedule after the other on one model in memory, which is dense in between."""
+        with self.console.stage("load"):
+            loaded, sites = load(self.config, self.device)
+        wanted = self.prior.model.digest
+        if loaded.digest != wanted:
+            self.console.note(
+                f"{self.config.model} is not byte for byte what was searched on ({wanted:.12}): other weights, or "
+                f"another precision than {str(loaded.model.dtype).removeprefix('torch.')}"
+            )
+        if set(self.schedules) <= {"dense"}:
+            yield from [loaded] * len(self.schedules)
+            return
+        subject = Subject.of(self.config, loaded, sites, self.device, self.console.note)
+        calibrate(subject, self.console)
+        for name in self.schedules:
+            if name == "repaired":
+                yield from self._repaired(subject)
+            elif name == "healed":
+                yield from self._healed(subject)
+            else:
+                with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
+                    applier.apply_(self._schedule(name, subject))
+                    yield _as_is(loaded)
+
+    def _schedule(self, name: str, subject: Subject) -> Schedule:
+        target = self.config.target_kept
+        if name == "dense":
+            return Schedule.dense(tuple(site.name for site in subject.sites))
+        if name == "uniform":
+            parameters = int(target * sum(site.parameters for site in subject.sites) + 1e-6)
+            return uniform_schedule(subject.sites, "lowrank", "two-sided", parameters)
+        if name == "lagrangian":
+            return Problem.build(subject.menu(), target, self.config.granularity).closed_form()
+        return self.prior.schedule
+
+    def _repaired(self, subject: Subject) -> Iterator[LoadedModel]:
+        with self.console.stage("repair", 1 + max(site.block for site in subject.sites), "blocks") as stage:
+            schedule = self.prior.schedule
+            taken = subject.repair_(schedule, self.config.repair_tokens, lambda done: stage.advance(1))
+            subject.calibration.release()
+        try:
+            yield _as_is(subject.loaded)
+        finally:
+            put_modules(subject.loaded.model, taken)
+
+    def _healed(self, subject: Subject) -> Iterator[LoadedModel]:
+        kept = HealedState.read(self.healed)
+        kept.check(self.prior.schedule, self.prior.model.digest)
+        undo = kept.put_(subject.loaded.model, subject.sites, self.prior.schedule)
+        try:
+            yield _as_is(subject.loaded)
+        finally:
+            undo()
+
+
+def _as_is(loaded: LoadedModel) -> LoadedModel:
+    """The model as it stands now, under the digest of what it now holds."""
+    return dataclasses.replace(loaded, digest=model_digest(loaded.model))
+
+
+def _config(values: Mapping[str, Any]) -> Config:
+    """A run's configuration without what measuring again does not need."""
+    return Config.of({name: value for name, value in values.items() if name not in ("policy", "out", "resume")})

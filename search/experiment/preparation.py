@@ -1,0 +1,101 @@
+"""What comes before the work of a command: refuse early, count what stays dense, collect the statistics.
+
+Knows configurations, subjects and the cache; no run folder but whether one may be written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import agents
+from compression.sites import Site
+from search.config import Config
+from search.data.items import forms, load_proxy
+from search.experiment.experiment import Subject, working_dtype
+from search.model.loading import resolve_device
+from search.runtime.console import Console, Stage
+from search.runtime.run_folder import STUDY, refuse_held, refuse_used
+from search.trials.journal import stored_fingerprint
+from search.trials.loop import read_policy
+from search.trials.starting_point import read_prior
+from search.workers.pools import check_evaluators
+
+__all__ = ["calibrate", "check_space", "preflight", "stays_dense"]
+
+
+def preflight(config: Config) -> tuple[Config, torch.device]:
+    """Refuse what can be refused before anything is loaded.
+
+    Returns:
+        The configuration with a number type in the place of "auto" (that of the run to continue, else this machine's),
+        and the device to run on.
+    """
+    if config.proxy_form not in forms(config.proxy):
+        raise ValueError(
+            f"proxy_form must be {' or '.join(forms(config.proxy))} for {config.proxy}, got {config.proxy_form!r}"
+        )
+    if config.proxy.endswith(".jsonl"):
+        load_proxy(config.proxy)
+    agents.find(config.agent)
+    read_policy(config)
+    read_prior(config)
+    check_evaluators(config)
+    if config.resume is not None:
+        refuse_held(Path(config.resume))
+    elif config.out is not None:
+        refuse_used(Path(config.out))
+    device = resolve_device(config.device)
+    if config.dtype != "auto":
+        return config, device
+    stored = stored_fingerprint(Path(config.resume) / STUDY) if config.resume is not None else None
+    dtype = str(stored["dtype"] if stored else working_dtype("auto", device)).removeprefix("torch.")
+    return Config.of({**config.model_dump(), "dtype": dtype}), device
+
+
+def calibrate(subject: Subject, console: Console) -> None:
+    """Collect the statistics, unless the cache has them."""
+    calibration = subject.calibration
+    for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
+        if calibration.cache.has(calibration.key):
+            break
+        with console.stage(name, subject.config.calibration_tokens, "tokens") as stage:
+            part.progress = _advancing(stage)
+            part()
+
+
+def _advancing(stage: Stage) -> Callable[[int], None]:
+    """Turns how much is done in all into how much has come to it."""
+    seen = 0
+
+    def progress(done: int) -> None:
+        nonlocal seen
+        stage.advance(done - seen)
+        seen = done
+
+    return progress
+
+
+def stays_dense(sites: Sequence[Site]) -> dict[str, str]:
+    """Why, by name, of every site that cannot be tensorized."""
+    return {site.name: site.dense_because for site in sites if site.dense_because}
+
+
+def check_space(subject: Subject) -> None:
+    """Refuse to start building a cache that the disk cannot hold: moments of two passes, three sets of factors."""
+    cache = subject.calibration.cache
+    if cache.root is None or cache.has(subject.calibration.key):
+        return
+    sites = [site for site in subject.sites if not site.dense_because]
+    moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
+    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
+    needed = 4 * (2 * moments + 2 * lowrank + sum(site.parameters for site in sites))
+    cache.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache.root).free
+    if free < needed:
+        text = f"the cache {cache.root} needs {needed / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, text)

@@ -1,0 +1,193 @@
+"""Exporting: a model in memory, compressed or not, becomes a folder that others load.
+
+Works on any causal language model with compressed modules in their places, wherever these came from. A folder appears
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compression.layers.merge import merge_
+from compression.layers.skeleton import describe
+from compression.storage.tensor_files import system_errors
+from search.export.standalone import MODULE, standalone_source
+from search.hf import ChiselConfig, ChiselQuantizer
+from search.model.loading import bare_model, quiet_transformers
+from search.runtime.run_folder import refuse_used
+
+__all__ = ["CARD", "FORMATS", "Footprint", "check_gguf", "export_dense_", "export_model", "footprint"]
+
+FORMATS = ("hf", "dense", "gguf-ready")
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model, tied tensors counted once.
+
+    Attributes:
+        stored: of its parameters and saved buffers: in memory, and on disk but for names and shapes.
+        float32: of the dense model in float32.
+    """
+
+    stored: int
+    float32: int
+
+    @property
+    def saved(self) -> float:
+        """Share of the float32 bytes that is gone."""
+        return 1 - self.stored / self.float32
+
+    @property
+    def saved_of_float16(self) -> float:
+        """Share of the float16 bytes that is gone; negative if it is larger."""
+        return 1 - 2 * self.stored / self.float32
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stored / 1e6:,.1f} MB; the dense model has {self.float32 / 1e6:,.1f} MB in float32 "
+            f"({self.saved:.1%} less) and {self.float32 / 2e6:,.1f} MB in float16 ({self.saved_of_float16:.1%} less)"
+        )
+
+
+def footprint(model: Any) -> Footprint:
+    """Of a model, against the dense one of its architecture."""
+    tensors = {values.data_ptr(): values for values in model.state_dict().values()}
+    return Footprint(
+        sum(values.numel() * values.element_size() for values in tensors.values()),
+        4 * sum(parameter.numel() for parameter in bare_model(model).parameters()),
+    )
+
+
+def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
+    """Write a compressed model as a folder for transformers; the model stays as it is.
+
+    Beside the weights stands the code that reads them, for `trust_remote_code=True`; with `import search.hf` none of it
+    is run. The compressed modules have to be of the types that `compression.layers.skeleton.describe` knows.
+
+    Args:
+        folder: new or empty.
+        card: the text of its README.md.
+        beside: files that are copied into it.
+
+    Raises:
+        ValueError: the folder is used, the model has no compressed module, or an architecture that is not of
+            transformers itself.
+        OSError: it cannot be written; nothing is left.
+    """
+    modules = describe(model)
+    if not modules:
+        raise ValueError("nothing in this model is compressed; export it with --format dense")
+    config, architecture = type(model.config).__name__, type(model).__name__
+    if not type(model).__module__.startswith("transformers."):
+        raise ValueError(f"architecture must be one of transformers, got {type(model).__module__}.{architecture}")
+    with _whole(folder) as partial, _plugged_in(model, modules):
+        _save(model, tokenizer, partial, card, beside)
+        (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
+        document = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        document["auto_map"] = {
+            "AutoConfig": f"{MODULE}.{config}",
+            "AutoModelForCausalLM": f"{MODULE}.{architecture}",
+        }
+        (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
+    """Merge every compressed module of a model in place, and write it as an ordinary dense folder.
+
+    It keeps the change in quality but not the size: every tool takes it, and it is as large as the original. The folder
+    receives the same as with `export_model`.
+
+    Raises:
+        ValueError: the folder is used.
+        OSError: it cannot be written; nothing is left.
+    """
+    merge_(model, bare_model(model))
+    model.tie_weights()
+    with _whole(folder) as partial:
+        _save(model, tokenizer, partial, card, beside)
+
+
+def check_gguf(model: Any, tokenizer: Any) -> None:
+    """Refuse what llama.cpp's converter cannot take.
+
+    Raises:
+        ValueError: an architecture that the GGUF format has no name for, or a tokenizer without a tokenizer.json.
+    """
+    from gguf import MODEL_ARCH_NAMES
+
+    kind = str(model.config.model_type).replace("_", "")
+    if kind not in {name.replace("-", "").replace("_", "") for name in MODEL_ARCH_NAMES.values()}:
+        raise ValueError(f"architecture must be one that GGUF has a name for, got {model.config.model_type!r}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("the tokenizer must be of the kind that has a tokenizer.json, and this one is not")
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[Path]) -> None:
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if card:
+        (folder / CARD).write_text(card, encoding="utf-8")
+    for file in beside:
+        shutil.copyfile(file, folder / file.name)
+
+
+@contextmanager
+def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
+    """The model with the plug-in that writes its tensors, and linear layers stored as its architecture stores them."""
+    skeleton = bare_model(model)
+    original: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name == other or name.startswith(f"{other}.") for other in modules)
+        if not inside and isinstance(module, nn.Linear) and not isinstance(skeleton.get_submodule(name), nn.Linear):
+            original[name] = module
+    before = {key: vars(owner).get(key) for owner, key in _attached(model)}
+    quantizer = ChiselQuantizer(ChiselConfig(modules))
+    try:
+        for name in original:
+            merge_(model, skeleton, only=name)
+        model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+        yield
+    finally:
+        for owner, key in _attached(model):
+            if before[key] is None:
+                vars(owner).pop(key, None)
+            else:
+                setattr(owner, key, before[key])
+        for name, module in original.items():
+            model.set_submodule(name, module)
+
+
+def _attached(model: Any) -> list[tuple[Any, str]]:
+    return [(model, "hf_quantizer"), (model.config, "quantization_config"), (model.config, "auto_map")]
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one that takes its place when all is written, and is removed if something fails."""
+    folder = folder.absolute()
+    refuse_used(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        with system_errors(folder):
+            yield partial
+        partial.chmod(0o755)
+        if folder.exists():
+            refuse_used(folder)
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,92 @@
+"""The healing of an exported folder: trained towards the dense model it was made from, and exported again.
+
+Knows folders that `search.py export` wrote; how healing works stands in `search.healing.training`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compression.layers.skeleton import describe
+from search.config import Config
+from search.evaluation.quality import Quality
+from search.evaluation.workload import Workload
+from search.experiment.experiment import Subject, load
+from search.export.folder import export_model, footprint
+from search.export.model_card import model_card
+from search.healing.run import HealedRun, Options, held, judge_of, text_tokens
+from search.healing.text import heal_text
+from search.healing.training import heal_
+from search.model.loading import load_for_use, resolve_device
+from search.priors.format import Prior
+from search.reporting.tables import Row
+from search.runtime.console import Console
+from search.runtime.distributed import Processes
+from search.runtime.run_folder import PRIOR, refuse_held, refuse_used
+from search.runtime.tensorboard import curves
+
+__all__ = ["heal_export"]
+
+_HEALED = "Its cores and norms were then trained for a while towards the original."
+
+
+def heal_export(source: Path, dense: str, options: Options, console: Console) -> HealedRun:
+    """Heal the model of an exported folder into another such folder; continues where an earlier try was interrupted.
+
+    Args:
+        dense: the dense model it was made from, as for `search.model.loading.load_model`.
+
+    Raises:
+        ValueError: no exported folder with a prior, a quantized one, another dense model, an option out of range, or a
+            healing into the same folder that is under way.
+        DataUnavailable: model or data cannot be had.
+    """
+    config = Config.of({"model": dense})
+    device = resolve_device(config.device)
+    plan = options.plan(config.seed, device)
+    if not (source / PRIOR).is_file():
+        raise ValueError(f"heal needs the {PRIOR} of an exported folder, and {source} has none")
+    prior = Prior.read(source / PRIOR)
+    folder = Path(options.out or f"{source}-healed-{options.data_name}-{plan.length}").absolute()
+    refuse_used(folder)
+    unfinished, first = folder.with_name(f".{folder.name}-unfinished"), Processes.is_first()
+    if first:
+        refuse_held(unfinished)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+        if prior.model.id != loaded.model_id:
+            raise ValueError(f"{source} was made from {prior.model.id}, not {loaded.model_id}; name that with --model")
+        given = load_for_use(str(source), device)
+        dtype = given.model.dtype
+        model = given.model.to(loaded.model.dtype)
+    if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
+        raise ValueError(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device, console.note)
+        text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))
+        judge = judge_of(subject, loaded.model)
+        workload = Workload(subject.shards("heldout")[0], device)
+        rows = [_row("dense", workload.reference(loaded.model), loaded.model)]
+    rows.append(_row("exported", workload.measure(model), model))
+    with held(unfinished):
+        with console.stage("heal", plan.tokens, "tokens") as stage, curves(unfinished if first else None) as drawn:
+            healed = heal_(model, loaded.model, text, judge, plan, unfinished, stage, console.note, drawn)
+        rows.append(_row("healed", workload.measure(model), model))
+        if first:
+            _write(model.to(dtype), given.tokenizer, folder, source / PRIOR, rows)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return HealedRun(rows, folder, healed.stopped)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
+    document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}."
+    card = model_card(folder.name, "hf", document, {}, "healed", size, [_HEALED], rows)
+    export_model(model, tokenizer, folder, card, [prior])
+
+
+def _row(name: str, quality: Quality, model: Any) -> dict[str, object]:
+    size = {"parameters": sum(each.numel() for each in model.parameters()), "bytes": footprint(model).stored}
+    return {"schedule": name, **quality.to_row(), **size}

@@ -1,0 +1,54 @@
+"""What `--quantize` means for a model: which of its modules get how many bits.
+
+int8, int4   everything that is stored as a matrix: cores, dense sites, embeddings and head
+mixed        cores as they are, the rest int4: tensorized fp16 + rest int4, as in CompactifAI (2401.14109)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.quantize import quantize_
+from compression.numerics.whitening import shrink
+from compression.sites import Site
+from search.experiment.calibration import SHRINKAGE
+from search.experiment.experiment import Subject
+
+__all__ = ["QUANTIZE", "ends", "module_bits", "quantize_subject_"]
+
+QUANTIZE = ("none", "int8", "int4", "mixed")
+
+
+def module_bits(model: Any, sites: tuple[Site, ...], kind: str) -> dict[str, int]:
+    """Bits by module name, for `compression.layers.quantize.quantize_`. Modules that stay as they are are left out."""
+    modules = {site.name: model.get_submodule(site.name) for site in sites if not site.dense_because}
+    names = [name for name, module in modules.items() if kind != "mixed" or not isinstance(module, MPOLinear)]
+    return dict.fromkeys([*names, *ends(model)], 8 if kind == "int8" else 4)
+
+
+def ends(model: Any) -> list[str]:
+    """Names of the token embedding and the output head."""
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is each for each in wanted) and isinstance(module, nn.Embedding | nn.Linear)
+    ]
+
+
+def quantize_subject_(
+    subject: Subject, bits: dict[str, int], progress: Callable[[int], None] = lambda done: None
+) -> None:
+    """Quantize the model of a subject in place, in the metric of its calibration statistics."""
+    statistics = subject.calibration()
+    known = {site.name for site in subject.sites if not site.dense_because}
+
+    def moment(name: str) -> torch.Tensor | None:
+        return shrink(statistics.input(name), SHRINKAGE) if name in known else None
+
+    quantize_(subject.loaded.model, bits, moment, progress=progress)

@@ -1,0 +1,104 @@
+"""The result of a run as a folder that others load, with a card and its prior.
+
+Knows run folders and how their models are made again; how a model is written stands in `search.export.folder`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from search.export.folder import check_gguf, export_dense_, export_model, footprint
+from search.export.model_card import model_card
+from search.export.quantize import module_bits, quantize_subject_
+from search.export.restore import Outcome, restore
+from search.runtime.console import Console
+from search.runtime.run_folder import PRIOR
+
+__all__ = ["Form", "export_run"]
+
+_BITS = {
+    "int8": "Everything is stored in 8 bits",
+    "int4": "Everything is stored in 4 bits",
+    "mixed": "Embeddings, head and dense matrices are stored in 4 bits",
+}
+
+_CHANGES = {
+    "healed": "Cores and norms were then trained for a while towards the original.",
+    "repaired": "Each matrix was then solved anew for what the original has at its place; nothing was trained.",
+    "searched": "Nothing was trained or repaired afterwards.",
+}
+
+_AFTER = {
+    "hf": "load it with: import search.hf; AutoModelForCausalLM.from_pretrained({folder!r}), "
+    "or anywhere with trust_remote_code=True",
+    "dense": "dense: every tool takes it; it keeps the quality change, not the size",
+    "gguf-ready": "dense float16: it keeps the quality change, not the size; "
+    "next: python llama.cpp/convert_hf_to_gguf.py {folder}",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is written.
+
+    Attributes:
+        kind: "hf", "dense" or "gguf-ready".
+        dtype: name of torch's; None takes bfloat16, or float16 for "gguf-ready".
+        quantize: "none", "int8", "int4" or "mixed".
+        state: of `search.export.restore.STATES`; None takes the last one that the run has.
+        device: where it is made.
+    """
+
+    kind: str = "hf"
+    dtype: str | None = None
+    quantize: str = "none"
+    state: str | None = None
+    device: str = "auto"
+
+
+def export_run(source: Path, folder: Path, form: Form, console: Console, healed: Path | None = None) -> str:
+    """Write the compressed model of the run in `source` into `folder`; returns what a person should know of it.
+
+    Args:
+        healed: folder of a healing; None takes that of the run itself.
+
+    Raises:
+        ValueError, DataUnavailable: as `search.export.restore.restore`, or a model that llama.cpp does not know.
+    """
+    quantized = form.quantize != "none"
+    outcome = restore(source, console, form.device, form.state, healed, reference=quantized)
+    loaded = outcome.subject.loaded
+    dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
+    model = loaded.model.to(getattr(torch, dtype))
+    changes = [_CHANGES[outcome.state]]
+    measured = []
+    if quantized:
+        measured = [_quantized(outcome, form.quantize, console)]
+        changes.append(f"{_BITS[form.quantize]}, by groups, rounded in the metric of calibration text.")
+    size = f"Compressed: {footprint(model)}."
+    with console.stage("write"):
+        document, summary, state = outcome.document, outcome.summary, outcome.state
+        card = model_card(folder.name, form.kind, document, summary, state, size, changes, measured)
+        if form.kind == "hf":
+            export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
+        else:
+            if form.kind == "gguf-ready":
+                check_gguf(model, loaded.tokenizer)
+            export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
+    return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
+
+
+def _quantized(outcome: Outcome, kind: str, console: Console) -> dict[str, object]:
+    """Quantize the model in place; returns its row for the table, measured on held-out text and report items."""
+    subject, workload = outcome.subject, outcome.workload
+    assert workload is not None
+    bits = module_bits(subject.loaded.model, subject.sites, kind)
+    with console.stage("quantize", len(bits), "modules") as stage:
+        quantize_subject_(subject, bits, lambda done: stage.advance(1))
+    with console.stage("measure"):
+        quality = workload.measure(subject.loaded.model)
+    console.note(f"held-out KL after quantization: {quality.kl:.4f} nats a token")
+    return {"schedule": f"{outcome.state}, {kind}", **quality.to_row(), "bytes": footprint(subject.loaded.model).stored}

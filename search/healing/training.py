@@ -1,0 +1,488 @@
+"""Healing: a compressed model trained for a short while towards the dense one it was made from.
+
+Knows two causal language models that share a tokenizer, rows of tokens, and a folder for checkpoints; not where any of
+them come from. Distillation takes the dense model's likeliest tokens at every position as targets, see
+`compression.training.distillation`; they are computed when a row is first met and kept for later epochs. Supervised
+healing takes the next token. Learning rates fall linearly to zero over the tokens or the time that healing may take,
+which is best for short trainings (Defazio et al. 2023), so that a run that is to take longer has to be started as such.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from compression.sites import find_blocks
+from compression.storage.factor_cache import cache_key
+from compression.training.distillation import divergence
+from compression.training.gates import absorb_gates_, add_gates_
+from compression.training.replay import replayed
+from compression.training.trainable import captured_head_input, frozen, put_parameters, trainable_
+from search.evaluation.quality import Quality
+from search.evaluation.workload import Workload, is_out_of_memory
+from search.healing.sharding import Sharding, like, whole
+from search.healing.teacher import Lessons, output_head
+from search.healing.text import HealingText
+from search.runtime.checkpoints import Checkpoint, Checkpoints
+from search.runtime.console import Stage, duration
+from search.runtime.distributed import Processes
+from search.runtime.signals import shield
+from search.runtime.tensorboard import Curves
+
+__all__ = ["Healed", "HealingPlan", "Look", "heal_"]
+
+_EVALUATIONS = 8
+_SAVE_SECONDS = 180.0
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class HealingPlan:
+    """How to heal; what `resume` may not change but `minutes` and `tokens`.
+
+    Attributes:
+        minutes, tokens: healing ends with whichever is reached first, in minutes of training or in learned positions;
+            at least one is given.
+        loss: "distill" from the dense model's logits, or "labels", the text's own next tokens.
+        rate: largest learning rate of the cores; norms and biases take `vector_rate`.
+        batch_tokens: tokens of one step, of all processes together.
+        pass_tokens: tokens of one forward pass, halved where memory runs out; steps add up the gradients of several.
+        targets: how many of the dense model's likeliest tokens are told apart.
+        sample: in distillation, how many tokens stand for all others, see `compression.training.distillation`; 0 takes
+            them all. Labels take them all: one target a position leaves too much to the others.
+        hidden_weight: weight of the squared distance of the last hidden states, relative to the dense model's; 0 leaves
+            it out, and the targets of rows met before need no dense model.
+        clip: largest norm of a gradient.
+        checkpointing: keep no activations inside the blocks; slower, with less memory.
+        gates: train a factor for every output of a tensorized layer too, see `compression.training.gates`.
+        seed: of the order of rows and of samples.
+    """
+
+    minutes: float | None = None
+    tokens: int | None = None
+    loss: Literal["distill", "labels"] = "distill"
+    rate: float = 4e-5
+    vector_rate: float = 3e-4
+    batch_tokens: int = 512
+    pass_tokens: int = 2048
+    targets: int = 64
+    sample: int = 1024
+    hidden_weight: float = 0.0
+    clip: float = 1.0
+    checkpointing: bool = False
+    gates: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.tokens is None:
+            raise ValueError("healing needs an end: minutes or tokens")
+        for name in ("minutes", "tokens", "rate", "vector_rate", "batch_tokens", "pass_tokens", "targets", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+    @property
+    def length(self) -> str:
+        """How long it is to take, as part of a file's name."""
+        return f"{self.minutes:g}min" if self.tokens is None else f"{self.tokens}tokens"
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed healing has to agree on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("minutes", "tokens", "pass_tokens")}
+
+
+@dataclass(frozen=True)
+class Look:
+    """One measurement on text that is not learned from.
+
+    Attributes:
+        tokens: learned before it.
+        seconds: of training before it.
+        kl: nats per token to the dense model.
+        perplexity: on the same text.
+    """
+
+    tokens: int
+    seconds: float
+    kl: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What healing came to.
+
+    Attributes:
+        looks: measurements along the way, the first before any step; the last is of what the model is now. None of a
+            model that gives numbers that are not finite from the start.
+        stopped: why it ended early, empty if it did not.
+        tokens_per_second: learned positions per second of training, of all processes together.
+    """
+
+    looks: Sequence[Look]
+    stopped: str = ""
+    tokens_per_second: float = math.nan
+
+    def outlook(self, factor: float = 4.0) -> str:
+        """One sentence on what more would bring: the KL falls as a power of the tokens, fitted to the last half."""
+        late = [look for look in self.looks if look.tokens > 0]
+        late = late[len(late) // 2 :]
+        if len(late) < 2 or late[-1].kl <= 0 or late[0].kl <= late[-1].kl or late[0].tokens == late[-1].tokens:
+            return ""
+        power = math.log(late[0].kl / late[-1].kl) / math.log(late[-1].tokens / late[0].tokens)
+        return (
+            f"{factor:g} times as long ({duration(factor * late[-1].seconds)}) would bring KL to about "
+            f"{late[-1].kl * factor ** -min(power, 0.5):.2f}"
+        )
+
+
+def heal_(
+    model: nn.Module,
+    dense: nn.Module,
+    text: HealingText,
+    judge: Workload,
+    plan: HealingPlan,
+    folder: Path | None,
+    stage: Stage,
+    tell: Callable[[str], None] = lambda text: None,
+    drawn: Curves | None = None,
+) -> Healed:
+    """Heal `model`, which holds `MPOLinear` layers, in place; it ends in evaluation mode and without gradients.
+
+    Args:
+        dense: what it was compressed from; may share every tensor with `model` but its sites. Not changed.
+        text: what is learned from.
+        judge: other text, referenced to `dense`; measured a few times on the way. The model ends as the best of these
+            measurements found it, which at worst is as it began.
+        folder: for checkpoints; healing goes on from the newest one there. None keeps none.
+        stage: told of learned tokens.
+        tell: remarks.
+        drawn: receives the curves of it.
+
+    Raises:
+        ValueError: no compressed matrix, logits that are no linear map of hidden states, or a checkpoint of another
+            healing.
+        OSError: a checkpoint cannot be written.
+    """
+    return _Healing(model, dense, text, judge, plan, folder, stage, tell, drawn or Curves()).run()
+
+
+@dataclass(eq=False)
+class _Progress:
+    """Where a healing is; what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    position: int = 0  # rows handed out
+    tokens: int = 0
+    seconds: float = 0.0
+    looks: list[Look] = field(default_factory=list)
+
+
+class _Healing:
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        text: HealingText,
+        judge: Workload,
+        plan: HealingPlan,
+        folder: Path | None,
+        stage: Stage,
+        tell: Callable[[str], None],
+        drawn: Curves,
+    ) -> None:
+        self.model, self.judge, self.plan, self.stage, self.tell = model, judge, plan, stage, tell
+        self.drawn = drawn
+        self.device = next(model.parameters()).device
+        self.processes = Processes()
+        self.pass_tokens = min(plan.pass_tokens, plan.batch_tokens // self.processes.count)
+        told_apart = plan.targets if plan.loss == "distill" else None
+        # Every process has to run a sharded dense model when any of them does.
+        self.lessons = Lessons(dense, text, told_apart, bool(plan.hidden_weight), not self.processes.sharded, plan.seed)
+        self.head = output_head(model)
+        self.checkpoints = None if folder is None else Checkpoints(folder)
+        self.at = _Progress()
+        self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
+        if plan.gates:
+            add_gates_(model)
+        trainable_(model)
+        self.sharding = Sharding(model, dense) if self.processes.sharded else None
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = self._optimizer()
+        self.best = self._copied()
+        self.recordings = ExitStack()
+        # Checkpointing runs a block twice, and sharding changes where parameters are.
+        replays = _has_graphs(self.device) and self.sharding is None and not plan.checkpointing
+        self.recorded: int | None = 0 if replays else None  # rows of a pass that is replayed; None never replays
+
+    def run(self) -> Healed:
+        """See `heal_`."""
+        stopped = ""
+        self._resume()
+        with _training(self.model, self.plan.checkpointing), self.recordings:
+            if not self.at.looks:
+                self._look()
+            try:
+                stopped = self._steps()
+            except KeyboardInterrupt:
+                if self.sharding is None:  # else the processes would have to be interrupted at the same step
+                    self._save()
+                raise
+            if not stopped and self.at.looks[-1].tokens != self.at.tokens:
+                self._look()
+                self._save()
+        best_found = self._named({name: whole(tensor) for name, tensor in self.best.items()})
+        if self.sharding is not None:
+            self.sharding.end()
+        put_parameters(self.model, frozen(self.model, best_found))
+        absorb_gates_(self.model)
+        looks = self.at.looks
+        best = min(range(len(looks)), key=lambda number: looks[number].kl, default=-1)
+        return Healed(looks[: best + 1], stopped, self.at.tokens / max(self.at.seconds, 1e-9))
+
+    def _steps(self) -> str:
+        """All steps that are left; returns why they ended early, if they did."""
+        if not self.at.looks:
+            return "the model gives numbers that are not finite; it is left as it is"
+        looked, saved = self._fraction(), time.monotonic()
+        while self._fraction() < 1:
+            with shield():  # an interrupt waits for the end of a step, whose state is then saved
+                stopped = self._step()
+            if stopped:
+                return stopped
+            if self._fraction() < 1 and self._fraction() - looked >= 1 / _EVALUATIONS:
+                looked = self._fraction()
+                self._look()
+            if self.processes.of_first(time.monotonic() - saved) > _SAVE_SECONDS:
+                self._save()
+                saved = time.monotonic()
+        return ""
+
+    def _step(self) -> str:
+        """One step of the optimizer; returns why healing has to end, if it has to."""
+        start = time.perf_counter()
+        plan, length = self.plan, self.lessons.text.tokens.shape[1]
+        rows = self.lessons.rows(self.at.position, max(1, plan.batch_tokens // length))
+        wanted = int(self.lessons.text.wanted[torch.tensor(rows)].sum())
+        while (loss := self._gradients(rows, wanted)) is None:
+            self.pass_tokens //= 2
+            self.tell(f"memory ran out; passes of {self.pass_tokens} tokens from here on")
+        self.processes.sum_([loss])
+        if self.sharding is None:
+            self.processes.sum_(p.grad for p in self.parameters.values() if p.grad is not None)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip)))
+        if not math.isfinite(float(loss)) or not math.isfinite(norm):
+            self._forget_gradients()
+            return f"the loss was not a number at step {self.at.step}; the last good state is kept"
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["largest"] * self._rate_factor()
+        self.optimizer.step()
+        self._forget_gradients()
+        self.at.step += 1
+        self.at.position += len(rows)
+        self.at.tokens += wanted
+        self.at.seconds += self.processes.of_first(time.perf_counter() - start)
+        speed = self.at.tokens / self.at.seconds
+        self.drawn.draw(
+            self.at.tokens, {"heal/loss": float(loss), "heal/gradient norm": norm, "heal/tokens a second": speed}
+        )
+        self.stage.advance(
+            wanted, f"loss {float(loss):.3f}, KL on search data {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
+        )
+        return ""
+
+    def _gradients(self, rows: Sequence[int], wanted: int) -> torch.Tensor | None:
+        """Of this process's share of the rows; returns their loss, None if memory for smaller passes may be enough."""
+        size, loss = max(1, self.pass_tokens // self.lessons.text.tokens.shape[1]), torch.zeros((), device=self.device)
+        mine = rows[self.processes.rank :: self.processes.count]
+        try:
+            self._record(min(size, len(mine)))
+            for first in range(0, -(-len(rows) // self.processes.count), size):  # as many passes in every process
+                given = mine[first : first + size]
+                part = self._loss(given or rows[:1], first) * (bool(given) / max(1, wanted))
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
+        except (RuntimeError, MemoryError) as error:
+            # Processes that share every pass would have to agree on its size.
+            if size == 1 or self.sharding is not None or not is_out_of_memory(error):
+                raise
+            self.recordings.close()
+            self._forget_gradients()
+            return None
+        return loss
+
+    def _record(self, rows: int) -> None:
+        """Have passes of so many rows replayed, where graphs are to be had."""
+        if self.recorded is None or rows == self.recorded:
+            return
+        self.recordings.close()
+        self.recorded = rows
+        name, _ = find_blocks(self.lessons.dense)
+        ids, _ = self.lessons.inputs(range(rows))
+        try:
+            with torch.no_grad():
+                self._replay(self.lessons.dense, name, ids)
+            with _autocast(self.model):
+                self._replay(self.model, name, ids)
+        except RuntimeError as error:
+            self.recordings.close()
+            self.tell(f"passes are not recorded as CUDA graphs, which would be faster: {str(error).splitlines()[0]}")
+
+    def _replay(self, model: nn.Module, blocks: str, ids: torch.Tensor) -> None:
+        self.recordings.enter_context(replayed(model, list(model.get_submodule(blocks).children()), ids))
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=self.recorded is None)  # see `compression.training.replay`
+
+    def _loss(self, rows: Sequence[int], salt: int) -> torch.Tensor:
+        """Summed over the wanted positions of these rows."""
+        ids, wanted = self.lessons.inputs(rows)
+        targets, aim = self.lessons.targets(rows)
+        with _autocast(self.model), captured_head_input(self.model) as caught:
+            self.model(input_ids=ids, use_cache=False)
+        hidden = caught[0][wanted]
+        generator, sample = None, self.plan.sample if self.plan.loss == "distill" else 0
+        if sample:
+            seed = (self.plan.seed * 1_000_003 + self.at.position) * 1_009 + salt
+            generator = torch.Generator(device=self.device).manual_seed(seed)
+        loss = divergence(hidden, self.head, targets, sample, generator)
+        if aim is not None:
+            size = aim.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+            loss = loss + self.plan.hidden_weight * (hidden.float() - aim.float()).square().mean(-1).sum() / size
+        return loss
+
+    def _fraction(self) -> float:
+        """How much of the plan is done, from 0 to 1 and a little beyond."""
+        done = [0.0]
+        if self.plan.tokens:
+            done.append(self.at.tokens / self.plan.tokens)
+        if self.plan.minutes:
+            done.append(self.at.seconds / (60 * self.plan.minutes))
+        return max(done)
+
+    def _rate_factor(self) -> float:
+        """A rise over the first twentieth, then a linear fall to zero."""
+        done = self._fraction()
+        return min(1.0, (done + 0.005) / 0.05) * max(0.0, 1.0 - done)
+
+    def _look(self) -> None:
+        training = self.model.training
+        self.model.eval()
+        with _autocast(self.model):
+            quality: Quality = self.judge.measure(self.model)
+        self.model.train(training)
+        if quality.state == "ok":
+            if not self.at.looks or quality.kl < min(look.kl for look in self.at.looks):
+                self.best = self._copied()
+            self.at.looks.append(Look(self.at.tokens, self.at.seconds, quality.kl, quality.perplexity))
+            self.drawn.draw(self.at.tokens, {"heal/KL": quality.kl, "heal/perplexity": quality.perplexity})
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        cores = [p for p in self.parameters.values() if p.ndim > 1]
+        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [
+            {"params": params, "largest": rate}
+            for params, rate in ((cores, self.plan.rate), (vectors, self.plan.vector_rate))
+            if params
+        ]
+        # Small steps make the optimizer's share of the time count; sharded tensors have no fused one.
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=self.sharding is None)
+        for parameter in self.parameters.values():  # as its first step would, so that every checkpoint holds the same
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), device=self.device if self.sharding is None else None)
+            optimizer.state[parameter] = {"step": step, **moments}
+        return optimizer
+
+    def _copied(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @staticmethod
+    def _named(tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+
+    def _save(self) -> None:
+        if self.checkpoints is None or (self.processes.rank and self.sharding is None):
+            return
+        tensors = self._tensors()
+        if self.sharding is not None:
+            tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+        if self.processes.rank:
+            return
+        state = {**asdict(self.at), "identity": self.identity}
+        self.checkpoints.save(Checkpoint(self.at.step, tensors, state))
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Those of a checkpoint, in place and at every step of the same names and shapes."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"model/{name}"] = parameter.detach()
+            tensors[f"best/{name}"] = self.best[name]
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return tensors
+
+    def _complete(self, found: Checkpoint) -> Checkpoint:
+        """`found`; raises ValueError if it is of this healing and lacks a tensor."""
+        if found.state.get("identity") == self.identity:
+            for name, tensor in self._tensors().items():
+                if name not in found.tensors or found.tensors[name].shape != tensor.shape:
+                    raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
+        return found
+
+    def _resume(self) -> None:
+        found = None if self.checkpoints is None else self.checkpoints.newest(self._complete, self.tell)
+        if found is None:
+            return
+        if found.state.get("identity") != self.identity:
+            raise ValueError("the checkpoints in this folder are of another healing: other text, seed or settings")
+        for name, tensor in self._tensors().items():
+            tensor.copy_(like(found.tensors[name], tensor))
+        values = {key: value for key, value in found.state.items() if key != "identity"}
+        self.at = _Progress(**{**values, "looks": [Look(**look) for look in values["looks"]]})
+        self.stage.advance(self.at.tokens)
+        self.tell(f"healing goes on from step {self.at.step}, {self.at.tokens:,} tokens")
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """bfloat16 arithmetic where the hardware has it, or where the frozen parameters are stored so."""
+    weight = model.get_output_embeddings().weight  # type: ignore[operator]
+    device = weight.device
+    if weight.dtype == torch.bfloat16:
+        fast = True
+    elif device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    # Each weight is used once in a pass, so that a cache of what it is in bfloat16 would only take memory.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if fast else nullcontext()
+
+
+class _training(AbstractContextManager[None]):
+    """The model ready for backward passes; as it was afterwards."""
+
+    def __init__(self, model: nn.Module, checkpointing: bool) -> None:
+        self.model, self.checkpointing = model, checkpointing
+
+    def __enter__(self) -> None:
+        if self.checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.checkpointing:
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+        self.model.eval()

@@ -1,0 +1,226 @@
+"""Models larger than memory: statistics and decomposition of a decoder of which one block is loaded at a time.
+
+Knows where parameters lie (safetensors shards, or seeded random ones) and how a transformers decoder calls its blocks.
+The architecture is built without memory for its weights; in place of its blocks stand recorders, so that the model's
+own forward pass makes embeddings, attention masks, rotary tables and logits, whatever the architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from compression.calibration.statistics import Statistics
+from compression.calibration.streaming import Batch, stream
+from compression.decomposition.factors import FactorStore
+from compression.sites import Site, check_weight, dense_weight, discover_sites
+from compression.storage.factor_cache import FactorCache
+from search.model.loading import empty_model, locate
+from search.model.random_models import random_parameter
+
+__all__ = ["StreamedModel", "decompose_streamed"]
+
+
+class StreamedModel:
+    """A `compression.calibration.streaming.BlockwiseModel` over a transformers decoder.
+
+    Args:
+        name: as for `search.model.loading.locate`; a folder of safetensors, a hub id or a random model.
+        device: where blocks are loaded to.
+        dtype: what weights are converted to.
+
+    Raises:
+        ValueError: as `search.model.loading.locate` and `empty_model`; a parameter that no file holds.
+        DataUnavailable: as `search.model.loading.locate`.
+    """
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        source = locate(name)
+        self._model = empty_model(source)
+        self._read = _reader(source.folder)
+        self._device, self._dtype = device, dtype
+        self.sites: tuple[Site, ...] = discover_sites(self._model, shapes_only=True)
+        self.prefix = self.sites[0].name.partition(".0.")[0]
+        self._templates = list(self._model.get_submodule(self.prefix).children())
+        self.blocks = len(self._templates)
+        self._recorders = [_Recorder(template) for template in self._templates]
+        self._model.set_submodule(self.prefix, nn.ModuleList(self._recorders))
+        self._tables = {
+            id(table) for table in (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        }
+        self._model.to(dtype=dtype)
+        for path, module in self._model.named_modules():  # norms and learned positions are small and stay
+            if id(module) not in self._tables:
+                self._fill_(module, path, recurse=False)
+                for key, buffer in list(module.named_buffers(recurse=False)):
+                    setattr(module, key, buffer.to(device))
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """See `BlockwiseModel`."""
+        with self._loaded(self._model.get_input_embeddings()):
+
+            def embed(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                self._model.base_model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
+                return self._recorders[0].taken()[0]
+
+            yield embed
+
+    def block(self, index: int) -> nn.Module:
+        """See `BlockwiseModel`."""
+        block: nn.Module = copy.deepcopy(self._templates[index])
+        self._fill_(block, f"{self.prefix}.{index}", recurse=True)
+        return block
+
+    def run(self, index: int, block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """See `BlockwiseModel`."""
+        with torch.no_grad():
+            self._model.base_model(inputs_embeds=hidden.detach(), attention_mask=mask.long(), use_cache=False)
+        _, arguments, named = self._recorders[index].taken()
+        output = block(hidden, *arguments, **named)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """See `BlockwiseModel`."""
+        last = self._recorders[-1]
+        with self._loaded(self._model.get_output_embeddings()):
+
+            def logits(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                last.answer = hidden
+                try:
+                    output = self._model(inputs_embeds=hidden.detach(), attention_mask=mask.long(), use_cache=False)
+                finally:
+                    last.answer = None
+                result: torch.Tensor = output.logits
+                return result
+
+            yield logits
+
+    @contextmanager
+    def _loaded(self, module: nn.Module) -> Iterator[None]:
+        path = next(path for path, other in self._model.named_modules() if other is module)
+        empty = dict(module.named_parameters(recurse=False))
+        self._fill_(module, path, recurse=False)
+        try:
+            yield
+        finally:
+            for key, parameter in empty.items():
+                setattr(module, key, parameter)
+
+    def _fill_(self, module: nn.Module, path: str, recurse: bool) -> None:
+        """Put parameters without memory in a module into memory."""
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            owner, _, leaf = name.rpartition(".")
+            values = self._read(self._origin(f"{path}.{name}"), parameter.shape, self._dtype).to(self._device)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+
+    def _origin(self, name: str) -> str:
+        """The name under which a tied parameter is stored."""
+        table = self._model.get_output_embeddings()
+        if getattr(self._model.config, "tie_word_embeddings", False) and table is not None:
+            inputs = self._model.get_input_embeddings()
+            names = {id(module): path for path, module in self._model.named_modules()}
+            if name == f"{names[id(table)]}.weight":
+                return f"{names[id(inputs)]}.weight"
+        return name
+
+
+class _Recorder(nn.Module):
+    """Stands where a block was: keeps what the block would have been called with and hands on its input."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        if hasattr(block, "attention_type"):  # what models of mixed attention choose a block's mask by
+            self.attention_type = block.attention_type
+        self.answer: torch.Tensor | None = None
+        self._call: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]] | None = None
+
+    def forward(self, hidden: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        self._call = (hidden, arguments, named)
+        return hidden if self.answer is None else self.answer
+
+    def taken(self) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+        """The last call."""
+        assert self._call is not None
+        return self._call
+
+
+def decompose_streamed(
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    generator: torch.Generator,
+    cache: FactorCache,
+    *,
+    statistics_key: str,
+    shrinkage: float,
+    max_chi: int | None = None,
+    metric: str = "two-sided",
+    blocks: Collection[int] | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Factors of every site of a model in the cache, under the keys that `FactorStore` looks for.
+
+    Args:
+        model, batches, generator, scratch: see `compression.calibration.streaming.stream`.
+        cache: where the factors go; one that keeps nothing on disk is no use here.
+        statistics_key, shrinkage, max_chi: see `FactorStore`.
+        metric: of the factors, "plain", "input" or "two-sided".
+        blocks: which to decompose; None means all. Statistics pass through every block anyway.
+        progress: told what has been done, one line at a time.
+
+    Raises:
+        ValueError, OSError: as `compression.calibration.streaming.stream` and `FactorStore.factors`.
+    """
+
+    def visit(block: nn.Module, sites: tuple[Site, ...], statistics: Statistics) -> None:
+        if blocks is not None and sites[0].block not in blocks:
+            return
+        start = f"{model.prefix}.{sites[0].block}."
+        weights = {site.name: dense_weight(block.get_submodule(site.name.removeprefix(start))) for site in sites}
+        store = FactorStore(sites, weights, lambda: statistics, statistics_key, shrinkage, cache, max_chi)
+        for site in sites:
+            if site.dense_because:
+                progress(f"{site.name} stays dense: {site.dense_because}")
+                continue
+            check_weight(site.name, weights[site.name])
+            store.factors(site.name, "lowrank", metric)
+            progress(site.name)
+
+    stream(model, batches, generator, visit, scratch, lambda done: progress(f"pass {done} of {2 * model.blocks}"))
+
+
+def _reader(folder: Path | None) -> Callable[[str, torch.Size, torch.dtype], torch.Tensor]:
+    """Parameter by name: drawn at random without a folder, else from its safetensors."""
+    if folder is None:
+        return random_parameter
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        where = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), path.name)
+
+    def read(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        if name not in where:
+            raise ValueError(f"model {folder.name!r} lacks the weight {name} that its config asks for")
+        with safe_open(folder / Path(where[name]).name, framework="pt") as file:
+            values = file.get_tensor(name)
+        if values.shape != shape or not values.is_floating_point():
+            raise ValueError(f"weight {name} must be floating point of shape {tuple(shape)}, got {tuple(values.shape)}")
+        converted: torch.Tensor = values.to(dtype)
+        return converted
+
+    return read

@@ -1,0 +1,3 @@
+"""The order of a run: prepare, search, select, measure, repair, heal, finish."""
+
+__all__: list[str] = []

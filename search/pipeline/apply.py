@@ -1,0 +1,159 @@
+"""Application: a prior put onto a model, as it stands or transferred, with what that costs.
+
+`fit_prior` finds the schedule, `compress_` puts the modules in place, `apply` writes a folder. Exporting weights is not
+its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compression.allocation.menu import Menu
+from compression.decomposition.apply import ScheduleApplier
+from compression.schedule import Schedule
+from compression.size import choice_parameters
+from envs import Problem
+from search.config import Config
+from search.experiment.experiment import Subject, load
+from search.experiment.preparation import calibrate, preflight
+from search.priors.build import build_prior, config_digest
+from search.priors.format import Origin, Prior
+from search.priors.transfer import Rule, check_families, exact_schedule, fits, transfer
+from search.profiling.sensitivity import traces
+from search.profiling.sweep import read_profile
+from search.runtime.console import Console
+from search.runtime.run_folder import CONFIG, ENVIRONMENT, PRIOR, SUMMARY, RunFolder, environment
+
+__all__ = ["SCHEDULE", "Applied", "apply", "compress_", "fit_prior"]
+
+SCHEDULE = "schedule.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A prior's schedule for a model.
+
+    Attributes:
+        menu: of the model; None where the prior's own schedule is taken and nothing had to be calibrated.
+        notes: how the schedule came about, in sentences.
+    """
+
+    schedule: Schedule
+    menu: Menu | None
+    notes: tuple[str, ...]
+
+
+def fit_prior(
+    prior: Prior, subject: Subject, target_kept: float | None, rule: Rule | None, console: Console
+) -> Applied:
+    """The schedule of a prior for the model of `subject`.
+
+    On the model it was made for, and on any with sites of the same names and shapes, it is the prior's own, unless
+    another kept fraction is asked for. Otherwise it is transferred and projected onto the kept fraction.
+
+    Args:
+        target_kept: None takes the prior's.
+        rule: see `search.priors.transfer.transfer`.
+
+    Raises:
+        ValueError: the prior is of this model but its sites are not; no site fits; or a target out of reach.
+    """
+    loaded = subject.loaded
+    same = prior.model.digest == loaded.digest
+    architecture = prior.model.config_digest is not None and prior.model.config_digest == config_digest(loaded)
+    if same or architecture or fits(prior, subject.sites):
+        schedule = exact_schedule(prior, subject.sites)
+        if same:
+            notes = [f"the prior was made for this model ({prior.model.id})"]
+        else:
+            notes = [f"the prior was made for {prior.model.id}, whose matrices have the same names and shapes"]
+        if target_kept in (None, prior.target_kept):
+            return Applied(schedule, None, (*notes, "its schedule is taken as it stands"))
+    else:
+        check_families(prior, subject.sites)
+        notes = []
+    menu = made_menu(subject, console)
+    found = transfer(prior, menu, rule)
+    target = prior.target_kept if target_kept is None else target_kept
+    problem = Problem.build(menu, target)
+    projected = problem.centred(found.log_weights).closed_form()
+    kept = problem.kept(projected)
+    notes += [*found.notes, f"projected from kept {prior.kept_fraction:.4f} onto {target}: {kept:.4f}"]
+    return Applied(projected, menu, tuple(notes))
+
+
+def compress_(subject: Subject, schedule: Schedule) -> ScheduleApplier:
+    """Put the modules of a schedule into the model, in place, as stored; `restore_` of the result undoes it."""
+    applier = ScheduleApplier(subject.loaded.model, subject.store, packed=True)
+    applier.apply_(schedule)
+    return applier
+
+
+def made_menu(subject: Subject, console: Console) -> Menu:
+    """The menus of all sites, calibrated and decomposed where the cache has not got them."""
+    calibrate(subject, console)
+    with console.stage("decompose", len(subject.sites), "matrices") as stage:
+        return subject.menu(lambda done: stage.advance(1))
+
+
+def apply(
+    config: Config,
+    prior: Prior,
+    console: Console,
+    target_kept: float | None = None,
+    rule: Rule | None = None,
+    measure: bool = True,
+    profile: Path | None = None,
+) -> tuple[Path, Sequence[Mapping[str, object]], tuple[str, ...]]:
+    """Fit, measure on held-out data and write; returns the folder, the rows of the table, and what was done.
+
+    Args:
+        measure: whether to; without, an exact application computes nothing.
+        profile: folder of a sweep over this model, whose measured traces go into the prior that is written.
+
+    Raises:
+        ValueError: as `fit_prior`, `search.pipeline.run.run` and `search.profiling.sweep.read_profile`.
+        DataUnavailable: data or model cannot be had.
+    """
+    config, device = preflight(config)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+    measured = traces(read_profile(profile, loaded.digest)) if profile is not None else {}
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device, console.note)
+    applied = fit_prior(prior, subject, target_kept, rule, console)
+    for note in applied.notes:
+        console.note(note)
+    with RunFolder.new(config.out, "apply", config.model, config.seed) as folder:
+        console.opened(folder.path)
+        folder.write_text(CONFIG, config.to_json())
+        folder.write_json(ENVIRONMENT, environment())
+        folder.write_text(SCHEDULE, applied.schedule.to_json() + "\n")
+        if applied.menu is None and not measure and not measured:
+            folder.write_text(PRIOR, prior.to_json())
+            return folder.path, [], applied.notes
+        menu = applied.menu or made_menu(subject, console)
+        subject.calibration.release()
+        rows = _measured(subject, menu, applied.schedule, console) if measure else []
+        made = build_prior(config, loaded, menu, applied.schedule, rows, subject.splits, measured)
+        origin = Origin(model=prior.model, schedule_digest=prior.schedule.digest, notes=applied.notes)
+        folder.write_text(PRIOR, made.model_copy(update={"origin": origin}).to_json())
+        folder.write_json(SUMMARY, {"model": loaded.model_id, "notes": applied.notes, "rows": rows})
+    return folder.path, rows, applied.notes
+
+
+def _measured(subject: Subject, menu: Menu, schedule: Schedule, console: Console) -> list[dict[str, object]]:
+    """Rows on held-out data: dense, uniform and closed form at the same kept fraction, and the prior's."""
+    stored = sum(choice_parameters(options.site, schedule[options.site.name]) for options in menu.sites)
+    problem = Problem.build(menu, stored / menu.dense_parameters)
+    schedules = {"uniform": problem.uniform(), "lagrangian": problem.closed_form(), "prior": schedule}
+    rows = []
+    with subject.evaluator("heldout") as evaluator, console.stage("measure", len(schedules), "schedules") as stage:
+        rows.append(evaluator.dense.to_row("dense"))
+        for name, one in schedules.items():
+            [score] = evaluator.evaluate([one])
+            rows.append(score.to_row(name))
+            stage.advance(1, f"{name}: KL {score.kl:.3f}")
+    return rows

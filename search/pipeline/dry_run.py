@@ -1,0 +1,90 @@
+"""A dry run: what a run would do and about how long it would take, without doing it.
+
+Knows the order of the pipeline's stages by what each of them costs in forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from compression.sites import model_bytes, model_parameters
+from envs import LEVELS, REACH
+from search.config import Config
+from search.experiment.experiment import Subject, load, smallest_parameters
+from search.experiment.preparation import preflight, stays_dense
+from search.pipeline import finish
+from search.trials.loop import FINALISTS, read_policy
+
+__all__ = ["plan"]
+
+_BENCHMARK_TOKENS = 110  # of an item, in the mean over the tasks of `search.pipeline.finish`
+_REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
+
+
+def plan(config: Config) -> Mapping[str, object]:
+    """What `search.pipeline.run.run` would do, without doing it: nothing is calibrated, evaluated or written.
+
+    Raises:
+        ValueError, DataUnavailable: as `search.pipeline.run.run`.
+    """
+    config, device = preflight(config)
+    loaded, sites = load(config, device)
+    read_policy(config, loaded)
+    subject = Subject.of(config, loaded, sites, device)
+    searched, [selected], [heldout] = (subject.shards(part) for part in ("search", "selection", "heldout"))
+    tokens = {
+        name: sum(len(row.tokens) for row in rows)
+        for name, rows in (("trial", searched[0]), ("selection", selected), ("held-out", heldout))
+    }
+    parameters = sum(site.parameters for site in sites)
+    measured = config.benchmark_items * len(finish.TASKS) * (len(finish.SCHEDULES) + 1)
+    forward = (
+        6 * config.calibration_tokens
+        + (config.budget + 2 * config.search_shards) * tokens["trial"]
+        + (FINALISTS + 2) * tokens["selection"]
+        + 8 * tokens["held-out"]
+        + _REPAIR_PASSES * min(config.repair_tokens, config.calibration_tokens)
+        + _BENCHMARK_TOKENS * measured
+    )
+    families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
+    smallest = smallest_parameters(sites) / parameters
+    return {
+        "model": {
+            "name": loaded.model_id,
+            "parameters": model_parameters(loaded.model),
+            "bytes": model_bytes(loaded.model),
+            "sites": len(sites),
+            "site_parameters": parameters,
+            "stays_dense": stays_dense(sites),
+            "blocks": 1 + max(site.block for site in sites),
+            "families": families,
+        },
+        "search": {
+            "agent": config.agent,
+            "budget": config.budget,
+            "target_kept": config.target_kept,
+            "reachable_kept": f"{smallest:.4f} to 1",
+            "granularity": config.granularity,
+            "ladder": f"{LEVELS - 1} log-price offsets from {-REACH} to {REACH} around the closed form, and dense",
+            "seed": config.seed,
+        },
+        "data": {
+            "proxy": config.proxy,
+            "calibration_tokens": subject.splits.calibration.tokens,
+            "tokens_per_trial": tokens["trial"],
+            "selection_tokens": tokens["selection"],
+            "held_out_tokens": tokens["held-out"],
+            "report_items": len(subject.splits.report_items),
+            "benchmark_items": measured,
+        },
+        "cost": {
+            "forward_tokens": forward,
+            "estimated_minutes": round(forward * subject.seconds_per_token() / 60 + config.heal_minutes, 1),
+            "statistics_cached": subject.calibration.cache.has(subject.calibration.key),
+        },
+        "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+        "output": str(Path(config.resume or config.out or "results").absolute()),
+    }

@@ -1,0 +1,269 @@
+"""The pipeline of a run: load, divide the data, calibrate, decompose, search, select, measure, write.
+
+Knows the order of the stages and what a run folder receives; how a stage works stands in
+`search.experiment.calibration`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from agents import Learner
+from compression.allocation.closed_form import uniform_schedule
+from compression.schedule import Schedule
+from envs import Problem
+from search.config import Config
+from search.evaluation.evaluator import Score
+from search.evaluation.latency import Latency, against_dense, layer_costs
+from search.evaluation.quality import paired_kl
+from search.experiment.experiment import Subject, load
+from search.experiment.preparation import calibrate, check_space, preflight, stays_dense
+from search.healing.run import Options, heal_subject_, held
+from search.healing.state import HEALED
+from search.priors.build import build_prior
+from search.priors.transfer import check_families
+from search.reporting.run_report import REPORT, report
+from search.reporting.tables import csv_text
+from search.runtime.console import Console
+from search.runtime.run_folder import (
+    CONFIG,
+    ENVIRONMENT,
+    PRIOR,
+    STUDY,
+    SUMMARY,
+    TABLE,
+    TRIALS,
+    RunFolder,
+    environment,
+)
+from search.runtime.tensorboard import curves
+from search.trials.loop import (
+    FINALISTS,
+    Trial,
+    challengers,
+    make_agent,
+    open_journal,
+    read_policy,
+    refuse_other_search,
+    reward_of,
+    run_agent,
+    select,
+    spent,
+)
+from search.trials.starting_point import read_prior, warm_start
+from search.workers.pools import search_pool
+
+__all__ = ["RunSummary", "run"]
+
+_TIMED = ("uniform", "lagrangian", "searched")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run ends with."""
+
+    folder: Path
+    document: Mapping[str, object]
+    failures: int
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, object]]:
+        """The final table."""
+        rows = self.document["rows"]
+        assert isinstance(rows, list)
+        return rows
+
+
+def run(config: Config, console: Console) -> RunSummary:
+    """Run everything; the run folder holds the results.
+
+    Raises:
+        ValueError: refused input.
+        DataUnavailable: data or model cannot be had.
+    """
+    config, device = preflight(config)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+    read_policy(config, loaded)
+    if (prior := read_prior(config)) is not None:
+        check_families(prior, sites)
+    if staying := stays_dense(sites):
+        name, reason = next(iter(staying.items()))
+        console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device, console.note)
+    if config.resume is not None:
+        refuse_other_search(Path(config.resume) / STUDY, config, subject)
+    with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
+        console.opened(folder.path)
+        folder.write_text(CONFIG, config.to_json())
+        folder.write_json(ENVIRONMENT, environment())
+        return _run_in(folder, config, subject, console)
+
+
+def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
+    check_space(subject)
+    calibrate(subject, console)
+    baselines = _baselines(config, subject, console)
+    with console.stage("decompose", len(subject.sites), "matrices") as stage:
+        menu = subject.menu(lambda done: stage.advance(1))
+        plain = Problem.build(menu, config.target_kept, config.granularity)
+        for schedule in baselines.values():
+            for name, choice in schedule:
+                if not choice.is_dense:
+                    subject.store.cores(name, choice)
+    subject.calibration.release()
+    closed_form = plain.closed_form()
+    problem, notes = warm_start(config, plain)
+    for note in notes:
+        console.note(f"prior: {note}")
+    trials, chosen = _search(folder, config, subject, problem, closed_form, console)
+    schedules = {**baselines, "lagrangian": closed_form}
+    if config.prior is not None:
+        schedules["prior"] = problem.closed_form()
+    schedules["searched"] = chosen
+    scores = _measure(subject, schedules, chosen, folder / HEALED, console)
+    with console.stage("time"):
+        timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
+        latencies = against_dense(subject.loaded.model, subject.store, timed, config.optimize, layer_costs())
+    latency = latencies.get("searched")
+    if latency:
+        console.note(f"searched: {latency}")
+    rows = [score.to_row(name) | _speed(name, latencies) for name, score in scores.items()]
+    comparisons = {name: _against_closed_form(scores, name) for name in ("prior", "searched") if name in scores}
+    for name, found in comparisons.items():
+        if found:
+            console.note(
+                f"held-out KL, {name} minus lagrangian: {found['value']:+.4f} ± {found['standard_error']:.4f}"
+                f" nats/token ({found['relative']:+.1%}, {found['sequences']} sequences)"
+            )
+    failures = sum(trial.score.state == "failed" for trial in trials)
+    document: dict[str, object] = {
+        "model": subject.loaded.model_id,
+        "agent": config.agent,
+        "budget": config.budget,
+        "target_kept": config.target_kept,
+        "seed": config.seed,
+        "proxy": config.proxy,
+        "heal_minutes": config.heal_minutes,
+        "trials": len(trials),
+        "failed_trials": failures,
+        "folder": str(folder.path),
+        "stays_dense": stays_dense(subject.sites),
+        "rows": rows,
+        **{f"{name}_against_lagrangian_kl": found for name, found in comparisons.items()},
+        "latency": dataclasses.asdict(latency) if latency else {},
+        "environment": environment(),
+    }
+    folder.write_json(SUMMARY, document)
+    folder.write_text(TABLE, csv_text(rows))
+    prior = build_prior(config, subject.loaded, menu, chosen, rows, subject.splits)
+    folder.write_text(PRIOR, prior.to_json())
+    folder.write_text(REPORT, report([folder.path]))
+    return RunSummary(folder.path, document, failures)
+
+
+def _search(
+    folder: RunFolder, config: Config, subject: Subject, problem: Problem, closed_form: Schedule, console: Console
+) -> tuple[list[Trial], Schedule]:
+    """Run the agent; returns its trials and the schedule selected from the best of them, the prior and the closed form.
+
+    Args:
+        problem: around the prior, if there is one; its own closed form is then the prior's schedule.
+    """
+    if not config.budget:
+        console.note("budget 0: nothing is searched, the baselines only are measured")
+    agent = make_agent(config, problem, subject)
+    journal = open_journal(folder / STUDY, config, subject, problem)
+    try:
+        with search_pool(subject, closed_form, console.note) as pool, curves(folder.path) as drawn:
+            done = min(spent(journal), config.budget)
+            with console.stage("search", config.budget, "trials", done) as stage:
+                reward = reward_of(config, pool.dense)
+                trials = run_agent(agent, config.budget, pool, reward, journal, stage, drawn)
+        folder.write_text(TRIALS, csv_text(journal.rows()))
+    finally:
+        journal.close()
+    recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
+    finalists = challengers(closed_form, [problem.closed_form(), *recommended])
+    if isinstance(agent, Learner):
+        agent.saved_policy().write(folder.path)
+    if not finalists:
+        return trials, closed_form
+    with (
+        subject.evaluator("selection") as evaluator,
+        console.stage("select", 1 + len(finalists), "schedules") as stage,
+    ):
+        [reference] = evaluator.evaluate([closed_form])
+        stage.advance(1)
+        return trials, select(evaluator, closed_form, reference, finalists, stage)
+
+
+def _measure(
+    subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, healing: Path, console: Console
+) -> dict[str, Score]:
+    """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
+    and healed; what healing gives is written to the folder `healing`."""
+    config = subject.config
+    if not config.heal_minutes:  # what a run healed that now ends without would be taken for its result
+        shutil.rmtree(healing, ignore_errors=True)
+    with subject.evaluator("heldout") as evaluator:
+        with console.stage("measure", len(schedules), "schedules") as stage:
+            scores = {"dense": evaluator.dense}
+            known: dict[str, Score] = {}
+            for name, schedule in schedules.items():
+                if schedule.digest not in known:
+                    [known[schedule.digest]] = evaluator.evaluate([schedule])
+                scores[name] = known[schedule.digest]
+                stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
+        untouched = not config.repair_tokens and not config.heal_minutes
+        if untouched or all(choice.is_dense for _, choice in chosen):
+            return scores
+        evaluator.close()
+        options = Options(minutes=config.heal_minutes)
+        plan = options.plan(config.seed, subject.device) if config.heal_minutes else None
+        with held(healing) if plan else nullcontext():
+            improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
+    if healed.stopped:
+        console.note(f"healing stopped: {healed.stopped}")
+    return {**scores, **improved}
+
+
+def _against_closed_form(scores: Mapping[str, Score], row: str) -> dict[str, object]:
+    """How far the held-out KL of a row's schedule lies from the closed form's, paired over sequences."""
+    one, closed = scores[row].quality, scores["lagrangian"].quality
+    if one.state != "ok" or closed.state != "ok":
+        return {}
+    return dataclasses.asdict(paired_kl(one, closed))
+
+
+def _speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:
+    """Times over dense of a row of the table; repair and healing leave the shapes of the searched schedule."""
+    found = latencies.get("searched" if row in ("repaired", "healed") else row)
+    return {"prefill_ratio": found.prefill_ratio, "decode_ratio": found.decode_ratio} if found else {}
+
+
+def _baselines(config: Config, subject: Subject, console: Console) -> dict[str, Schedule]:
+    """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target.
+
+    One that cannot reach the target at these shapes, as MPOs of prime dimensions cannot, is left out with a remark.
+    """
+    target = math.floor(config.target_kept * sum(site.parameters for site in subject.sites) + 1e-6)
+    kinds = {
+        "uniform-plain": ("mpo2", "plain"),
+        "uniform-whitened": ("lowrank", "input"),
+        "uniform": ("lowrank", "two-sided"),
+    }
+    baselines = {}
+    for name, (topology, metric) in kinds.items():
+        try:
+            baselines[name] = uniform_schedule(subject.sites, topology, metric, target)
+        except ValueError as error:
+            console.note(f"baseline {name} ({topology}, {metric}) is left out: {error}")
+    return baselines

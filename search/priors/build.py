@@ -1,0 +1,154 @@
+"""Making priors: the schedule of a run with everything the format of `search.priors.format` asks for.
+
+Knows loaded models, menus and data; not how a prior is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compression.allocation.menu import Menu, SiteMenu
+from compression.allocation.prices import departures
+from compression.numerics.legs import resolve
+from compression.schedule import Choice, Schedule
+from compression.sites import Site, model_bytes, model_parameters
+from compression.size import SizeModel, choice_parameters
+from search.config import Config
+from search.data.splits import Splits
+from search.model.loading import LoadedModel
+from search.priors.format import Prior, Sensitivity
+from search.priors.versions import FORMAT, VERSION, score_entry
+from search.runtime.run_folder import environment, finite
+
+__all__ = ["build_prior", "config_digest", "predicted_trace"]
+
+_LEVELS = tuple(level / 10 for level in range(1, 10))  # relative χ of a predicted trace
+_DIGITS = 6  # significant ones of predicted figures
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+
+
+def build_prior(
+    config: Config,
+    loaded: LoadedModel,
+    menu: Menu,
+    schedule: Schedule,
+    rows: Sequence[Mapping[str, object]],
+    splits: Splits,
+    traces: Mapping[str, Sensitivity] | None = None,
+) -> Prior:
+    """The prior of a schedule.
+
+    Args:
+        menu: of the model, which must be dense as it stands; gives predicted traces and the closed form that offsets
+            are measured from.
+        rows: the table of the run, see `search.reporting.tables.SUMMARY`.
+        traces: measured ones by site, in the place of predicted ones.
+    """
+    sites = [options.site for options in menu.sites]
+    size = SizeModel(loaded.model, sites).size(schedule)
+    offsets = departures(menu, _indices(menu, schedule))
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {
+            "id": loaded.model_id,
+            "digest": loaded.digest,
+            "config_digest": config_digest(loaded),
+            "license": loaded.license,
+            "parameters": model_parameters(loaded.model),
+            "bytes": model_bytes(loaded.model),
+        },
+        "target_kept": config.target_kept,
+        "kept_fraction": size.kept_fraction,
+        "model_kept_fraction": size.model_kept_fraction,
+        "bytes_fraction": size.bytes_fraction,
+        "schedule_digest": schedule.digest,
+        "seeds": {"run": config.seed},
+        "sites": [
+            _site(options.site, schedule[options.site.name])
+            | _learned(options, float(offset), (traces or {}).get(options.site.name))
+            for options, offset in zip(menu.sites, offsets, strict=True)
+        ],
+        "scores": [score_entry(row) for row in rows],
+        "data": {
+            "calibration": splits.calibration.digest,
+            "search_text": splits.search_text.digest,
+            "heldout_text": splits.heldout_text.digest,
+            "search_items": sorted(item.digest for item in splits.search_items),
+            "report_items": sorted(item.digest for item in splits.report_items),
+        },
+        "configuration": {**config.definition(), "budget": config.budget, "dtype": config.dtype},
+        "environment": environment(),
+    }
+    return Prior.model_validate_json(json.dumps(finite(document)))
+
+
+def config_digest(loaded: LoadedModel) -> str:
+    """sha256 over the configuration of a model: its architecture, without names of files, versions and types."""
+    own = {key: value for key, value in loaded.model.config.to_dict().items() if key not in _VOLATILE}
+    return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def predicted_trace(options: SiteMenu) -> Sensitivity | None:
+    """Predicted KL of one site at a tenth to nine tenths of full χ; None where it can only stay dense."""
+    chis = np.array([choice.chi for choice in options.choices if _nested(choice)])
+    if not len(chis):
+        return None
+    costs = np.array([cost for choice, cost in zip(options.choices, options.cost, strict=True) if _nested(choice)])
+    full = min(options.site.out_features, options.site.in_features)
+    places = sorted({int(np.argmin(np.abs(chis - level * full))) for level in _LEVELS})
+    return Sensitivity(
+        source="predicted",
+        chi=tuple(int(chis[place]) for place in places),
+        kl=tuple(_rounded(costs[place]) for place in places),
+    )
+
+
+def _nested(choice: Choice) -> bool:
+    return choice.topology.removeprefix("pivoted-") == "lowrank"
+
+
+def _indices(menu: Menu, schedule: Schedule) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Option of every site: its own, or where the menu has not got it, the largest that stores no more."""
+    found = []
+    for options in menu.sites:
+        choice = schedule[options.site.name]
+        if choice in options.choices:
+            found.append(options.choices.index(choice))
+        else:
+            stored = choice_parameters(options.site, choice)
+            found.append(max(0, int(np.searchsorted(options.parameters, stored, side="right")) - 1))
+    return np.array(found, dtype=np.int64)
+
+
+def _site(site: Site, choice: Choice) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": site.name,
+        "block": site.block,
+        "family": site.family,
+        "shape": [site.out_features, site.in_features],
+        "topology": choice.topology,
+        "parameters": choice_parameters(site, choice),
+    }
+    if not choice.is_dense:
+        legs = resolve(choice.topology, site.out_features, site.in_features)
+        entry |= {"chi": choice.chi, "metric": choice.metric, "out_legs": legs.out_legs, "in_legs": legs.in_legs}
+    if site.dense_because:
+        entry["dense_because"] = site.dense_because
+    return entry
+
+
+def _learned(options: SiteMenu, offset: float, measured: Sensitivity | None) -> dict[str, Any]:
+    trace = measured or predicted_trace(options)
+    if trace is None:
+        return {}
+    return {"offset": _rounded(offset), "sensitivity": trace.model_dump(mode="json")}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{float(value):.{_DIGITS}g}")

@@ -1,0 +1,357 @@
+"""The compression prior: a winning schedule with what it costs and where it comes from, as JSON that others can apply.
+
+The format, version 2: what stands in a file, how it is read strictly and written for people. Knows no model and no run;
+`search.priors.build` makes priors, `search.priors.versions` knows older files, `search.priors.transfer` takes one to a
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from compression.numerics.legs import resolve
+from compression.schedule import DENSE, METRICS, Choice, Schedule
+from search.priors.versions import FORMAT, VERSION, to_current
+from search.runtime.strict_json import read_object
+
+__all__ = [
+    "LARGEST_FILE",
+    "Estimate",
+    "ModelIdentity",
+    "Origin",
+    "Prior",
+    "PriorData",
+    "PriorScore",
+    "PriorSite",
+    "Sensitivity",
+]
+
+LARGEST_FILE = 64 << 20
+"""Bytes of a prior that is read: a model of 100 blocks cut into heads needs about a fifth of it."""
+
+_WIDTH = 120  # characters of a line in which a list of numbers still stands as one
+_PATH = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$"
+
+
+def _harmless(text: str) -> str:
+    """A name that is shown and compared, and could be part of a path in careless hands."""
+    if not text.isprintable() or ".." in text or "\\" in text or text.startswith(("/", "~")):
+        raise ValueError("must be a printable name without '..', '\\' or a leading '/' or '~'")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_harmless)]
+SitePath = Annotated[str, Field(max_length=500, pattern=_PATH)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Fraction = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=2**48)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelIdentity(_Part):
+    """Which model the prior was made for."""
+
+    id: Name = Field(description="Hub id, or the name of a folder.")
+    digest: Digest = Field(description="sha256 over names, shapes, types and bytes of the parameters as loaded.")
+    config_digest: Digest | None = Field(
+        None, description="sha256 over the architecture's configuration, without names of files, versions and types."
+    )
+    license: Name = Field(description="Of the model's weights, as far as known.")
+    parameters: Positive | None = Field(None, description="Of the dense model, tied weights once.")
+    bytes: Positive | None = Field(None, description="Of those parameters in the precision they were loaded in.")
+
+
+class Sensitivity(_Part):
+    """What this site alone costs at several χ, everything else dense: KL to the dense model, nats per token."""
+
+    source: Literal["predicted", "measured"] = Field(
+        description="Predicted: the menu's ½·tr(G E C Eᵀ). Measured: `search.py profile`."
+    )
+    chi: tuple[Positive, ...] = Field(min_length=1, description="Ascending.")
+    kl: tuple[float, ...] = Field(min_length=1, description="One for each χ.")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if len(self.chi) != len(self.kl):
+            raise ValueError(f"a trace needs one KL for each χ, got {len(self.kl)} for {len(self.chi)}")
+        if list(self.chi) != sorted(set(self.chi)):
+            raise ValueError("the χ of a trace must ascend")
+        return self
+
+
+class PriorSite(_Part):
+    """One matrix: what it becomes. `chi`, `metric` and the legs are absent where it stays dense."""
+
+    name: SitePath = Field(description="Qualified name of the module in the model.")
+    block: Count = Field(description="Index of the block, from 0.")
+    family: SitePath = Field(description="Kind of the matrix, such as q or down.")
+    shape: tuple[Positive, Positive] = Field(description="Outputs, inputs.")
+    topology: Annotated[str, Field(max_length=200)] = Field(
+        description="dense, lowrank, mpoN, or legs by name as in mpo:9.64x24.24; pivoted- before it drops the gauge."
+    )
+    chi: Positive | None = Field(None, description="Bond dimension.")
+    metric: Literal["plain", "input", "two-sided"] | None = Field(
+        None, description="Norm in which the matrix was fitted."
+    )
+    out_legs: tuple[Positive, ...] | None = Field(None, description="How the outputs are split, one leg a core.")
+    in_legs: tuple[Positive, ...] | None = Field(None, description="How the inputs are split, one leg a core.")
+    dense_because: Name | None = Field(None, description="Why it cannot be tensorized.")
+    parameters: Positive = Field(description="Entries that are stored.")
+    offset: float | None = Field(
+        None,
+        description="Natural logarithm of how much dearer this matrix' cost had to be than predicted for the closed "
+        "form to agree; 0 where it does.",
+    )
+    sensitivity: Sensitivity | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        rest = (self.chi, self.metric, self.out_legs, self.in_legs)
+        if self.topology == "dense":
+            if any(value is not None for value in rest):
+                raise ValueError(f"{self.name} is dense and has no chi, metric or legs")
+            return self
+        if any(value is None for value in rest) or self.dense_because is not None:
+            raise ValueError(f"{self.name} needs chi, metric, out_legs and in_legs, and no dense_because")
+        legs = resolve(self.topology, *self.shape)
+        if (legs.out_legs, legs.in_legs) != (self.out_legs, self.in_legs):
+            raise ValueError(
+                f"{self.name}: the legs of {self.topology} are {legs.out_legs} and {legs.in_legs}, "
+                f"got {self.out_legs} and {self.in_legs}"
+            )
+        return self
+
+    @property
+    def choice(self) -> Choice:
+        """What the site becomes."""
+        if self.chi is None:
+            return DENSE
+        assert self.metric in METRICS
+        return Choice(self.topology, self.chi, self.metric)
+
+    @property
+    def largest_chi(self) -> int:
+        """The largest χ that saves parameters; 0 where none does, or dense."""
+        return 0 if self.chi is None else resolve(self.topology, *self.shape).break_even_chi
+
+    @property
+    def relative_chi(self) -> float:
+        """χ over the χ at which the topology is exact, at most 1; 1 for dense."""
+        if self.chi is None:
+            return 1.0
+        return min(1.0, self.chi / max(resolve(self.topology, *self.shape).full_bonds))
+
+    @property
+    def dense_parameters(self) -> int:
+        """Entries of the dense matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def stored(self) -> int:
+        """Entries that the topology stores at its χ: what `parameters` must be."""
+        return self.dense_parameters if self.chi is None else resolve(self.topology, *self.shape).parameters(self.chi)
+
+
+class Estimate(_Part):
+    """A figure with its 95 % interval, absent where there is but one sample."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class PriorScore(_Part):
+    """A row of the table the prior was published with. Figures are absent where the model gave none."""
+
+    schedule: Name
+    state: Name
+    kept_fraction: Fraction = Field(description="Parameters after / before over the sites.")
+    model_kept_fraction: Fraction = Field(description="The same over the whole model, tied weights once.")
+    bytes_fraction: Fraction = Field(description="Bytes after / before over the whole model.")
+    parameters: Positive
+    bytes: Positive
+    multiply_adds: Positive = Field(description="Per token over the sites.")
+    kl: Estimate | None = Field(None, description="KL to the dense model, nats per token.")
+    perplexity: Annotated[float, Field(ge=0)] | None = None
+    accuracy: Estimate | None = None
+    expected_accuracy: Estimate | None = Field(None, description="Mean probability of the correct answer.")
+    margin: float | None = Field(None, description="Log-probability of the correct answer over the best other one.")
+    agreement: float | None = Field(None, description="Share of tokens where the likeliest one is the dense model's.")
+    items: Count
+    tokens: Count
+
+
+class PriorData(_Part):
+    """Digests of what was calibrated, searched and measured on."""
+
+    calibration: Digest
+    search_text: Digest
+    heldout_text: Digest
+    search_items: tuple[Digest, ...]
+    report_items: tuple[Digest, ...] | None = None
+
+
+class Origin(_Part):
+    """The prior that this one was made from."""
+
+    model: ModelIdentity
+    schedule_digest: Digest
+    notes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field(description="How it was taken here.")
+
+
+class Prior(_Part):
+    """A compression prior."""
+
+    format: Literal["chisel-prior"]
+    version: Literal[2]
+    model: ModelIdentity
+    target_kept: Annotated[float, Field(gt=0, le=1)] = Field(description="Kept fraction that was asked for.")
+    kept_fraction: Fraction = Field(description="Parameters after / before over the sites.")
+    model_kept_fraction: Fraction | None = Field(None, description="The same over the whole model, tied weights once.")
+    bytes_fraction: Fraction | None = Field(None, description="Bytes after / before over the whole model.")
+    schedule_digest: Digest | None = Field(
+        None, description="Identity of the schedule; null in a prior written by hand, whose scores then claim nothing."
+    )
+    origin: Origin | None = Field(None, description="Where the schedule comes from, if not from a search here.")
+    seeds: Mapping[Name, Count] = Field(description="Of every generator of the run.")
+    sites: tuple[PriorSite, ...] = Field(min_length=1)
+    scores: tuple[PriorScore, ...]
+    data: PriorData
+    configuration: Mapping[str, JsonValue] = Field(description="The run's, by field.")
+    environment: Mapping[str, JsonValue] = Field(description="Date, command, commit, machine and versions.")
+
+    @classmethod
+    def read(cls, path: Path, clamp: bool = False) -> Prior:
+        """A prior from a file, of this version or an earlier one.
+
+        Args:
+            clamp: lower a χ above the largest that saves parameters to that; otherwise it is refused.
+
+        Raises:
+            ValueError: one line that names file, field, rule and value.
+        """
+        document = read_object(path, "the prior", LARGEST_FILE)
+        try:
+            current = to_current(document)
+            try:
+                prior = cls.model_validate_json(json.dumps(current))
+            except ValidationError as error:
+                raise ValueError(_one_line(error)) from None
+            return prior._checked(clamp)
+        except ValueError as error:
+            raise ValueError(f"cannot use the prior {path}: {error}") from None
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of all sites."""
+        return Schedule(tuple((site.name, site.choice) for site in self.sites))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the model it was made for."""
+        return 1 + max(site.block for site in self.sites)
+
+    @property
+    def was_repaired(self) -> bool:
+        """Whether its run ended with a repair that was kept: its table has a row of it then."""
+        return any(score.schedule == "repaired" for score in self.scores)
+
+    def to_json(self) -> str:
+        """The content of a file: keys in the order of the schema, absent values left out, short lists in one line."""
+        return _pretty(self.model_dump(mode="json", exclude_none=True)) + "\n"
+
+    @classmethod
+    def published_schema(cls) -> str:
+        """The published JSON Schema."""
+        own = cls.model_json_schema()
+        head = {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": f"{FORMAT}, version {VERSION}",
+            "description": "Generated from search/priors/format.py by `python search.py prior schema`.",
+        }
+        return json.dumps(head | {key: value for key, value in own.items() if key not in head}, indent=2) + "\n"
+
+    def _checked(self, clamp: bool) -> Prior:
+        """What a schema cannot say: names once, χ within reach, and sums that are those of the sites."""
+        for number, site in enumerate(self.sites):
+            if site.chi is not None and site.chi > site.largest_chi and not clamp:
+                raise ValueError(
+                    f"sites.{number}.chi of {site.name} must be at most {site.largest_chi}, above which "
+                    f"{site.topology} saves nothing, got {site.chi}; search.py apply --clamp lowers it"
+                )
+        schedule = self.schedule  # raises for a name that is repeated
+        if self.schedule_digest not in (None, schedule.digest):
+            raise ValueError(
+                f"schedule_digest must be that of the sites, {schedule.digest[:12]}…, got {self.schedule_digest}; "
+                "a prior changed by hand has null there"
+            )
+        for number, site in enumerate(self.sites):
+            if site.parameters != site.stored:
+                raise ValueError(f"sites.{number}.parameters must be {site.stored}, got {site.parameters}")
+        kept = _kept(self.sites)
+        if abs(kept - self.kept_fraction) > 1e-9:
+            raise ValueError(f"kept_fraction must be that of the sites, {kept}, got {self.kept_fraction}")
+        return self._clamped() if clamp else self
+
+    def _clamped(self) -> Prior:
+        high = [site.chi is not None and site.chi > site.largest_chi for site in self.sites]
+        if not any(high):
+            return self
+        sites = tuple(_lowered(site) if over else site for site, over in zip(self.sites, high, strict=True))
+        # What was measured and counted over the whole model is of the schedule that was not lowered.
+        gone: dict[str, Any] = dict(model_kept_fraction=None, bytes_fraction=None, schedule_digest=None, scores=())
+        return self.model_copy(update={**gone, "sites": sites, "kept_fraction": _kept(sites)})
+
+
+def _lowered(site: PriorSite) -> PriorSite:
+    """A site whose χ saves nothing at the largest one that does; dense where none does."""
+    if site.largest_chi == 0:
+        changed: dict[str, Any] = dict(topology="dense", chi=None, metric=None, out_legs=None, in_legs=None)
+    else:
+        changed = dict(chi=site.largest_chi)
+    lowered = site.model_copy(update={**changed, "offset": None})
+    return lowered.model_copy(update={"parameters": lowered.stored})
+
+
+def _kept(sites: Sequence[PriorSite]) -> float:
+    return sum(site.parameters for site in sites) / sum(site.dense_parameters for site in sites)
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first complaint of pydantic: field, rule, value."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    rule = re.sub(r"^(Value error, |Assertion failed, )", "", first["msg"])
+    rule = re.sub(r"^(Input|String|Value) should (be|have|match)", r"must \2", rule)
+    if first["type"] == "extra_forbidden":
+        return f"{where} is not a field of version {VERSION}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        return f"{where}: {rule}"
+    shown = repr(first["input"])
+    return f"{where}: {rule}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def _pretty(value: object, indent: str = "") -> str:
+    """JSON with two spaces a level, in which a list of plain values that fits stands in one line."""
+    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = indent + "  "
+    nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, dict | list) for x in value))
+    if not value or (not nested and (not isinstance(value, list) or len(inner) + len(flat) <= _WIDTH)):
+        return flat
+    if isinstance(value, dict):
+        rows = [f"{inner}{json.dumps(key, ensure_ascii=False)}: {_pretty(one, inner)}" for key, one in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+    assert isinstance(value, list)
+    return "[\n" + ",\n".join(inner + _pretty(one, inner) for one in value) + f"\n{indent}]"

@@ -1,0 +1,188 @@
+"""Transfer: a prior taken to a model, the one it was made for or another.
+
+Knows the prior's format and menus; no live model. On sites of the same names and shapes the schedule is the prior's
+own. Elsewhere every site has donors: the prior's sites of its family, at the two relative depths around its own; what
+they have is interpolated, and projected exactly onto a budget by the Lagrangian.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compression.allocation.menu import Menu, SiteMenu
+from compression.allocation.prices import departures
+from compression.numerics.legs import resolve
+from compression.schedule import Schedule
+from compression.sites import Site
+from search.config import nearest
+from search.priors.format import Prior, PriorSite
+
+__all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fits", "transfer"]
+
+Rule = Literal["price", "chi"]
+RULES: dict[str, str] = {
+    "price": "how far the prior's prices depart from its closed form, on top of the target's own closed form",
+    "chi": "the prior's relative χ in the place of the target's closed form",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """A prior on a menu.
+
+    Attributes:
+        log_weights: of the costs of the sites, (sites,): where they are the closed form is the prior's schedule, as
+            near as the menu and the budget allow. For `envs.Problem.centred`.
+        notes: what was done, in sentences.
+    """
+
+    log_weights: NDArray[np.float64]
+    notes: tuple[str, ...]
+
+
+def fits(prior: Prior, sites: Sequence[Site]) -> bool:
+    """Whether the prior names these sites and no others, in these shapes."""
+    return {site.name: site.shape for site in prior.sites} == {
+        site.name: (site.out_features, site.in_features) for site in sites
+    }
+
+
+def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
+    """The prior's schedule for these sites, in their order.
+
+    Raises:
+        ValueError: a site that is missing, unknown, of another shape, or that cannot be tensorized here.
+    """
+    wanted = {site.name: site for site in prior.sites}
+    for site in sites:
+        if site.name not in wanted:
+            raise ValueError(f"sites: the prior lacks {site.name} of the model")
+        own, shape = wanted.pop(site.name), (site.out_features, site.in_features)
+        if own.shape != shape:
+            raise ValueError(f"sites: {site.name} must have shape {shape} as in the model, got {own.shape}")
+        if site.dense_because and own.chi is not None:
+            raise ValueError(f"sites: {site.name} must stay dense here: {site.dense_because}")
+    if wanted:
+        name = next(iter(wanted))
+        raise ValueError(
+            f"sites: the model has no {name}; the nearest is {nearest(name, [site.name for site in sites])}"
+        )
+    choices = prior.schedule
+    return Schedule(tuple((site.name, choices[site.name]) for site in sites))
+
+
+def check_families(prior: Prior, sites: Sequence[Site]) -> None:
+    """Refuse, before anything is calibrated, a prior that no site of a model can take anything from.
+
+    Raises:
+        ValueError: no family in common among the sites that can be tensorized.
+    """
+    ours, theirs = {site.family for site in sites if not site.dense_because}, _donors(prior).keys()
+    if not ours & theirs:
+        raise ValueError(
+            f"sites: the prior's families {', '.join(sorted(theirs))} and the model's {', '.join(sorted(ours))} have "
+            "none in common"
+        )
+
+
+def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
+    """Weights that put a prior onto a menu, at whatever budget is spent there.
+
+    Args:
+        rule: see `RULES`, for a model of other sites; None takes the first one where the prior has offsets.
+
+    Raises:
+        ValueError: no family in common, or offsets asked for that the prior has not.
+    """
+    sites = [options.site for options in menu.sites]
+    if fits(prior, sites):
+        own = {site.name: site.relative_chi for site in prior.sites}
+        wanted = np.array([own[site.name] for site in sites])
+        return Transfer(_by_chi(menu, wanted), (f"all {len(sites)} sites have the prior's names and shapes",))
+    known = all(site.offset is not None for site in prior.sites if site.dense_because is None)
+    if rule is None:
+        rule = "price" if known else "chi"
+    if rule == "price" and not known:
+        raise ValueError("transfer must be chi for this prior, whose version has no offsets, got 'price'")
+    check_families(prior, sites)
+    donors = _donors(prior)
+    served = np.array([site.family in donors and not site.dense_because for site in sites])
+    blocks = 1 + max(site.block for site in sites)
+    values = np.full(len(sites), np.nan)
+    for number, site in enumerate(sites):
+        if served[number]:
+            values[number] = _interpolated(donors[site.family], prior.blocks, _depth(site.block, blocks), rule)
+    weights = np.where(served, values, 0.0) if rule == "price" else _by_chi(menu, values)
+    return Transfer(weights, _notes(prior, sites, served, blocks, rule))
+
+
+def _donors(prior: Prior) -> dict[str, list[PriorSite]]:
+    """Sites of a prior that say something, by family."""
+    donors: dict[str, list[PriorSite]] = defaultdict(list)
+    for donor in prior.sites:
+        if donor.dense_because is None:
+            donors[donor.family].append(donor)
+    return donors
+
+
+def _depth(block: int, blocks: int) -> float:
+    """Relative depth: 0 for the first block, 1 for the last; the middle where there is but one."""
+    return block / (blocks - 1) if blocks > 1 else 0.5
+
+
+def _interpolated(donors: Sequence[PriorSite], blocks: int, depth: float, rule: Rule) -> float:
+    """The donors' offset or relative χ at a depth: linear between neighbours, the mean of several in one block."""
+    by_depth: dict[float, list[float]] = defaultdict(list)
+    for donor in donors:
+        value = donor.relative_chi if rule == "chi" else donor.offset
+        assert value is not None
+        by_depth[_depth(donor.block, blocks)].append(value)
+    depths = sorted(by_depth)
+    return float(np.interp(depth, depths, [np.mean(by_depth[one]) for one in depths]))
+
+
+def _by_chi(menu: Menu, wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Departures of the options whose relative χ is nearest to what is wanted; 0 where nothing is (NaN)."""
+    known = ~np.isnan(wanted)
+    indices = np.array(
+        [
+            int(np.argmin(np.abs(_relative(options) - value))) if value == value else len(options.choices) - 1
+            for options, value in zip(menu.sites, wanted, strict=True)
+        ],
+        dtype=np.int64,
+    )
+    if known.all():
+        return departures(menu, indices)
+    # Sites without a donor spend what the closed form of the menu gives them beside the others.
+    part = Menu(tuple(options for options, given in zip(menu.sites, known, strict=True) if given))
+    weights = np.zeros(len(wanted))
+    weights[known] = departures(part, indices[known])
+    return weights
+
+
+def _relative(options: SiteMenu) -> NDArray[np.float64]:
+    shape = options.site.out_features, options.site.in_features
+    return np.array(
+        [
+            1.0 if choice.is_dense else choice.chi / max(resolve(choice.topology, *shape).full_bonds)
+            for choice in options.choices
+        ]
+    )
+
+
+def _notes(prior: Prior, sites: Sequence[Site], served: NDArray[np.bool_], blocks: int, rule: Rule) -> tuple[str, ...]:
+    families = sorted({site.family for site, given in zip(sites, served, strict=True) if given})
+    notes = [
+        f"{prior.model.id}, {prior.blocks} blocks, to {blocks} blocks: {int(served.sum())} of {len(sites)} sites take "
+        f"{RULES[rule]}, by family ({', '.join(families)}) and relative depth",
+    ]
+    if rest := [site for site, given in zip(sites, served, strict=True) if not given]:
+        others = sorted({site.family for site in rest})
+        notes.append(f"{len(rest)} sites of {', '.join(others)} have no donor and stay with the closed form")
+    return tuple(notes)

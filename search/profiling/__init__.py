@@ -1,0 +1,3 @@
+"""One matrix compressed at a time: sweeps and sensitivity traces."""
+
+__all__: list[str] = []

@@ -1,0 +1,302 @@
+"""Profile: what every site costs by itself at several χ, measured beside the menu's prediction.
+
+One schedule a measurement: one site at one χ, all others dense, on some of the search data. Knows the order of a
+sweep and what its folder receives; `search.profiling.sensitivity` knows what the table says.
+
+The hidden states below the changed block are those of the dense model and are not computed again
+(`search.evaluation.prefix_reuse`), so a sweep costs about half of its forward passes. It goes level by level and block
+by block: what an interrupted one leaves is whole levels, and the estimate of time left is fair, since late blocks are
+cheaper than early ones. Any number of evaluators share the measurements. sensitivity.csv is written whole after every
+few; a resumed sweep measures what is not in it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from compression.allocation.menu import nested_options
+from compression.numerics.legs import resolve
+from compression.schedule import Choice, Schedule
+from compression.sites import Site
+from compression.storage.factor_cache import cache_key
+from search.config import Config
+from search.evaluation.evaluator import Score
+from search.evaluation.packed_sequences import Packed
+from search.evaluation.pool import Job, Pool
+from search.experiment.experiment import Extract, Subject, load
+from search.experiment.preparation import calibrate, preflight
+from search.profiling.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
+from search.reporting.heat_maps import heat_map
+from search.runtime.console import Console
+from search.runtime.run_folder import CONFIG, ENVIRONMENT, RunFolder, environment
+from search.trials.journal import differences
+from search.workers.pools import search_pool
+
+__all__ = ["CHI", "FRACTIONS", "PROFILE", "TABLE", "TOKENS", "Levels", "profile", "read_profile"]
+
+CHI = tuple(range(10, 100, 10))
+FRACTIONS = (0.25, 0.5, 0.75)
+TOKENS = 512
+"""What a measurement reads, unless said otherwise: KL at thousands of places rather than few figures of each."""
+PROFILE, TABLE, PARQUET, SUMMARY = "profile.json", "sensitivity.csv", "sensitivity.parquet", "summary.txt"
+_FORMAT = 1
+_UNSAVED = 7  # measurements that a killed sweep may lose
+_TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"  # as in the menus
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Bond dimensions of a sweep.
+
+    Attributes:
+        chi: the same at every site.
+        fractions: of a site's full χ, above 0 and below 1.
+    """
+
+    chi: tuple[int, ...] = CHI
+    fractions: tuple[float, ...] = FRACTIONS
+
+    def __post_init__(self) -> None:
+        if bad := [chi for chi in self.chi if chi < 1]:
+            raise ValueError(f"chi must be whole numbers of at least 1, got {bad[0]}")
+        if bad_fractions := [one for one in self.fractions if not 0 < one < 1]:
+            raise ValueError(f"fractions must lie between 0 and 1, got {bad_fractions[0]}")
+        if not self.chi and not self.fractions:
+            raise ValueError("chi or fractions must name a level, got none")
+
+    def of(self, site: Site) -> list[int]:
+        """χ at one site by level, each once; a χ that saves nothing there is left out."""
+        legs = resolve(_TOPOLOGY, site.out_features, site.in_features)
+        wanted = [*self.chi, *(max(1, round(one * max(legs.full_bonds))) for one in self.fractions)]
+        return [chi for chi in dict.fromkeys(wanted) if chi <= legs.break_even_chi]
+
+
+def profile(
+    config: Config, levels: Levels | None, tokens: int | None, console: Console, context: int | None = None
+) -> tuple[Path, str]:
+    """Measure what is missing of a sweep; returns its folder and the summary.
+
+    Args:
+        levels: None takes those of the sweep that is resumed, or the defaults.
+        tokens: what every measurement reads, at most; None as for `levels`.
+        context: measure the sites that fill the KV cache only, k and v, on one text of so many tokens; None as for
+            `levels`.
+
+    Raises:
+        ValueError: refused input, and the folder of a sweep over another model or other data.
+        DataUnavailable: data or model cannot be had.
+    """
+    for name, value in (("tokens", tokens), ("context", context)):
+        if value is not None and value < 64:
+            raise ValueError(f"{name} must be a whole number of at least 64, got {value}")
+    config, device = preflight(config)
+    with console.stage("load"):
+        loaded, sites = load(config, device)
+    with console.stage("data"):
+        subject = Subject.of(config, loaded, sites, device, console.note)
+    with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
+        console.opened(folder.path)
+        document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])
+        tokens = tokens or document.get("tokens", TOKENS)
+        context = context or document.get("context")
+        if context:
+            _check_context(subject, context)
+        extract = Extract(tokens, context)
+        data = subject.extract(extract)
+        _refuse_another(folder.path, document, _fingerprint(subject, data))
+        levels = levels or _levels(document)
+        folder.write_text(CONFIG, config.to_json())
+        folder.write_json(ENVIRONMENT, environment())
+        calibrate(subject, console)
+        with console.stage("decompose", len(sites), "matrices") as stage:
+            subject.store.menu(progress=lambda done: stage.advance(1))
+        subject.calibration.release()
+        kept = {"model": loaded.model_id, "levels": asdict(levels), "tokens": tokens, "context": context}
+        wanted = list(_order([site for site in sites if not context or site.family in CACHED], levels))
+        dense = Schedule.dense(tuple(site.name for site in sites))
+        with search_pool(subject, dense, console.note, extract) as pool:
+            folder.write_json(PROFILE, _document(subject, data, kept, pool.dense))
+            rows = _sweep(folder, subject, wanted, found, pool, console)
+        text = summary(rows, loaded.model_id, context)
+        _publish(folder, rows, text)
+    return folder.path, text
+
+
+def read_profile(folder: Path, model_digest: str) -> list[Row]:
+    """The rows of a sweep.
+
+    Raises:
+        ValueError: no sweep there, or one of another model.
+    """
+    document, rows = _read(folder)
+    if document["fingerprint"].get("model") != model_digest:
+        raise ValueError(f"profile must be of the same model, but {folder} is of {document['model']}")
+    return rows
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    try:
+        document = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
+        if document["format"] != _FORMAT:
+            raise ValueError(f"its format is {document['format']}, and {_FORMAT} is wanted")
+        rows = parse_rows((folder / TABLE).read_text(encoding="utf-8")) if (folder / TABLE).exists() else []
+        _levels(document)
+        if type(document["tokens"]) is not int or not isinstance(document["fingerprint"], dict):
+            raise ValueError("its tokens or its fingerprint are not what they must be")
+        if type(document.get("context")) not in (int, type(None)):
+            raise ValueError("its context is not what it must be")
+        return {**document, "model": str(document["model"])}, rows
+    except FileNotFoundError:
+        raise ValueError(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot use the profile {folder}: {error}") from None
+
+
+def _levels(document: Mapping[str, Any]) -> Levels:
+    """Those of a sweep that is resumed, else the defaults."""
+    if not document:
+        return Levels()
+    return Levels(tuple(document["levels"]["chi"]), tuple(document["levels"]["fractions"]))
+
+
+def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping[str, object]) -> None:
+    if document and document["fingerprint"] != expected:
+        raise ValueError(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
+
+
+def _check_context(subject: Subject, context: int) -> None:
+    """Raises ValueError where the model has fewer positions, or nothing that fills a cache by the name of k or v."""
+    if not any(site.family in CACHED for site in subject.sites):
+        raise ValueError(f"context needs matrices of the kinds {' and '.join(CACHED)}, and this model has none")
+    most = getattr(subject.loaded.model.config.get_text_config(), "max_position_embeddings", context)
+    if context > most:
+        raise ValueError(f"context must be at most {most}, what the model has positions for, got {context}")
+
+
+def _fingerprint(subject: Subject, data: Sequence[Packed]) -> dict[str, object]:
+    """Everything that decides a figure of the table, as plain JSON values."""
+    return {
+        "model": subject.loaded.digest,
+        "statistics": subject.calibration.key,
+        "data": cache_key(tokens=[list(one.tokens) for one in data]),
+        "dtype": str(subject.loaded.model.dtype),
+        "sites": cache_key(names=[site.name for site in subject.sites]),
+    }
+
+
+def _sweep(
+    folder: RunFolder,
+    subject: Subject,
+    wanted: Sequence[tuple[Site, int]],
+    rows: Sequence[Row],
+    pool: Pool,
+    console: Console,
+) -> list[Row]:
+    """Measure what is wanted and not in `rows`; returns all rows, those wanted first and in their order."""
+    found = {(row.site, row.chi): row for row in rows}
+    missing = [(site, chi) for site, chi in wanted if (site.name, chi) not in found]
+    places = {(site.name, chi): place for place, (site, chi) in enumerate(wanted)}
+    costs: dict[str, dict[int, float]] = {}
+    handed = unsaved = 0
+
+    def in_order() -> list[Row]:
+        return sorted(found.values(), key=lambda row: places.get((row.site, row.chi), len(places)))
+
+    with console.stage("profile", len(wanted), "measurements", len(wanted) - len(missing)) as stage:
+        try:
+            for done in range(len(missing)):
+                while handed < min(len(missing), done + pool.capacity):
+                    pool.submit(handed, Job(_alone(subject.sites, *missing[handed])))
+                    handed += 1
+                number, result = pool.finished()
+                site, chi = missing[number]
+                predicted = costs.get(site.name) or costs.setdefault(site.name, _costs(subject, site))
+                found[site.name, chi] = _row(site, chi, predicted[chi], result.score)
+                unsaved += 1
+                if unsaved == _UNSAVED:
+                    folder.write_text(TABLE, rows_text(in_order()))
+                    unsaved = 0
+                stage.advance(1, f"block {site.block}, χ {chi}")
+        finally:
+            folder.write_text(TABLE, rows_text(in_order()))
+    return in_order()
+
+
+def _order(sites: Sequence[Site], levels: Levels) -> Iterator[tuple[Site, int]]:
+    """Level by level, and in each by block."""
+    chis = {site.name: levels.of(site) for site in sites if not site.dense_because}
+    for level in range(max(map(len, chis.values()), default=0)):
+        for site in sorted(sites, key=lambda site: site.block):
+            if level < len(chis.get(site.name, ())):
+                yield site, chis[site.name][level]
+
+
+def _alone(sites: Sequence[Site], changed: Site, chi: int) -> Schedule:
+    dense = dict(Schedule.dense(tuple(site.name for site in sites)))
+    return Schedule(tuple((dense | {changed.name: Choice(_TOPOLOGY, chi, _METRIC)}).items()))
+
+
+def _costs(subject: Subject, site: Site) -> dict[int, float]:
+    """Predicted KL of a site by χ."""
+    spectrum = subject.store.factors(site.name, _TOPOLOGY, _METRIC).spectrum.numpy()
+    options = nested_options(_TOPOLOGY, _METRIC, np.asarray(spectrum, dtype=np.float64), site)
+    return {option.choice.chi: option.cost for option in options}
+
+
+def _row(site: Site, chi: int, predicted: float, score: Score) -> Row:
+    legs = resolve(_TOPOLOGY, site.out_features, site.in_features)
+    return Row(
+        site=site.name,
+        block=site.block,
+        family=site.family,
+        topology=_TOPOLOGY,
+        chi=chi,
+        relative_chi=chi / max(legs.full_bonds),
+        kept_fraction=legs.parameters(chi) / site.parameters,
+        predicted_kl=predicted,
+        kl=score.kl,
+        kl_standard_error=score.quality.kl_standard_error,
+        expected_accuracy=score.expected_accuracy,
+        perplexity=score.quality.perplexity,
+        state=score.state,
+        seconds=score.seconds,
+    )
+
+
+def _document(subject: Subject, data: Sequence[Packed], kept: Mapping[str, object], dense: Score) -> dict[str, object]:
+    return {
+        "format": _FORMAT,
+        "fingerprint": _fingerprint(subject, data),
+        **kept,
+        "dense": {
+            "perplexity": dense.quality.perplexity,
+            "expected_accuracy": dense.expected_accuracy,
+            "items": dense.quality.items,
+            "tokens": dense.quality.tokens,
+        },
+    }
+
+
+def _publish(folder: RunFolder, rows: Sequence[Row], text: str) -> None:
+    """What is made of the table when the sweep is complete."""
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in parse_rows(rows_text(rows))]), out)
+    folder.write_bytes(PARQUET, out.getvalue())
+    folder.write_text(SUMMARY, text)
+    blocks, families, table = block_by_family(rows)
+    unit = "KL, nats per token"
+    drawn = heat_map(table, blocks, families, "one site alone, geometric mean over χ", "family", unit)
+    folder.write_text("plots/block-family.svg", drawn)
+    blocks, chis, table = block_by_chi(rows)
+    if chis:
+        drawn = heat_map(table, blocks, chis, "sites one at a time, summed over the block", "χ", unit)
+        folder.write_text("plots/block-chi.svg", drawn)

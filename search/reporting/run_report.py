@@ -1,0 +1,324 @@
+"""The report of runs: what their folders hold, as sections of one page. Reads files only; loads no model.
+
+A section appears where its file is: a run that was cut short, or made by an earlier version, has fewer.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from search.reporting.charts import heat_map, line_chart, scatter_chart
+from search.reporting.page import Section, page, table
+from search.reporting.tables import SUMMARY as SUMMARY_COLUMNS
+from search.reporting.tables import Column
+from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
+
+__all__ = ["REPORT", "Run", "report"]
+
+REPORT = "report.html"
+BENCHMARKS, SENSITIVITY = "benchmarks.csv", "sensitivity.csv"
+_LARGEST_FILE = 1 << 27  # bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is in a run folder.
+
+    Attributes:
+        name: of the folder.
+        summary, prior: content of the JSON files; empty where there is none.
+        trials, benchmarks, sensitivity: rows of the CSV files.
+        healings: content of the healing.json of every healing, by the name of its folder.
+    """
+
+    name: str
+    summary: Mapping[str, Any]
+    prior: Mapping[str, Any]
+    trials: Sequence[Mapping[str, str]]
+    benchmarks: Sequence[Mapping[str, str]]
+    sensitivity: Sequence[Mapping[str, str]]
+    healings: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Raises ValueError if the folder holds nothing to report, or a file that is not what it should be."""
+        if not any((folder / name).is_file() for name in (SUMMARY, BENCHMARKS, SENSITIVITY)):
+            raise ValueError(f"there is no finished run, profile or benchmark in {folder}: {SUMMARY} is missing")
+        return cls(
+            name=folder.resolve().name,
+            summary=_json(folder / SUMMARY),
+            prior=_json(folder / PRIOR),
+            trials=_rows(folder / TRIALS),
+            benchmarks=_rows(folder / BENCHMARKS),
+            sensitivity=_rows(folder / SENSITIVITY),
+            healings={path.parent.name: _json(path) for path in sorted(folder.glob("healed*/healing.json"))},
+        )
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The final table."""
+        return tuple(self.summary.get("rows", ()))
+
+    def row(self, schedule: str) -> Mapping[str, Any]:
+        """A row of the final table; empty if there is none."""
+        return next((row for row in self.rows if row.get("schedule") == schedule), {})
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """The last row: what the run ends with."""
+        return self.rows[-1] if self.rows else {}
+
+
+def report(folders: Sequence[Path]) -> str:
+    """The page of one run, or of several beside each other, as HTML.
+
+    Raises:
+        ValueError: as `Run.read`, or no folder.
+    """
+    if not folders:
+        raise ValueError("a report needs the folder of at least one run")
+    runs = [Run.read(folder) for folder in folders]
+    sections = [_comparison(runs)] if len(runs) > 1 else []
+    for run in runs:
+        try:
+            parts = [part for make in _PARTS if (part := make(run)) is not None]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the files of {run.name} are not those of a run: {error!r}") from None
+        if len(runs) > 1:
+            parts = [Section(f"{run.name}: {one.title}", one.text, one.figure, one.data) for one in parts]
+        sections += parts
+    if len(runs) == 1:
+        return page(_title(runs[0]), _headline(runs[0]), sections)
+    return page(f"{len(runs)} runs", "; ".join(f"{run.name}: {_headline(run)}" for run in runs), sections)
+
+
+def _title(run: Run) -> str:
+    if not run.summary.get("target_kept"):
+        return run.name
+    return f"{run.summary['model']} at kept {run.summary['target_kept']}"
+
+
+def _headline(run: Run) -> str:
+    """One sentence with what a reader wants to know first."""
+    result, dense = run.result, run.row("dense")
+    if not result or not dense:
+        return "No table of a search is here."
+    parts = [
+        f"{result['schedule']}: {result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters"
+        f" ({result['parameters'] / dense['parameters'] - 1:+.0%})",
+        f"held-out KL to the dense model {_figure(result.get('kl'))} nats per token",
+        f"perplexity {_figure(result.get('perplexity'))} (dense {_figure(dense.get('perplexity'))})",
+    ]
+    for baseline, words in (("lagrangian", "closed-form allocation"), ("uniform", "uniform χ")):
+        other = run.row(baseline).get("kl")
+        if other and result.get("kl") is not None and result["schedule"] != baseline:
+            parts.append(f"KL {result['kl'] / other - 1:+.0%} against {words}")
+    return ", ".join(parts) + "."
+
+
+def _table(run: Run) -> Section | None:
+    if not run.rows:
+        return None
+    comparison = run.summary.get("searched_against_lagrangian_kl") or {}
+    text = (
+        "KL and perplexity on held-out text, accuracy on questions that no trial saw; ± is one standard error. "
+        "Prefill and decode are times over the dense model's."
+    )
+    if comparison:
+        text += (
+            f" Searched minus lagrangian: {comparison['value']:+.4f} ± {comparison['standard_error']:.4f} nats per"
+            f" token ({comparison['relative']:+.1%}), paired over {comparison['sequences']} sequences."
+        )
+    return Section("Beside the baselines", text, table(run.rows, SUMMARY_COLUMNS), run.rows)
+
+
+def _chi_map(run: Run) -> Section | None:
+    sites = run.prior.get("sites") or []
+    if not sites:
+        return None
+    families = list(dict.fromkeys(site["family"] for site in sites))
+    strength, label = {}, {}
+    for site in sites:
+        cell = str(site["block"]), site["family"]
+        out, wide = site["shape"]
+        strength[cell] = site["parameters"] / (out * wide)
+        label[cell] = str(site["chi"]) if "chi" in site else "dense"
+    rows = [str(block) for block in sorted({site["block"] for site in sites})]
+    data = [
+        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "parameters")} for site in sites
+    ]
+    text = "χ of every matrix in the chosen schedule, block by family; the darker, the more of its parameters it keeps."
+    return Section("Bond dimensions", text, heat_map(rows, families, strength, label), data)
+
+
+def _anytime(run: Run) -> Section | None:
+    kl = [float(row["kl"]) + float(row.get("kl_control") or 0) if row.get("kl") else math.nan for row in run.trials]
+    if not any(map(math.isfinite, kl)):
+        return None
+    best = list(accumulate((value if math.isfinite(value) else math.inf for value in kl), min))
+    series = {"trial": list(enumerate(kl, 1)), "best so far": list(enumerate(best, 1))}
+    data = [
+        {"trial": number, "kl": value, "best": least}
+        for number, (value, least) in enumerate(zip(kl, best, strict=True), 1)
+    ]
+    text = f"KL of the trials on search data, agent {run.summary.get('agent')}; the table above is on other data."
+    return Section("The search", text, line_chart(series, "trial", "KL, nats per token"), data)
+
+
+def _front(run: Run) -> Section | None:
+    points: dict[str, dict[str, tuple[float, float]]] = {}
+    trials = {
+        f"trial {row['trial']}": (float(row["parameters"]) / 1e6, float(row["kl"]) + float(row.get("kl_control") or 0))
+        for row in run.trials
+        if row.get("kl") and row.get("parameters")
+    }
+    if len({round(x, 2) for x, _ in trials.values()}) > 1:
+        points["trials, search data"] = trials
+    rows = {row["schedule"]: row for row in run.rows if row.get("kl") is not None}
+    if not rows:
+        return None
+    worst = 2 * max((row["kl"] for name, row in rows.items() if not name.startswith("uniform-")), default=0.0)
+    points["schedules, held out"] = {
+        name: (row["parameters"] / 1e6, row["kl"]) for name, row in rows.items() if row["kl"] <= worst
+    }
+    data = [{"of": kind, "name": name, "x": x, "kl": y} for kind, of in points.items() for name, (x, y) in of.items()]
+    text = "What a size costs. Schedules with more than twice the others' KL are left out."
+    figure = scatter_chart(points, "million parameters", "KL, nats per token")
+    return Section("Quality and size", text, figure, data)
+
+
+def _benchmarks(run: Run) -> Section | None:
+    if not run.benchmarks:
+        return None
+    models = list(dict.fromkeys(row["model"] for row in run.benchmarks))
+    lines: dict[str, dict[str, object]] = {}
+    for row in run.benchmarks:
+        line = lines.setdefault(row["task"], {"task": row["task"], "metric": row["metric"], "n": int(row["n"])})
+        if row["state"] == "ok":
+            line |= {row["model"]: float(row["value"]), f"{row['model']} error": float(row["stderr"] or "nan")}
+    columns = [Column("task", "task"), Column("metric", "metric"), Column("n", "items", ",d")]
+    columns += [Column(model, model, ".3f", f"{model} error") for model in models]
+    text = "lm-eval's prompts and metrics, the same items for every model; ± is one standard error."
+    return Section("Benchmarks", text, table(list(lines.values()), columns), run.benchmarks)
+
+
+def _healing(run: Run) -> Section | None:
+    curves = {
+        name: [(look["tokens"] / 1000, look["kl"]) for look in document["looks"]]
+        for name, document in run.healings.items()
+    }
+    if not any(curves.values()):
+        return None
+    data = [{"healing": name, **look} for name, document in run.healings.items() for look in document["looks"]]
+    text = "KL on search data while cores and norms are trained towards the dense model."
+    outlooks = [f"{document['outlook']}." for document in run.healings.values() if document.get("outlook")]
+    figure = line_chart(curves, "thousand tokens", "KL, nats per token")
+    return Section("Healing", " ".join([text, *outlooks]), figure, data)
+
+
+def _sensitivity(run: Run) -> Section | None:
+    measured = [row for row in run.sensitivity if row["state"] == "ok" and float(row["kl"]) > 0]
+    if not measured:
+        return None
+    sums: dict[tuple[str, str], list[float]] = {}
+    for row in measured:
+        sums.setdefault((row["block"], row["family"]), []).append(math.log10(float(row["kl"])))
+    means = {cell: fmean(logs) for cell, logs in sums.items()}
+    low, high = min(means.values()), max(means.values())
+    strength = {cell: (value - low) / (high - low or 1.0) for cell, value in means.items()}
+    label = {cell: f"{10**value:.1g}" for cell, value in means.items()}
+    blocks = sorted({block for block, _ in means}, key=int)
+    families = list(dict.fromkeys(row["family"] for row in measured))
+    text = (
+        "KL, nats per token, of one compressed matrix with all others dense: geometric mean over the χ measured, "
+        "darker where it is larger."
+    )
+    return Section("Sensitivity", text, heat_map(blocks, families, strength, label), measured)
+
+
+def _latency(run: Run) -> Section | None:
+    latency = run.summary.get("latency") or {}
+    if not latency:
+        return None
+    columns = [
+        Column("optimize", "planned for"),
+        Column("prefill_ratio", "prefill, time over dense", ".3f"),
+        Column("decode_ratio", "decode, time over dense", ".3f"),
+        Column("stored_bytes", "stored bytes", ",d"),
+        Column("resident_bytes", "bytes in memory", ",d"),
+    ]
+    text = f"The searched model against the dense one on this machine, batch 1, a prompt of {latency['prompt']} tokens."
+    return Section("Speed", text, table([latency], columns))
+
+
+def _provenance(run: Run) -> Section | None:
+    environment = run.summary.get("environment") or {}
+    lines = [
+        {
+            "what": key,
+            "value": ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+        }
+        for key, value in environment.items()
+    ]
+    lines += [{"what": name, "value": str(value)} for name, value in (run.prior.get("configuration") or {}).items()]
+    if not lines:
+        return None
+    return Section("How it was made", figure=table(lines, [Column("what", "what"), Column("value", "value")]))
+
+
+#: Sections of one run, in their order.
+_PARTS: tuple[Callable[[Run], Section | None], ...] = (
+    _table,
+    _benchmarks,
+    _chi_map,
+    _sensitivity,
+    _anytime,
+    _front,
+    _healing,
+    _latency,
+    _provenance,
+)
+
+
+def _comparison(runs: Sequence[Run]) -> Section:
+    rows = [
+        {"run": run.name, "agent": run.summary.get("agent"), "target": run.summary.get("target_kept"), **run.result}
+        for run in runs
+    ]
+    columns = [Column("run", "run"), Column("agent", "agent"), Column("target", "target", ".3g"), *SUMMARY_COLUMNS]
+    return Section(
+        "What each run ends with", "Compare only runs with the same held-out data.", table(rows, columns), rows
+    )
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) and math.isfinite(value) else "unknown"
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError("it is too large")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
+    return content
+
+
+def _rows(path: Path) -> Sequence[Mapping[str, str]]:
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

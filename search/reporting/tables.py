@@ -1,0 +1,132 @@
+"""How results are shown: rows of plain values as aligned text, Markdown or CSV; nested values as lines or JSON.
+
+Knows how figures are shown, not where they come from.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from search.runtime.run_folder import finite
+
+__all__ = ["SUMMARY", "Column", "csv_text", "json_text", "lines_text", "markdown_table", "occurring", "text_table"]
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one figure is shown.
+
+    Attributes:
+        key: name in the row.
+        title: heading; holds the unit.
+        form: format specification of a number (".3f"); empty shows the value as text.
+        error: name in the row of the standard error, shown behind "±" in the same format; empty for none.
+    """
+
+    key: str
+    title: str
+    form: str = ""
+    error: str = ""
+
+    def show(self, row: Row) -> str:
+        """The cell: "-" for an absent, None or non-finite value."""
+        shown = _number(row.get(self.key), self.form)
+        error = row.get(self.error) if self.error else None
+        return shown if error is None or shown == "-" else f"{shown} ± {_number(error, self.form)}"
+
+
+SUMMARY: tuple[Column, ...] = (
+    Column("schedule", "schedule"),
+    Column("kept_fraction", "kept", ".3f"),
+    Column("kl", "KL nats/token", ".4f"),
+    Column("perplexity_prose", "ppl prose", ".2f"),
+    Column("perplexity_exam", "ppl exam", ".2f"),
+    Column("accuracy", "accuracy", ".3f", "accuracy_stderr"),
+    Column("expected_accuracy", "P(correct)", ".4f", "expected_accuracy_stderr"),
+    Column("items", "items", ",d"),
+    Column("parameters", "parameters", ",d"),
+    Column("bytes", "bytes", ",d"),
+    Column("prefill_ratio", "prefill", ".2f"),
+    Column("decode_ratio", "decode", ".2f"),
+)
+"""The columns of the table a run ends with. Perplexity is that of held-out prose and of held-out questions with their
+answers, KL is over both and the report items, accuracy and P(correct) on report items; prefill and decode are times
+over the dense model's."""
+
+
+def occurring(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
+    """The columns that any of the rows has; all of them where there are no rows."""
+    return [column for column in columns if not rows or any(column.key in row for row in rows)]
+
+
+def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
+    """Aligned text with a heading and a rule; figures to the right, words to the left. Ends with a line break.
+
+    A column that no row has is left out, here and in `markdown_table`.
+    """
+    columns = occurring(rows, columns)
+    cells = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "".join(
+        "  ".join(
+            cell.rjust(width) if column.form else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        + "\n"
+        for line in cells
+    )
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
+    """The same cells as a Markdown table. Ends with a line break."""
+    columns = occurring(rows, columns)
+    lines = [
+        [column.title for column in columns],
+        ["---:" if column.form else "---" for column in columns],
+        *([column.show(row).replace("|", "\\|") for column in columns] for row in rows),
+    ]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """CSV with every key that occurs, in the order of first occurrence; None and non-finite numbers are empty cells."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(keys)
+    for row in rows:
+        values = (row.get(key) for key in keys)
+        writer.writerow(["" if isinstance(v, float) and not math.isfinite(v) else v for v in values])
+    return out.getvalue()
+
+
+def _number(value: object, form: str) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    return format(value, form) if form and isinstance(value, int | float) else str(value)
+
+
+def json_text(value: Mapping[str, object]) -> str:
+    """Indented JSON; numbers that are not finite become null."""
+    return json.dumps(finite(value), indent=2, ensure_ascii=False)
+
+
+def lines_text(value: Row, indent: str = "") -> str:
+    """A nested mapping as aligned "key  value" lines."""
+    width = max(map(len, value), default=0)
+    lines = []
+    for key, one in value.items():
+        if isinstance(one, Mapping) and one:
+            lines += [f"{indent}{key}", lines_text(one, indent + "  ")]
+        else:
+            text = ", ".join(map(str, one)) if isinstance(one, list | tuple | Mapping) else str(one)
+            lines.append(f"{indent}{key:<{width}}  {text or 'none'}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""Checkpoints: tensors and a state on disk, whole or absent, of which the newest that verifies is taken up again.
+
+Knows safetensors and JSON files; not what they mean. The JSON is written last and holds the sha256 of the tensors, so a
+crash at any point leaves the checkpoint before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from compression.storage.tensor_files import new_tensor_file
+from search.data.packages import file_digest
+from search.runtime.run_folder import write_whole
+from search.runtime.signals import shield
+
+__all__ = ["Checkpoint", "Checkpoints"]
+
+_KEPT = 2
+Taken = TypeVar("Taken")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One moment of a training: tensors by name, and everything else as JSON values."""
+
+    step: int
+    tensors: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The newest two checkpoints of one training, in a folder that is made when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write one and remove all but it and the one before it; later ones are of no use once it is written.
+
+        Raises:
+            OSError: the disk is full or not writable; earlier checkpoints are left as they are.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors, record = self._files(checkpoint.step)
+        with shield():
+            with new_tensor_file(tensors.with_suffix(".partial"), checkpoint.tensors) as partial:
+                digest = file_digest(partial)
+                partial.replace(tensors)
+            content = {"step": checkpoint.step, "sha256": digest, "state": dict(checkpoint.state)}
+            write_whole(record, json.dumps(content, allow_nan=False))
+            steps = self._steps()
+            kept = [step for step in steps if step <= checkpoint.step][-_KEPT:]
+            for step in set(steps).difference(kept):
+                for path in reversed(self._files(step)):
+                    path.unlink(missing_ok=True)
+
+    def newest(
+        self, take: Callable[[Checkpoint], Taken], tell: Callable[[str], None] = lambda text: None
+    ) -> Taken | None:
+        """What `take` makes of the newest one that can be used, or None.
+
+        Args:
+            take: raises ValueError, and changes nothing, for one that lacks something.
+            tell: hears of every one that is not whole or was not taken.
+        """
+        for step in reversed(self._steps()):
+            tensors, record = self._files(step)
+            try:
+                content = json.loads(record.read_text(encoding="utf-8"))
+                if content["step"] != step or file_digest(tensors) != content["sha256"]:
+                    raise ValueError("its checksum differs")
+                return take(Checkpoint(step, load_file(tensors), content["state"]))
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                tell(f"checkpoint {record.name} cannot be used ({reason}); the one before it is tried")
+        return None
+
+    def _steps(self) -> list[int]:
+        """Ascending."""
+        names = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.json"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _files(self, step: int) -> tuple[Path, Path]:
+        stem = self.folder / f"step-{step:08d}"
+        return stem.with_suffix(".safetensors"), stem.with_suffix(".json")

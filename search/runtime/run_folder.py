@@ -1,0 +1,295 @@
+"""A run folder: one owner at a time, files that are whole or absent, and a note of what the run was made with.
+
+Takes plain values and writes them. Knows no model, no trial and no agent.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+from search.runtime.signals import shield
+
+__all__ = [
+    "CONFIG",
+    "ENVIRONMENT",
+    "PRIOR",
+    "RESULTS",
+    "STUDY",
+    "SUMMARY",
+    "TABLE",
+    "TRIALS",
+    "RunFolder",
+    "contents",
+    "environment",
+    "finite",
+    "holding",
+    "refuse_held",
+    "refuse_used",
+    "write_whole",
+]
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+PRIOR = "prior.json"
+STUDY = "study.db"
+SUMMARY = "summary.json"
+TABLE = "summary.csv"
+TRIALS = "trials.csv"
+
+RESULTS = Path("results")
+_LOCK = ".lock"
+_HOLDER = ".holder.json"
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `write_whole` names what it has not finished
+_PACKAGES = ("gguf", "gymnasium", "numpy", "optuna", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
+
+
+class RunFolder:
+    """A locked folder, of a run or of a healing; use as a context manager, leaving it releases the lock.
+
+    That of a run comes from `RunFolder.open`, `RunFolder.new` or `RunFolder.resume`.
+
+    Attributes:
+        path: of the folder; made if absent.
+
+    Raises:
+        ValueError: it cannot be made or written, or is in use by another process, which is named.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = _locked(path)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        try:
+            self.write_json(_HOLDER, holder)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @classmethod
+    def new(cls, out: str | None, agent: str, model: str, seed: int) -> Self:
+        """The folder of a new run.
+
+        Args:
+            out: the folder; made if absent, refused unless empty. None makes results/<date>-<agent>-<model>-<seed>
+                below the working directory, with a number behind it if that exists.
+
+        Raises:
+            ValueError: not a folder, not empty, not writable, or in use by another process, which is named.
+        """
+        if out is not None:
+            path = Path(out).absolute()
+        else:
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model).strip("-.")[:60] or "model"
+            name = f"{datetime.now():%Y%m%d-%H%M%S}-{agent}-{stem}-{seed}"
+            path = RESULTS.absolute() / name
+            while path.exists():
+                path = path.with_name(f"{name}-{1 + int(path.name[len(name) + 1 :] or 1)}")
+        refuse_used(path)
+        return cls(path)
+
+    @classmethod
+    def resume(cls, run: str) -> Self:
+        """The folder of an earlier run, to continue it.
+
+        Raises:
+            ValueError: no folder, no config.json in it, not writable, or in use by another process, which is named.
+        """
+        path = Path(run).absolute()
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"resume must be the folder of an earlier run, but {path / CONFIG} does not exist")
+        return cls(path)
+
+    @classmethod
+    def open(cls, resume: str | None, out: str | None, agent: str, model: str, seed: int) -> Self:
+        """The folder of an earlier run if one is to be continued, else that of a new one; as those two do."""
+        return cls.resume(resume) if resume else cls.new(out, agent, model, seed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        (self.path / _HOLDER).unlink(missing_ok=True)
+        self._lock.release()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file whole, see `write_whole`; returns its path."""
+        return write_whole(self.path / name, text)
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """The same for other files than text."""
+        return write_whole(self.path / name, content)
+
+    def write_json(self, name: str, value: Mapping[str, object] | Sequence[object]) -> Path:
+        """Write a JSON file whole. Numbers that are not finite become null: JSON has no other word for them."""
+        return self.write_text(name, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_whole(target: Path, content: bytes | str) -> Path:
+    """Write a file whole, making its folder: after a crash at any point it has either its old or its new content."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with shield():
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    return target
+
+
+def finite(value: object) -> object:
+    """The same value with every NaN or infinite float, at any depth, replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def environment() -> dict[str, object]:
+    """What this process runs on and with: time (UTC), command, commit, interpreter, machine, threads, versions."""
+    torch = sys.modules.get("torch")
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    program = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
+    return {
+        "date": _now(),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "gpus": _gpus(torch),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def holding(path: Path) -> AbstractContextManager[object]:
+    """The lock of the run folder that a file or folder is to be written into; nothing where that is no run folder."""
+    run = path.absolute().parent
+    return RunFolder(run) if (run / ENVIRONMENT).is_file() else nullcontext()
+
+
+def refuse_held(path: Path) -> None:
+    """Refuse a folder that another process is writing into; nothing is made or left in it.
+
+    Raises:
+        ValueError: who holds it.
+    """
+    if (path / _LOCK).exists():
+        _locked(path).release()
+
+
+def refuse_used(path: Path) -> None:
+    """Refuse a folder that is in use or holds anything; one that does not exist yet is fine.
+
+    Raises:
+        ValueError: it is no folder, who holds it, or what it holds.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"out must be a folder, got the file {path}")
+    refuse_held(path)
+    if (path / CONFIG).exists():
+        raise ValueError(f"the folder {path} holds a run already; continue it with --resume, or give another --out")
+    if others := contents(path):
+        raise ValueError(f"out must be a new or empty folder, but {path} holds {others[0]!r}")
+
+
+def contents(path: Path) -> list[str]:
+    """Names of what a folder holds, without what a killed owner leaves: its lock, and files it had not finished."""
+    names = sorted(entry.name for entry in path.iterdir())
+    return [name for name in names if name not in (_LOCK, _HOLDER) and not _UNFINISHED.fullmatch(name)]
+
+
+def _locked(path: Path) -> FileLock:
+    """The lock of a folder, which is made if absent; the errors are those of `RunFolder`."""
+    lock = FileLock(path / _LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"the folder {path} is in use by {_holder(path)}; wait for it, or give another --out"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot use the folder {path}: {error.strerror or error}") from None
+    return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads((path / _HOLDER).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the sources, with "+" behind it if files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    try:
+        run = [
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _gpus(torch: object) -> list[str]:
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not cuda.is_available():
+        return []
+    return [str(cuda.get_device_name(index)) for index in range(cuda.device_count())]

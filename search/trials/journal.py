@@ -1,0 +1,381 @@
+"""The journal of a search: an Optuna study in one SQLite file, written by one process, the truth about a run.
+
+Every record is one transaction, so a killed run leaves whole trials and none half done. Knows plain values only:
+digests, JSON text, numbers, states. optuna-dashboard opens the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import optuna
+from optuna.distributions import IntDistribution, distribution_to_json
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from search.runtime.run_folder import finite
+from search.runtime.signals import shield
+
+__all__ = ["Journal", "Record", "differences", "refuse_another", "stored_fingerprint", "with_defaults"]
+
+_STUDY = "chisel"
+_SPACE = ("steps", "levels")  # what a fingerprint says of the decisions, known once the model is decomposed
+_DISK = {"FULL": errno.ENOSPC, "IOERR": errno.EIO, "READONLY": errno.EROFS}
+_COLUMNS = {
+    "trials": ("number", "study_id", "state", "datetime_start", "datetime_complete"),
+    "trial_values": ("trial_id", "objective", "value", "value_type"),
+    "trial_params": ("trial_id", "param_name", "param_value", "distribution_json"),
+    "trial_user_attributes": ("trial_id", "key", "value_json"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One look at one schedule.
+
+    Attributes:
+        number: position in the order of proposals, from 0.
+        digest: identity of the schedule.
+        schedule: the schedule as canonical JSON.
+        actions: levels the agent chose, one for every step, in the order of the journal's `steps`; None for an agent
+            without steps.
+        score: measured figures by name; empty if there are none. None stands for a number that was not finite.
+        reward: what the agent was told; None unless `state` is "ok".
+        state: "ok", "nonfinite" or "failed".
+        reason: why, unless "ok".
+        seconds: wall time of the evaluation.
+        look: which set of data the schedule was measured on, see `agents.Proposal`.
+        slopes: by site, where the agent asked for them; else None.
+        asked: how often the agent had been asked when it was told of this one.
+    """
+
+    number: int
+    digest: str
+    schedule: str
+    actions: tuple[int, ...] | None
+    score: Mapping[str, object]
+    reward: float | None
+    state: str
+    reason: str = ""
+    seconds: float = 0.0
+    look: int = 0
+    slopes: Mapping[str, float] | None = None
+    asked: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What was evaluated."""
+        return self.digest, self.look
+
+
+class Journal:
+    """Trials of one run, kept in `path`.
+
+    Args:
+        path: the SQLite file; made if absent.
+        fingerprint: plain JSON values that define what is searched (space, data, model, reward, seed, agent). Stored
+            once; a journal of another fingerprint is refused.
+        steps: a name for every decision of the agent, as the dashboard shows it ("block_07").
+        levels: number of levels of each decision, at least 1.
+        defaults: what a stored fingerprint counts as saying where it says nothing, see `with_defaults`.
+
+    Raises:
+        ValueError: the file is of another fingerprint (the message lists what differs) or is no journal.
+        OSError: the disk is full or fails.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: Mapping[str, object],
+        steps: Sequence[str] = (),
+        levels: int = 1,
+        defaults: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        self.path = path
+        self.steps = tuple(steps)
+        self._levels = levels
+        self._distribution = distribution_to_json(IntDistribution(0, levels - 1))
+        plain = _plain({**fingerprint, "steps": list(steps), "levels": levels})
+        refuse_another(path, plain, defaults)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with _disk(path):
+            self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path))
+            self._study = optuna.create_study(
+                study_name=_STUDY, storage=self._storage, direction="maximize", load_if_exists=True
+            )
+            if "fingerprint" not in self._study.user_attrs:
+                self._study.set_user_attr("fingerprint", plain)
+        self._records = {record.number: record for record in map(self._read, self._study.get_trials(deepcopy=False))}
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """All records in the order of their numbers."""
+        return [self._records[number] for number in sorted(self._records)]
+
+    @property
+    def told(self) -> Sequence[Record]:
+        """All records in the order they were made: that of the results, and of what the agent was told."""
+        return list(self._records.values())
+
+    def record(self, record: Record) -> None:
+        """Keep one trial; when this returns it is on disk. One kept already stays as it is.
+
+        Raises:
+            ValueError: the number is taken by another schedule, an "ok" record without a reward or any other with one,
+                or actions that do not fit the steps.
+            OSError: the disk is full or fails; the trial is not kept.
+        """
+        kept = self._records.get(record.number)
+        if kept is not None and kept.key != record.key:
+            was, now = (f"look {one.look} at schedule {one.digest[:12]}" for one in (kept, record))
+            raise ValueError(
+                f"trial {record.number} of {self.path} is {was}, but the resumed search proposes {now}: "
+                "not the same code, seed or machine"
+            )
+        if kept is not None:
+            return
+        rows = self._rows(record)
+        with shield(), _disk(self.path):
+            self._insert(rows)
+            self._records[record.number] = record
+
+    def rows(self) -> list[dict[str, object]]:
+        """A flat row for every trial, for trials.csv: number, state, reward, seconds, figures, levels, digest, look."""
+        figures = list(dict.fromkeys(name for record in self.records for name in record.score))
+        return [
+            {
+                "trial": record.number,
+                "state": record.state,
+                "reward": record.reward,
+                "seconds": round(record.seconds, 3),
+                **{name: record.score.get(name) for name in figures if name != "state"},
+                **dict(zip(self.steps, record.actions or (None,) * len(self.steps), strict=True)),
+                "reason": record.reason,
+                "digest": record.digest,
+                "look": record.look,
+            }
+            for record in self.records
+        ]
+
+    def close(self) -> None:
+        """Release the file; with everything in it and nothing beside it, unless another process reads it just then."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.path)) as connection:
+            connection.execute("PRAGMA journal_mode = DELETE")
+
+    def _insert(self, rows: Mapping[str, Sequence[Sequence[object]]]) -> None:
+        """All rows of a trial in one transaction, in Optuna's tables and as Optuna writes them.
+
+        Optuna's own way asks the database a question or two for every parameter and attribute: fifty times the
+        time, more than many evaluators leave the one process that writes.
+        """
+        connection = self._storage.engine.raw_connection()
+        try:
+            with connection.driver_connection as transaction:  # type: ignore[union-attr]
+                trial: int | None = None
+                for table, values in rows.items():
+                    marks = ", ".join("?" * len(_COLUMNS[table]))
+                    into = f"INSERT INTO {table} ({', '.join(_COLUMNS[table])}) VALUES ({marks})"
+                    if trial is None:
+                        trial = transaction.execute(into, values[0]).lastrowid
+                    else:
+                        transaction.executemany(into, [(trial, *row) for row in values])
+        finally:
+            connection.close()
+
+    def _rows(self, record: Record) -> dict[str, list[tuple[object, ...]]]:
+        """What Optuna's tables take of a record: the trial's row, and those of other tables that refer to it."""
+        done = record.state == "ok"
+        if record.state not in ("ok", "nonfinite", "failed"):
+            raise ValueError(f"state must be ok, nonfinite or failed, got {record.state!r}")
+        if done != (record.reward is not None and finite(record.reward) is not None):
+            raise ValueError(
+                f"a trial has a finite reward exactly if it is ok, got {record.state!r} with {record.reward!r}"
+            )
+        actions = record.actions
+        if actions is not None and len(actions) != len(self.steps):
+            raise ValueError(f"one action for every step is wanted, {len(self.steps)} in all, got {len(actions)}")
+        if actions is not None and not all(0 <= action < self._levels for action in actions):
+            raise ValueError(f"actions are levels from 0 to {self._levels - 1}, got {list(actions)}")
+        now = datetime.now(UTC).replace(tzinfo=None)
+        attributes = {
+            **{name: finite(value) for name, value in record.score.items()},
+            "trial.number": record.number,
+            "trial.state": record.state,
+            "trial.reason": record.reason,
+            "trial.seconds": record.seconds,
+            "trial.look": record.look,
+            "trial.asked": record.asked,
+            "trial.slopes": finite(record.slopes),
+            "trial.figures": list(record.score),
+            "schedule.digest": record.digest,
+            "schedule.json": record.schedule,
+        }
+        start = now - timedelta(seconds=max(0.0, record.seconds))
+        state = (TrialState.COMPLETE if done else TrialState.FAIL).name
+        return {
+            "trials": [(len(self._records), self._study._study_id, state, _stamp(start), _stamp(now))],
+            "trial_values": [(0, float(record.reward), "FINITE")] if record.reward is not None else [],
+            "trial_params": [
+                (name, float(action), self._distribution)
+                for name, action in zip(self.steps, actions or (), strict=actions is not None)
+            ],
+            "trial_user_attributes": [(name, json.dumps(value)) for name, value in attributes.items()],
+        }
+
+    def _read(self, trial: FrozenTrial) -> Record:
+        attrs = trial.user_attrs
+        try:
+            return Record(
+                number=attrs["trial.number"],
+                digest=attrs["schedule.digest"],
+                schedule=attrs["schedule.json"],
+                actions=tuple(trial.params[name] for name in self.steps) if trial.params else None,
+                score=MappingProxyType({name: attrs[name] for name in attrs["trial.figures"]}),
+                reward=trial.value,
+                state=attrs["trial.state"],
+                reason=attrs["trial.reason"],
+                seconds=attrs["trial.seconds"],
+                look=attrs.get("trial.look", 0),  # not written before looks were counted
+                slopes=_numbers(attrs.get("trial.slopes")),
+                asked=attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this while one came after the other
+            )
+        except KeyError as missing:
+            raise ValueError(
+                f"trial {trial.number} of {self.path} was not written by this program: no {missing}"
+            ) from None
+
+
+def _numbers(values: Mapping[str, float | None] | None) -> Mapping[str, float] | None:
+    """Figures by name; None among them stands for one that was not finite."""
+    if values is None:
+        return None
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def refuse_another(
+    path: Path, fingerprint: Mapping[str, object], defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Refuse the journal of another search; writes nothing, and takes one that is not there yet.
+
+    Args:
+        fingerprint: as for `Journal`; before the model is decomposed without steps and levels, which then do not count.
+        defaults: as for `Journal`.
+
+    Raises:
+        ValueError, OSError: as `Journal`.
+    """
+    if not _is_sqlite(path):
+        raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
+    if (stored := stored_fingerprint(path)) is None:
+        return
+    plain = _plain(fingerprint)
+    comparable = {name: value for name, value in stored.items() if name in plain or name not in _SPACE}
+    if (known := with_defaults(comparable, _plain(defaults))) != plain:
+        raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
+
+
+def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping with what it lacks taken from `defaults`, inside the mappings that both have.
+
+    A fingerprint of an earlier version lacks the fields that came later.
+    """
+    filled = dict(known)
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled.get(key), Mapping):
+            inner = filled[key]
+            filled[key] = {**inner, **{name: value for name, value in default.items() if name not in inner}}
+    return filled
+
+
+def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:
+    """What differs between two nested mappings, one phrase for each leaf: "target_kept was 0.8, is 0.7"."""
+    found: list[str] = []
+    for key in sorted({*known, *given}):
+        before, after, name = known.get(key, "absent"), given.get(key, "absent"), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        elif before != after:
+            found.append(f"{name} was {_short(before)}, is {_short(after)}")
+    return found
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What SQLite says of a disk, below the names that Optuna and SQLAlchemy give it, as an OSError."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, sqlite3.Error):
+            cause = cause.__cause__
+        name = getattr(cause, "sqlite_errorname", "").removeprefix("SQLITE_").partition("_")[0]
+        if name not in _DISK:
+            raise
+        raise OSError(_DISK[name], f"{os.strerror(_DISK[name])}, as {path} was written") from error
+
+
+def _stamp(moment: datetime) -> str:
+    """A time as SQLAlchemy writes it into SQLite."""
+    return moment.strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def stored_fingerprint(path: Path) -> dict[str, Any] | None:
+    """What a journal says that it is of; None where it is not there yet, or nothing is in it."""
+    if not path.exists():
+        return None
+    table = "study_user_attributes"
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with _disk(path), closing(sqlite3.connect(address, timeout=30, uri=True)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+            return None
+        row = connection.execute(f"SELECT value_json FROM {table} WHERE key = 'fingerprint'").fetchone()
+    stored: dict[str, Any] | None = json.loads(row[0]) if row else None
+    return stored
+
+
+def _is_sqlite(path: Path) -> bool:
+    """Whether SQLite may open it: absent, empty, or with SQLite's own first bytes."""
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        return file.read(16) in (b"", b"SQLite format 3\x00")
+
+
+def _plain(value: Mapping[str, object]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(finite(value), sort_keys=True))
+    return plain
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    """Engine options that open `path` as it is; in a URL the characters ? % # { would mean something else.
+
+    While it is open the file has a write-ahead log, which brings a trial to disk with fewer flushes.
+    """
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
+        with suppress(sqlite3.OperationalError):  # where it cannot be had, as on some network disks, it goes without
+            connection.execute("PRAGMA journal_mode = WAL")
+        return connection
+
+    return {"creator": connect}

@@ -1,0 +1,3 @@
+"""Evaluators in other processes and on Ray."""
+
+__all__: list[str] = []

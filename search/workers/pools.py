@@ -1,0 +1,56 @@
+"""The pool that a configuration asks for: one evaluator in this process, or several in processes of their own.
+
+Knows that the latter need ray, and what of it has to be decided before ray is imported; nothing else of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from compression.schedule import Schedule
+from search.config import Config
+from search.evaluation.pool import Pool, SerialPool
+from search.experiment.experiment import Extract, Subject
+
+__all__ = ["check_evaluators", "search_pool"]
+
+
+def check_evaluators(config: Config) -> None:
+    """Refuse what needs ray where it is not installed.
+
+    Raises:
+        ValueError: it names the flag and the extra that brings ray.
+    """
+    if config.in_process or importlib.util.find_spec("ray") is not None:
+        return
+    asked = "ray_address" if config.ray_address else "trial_timeout" if config.trial_timeout else "evaluators"
+    flag = asked.replace("_", "-")
+    raise ValueError(f"--{flag} needs ray, which is not installed: pip install 'chisel-prior[cluster]'")
+
+
+@contextmanager
+def search_pool(
+    subject: Subject, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
+) -> Iterator[Pool]:
+    """The pool that scores trials, as `subject.config` says; statistics and factors must be in the cache.
+
+    Args:
+        anchor: see `search.evaluation.evaluator.ModelEvaluator`.
+        note: says a line to the person.
+        extract: what it reads, in the place of the shards of the search data.
+
+    Raises:
+        ValueError: a cluster that cannot be reached or has no room, or an evaluator with another model or other data.
+    """
+    if subject.config.in_process:
+        with subject.evaluator("search", anchor, extract) as evaluator:
+            yield SerialPool(evaluator, evaluator.dense)
+        return
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from search.workers.ray_pool import ray_pool
+
+    with ray_pool(subject, anchor, note, extract) as pool:
+        yield pool

@@ -1,0 +1,126 @@
+"""Ray itself: started here, where it listens on loopback only and ends with the search, or joined elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+
+from search.commands.exits import EvaluatorsLost
+from search.config import Config
+from search.runtime.signals import shield
+from search.workers.orphans import guarded_children
+
+__all__ = ["cluster", "start_here"]
+
+_STARTS = 3  # times that Ray is started on this machine before it is given up
+_OBJECTS = 80 * 2**20  # bytes of Ray's object store on this machine, close to its least: only text goes through it
+
+
+@contextmanager
+def cluster(config: Config, processors: int) -> Iterator[dict[str, float]]:
+    """Ray, initialized, and left so if it was; what the cluster has. The handlers of signals stay as they were.
+
+    Args:
+        processors: that the evaluators want, where Ray is started here.
+
+    Raises:
+        ValueError: the cluster of `config.ray_address` cannot be joined.
+        EvaluatorsLost: Ray does not start here.
+    """
+    if ray.is_initialized():
+        yield _resources()
+        return
+    with guarded_children() if config.ray_address is None else nullcontext(), _initialized(config, processors):
+        yield _resources()
+
+
+@contextmanager
+def _initialized(config: Config, processors: int) -> Iterator[None]:
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with shield():
+        if config.ray_address is None:
+            room = processors + len(os.sched_getaffinity(0))
+            local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS, **quiet}
+            start_here(num_cpus=room, **local)
+        else:
+            address = config.ray_address if ":" in config.ray_address else f"{config.ray_address}:6379"
+            try:
+                ray.init(address="auto" if config.ray_address == "auto" else address, runtime_env=_sources(), **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"ray_address {config.ray_address!r} cannot be used: {reason}") from None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_here(**how: Any) -> None:
+    """Ray on this machine, listening on loopback only; again if it is not up after its own limit of half a minute.
+
+    It has a token of its own, unless the environment names one, so that nothing is read or written in the home folder.
+
+    Args:
+        how: for `ray.init`.
+
+    Raises:
+        EvaluatorsLost: it did not start.
+    """
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for left in reversed(range(_STARTS)):
+        try:
+            with _loopback():
+                ray.init(address="local", **how)
+            return
+        except Exception as error:  # Ray raises just that
+            ray.shutdown()
+            if not left:
+                raise EvaluatorsLost(f"Ray cannot be started here: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """While Ray starts: the address of this machine is 127.0.0.1, so that none of its processes listens on another.
+
+    Ray has one switch for it, made for systems without clusters. The processes it starts read it from the environment,
+    this one has read it as ray was imported.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    variable, switch = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = switch
+        if variable is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = variable
+
+
+def _resources() -> dict[str, float]:
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return {"CPU": 0.0, "GPU": 0.0, **found}
+
+
+def _sources() -> dict[str, Any] | None:
+    """The runtime environment that brings this checkout to other nodes; none where a submitted job has brought it."""
+    root = Path(__file__).resolve().parents[2]
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not (root / "search.py").is_file():
+        return None
+    return {"working_dir": str(root)}

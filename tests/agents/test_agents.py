@@ -1,0 +1,218 @@
+"""The contract of all agents, on the toy of three blocks whose optimum is known by exhaustion."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import agents
+from agents import Learner, Terms
+from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
+from search.config import PLANNERS
+
+REWARD = Reward()
+ONE_SCHEDULE = ("knapsack", "lagrangian", "uniform")
+UNSEEDED = ("gradient", "guided", "portfolio")  # slopes leave nothing to chance, and end where they stand still
+SEARCHERS = tuple(name for name in agents.NAMES if name not in (*ONE_SCHEDULE, *UNSEEDED))
+ONE_TARGET = tuple(name for name in SEARCHERS if name != "optuna-nsga2")  # whose proposals all keep to the task's
+
+
+def toy(levels=8):
+    return Problem.build(toy_menu(), 0.5, levels=levels)
+
+
+def affordable(name, budget):
+    """The Gaussian process takes tens of milliseconds a trial once it has begun, and seconds on a busy machine."""
+    return min(budget, 26) if name == "optuna-gp" else budget
+
+
+def run(name, problem, seed=0, budget=26, counts=(10,), rewards=None):
+    """All proposals and their rewards, asked for in groups of `counts`, over and over."""
+    agent, evaluate, told = agents.make(name, problem, Terms(seed, budget)), ToyEvaluator(problem.menu), []
+    for count in itertools.cycle(counts):
+        proposals = agent.ask(count)
+        assert len(proposals) <= count
+        if not proposals:
+            assert agent.ask(1) == []
+            return told
+        values = [REWARD(score) for score in evaluate([proposal.schedule for proposal in proposals])]
+        if rewards is not None:
+            values = rewards[len(told) : len(told) + len(values)]
+        for proposal in proposals:
+            if proposal.probe is not None:
+                agent.tell_slopes(proposal, evaluate.slopes(proposal.schedule, proposal.probe, proposal.look))
+        agent.tell(proposals, values)
+        told += zip(proposals, values, strict=True)
+    raise AssertionError
+
+
+every_agent = pytest.mark.parametrize("name", agents.NAMES)
+
+
+@every_agent
+def test_an_agent_carries_the_name_it_is_made_by(name):
+    assert agents.make(name, toy(), Terms(0, 1)).name == name
+
+
+@every_agent
+def test_same_seed_and_same_tells_give_the_same_proposals(name):
+    assert run(name, toy()) == run(name, toy())
+
+
+@every_agent
+def test_proposals_do_not_depend_on_how_many_are_asked_for_at_once(name):
+    assert run(name, toy(), counts=(1,)) == run(name, toy(), counts=(3, 10, 4))
+
+
+@every_agent
+def test_a_larger_budget_only_adds_to_a_search_but_where_it_is_planned_with(name):
+    short, long = ([one for one, _ in run(name, toy(), budget=budget, counts=(1,))] for budget in (14, 26))
+    assert (short == long[: len(short)]) == (name not in PLANNERS)
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_another_seed_gives_other_proposals(name):
+    assert run(name, toy(), seed=0) != run(name, toy(), seed=1)
+
+
+@every_agent
+@pytest.mark.parametrize("budget", [0, 1, 3, 11, 26])
+def test_the_budget_is_kept_and_no_schedule_comes_twice(name, budget):
+    proposals = [proposal for proposal, _ in run(name, toy(16), budget=budget, counts=(4,))]
+    spent = sum(proposal.cost for proposal in proposals)
+    assert spent <= budget
+    if name not in UNSEEDED:
+        assert spent == (budget if name in SEARCHERS else min(budget, 1))
+    assert (spent > 0) == (budget > 0)
+    assert len({proposal.schedule.digest for proposal in proposals}) == len(proposals)
+
+
+@pytest.mark.parametrize("name", [*ONE_SCHEDULE, *UNSEEDED, *ONE_TARGET])
+def test_an_exhausted_space_ends_the_search_before_the_budget_does(name):
+    # Two levels of three blocks and dense: a handful of schedules.
+    problem = toy(levels=4)
+    told = run(name, problem, budget=500)
+    assert 1 <= len(told) < 100
+    # At target 1 there is one schedule, dense.
+    assert len(run(name, Problem.build(toy_menu(), 1.0), budget=20)) == 1
+
+
+@every_agent
+@pytest.mark.parametrize("granularity", ["block", "site", "block+family"])
+def test_actions_are_legal_and_lead_to_the_schedule(name, granularity):
+    problem = Problem.build(toy_menu(), 0.4, granularity)
+    for proposal, _ in run(name, problem, budget=affordable(name, 60)):
+        if proposal.actions is not None:
+            assert len(proposal.actions) == problem.steps
+            assert all(problem.mask(proposal.actions[:step])[level] for step, level in enumerate(proposal.actions))
+            assert problem.schedule(proposal.actions) == proposal.schedule
+
+
+@every_agent
+def test_failures_do_not_stop_an_agent(name):
+    problem, budget = toy(16), affordable(name, 60)
+    for rewards in ([math.nan] * 60, [-30.0] * 60, [-math.inf, 0.1, 0.2] * 20):
+        told = run(name, problem, budget=budget, rewards=rewards)
+        assert len(told) == (budget if name in SEARCHERS else len(told) if name in UNSEEDED else 1)
+
+
+@pytest.mark.parametrize(
+    "name, seed", [(name, seed) for name in ONE_TARGET for seed in range(1 if name == "optuna-gp" else 5)]
+)
+def test_the_optimum_of_three_blocks_is_found(name, seed):
+    problem = toy()
+    schedule, reward = best_by_exhaustion(problem, ToyEvaluator(problem.menu), REWARD)
+    budget = 45 if name == "optuna-gp" else 400  # it needs fewer, and more time for each
+    found, value = max(run(name, problem, seed, budget), key=lambda pair: pair[1])
+    assert value == reward
+    assert found.schedule == schedule
+    assert schedule != problem.closed_form()
+
+
+@pytest.mark.parametrize("name", UNSEEDED)
+def test_slopes_lead_past_the_best_of_all_episodes(name):
+    problem = toy()
+    _, reward = best_by_exhaustion(problem, ToyEvaluator(problem.menu), REWARD)
+    assert max(value for _, value in run(name, problem, budget=400)) > reward
+
+
+@every_agent
+def test_the_ask_tell_contract_is_enforced(name):
+    agent = agents.make(name, toy(), Terms(0, 5))
+    with pytest.raises(ValueError, match="at least 1"):
+        agent.ask(0)
+    (proposal,) = agent.ask(1)
+    with pytest.raises(ValueError, match="one reward"):
+        agent.tell([proposal], [])
+    with pytest.raises(ValueError, match="not asked for"):
+        agent.tell([agents.Proposal(toy_menu_dense(), None)], [0.0])
+    agent.tell([proposal], [0.0])
+    with pytest.raises(ValueError, match="told before"):
+        agent.tell([proposal], [0.0])
+
+
+def toy_menu_dense():
+    return Problem.build(toy_menu(), 1.0).closed_form()
+
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [("renforce", "reinforce"), ("rand", "random"), ("lagrange", "lagrangian"), ("optuna", "optuna-gp")],
+)
+def test_an_unknown_agent_is_refused_with_the_nearest_name(name, nearest):
+    with pytest.raises(ValueError, match=f"nearest: {nearest}"):
+        agents.make(name, toy(), Terms(0, 5))
+
+
+def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
+    for module in ("agents.ppo", "agents.sb3_episodes", "stable_baselines3"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Without("stable_baselines3", "sb3_contrib"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "sb3_contrib", raising=False)
+    with pytest.raises(ValueError, match=r"agent ppo needs sb3_contrib, .*pip install 'chisel-prior\[agents\]'"):
+        agents.make("ppo", toy(), Terms(0, 5))
+
+
+class _Without:
+    """Finds nothing of some packages, as if they were not installed."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_agents_are_imported_without_the_libraries_of_some():
+    libraries = ("stable_baselines3", "sb3_contrib", "optuna", "cmaes")
+    code = f"import sys, agents; sys.exit(sum(name in sys.modules for name in {libraries}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=120).returncode == 0
+
+
+@every_agent
+def test_a_policy_is_continued_or_refused(name):
+    start = agents.make("reinforce", toy(), Terms(0, 5)).saved_policy()
+    agent = agents.make(name, toy(), Terms(0, 5))
+    terms = Terms(0, 5, policy=agent.saved_policy() if isinstance(agent, Learner) else start)
+    if isinstance(agent, Learner):
+        assert agents.make(name, toy(), terms).ask(1) == agent.ask(1)
+    else:
+        with pytest.raises(ValueError, match=f"agent {name} learns no policy"):
+            agents.make(name, toy(), terms)
+
+
+@pytest.mark.parametrize("name, value, least", [("seed", -1, 0), ("budget", -1, 0), ("looks", 0, 1)])
+def test_terms_outside_their_range_are_refused(name, value, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+        Terms(**{"seed": 0, "budget": 1, name: value})
+
+
+def test_single_proposals_are_what_they_say():
+    problem = toy()
+    assert [p.schedule for p, _ in run("uniform", problem)] == [problem.uniform()]
+    assert [p.schedule for p, _ in run("lagrangian", problem)] == [problem.closed_form()]
+    assert [p.schedule for p, _ in run("knapsack", problem)] == [problem.knapsack()]

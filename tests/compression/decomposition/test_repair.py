@@ -1,0 +1,133 @@
+"""Repair: nothing to do for a dense schedule, less error than without it, writers of the residual stream found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
+from compression.calibration.blocks import record_blocks
+from compression.decomposition.repair import _correction, _groups, _Targets, repair_
+from compression.sites import model_parameters
+from compression.size import SizeModel
+from search.model.loading import load_model
+
+MODELS = ("random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2")
+
+
+def subject(name: str):  # type: ignore[no-untyped-def]
+    loaded = load_model(name, torch.device("cpu"), torch.float32)
+    model, sites = loaded.model, discover_sites(loaded.model)
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(6):
+        ids = torch.randint(0, model.config.vocab_size, (8, 40), generator=generator)
+        batches.append((ids, torch.ones_like(ids, dtype=torch.bool)))
+    batches[-1][1][3, 25:] = False
+    statistics = collect(model, sites, batches, torch.Generator().manual_seed(1))
+    return model, sites, statistics, batches
+
+
+def divergence(model: torch.nn.Module, dense: list[torch.Tensor], batches: list) -> float:  # type: ignore[type-arg]
+    with torch.no_grad():
+        logits = [model(input_ids=ids, attention_mask=mask.long()).logits for ids, mask in batches]
+    total = [
+        torch.nn.functional.kl_div(one.log_softmax(-1), two.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        for one, two in zip(logits, dense, strict=True)
+    ]
+    return float(torch.cat([values[mask] for values, (_, mask) in zip(total, batches, strict=True)]).mean())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dense_schedule_needs_no_repair_and_the_taken_modules_restore_the_model(name: str) -> None:
+    model, sites, statistics, batches = subject(name)
+    before = model(input_ids=batches[0][0]).logits
+    taken = repair_(model, sites, Schedule.dense(tuple(site.name for site in sites)), statistics, batches, 0.003)
+    torch.testing.assert_close(model(input_ids=batches[0][0]).logits, before, atol=2e-3, rtol=2e-3)
+    for path, module in taken.items():
+        model.set_submodule(path, module)
+    assert torch.equal(model(input_ids=batches[0][0]).logits, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("topology", ["pivoted-lowrank", "pivoted-mpo2"])
+def test_repair_lowers_the_divergence_from_the_dense_model_at_equal_parameters(name: str, topology: str) -> None:
+    model, sites, statistics, batches = subject(name)
+    with torch.no_grad():
+        dense = [model(input_ids=ids, attention_mask=mask.long()).logits for ids, mask in batches]
+    target = int(0.6 * sum(site.parameters for site in sites))
+    schedule = uniform_schedule(sites, topology, "two-sided", target)
+    counted = SizeModel(model, sites).size(schedule).parameters
+    values, sizes = [], []
+    for correct in (False, True):
+        taken = repair_(model, sites, schedule, statistics, batches, 0.003, correct=correct)
+        values.append(divergence(model, dense, batches))
+        sizes.append(model_parameters(model))
+        for path, module in taken.items():
+            model.set_submodule(path, module)
+    assert values[1] < 0.9 * values[0]
+    assert sizes == [counted, counted]
+
+
+@pytest.mark.parametrize(
+    "name, writers", [("random:tiny-llama", {"o_proj", "down_proj"}), ("random:tiny-gpt2", {"c_proj"})]
+)
+def test_sites_that_write_to_the_residual_stream_are_found_and_give_the_next_states(
+    name: str, writers: set[str]
+) -> None:
+    model, sites, statistics, batches = subject(name)
+    with torch.no_grad():
+        [block], states = record_blocks(model, [sites[0].name.split(".0.")[0] + ".0"], batches)
+        groups = _groups([site for site in sites if site.block == 0], statistics)
+        targets = _Targets(block, groups, states, [mask for _, mask in batches])
+        for number in range(len(groups)):
+            targets.moments(number, states)
+        for given, expected in zip(targets.advance(states), targets.outputs, strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+    found = [group[0] for group, stream in zip(groups, targets._streams, strict=True) if stream is not None]
+    assert {site.name.rsplit(".", 1)[-1] for site in found} == writers
+    assert len(found) == 2
+
+
+def test_one_sequence_is_too_few_to_tell_what_a_correction_is_worth() -> None:
+    site, batch = Site("a", 0, "q", 4, 4), (torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
+    none = Statistics({}, {}, {}, 0)
+    with pytest.raises(ValueError, match="2 sequences"):
+        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), none, [batch], 0.1)
+
+
+def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, change = torch.randn(400, 6, generator=generator).double(), torch.randn(4, 6, generator=generator).double()
+    noise = 3 * torch.randn(400, 4, generator=generator).double()
+    halves = inputs.reshape(2, 200, 6)
+    moment = halves.mT @ halves / 400
+
+    def correction(residual: torch.Tensor) -> torch.Tensor:
+        return _correction(moment, residual.reshape(2, 200, 4).mT @ halves / 400, torch.eye(4).double())
+
+    assert torch.linalg.norm(correction(inputs @ change.T + 0.1 * noise) - change) < 0.1 * torch.linalg.norm(change)
+    learned = torch.linalg.solve(moment.sum(0), (noise.T @ inputs / 400).mT).mT
+    assert torch.linalg.norm(correction(noise)) < 0.5 * torch.linalg.norm(learned)
+
+
+def test_a_model_that_is_compressed_already_is_refused() -> None:
+    model, sites, statistics, batches = subject("random:tiny-llama")
+    schedule = uniform_schedule(sites, "lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites)))
+    repair_(model, sites, schedule, statistics, batches, 0.003, correct=False)
+    with pytest.raises(ValueError, match=f"site {sites[0].name} is compressed already"):
+        repair_(model, sites, schedule, statistics, batches, 0.003)
+
+
+def test_an_interrupted_repair_leaves_the_model_dense() -> None:
+    model, sites, statistics, batches = subject("random:tiny-llama")
+    schedule = uniform_schedule(sites, "lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites)))
+    before = dict(model.named_modules())
+
+    def interrupt(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair_(model, sites, schedule, statistics, batches, 0.003, progress=interrupt)
+    assert dict(model.named_modules()) == before

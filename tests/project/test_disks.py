@@ -1,0 +1,152 @@
+"""A disk that is full or may not be written, for real."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from disks import SEARCH, on_a_disk
+from fake_data import data_for_processes
+
+from benchmarks.chaos import journal
+
+
+def test_a_search_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    disk, kept = tmp_path / "kleine platte", tmp_path / "kept"
+    run, disk_of_export = disk / "run", tmp_path / "export"
+    codes, said = on_a_disk(
+        disk,
+        "size=400k",
+        shlex.join([*SEARCH, "--budget", "150", "--out", str(run)]),
+        f"cp -r {shlex.quote(str(run))} {kept}",
+        f"mount -o remount,size=50m {shlex.quote(str(disk))}",
+        shlex.join([sys.executable, "search.py", "--resume", str(run), "--quiet"]),
+        f"cp {shlex.quote(str(run))}/study.db {tmp_path}/whole.db",
+        f"mkdir {disk_of_export} && mount -t tmpfs -o size=100k none {disk_of_export}",
+        shlex.join([sys.executable, "search.py", "export", str(run), "--out", f"{disk_of_export}/model"]),
+        f'test -z "$(ls -A {disk_of_export})"',
+    )
+    assert codes == [4, 0, 0, 0, 0, 0, 4, 0], said
+    assert "Traceback" not in said
+    assert f"--resume {shlex.quote(str(run))}" in said
+    stopped, whole = journal(kept / "study.db"), journal(tmp_path / "whole.db")
+    assert 0 < len(stopped) < len(whole) == 150
+    assert all(whole[number] == trial for number, trial in stopped.items())
+    assert [file.name for file in kept.iterdir() if file.suffix in (".partial", ".tmp")] == []
+
+
+def at_every(sizes: tuple[str, ...], disk: Path, *steps: str) -> list[str]:
+    """Steps with the disk of one size after the other."""
+    return [step for size in sizes for step in (f"mount -o remount,size={size} {disk}", *steps)]
+
+
+def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    training = ["--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(disk / "healed")]
+    heal = shlex.join([sys.executable, "search.py", "heal", str(run), *training, "--quiet"]) + " > /dev/null"
+    sizes = ("40k", "160k", "360k")  # for no weights to start from, for these, and for what is half trained
+    codes, said = on_a_disk(
+        disk,
+        "size=40k",
+        shlex.join([*SEARCH, "--budget", "2", "--out", str(run)]) + " > /dev/null",
+        *at_every(sizes, disk, heal, f'test -z "$(find {disk} -name "*.partial")"'),
+        f"mount -o remount,size=50m {disk}",
+        heal,
+        f"test -f {disk}/healed/healing.json",
+    )
+    assert codes == [0, *[0, 4, 0] * len(sizes), 0, 0, 0], said
+    assert "Traceback" not in said
+    assert re.findall("No space left on device, as .*/(.*) was written", said)[::2] == ["start", "healed"]
+
+
+def test_an_export_leaves_nothing_where_the_disk_is_full_and_works_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    out = disk / "model"
+    export = (
+        shlex.join([sys.executable, "search.py", "export", str(run), "--out", str(out), "--quiet"]) + " > /dev/null"
+    )
+    sizes = ("60k", "84k", "164k")  # for no weights, for these but no tokenizer, for all but the last file
+    codes, said = on_a_disk(
+        disk,
+        "size=60k",
+        shlex.join([*SEARCH, "--budget", "2", "--out", str(run)]) + " > /dev/null",
+        *at_every(sizes, disk, export, f'test -z "$(ls -A {disk})"'),
+        f"mount -o remount,size=50m {disk}",
+        export,
+        f"test -f {out}/prior.json",
+    )
+    assert codes == [0, *[0, 4, 0] * len(sizes), 0, 0, 0], said
+    assert "Traceback" not in said
+    assert said.count("No space left on device") == len(sizes)
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    disk, cache, out = tmp_path / "disk", tmp_path / "cache", tmp_path / "run"
+    codes, said = on_a_disk(
+        disk,
+        "size=400k",
+        shlex.join([sys.executable, "search.py", "data"]) + " > /dev/null",
+        f"cp -r {cache}/. {disk}",
+        f"CHISEL_CACHE={disk} {shlex.join([*SEARCH, '--budget', '2', '--out', str(out)])}",
+        f'test -z "$(find {disk}/factors -type f)"',
+    )
+    assert codes == [0, 0, 4, 0], said
+    assert re.search(r"the cache .* needs [\d.]+ MB of disk and [\d.]+ MB are free; .*--resume", said)
+
+
+_STORE = """
+import sys, torch
+from pathlib import Path
+from compression.storage.factor_cache import Bundle, FactorCache, cache_key
+cache = FactorCache(Path(sys.argv[1]))
+cache.store(cache_key(n=1), Bundle({"small": torch.ones(1000)}))
+try:
+    cache.store(cache_key(n=2), Bundle({"large": torch.ones(1_000_000)}))
+except OSError as error:
+    print(error.errno)
+print(sum(1 for file in cache.root.rglob("*") if file.is_file()))
+print(int(cache.load(cache_key(n=1)).tensors["small"].sum()))
+"""
+
+
+def test_a_cache_file_that_does_not_fit_leaves_none_cut_and_those_before_it_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _STORE, str(tmp_path / "disk")]
+    lines, said = on_a_disk(tmp_path / "disk", "size=1000k", shlex.join(command))
+    assert lines == [errno.ENOSPC, 1, 1000, 0], said
+
+
+@pytest.mark.parametrize("evaluators", [1, 2])
+def test_a_home_that_may_not_be_written_is_no_hindrance_with_a_cache_elsewhere(
+    evaluators: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = ["--budget", "3", "--evaluators", str(evaluators), "--out", str(tmp_path / "run")]
+    codes, said = on_a_disk(tmp_path / "home", "ro", shlex.join([*SEARCH, *flags]))
+    assert codes == [0], said
+    assert len(journal(tmp_path / "run" / "study.db")) == 3
+
+
+def test_without_one_it_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CHISEL_CACHE")
+    flags = ["--budget", "3", "--out", str(tmp_path / "run")]
+    codes, said = on_a_disk(tmp_path / "home", "ro", shlex.join([*SEARCH, *flags]))
+    assert codes == [2]
+    assert re.fullmatch(r"search\.py: .*Read-only file system.*CHISEL_CACHE.*\n", said)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,95 @@
+"""A search that cannot be killed: SIGKILL to the driver and to evaluators, and the whole job resumed after it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_data import data_for_processes
+
+from benchmarks.chaos import ROOT, SMALL, journal, rage
+
+TINY = [*SMALL.split()[:-2], "--model", "random:tiny-llama", "--repair-tokens", "0", "--quiet"]
+
+
+def start(*words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "search.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_a_driver_killed_again_and_again_loses_nothing_and_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    undisturbed, cut = tmp_path / "whole", tmp_path / "cut"
+    words = [*TINY, "--budget", "300"]  # so many that ten kills come before the end on a fast machine too
+    assert start(*words, "--out", str(undisturbed)).wait(timeout=600) == 0
+    process, kills, chance = start(*words, "--out", str(cut)), 0, random.Random(5)
+    seen: dict[int, list[tuple[object, ...]]] = {}
+    more = chance.randint(0, 2)
+    while process.poll() is None and kills < 10:
+        if (cut / "config.json").exists() and len(journal(cut / "study.db")) >= len(seen) + more:
+            time.sleep(chance.uniform(0, 0.1))
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills, more = kills + 1, chance.randint(0, 2)
+            found = journal(cut / "study.db")
+            assert all(found[number] == trial for number, trial in seen.items())
+            seen = found
+            process = start("--resume", str(cut), "--quiet")
+        time.sleep(0.01)
+    assert process.wait(timeout=600) == 0
+    assert kills == 10
+    ended = journal(undisturbed / "study.db")
+    assert len({reward for [(_, _, reward)] in ended.values()}) > 12
+    assert journal(cut / "study.db") == ended
+
+
+def test_killed_drivers_and_evaluators_lose_and_repeat_no_trial_and_leave_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    tally = rage(tmp_path / "läuft weiter", ["evaluator", "driver"], "random:tiny-llama", 2, seed=3)
+    assert tally.kills == {"driver": 1, "evaluator": 1}
+    assert len(tally.acknowledged) >= 2
+    assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("evaluators", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_polite_end_tells_how_to_go_on_and_leaves_no_process(
+    evaluators: int, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    run = tmp_path / "mit leerzeichen"
+    words = [*SMALL.split()[:-2], "--model", "random:tiny-llama", "--repair-tokens", "0", "--budget", "5000", "--quiet"]
+    process = psutil.Popen(
+        [sys.executable, "search.py", *words, "--evaluators", str(evaluators), "--out", str(run)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while len(journal(run / "study.db")) < 5 and process.poll() is None:
+        time.sleep(0.1)
+    family = process.children(recursive=True)
+    assert bool(family) == (evaluators > 1)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does on Ctrl-C
+    else:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.endswith(f"search.py: interrupted; continue with: python search.py --resume '{run}'\n"), said
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    before = journal(run / "study.db")
+    assert start("--resume", str(run), "--budget", str(len(before) + 2), "--quiet").wait(timeout=600) == 0
+    after = journal(run / "study.db")
+    assert len(after) == len(before) + 2
+    assert all(after[trial] == was for trial, was in before.items())

@@ -1,0 +1,88 @@
+"""The doctor: what a machine lacks is said with what to do about it, and decides the exit code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fake_data import fake_data
+
+from search import cli
+from search.commands import machine_check
+
+__all__ = ["fake_data"]
+
+
+def findings(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, str]]]:
+    code = cli.main(["doctor", "--json"])
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document["problems"] == sum(one["state"] == "problem" for one in document["findings"])
+    return code, {one["name"]: one for one in document["findings"]}
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_machine_with_everything_is_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_check, "_CACHE_GIB", 0.0)
+    code, found = findings(capsys)
+    assert code == 0
+    assert found["data"]["state"] == found["python"]["state"] == found["torch"]["state"] == "ok"
+    assert cli.main(["doctor"]) == 0
+    assert "The default job can run." in capsys.readouterr().out
+
+
+def test_data_that_is_not_here_is_a_note_and_not_fetched(
+    fake_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_check, "_CACHE_GIB", 0.0)
+    next(fake_data.glob("exllamav2*")).unlink()
+    code, found = findings(capsys)
+    assert code == 0
+    assert found["data"]["state"] == "note"
+    assert "exllamav2" in found["data"]["found"]
+    assert "search.py data" in found["data"]["advice"]
+
+
+def test_damaged_data_is_a_problem(fake_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next(fake_data.glob("exllamav2*")).write_bytes(b"no wheel")
+    code, found = findings(capsys)
+    assert code == 3
+    assert found["data"]["state"] == "problem"
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_library_that_cannot_be_imported_and_a_full_disk_are_problems(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def imported(name: str) -> ModuleType:
+        if name == "gguf":
+            raise RuntimeError("half installed\nsecond line")
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(machine_check, "import_module", imported)
+    monkeypatch.setattr(machine_check, "_CACHE_GIB", 1e9)
+    code, found = findings(capsys)
+    assert code == 3
+    assert found["gguf"] == {
+        "name": "gguf",
+        "state": "problem",
+        "found": "cannot be imported: half installed",
+        "advice": "make setup",
+    }
+    assert "CHISEL_CACHE" in found["cache"]["advice"]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_a_missing_extra_is_a_note_that_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_check, "_CACHE_GIB", 0.0)
+    monkeypatch.setattr(machine_check.importlib.util, "find_spec", lambda name: None)
+    code, found = findings(capsys)
+    assert code == 0
+    for extra in ("agents", "cluster"):
+        assert found[f"extra {extra}"]["state"] == "note"
+        assert f"chisel-prior[{extra}]" in found[f"extra {extra}"]["advice"]

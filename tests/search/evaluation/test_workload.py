@@ -1,0 +1,281 @@
+"""Scoring against direct computation: shared prefixes, padding and batching change nothing; NaN is never a number."""
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from search.evaluation import logits
+from search.evaluation.packed_sequences import group, mix, pack, packed_item, packed_text
+from search.evaluation.quality import Quality
+from search.evaluation.workload import Workload, loglikelihoods
+from search.model.loading import LoadedModel, load_model
+
+CPU = torch.device("cpu")
+ITEMS = [
+    ("Question: What is the capital of France?\nAnswer:", (" Paris", " London", " a small town", " Rome"), 0),
+    ("Question: 2 + 2 = ?\nAnswer:", (" 3", " 4", " twenty-two", " 5"), 1),
+    ("Which is longest?", (" a", " a much longer answer than that"), 1),
+]
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "Bond dimensions, measured."]
+
+
+@pytest.fixture(scope="module", params=["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2"])
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    return load_model(request.param, "cpu")
+
+
+def sequences(loaded: LoadedModel) -> list[Any]:
+    items = [packed_item(loaded.encode, *item) for item in ITEMS]
+    return items + [packed_text(loaded.encode(text)) for text in TEXTS]
+
+
+def direct_loglikelihood(loaded: LoadedModel, context: str, continuation: str) -> float:
+    start, whole = len(loaded.encode(context)), loaded.encode(context + continuation)
+    with torch.inference_mode():
+        log_probability = loaded.model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(float(log_probability[at - 1, whole[at]]) for at in range(start, len(whole)))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 4096])
+def test_shared_prefix_gives_the_same_loglikelihoods_as_one_pass_per_choice(
+    loaded: LoadedModel, batch_tokens: int
+) -> None:
+    packed = [packed_item(loaded.encode, *item) for item in ITEMS]
+    for got, (context, continuations, _) in zip(
+        loglikelihoods(loaded.model, packed, CPU, batch_tokens), ITEMS, strict=True
+    ):
+        want = [direct_loglikelihood(loaded, context, continuation) for continuation in continuations]
+        assert got == pytest.approx(want, abs=1e-3)
+
+
+def test_the_dense_model_has_no_divergence_from_itself(loaded: LoadedModel) -> None:
+    quality = Workload(sequences(loaded), CPU).reference(loaded.model)
+    assert quality.kl == pytest.approx(0, abs=1e-5)
+    assert quality.agreement == 1
+    assert quality.items == 3
+    assert quality.state == "ok"
+
+
+def test_kl_and_perplexity_equal_a_direct_computation() -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    tokens = loaded.encode(TEXTS[0])
+    workload = Workload([packed_text(tokens)], CPU)
+    workload.reference(loaded.model)
+    ids = torch.tensor([tokens])
+    before = loaded.model(ids).logits[0].log_softmax(-1)[:-1]
+    with torch.no_grad():
+        loaded.model.model.layers[1].mlp.down_proj.weight.mul_(0.3)
+    after = loaded.model(ids).logits[0].log_softmax(-1)[:-1]
+    quality = workload.measure(loaded.model)
+    assert quality.kl == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3)
+    nll = -float(after.gather(1, ids[0, 1:, None]).mean())
+    assert quality.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+    assert quality.agreement == pytest.approx(float((before.argmax(-1) == after.argmax(-1)).float().mean()))
+    assert quality.tokens == len(tokens) - 1
+
+
+def test_every_corpus_has_the_perplexity_it_has_alone(loaded: LoadedModel) -> None:
+    texts = [("prose", TEXTS[0]), ("exam", TEXTS[1]), ("prose", TEXTS[1])]
+    packed = [packed_text(loaded.encode(text), corpus) for corpus, text in texts]
+    together = dict(Workload(packed, CPU).reference(loaded.model).perplexity_by_corpus)
+    assert list(together) == ["prose", "exam"]
+    for corpus, perplexity in together.items():
+        alone = Workload([one for one in packed if one.corpus == corpus], CPU).reference(loaded.model)
+        assert perplexity == pytest.approx(alone.perplexity, rel=1e-4)
+    assert Workload([packed_text(packed[0].tokens)], CPU).reference(loaded.model).perplexity_by_corpus == ()
+
+
+def test_accuracy_probability_and_margin_follow_from_the_loglikelihoods(loaded: LoadedModel) -> None:
+    packed = [packed_item(loaded.encode, *item) for item in ITEMS]
+    values = [torch.tensor(row) for row in loglikelihoods(loaded.model, packed, CPU)]
+    quality = Workload(packed, CPU).reference(loaded.model)
+    answers = [answer for _, _, answer in ITEMS]
+    right = [float(row.argmax() == answer) for row, answer in zip(values, answers, strict=True)]
+    correct = [float(row.softmax(0)[answer]) for row, answer in zip(values, answers, strict=True)]
+    assert quality.accuracy == pytest.approx(sum(right) / 3)
+    assert quality.expected_accuracy == pytest.approx(sum(correct) / 3, abs=1e-4)
+    margins = [
+        float(row[answer] - torch.cat([row[:answer], row[answer + 1 :]]).max())
+        for row, answer in zip(values, answers, strict=True)
+    ]
+    assert quality.margin == pytest.approx(sum(margins) / 3, abs=1e-3)
+    assert quality.expected_accuracy_standard_error == pytest.approx(
+        float(torch.tensor(correct).std()) / math.sqrt(3), abs=1e-4
+    )
+
+
+def test_batching_changes_no_figure(loaded: LoadedModel) -> None:
+    def measured(batch_tokens: int) -> Quality:
+        workload = Workload(sequences(loaded), CPU, batch_tokens)
+        return workload.reference(loaded.model)
+
+    one, many = measured(1), measured(10_000)
+    for name, value in one.scalars().items():
+        if isinstance(value, float):
+            assert getattr(many, name) == pytest.approx(value, abs=1e-4, rel=1e-3)
+
+
+def test_nonfinite_logits_are_a_state_and_never_an_accuracy(loaded: LoadedModel) -> None:
+    fresh = load_model(loaded.model_id, "cpu")
+    workload = Workload(sequences(fresh), CPU)
+    workload.reference(fresh.model)
+    next(module for name, module in fresh.model.named_modules() if name.endswith("mlp")).register_forward_hook(
+        lambda module, args, output: output * torch.nan
+    )
+    quality = workload.measure(fresh.model)
+    assert quality.state == "nonfinite"
+    assert math.isnan(quality.kl)
+    assert math.isnan(quality.accuracy)
+    assert quality.items == 0
+
+
+def test_a_dense_model_with_nonfinite_logits_is_refused() -> None:
+    fresh = load_model("random:tiny-llama", "cpu")
+    fresh.model.lm_head.register_forward_hook(lambda module, args, output: output * torch.inf)
+    with pytest.raises(ValueError, match="infinite logits"):
+        Workload([packed_text(fresh.encode(TEXTS[0]))], CPU).reference(fresh.model)
+
+
+def test_tokens_that_merge_across_the_boundary_are_scored_as_lm_eval_cuts_them() -> None:
+    """A tokenizer under which the first continuation swallows the end of the context."""
+
+    def encode(text: str) -> list[int]:
+        return [ord(character) for character in text.replace("ab", "\x01")]
+
+    packed = packed_item(encode, "xxa", ("b", "c"), 0)
+    # "xxab" is x, x, ab; the context alone is x, x, a: lm-eval scores what follows the third token, here its last one
+    assert packed.tokens[: packed.prefix] == (ord("x"), ord("x"))
+    assert [packed.tokens[start:stop] for start, stop, _ in packed.branches] == [(1,), (ord("a"), ord("c"))]
+    assert [stop - first for _, stop, first in packed.branches] == [1, 1]
+
+
+def test_trailing_spaces_of_the_context_move_to_the_continuation() -> None:
+    def encode(text: str) -> list[int]:
+        return list(map(ord, text))
+
+    packed = packed_item(encode, "ab ", ("c", "d"), 1)
+    assert packed.tokens[: packed.prefix] == (97, 98)
+    assert packed.tokens[packed.branches[0][0] : packed.branches[0][1]] == (32, 99)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuations", "answer"), [("", ("a",), 0), ("q", ("a", ""), 0), ("q", ("a",), 1), ("q", ("a",), -1)]
+)
+def test_items_that_cannot_be_scored_are_refused(context: str, continuations: tuple[str, ...], answer: int) -> None:
+    with pytest.raises(ValueError, match=r"item needs|answer must"):
+        packed_item(lambda text: list(map(ord, text)), context, continuations, answer)
+
+
+def test_an_empty_workload_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one sequence"):
+        Workload([packed_text([3])], CPU)
+
+
+def test_mixed_batches_change_no_figure(loaded: LoadedModel) -> None:
+    plain, mixed = (Workload(sequences(loaded), CPU, 300, mixed).reference(loaded.model) for mixed in (False, True))
+    for name, value in plain.scalars().items():
+        if isinstance(value, float):
+            assert getattr(mixed, name) == pytest.approx(value, abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_tokens", [100, 512, 1024])
+def test_mixed_batches_keep_to_the_limit_and_hold_every_row_once(batch_tokens: int) -> None:
+    lengths = [17 * number % 300 + 2 for number in range(60)]
+    rows = pack(lengths)
+    batches = list(group(mix(rows, lengths), lengths, batch_tokens, by_length=False))
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    for batch in batches:
+        longest = max(sum(lengths[number] for number in row) for row in batch)
+        assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+
+
+def test_batches_have_the_fewest_padded_tokens() -> None:
+    rows, lengths = [[number] for number in range(7)], [30, 90, 31, 400, 95, 1200, 88]
+    batches = group(rows, lengths, 500)
+
+    def cost(division: list[list[int]]) -> int:
+        return sum(48 + len(part) * max(part) for part in division)
+
+    ordered = sorted(lengths)
+    divisions = [
+        [ordered[start:stop] for start, stop in itertools.pairwise([0, *cuts, 7])]
+        for count in range(7)
+        for cuts in itertools.combinations(range(1, 7), count)
+    ]
+    allowed = [d for d in divisions if all(len(part) == 1 or len(part) * max(part) <= 500 for part in d)]
+    assert cost([[lengths[number] for [number] in batch] for batch in batches]) == min(map(cost, allowed))
+
+
+def test_any_beginning_of_mixed_rows_is_like_the_whole() -> None:
+    lengths = [*range(130, 190), *[256] * 30]
+    rows = mix(pack(lengths, capacity=1), lengths)
+    assert len(rows) == 90
+    for stop in range(9, 91, 9):
+        seen = [lengths[number] for [number] in rows[:stop]]
+        assert abs(sum(length == 256 for length in seen) - stop / 3) <= 1.5
+        assert abs(sum(seen) / stop - sum(lengths) / 90) < 6
+
+
+def test_a_measurement_stops_when_it_is_called_hopeless(loaded: LoadedModel) -> None:
+    workload = Workload(sequences(loaded), CPU, 100)
+    whole = workload.reference(loaded.model)
+    asked: list[tuple[int, int]] = []
+
+    def hopeless(seen: Quality, looks: int) -> bool:
+        asked.append((seen.tokens, looks))
+        return True
+
+    partial = workload.measure(loaded.model, hopeless=hopeless)
+    assert partial.state == "raced"
+    assert [partial.tokens] == [tokens for tokens, _ in asked]
+    assert 0 < partial.tokens < whole.tokens
+    assert sum(count > 0 for count in partial.tokens_by_sequence) < len(workload.sequences)
+    asked.clear()
+    assert workload.measure(loaded.model, hopeless=lambda *seen: asked.append(seen) or False).state == "ok"
+    assert len(asked) == asked[0][1]
+
+
+def direct_kl(before: Any, after: Any, tokens: list[int]) -> float:
+    with torch.no_grad():
+        one, two = (model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)[:-1] for model in (before, after))
+    return float((one.exp() * (one - two)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["linear head", "capped logits", "half precision", "half precision, made again", "other head", "other capped head"],
+)
+def test_kl_equals_a_direct_computation_whatever_the_head_does(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense probabilities are kept as mean output embeddings, or not at all, only where that is the same."""
+    if case.endswith("made again"):
+        monkeypatch.setattr(logits, "_SHORT_OF_MEMORY", ("cpu",))
+    loaded = load_model("random:tiny-llama", "cpu")
+    model, tokens = loaded.model, loaded.encode(TEXTS[0])
+    if "capped" in case:
+        model.lm_head.register_forward_hook(lambda module, args, output: 3 * torch.tanh(output / 3))
+    if case.startswith("half"):
+        model.bfloat16()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(0.3)
+        head = 1.2 * model.lm_head.weight if case.startswith("other") else model.lm_head.weight
+    other.lm_head.weight = torch.nn.Parameter(head, requires_grad=False) if case.startswith("other") else head
+    workload = Workload([packed_text(tokens)], CPU)
+    assert workload.reference(model).kl == 0
+    assert hasattr(workload._batches[0].dense, "_probability") == ("capped" in case or case == "half precision")
+    tolerance = 0.02 if case.startswith("half") else 1e-3
+    assert workload.measure(other).kl == pytest.approx(direct_kl(model, other, tokens), rel=tolerance)
+
+
+def test_a_head_that_was_written_to_after_the_reference_is_noticed() -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    workload = Workload([packed_text(loaded.encode(TEXTS[0]))], CPU)
+    workload.reference(loaded.model)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="take the reference again"):
+        workload.measure(loaded.model)

@@ -1,0 +1,208 @@
+"""Folders for others: dense ones, what is refused, and the commands around them."""
+
+import json
+
+import pytest
+import torch
+from tiny_model import tensorized
+from transformers import AutoModelForCausalLM
+
+from compression import MPOLinear
+from search import cli
+from search.data import hub
+from search.export.folder import check_gguf, export_dense_, export_model, footprint
+from search.export.model_card import model_card
+from search.model.chat import Chat, Spoken
+from search.model.loading import load_for_use, load_model
+
+PROMPT = torch.arange(40).reshape(2, 20)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(PROMPT, attention_mask=torch.ones_like(PROMPT)).logits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    loaded = tensorized()
+    path = tmp_path_factory.mktemp("exported") / "model ü"
+    export_model(loaded.model, loaded.tokenizer, path, "---\nlicense: mit\n---\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["random:tiny-llama", "random:tiny-gpt2"])
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_dense_folder_is_an_ordinary_one_that_computes_the_same(kind, heads, tmp_path):
+    loaded = tensorized(kind, heads=heads)
+    before = logits(loaded.model)
+    export_dense_(loaded.model, loaded.tokenizer, tmp_path / "out")
+    document = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & document.keys()
+    read = load_model(str(tmp_path / "out"), "cpu").model
+    assert not any(isinstance(module, MPOLinear) for module in read.modules())
+    assert type(read) is type(load_model(kind, "cpu").model)
+    torch.testing.assert_close(logits(read), before, rtol=1e-3, atol=1e-3)
+
+
+def test_exporting_leaves_the_model_as_it_was(tmp_path):
+    loaded = tensorized("random:tiny-gpt2")
+    before, modules = logits(loaded.model), dict(loaded.model.named_modules())
+    export_model(loaded.model, loaded.tokenizer, tmp_path / "out")
+    assert torch.equal(logits(loaded.model), before)
+    assert all(module is modules[name] for name, module in loaded.model.named_modules())
+    assert not hasattr(loaded.model.config, "quantization_config")
+
+
+def test_a_used_folder_is_refused_and_kept(folder):
+    loaded = tensorized()
+    before = sorted(file.name for file in folder.iterdir())
+    with pytest.raises(ValueError, match="holds a run already"):
+        export_model(loaded.model, loaded.tokenizer, folder)
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
+def test_a_folder_with_nothing_but_what_a_killed_run_left_is_replaced(tmp_path):
+    loaded = tensorized()
+    for name in (".lock", ".config.json.a1b2c3d4.tmp"):
+        (tmp_path / name).touch()
+    export_model(loaded.model, loaded.tokenizer, tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
+    loaded = tensorized()
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        export_model(loaded.model, Broken(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dense_model_is_not_exported_as_a_compressed_one(tmp_path):
+    loaded = load_model("random:tiny-llama", "cpu")
+    with pytest.raises(ValueError, match="nothing in this model is compressed"):
+        export_model(loaded.model, loaded.tokenizer, tmp_path / "out")
+
+
+def test_the_footprint_counts_stored_bytes_once_against_both_dense_types():
+    dense = load_model("random:tiny-llama", "cpu").model
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    assert footprint(dense).stored == footprint(dense).float32 == 4 * parameters
+    assert footprint(dense.to(torch.bfloat16)).saved == 0.5
+    assert footprint(dense).saved_of_float16 == 0
+    assert footprint(tensorized().model).saved > 0.2
+
+
+def test_gguf_takes_known_architectures_with_a_fast_tokenizer():
+    loaded = tensorized()
+    check_gguf(loaded.model, loaded.tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        check_gguf(loaded.model, object())
+    loaded.model.config.__dict__["model_type"] = "nonesuch"
+    with pytest.raises(ValueError, match="a name for, got 'nonesuch'"):
+        check_gguf(loaded.model, loaded.tokenizer)
+
+
+def test_a_card_has_licence_size_table_and_how_to_load():
+    prior = {
+        "model": {"id": "small", "license": "Apache-2.0"},
+        "kept_fraction": 0.8,
+        "data": {"calibration": "ab" * 32},
+    }
+    rows = [{"schedule": "dense", "kl": 0.0}, {"schedule": "searched", "kl": 0.25}]
+    text = model_card("mine", "hf", prior, {"rows": rows}, "searched", "12 MB", ["Nothing was trained."])
+    assert text.startswith("---\nlicense: apache-2.0\nbase_model: small\n")
+    for part in ("| searched |", "0.2500", "12 MB", 'from_pretrained("mine")', "abababababababab", "0.8000"):
+        assert part in text
+    assert "as large as the original" in model_card("mine", "dense", prior, {}, "searched", "12 MB", [])
+
+
+def test_a_chat_answers_in_pieces_that_make_up_the_whole(folder):
+    chat, pieces = Chat(load_for_use(str(folder), "cpu"), tokens=12), []
+    answer = chat.answer("abc", pieces.append)
+    assert answer == "".join(pieces)
+    ids = chat.loaded.tokenizer("abc", return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    whole = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=256
+    )
+    assert answer == chat.loaded.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_half_a_character_waits_for_its_other_half():
+    pieces = []
+    spoken = Spoken(lambda tokens, **options: bytes(tokens).decode(errors="replace"), pieces.append)
+    spoken.put(torch.tensor([[65]]))  # the prompt
+    for token in "aé!".encode():
+        spoken.put(torch.tensor([token]))
+    spoken.end()
+    assert pieces == ["a", "é", "!"]
+
+
+def test_generate_answers_a_prompt_and_refuses_none(folder, capsys):
+    for cache in ([], ["--latent-cache"]):
+        words = ["generate", str(folder), "--prompt", "abc", "--tokens", "4", "--quiet", *cache]
+        assert cli.main(words) == cli.DONE
+    assert capsys.readouterr().out.endswith("\n")
+    assert cli.main(["generate", str(folder), "--prompt", " "]) == cli.REFUSED
+    assert cli.main(["generate", str(folder), "--prompt", "abc", "--tokens", "0"]) == cli.REFUSED
+    assert cli.main(["generate", "random:tiny-lama", "--prompt", "abc"]) == cli.REFUSED
+
+
+def test_a_damaged_folder_is_refused_in_one_line(folder, tmp_path, capsys):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert cli.main(["generate", str(tmp_path), "--prompt", "abc", "--quiet"]) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert "checksum" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "a finished run has config.json and prior.json"),
+        (["nowhere", "--format", "gguf"], "the nearest is gguf-ready"),
+        (["nowhere", "--dtype", "float"], "dtype must be one of"),
+    ],
+)
+def test_export_refuses_in_one_line_and_writes_nothing(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", *words, "--quiet"]) == cli.REFUSED
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+class Hub:
+    """Takes uploads and says what it was given."""
+
+    said = []  # noqa: RUF012 (of all instances)
+
+    def create_repo(self, repository, **options):
+        self.said.append((repository, options))
+
+    def upload_folder(self, **options):
+        self.said.append(options)
+        return type("Commit", (), {"repo_url": "https://hub/x"})
+
+
+def test_push_uploads_an_exported_folder_privately_unless_told_otherwise(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert hub.push(folder, "me/small") == "https://hub/x"
+    assert Hub.said[0] == ("me/small", {"private": True, "exist_ok": True})
+    assert Hub.said[1]["folder_path"] == folder
+
+
+def test_push_refuses_another_folder_or_name(folder, tmp_path):
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        hub.push(folder, "small")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        hub.push(tmp_path, "me/small")

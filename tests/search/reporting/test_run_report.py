@@ -1,0 +1,226 @@
+import csv
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from search import cli
+from search.reporting.run_report import report
+from search.runtime.run_folder import RunFolder
+
+ROW = {"expected_accuracy": 0.3, "accuracy": 0.25, "accuracy_stderr": 0.07, "items": 32, "bytes": 4_000_000}
+ROWS = [
+    {"schedule": "dense", "kept_fraction": 1.0, "kl": 0.0, "perplexity": 30.0, "parameters": 2_000_000, **ROW},
+    {"schedule": "uniform", "kept_fraction": 0.5, "kl": 0.8, "perplexity": 70.0, "parameters": 1_200_000, **ROW},
+    {"schedule": "lagrangian", "kept_fraction": 0.5, "kl": 0.4, "perplexity": 50.0, "parameters": 1_200_000, **ROW},
+    {"schedule": "searched", "kept_fraction": 0.5, "kl": 0.3, "perplexity": 45.0, "parameters": 1_200_000, **ROW},
+]
+SITES = [
+    {"name": "b.0.q", "block": 0, "family": "q", "shape": [8, 8], "topology": "lowrank", "chi": 3, "parameters": 39},
+    {"name": "b.0.up", "block": 0, "family": "up", "shape": [16, 8], "topology": "dense", "parameters": 128},
+]
+SUMMARY = {
+    "model": "toy <model>",
+    "agent": "reinforce",
+    "target_kept": 0.5,
+    "rows": ROWS,
+    "searched_against_lagrangian_kl": {"value": -0.1, "standard_error": 0.01, "relative": -0.25, "sequences": 60},
+    "latency": {
+        "optimize": "memory",
+        "prefill_ratio": 0.9,
+        "decode_ratio": 1.1,
+        "prompt": 512,
+        "stored_bytes": 1_000_000,
+        "resident_bytes": 1_500_000,
+    },
+    "environment": {"command": "python search.py", "commit": "abc", "packages": {"torch": "2.13.0"}},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with the files of a finished run."""
+
+    def make(name="run", **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "summary.json").write_text(json.dumps(SUMMARY | changes))
+        (folder / "prior.json").write_text(json.dumps({"sites": SITES, "configuration": {"seed": 0}}))
+        with (folder / "trials.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["trial", "kl", "kl_control", "parameters"])
+            writer.writerows([[0, 0.5, 0.0, 1_200_000], [1, "", "", ""], [2, 0.3, 0.1, 1_100_000]])
+        return folder
+
+    return make
+
+
+def test_benchmarks_sensitivity_and_healing_are_shown_where_they_are(run):
+    folder = run()
+    (folder / "benchmarks.csv").write_text(
+        "model,task,state,n,metric,seconds,value,stderr\n"
+        "dense,piqa,ok,200,acc,3.0,0.65,0.03\nhealed,piqa,ok,200,acc,3.0,0.6,0.03\nhealed,boolq,nonfinite,0,acc,1,,\n"
+    )
+    (folder / "sensitivity.csv").write_text(
+        "block,family,chi,kl,state\n0,q,10,0.01,ok\n0,q,20,0.0001,ok\n10,q,10,1.0,ok\n2,up,10,,failed\n"
+    )
+    (folder / "healed").mkdir()
+    looks = [
+        {"tokens": 0, "seconds": 0, "kl": 0.5, "perplexity": 9},
+        {"tokens": 9, "seconds": 1, "kl": 0.25, "perplexity": 8},
+    ]
+    (folder / "healed" / "healing.json").write_text(json.dumps({"looks": looks, "outlook": "longer is better"}))
+    html = report([folder])
+    text = " ".join(_Elements(html).text)
+    assert "0.650 ± 0.030" in text
+    assert "longer is better." in text
+    cells = re.findall(r"<title>(\d+) q: ([^<]*)</title>", html[html.index("Sensitivity") :])
+    assert cells == [("0", "0.001"), ("10", "1")]  # geometric means; blocks in the order of their numbers
+    assert html.index("<h2>Benchmarks") < html.index("<h2>Healing")
+
+
+def test_a_profile_alone_is_a_report_too(tmp_path):
+    (tmp_path / "sensitivity.csv").write_text("block,family,chi,kl,state\n0,q,10,0.01,ok\n")
+    assert re.findall("<h2>(.*?)</h2>", report([tmp_path])) == ["Sensitivity"]
+
+
+class _Elements(HTMLParser):
+    """Every element opened and closed, and what stands in it."""
+
+    void = ("meta", "br", "path", "circle", "rect")
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.attributes, self.text = [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += attributes
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+
+def test_the_headline_says_size_quality_and_what_the_search_brought(run):
+    headline = re.search("<p class='headline'>(.*?)</p>", report([run()])).group(1)
+    assert headline == (
+        "searched: 1.2 of 2.0 million parameters (-40%), held-out KL to the dense model 0.3 nats per token, "
+        "perplexity 45 (dense 30), KL -25% against closed-form allocation, KL -62% against uniform χ."
+    )
+
+
+def test_every_figure_of_the_table_is_in_the_page_and_names_are_never_markup(run):
+    elements = _Elements(report([run()]))
+    words = " ".join(elements.text)
+    assert "toy <model>" in words
+    for shown in ("0.3000", "0.250 ± 0.070", "1,200,000", "dense", "lagrangian", "torch 2.13.0", "abc"):
+        assert shown in words
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(run):
+    elements = _Elements(report([run()]))
+    assert not [name for name, _ in elements.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert "script" not in report([run("other")])
+    assert "url(" not in report([run("third")])
+
+
+def test_what_a_run_lacks_is_left_out(run):
+    folder = run()
+    for name in ("prior.json", "trials.csv"):
+        (folder / name).unlink()
+    headings = re.findall("<h2>(.*?)</h2>", report([folder]))
+    assert headings == ["Beside the baselines", "Quality and size", "Speed", "How it was made"]
+    assert "Bond dimensions" in report([run("whole")])
+
+
+def test_the_curve_adds_the_control_variate_and_skips_failed_trials(run):
+    html = report([run()])
+    data = html[html.index("The search") :]
+    cells = re.findall("<tr>(.*?)</tr>", data[data.index("<tbody>") : data.index("</tbody>")])
+    assert [re.findall("<td[^>]*>(.*?)</td>", row) for row in cells] == [
+        ["1", "0.5", "0.5"],
+        ["2", "-", "0.5"],
+        ["3", "0.4", "0.4"],
+    ]
+
+
+def test_several_runs_stand_beside_each_other(run):
+    html = report([run("first"), run("second", agent="gradient")])
+    assert "What each run ends with" in html
+    assert "second: Bond dimensions" in html
+    assert "gradient" in html
+
+
+def test_the_command_writes_the_page_and_says_where(run, capsys, tmp_path):
+    folder = run()
+    assert cli.main(["report", str(folder)]) == cli.DONE
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    out = tmp_path / "both.html"
+    assert cli.main(["report", str(folder), str(run("other")), "--out", str(out)]) == cli.DONE
+    assert out.read_text() == report([folder, folder.with_name("other")])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("summary.json", None, "there is no finished run,"),
+        ("summary.json", "[]", "it is no JSON object"),
+        ("prior.json", "[" * 100_000, "cannot use"),
+        ("prior.json", '{"sites": [{}]}', "are not those of a run"),
+        ("summary.json", '{"rows": 3}', "are not those of a run"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused_in_one_line(run, capsys, name, content, message):
+    folder = run()
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    assert cli.main(["report", str(folder)]) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+def test_a_page_or_a_model_is_not_written_into_a_run_that_another_command_holds(run, capsys, tmp_path):
+    folder = run()
+    (folder / "environment.json").write_text("{}")
+    with RunFolder(folder):
+        for command in ("report", "export"):
+            assert cli.main([command, str(folder)]) == cli.REFUSED
+            assert "is in use by process" in capsys.readouterr().err
+        assert cli.main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == cli.DONE
+    assert cli.main(["report", str(folder)]) == cli.DONE
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_on_a_phone_without_complaint(run, scheme):
+    page = run() / "report.html"
+    page.write_text(report([page.parent]), encoding="utf-8")
+    words = [sys.executable, str(Path(__file__).parents[2] / "support" / "browser.py"), str(page), "390", scheme]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["console"] == []
+    assert seen["requests"] == [page.as_uri()]
+    assert seen["wide"] <= 390
+    assert "Bond dimensions" in seen["headings"]
+    assert min(seen["drawings"]) > 300
+    assert seen["letters"] > 8
+    light = sum(map(int, re.findall(r"\d+", seen["background"]))) > sum(map(int, re.findall(r"\d+", seen["ink"])))
+    assert light == (scheme == "light")

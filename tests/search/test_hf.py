@@ -1,0 +1,295 @@
+"""A compressed folder in transformers: what loads, what is done with it there, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_model import assert_same_logits, assert_same_tensors, tensorized
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from compression import MPOLinear
+from search import hf
+from search.export.folder import export_model
+
+PROMPT = torch.arange(40).reshape(2, 20)
+MASK = torch.ones_like(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tensorized()
+
+
+@pytest.fixture(scope="module")
+def folder(original, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "a model"
+    export_model(original.model, original.tokenizer, path)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy that a test may damage."""
+    target = tmp_path / "copy"
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def load(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(PROMPT, attention_mask=MASK).logits
+
+
+def alone(code, *arguments):
+    """Run code in a process that cannot import this project."""
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    # The command line, which other tests run in this process, turns the talk of transformers down.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120, env=plain)
+
+
+def test_a_folder_gives_the_same_tensors_and_logits(original, folder):
+    model = load(folder)
+    assert_same_tensors(model, original.model)
+    assert_same_logits(logits(model), logits(original.model))
+    assert isinstance(model.model.layers[0].self_attn.q_proj, MPOLinear)
+
+
+@pytest.mark.parametrize("kind", ["random:tiny-gpt2", "random:tiny-qwen2"])
+def test_other_architectures_too(kind, tmp_path):
+    loaded = tensorized(kind)
+    export_model(loaded.model, loaded.tokenizer, tmp_path / "out")
+    assert_same_logits(logits(load(tmp_path / "out")), logits(loaded.model))
+
+
+def test_heads_of_their_own_too(tmp_path):
+    loaded = tensorized(heads=True)
+    export_model(loaded.model, loaded.tokenizer, tmp_path / "out")
+    assert_same_logits(logits(load(tmp_path / "out")), logits(loaded.model))
+
+
+def test_without_this_project_the_code_beside_the_weights_reads_them(original, folder, tmp_path):
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(sys.argv[2])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+ids = torch.arange(40).reshape(2, 20)
+with torch.no_grad():
+    logits = [each(ids, attention_mask=torch.ones_like(ids)).logits for each in (model, again)]
+assert not any(name.split(".")[0] in ("search", "compression") for name in sys.modules)
+save_file({"first": logits[0], "again": logits[1]}, sys.argv[3])
+"""
+    ran = alone(code, folder, tmp_path / "again", tmp_path / "logits.safetensors")
+    assert ran.returncode == 0, ran.stderr
+    saved = load_file(tmp_path / "logits.safetensors")
+    assert_same_logits(saved["first"], logits(original.model))
+    assert_same_logits(saved["again"], logits(original.model))
+
+
+def test_without_project_or_trust_loading_is_an_error(folder, tmp_path):
+    load(folder).save_pretrained(tmp_path / "again")
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except RuntimeError:
+        print("refused")
+"""
+    ran = alone(code, folder, tmp_path / "again")
+    assert ran.stdout.split() == ["refused", "refused"]
+    assert ran.stderr.count("q_proj.weight") >= 2
+
+
+def test_generation_continues_as_the_model_in_memory_does(original, folder):
+    options = dict(attention_mask=MASK, max_new_tokens=8, do_sample=False, pad_token_id=256)
+    assert torch.equal(load(folder).generate(PROMPT, **options), original.model.generate(PROMPT, **options))
+
+
+def test_other_types_are_a_matter_of_to_and_of_loading(folder):
+    loaded, cast = load(folder, dtype=torch.bfloat16), load(folder).to(torch.bfloat16)
+    assert logits(cast).dtype == torch.bfloat16
+    for name, values in loaded.state_dict().items():
+        assert torch.equal(values, cast.state_dict()[name])
+    assert loaded.model.layers[0].self_attn.q_proj.places_0.dtype == torch.int32
+    with pytest.raises(ValueError, match="half"):
+        loaded.half()
+
+
+def test_a_compiled_model_computes_the_same(folder):
+    model = load(folder).requires_grad_(False)
+    before = logits(model)
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager")), before)
+
+
+def test_saving_again_keeps_every_bit_and_the_file_says_so(original, folder, tmp_path):
+    load(folder).save_pretrained(tmp_path / "again", max_shard_size="40KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    assert_same_tensors(load(tmp_path / "again"), original.model)
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_dequantize_makes_an_ordinary_model(original, folder):
+    model = load(folder)
+    model.dequantize()
+    assert not any(isinstance(module, MPOLinear) for module in model.modules())
+    torch.testing.assert_close(logits(model), logits(original.model), rtol=1e-3, atol=1e-3)
+
+
+def test_trainer_trains_the_cores_and_resumes(folder, tmp_path):
+    examples = [{"input_ids": row, "labels": row} for row in PROMPT.repeat(2, 1)]
+
+    def trained(steps, checkpoint=None):
+        arguments = TrainingArguments(
+            output_dir=tmp_path,
+            max_steps=steps,
+            save_steps=1,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            lr_scheduler_type="constant",
+            disable_tqdm=True,
+        )
+        model = load(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Trainer(model=model, args=arguments, train_dataset=examples).train(resume_from_checkpoint=checkpoint)
+        return model
+
+    core = "model.layers.0.self_attn.q_proj.tail_0"
+    start = load(folder).get_parameter(core)
+    straight = trained(2)
+    assert not torch.equal(straight.get_parameter(core), start)
+    resumed = trained(2, str(tmp_path / "checkpoint-1"))
+    torch.testing.assert_close(resumed.get_parameter(core), straight.get_parameter(core))
+    assert_same_logits(logits(load(tmp_path / "checkpoint-2")), logits(straight.eval()))
+
+
+def test_lora_learns_beside_the_cores_and_refuses_to_merge(folder):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, task_type="CAUSAL_LM")
+    config._register_custom_module(hf.lora_layers())
+    model = load(folder)
+    before = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, config)
+    assert torch.equal(logits(adapted), before)
+    trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    adapted(PROMPT, attention_mask=MASK, labels=PROMPT).loss.backward()
+    assert any(adapted.get_parameter(name).grad.abs().sum() > 0 for name in trainable)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        adapted.merge_and_unload()
+
+
+def test_lm_eval_reads_the_folder_with_the_code_beside_the_weights(folder):
+    code = """
+import sys
+from lm_eval.models.huggingface import HFLM
+model = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu", batch_size=1)
+print("score", model.loglikelihood_rolling.__name__, type(model.model).__name__, model.max_length)
+"""
+    ran = alone(code, folder)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "LlamaForCausalLM" in ran.stdout
+
+
+def rewritten(path, change):
+    """Change the tensors of a weight file, its header kept."""
+    file = path / "model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        metadata = tensors.metadata()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)
+
+
+def test_a_missing_core_is_refused(copy):
+    rewritten(copy, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.tail_0"))
+    with pytest.raises(ValueError, match=r"lack 1 tensors, such as model\.layers\.0\.self_attn\.q_proj\.tail_0"):
+        load(copy)
+
+
+def test_a_missing_dense_tensor_is_refused(copy):
+    rewritten(copy, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"such as model\.norm\.weight"):
+        load(copy)
+
+
+def test_a_core_of_another_shape_is_refused(copy):
+    name = "model.layers.0.self_attn.q_proj.tail_0"
+    rewritten(copy, lambda tensors: tensors.update({name: tensors[name][:-1]}))
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        load(copy)
+
+
+def test_a_flipped_bit_is_refused(copy):
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged, its checksum differs"):
+        load(copy)
+
+
+def test_a_cut_file_is_refused(copy):
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(Exception, match=r"cut|incomplete|Incomplete|not fully covered"):
+        load(copy)
+
+
+def test_weights_without_checksums_are_refused(copy):
+    save_file(load_file(copy / "model.safetensors"), copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="without checksums"):
+        load(copy)
+
+
+def test_a_pickle_is_refused(copy):
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="never opened"):
+        load(copy)
+
+
+def edited(path, change):
+    document = json.loads((path / "config.json").read_text())
+    change(document["quantization_config"])
+    (path / "config.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said: said.update(format=99), "this model has format 99, and this code reads 1 to 1"),
+        (lambda said: said.update(modules=None), "must be a mapping"),
+        (lambda said: said["modules"].update({"model.nowhere": {"kind": "mpo"}}), "no matrix of this name"),
+        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(kind="x"), "kind must be"),
+        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[0]), "1 bonds of 1 to"),
+        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[9]), "has shape"),
+        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[2**40]), "1 bonds of 1 to"),
+        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].pop("topology"), "does not fit"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(copy, change, message):
+    edited(copy, change)
+    with pytest.raises(ValueError, match=message):
+        load(copy)

@@ -1,0 +1,64 @@
+"""docs/cluster.md on a real cluster: `ray start` for two nodes on this machine, a job submitted, and resumed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from disks import SEARCH
+from fake_data import data_for_processes
+
+from benchmarks.chaos import ROOT, journal, rage
+from benchmarks.local_cluster import RAY, LocalCluster
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the nodes, with data in the environment."""
+    data_for_processes(tmp_path, monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def cluster(home: Path) -> Iterator[LocalCluster]:
+    with LocalCluster(2, home) as started:
+        started.add(processors=2)
+        yield started
+
+
+def submit(cluster: LocalCluster, *words: str) -> str:
+    done = subprocess.run(
+        [*RAY, "job", "submit", "--working-dir", ".", "--", "python", "search.py", *words],
+        cwd=ROOT,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_job_runs_on_two_nodes_and_is_resumed_into_its_folder(cluster: LocalCluster, tmp_path: Path) -> None:
+    run, words = tmp_path / "run", SEARCH[2:]
+    said = submit(cluster, *words, "--budget", "4", "--ray-address", "auto", "--evaluators", "3", "--out", str(run))
+    assert str(run) in said
+    first = journal(run / "study.db")
+    assert len(first) == 4
+    submit(cluster, "--resume", str(run), "--budget", "6", "--ray-address", "auto", "--quiet")
+    both = journal(run / "study.db")
+    assert len(both) == 6
+    assert all(both[number] == trial for number, trial in first.items())
+    assert json.loads((run / "config.json").read_text())["ray_address"] == "auto"
+
+
+def test_a_node_that_dies_and_comes_back_takes_no_trial_with_it(home: Path, tmp_path: Path) -> None:
+    with LocalCluster(home=home) as cluster:
+        tally = rage(tmp_path / "run", ["node", "driver"], "random:tiny-llama", 2, 0, cluster)
+    assert tally.kills == {"node": 1, "driver": 1}
+    assert len(tally.acknowledged) >= 2
+    assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
