@@ -31,12 +31,12 @@ from compression.schedule import Choice, Schedule
 from compression.sites import Site
 from envs import Problem
 from search.config import Config
-from search.data.items import render
+from search.data.prompts import render
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.quality import paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Subject, load
-from search.model.loading import resolve_device
+from search.model.devices import resolve_device
 
 MODULE = "benchmarks.evaluate"
 KEPT = 0.8

@@ -26,11 +26,12 @@ from compression.layers.mpo_linear import MPOLinear
 from compression.schedule import Schedule
 from compression.sites import Site, dense_weight, discover_sites
 from compression.storage.factor_cache import FactorCache
-from search.data.packages import cache_folder
 from search.evaluation.evaluator import ModelEvaluator
 from search.evaluation.packed_sequences import Packed, packed_item, packed_text
 from search.evaluation.workload import Workload
-from search.model.loading import LoadedModel, load_model, locate
+from search.model.loading import LoadedModel, load_model
+from search.model.sources import locate
+from search.runtime.files import cache_folder
 
 __all__ = ["SIDES", "Figures", "Naive", "Ours", "Swapping", "Work", "plain_store"]
 

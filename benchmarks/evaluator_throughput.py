@@ -23,7 +23,7 @@ from envs import Problem
 from search.config import Config
 from search.evaluation.pool import Job
 from search.experiment.experiment import Subject, load
-from search.model.loading import resolve_device
+from search.model.devices import resolve_device
 from search.workers.pools import search_pool
 
 IN_PROCESS = 0

@@ -27,7 +27,7 @@ from compression.decomposition.factors import OPTIMISM, FactorStore
 from search.config import Config
 from search.experiment.calibration import calibration_batches, factor_store
 from search.experiment.experiment import Subject, load
-from search.model.loading import head_size
+from search.model.architecture import head_size
 
 METHODS = ("sequential 2", "sequential 3", "whitened", "pivoted", "fitted 2", "fitted 3", "fitted heads", "menu")
 _MENU = ("pivoted", "fitted 2", "fitted 3", "fitted heads")

@@ -26,7 +26,8 @@ from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import Menu, Schedule, ScheduleApplier, lagrangian, to_schedule, uniform
 from search.config import Config
 from search.experiment.experiment import Subject
-from search.healing.run import Options, heal_subject_
+from search.healing.plan import Options
+from search.healing.run import heal_subject_
 from search.priors.format import Prior
 from search.priors.transfer import exact_schedule
 from search.profiling.sensitivity import rank_correlation

@@ -37,7 +37,7 @@ from compression.sites import dense_weight, find_blocks
 from compression.training.distillation import Head, divergence, labels, likeliest
 from compression.training.replay import replayed
 from compression.training.trainable import captured_head_input, trainable_
-from search.healing.training import HealingPlan
+from search.healing.plan import HealingPlan
 from search.model.loading import load_model
 
 SIDES = ("fine-tuning", "labels", "distill", "distill, kept targets", "distill, all tokens, kept targets")

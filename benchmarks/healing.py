@@ -22,21 +22,23 @@ from compression import Schedule, ScheduleApplier, lagrangian, to_schedule
 from compression.sites import model_parameters
 from compression.size import SizeModel
 from search.config import Config
-from search.data.items import load_proxy, stratified
-from search.data.splits import load_prose, regions
-from search.evaluation.evaluator import Score
+from search.data.datasets import load_proxy
+from search.data.items import stratified
+from search.data.prose import load_prose, regions
 from search.evaluation.packed_sequences import packed_text
 from search.evaluation.quality import Quality
+from search.evaluation.score import Score
 from search.evaluation.workload import Workload
-from search.experiment.calibration import CHUNK_TOKENS, workload_sequences
-from search.experiment.experiment import Subject
-from search.healing.run import Options, heal_subject_
+from search.experiment.calibration import CHUNK_TOKENS
+from search.experiment.experiment import Subject, workload_sequences
+from search.healing.plan import Options
+from search.healing.run import heal_subject_
 from search.runtime.console import Console
 
 KEPT = 0.618
 TASKS = ("arc_easy", "piqa", "sciq", "hellaswag", "boolq", "mmlu")
 CORPORA = {"web": 1, "encyclopedia": 2}
-"""By place among the sources of `search.data.splits.load_prose`."""
+"""By place among the sources of `search.data.prose.load_prose`."""
 _SHORT = 30.0
 """Minutes; a longer healing has a bar of its own and a table beside this one."""
 

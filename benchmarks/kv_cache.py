@@ -27,7 +27,7 @@ from benchmarks.healing import CORPORA
 from benchmarks.report import markdown, publish
 from compression import ScheduleApplier, lagrangian, to_schedule
 from search.config import Config
-from search.data.splits import load_prose, regions
+from search.data.prose import load_prose, regions
 from search.experiment.experiment import Subject
 from search.healing.sharding import sharing_copy
 from search.model.latent_cache import cache_bytes, latent_cache, plain_cache

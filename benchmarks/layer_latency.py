@@ -28,7 +28,8 @@ from compression.layers.routes import Plan, Route, modelled, routes
 from compression.numerics.legs import Legs, resolve
 from compression.sites import Site, discover_sites, put_modules
 from search.evaluation.latency import decode, prefill, timed
-from search.model.loading import load_model, resolve_device
+from search.model.devices import resolve_device
+from search.model.loading import load_model
 
 SLOWEST, SPEEDUP = 1.05, 1.25
 _COLD = 1 << 26  # bytes of weights gone through, so that none is in a cache when its turn comes

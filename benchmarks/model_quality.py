@@ -45,9 +45,9 @@ from envs import Problem
 from search.config import Config
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
-from search.experiment.calibration import SHRINKAGE, factor_store, workload_sequences
-from search.experiment.experiment import Subject, load
-from search.model.loading import head_size
+from search.experiment.calibration import SHRINKAGE, factor_store
+from search.experiment.experiment import Subject, load, workload_sequences
+from search.model.architecture import head_size
 
 VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "corrected", "sequential", "repaired", "complete")
 _PASSES = 6

@@ -20,7 +20,7 @@ from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import model_parameters
 from search.config import Config
 from search.experiment.experiment import load
-from search.model.loading import resolve_device
+from search.model.devices import resolve_device
 from search.pipeline.run import run
 from search.priors.format import Estimate, Prior, PriorScore
 from search.runtime.console import Console

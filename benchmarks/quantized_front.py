@@ -39,7 +39,7 @@ from search.experiment.calibration import SHRINKAGE
 from search.experiment.experiment import Subject, load
 from search.export.folder import footprint
 from search.export.quantize import ends
-from search.model.loading import resolve_device
+from search.model.devices import resolve_device
 
 _HEADLINE = 0.93
 _ENDS = (16, 8, 4)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.runtime.run_folder import environment
+from search.runtime.provenance import environment
 
 __all__ = ["Bar", "made_by", "markdown", "publish"]
 

@@ -26,9 +26,9 @@ from benchmarks.report import Bar, markdown, publish
 from compression.schedule import Schedule
 from compression.size import Size
 from envs import Problem, Reward, ToyEvaluator, toy_menu
-from search.evaluation.evaluator import Score
 from search.evaluation.pool import Job, Result
 from search.evaluation.quality import Quality
+from search.evaluation.score import Score
 from search.trials.journal import Journal
 from search.trials.loop import run_agent
 

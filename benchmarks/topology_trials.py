@@ -44,7 +44,7 @@ from compression.numerics import fit
 from search.config import Config
 from search.experiment.calibration import SHRINKAGE, calibration_batches
 from search.experiment.experiment import Subject, load
-from search.model.loading import head_size
+from search.model.architecture import head_size
 
 VARIANTS = ("heads", "mpo2", "shuffled", "ordered", "sum", "mpo3", "mpo3 adapted")
 _ROUNDS = 3  # of the two parts of a sum

@@ -10,7 +10,8 @@ from pathlib import Path
 from search.config import Config
 from search.export.folder import export_model
 from search.export.restore import restore
-from search.healing.run import Options, heal_folder
+from search.healing.plan import Options
+from search.healing.run import heal_folder
 from search.pipeline.run import run
 from search.profiling.sweep import Levels, profile
 from search.runtime.console import Console

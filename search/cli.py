@@ -11,30 +11,12 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from search.commands import COMMANDS
 from search.commands.exits import DONE, FAILURES, REFUSED, refuse
-from search.config import nearest
+from search.runtime.nearest import nearest
 from search.runtime.signals import guarded
 
-__all__ = ["COMMANDS", "DONE", "FAILURES", "REFUSED", "main"]
-
-COMMANDS = (
-    "search",
-    "apply",
-    "benchmark",
-    "compare",
-    "completion",
-    "data",
-    "doctor",
-    "export",
-    "generate",
-    "heal",
-    "prior",
-    "profile",
-    "push",
-    "report",
-    "resume",
-)
-"""Names of the modules in `search.commands`; the first is meant where none is named."""
+__all__ = ["DONE", "FAILURES", "REFUSED", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

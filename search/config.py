@@ -5,7 +5,6 @@ Knows every field, its rule, its default and what it is for. Knows nothing of mo
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -14,11 +13,13 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from search.runtime.nearest import nearest
 from search.runtime.strict_json import read_object
 
 __all__ = [
     "AFTERWARDS",
     "AGENTS",
+    "EVALUATORS",
     "EXPORTS",
     "GRANULARITIES",
     "PLANNERS",
@@ -26,7 +27,7 @@ __all__ = [
     "PROXY_FORMS",
     "QUICK",
     "Config",
-    "nearest",
+    "Dtype",
     "read_fields",
 ]
 
@@ -481,7 +482,7 @@ class Config(BaseModel):
         """The fields a resumed run may not change: all but the budget and those that say how, where and to what end.
 
         Nor the prior, which may lie elsewhere by then, and the dtype, which "auto" leaves to the machine: what came of
-        them is what counts, see `search.trials.loop.fingerprint`.
+        them is what counts, see `search.trials.setup.fingerprint`.
         """
         return self.model_dump(exclude=set(_FREE))
 
@@ -493,11 +494,6 @@ class Config(BaseModel):
     def to_json(self) -> str:
         """The content of config.json: every field but the folders, so that a run folder may be moved."""
         return json.dumps(self.model_dump(exclude={"out", "resume"}), indent=2) + "\n"
-
-
-def nearest(value: str, names: Iterable[str]) -> str:
-    """The name most like `value`; ties go to the first in the alphabet."""
-    return max(sorted(names), key=lambda name: difflib.SequenceMatcher(None, value.lower(), name.lower()).ratio())
 
 
 def read_fields(path: Path) -> dict[str, object]:

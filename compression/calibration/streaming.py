@@ -26,7 +26,7 @@ from compression.calibration.statistics import MomentAccumulator, Statistics, sa
 from compression.sites import Site
 from compression.storage.tensor_files import new_tensor_file
 
-__all__ = ["BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
+__all__ = ["Batch", "BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

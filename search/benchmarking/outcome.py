@@ -24,7 +24,7 @@ class Outcome:
         model: its name.
         model_digest: of what it holds, see `search.model.loading.model_digest`.
         task: the task's name.
-        items_digest: of the rows in order, see `search.benchmarking.documents.Selection`.
+        items_digest: of the rows in order, see `search.benchmarking.selection.Selection`.
         metric: the figure of the table.
         figures: every figure of the task, by name one number per item; empty unless `state` is "ok".
         state: "ok", or "nonfinite" where the model gave a logit that is no finite number.

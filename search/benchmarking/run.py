@@ -18,24 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from search.benchmarking.compared_models import Contestant, contestants
-from search.benchmarking.documents import SOURCES, Selection, always_searched, select
+from search.benchmarking.documents import SOURCES, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
+from search.benchmarking.selection import Selection
 from search.benchmarking.tasks import named_tasks
-from search.config import nearest
-from search.data.packages import cache_folder
-from search.model.loading import LoadedModel, resolve_device
+from search.model.devices import resolve_device
+from search.model.loading import LoadedModel
 from search.reporting.tables import Column, csv_text, text_table
 from search.runtime.console import Console
-from search.runtime.run_folder import (
-    CONFIG,
-    RESULTS,
-    RunFolder,
-    contents,
-    environment,
-    finite,
-    refuse_held,
-    write_whole,
-)
+from search.runtime.files import cache_folder, finite, write_whole
+from search.runtime.nearest import nearest
+from search.runtime.provenance import environment
+from search.runtime.run_folder import CONFIG, RESULTS, RunFolder, contents, refuse_held
 
 __all__ = ["BENCHMARKS", "Request", "Result", "benchmark"]
 
@@ -54,7 +48,7 @@ class Request:
         schedules: which ones of a run.
         source: of `search.benchmarking.documents.SOURCES`.
         seed: of the sample.
-        device: as for `search.model.loading.resolve_device`.
+        device: as for `search.model.devices.resolve_device`.
         out: folder; None takes the run's own where one run is named, else a new one below results/.
     """
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search.config import nearest
-from search.data.items import Item, read_item
+from search.data.datasets import read_item
+from search.data.items import Item
+from search.runtime.nearest import nearest
 
 __all__ = ["GROUPS", "TASKS", "Hub", "Task", "named_tasks"]
 

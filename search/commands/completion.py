@@ -7,7 +7,7 @@ from importlib import import_module
 
 from search.commands.exits import DONE, refuse
 from search.commands.flags import Parser, parse
-from search.config import nearest
+from search.runtime.nearest import nearest
 
 __all__ = ["run"]
 
@@ -20,7 +20,7 @@ examples:
 
 def run(words: list[str]) -> int:
     """Returns the exit code."""
-    from search.cli import COMMANDS
+    from search.commands import COMMANDS
     from search.commands.shell_scripts import SHELLS, parser_of, script, words_of
 
     parser = Parser(

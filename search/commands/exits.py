@@ -10,17 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from search.config import Config
+from search.runtime.errors import EvaluatorsLost
 from search.runtime.signals import INTERRUPTED
 
-__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "EvaluatorsLost", "complain", "explain", "refuse", "resumed"]
+__all__ = ["DONE", "FAILURES", "PREFLIGHT", "REFUSED", "complain", "explain", "refuse", "resumed"]
 
 DONE, REFUSED, PREFLIGHT, FAILURES = 0, 2, 3, 4
 """Exit codes: done; refused before any work (input, or data or device not there); `doctor` found what keeps the job
 from running; stopped or finished with failures; 130 is interrupted."""
-
-
-class EvaluatorsLost(Exception):
-    """The processes that score schedules cannot be kept alive."""
 
 
 def resumed(folder: Path | None, *command: str) -> list[str]:
@@ -38,7 +35,7 @@ def explain(error: BaseException, again: Sequence[str] = ()) -> int:
     if isinstance(error, KeyboardInterrupt):
         complain(f"interrupted; continue with: {command}" if again else "interrupted")
         return INTERRUPTED
-    from search.data.packages import DataUnavailable
+    from search.runtime.errors import DataUnavailable
 
     if isinstance(error, DataUnavailable):
         complain(str(error))

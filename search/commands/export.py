@@ -7,8 +7,9 @@ from pathlib import Path
 
 from search.commands.exits import DONE, explain
 from search.commands.flags import Parser, parse
-from search.config import EXPORTS, nearest
+from search.config import EXPORTS
 from search.runtime.console import Console
+from search.runtime.nearest import nearest
 
 __all__ = ["run"]
 

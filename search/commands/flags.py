@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from search.commands.exits import REFUSED, complain
-from search.config import PLANNERS, Config, nearest, read_fields
+from search.config import PLANNERS, Config, read_fields
+from search.runtime.nearest import nearest
 from search.runtime.run_folder import CONFIG
 
 __all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "whole_numbers"]

@@ -38,7 +38,8 @@ def run(words: list[str]) -> int:
     given = parse(_parser(), words)
     try:
         from search.export.heal_folder import heal_export
-        from search.healing.run import Options, heal_folder
+        from search.healing.plan import Options
+        from search.healing.run import heal_folder
         from search.model.loading import is_compressed
         from search.runtime.distributed import Processes
 

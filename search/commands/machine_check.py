@@ -16,7 +16,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from search.data.packages import DataUnavailable, cache_folder, missing
+from search.data.packages import missing
+from search.runtime.errors import DataUnavailable
+from search.runtime.files import cache_folder
 from search.runtime.run_folder import RESULTS
 
 __all__ = ["Finding", "checkup"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from search.commands.exits import DONE, REFUSED, complain, explain, refuse
 from search.commands.flags import Parser, parse
-from search.config import nearest
+from search.runtime.nearest import nearest
 
 __all__ = ["run"]
 

@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     given = parse(parser, words)
     try:
         with Console(quiet=given["quiet"]) as shown, shown.stage("push"):
-            from search.data.hub import push
+            from search.export.upload import push
 
             address = push(Path(given["folder"]), given["repository"], public=given["public"])
     except BaseException as error:

@@ -26,7 +26,8 @@ def run(words: list[str]) -> int:
     folders = [Path(name) for name in given["runs"]]
     try:
         from search.reporting.run_report import REPORT, report
-        from search.runtime.run_folder import holding, write_whole
+        from search.runtime.files import write_whole
+        from search.runtime.run_folder import holding
 
         target = Path(given["out"]) if given["out"] else (folders[0] if len(folders) == 1 else Path()) / REPORT
         text = report(folders)

@@ -26,22 +26,15 @@ from search.comparison.standings import Entry, Heldout, Mark, plot, report
 from search.config import Config
 from search.evaluation.pool import Pool
 from search.experiment.experiment import Subject, load
-from search.experiment.preparation import calibrate, preflight
+from search.experiment.preparation import calibrate
 from search.runtime.console import Console
-from search.runtime.run_folder import CONFIG, ENVIRONMENT, STUDY, RunFolder, environment
-from search.trials.journal import differences, with_defaults
-from search.trials.loop import (
-    FINALISTS,
-    challengers,
-    fingerprint,
-    fingerprint_defaults,
-    make_agent,
-    open_journal,
-    reward_of,
-    run_agent,
-    select,
-    spent,
-)
+from search.runtime.provenance import environment
+from search.runtime.run_folder import CONFIG, ENVIRONMENT, STUDY, RunFolder
+from search.trials.fingerprints import differences, with_defaults
+from search.trials.loop import run_agent, spent
+from search.trials.preflight import preflight
+from search.trials.selection import FINALISTS, challengers, select
+from search.trials.setup import fingerprint, fingerprint_defaults, make_agent, open_journal, reward_of
 from search.workers.pools import search_pool
 
 __all__ = ["CONTEST", "CURVE", "TABLE", "compare"]

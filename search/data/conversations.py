@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from search.data import hub
-from search.data.packages import DataUnavailable
+from search.runtime.errors import DataUnavailable
 
 __all__ = ["Document", "conversation", "read_conversations"]
 

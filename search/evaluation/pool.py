@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from compression.schedule import Schedule
-from search.evaluation.evaluator import Evaluator, Score
+from search.evaluation.evaluator import Evaluator
+from search.evaluation.score import Score
 
 __all__ = ["Job", "Pool", "Result", "SerialPool", "measure"]
 

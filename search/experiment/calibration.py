@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,19 +18,10 @@ from compression.calibration.statistics import Statistics, collect
 from compression.decomposition.factors import FactorStore
 from compression.sites import Site, dense_weight
 from compression.storage.factor_cache import FactorCache, cache_key
-from search.data.items import Item, render
 from search.data.splits import Text
-from search.evaluation.packed_sequences import Packed, packed_item, packed_text
 from search.model.loading import LoadedModel
 
-__all__ = [
-    "CHUNK_TOKENS",
-    "SHRINKAGE",
-    "Calibration",
-    "calibration_batches",
-    "factor_store",
-    "workload_sequences",
-]
+__all__ = ["CHUNK_TOKENS", "SHRINKAGE", "Calibration", "calibration_batches", "factor_store"]
 
 CHUNK_TOKENS = 256
 """Longest text sequence: attention over longer ones costs time and says little more about the weights."""
@@ -97,24 +88,6 @@ def factor_store(
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
     return FactorStore(sites, weights, calibration, calibration.key, SHRINKAGE, cache)
-
-
-def workload_sequences(
-    loaded: LoadedModel, items: Iterable[Item], proxy: str, form: str, text: Iterable[tuple[str, Sequence[int]]]
-) -> list[Packed]:
-    """Items rendered and packed, then texts, (corpus, tokens) each.
-
-    Items longer than the model's context are left out.
-    """
-    limit = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
-    packed = []
-    for item in items:
-        request = render(item, proxy, form)
-        sequence = packed_item(loaded.encode, request.context, request.continuations, request.answer)
-        longest = max(stop - start for start, stop, _ in sequence.branches)
-        if sequence.prefix + longest <= limit:
-            packed.append(sequence)
-    return packed + [packed_text(chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

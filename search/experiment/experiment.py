@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,24 +26,23 @@ from compression.numerics.pivoted_product import ALIGNED
 from compression.schedule import Schedule
 from compression.sites import Site, discover_sites
 from compression.storage.factor_cache import FactorCache, cache_key
-from search.config import Config, Dtype
-from search.data.packages import cache_folder
-from search.data.splits import Splits, build_splits, long_text
+from search.config import Config
+from search.data.items import Item
+from search.data.prompts import render
+from search.data.prose import long_text
+from search.data.splits import Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
-from search.evaluation.latency import SiteTimes, layer_costs
-from search.evaluation.packed_sequences import Packed, packed_text
+from search.evaluation.latency import layer_costs
+from search.evaluation.packed_sequences import Packed, packed_item, packed_text
+from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
-from search.experiment.calibration import (
-    CHUNK_TOKENS,
-    SHRINKAGE,
-    Calibration,
-    calibration_batches,
-    factor_store,
-    workload_sequences,
-)
-from search.model.loading import LoadedModel, head_size, load_model, resolve_device
+from search.experiment.calibration import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store
+from search.model.architecture import head_size
+from search.model.devices import resolve_device, working_dtype
+from search.model.loading import LoadedModel, load_model
+from search.runtime.files import cache_folder
 
-__all__ = ["Extract", "Subject", "load", "smallest_parameters", "working_dtype"]
+__all__ = ["Extract", "Subject", "load", "smallest_parameters", "workload_sequences"]
 
 _SELECTION = 4  # the selection set is this many times what a trial sees
 _BATCH = 1024  # tokens in one forward pass
@@ -275,11 +274,19 @@ def smallest_parameters(sites: Sequence[Site]) -> int:
     )
 
 
-def working_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """The number type of that name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+def workload_sequences(
+    loaded: LoadedModel, items: Iterable[Item], proxy: str, form: str, text: Iterable[tuple[str, Sequence[int]]]
+) -> list[Packed]:
+    """Items rendered and packed, then texts, (corpus, tokens) each.
+
+    Items longer than the model's context are left out.
+    """
+    limit = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
+    packed = []
+    for item in items:
+        request = render(item, proxy, form)
+        sequence = packed_item(loaded.encode, request.context, request.continuations, request.answer)
+        longest = max(stop - start for start, stop, _ in sequence.branches)
+        if sequence.prefix + longest <= limit:
+            packed.append(sequence)
+    return packed + [packed_text(chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]

@@ -8,53 +8,12 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import torch
-
-import agents
 from compression.sites import Site
-from search.config import Config
-from search.data.items import forms, load_proxy
-from search.experiment.experiment import Subject, working_dtype
-from search.model.loading import resolve_device
+from search.experiment.experiment import Subject
 from search.runtime.console import Console, Stage
-from search.runtime.run_folder import STUDY, refuse_held, refuse_used
-from search.trials.journal import stored_fingerprint
-from search.trials.loop import read_policy
-from search.trials.starting_point import read_prior
-from search.workers.pools import check_evaluators
 
-__all__ = ["calibrate", "check_space", "preflight", "stays_dense"]
-
-
-def preflight(config: Config) -> tuple[Config, torch.device]:
-    """Refuse what can be refused before anything is loaded.
-
-    Returns:
-        The configuration with a number type in the place of "auto" (that of the run to continue, else this machine's),
-        and the device to run on.
-    """
-    if config.proxy_form not in forms(config.proxy):
-        raise ValueError(
-            f"proxy_form must be {' or '.join(forms(config.proxy))} for {config.proxy}, got {config.proxy_form!r}"
-        )
-    if config.proxy.endswith(".jsonl"):
-        load_proxy(config.proxy)
-    agents.find(config.agent)
-    read_policy(config)
-    read_prior(config)
-    check_evaluators(config)
-    if config.resume is not None:
-        refuse_held(Path(config.resume))
-    elif config.out is not None:
-        refuse_used(Path(config.out))
-    device = resolve_device(config.device)
-    if config.dtype != "auto":
-        return config, device
-    stored = stored_fingerprint(Path(config.resume) / STUDY) if config.resume is not None else None
-    dtype = str(stored["dtype"] if stored else working_dtype("auto", device)).removeprefix("torch.")
-    return Config.of({**config.model_dump(), "dtype": dtype}), device
+__all__ = ["calibrate", "check_space", "stays_dense"]
 
 
 def calibrate(subject: Subject, console: Console) -> None:

@@ -22,7 +22,8 @@ from compression.layers.skeleton import describe
 from compression.storage.tensor_files import system_errors
 from search.export.standalone import MODULE, standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
-from search.model.loading import bare_model, quiet_transformers
+from search.model.architecture import bare_model
+from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 
 __all__ = ["CARD", "FORMATS", "Footprint", "check_gguf", "export_dense_", "export_model", "footprint"]

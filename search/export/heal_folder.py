@@ -17,10 +17,12 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import Subject, load
 from search.export.folder import export_model, footprint
 from search.export.model_card import model_card
-from search.healing.run import HealedRun, Options, held, judge_of, text_tokens
+from search.healing.plan import Options, text_tokens
+from search.healing.run import HealedRun, held, judge_of
 from search.healing.text import heal_text
 from search.healing.training import heal_
-from search.model.loading import load_for_use, resolve_device
+from search.model.devices import resolve_device
+from search.model.loading import load_for_use
 from search.priors.format import Prior
 from search.reporting.tables import Row
 from search.runtime.console import Console

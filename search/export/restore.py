@@ -17,7 +17,7 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import Subject, load
 from search.experiment.preparation import calibrate
 from search.healing.state import HEALED, STATE, HealedState
-from search.model.loading import resolve_device
+from search.model.devices import resolve_device
 from search.priors.format import Prior
 from search.runtime.console import Console
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY

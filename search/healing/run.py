@@ -7,87 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from compression.decomposition.apply import ScheduleApplier
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from compression.training.trainable import put_parameters
 from search.config import Config, read_fields
-from search.evaluation.evaluator import Score
-from search.evaluation.quality import Quality, paired_kl
+from search.evaluation.score import Score
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Subject, load
+from search.healing.plan import HealingPlan, Options, text_tokens
+from search.healing.repaired_start import UNFINISHED, referenced, started_
+from search.healing.rows import HealingText
 from search.healing.sharding import sharing_copy
-from search.healing.state import HEALED, load_sites_, site_tensors, write_healed
-from search.healing.text import HealingText, heal_text
-from search.healing.training import Healed, HealingPlan, heal_
-from search.model.loading import resolve_device
+from search.healing.state import HEALED, write_healed
+from search.healing.text import heal_text
+from search.healing.training import Healed, heal_
+from search.model.devices import resolve_device
 from search.priors.format import Prior
-from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Console
 from search.runtime.distributed import Processes
-from search.runtime.run_folder import CONFIG, PRIOR, RunFolder, environment, refuse_held
+from search.runtime.provenance import environment
+from search.runtime.run_folder import CONFIG, PRIOR, RunFolder, refuse_held
 from search.runtime.tensorboard import curves
 
-__all__ = [
-    "HealedRun",
-    "Options",
-    "clearly_worse",
-    "heal_folder",
-    "heal_subject_",
-    "held",
-    "judge_of",
-    "text_tokens",
-]
-
-_UNFINISHED, _START = "unfinished", "start"
+__all__ = ["HealedRun", "heal_folder", "heal_subject_", "held", "judge_of"]
 _JUDGED = 3000  # tokens
-_TOKENS_A_SECOND = {"cpu": 500, "cuda": 100_000}
-_ON_GPU = {"rate": 1e-4, "batch_tokens": 1 << 13, "pass_tokens": 1 << 14, "sample": 0}
-"""Other defaults of `HealingPlan`: a GPU is idle in small steps, and takes no time for what a sample would save."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says about a healing; None leaves the default of `HealingPlan`."""
-
-    minutes: float | None = 30.0
-    tokens: int | None = None
-    data: str = "text"
-    text_tokens: int | None = None
-    loss: Literal["distill", "labels"] = "distill"
-    hidden_weight: float = 0.0
-    rate: float | None = None
-    batch_tokens: int | None = None
-    pass_tokens: int | None = None
-    row_tokens: int = 256
-    checkpointing: bool = False
-    gates: bool = False
-    out: str | None = None
-
-    @property
-    def data_name(self) -> str:
-        """Of the source, as part of a folder's name."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.data).name)
-
-    def plan(self, seed: int, device: torch.device) -> HealingPlan:
-        """Raises ValueError, one line, for a value out of range."""
-        names = {field.name for field in dataclasses.fields(HealingPlan)}
-        given = {name: value for name, value in dataclasses.asdict(self).items() if name in names and value is not None}
-        given = {**(_ON_GPU if device.type == "cuda" else {}), **given}
-        if self.tokens is not None:
-            given.pop("minutes", None)
-        return HealingPlan(**given, seed=seed)
 
 
 class Measures(Protocol):
@@ -181,9 +134,9 @@ def heal_subject_(
     dense = sharing_copy(model)
     # Norms and biases, which training replaces.
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
-    resumable = None if plan is None else folder / f"{_UNFINISHED}-{schedule.digest[:12]}"
+    resumable = None if plan is None else folder / f"{UNFINISHED}-{schedule.digest[:12]}"
     with Processes().first_alone():
-        taken, name = _started_(subject, schedule, dense, resumable, console)
+        taken, name = started_(subject, schedule, dense, resumable, console)
     first = Processes.is_first()
     try:
         scores[name] = evaluator.score_as_is(schedule)
@@ -210,89 +163,9 @@ def heal_subject_(
     return scores, healed
 
 
-def text_tokens(plan: HealingPlan, device: torch.device, options: Options) -> int:
-    """What is asked for, or more than the plan can get through: no row is met twice where there is enough text."""
-    if options.text_tokens is not None:
-        return options.text_tokens
-    if plan.tokens is not None:
-        return plan.tokens
-    assert plan.minutes is not None
-    return int(60 * plan.minutes * _TOKENS_A_SECOND["cpu" if device.type == "cpu" else "cuda"])
-
-
 def judge_of(subject: Subject, dense: nn.Module) -> Workload:
     """Search texts and questions, which healing is steered by: neither learned from nor reported on."""
-    return _referenced(Workload(subject.mixture(_JUDGED), subject.device), dense)
-
-
-def _referenced(judge: Workload, dense: nn.Module) -> Workload:
-    judge.reference(dense)
-    return judge
-
-
-def _started_(
-    subject: Subject, schedule: Schedule, dense: nn.Module, folder: Path | None, console: Console
-) -> tuple[Mapping[str, nn.Module], str]:
-    """Make the model what healing starts from, or take that from what an earlier try left in `folder`.
-
-    Returns:
-        The modules taken out, and the name of the row that the model now is.
-    """
-    model = subject.loaded.model
-    sites = [site for site in subject.sites if not site.dense_because]
-    kept = None if folder is None else Checkpoints(folder / _START)
-    if kept is not None:
-
-        def take(found: Checkpoint) -> tuple[Mapping[str, nn.Module], str]:
-            return load_sites_(model, sites, schedule, found.tensors), found.state["row"]
-
-        if (loaded := kept.newest(take, console.note)) is not None:
-            return loaded
-    taken, name = _decomposed_(subject, schedule), "searched"
-    if subject.config.repair_tokens:
-        taken, name = _repaired_(subject, schedule, taken, dense, console)
-    if kept is not None and Processes.is_first():
-        kept.save(Checkpoint(0, site_tensors(model, sites), {"row": name}))
-    return taken, name
-
-
-def _decomposed_(subject: Subject, schedule: Schedule) -> Mapping[str, nn.Module]:
-    """Put the factors of a schedule into the dense model; returns the modules taken out."""
-    model = subject.loaded.model
-    applier = ScheduleApplier(model, subject.store, packed=True)
-    taken = {name: model.get_submodule(name) for name, choice in schedule if not choice.is_dense}
-    applier.apply_(schedule)
-    return taken
-
-
-def _repaired_(
-    subject: Subject, schedule: Schedule, taken: Mapping[str, nn.Module], dense: nn.Module, console: Console
-) -> tuple[Mapping[str, nn.Module], str]:
-    """Repair the model, which follows the schedule with `taken` taken out, unless that does harm; as `_started_`."""
-    model, blocks = subject.loaded.model, 1 + max(site.block for site in subject.sites)
-    with console.stage("judge"):
-        judge = _referenced(Workload(subject.shards("selection")[0], subject.device), dense)
-        before = judge.measure(model)
-        put_modules(model, taken)
-    with console.stage("repair", blocks, "blocks") as stage:
-        taken = subject.repair_(schedule, subject.config.repair_tokens, lambda done: stage.advance(1))
-    after = judge.measure(model)
-    if not clearly_worse(after, before):
-        return taken, "repaired"
-    put_modules(model, taken)
-    console.note(
-        f"repair is left out: on text and questions that no trial saw it takes KL from {before.kl:.4f} to "
-        f"{after.kl:.4f} nats/token"
-    )
-    return _decomposed_(subject, schedule), "searched"
-
-
-def clearly_worse(repaired: Quality, before: Quality) -> bool:
-    """By more than a standard error of the paired difference, or for being no number where the other is one."""
-    if repaired.state != "ok" or before.state != "ok":
-        return before.state == "ok"
-    difference = paired_kl(repaired, before)
-    return difference.value > difference.standard_error
+    return referenced(Workload(subject.mixture(_JUDGED), subject.device), dense)
 
 
 def _document(

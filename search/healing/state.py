@@ -22,8 +22,7 @@ from compression.schedule import Schedule
 from compression.sites import Site, put_modules
 from compression.storage.tensor_files import new_tensor_file
 from compression.training.trainable import put_parameters
-from search.data.packages import file_digest
-from search.runtime.run_folder import finite, write_whole
+from search.runtime.files import file_digest, finite, write_whole
 from search.runtime.strict_json import read_object
 
 __all__ = ["HEALED", "STATE", "HealedState", "load_sites_", "site_tensors", "write_healed"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from compression.training.distillation import Head, Targets, labels, likeliest
 from compression.training.trainable import captured_head_input
-from search.healing.text import HealingText
+from search.healing.rows import HealingText
 
 __all__ = ["Lessons", "output_head"]
 

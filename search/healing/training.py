@@ -13,9 +13,9 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,92 +28,22 @@ from compression.training.replay import replayed
 from compression.training.trainable import captured_head_input, frozen, put_parameters, trainable_
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload, is_out_of_memory
+from search.healing.plan import HealingPlan
+from search.healing.progress import Look, _Progress
+from search.healing.rows import HealingText
 from search.healing.sharding import Sharding, like, whole
 from search.healing.teacher import Lessons, output_head
-from search.healing.text import HealingText
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Stage, duration
 from search.runtime.distributed import Processes
 from search.runtime.signals import shield
 from search.runtime.tensorboard import Curves
 
-__all__ = ["Healed", "HealingPlan", "Look", "heal_"]
+__all__ = ["Healed", "heal_"]
 
 _EVALUATIONS = 8
 _SAVE_SECONDS = 180.0
 _BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True)
-class HealingPlan:
-    """How to heal; what `resume` may not change but `minutes` and `tokens`.
-
-    Attributes:
-        minutes, tokens: healing ends with whichever is reached first, in minutes of training or in learned positions;
-            at least one is given.
-        loss: "distill" from the dense model's logits, or "labels", the text's own next tokens.
-        rate: largest learning rate of the cores; norms and biases take `vector_rate`.
-        batch_tokens: tokens of one step, of all processes together.
-        pass_tokens: tokens of one forward pass, halved where memory runs out; steps add up the gradients of several.
-        targets: how many of the dense model's likeliest tokens are told apart.
-        sample: in distillation, how many tokens stand for all others, see `compression.training.distillation`; 0 takes
-            them all. Labels take them all: one target a position leaves too much to the others.
-        hidden_weight: weight of the squared distance of the last hidden states, relative to the dense model's; 0 leaves
-            it out, and the targets of rows met before need no dense model.
-        clip: largest norm of a gradient.
-        checkpointing: keep no activations inside the blocks; slower, with less memory.
-        gates: train a factor for every output of a tensorized layer too, see `compression.training.gates`.
-        seed: of the order of rows and of samples.
-    """
-
-    minutes: float | None = None
-    tokens: int | None = None
-    loss: Literal["distill", "labels"] = "distill"
-    rate: float = 4e-5
-    vector_rate: float = 3e-4
-    batch_tokens: int = 512
-    pass_tokens: int = 2048
-    targets: int = 64
-    sample: int = 1024
-    hidden_weight: float = 0.0
-    clip: float = 1.0
-    checkpointing: bool = False
-    gates: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.minutes is None and self.tokens is None:
-            raise ValueError("healing needs an end: minutes or tokens")
-        for name in ("minutes", "tokens", "rate", "vector_rate", "batch_tokens", "pass_tokens", "targets", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be above 0, got {value}")
-
-    @property
-    def length(self) -> str:
-        """How long it is to take, as part of a file's name."""
-        return f"{self.minutes:g}min" if self.tokens is None else f"{self.tokens}tokens"
-
-    def identity(self) -> dict[str, Any]:
-        """What a resumed healing has to agree on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("minutes", "tokens", "pass_tokens")}
-
-
-@dataclass(frozen=True)
-class Look:
-    """One measurement on text that is not learned from.
-
-    Attributes:
-        tokens: learned before it.
-        seconds: of training before it.
-        kl: nats per token to the dense model.
-        perplexity: on the same text.
-    """
-
-    tokens: int
-    seconds: float
-    kl: float
-    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -173,17 +103,6 @@ def heal_(
         OSError: a checkpoint cannot be written.
     """
     return _Healing(model, dense, text, judge, plan, folder, stage, tell, drawn or Curves()).run()
-
-
-@dataclass(eq=False)
-class _Progress:
-    """Where a healing is; what a checkpoint holds beside tensors."""
-
-    step: int = 0
-    position: int = 0  # rows handed out
-    tokens: int = 0
-    seconds: float = 0.0
-    looks: list[Look] = field(default_factory=list)
 
 
 class _Healing:

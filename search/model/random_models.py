@@ -10,8 +10,9 @@ import hashlib
 from typing import Any
 
 import torch
+import transformers
 
-__all__ = ["SHAPES", "random_parameter"]
+__all__ = ["SHAPES", "TINY", "byte_tokenizer", "random_config", "random_parameter", "tiny_model"]
 
 _STANDARD_DEVIATION = 0.02
 
@@ -74,3 +75,47 @@ def random_parameter(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape).normal_(0, _STANDARD_DEVIATION, generator=generator).to(dtype)
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "random:tiny-llama": {"model_type": "llama", "num_key_value_heads": 2},
+    "random:tiny-gpt2": {"model_type": "gpt2", "n_inner": 48},
+    "random:tiny-qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+}
+TINY_SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,  # far from uniform predictions, so that compressing it changes something
+    "tie_word_embeddings": True,
+}
+
+
+def random_config(name: str) -> Any:
+    tokens = {"bos_token_id": 256, "eos_token_id": 256}
+    if name in SHAPES:
+        return transformers.AutoConfig.for_model(**SHAPES[name], **tokens)
+    return transformers.AutoConfig.for_model(**TINY[name], **TINY_SHAPE, **tokens, vocab_size=257)
+
+
+def tiny_model(name: str, dtype: torch.dtype) -> Any:
+    """A random model of a known architecture, the same every time, leaving the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(random_config(name), attn_implementation="sdpa").to(dtype)
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte, and one that ends a text (256)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {end: len(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+    )

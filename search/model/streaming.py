@@ -23,8 +23,9 @@ from compression.calibration.streaming import Batch, stream
 from compression.decomposition.factors import FactorStore
 from compression.sites import Site, check_weight, dense_weight, discover_sites
 from compression.storage.factor_cache import FactorCache
-from search.model.loading import empty_model, locate
+from search.model.architecture import empty_model
 from search.model.random_models import random_parameter
+from search.model.sources import locate
 
 __all__ = ["StreamedModel", "decompose_streamed"]
 
@@ -33,13 +34,13 @@ class StreamedModel:
     """A `compression.calibration.streaming.BlockwiseModel` over a transformers decoder.
 
     Args:
-        name: as for `search.model.loading.locate`; a folder of safetensors, a hub id or a random model.
+        name: as for `search.model.sources.locate`; a folder of safetensors, a hub id or a random model.
         device: where blocks are loaded to.
         dtype: what weights are converted to.
 
     Raises:
-        ValueError: as `search.model.loading.locate` and `empty_model`; a parameter that no file holds.
-        DataUnavailable: as `search.model.loading.locate`.
+        ValueError: as `search.model.sources.locate` and `empty_model`; a parameter that no file holds.
+        DataUnavailable: as `search.model.sources.locate`.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:

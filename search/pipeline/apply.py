@@ -17,14 +17,16 @@ from compression.size import choice_parameters
 from envs import Problem
 from search.config import Config
 from search.experiment.experiment import Subject, load
-from search.experiment.preparation import calibrate, preflight
+from search.experiment.preparation import calibrate
 from search.priors.build import build_prior, config_digest
 from search.priors.format import Origin, Prior
 from search.priors.transfer import Rule, check_families, exact_schedule, fits, transfer
 from search.profiling.sensitivity import traces
 from search.profiling.sweep import read_profile
 from search.runtime.console import Console
-from search.runtime.run_folder import CONFIG, ENVIRONMENT, PRIOR, SUMMARY, RunFolder, environment
+from search.runtime.provenance import environment
+from search.runtime.run_folder import CONFIG, ENVIRONMENT, PRIOR, SUMMARY, RunFolder
+from search.trials.preflight import preflight
 
 __all__ = ["SCHEDULE", "Applied", "apply", "compress_", "fit_prior"]
 

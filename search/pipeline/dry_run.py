@@ -14,9 +14,11 @@ from compression.sites import model_bytes, model_parameters
 from envs import LEVELS, REACH
 from search.config import Config
 from search.experiment.experiment import Subject, load, smallest_parameters
-from search.experiment.preparation import preflight, stays_dense
+from search.experiment.preparation import stays_dense
 from search.pipeline import finish
-from search.trials.loop import FINALISTS, read_policy
+from search.trials.preflight import preflight
+from search.trials.selection import FINALISTS
+from search.trials.starting_point import read_policy
 
 __all__ = ["plan"]
 

@@ -7,56 +7,33 @@ Knows the order of the stages and what a run folder receives; how a stage works 
 from __future__ import annotations
 
 import dataclasses
-import math
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from agents import Learner
-from compression.allocation.closed_form import uniform_schedule
 from compression.schedule import Schedule
 from envs import Problem
 from search.config import Config
-from search.evaluation.evaluator import Score
-from search.evaluation.latency import Latency, against_dense, layer_costs
-from search.evaluation.quality import paired_kl
+from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Subject, load
-from search.experiment.preparation import calibrate, check_space, preflight, stays_dense
-from search.healing.run import Options, heal_subject_, held
+from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.healing.state import HEALED
+from search.pipeline.baselines import baseline_schedules
+from search.pipeline.measure import against_closed_form, measure, speed
 from search.priors.build import build_prior
 from search.priors.transfer import check_families
 from search.reporting.run_report import REPORT, report
 from search.reporting.tables import csv_text
 from search.runtime.console import Console
-from search.runtime.run_folder import (
-    CONFIG,
-    ENVIRONMENT,
-    PRIOR,
-    STUDY,
-    SUMMARY,
-    TABLE,
-    TRIALS,
-    RunFolder,
-    environment,
-)
+from search.runtime.provenance import environment
+from search.runtime.run_folder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TABLE, TRIALS, RunFolder
 from search.runtime.tensorboard import curves
-from search.trials.loop import (
-    FINALISTS,
-    Trial,
-    challengers,
-    make_agent,
-    open_journal,
-    read_policy,
-    refuse_other_search,
-    reward_of,
-    run_agent,
-    select,
-    spent,
-)
-from search.trials.starting_point import read_prior, warm_start
+from search.trials.loop import Trial, run_agent, spent
+from search.trials.preflight import preflight
+from search.trials.selection import FINALISTS, challengers, select
+from search.trials.setup import make_agent, open_journal, refuse_other_search, reward_of
+from search.trials.starting_point import read_policy, read_prior, warm_start
 from search.workers.pools import search_pool
 
 __all__ = ["RunSummary", "run"]
@@ -110,7 +87,7 @@ def run(config: Config, console: Console) -> RunSummary:
 def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
     check_space(subject)
     calibrate(subject, console)
-    baselines = _baselines(config, subject, console)
+    baselines = baseline_schedules(config, subject, console)
     with console.stage("decompose", len(subject.sites), "matrices") as stage:
         menu = subject.menu(lambda done: stage.advance(1))
         plain = Problem.build(menu, config.target_kept, config.granularity)
@@ -128,15 +105,15 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
     schedules["searched"] = chosen
-    scores = _measure(subject, schedules, chosen, folder / HEALED, console)
+    scores = measure(subject, schedules, chosen, folder / HEALED, console)
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
         latencies = against_dense(subject.loaded.model, subject.store, timed, config.optimize, layer_costs())
     latency = latencies.get("searched")
     if latency:
         console.note(f"searched: {latency}")
-    rows = [score.to_row(name) | _speed(name, latencies) for name, score in scores.items()]
-    comparisons = {name: _against_closed_form(scores, name) for name in ("prior", "searched") if name in scores}
+    rows = [score.to_row(name) | speed(name, latencies) for name, score in scores.items()]
+    comparisons = {name: against_closed_form(scores, name) for name in ("prior", "searched") if name in scores}
     for name, found in comparisons.items():
         if found:
             console.note(
@@ -203,67 +180,3 @@ def _search(
         [reference] = evaluator.evaluate([closed_form])
         stage.advance(1)
         return trials, select(evaluator, closed_form, reference, finalists, stage)
-
-
-def _measure(
-    subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, healing: Path, console: Console
-) -> dict[str, Score]:
-    """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
-    and healed; what healing gives is written to the folder `healing`."""
-    config = subject.config
-    if not config.heal_minutes:  # what a run healed that now ends without would be taken for its result
-        shutil.rmtree(healing, ignore_errors=True)
-    with subject.evaluator("heldout") as evaluator:
-        with console.stage("measure", len(schedules), "schedules") as stage:
-            scores = {"dense": evaluator.dense}
-            known: dict[str, Score] = {}
-            for name, schedule in schedules.items():
-                if schedule.digest not in known:
-                    [known[schedule.digest]] = evaluator.evaluate([schedule])
-                scores[name] = known[schedule.digest]
-                stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
-        untouched = not config.repair_tokens and not config.heal_minutes
-        if untouched or all(choice.is_dense for _, choice in chosen):
-            return scores
-        evaluator.close()
-        options = Options(minutes=config.heal_minutes)
-        plan = options.plan(config.seed, subject.device) if config.heal_minutes else None
-        with held(healing) if plan else nullcontext():
-            improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
-    if healed.stopped:
-        console.note(f"healing stopped: {healed.stopped}")
-    return {**scores, **improved}
-
-
-def _against_closed_form(scores: Mapping[str, Score], row: str) -> dict[str, object]:
-    """How far the held-out KL of a row's schedule lies from the closed form's, paired over sequences."""
-    one, closed = scores[row].quality, scores["lagrangian"].quality
-    if one.state != "ok" or closed.state != "ok":
-        return {}
-    return dataclasses.asdict(paired_kl(one, closed))
-
-
-def _speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:
-    """Times over dense of a row of the table; repair and healing leave the shapes of the searched schedule."""
-    found = latencies.get("searched" if row in ("repaired", "healed") else row)
-    return {"prefill_ratio": found.prefill_ratio, "decode_ratio": found.decode_ratio} if found else {}
-
-
-def _baselines(config: Config, subject: Subject, console: Console) -> dict[str, Schedule]:
-    """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target.
-
-    One that cannot reach the target at these shapes, as MPOs of prime dimensions cannot, is left out with a remark.
-    """
-    target = math.floor(config.target_kept * sum(site.parameters for site in subject.sites) + 1e-6)
-    kinds = {
-        "uniform-plain": ("mpo2", "plain"),
-        "uniform-whitened": ("lowrank", "input"),
-        "uniform": ("lowrank", "two-sided"),
-    }
-    baselines = {}
-    for name, (topology, metric) in kinds.items():
-        try:
-            baselines[name] = uniform_schedule(subject.sites, topology, metric, target)
-        except ValueError as error:
-            console.note(f"baseline {name} ({topology}, {metric}) is left out: {error}")
-    return baselines

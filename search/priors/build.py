@@ -23,7 +23,8 @@ from search.data.splits import Splits
 from search.model.loading import LoadedModel
 from search.priors.format import Prior, Sensitivity
 from search.priors.versions import FORMAT, VERSION, score_entry
-from search.runtime.run_folder import environment, finite
+from search.runtime.files import finite
+from search.runtime.provenance import environment
 
 __all__ = ["build_prior", "config_digest", "predicted_trace"]
 

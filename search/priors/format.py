@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from compression.numerics.legs import resolve
 from compression.schedule import DENSE, METRICS, Choice, Schedule
 from search.priors.versions import FORMAT, VERSION, to_current
+from search.runtime.pretty_json import pretty_json
 from search.runtime.strict_json import read_object
 
 __all__ = [
@@ -34,8 +35,6 @@ __all__ = [
 
 LARGEST_FILE = 64 << 20
 """Bytes of a prior that is read: a model of 100 blocks cut into heads needs about a fifth of it."""
-
-_WIDTH = 120  # characters of a line in which a list of numbers still stands as one
 _PATH = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$"
 
 
@@ -268,7 +267,7 @@ class Prior(_Part):
 
     def to_json(self) -> str:
         """The content of a file: keys in the order of the schema, absent values left out, short lists in one line."""
-        return _pretty(self.model_dump(mode="json", exclude_none=True)) + "\n"
+        return pretty_json(self.model_dump(mode="json", exclude_none=True)) + "\n"
 
     @classmethod
     def published_schema(cls) -> str:
@@ -341,17 +340,3 @@ def _one_line(error: ValidationError) -> str:
         return f"{where}: {rule}"
     shown = repr(first["input"])
     return f"{where}: {rule}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
-
-
-def _pretty(value: object, indent: str = "") -> str:
-    """JSON with two spaces a level, in which a list of plain values that fits stands in one line."""
-    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    inner = indent + "  "
-    nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, dict | list) for x in value))
-    if not value or (not nested and (not isinstance(value, list) or len(inner) + len(flat) <= _WIDTH)):
-        return flat
-    if isinstance(value, dict):
-        rows = [f"{inner}{json.dumps(key, ensure_ascii=False)}: {_pretty(one, inner)}" for key, one in value.items()]
-        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
-    assert isinstance(value, list)
-    return "[\n" + ",\n".join(inner + _pretty(one, inner) for one in value) + f"\n{indent}]"

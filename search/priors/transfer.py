@@ -20,8 +20,8 @@ from compression.allocation.prices import departures
 from compression.numerics.legs import resolve
 from compression.schedule import Schedule
 from compression.sites import Site
-from search.config import nearest
 from search.priors.format import Prior, PriorSite
+from search.runtime.nearest import nearest
 
 __all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fits", "transfer"]
 

@@ -29,16 +29,18 @@ from compression.schedule import Choice, Schedule
 from compression.sites import Site
 from compression.storage.factor_cache import cache_key
 from search.config import Config
-from search.evaluation.evaluator import Score
 from search.evaluation.packed_sequences import Packed
 from search.evaluation.pool import Job, Pool
+from search.evaluation.score import Score
 from search.experiment.experiment import Extract, Subject, load
-from search.experiment.preparation import calibrate, preflight
+from search.experiment.preparation import calibrate
 from search.profiling.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
 from search.reporting.heat_maps import heat_map
 from search.runtime.console import Console
-from search.runtime.run_folder import CONFIG, ENVIRONMENT, RunFolder, environment
-from search.trials.journal import differences
+from search.runtime.provenance import environment
+from search.runtime.run_folder import CONFIG, ENVIRONMENT, RunFolder
+from search.trials.fingerprints import differences
+from search.trials.preflight import preflight
 from search.workers.pools import search_pool
 
 __all__ = ["CHI", "FRACTIONS", "PROFILE", "TABLE", "TOKENS", "Levels", "profile", "read_profile"]

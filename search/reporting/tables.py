@@ -12,9 +12,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from search.runtime.run_folder import finite
+from search.runtime.files import finite
 
-__all__ = ["SUMMARY", "Column", "csv_text", "json_text", "lines_text", "markdown_table", "occurring", "text_table"]
+__all__ = [
+    "SUMMARY",
+    "Column",
+    "Row",
+    "csv_text",
+    "json_text",
+    "lines_text",
+    "markdown_table",
+    "occurring",
+    "text_table",
+]
 
 Row = Mapping[str, object]
 

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compression.storage.tensor_files import new_tensor_file
-from search.data.packages import file_digest
-from search.runtime.run_folder import write_whole
+from search.runtime.files import file_digest, write_whole
 from search.runtime.signals import shield
 
 __all__ = ["Checkpoint", "Checkpoints"]

@@ -5,27 +5,21 @@ Takes plain values and writes them. Knows no model, no trial and no agent.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import math
 import os
-import platform
 import re
-import shlex
 import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from filelock import FileLock, Timeout
 
-from search.runtime.signals import shield
+from search.runtime.files import finite, write_whole
+from search.runtime.provenance import now
 
 __all__ = [
     "CONFIG",
@@ -38,12 +32,9 @@ __all__ = [
     "TRIALS",
     "RunFolder",
     "contents",
-    "environment",
-    "finite",
     "holding",
     "refuse_held",
     "refuse_used",
-    "write_whole",
 ]
 
 CONFIG = "config.json"
@@ -58,7 +49,6 @@ RESULTS = Path("results")
 _LOCK = ".lock"
 _HOLDER = ".holder.json"
 _UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `write_whole` names what it has not finished
-_PACKAGES = ("gguf", "gymnasium", "numpy", "optuna", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
 
 
 class RunFolder:
@@ -76,7 +66,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = _locked(path)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
         try:
             self.write_json(_HOLDER, holder)
         except BaseException:
@@ -145,54 +135,6 @@ class RunFolder:
         return self.write_text(name, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def write_whole(target: Path, content: bytes | str) -> Path:
-    """Write a file whole, making its folder: after a crash at any point it has either its old or its new content."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with shield():
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    return target
-
-
-def finite(value: object) -> object:
-    """The same value with every NaN or infinite float, at any depth, replaced by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
-
-
-def environment() -> dict[str, object]:
-    """What this process runs on and with: time (UTC), command, commit, interpreter, machine, threads, versions."""
-    torch = sys.modules.get("torch")
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
-    program = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
-    return {
-        "date": _now(),
-        "command": shlex.join(["python", *program, *sys.argv[1:]]),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads() if torch is not None else None,
-        "gpus": _gpus(torch),
-        "packages": {name: _version(name) for name in _PACKAGES},
-    }
-
-
 def holding(path: Path) -> AbstractContextManager[object]:
     """The lock of the run folder that a file or folder is to be written into; nothing where that is no run folder."""
     run = path.absolute().parent
@@ -253,43 +195,3 @@ def _holder(path: Path) -> str:
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the sources, with "+" behind it if files differ from it; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
-    try:
-        run = [
-            subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True)
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.machine()
-
-
-def _gpus(torch: object) -> list[str]:
-    cuda = getattr(torch, "cuda", None)
-    if cuda is None or not cuda.is_available():
-        return []
-    return [str(cuda.get_device_name(index)) for index in range(cuda.device_count())]

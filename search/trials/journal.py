@@ -24,10 +24,11 @@ from optuna.distributions import IntDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search.runtime.run_folder import finite
+from search.runtime.files import finite
 from search.runtime.signals import shield
+from search.trials.fingerprints import differences, plain_values, with_defaults
 
-__all__ = ["Journal", "Record", "differences", "refuse_another", "stored_fingerprint", "with_defaults"]
+__all__ = ["Journal", "Record", "refuse_another", "stored_fingerprint"]
 
 _STUDY = "chisel"
 _SPACE = ("steps", "levels")  # what a fingerprint says of the decisions, known once the model is decomposed
@@ -107,7 +108,7 @@ class Journal:
         self.steps = tuple(steps)
         self._levels = levels
         self._distribution = distribution_to_json(IntDistribution(0, levels - 1))
-        plain = _plain({**fingerprint, "steps": list(steps), "levels": levels})
+        plain = plain_values({**fingerprint, "steps": list(steps), "levels": levels})
         refuse_another(path, plain, defaults)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with _disk(path):
@@ -282,35 +283,10 @@ def refuse_another(
         raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
     if (stored := stored_fingerprint(path)) is None:
         return
-    plain = _plain(fingerprint)
+    plain = plain_values(fingerprint)
     comparable = {name: value for name, value in stored.items() if name in plain or name not in _SPACE}
-    if (known := with_defaults(comparable, _plain(defaults))) != plain:
+    if (known := with_defaults(comparable, plain_values(defaults))) != plain:
         raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
-
-
-def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping with what it lacks taken from `defaults`, inside the mappings that both have.
-
-    A fingerprint of an earlier version lacks the fields that came later.
-    """
-    filled = dict(known)
-    for key, default in defaults.items():
-        if isinstance(default, Mapping) and isinstance(filled.get(key), Mapping):
-            inner = filled[key]
-            filled[key] = {**inner, **{name: value for name, value in default.items() if name not in inner}}
-    return filled
-
-
-def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:
-    """What differs between two nested mappings, one phrase for each leaf: "target_kept was 0.8, is 0.7"."""
-    found: list[str] = []
-    for key in sorted({*known, *given}):
-        before, after, name = known.get(key, "absent"), given.get(key, "absent"), f"{prefix}{key}"
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{name}.")
-        elif before != after:
-            found.append(f"{name} was {_short(before)}, is {_short(after)}")
-    return found
 
 
 @contextmanager
@@ -353,17 +329,6 @@ def _is_sqlite(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         return file.read(16) in (b"", b"SQLite format 3\x00")
-
-
-def _plain(value: Mapping[str, object]) -> dict[str, Any]:
-    """As JSON gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(finite(value), sort_keys=True))
-    return plain
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _engine(path: Path) -> dict[str, Any]:

@@ -5,48 +5,20 @@ Composes agents, environment, evaluators and the journal; knows no run folder an
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import cast
 
 import agents
-from agents import Agent, Proposal, SavedPolicy, SlopeAgent
-from compression.schedule import Schedule
-from envs import Problem, Reward
-from search.config import Config
-from search.evaluation.evaluator import Evaluator, Score
+from agents import Agent, Proposal, SlopeAgent
+from envs import Reward
 from search.evaluation.pool import Job, Pool, Result
-from search.evaluation.quality import paired_kl
-from search.experiment.experiment import Subject
-from search.model.loading import LoadedModel
+from search.evaluation.score import Score
 from search.runtime.console import Stage
 from search.runtime.tensorboard import Curves
-from search.trials.journal import Journal, Record, refuse_another
-from search.trials.starting_point import prior_digest
+from search.trials.journal import Journal, Record
 
-__all__ = [
-    "FINALISTS",
-    "Trial",
-    "best_trials",
-    "challengers",
-    "describe",
-    "fingerprint",
-    "fingerprint_defaults",
-    "make_agent",
-    "open_journal",
-    "read_policy",
-    "refuse_other_search",
-    "reward_of",
-    "run_agent",
-    "select",
-    "spent",
-]
-
-FINALISTS = 6
-"""Recommendations of an agent that meet the closed form on the selection set."""
+__all__ = ["Trial", "best_trials", "describe", "run_agent", "spent"]
 
 
 @dataclass(frozen=True)
@@ -159,110 +131,12 @@ def _record(trial: Trial, slopes: Mapping[str, float] | None, asked: int) -> Rec
     )
 
 
-def select(
-    evaluator: Evaluator,
-    closed_form: Schedule,
-    reference: Score,
-    finalists: Sequence[Schedule],
-    stage: Stage | None = None,
-) -> Schedule:
-    """The finalist with the lowest KL on text and items that no trial saw, if it beats the closed form there.
-
-    To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays. A finalist
-    that is clearly worse than the best so far is not measured to the end, see `search.evaluation.early_stopping`.
-
-    Args:
-        evaluator: on the selection set.
-        reference: score of the closed form there.
-    """
-    best, best_value = closed_form, math.inf
-    rival = reference if reference.state == "ok" else None
-    for schedule in challengers(closed_form, finalists):
-        [score] = evaluator.evaluate([schedule], rival)
-        if score.state == "ok" and reference.state == "ok":
-            difference = paired_kl(score.quality, reference.quality)
-            if difference.value < min(best_value, -difference.standard_error):
-                best, best_value, rival = schedule, difference.value, score
-        if stage is not None:
-            stage.advance(1)
-    return best
-
-
-def challengers(closed_form: Schedule, finalists: Sequence[Schedule]) -> list[Schedule]:
-    """The finalists that differ from the closed form, each once."""
-    different = {schedule.digest: schedule for schedule in finalists if schedule.digest != closed_form.digest}
-    return list(different.values())
-
-
-def reward_of(config: Config, dense: Score) -> Reward:
-    """The reward of a configuration, given what the dense model scores on the search set."""
-    return replace(_weighted(config), dense_expected_accuracy=dense.expected_accuracy)
-
-
-def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
-    """Everything that decides what a trial is and scores; a resumed run must agree."""
-    return {
-        "configuration": config.definition(),
-        **subject.identity,
-        "reward": dataclasses.asdict(_weighted(config)),
-        **({"policy": policy.digest} if (policy := read_policy(config, subject.loaded)) else {}),
-        **({"prior": digest} if (digest := prior_digest(config)) else {}),
-    }
-
-
-def open_journal(path: Path, config: Config, subject: Subject, problem: Problem) -> Journal:
-    """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return Journal(path, fingerprint(config, subject), problem.names, problem.levels, fingerprint_defaults())
-
-
-def refuse_other_search(path: Path, config: Config, subject: Subject) -> None:
-    """Refuse to continue the journal of another search before anything is computed; raises ValueError as `Journal`."""
-    refuse_another(path, fingerprint(config, subject), fingerprint_defaults())
-
-
-def fingerprint_defaults() -> dict[str, object]:
-    """What a fingerprint of an earlier version would say of fields that came later: a run without them had these."""
-    names = Config.of({}).definition()
-    return {
-        "configuration": {name: Config.model_fields[name].default for name in names},
-        "reward": dataclasses.asdict(Reward()),
-    }
-
-
 def spent(journal: Journal) -> int:
     """Evaluations that the trials of a journal were charged for."""
     return sum(1 if record.slopes is None else agents.SLOPES_COST for record in journal.records)
-
-
-def make_agent(config: Config, problem: Problem, subject: Subject) -> Agent:
-    """`config.agent` on `problem`; raises ValueError as `agents.make` does."""
-    terms = agents.Terms(
-        config.seed,
-        config.budget,
-        config.search_shards,
-        config.compression_weight,
-        subject=subject.loaded.digest,
-        policy=read_policy(config, subject.loaded),
-    )
-    return agents.make(config.agent, problem, terms)
-
-
-def read_policy(config: Config, loaded: LoadedModel | None = None) -> SavedPolicy | None:
-    """What the search starts from, refused if it is of another agent or, once that is known, of another model."""
-    if config.policy is None:
-        return None
-    policy = SavedPolicy.read(Path(config.policy))
-    policy.check(config.agent, policy.subject if loaded is None else loaded.digest)
-    return policy
 
 
 def describe(trials: Sequence[Trial]) -> str:
     """The best so far, in a few words."""
     best = best_trials(trials, 1)
     return f"best KL {best[0].score.kl:.4f}, first {trials[0].score.kl:.4f}" if best else "no score yet"
-
-
-def _weighted(config: Config) -> Reward:
-    weights = ("kl_weight", "correct_weight", "compression_weight", "bytes_weight", "latency_weight")
-    return Reward(**{name: getattr(config, name) for name in weights})

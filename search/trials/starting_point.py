@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from agents import SavedPolicy
 from envs import Problem
 from search.config import Config
+from search.model.loading import LoadedModel
 from search.priors.format import Prior
 from search.priors.transfer import transfer
 
-__all__ = ["prior_digest", "read_prior", "warm_start"]
+__all__ = ["prior_digest", "read_policy", "read_prior", "warm_start"]
 
 
 def read_prior(config: Config) -> Prior | None:
@@ -39,3 +41,12 @@ def warm_start(config: Config, problem: Problem) -> tuple[Problem, tuple[str, ..
         return problem, ()
     found = transfer(prior, problem.menu)
     return problem.centred(found.log_weights), found.notes
+
+
+def read_policy(config: Config, loaded: LoadedModel | None = None) -> SavedPolicy | None:
+    """What the search starts from, refused if it is of another agent or, once that is known, of another model."""
+    if config.policy is None:
+        return None
+    policy = SavedPolicy.read(Path(config.policy))
+    policy.check(config.agent, policy.subject if loaded is None else loaded.digest)
+    return policy

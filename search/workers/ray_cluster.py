@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
-from search.commands.exits import EvaluatorsLost
 from search.config import Config
+from search.runtime.errors import EvaluatorsLost
 from search.runtime.signals import shield
 from search.workers.orphans import guarded_children
 

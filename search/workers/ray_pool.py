@@ -21,12 +21,12 @@ import torch
 
 from compression.schedule import Schedule
 from compression.size import SizeModel
-from search.commands.exits import EvaluatorsLost
 from search.config import Config
-from search.evaluation.evaluator import Score
 from search.evaluation.pool import Job, Result
 from search.evaluation.quality import Quality
+from search.evaluation.score import Score
 from search.experiment.experiment import Extract, Subject
+from search.runtime.errors import EvaluatorsLost
 from search.workers.ray_cluster import cluster
 from search.workers.remote_evaluator import NodeEvaluator, travelling
 

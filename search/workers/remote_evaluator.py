@@ -16,11 +16,12 @@ from filelock import FileLock
 from compression.schedule import Schedule
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 from search.config import EVALUATORS, Config
-from search.data.packages import cache_folder
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.pool import Job, measure
-from search.experiment.experiment import Extract, Subject, load, working_dtype
-from search.model.loading import LoadedModel, assemble, can_be_assembled, load_model, resolve_device
+from search.experiment.experiment import Extract, Subject, load
+from search.model.devices import resolve_device, working_dtype
+from search.model.loading import LoadedModel, assemble, can_be_assembled, load_model
+from search.runtime.files import cache_folder
 
 __all__ = ["NodeEvaluator", "shared_model", "travelling"]
 

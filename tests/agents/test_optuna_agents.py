@@ -9,7 +9,8 @@ import torch
 
 import agents
 from agents import Terms
-from agents.optuna_agents import OptunaPareto, OptunaSettings
+from agents.optuna_agents import OptunaSettings
+from agents.optuna_pareto import OptunaPareto
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
 PLAIN = Reward(compression_weight=0.0, correct_weight=0.0)  # −KL

@@ -7,7 +7,8 @@ from compression import discover_sites, split_heads_
 from compression.allocation.menu import Menu, SiteMenu
 from compression.schedule import DENSE, Choice
 from envs.groups import group_sites
-from search.model.loading import head_size, load_model
+from search.model.architecture import head_size
+from search.model.loading import load_model
 
 
 def menu_of(sites):

@@ -14,7 +14,7 @@ from agents import Terms
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 from examples import new_proxy, new_topology, python_api, train_ppo
 from search import cli
-from search.data.items import load_proxy
+from search.data.datasets import load_proxy
 
 __all__ = ["fake_data"]
 

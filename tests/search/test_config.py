@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Config, nearest, read_fields
+from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Config, read_fields
+from search.runtime.nearest import nearest
 
 
 def test_defaults_are_the_default_job():

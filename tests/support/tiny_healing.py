@@ -17,8 +17,9 @@ from compression.numerics.legs import resolve
 from compression.sites import dense_weight
 from search.evaluation.packed_sequences import packed_text
 from search.evaluation.workload import Workload
-from search.healing.text import HealingText
-from search.healing.training import Healed, HealingPlan, heal_
+from search.healing.plan import HealingPlan
+from search.healing.rows import HealingText
+from search.healing.training import Healed, heal_
 from search.model.loading import load_model
 from search.runtime.console import Console
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from compression import discover_sites, split_heads_
-from search.model.loading import head_size, load_model
+from search.model.architecture import head_size
+from search.model.loading import load_model
 
 MODELS = {"random:tiny-llama": 4 + 2 + 2 + 4, "random:tiny-qwen2": 4 + 2 + 2 + 4, "random:tiny-gpt2": 12 + 4}
 

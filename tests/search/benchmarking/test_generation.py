@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from search.benchmarking.generation import NonFinite, generate
-from search.model.loading import LoadedModel, keep_positions, load_model
+from search.model.kv_cache import keep_positions
+from search.model.loading import LoadedModel, load_model
 
 SHARED = list(b"Q: what is it?\nA: it is a cow.\n\n")
 PROMPTS = [

@@ -17,9 +17,10 @@ from fake_data import fake_data
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from search.benchmarking.documents import Selection, select
+from search.benchmarking.documents import select
 from search.benchmarking.lm_eval_model import LanguageModel
 from search.benchmarking.lm_eval_tasks import Exam
+from search.benchmarking.selection import Selection
 from search.benchmarking.tasks import TASKS
 from search.model.loading import LoadedModel, load_model
 

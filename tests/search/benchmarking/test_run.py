@@ -21,9 +21,10 @@ from search.benchmarking.documents import always_searched, select
 from search.benchmarking.lm_eval_model import LanguageModel
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
 from search.benchmarking.tasks import TASKS, named_tasks
-from search.data.items import Item, load_mmlu, read_item
-from search.data.packages import DataUnavailable
+from search.data.datasets import load_mmlu, read_item
+from search.data.items import Item
 from search.model.loading import LoadedModel, load_model
+from search.runtime.errors import DataUnavailable
 from search.runtime.run_folder import RunFolder
 
 __all__ = ["fake_data"]

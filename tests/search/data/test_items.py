@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from fake_data import SUBJECTS, fake_data, jsonl
 
-from search.data.items import PROXIES, Item, forms, load_jsonl, load_mmlu, load_proxy, render, stratified
+from search.data.datasets import PROXIES, load_mmlu, load_proxy
+from search.data.item_files import load_jsonl
+from search.data.items import Item, stratified
+from search.data.prompts import forms, render
 
 __all__ = ["fake_data"]
 

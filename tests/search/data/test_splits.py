@@ -21,8 +21,10 @@ from fake_data import (
 )
 
 from search.data import packages
-from search.data.items import Item, load_mmlu
-from search.data.splits import Splits, Text, assert_disjoint, build_splits, halves, load_prose, regions
+from search.data.datasets import load_mmlu
+from search.data.items import Item
+from search.data.prose import load_prose, regions
+from search.data.splits import Splits, Text, assert_disjoint, build_splits, halves
 
 __all__ = ["fake_data"]
 

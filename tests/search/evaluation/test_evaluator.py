@@ -11,9 +11,10 @@ from tiny_evaluator import CPU, evaluator_of, everywhere
 
 from compression import Choice, FactorStore, Schedule
 from envs import Reward
-from search.evaluation.evaluator import ModelEvaluator, Score
+from search.evaluation.evaluator import ModelEvaluator
 from search.evaluation.packed_sequences import packed_item, packed_text
 from search.evaluation.quality import Quality, paired_kl
+from search.evaluation.score import Score
 from search.evaluation.workload import Workload
 from search.model.loading import LoadedModel, load_model
 

@@ -8,7 +8,7 @@ import torch
 
 from compression import DENSE, Choice, Planner, Schedule, Site
 from compression.allocation.menu import SiteMenu
-from search.evaluation.latency import SiteTimes
+from search.evaluation.site_times import SiteTimes
 
 SITES = (Site("a", 0, "q", 64, 64), Site("b", 0, "down", 64, 192))
 

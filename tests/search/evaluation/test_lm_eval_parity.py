@@ -15,7 +15,9 @@ from fake_data import ARC_ROWS, HELLASWAG_ROWS, PIQA_ROWS, SCIQ_ROWS, fake_data,
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from search.data.items import Item, Request, load_proxy, render
+from search.data.datasets import load_proxy
+from search.data.items import Item
+from search.data.prompts import Request, render
 from search.evaluation.packed_sequences import packed_item
 from search.evaluation.workload import loglikelihoods
 from search.model.loading import load_model

@@ -9,7 +9,7 @@ from tiny_model import assert_same_logits
 
 from search import cli
 from search.export.restore import restore
-from search.healing import run as healing_run
+from search.healing import repaired_start
 from search.model.loading import load_for_use
 from search.runtime.console import Console
 
@@ -61,7 +61,7 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys):
 
 @pytest.mark.usefixtures("fake_data")
 def test_a_repair_that_was_left_out_is_had_on_demand_and_a_healing_is_not(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(healing_run, "clearly_worse", lambda after, before: True)
+    monkeypatch.setattr(repaired_start, "clearly_worse", lambda after, before: True)
     run = tmp_path / "run"
     assert cli.main([*FLAGS.split(), *SIZES.split(), "--quiet", "--out", str(run)]) == cli.DONE
     rows = [row["schedule"] for row in json.loads((run / "summary.json").read_text())["rows"]]

@@ -25,7 +25,9 @@ from search.config import Config
 from search.evaluation.quality import Quality
 from search.export.restore import restore
 from search.healing import run as healing_run
-from search.healing.run import Options, clearly_worse, held
+from search.healing.plan import Options
+from search.healing.repaired_start import clearly_worse
+from search.healing.run import held
 from search.healing.sharding import sharing_copy
 from search.healing.state import HealedState, load_sites_, site_tensors
 from search.model.loading import load_for_use, load_model

@@ -13,7 +13,9 @@ import pytest
 from fake_data import fake_data, jsonl
 
 from search.data.conversations import Document, read_conversations
-from search.healing.text import Shingles, default_documents, heal_text, pack_rows, reported_texts, without_overlap
+from search.data.overlap import Shingles, reported_texts, without_overlap
+from search.healing.rows import pack_rows
+from search.healing.text import default_documents, heal_text
 from search.model.loading import load_model
 
 __all__ = ["fake_data"]

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from search.data import hub
-from search.data.packages import DataUnavailable
-from search.model import loading
-from search.model.loading import LoadedModel, load_model, locate, model_digest, resolve_device
+from search.model import loading, sources
+from search.model.devices import resolve_device
+from search.model.loading import LoadedModel, load_model, model_digest
+from search.model.sources import locate
+from search.runtime.errors import DataUnavailable
 
 TINY = ("random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2")
 
@@ -196,7 +198,7 @@ def test_the_unpacked_default_is_made_once_and_again_when_damaged(
         return folder
 
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "_unpack_default", unpack)
+    monkeypatch.setattr(sources, "_unpack_default", unpack)
     first = load_model("default", "cpu")
     assert load_model("default", "cpu").digest == first.digest
     assert len(made) == 1

@@ -142,7 +142,8 @@ def test_a_missing_weight_is_named(folder: Path) -> None:
     ],
 )
 def test_random_shapes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
-    from search.model.loading import empty_model, locate
+    from search.model.architecture import empty_model
+    from search.model.sources import locate
 
     model = empty_model(locate(name))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters

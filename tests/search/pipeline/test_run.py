@@ -28,9 +28,9 @@ from search.evaluation.evaluator import ModelEvaluator
 from search.evaluation.workload import Workload
 from search.experiment import experiment
 from search.export.restore import restore
-from search.healing import run as healing_run
-from search.healing.run import clearly_worse
-from search.model import loading
+from search.healing import repaired_start
+from search.healing.repaired_start import clearly_worse
+from search.model import random_models
 from search.model.loading import load_model
 from search.priors.format import Prior
 from search.runtime.console import Console
@@ -562,7 +562,9 @@ def test_what_stays_dense_is_told_and_counted(
 
 @pytest.mark.usefixtures("fake_data")
 def test_a_baseline_that_prime_dimensions_rule_out_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_TINY_SHAPE", {**loading._TINY_SHAPE, "hidden_size": 13, "num_attention_heads": 1})
+    monkeypatch.setattr(
+        random_models, "TINY_SHAPE", {**random_models.TINY_SHAPE, "hidden_size": 13, "num_attention_heads": 1}
+    )
     rows = run(tmp_path / "run", model="random:tiny-gpt2", budget=2, target_kept=0.25)["rows"]
     assert [row["schedule"] for row in rows] == [name for name in NAMES if name != "uniform-plain"]
 
@@ -628,7 +630,7 @@ def test_a_repair_that_does_harm_is_left_out(
         return taken
 
     monkeypatch.setattr(experiment.Subject, "repair_", harmful)
-    monkeypatch.setattr(healing_run, "clearly_worse", clearly_worse)
+    monkeypatch.setattr(repaired_start, "clearly_worse", clearly_worse)
     run = tmp_path / "run"
     loud = [word for word in words(out=run, budget=0, agent="lagrangian") if word != "--quiet"]
     assert cli.main(loud) == cli.DONE

@@ -8,16 +8,9 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from search.config import Config
-from search.runtime.run_folder import (
-    CONFIG,
-    SUMMARY,
-    RunFolder,
-    contents,
-    environment,
-    finite,
-    refuse_held,
-    refuse_used,
-)
+from search.runtime.files import finite
+from search.runtime.provenance import environment
+from search.runtime.run_folder import CONFIG, SUMMARY, RunFolder, contents, refuse_held, refuse_used
 
 
 def test_a_new_folder_is_named_by_date_agent_model_and_seed(tmp_path, monkeypatch):

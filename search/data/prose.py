@@ -1,0 +1,78 @@
+"""Prose of the data packages and the regions it is divided into."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+
+from search.data.packages import open_member, read_requirements
+
+__all__ = ["Encode", "load_prose", "long_text", "regions", "text_digest"]
+
+Encode = Callable[[str], list[int]]
+_PACKAGE = "exllamav2"
+_FOLDER = "exllamav2/conversion/standard_cal_data"
+_SHARES = (0.7, 0.1, 0.2)
+_SHORTEST = 80
+"""Lines below this many characters are headings and lists, not prose."""
+_ASCII = 0.95
+"""Lines with a smaller share of ASCII characters are other languages or formulas."""
+
+
+def long_text(encode: Encode, tokens: int) -> tuple[int, ...]:
+    """The first `tokens` tokens of the search prose of the largest source, one document after the other.
+
+    Raises:
+        ValueError: there are not so many.
+        DataUnavailable: the data packages cannot be had.
+    """
+    found: list[int] = []
+    for document in regions(load_prose()[-1])[1]:
+        found += encode(document + "\n\n")
+        if len(found) >= tokens:
+            return tuple(found[:tokens])
+    raise ValueError(f"context must be at most {len(found)}, the tokens of search text there are, got {tokens}")
+
+
+def regions(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Contiguous documents for calibration, search and held-out text, 70, 10 and 20 % of the characters."""
+    total = sum(map(len, documents))
+    parts: tuple[list[str], list[str], list[str]] = ([], [], [])
+    seen = 0
+    for document in documents:
+        middle = (seen + len(document) / 2) / total
+        parts[0 if middle < _SHARES[0] else 1 if middle < _SHARES[0] + _SHARES[1] else 2].append(document)
+        seen += len(document)
+    return tuple(parts[0]), tuple(parts[1]), tuple(parts[2])
+
+
+def load_prose() -> tuple[tuple[str, ...], ...]:
+    """Documents of the three prose sources, the smallest source first, without repeated paragraphs.
+
+    Raises:
+        DataUnavailable: the data packages cannot be had.
+    """
+    package = next(package for package in read_requirements() if package.name == _PACKAGE)
+    seen: set[str] = set()
+    sources = []
+    for name, separator in (("technical", None), ("c4", r"\n"), ("wiki", r"</?doc\b[^>]*>")):
+        text = open_member(package, f"{_FOLDER}/{name}.utf8").decode("utf-8", errors="replace")
+        documents = (_document(part, seen) for part in (re.split(separator, text) if separator else [text]))
+        sources.append(tuple(document for document in documents if document))
+    return tuple(sources)
+
+
+def _document(text: str, seen: set[str]) -> str:
+    """The paragraphs of a document that are English prose and were not `seen` anywhere before."""
+    kept = []
+    for line in text.split("\n"):
+        prose = len(line) >= _SHORTEST and sum(map(str.isascii, line)) >= _ASCII * len(line)
+        if prose and (digest := text_digest(line)) not in seen:
+            seen.add(digest)
+            kept.append(line.strip())
+    return "\n".join(kept)
+
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()

@@ -1,0 +1,58 @@
+"""The time of a schedule from measured times of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compression.allocation.menu import SiteMenu
+from compression.layers.planner import Planner
+from compression.numerics.legs import resolve
+from compression.schedule import Choice, Schedule
+from compression.sites import Site
+from search.evaluation.latency import _PROMPT
+
+__all__ = ["SiteTimes"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteTimes:
+    """Time of the sites under a schedule over that of the dense ones, from the planner's costs of single layers.
+
+    The mean of two fractions, for a prompt of 512 tokens and for single tokens. In each, a dense site weighs by its
+    parameters, which single tokens take time to read and prompts to multiply. Attention, embeddings and whatever else
+    stays as it is are left out: they are in `Latency`.
+    """
+
+    sites: Sequence[Site]
+    planner: Planner
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, schedule: Schedule) -> float:
+        """The fraction, 1 for a dense schedule."""
+        return fmean(self._fraction(schedule, tokens) for tokens in (1, _PROMPT))
+
+    def shares(self, options: SiteMenu) -> NDArray[np.float64]:
+        """What every option of a site adds to the fraction, (options,)."""
+        site = options.site
+        whole = site.parameters / sum(each.parameters for each in self.sites)
+        return np.array(
+            [whole * fmean(self._share(site, choice, tokens) for tokens in (1, _PROMPT)) for choice in options.choices]
+        )
+
+    def _fraction(self, schedule: Schedule, tokens: int) -> float:
+        total = sum(self._share(site, schedule[site.name], tokens) * site.parameters for site in self.sites)
+        return total / sum(site.parameters for site in self.sites)
+
+    def _share(self, site: Site, choice: Choice, tokens: int) -> float:
+        """Of the dense site's time."""
+        if choice.is_dense:
+            return 1.0
+        legs = resolve(choice.topology, site.out_features, site.in_features)
+        return self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)

@@ -1,0 +1,46 @@
+"""The device and number type that a model is computed on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import torch
+
+from search.config import Dtype
+from search.runtime.distributed import Processes
+
+__all__ = ["resolve_device", "working_dtype"]
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:n".
+
+    Processes that train together get a GPU each, as far as there are enough, where no number is named.
+
+    Raises:
+        ValueError: another word, or a GPU that is not there, with the nearest valid choice.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device(f"cuda:{Processes.place() % count}" if count else "cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    if not (match := re.fullmatch(r"cuda(?::(\d{1,3}))?", device)):
+        nearest = difflib.get_close_matches(device, ["auto", "cpu", "cuda"], n=1, cutoff=0) or ["auto"]
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:n, got {device!r}; the nearest is {nearest[0]}")
+    own = Processes.place() % max(1, count)
+    if (index := own if match[1] is None else int(match[1])) >= count:
+        valid = f"cuda:{count - 1}" if count else "cpu"
+        raise ValueError(f"device must exist, got {device!r} with {count} GPUs here; the nearest is {valid}")
+    return torch.device(f"cuda:{index}")
+
+
+def working_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The number type of that name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

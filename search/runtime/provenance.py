@@ -1,0 +1,76 @@
+"""What a run was made with: command, commit, versions, processor, GPUs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+__all__ = ["environment", "now"]
+
+_PACKAGES = ("gguf", "gymnasium", "numpy", "optuna", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
+
+
+def environment() -> dict[str, object]:
+    """What this process runs on and with: time (UTC), command, commit, interpreter, machine, threads, versions."""
+    torch = sys.modules.get("torch")
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    program = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
+    return {
+        "date": now(),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "gpus": _gpus(torch),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the sources, with "+" behind it if files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    try:
+        run = [
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _gpus(torch: object) -> list[str]:
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not cuda.is_available():
+        return []
+    return [str(cuda.get_device_name(index)) for index in range(cuda.device_count())]

@@ -1,0 +1,47 @@
+"""Compares what a run was made of with what it is resumed with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from search.runtime.files import finite
+
+__all__ = ["differences", "plain_values", "with_defaults"]
+
+
+def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping with what it lacks taken from `defaults`, inside the mappings that both have.
+
+    A fingerprint of an earlier version lacks the fields that came later.
+    """
+    filled = dict(known)
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled.get(key), Mapping):
+            inner = filled[key]
+            filled[key] = {**inner, **{name: value for name, value in default.items() if name not in inner}}
+    return filled
+
+
+def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:
+    """What differs between two nested mappings, one phrase for each leaf: "target_kept was 0.8, is 0.7"."""
+    found: list[str] = []
+    for key in sorted({*known, *given}):
+        before, after, name = known.get(key, "absent"), given.get(key, "absent"), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        elif before != after:
+            found.append(f"{name} was {_short(before)}, is {_short(after)}")
+    return found
+
+
+def plain_values(value: Mapping[str, object]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(finite(value), sort_keys=True))
+    return plain
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

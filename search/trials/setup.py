@@ -1,0 +1,72 @@
+"""Makes the agent, the reward and the journal of a search, and checks what is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+import agents
+from agents import Agent
+from envs import Problem, Reward
+from search.config import Config
+from search.evaluation.score import Score
+from search.experiment.experiment import Subject
+from search.trials.journal import Journal, refuse_another
+from search.trials.starting_point import prior_digest, read_policy
+
+__all__ = ["fingerprint", "fingerprint_defaults", "make_agent", "open_journal", "refuse_other_search", "reward_of"]
+
+
+def reward_of(config: Config, dense: Score) -> Reward:
+    """The reward of a configuration, given what the dense model scores on the search set."""
+    return replace(_weighted(config), dense_expected_accuracy=dense.expected_accuracy)
+
+
+def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
+    """Everything that decides what a trial is and scores; a resumed run must agree."""
+    return {
+        "configuration": config.definition(),
+        **subject.identity,
+        "reward": dataclasses.asdict(_weighted(config)),
+        **({"policy": policy.digest} if (policy := read_policy(config, subject.loaded)) else {}),
+        **({"prior": digest} if (digest := prior_digest(config)) else {}),
+    }
+
+
+def open_journal(path: Path, config: Config, subject: Subject, problem: Problem) -> Journal:
+    """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Journal(path, fingerprint(config, subject), problem.names, problem.levels, fingerprint_defaults())
+
+
+def refuse_other_search(path: Path, config: Config, subject: Subject) -> None:
+    """Refuse to continue the journal of another search before anything is computed; raises ValueError as `Journal`."""
+    refuse_another(path, fingerprint(config, subject), fingerprint_defaults())
+
+
+def fingerprint_defaults() -> dict[str, object]:
+    """What a fingerprint of an earlier version would say of fields that came later: a run without them had these."""
+    names = Config.of({}).definition()
+    return {
+        "configuration": {name: Config.model_fields[name].default for name in names},
+        "reward": dataclasses.asdict(Reward()),
+    }
+
+
+def make_agent(config: Config, problem: Problem, subject: Subject) -> Agent:
+    """`config.agent` on `problem`; raises ValueError as `agents.make` does."""
+    terms = agents.Terms(
+        config.seed,
+        config.budget,
+        config.search_shards,
+        config.compression_weight,
+        subject=subject.loaded.digest,
+        policy=read_policy(config, subject.loaded),
+    )
+    return agents.make(config.agent, problem, terms)
+
+
+def _weighted(config: Config) -> Reward:
+    weights = ("kl_weight", "correct_weight", "compression_weight", "bytes_weight", "latency_weight")
+    return Reward(**{name: getattr(config, name) for name in weights})
