@@ -7,7 +7,7 @@ from agents.gradient import Gradient, GradientSettings
 from agents.guided import Guided, GuidedSettings
 from agents.policy_file import SavedPolicy
 from agents.portfolio import Turns, TurnsSettings
-from agents.protocol import SLOPES_COST, Agent, Learner, Proposal, SlopeAgent, Task, Terms
+from agents.protocol import SLOPES_COST, Agent, AgentContext, Learner, ProblemLike, Proposal, SlopeAgent
 from agents.random_search import RandomSearch
 from agents.registry import NAMES, find, make
 from agents.reinforce import Reinforce, ReinforceSettings
@@ -16,6 +16,7 @@ __all__ = [
     "NAMES",
     "SLOPES_COST",
     "Agent",
+    "AgentContext",
     "Bandit",
     "BanditSettings",
     "Evolution",
@@ -27,14 +28,13 @@ __all__ = [
     "Knapsack",
     "Lagrangian",
     "Learner",
+    "ProblemLike",
     "Proposal",
     "RandomSearch",
     "Reinforce",
     "ReinforceSettings",
     "SavedPolicy",
     "SlopeAgent",
-    "Task",
-    "Terms",
     "Turns",
     "TurnsSettings",
     "Uniform",

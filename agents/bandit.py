@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.batch_agent import Batched
-from agents.level_swaps import legal
-from agents.protocol import Proposal, Task, Terms
+from agents.batch_agent import BatchAgent
+from agents.protocol import AgentContext, ProblemLike, Proposal
 from agents.surrogate import without_outliers
 
 __all__ = ["Bandit", "BanditSettings"]
@@ -51,16 +50,16 @@ class BanditSettings:
     exploration: float = 0.5  # how far a draw goes from the posterior mean, 1 being Thompson's
 
 
-class Bandit(Batched):
+class Bandit(BatchAgent):
     """See the module."""
 
     name = "bandit"
 
-    def __init__(self, task: Task, terms: Terms, settings: BanditSettings | None = None) -> None:
-        super().__init__(task, terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: BanditSettings | None = None) -> None:
+        super().__init__(problem, context)
         self.settings = settings or BanditSettings()
-        self._origin = float(task.forecast(np.full((1, task.steps), task.middle)).sum())
-        rungs = np.asarray(task.offsets[:-1], dtype=np.float64)
+        self._origin = float(problem.forecast(np.full((1, problem.steps), problem.middle)).sum())
+        rungs = np.asarray(problem.offsets[:-1], dtype=np.float64)
         offsets = np.append(rungs, 2 * rungs[-1] - rungs[-2] if len(rungs) > 1 else 1.0)
         walk = np.minimum(np.abs(offsets)[:, None], np.abs(offsets)) * (offsets[:, None] * offsets > 0)
         self._prior = offsets[:, None] * offsets + self.settings.roughness * walk
@@ -79,7 +78,7 @@ class Bandit(Batched):
 
     def _plan(self) -> None:
         levels, rewards = self.trials
-        self._enter(self._proposal(np.full(self._task.steps, self._task.middle)))
+        self._enter(self._proposal(np.full(self._problem.steps, self._problem.middle)))
         learned = len(rewards) > 2
         if learned:
             self._fit(levels, rewards)
@@ -91,8 +90,8 @@ class Bandit(Batched):
                 rows = self._best(*self._posterior(missing))
             else:
                 spread = self.settings.start * 1.2**attempt
-                near = self._task.middle + spread * self._generator.standard_normal((missing, self._task.steps))
-                rows = legal(self._task, np.clip(np.rint(near), 0, self._task.levels - 1).astype(np.int64))
+                near = self._problem.middle + spread * self._generator.standard_normal((missing, self._problem.steps))
+                rows = self._problem.legalise(np.clip(np.rint(near), 0, self._problem.levels - 1).astype(np.int64))
             for row in rows:
                 self._enter(self._proposal(row))
 
@@ -102,7 +101,7 @@ class Bandit(Batched):
         self._seen = levels
         self._centre, self._spread = float(rewards.mean()), float(rewards.std()) + 1e-12
         self._target = (rewards - self._centre) / self._spread
-        self._total = self._task.forecast(levels).sum(axis=1) - self._origin
+        self._total = self._problem.forecast(levels).sum(axis=1) - self._origin
         self._scale = max(float(np.sqrt(np.square(self._total).mean())), 1e-12)
         shared = sum(self._prior[np.ix_(column, column)] for column in levels.T)
         unit = max(float(np.trace(shared)) / len(levels), 1e-12)
@@ -117,10 +116,10 @@ class Bandit(Batched):
 
     def _posterior(self, draws: int) -> tuple[Floats, Floats]:
         """b, (n,), and all effects, (n, steps, levels): n draws, or for 0 draws the mean, in units of the spread."""
-        steps, count = self._task.steps, len(self._seen)
+        steps, count = self._problem.steps, len(self._seen)
         shape = max(1, draws)
         normal = self._generator.standard_normal
-        slope, level, effects = np.zeros(shape), np.zeros(shape), np.zeros((shape, steps, self._task.levels))
+        slope, level, effects = np.zeros(shape), np.zeros(shape), np.zeros((shape, steps, self._problem.levels))
         noise = np.zeros((shape, count))
         if draws:
             far = self.settings.exploration
@@ -138,20 +137,20 @@ class Bandit(Batched):
     def _values(self, actions: Levels, slope: Floats, effects: Floats) -> Floats:
         """Of episodes (n, steps), each under its own draw or all under the only one, less a constant, (n,)."""
         rows = np.arange(len(actions)) % len(effects)
-        forecast = self._task.forecast(actions).sum(axis=1) - self._origin
-        own = effects[rows[:, None], np.arange(self._task.steps), actions].sum(axis=1)
+        forecast = self._problem.forecast(actions).sum(axis=1) - self._origin
+        own = effects[rows[:, None], np.arange(self._problem.steps), actions].sum(axis=1)
         values: Floats = slope[rows] * forecast + own
         return values
 
     def _best(self, slope: Floats, effects: Floats, sweeps: int = 1) -> Levels:
         """The best episode under every draw, (n, steps): from the closed form, one group after the other."""
-        at = np.full((len(effects), self._task.steps), self._task.middle)
+        at = np.full((len(effects), self._problem.steps), self._problem.middle)
         for _ in range(sweeps):
-            for step in self._generator.permutation(self._task.steps):
-                near = np.tile(at, (self._task.levels, 1, 1))
-                near[:, :, step] = np.arange(self._task.levels)[:, None]
-                near = legal(self._task, near.reshape(-1, self._task.steps)).reshape(near.shape)
-                values = self._values(near.reshape(-1, self._task.steps), slope, effects)
-                chosen = values.reshape(self._task.levels, -1).argmax(axis=0)
+            for step in self._generator.permutation(self._problem.steps):
+                near = np.tile(at, (self._problem.levels, 1, 1))
+                near[:, :, step] = np.arange(self._problem.levels)[:, None]
+                near = self._problem.legalise(near.reshape(-1, self._problem.steps)).reshape(near.shape)
+                values = self._values(near.reshape(-1, self._problem.steps), slope, effects)
+                chosen = values.reshape(self._problem.levels, -1).argmax(axis=0)
                 at = near[chosen, np.arange(len(at))]
         return at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task, Terms
+from agents.protocol import AgentContext, ProblemLike, Proposal
 
 __all__ = ["Fixed", "Knapsack", "Lagrangian", "Uniform"]
 
@@ -15,10 +15,10 @@ class Fixed:
 
     name = "fixed"
 
-    def __init__(self, proposal: Proposal, terms: Terms) -> None:
+    def __init__(self, proposal: Proposal, context: AgentContext) -> None:
         """A budget of 0 proposes nothing."""
         self._proposal = proposal
-        self._ledger = Ledger(terms)
+        self._ledger = Ledger(context)
 
     def ask(self, count: int) -> list[Proposal]:
         """See `agents.Agent`."""
@@ -39,8 +39,8 @@ class Lagrangian(Fixed):
 
     name = "lagrangian"
 
-    def __init__(self, task: Task, terms: Terms) -> None:
-        super().__init__(Proposal(task.closed_form(), (task.middle,) * task.steps), terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext) -> None:
+        super().__init__(Proposal(problem.closed_form(), (problem.middle,) * problem.steps), context)
 
 
 class Knapsack(Fixed):
@@ -53,8 +53,8 @@ class Knapsack(Fixed):
 
     name = "knapsack"
 
-    def __init__(self, task: Task, terms: Terms) -> None:
-        super().__init__(Proposal(task.knapsack(), None), terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext) -> None:
+        super().__init__(Proposal(problem.knapsack(), None), context)
 
 
 class Uniform(Fixed):
@@ -62,5 +62,5 @@ class Uniform(Fixed):
 
     name = "uniform"
 
-    def __init__(self, task: Task, terms: Terms) -> None:
-        super().__init__(Proposal(task.uniform(), None), terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext) -> None:
+        super().__init__(Proposal(problem.uniform(), None), context)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task, Terms
+from agents.protocol import AgentContext, ProblemLike, Proposal
 
-__all__ = ["Batched", "Record"]
+__all__ = ["BatchAgent", "Record"]
 
 Levels = NDArray[np.int64]
 
@@ -34,7 +34,7 @@ class Record:
         return mean if np.isfinite(mean) else -np.inf
 
 
-class Batched(ABC):
+class BatchAgent(ABC):
     """Gives at most the rest of a batch; the next one is planned from what is told by then.
 
     Asked for more before all of a batch is told, it does not wait: then the next batch is planned without what is under
@@ -45,13 +45,13 @@ class Batched(ABC):
 
     name: str
 
-    def __init__(self, task: Task, terms: Terms) -> None:
+    def __init__(self, problem: ProblemLike, context: AgentContext) -> None:
         """Nothing proposed yet."""
         self.records: dict[str, Record] = {}
-        self._task = task
-        self._terms = terms
-        self._generator = np.random.default_rng(terms.seed)
-        self._ledger = Ledger(terms)
+        self._problem = problem
+        self._context = context
+        self._generator = np.random.default_rng(context.seed)
+        self._ledger = Ledger(context)
         self._planned: list[Proposal] = []
         self._finished = False
 
@@ -80,7 +80,7 @@ class Batched(ABC):
     def trials(self) -> tuple[Levels, NDArray[np.float64]]:
         """Levels (n, steps) and reward (n,) of every look told, schedule by schedule."""
         pairs = [(record.levels, reward) for record in self.records.values() for reward in record.rewards]
-        levels = np.array([levels for levels, _ in pairs], dtype=np.int64).reshape(-1, self._task.steps)
+        levels = np.array([levels for levels, _ in pairs], dtype=np.int64).reshape(-1, self._problem.steps)
         return levels, np.array([reward for _, reward in pairs], dtype=np.float64)
 
     def record(self, proposal: Proposal) -> Record:
@@ -93,7 +93,7 @@ class Batched(ABC):
 
     def _proposal(self, levels: Levels) -> Proposal:
         actions = tuple(levels.tolist())
-        return Proposal(self._task.schedule(actions), actions)
+        return Proposal(self._problem.schedule(actions), actions)
 
     def _enter(self, proposal: Proposal) -> bool:
         """Add to the batch unless the budget is spent or the look was proposed before; whether it was added."""

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.batch_agent import Batched
-from agents.level_swaps import climb, legal, switched
-from agents.protocol import Proposal, Task, Terms
+from agents.batch_agent import BatchAgent
+from agents.level_swaps import climb, swapped
+from agents.protocol import AgentContext, ProblemLike, Proposal
 from agents.surrogate import Surrogate, without_outliers
 
 __all__ = ["Evolution", "EvolutionSettings"]
@@ -69,16 +69,16 @@ class _Generation:
     stage: int = 0
 
 
-class Evolution(Batched):
+class Evolution(BatchAgent):
     """See the module."""
 
     name = "evolution"
 
-    def __init__(self, task: Task, terms: Terms, settings: EvolutionSettings | None = None) -> None:
-        super().__init__(task, terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: EvolutionSettings | None = None) -> None:
+        super().__init__(problem, context)
         self.settings = settings or EvolutionSettings()
-        self.parent = Proposal(task.closed_form(), (task.middle,) * task.steps)
-        self.surrogate = Surrogate(task)
+        self.parent = Proposal(problem.closed_form(), (problem.middle,) * problem.steps)
+        self.surrogate = Surrogate(problem)
         self._generations: list[_Generation] = []
 
     def recommend(self, count: int) -> list[Proposal]:
@@ -104,13 +104,13 @@ class Evolution(Batched):
 
     def _promote(self, generation: _Generation) -> bool:
         """Enter the next look at the best of a generation, and at the parent; False after the last stage."""
-        stages = self.settings.survivors[: self._terms.looks - 1]
+        stages = self.settings.survivors[: self._context.shards - 1]
         while generation.members and generation.stage < len(stages):
             ranked = sorted(generation.members, key=lambda proposal: -self.record(proposal).mean)
             generation.members = ranked[: stages[generation.stage]]
             generation.stage += 1
             for proposal in (self.parent, *generation.members):
-                self._enter(replace(proposal, look=generation.stage))
+                self._enter(replace(proposal, repeat=generation.stage))
             if self._planned:
                 generation.awaited = list(self._planned)
                 return True
@@ -121,8 +121,8 @@ class Evolution(Batched):
         parent = self.record(self.parent)
         for proposal in members:
             record = self.record(proposal)
-            looks = min(len(record.rewards), len(parent.rewards))
-            margin = self.settings.caution * self._noise() * np.sqrt(2 / max(1, looks))
+            shards = min(len(record.rewards), len(parent.rewards))
+            margin = self.settings.caution * self._noise() * np.sqrt(2 / max(1, shards))
             if record.rewards and len(record.rewards) >= len(parent.rewards) and record.mean > parent.mean + margin:
                 self.parent, parent = proposal, record
 
@@ -154,8 +154,8 @@ class Evolution(Batched):
         parents = np.tile(np.array(self.parent.actions), (count, 1))
         levels, rewards = self.trials
         if attempt > _TRIES // 2:
-            return legal(self._task, self._generator.integers(0, self._task.levels, parents.shape))
-        children = switched(self._task, parents, settings.switches + attempt, settings.reach, self._generator)
+            return self._problem.legalise(self._generator.integers(0, self._problem.levels, parents.shape))
+        children = swapped(self._problem, parents, settings.switches + attempt, settings.reach, self._generator)
         if attempt or len(rewards) < settings.screened:
             return children
         self.surrogate.fit(levels[-settings.memory :], without_outliers(rewards[-settings.memory :]))
@@ -166,7 +166,7 @@ class Evolution(Batched):
             return mean + hope[origin] * deviation
 
         return climb(
-            self._task,
+            self._problem,
             parents,
             value,
             settings.rounds,

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task, Terms
+from agents.protocol import AgentContext, ProblemLike, Proposal
 
 __all__ = ["Gradient", "GradientSettings"]
 
@@ -61,15 +61,15 @@ class Gradient:
 
     name = "gradient"
 
-    def __init__(self, task: Task, terms: Terms, settings: GradientSettings | None = None) -> None:
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: GradientSettings | None = None) -> None:
         self.settings = settings or GradientSettings()
-        self._task = task
-        self._terms = terms
-        self._ledger = Ledger(terms)
-        self._theta: Floats = np.zeros(task.steps)
-        self._delta: Floats = np.zeros(len(task.membership))
+        self._problem = problem
+        self._context = context
+        self._ledger = Ledger(context)
+        self._theta: Floats = np.zeros(problem.steps)
+        self._delta: Floats = np.zeros(len(problem.membership))
         self._passed: list[tuple[Floats, Floats]] = []  # θ and δ of every iteration
-        self._gains: Floats = np.zeros((2, len(task.membership)))  # measured, predicted
+        self._gains: Floats = np.zeros((2, len(problem.membership)))  # measured, predicted
         self._history: list[Floats] = []  # the same of single iterations
         self._known: dict[str, list[Floats]] = {}  # the same of every look, by schedule
         self._open: Proposal | None = None
@@ -80,11 +80,11 @@ class Gradient:
         if self._open is not None:
             return []
         for _ in range(_TRIES if self._ledger.left else 0):
-            schedule = self._task.weighted(self._theta, self._delta)
-            probe = self._task.probe(schedule)
-            for look in range(self._terms.looks):
-                turn = self._terms.seed + len(self._passed) + look
-                proposal = Proposal(schedule, None, turn % self._terms.looks, probe)
+            schedule = self._problem.weighted(self._theta, self._delta)
+            probe = self._problem.probe(schedule)
+            for repeat in range(self._context.shards):
+                turn = self._context.seed + len(self._passed) + repeat
+                proposal = Proposal(schedule, None, turn % self._context.shards, probe)
                 if proposal.cost > self._ledger.left:
                     proposal = replace(proposal, probe=None)  # what is left does not pay for slopes
                 if self._ledger.add(proposal):
@@ -97,7 +97,7 @@ class Gradient:
     def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
         """See `agents.SlopeAgent`."""
         assert proposal.probe is not None
-        gains = np.stack(self._task.gains(proposal.schedule, proposal.probe, slopes))
+        gains = np.stack(self._problem.gains(proposal.schedule, proposal.probe, slopes))
         if slopes and np.isfinite(gains).all():
             self._known.setdefault(proposal.schedule.digest, []).append(gains)
 
@@ -114,7 +114,7 @@ class Gradient:
         if not self._passed:
             return []
         prices = ((self.offsets, self.residuals), (self._theta, self._delta))
-        found = {one.digest: Proposal(one, None) for one in (self._task.weighted(*price) for price in prices)}
+        found = {one.digest: Proposal(one, None) for one in (self._problem.weighted(*price) for price in prices)}
         for proposal in self._ledger.best(count):
             found.setdefault(proposal.schedule.digest, Proposal(proposal.schedule, None))
         return list(found.values())[:count]
@@ -153,7 +153,7 @@ class Gradient:
 
     def _moved(self) -> Floats:
         """The next θ."""
-        settings, membership = self.settings, self._task.membership
+        settings, membership = self.settings, self._problem.membership
         measured, predicted = self._gains
         expected = membership.T @ (predicted * np.exp(membership @ self._theta + self._delta))
         total = float(expected.sum())
@@ -174,7 +174,7 @@ class Gradient:
         measured, predicted = np.stack(self._history, axis=1)
         weights = settings.patience ** np.arange(count)[::-1, None]
         weights /= weights.sum()
-        expected = (weights * predicted).sum(axis=0) * np.exp(self._task.membership @ self._theta)
+        expected = (weights * predicted).sum(axis=0) * np.exp(self._problem.membership @ self._theta)
         total, gained = float(expected.sum()), float((weights * measured).sum())
         if not total > 0 or not gained > 0:
             return self._delta

@@ -2,8 +2,8 @@
 
 Slopes say within a few evaluations how far the predicted worth of parameters is off, to first order and for the KL
 alone. What they leave, a search by rewards may find: interactions at a distance, the other terms of the reward, groups
-kept dense. So a share of the budget goes to `agents.gradient`, and what is left to an agent whose task has the outcome
-in the place of the closed form (`Task.around`); its episodes are offsets to that. `agents.portfolio` goes on with more.
+kept dense. So a share of the budget goes to `agents.gradient`. The rest goes to an agent whose problem has that outcome
+instead of the closed form (`ProblemLike.around`); its episodes are offsets to it. `agents.portfolio` adds more agents.
 
 Knows the gradient agent; the other one by its protocol only.
 """
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 
 from agents.gradient import Gradient
 from agents.ledger import Ledger
-from agents.protocol import SLOPES_COST, Agent, Proposal, Task, Terms
+from agents.protocol import SLOPES_COST, Agent, AgentContext, ProblemLike, Proposal
 from agents.reinforce import Reinforce
 
 __all__ = ["Guided", "GuidedSettings"]
 
-Follower = Callable[[Task, Terms], Agent]
+Follower = Callable[[ProblemLike, AgentContext], Agent]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class GuidedSettings:
 class Guided:
     """See the module."""
 
-    def __init__(self, task: Task, terms: Terms, settings: GuidedSettings | None = None) -> None:
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: GuidedSettings | None = None) -> None:
         self.settings = settings or GuidedSettings()
-        self._task = task
-        self._terms = terms
-        self._ledger = Ledger(terms)
-        lead = min(terms.budget, SLOPES_COST * round(self.settings.lead * terms.budget / SLOPES_COST))
-        self._lead = Gradient(task, replace(terms, budget=lead))
+        self._problem = problem
+        self._context = context
+        self._ledger = Ledger(context)
+        lead = min(context.budget, SLOPES_COST * round(self.settings.lead * context.budget / SLOPES_COST))
+        self._lead = Gradient(problem, replace(context, budget=lead))
         self._follower: Agent | None = None
         self._given: dict[tuple[str, int], Proposal] = {}  # the follower's own proposals, not told yet
         self._rewards: dict[tuple[str, int], float] = {}
@@ -96,11 +96,11 @@ class Guided:
         return list(found.values())[:count]
 
     def _follow(self) -> None:
-        around = self._task.around(self._lead.offsets, self._lead.residuals)
+        around = self._problem.around(self._lead.offsets, self._lead.residuals)
         # What the lead has looked at costs the follower nothing.
-        terms = replace(self._terms, budget=self._ledger.left + len(self._rewards))
-        self._follower = self.settings.follower(around, terms)
+        context = replace(self._context, budget=self._ledger.left + len(self._rewards))
+        self._follower = self.settings.follower(around, context)
 
 
 def _key(proposal: Proposal) -> tuple[str, int]:
-    return proposal.schedule.digest, proposal.look
+    return proposal.schedule.digest, proposal.repeat

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from agents.protocol import Proposal, Terms
+from agents.protocol import AgentContext, Proposal
 
 __all__ = ["Ledger"]
 
@@ -14,9 +14,9 @@ __all__ = ["Ledger"]
 class Ledger:
     """Counts evaluations against a budget and refuses what breaks the ask/tell contract."""
 
-    def __init__(self, terms: Terms) -> None:
-        """Counts against `terms.budget`."""
-        self._terms = terms
+    def __init__(self, context: AgentContext) -> None:
+        """Counts against `context.budget`."""
+        self._context = context
         self._proposed: set[tuple[str, int]] = set()
         self._spent = 0
         self._open: set[tuple[str, int]] = set()
@@ -25,7 +25,7 @@ class Ledger:
     @property
     def left(self) -> int:
         """Evaluations that may still be asked for."""
-        return self._terms.budget - self._spent
+        return self._context.budget - self._spent
 
     @property
     def waits(self) -> bool:
@@ -34,7 +34,7 @@ class Ledger:
 
     def is_open(self, proposal: Proposal) -> bool:
         """Whether this look was proposed and is not told yet."""
-        return (proposal.schedule.digest, proposal.look) in self._open
+        return (proposal.schedule.digest, proposal.repeat) in self._open
 
     def check(self, count: int) -> None:
         """Raises ValueError for a count below 1."""
@@ -43,8 +43,8 @@ class Ledger:
 
     def add(self, proposal: Proposal) -> bool:
         """Enter a proposal; False if this look at its schedule was proposed before, or there is no such look."""
-        key = proposal.schedule.digest, proposal.look
-        if key in self._proposed or not 0 <= proposal.look < self._terms.looks:
+        key = proposal.schedule.digest, proposal.repeat
+        if key in self._proposed or not 0 <= proposal.repeat < self._context.shards:
             return False
         self._proposed.add(key)
         self._spent += proposal.cost
@@ -57,9 +57,9 @@ class Ledger:
             raise ValueError(f"every proposal needs one reward, got {len(proposals)} and {len(rewards)}")
         for proposal, reward in zip(proposals, rewards, strict=True):
             digest = proposal.schedule.digest
-            if (digest, proposal.look) not in self._open:
+            if (digest, proposal.repeat) not in self._open:
                 raise ValueError(f"schedule {digest[:12]} was not asked for, or told before")
-            self._open.remove((digest, proposal.look))
+            self._open.remove((digest, proposal.repeat))
             self._told.setdefault(digest, (proposal, []))[1].append(float(reward))
 
     def best(self, count: int) -> list[Proposal]:

@@ -11,25 +11,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.protocol import Task
+from agents.protocol import ProblemLike
 
-__all__ = ["climb", "legal", "switched"]
+__all__ = ["climb", "swapped"]
 
 Floats = NDArray[np.float64]
 Levels = NDArray[np.int64]
 
 
-def legal(task: Task, actions: Levels) -> Levels:
-    """Episodes (n, steps) with the highest rung in the place of every dense that is not legal there."""
-    actions = actions.copy()
-    # Where even the last step could be dense beside all that are, none of those is one too many.
-    doubtful = ~task.mask(actions[:, :-1])[:, -1]
-    for row, step in np.argwhere((actions == task.levels - 1) & doubtful[:, None]):
-        actions[row, step] -= not task.mask(actions[row, :step].tolist())[-1]
-    return actions
-
-
-def switched(task: Task, actions: Levels, most: int, reach: int, generator: np.random.Generator) -> Levels:
+def swapped(problem: ProblemLike, actions: Levels, most: int, reach: int, generator: np.random.Generator) -> Levels:
     """Neighbours (n, steps) of episodes (n, steps): each after 1 to `most` switches, few being likelier than many.
 
     Args:
@@ -39,17 +29,17 @@ def switched(task: Task, actions: Levels, most: int, reach: int, generator: np.r
     count = generator.integers(1, most + 1, (len(actions), 2)).min(axis=1)
     for turn in range(most):
         rows = np.flatnonzero(count > turn)
-        steps = generator.random((len(rows), task.steps)).argsort(axis=1, kind="stable")
+        steps = generator.random((len(rows), problem.steps)).argsort(axis=1, kind="stable")
         distance = generator.integers(1, reach + 1, len(rows))
         up, down = steps[:, 0], steps[:, -1]
         actions[rows, up] += distance
-        if task.steps > 1:
+        if problem.steps > 1:
             actions[rows, down] -= distance
-    return legal(task, np.clip(actions, 0, task.levels - 1))
+    return problem.legalise(np.clip(actions, 0, problem.levels - 1))
 
 
 def climb(
-    task: Task,
+    problem: ProblemLike,
     starts: Levels,
     value: Callable[[Levels, NDArray[np.int64]], Floats],
     rounds: int,
@@ -68,7 +58,7 @@ def climb(
     best = value(at, own)
     for _ in range(rounds):
         origin = np.repeat(own, children)
-        near = switched(task, at[origin], most, reach, generator)
+        near = swapped(problem, at[origin], most, reach, generator)
         values = value(near, origin).reshape(len(starts), children)
         chosen = values.argmax(axis=1)
         better = values[own, chosen] > best

@@ -45,7 +45,7 @@ from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState, create_trial
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task, Terms
+from agents.protocol import AgentContext, ProblemLike, Proposal
 from agents.surrogate import Surrogate, without_outliers
 
 __all__ = ["Floats", "Levels", "OptunaAgent", "OptunaSettings", "cmaes", "gp", "qmc", "tpe"]
@@ -97,7 +97,7 @@ class _Kind:
         needs: packages beside Optuna.
     """
 
-    make: Callable[[Task, int, OptunaSettings], BaseSampler]
+    make: Callable[[ProblemLike, int, OptunaSettings], BaseSampler]
     scale: str
     startup: Callable[[OptunaSettings], int]
     batch: Callable[[OptunaSettings], int]
@@ -105,33 +105,33 @@ class _Kind:
     needs: tuple[str, ...] = ()
 
 
-def _make_cmaes(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
-    middle = dict.fromkeys(task.names, float(task.middle))
+def _make_cmaes(problem: ProblemLike, seed: int, settings: OptunaSettings) -> BaseSampler:
+    middle = dict.fromkeys(problem.names, float(problem.middle))
     # Optuna counts sigma0 in widths of the range. A single dimension has nothing to separate.
     return CmaEsSampler(
         x0=middle,
-        sigma0=settings.cma_sigma / task.levels,
+        sigma0=settings.cma_sigma / problem.levels,
         seed=seed,
         popsize=settings.population,
-        use_separable_cma=task.steps > 1,
+        use_separable_cma=problem.steps > 1,
     )
 
 
-def _make_gp(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+def _make_gp(problem: ProblemLike, seed: int, settings: OptunaSettings) -> BaseSampler:
     sampler = GPSampler(seed=seed, n_startup_trials=min(5, settings.startup))
     sampler._n_local_search = settings.acquisitions
     return sampler
 
 
-def _make_nsga2(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+def _make_nsga2(problem: ProblemLike, seed: int, settings: OptunaSettings) -> BaseSampler:
     return NSGAIISampler(seed=seed, population_size=settings.nsga_population)
 
 
-def _make_qmc(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+def _make_qmc(problem: ProblemLike, seed: int, settings: OptunaSettings) -> BaseSampler:
     return QMCSampler(qmc_type="sobol", scramble=True, seed=seed)
 
 
-def _make_tpe(task: Task, seed: int, settings: OptunaSettings) -> BaseSampler:
+def _make_tpe(problem: ProblemLike, seed: int, settings: OptunaSettings) -> BaseSampler:
     return TPESampler(seed=seed, multivariate=True, n_startup_trials=min(5, settings.startup))
 
 
@@ -150,7 +150,9 @@ class OptunaAgent:
     A point is the tuple of levels that was really taken.
     """
 
-    def __init__(self, name: str, task: Task, terms: Terms, settings: OptunaSettings | None = None) -> None:
+    def __init__(
+        self, name: str, problem: ProblemLike, context: AgentContext, settings: OptunaSettings | None = None
+    ) -> None:
         """`name` is one of the module's table.
 
         Raises:
@@ -162,12 +164,12 @@ class OptunaAgent:
         for package in self._kind.needs:
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"agent {name} needs {package}, which is not installed: {_INSTALL}")
-        self._task = task
-        self._terms = terms
-        self._ledger = Ledger(terms)
-        self._generator = np.random.default_rng(terms.seed)
+        self._problem = problem
+        self._context = context
+        self._ledger = Ledger(context)
+        self._generator = np.random.default_rng(context.seed)
         sigma = self.settings.sobol_sigma if self._kind.scale == "chance" else self.settings.sigma
-        self._prior = _prior(task, sigma, self.settings)
+        self._prior = _prior(problem, sigma, self.settings)
         self._space = self._make_space()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # GP says that it climbs from one place after another for want of a package; from two that costs nothing.
@@ -176,7 +178,7 @@ class OptunaAgent:
             # Some options are marked experimental, and two of CMA-ES's go with Optuna 6, which our range excludes.
             warnings.simplefilter("ignore", ExperimentalWarning)
             warnings.simplefilter("ignore", FutureWarning)
-            sampler = self._kind.make(task, terms.seed, self.settings)
+            sampler = self._kind.make(problem, context.seed, self.settings)
         self._study = optuna.create_study(sampler=sampler, directions=self._directions)
         self._asked = 0
         self._finished = False
@@ -208,15 +210,17 @@ class OptunaAgent:
         actions, rewards = self._evidence()
         if len(rewards) < 3:
             return [proposal for proposal in self._ledger.best(len(rewards)) if proposal.actions is not None][:count]
-        surrogate = Surrogate(self._task)
+        surrogate = Surrogate(self._problem)
         surrogate.fit(actions, without_outliers(rewards))
         best = actions[np.argsort(-rewards, kind="stable")]
         means = [np.rint(best[:size].mean(axis=0)).astype(np.int64) for size in self.settings.centres]
-        candidates = np.unique([*(_legal(self._task, mean) for mean in means), *map(tuple, actions.tolist())], axis=0)
+        candidates = np.unique(
+            [*(tuple(self._problem.legalise(mean).tolist()) for mean in means), *map(tuple, actions.tolist())], axis=0
+        )
         found: dict[str, Proposal] = {}
         for levels in candidates[np.argsort(-surrogate(candidates), kind="stable")].tolist():
             if len(found) < count:
-                proposal = Proposal(self._task.schedule(levels), tuple(levels))
+                proposal = Proposal(self._problem.schedule(levels), tuple(levels))
                 found.setdefault(proposal.schedule.digest, proposal)
         return list(found.values())
 
@@ -295,22 +299,22 @@ class OptunaAgent:
         return [max(reward, least - self.settings.deepest * abs(self._quality(first, least)))]
 
     def _make_space(self) -> dict[str, BaseDistribution]:
-        levels = self._task.levels
+        levels = self._problem.levels
         ranges: dict[str, BaseDistribution] = {
             "level": IntDistribution(0, levels - 1),
             "position": FloatDistribution(-0.5, levels - 0.5),
             "chance": FloatDistribution(0.0, 1.0),
         }
-        return dict.fromkeys(self._task.names, ranges[self._kind.scale])
+        return dict.fromkeys(self._problem.names, ranges[self._kind.scale])
 
     def _start(self, number: int) -> tuple[int, ...]:
         """Points of the first batch: the closed form, then draws from the prior."""
         if number == 0:
-            return (self._task.middle,) * self._task.steps
-        return tuple(self._generator.choice(self._task.levels, self._task.steps, p=self._prior).tolist())
+            return (self._problem.middle,) * self._problem.steps
+        return tuple(self._generator.choice(self._problem.levels, self._problem.steps, p=self._prior).tolist())
 
     def _uniform(self) -> tuple[int, ...]:
-        return tuple(self._generator.integers(self._task.levels, size=self._task.steps).tolist())
+        return tuple(self._generator.integers(self._problem.levels, size=self._problem.steps).tolist())
 
     def _parameters(self, point: tuple[int, ...]) -> dict[str, Any]:
         """Of the study, for a point."""
@@ -326,42 +330,33 @@ class OptunaAgent:
         if self._kind.scale == "chance":
             values = np.searchsorted(np.cumsum(self._prior)[:-1], values, side="right")
         elif self._kind.scale == "position":
-            values = np.clip(np.floor(values + 0.5), 0, self._task.levels - 1)
+            values = np.clip(np.floor(values + 0.5), 0, self._problem.levels - 1)
         return tuple(values.astype(np.int64).tolist())
 
     def _taken(self, point: tuple[int, ...]) -> tuple[int, ...]:
         """`point` with every illegal dense level replaced."""
-        return _legal(self._task, point)
+        return tuple(self._problem.legalise(point).tolist())
 
     def _proposal(self, point: tuple[int, ...]) -> Proposal:
-        return Proposal(self._task.schedule(point), point)
+        return Proposal(self._problem.schedule(point), point)
 
     def _quality(self, proposal: Proposal, reward: float) -> float:
         """The reward without its term for compression."""
-        return reward - self._terms.compression_weight * (1 - self._task.kept(proposal.schedule))
+        return reward - self._context.compression_weight * (1 - self._problem.kept(proposal.schedule))
 
     def _evidence(self) -> tuple[Levels, Floats]:
         """Levels of the trials with a finite reward, (n, steps), and their rewards, (n,)."""
         told = [(self._points[digest], reward) for digest, (_, reward) in self._told.items() if math.isfinite(reward)]
-        actions = np.array([point for point, _ in told], dtype=np.int64).reshape(-1, self._task.steps)
+        actions = np.array([point for point, _ in told], dtype=np.int64).reshape(-1, self._problem.steps)
         return actions, np.array([reward for _, reward in told])
 
 
-def _prior(task: Task, sigma: float, settings: OptunaSettings) -> Floats:
+def _prior(problem: ProblemLike, sigma: float, settings: OptunaSettings) -> Floats:
     """Chance of every level, (levels,), see the module."""
-    weights = np.exp(-np.square(task.offsets[:-1]) / (2 * sigma**2))
+    weights = np.exp(-np.square(problem.offsets[:-1]) / (2 * sigma**2))
     rungs = (1 - settings.stray) * weights / weights.sum() + settings.stray / len(weights)
-    dense = min(0.5, settings.dense_groups / task.steps)
+    dense = min(0.5, settings.dense_groups / problem.steps)
     return np.append((1 - dense) * rungs, dense)
-
-
-def _legal(task: Task, levels: Sequence[int] | Levels) -> tuple[int, ...]:
-    """The levels with every illegal one replaced by the highest rung, from the first on."""
-    taken: list[int] = []
-    for level in levels:
-        legal = level < task.levels - 1 or task.mask(taken)[-1]
-        taken.append(int(level) if legal else task.levels - 2)
-    return tuple(taken)
 
 
 # What the registry calls with a task and terms.

@@ -9,11 +9,11 @@ import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.study import StudyDirection
 
-from agents.optuna_agents import Floats, Levels, OptunaAgent, OptunaSettings, _legal
-from agents.protocol import Proposal, Task, Terms
+from agents.optuna_agents import Floats, Levels, OptunaAgent, OptunaSettings
+from agents.protocol import AgentContext, ProblemLike, Proposal
 from agents.surrogate import without_outliers
 
-__all__ = ["OptunaPareto", "nsga2"]
+__all__ = ["OptunaPareto"]
 
 _TARGET = "target_kept"  # NSGA-II's parameter beside the steps
 
@@ -28,16 +28,16 @@ class OptunaPareto(OptunaAgent):
 
     _directions: ClassVar[list[StudyDirection]] = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
 
-    def __init__(self, task: Task, terms: Terms, settings: OptunaSettings | None = None) -> None:
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: OptunaSettings | None = None) -> None:
         settings = settings or OptunaSettings()
-        self._tasks = _tasks_around(task, settings)
-        self._own = self._tasks.index(task)
-        super().__init__("optuna-nsga2", task, terms, settings)
+        self._by_target = _problems_around(problem, settings)
+        self._own = self._by_target.index(problem)
+        super().__init__("optuna-nsga2", problem, context, settings)
 
     def front(self) -> list[tuple[float, float, Proposal]]:
         """(kept fraction, quality, proposal) of the trials that none other beats in both, ascending in both."""
         trials = [
-            (self._task.kept(proposal.schedule), self._quality(proposal, reward), proposal)
+            (self._problem.kept(proposal.schedule), self._quality(proposal, reward), proposal)
             for proposal, reward in self._told.values()
             if math.isfinite(reward)
         ]
@@ -48,28 +48,28 @@ class OptunaPareto(OptunaAgent):
         return front
 
     def _values(self, proposal: Proposal, reward: float) -> list[float]:
-        return [self._quality(proposal, reward), self._task.kept(proposal.schedule)]
+        return [self._quality(proposal, reward), self._problem.kept(proposal.schedule)]
 
     def _make_space(self) -> dict[str, BaseDistribution]:
-        return {**super()._make_space(), _TARGET: IntDistribution(0, len(self._tasks) - 1)}
+        return {**super()._make_space(), _TARGET: IntDistribution(0, len(self._by_target) - 1)}
 
     def _start(self, number: int) -> tuple[int, ...]:
         """The closed form at the task's target and at some spread over the grid, then draws from the prior."""
         if number <= self.settings.anchors:
-            spread = np.linspace(0, len(self._tasks) - 1, self.settings.anchors).round().astype(int).tolist()
+            spread = np.linspace(0, len(self._by_target) - 1, self.settings.anchors).round().astype(int).tolist()
             return *super()._start(0), [self._own, *spread][number]
-        return *super()._start(number), int(self._generator.integers(len(self._tasks)))
+        return *super()._start(number), int(self._generator.integers(len(self._by_target)))
 
     def _uniform(self) -> tuple[int, ...]:
-        return *super()._uniform(), int(self._generator.integers(len(self._tasks)))
+        return *super()._uniform(), int(self._generator.integers(len(self._by_target)))
 
     def _taken(self, point: tuple[int, ...]) -> tuple[int, ...]:
         *levels, target = point
-        return *_legal(self._tasks[target], levels), target
+        return *self._by_target[target].legalise(levels).tolist(), target
 
     def _proposal(self, point: tuple[int, ...]) -> Proposal:
         *levels, target = point
-        return Proposal(self._tasks[target].schedule(levels), tuple(levels) if target == self._own else None)
+        return Proposal(self._by_target[target].schedule(levels), tuple(levels) if target == self._own else None)
 
     def _evidence(self) -> tuple[Levels, Floats]:
         """All trials projected onto the task's target.
@@ -79,29 +79,26 @@ class OptunaPareto(OptunaAgent):
         told = [(digest, *pair) for digest, pair in self._told.items() if math.isfinite(pair[1])]
         points = [self._points[digest] for digest, _, _ in told]
         quality = np.array([self._quality(proposal, reward) for _, proposal, reward in told])
-        there = np.array([self._tasks[point[-1]].forecast(np.array([point[:-1]])).sum() for point in points])
-        actions = np.array([_legal(self._task, point[:-1]) for point in points], dtype=np.int64)
-        actions = actions.reshape(-1, self._task.steps)
+        there = np.array([self._by_target[point[-1]].forecast(np.array([point[:-1]])).sum() for point in points])
+        actions = np.array([self._problem.legalise(point[:-1]) for point in points], dtype=np.int64)
+        actions = actions.reshape(-1, self._problem.steps)
         if len(points) < 3:
             return actions, quality
         ordinary, centred = without_outliers(quality), there - there.mean()
         slope = min(0.0, float(ordinary @ centred) / max(float(centred @ centred), 1e-12))
-        return actions, quality + slope * (self._task.forecast(actions).sum(axis=1) - there)
+        return actions, quality + slope * (self._problem.forecast(actions).sum(axis=1) - there)
 
 
-def _tasks_around(task: Task, settings: OptunaSettings) -> list[Task]:
-    """`task` and the same at other targets, ascending."""
-    tasks = [task]
+def _problems_around(problem: ProblemLike, settings: OptunaSettings) -> list[ProblemLike]:
+    """`problem` and the same at other targets, ascending."""
+    problems = [problem]
     reach = round(settings.around / settings.grid)
     for sign in (-1, 1):
         for place in range(1, reach + 1):
-            target = round(task.target_kept + sign * place * settings.grid, 6)
+            target = round(problem.target_kept + sign * place * settings.grid, 6)
             try:
-                other = task.at(target)
+                other = problem.at(target)
             except ValueError:  # above 1, or below what the smallest options keep
                 break
-            tasks.insert(0 if sign < 0 else len(tasks), other)
-    return tasks
-
-
-nsga2 = OptunaPareto
+            problems.insert(0 if sign < 0 else len(problems), other)
+    return problems

@@ -35,7 +35,7 @@ class SavedPolicy:
 
     Attributes:
         agent: its name, as in `agents.NAMES`.
-        subject: identity of the model whose schedules it proposes.
+        model: identity of the model whose schedules it proposes.
         target_kept: what it was learned at; it may go on at another.
         steps: what each step of an episode decides about.
         rungs: offsets of the ladder, dense left out.
@@ -44,7 +44,7 @@ class SavedPolicy:
     """
 
     agent: str
-    subject: str
+    model: str
     target_kept: float
     steps: tuple[str, ...]
     rungs: tuple[float, ...]
@@ -65,7 +65,7 @@ class SavedPolicy:
         description = {
             "format": _FORMAT,
             "agent": self.agent,
-            "subject": self.subject,
+            "subject": self.model,
             "target_kept": self.target_kept,
             "steps": self.steps,
             "rungs": self.rungs,
@@ -121,7 +121,7 @@ class SavedPolicy:
                 raise ValueError(f"the array {name} is not of finite floating-point numbers")
         return cls(
             agent=fields["agent"],
-            subject=fields["subject"],
+            model=fields["subject"],
             target_kept=float(fields["target_kept"]),
             steps=tuple(steps),
             rungs=tuple(map(float, rungs)),
@@ -129,19 +129,19 @@ class SavedPolicy:
             arrays=arrays,
         )
 
-    def check(self, agent: str, subject: str) -> None:
+    def check(self, agent: str, model: str) -> None:
         """Raises ValueError, one line, for a policy of another agent or another model."""
         if self.agent != agent:
             raise ValueError(f"the policy was learned by agent {self.agent} and cannot be continued by {agent}")
-        if self.subject != subject:
+        if self.model != model:
             raise ValueError(
-                f"the policy was learned on another model: {_short(self.subject)} there, {_short(subject)} here"
+                f"the policy was learned on another model: {_short(self.model)} there, {_short(model)} here"
             )
 
     def restore(
         self,
         agent: str,
-        subject: str,
+        model: str,
         steps: Sequence[str],
         offsets: NDArray[np.float64],
         like: Mapping[str, NDArray[Any]],
@@ -155,7 +155,7 @@ class SavedPolicy:
             ValueError: one line: learned by another agent, on another model, other steps or another ladder, or with
                 settings that make it of another shape.
         """
-        self.check(agent, subject)
+        self.check(agent, model)
         if self.steps != tuple(steps):
             pairs = zip((*self.steps, "none"), (*steps, "none"), strict=False)
             number, (there, here) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
@@ -200,8 +200,8 @@ def _numbers(values: Sequence[object]) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def _short(subject: str) -> str:
-    return subject[:12] or "no name"
+def _short(model: str) -> str:
+    return model[:12] or "no name"
 
 
 def _ladder(rungs: Sequence[float] | NDArray[np.float64]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from agents.gradient import Gradient
 from agents.guided import Guided, GuidedSettings
 from agents.ledger import Ledger
-from agents.protocol import Agent, Proposal, Task, Terms
+from agents.protocol import Agent, AgentContext, ProblemLike, Proposal
 from agents.surrogate import Surrogate, without_outliers
 
 __all__ = ["Turns", "TurnsSettings", "portfolio"]
@@ -66,9 +66,9 @@ class _Member:
         return float(np.mean(finite)) if finite else -np.inf
 
 
-def portfolio(task: Task, terms: Terms) -> Guided:
+def portfolio(problem: ProblemLike, context: AgentContext) -> Guided:
     """The agent that the command line calls so."""
-    return Guided(task, terms, GuidedSettings(follower=Turns, name="portfolio"))
+    return Guided(problem, context, GuidedSettings(follower=Turns, name="portfolio"))
 
 
 class Turns:
@@ -79,17 +79,17 @@ class Turns:
 
     name = "turns"
 
-    def __init__(self, task: Task, terms: Terms, settings: TurnsSettings | None = None) -> None:
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: TurnsSettings | None = None) -> None:
         """Raises ValueError without members, or for one that is unknown or proposes no episodes."""
         from agents.registry import make  # the registry knows this agent, too
 
         self.settings = settings or TurnsSettings()
         if not self.settings.members or not _WITHOUT_EPISODES.isdisjoint(self.settings.members):
             raise ValueError(f"members must be agents that propose episodes, at least one, got {self.settings.members}")
-        self._task = task
-        self._ledger = Ledger(terms)
+        self._problem = problem
+        self._ledger = Ledger(context)
         self._members = [
-            _Member(make(name, task, replace(terms, seed=terms.seed + number, policy=None)))
+            _Member(make(name, problem, replace(context, seed=context.seed + number, policy=None)))
             for number, name in enumerate(self.settings.members)
         ]
         self._known: dict[Key, float] = {}
@@ -129,7 +129,7 @@ class Turns:
                     union.setdefault(proposal.schedule.digest, (proposal, proposal.actions))
         if not union:
             return self._ledger.best(count)
-        surrogate = Surrogate(self._task)
+        surrogate = Surrogate(self._problem)
         surrogate.fit(np.array(self._actions, dtype=np.int64), without_outliers(np.array(self._rewards)))
         proposals = [proposal for proposal, _ in union.values()]
         expected = surrogate(np.array([actions for _, actions in union.values()], dtype=np.int64))
@@ -158,4 +158,4 @@ class Turns:
 
 
 def _key(proposal: Proposal) -> Key:
-    return proposal.schedule.digest, proposal.look
+    return proposal.schedule.digest, proposal.repeat

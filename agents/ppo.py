@@ -35,9 +35,9 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
-from agents.batch_agent import Batched
+from agents.batch_agent import BatchAgent
 from agents.policy_file import SavedPolicy
-from agents.protocol import Proposal, Task, Terms
+from agents.protocol import AgentContext, ProblemLike, Proposal
 from agents.sb3_episodes import Episodes
 from agents.surrogate import Surrogate, without_outliers
 
@@ -76,12 +76,12 @@ class PpoSettings:
 class _Ladder(torch.nn.Module):
     """Logits of the levels, (n, levels), from what a step sees, (n, entries): linear in μ, log σ and d."""
 
-    def __init__(self, entries: int, task: Task, settings: PpoSettings) -> None:
+    def __init__(self, entries: int, problem: ProblemLike, settings: PpoSettings) -> None:
         super().__init__()
-        self.rungs = torch.tensor(task.offsets[:-1], dtype=torch.float32)
+        self.rungs = torch.tensor(problem.offsets[:-1], dtype=torch.float32)
         self.limits = math.log(settings.smallest_sigma), math.log(settings.largest_sigma)
         self.linear = torch.nn.Linear(entries, 3)
-        chance = min(0.5, settings.dense_groups / task.steps)
+        chance = min(0.5, settings.dense_groups / problem.steps)
         with torch.no_grad():
             self.linear.weight.zero_()
             self.linear.bias.copy_(torch.tensor([0.0, math.log(settings.sigma), math.log(chance / (1 - chance))]))
@@ -123,20 +123,20 @@ class _Rollout:
         )
 
 
-class Ppo(Batched):
+class Ppo(BatchAgent):
     """See the module."""
 
     name = "ppo"
     masked = False
 
-    def __init__(self, task: Task, terms: Terms, settings: PpoSettings | None = None) -> None:
-        super().__init__(task, terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: PpoSettings | None = None) -> None:
+        super().__init__(problem, context)
         self.settings = settings or PpoSettings()
-        self.surrogate = Surrogate(task)
-        with _own_randomness(terms.seed):
+        self.surrogate = Surrogate(problem)
+        with _own_randomness(context.seed):
             self._model = self._build()
-        if terms.policy is not None:
-            arrays = terms.policy.restore(self.name, terms.subject, task.names, task.offsets, self._arrays())
+        if context.policy is not None:
+            arrays = context.policy.restore(self.name, context.model, problem.names, problem.offsets, self._arrays())
             self._model.policy.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
         # The policy's own samples of this batch, and the digests of their schedules.
         self._sampled: tuple[_Rollout, list[str]] | None = None
@@ -159,19 +159,19 @@ class Ppo(Batched):
         self._learn()
         return SavedPolicy(
             agent=self.name,
-            subject=self._terms.subject,
-            target_kept=self._task.target_kept,
-            steps=self._task.names,
-            rungs=tuple(self._task.offsets[:-1].tolist()),
+            model=self._context.model,
+            target_kept=self._problem.target_kept,
+            steps=self._problem.names,
+            rungs=tuple(self._problem.offsets[:-1].tolist()),
             settings=asdict(self.settings),
             arrays=self._arrays(),
         )
 
     def _build(self) -> Any:
         """The library's algorithm around our policy head; a value network of its own."""
-        settings, steps = self.settings, self._task.steps
-        entries = len(self._task.observation(())) + steps
-        env = Episodes(self._task, settings.imagined, self.surrogate)
+        settings, steps = self.settings, self._problem.steps
+        entries = len(self._problem.observation(())) + steps
+        env = Episodes(self._problem, settings.imagined, self.surrogate)
         model = (MaskablePPO if self.masked else PPO)(
             "MlpPolicy",
             env,
@@ -186,7 +186,7 @@ class Ppo(Batched):
             device="cpu",
         )
         policy = model.policy
-        policy.action_net = _Ladder(entries, self._task, settings)
+        policy.action_net = _Ladder(entries, self._problem, settings)
         policy.optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate, eps=1e-5)
         model.set_logger(Logger(None, []))
         return model
@@ -215,14 +215,14 @@ class Ppo(Batched):
 
     def _sample(self, count: int, widening: float = 1.0) -> _Rollout:
         """Episodes of the policy in antithetic pairs; `widening` multiplies σ."""
-        half = self._generator.random((-(-count // 2), self._task.steps))
-        return self._roll(np.stack([half, 1 - half], axis=1).reshape(-1, self._task.steps)[:count], widening)
+        half = self._generator.random((-(-count // 2), self._problem.steps))
+        return self._roll(np.stack([half, 1 - half], axis=1).reshape(-1, self._problem.steps)[:count], widening)
 
     def _roll(self, uniform: Floats, widening: float = 1.0, greedy: bool = False) -> _Rollout:
         """Walk episodes to their end, with numbers from [0, 1) that choose, (n, steps), or by the likeliest levels."""
-        env = Episodes(self._task, len(uniform), lambda actions: np.zeros(len(actions)))
+        env = Episodes(self._problem, len(uniform), lambda actions: np.zeros(len(actions)))
         seen, masks, chosen = [env.reset()], [env.masks()], []
-        for step in range(self._task.steps):
+        for step in range(self._problem.steps):
             with torch.no_grad():
                 given = (masks[-1],) if self.masked else ()
                 logits = self._model.policy.get_distribution(torch.from_numpy(seen[-1]), *given).distribution.logits
@@ -235,7 +235,7 @@ class Ppo(Batched):
                 levels = (uniform[:, step, None] > below).sum(axis=1)
             chosen.append(levels)
             env.step_async(levels)
-            if step < self._task.steps - 1:
+            if step < self._problem.steps - 1:
                 seen.append(env.observations())
                 masks.append(env.masks())
         return _Rollout(np.stack(seen), np.stack(masks), np.stack(chosen), env.taken)
@@ -252,7 +252,7 @@ class Ppo(Batched):
         self._learned = len(rewards)
         rewards = without_outliers(rewards[-settings.memory :])
         self.surrogate.fit(actions[-settings.memory :], rewards)
-        left = max(0.0, 1 - self._learned / self._terms.budget)
+        left = max(0.0, 1 - self._learned / self._context.budget)
         self._model.ent_coef = settings.entropy * left
         for number in range(settings.rounds):
             rollout = self._sample(settings.imagined)

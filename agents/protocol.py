@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from agents.policy_file import SavedPolicy
 from compression.schedule import Schedule
 
-__all__ = ["SLOPES_COST", "Agent", "Learner", "Proposal", "SlopeAgent", "Task", "Terms"]
+__all__ = ["SLOPES_COST", "Agent", "AgentContext", "Learner", "ProblemLike", "Proposal", "SlopeAgent"]
 
 
-class Task(Protocol):
+class ProblemLike(Protocol):
     """An episode of `steps` choices among `levels` levels that ends in a schedule.
 
     The levels but the last are rungs of a ladder and always legal. The last one, dense, may be illegal; whether it is
@@ -49,7 +49,7 @@ class Task(Protocol):
     def target_kept(self) -> float:
         """Kept fraction that no schedule of this task exceeds."""
 
-    def at(self, target_kept: float) -> Task:
+    def at(self, target_kept: float) -> ProblemLike:
         """The same steps and levels with another target.
 
         Raises:
@@ -61,6 +61,9 @@ class Task(Protocol):
 
     def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
         """Legal levels at the step after `prefix`, (steps taken,) -> (levels,); axes before those are kept."""
+
+    def legalise(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The actions with the highest rung wherever dense is illegal, (steps taken,); axes before those are kept."""
 
     def observation(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """What that step can see, (steps taken,) -> (entries,), within [-1, 1]; axes before those are kept."""
@@ -81,7 +84,7 @@ class Task(Protocol):
         Residuals, (sites,), are added to the log weights of single sites.
         """
 
-    def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Task:
+    def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> ProblemLike:
         """The same task with `weighted(offsets, residuals)` in the place of the closed form."""
 
     def probe(self, schedule: Schedule) -> Schedule:
@@ -103,7 +106,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Terms:
+class AgentContext:
     """What an agent is given beside its task.
 
     Attributes:
@@ -118,13 +121,13 @@ class Terms:
 
     seed: int
     budget: int
-    looks: int = 1
+    shards: int = 1
     compression_weight: float = 1.0
-    subject: str = ""
+    model: str = ""
     policy: SavedPolicy | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("budget", 0), ("looks", 1)):
+        for name, least in (("seed", 0), ("budget", 0), ("shards", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -147,7 +150,7 @@ class Proposal:
 
     schedule: Schedule
     actions: tuple[int, ...] | None
-    look: int = 0
+    repeat: int = 0
     probe: Schedule | None = None
 
     @property
@@ -200,7 +203,7 @@ class SlopeAgent(Agent, Protocol):
 
 @runtime_checkable
 class Learner(Protocol):
-    """An agent with a policy that outlives it: what it saves can be given to another one in its `Terms`."""
+    """An agent with a policy that outlives it: what it saves can be given to another one in its `AgentContext`."""
 
     def saved_policy(self) -> SavedPolicy:
         """The policy as it is now."""

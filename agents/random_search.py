@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from agents.ledger import Ledger
-from agents.protocol import Proposal, Task, Terms
+from agents.protocol import AgentContext, ProblemLike, Proposal
 
 __all__ = ["RandomSearch"]
 
@@ -19,10 +19,10 @@ class RandomSearch:
 
     name = "random"
 
-    def __init__(self, task: Task, terms: Terms) -> None:
-        self._task = task
-        self._generator = np.random.default_rng(terms.seed)
-        self._ledger = Ledger(terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext) -> None:
+        self._problem = problem
+        self._generator = np.random.default_rng(context.seed)
+        self._ledger = Ledger(context)
         self._finished = False
 
     def ask(self, count: int) -> list[Proposal]:
@@ -47,6 +47,6 @@ class RandomSearch:
 
     def _draw(self) -> Proposal:
         actions: list[int] = []
-        for _ in range(self._task.steps):
-            actions.append(int(self._generator.choice(np.flatnonzero(self._task.mask(actions)))))
-        return Proposal(self._task.schedule(actions), tuple(actions))
+        for _ in range(self._problem.steps):
+            actions.append(int(self._generator.choice(np.flatnonzero(self._problem.mask(actions)))))
+        return Proposal(self._problem.schedule(actions), tuple(actions))

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Callable
 from importlib import import_module
 
-from agents.protocol import Agent, Learner, Task, Terms
+from agents.protocol import Agent, AgentContext, Learner, ProblemLike
 
 __all__ = ["NAMES", "find", "make"]
 
-#: Name -> "module:class", or whatever else makes an agent of (task, terms).
+#: Name -> "module:class", or whatever else makes an agent of (problem, context).
 _AGENTS = {
     "bandit": "agents.bandit:Bandit",
     "evolution": "agents.evolution:Evolution",
@@ -20,7 +20,7 @@ _AGENTS = {
     "lagrangian": "agents.baselines:Lagrangian",
     "optuna-cmaes": "agents.optuna_agents:cmaes",
     "optuna-gp": "agents.optuna_agents:gp",
-    "optuna-nsga2": "agents.optuna_agents:nsga2",
+    "optuna-nsga2": "agents.optuna_pareto:OptunaPareto",
     "optuna-qmc": "agents.optuna_agents:qmc",
     "optuna-tpe": "agents.optuna_agents:tpe",
     "portfolio": "agents.portfolio:portfolio",
@@ -34,7 +34,7 @@ _AGENTS = {
 NAMES: tuple[str, ...] = tuple(_AGENTS)
 
 
-def find(name: str) -> Callable[[Task, Terms], Agent]:
+def find(name: str) -> Callable[[ProblemLike, AgentContext], Agent]:
     """What makes the agent called `name`: one of `NAMES`, or `module:Class` of one's own.
 
     Raises:
@@ -55,17 +55,17 @@ def find(name: str) -> Callable[[Task, Terms], Agent]:
         raise ValueError(f"agent {name} cannot be imported: there is no module {error.name}") from None
     if not hasattr(loaded, maker):
         raise ValueError(f"agent {name} cannot be imported: {module} has no {maker}")
-    found: Callable[[Task, Terms], Agent] = getattr(loaded, maker)
+    found: Callable[[ProblemLike, AgentContext], Agent] = getattr(loaded, maker)
     return found
 
 
-def make(name: str, task: Task, terms: Terms) -> Agent:
-    """The agent called `name`, working on `task`.
+def make(name: str, problem: ProblemLike, context: AgentContext) -> Agent:
+    """The agent called `name`, working on `problem`.
 
     Raises:
         ValueError: as `find`; or a policy is given that it cannot continue.
     """
-    agent = find(name)(task, terms)
-    if terms.policy is not None and not isinstance(agent, Learner):
+    agent = find(name)(problem, context)
+    if context.policy is not None and not isinstance(agent, Learner):
         raise ValueError(f"agent {name} learns no policy and cannot continue one")
     return agent

@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.batch_agent import Batched
+from agents.batch_agent import BatchAgent
 from agents.policy_file import SavedPolicy
-from agents.protocol import Proposal, Task, Terms
+from agents.protocol import AgentContext, ProblemLike, Proposal
 from agents.surrogate import Surrogate, without_outliers
 
 __all__ = ["Policy", "Reinforce", "ReinforceSettings"]
@@ -69,7 +69,7 @@ class Policy:
         legal: whether dense is legal at a step while no earlier step took it, (steps,).
     """
 
-    task: Task
+    problem: ProblemLike
     rungs: Floats
     features: Floats
     legal: NDArray[np.bool_]
@@ -79,23 +79,23 @@ class Policy:
     dense_logit: Floats
 
     @classmethod
-    def build(cls, task: Task, settings: ReinforceSettings) -> Policy:
+    def build(cls, problem: ProblemLike, settings: ReinforceSettings) -> Policy:
         """The warm start: mode is the closed form."""
-        prefixes = [(task.middle,) * step for step in range(task.steps)]
-        seen = np.array([task.observation(prefix) for prefix in prefixes], dtype=np.float64)
+        prefixes = [(problem.middle,) * step for step in range(problem.steps)]
+        seen = np.array([problem.observation(prefix) for prefix in prefixes], dtype=np.float64)
         spread = seen.std(axis=0)
-        told_apart = spread > 1e-6
-        features = np.where(told_apart, seen - seen.mean(axis=0), 0.0) / np.where(told_apart, spread, 1.0)
-        chance = min(0.5, settings.dense_groups / task.steps)
+        varies = spread > 1e-6
+        features = np.where(varies, seen - seen.mean(axis=0), 0.0) / np.where(varies, spread, 1.0)
+        chance = min(0.5, settings.dense_groups / problem.steps)
         return cls(
-            task=task,
-            rungs=np.asarray(task.offsets[:-1], dtype=np.float64),
-            features=features / max(1.0, np.sqrt(told_apart.sum())),
-            legal=np.array([task.mask(prefix)[-1] for prefix in prefixes]),
-            bias=np.zeros(task.steps),
+            problem=problem,
+            rungs=np.asarray(problem.offsets[:-1], dtype=np.float64),
+            features=features / max(1.0, np.sqrt(varies.sum())),
+            legal=np.array([problem.mask(prefix)[-1] for prefix in prefixes]),
+            bias=np.zeros(problem.steps),
             weights=np.zeros(features.shape[1]),
-            log_sigma=np.full(task.steps, np.log(settings.sigma)),
-            dense_logit=np.full(task.steps, np.log(chance / (1 - chance))),
+            log_sigma=np.full(problem.steps, np.log(settings.sigma)),
+            dense_logit=np.full(problem.steps, np.log(chance / (1 - chance))),
         )
 
     @property
@@ -127,11 +127,11 @@ class Policy:
 
         `widening` multiplies σ.
         """
-        half = generator.random((-(-count // 2), self.task.steps))
-        uniform = np.stack([half, 1 - half], axis=1).reshape(-1, self.task.steps)[:count]
+        half = generator.random((-(-count // 2), self.problem.steps))
+        uniform = np.stack([half, 1 - half], axis=1).reshape(-1, self.problem.steps)[:count]
         below = np.cumsum(self.rung_probabilities(widening), axis=1)[:, :-1]
         rungs = (uniform[:, :, None] > below).sum(axis=2)
-        dense, legal = self._masked(generator.random((count, self.task.steps)) < 1 / (1 + np.exp(-self.dense_logit)))
+        dense, legal = self._masked(generator.random((count, self.problem.steps)) < 1 / (1 + np.exp(-self.dense_logit)))
         return np.where(dense, len(self.rungs), rungs), legal
 
     def _masked(self, dense: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -140,9 +140,9 @@ class Policy:
         dense = dense & legal
         rows = np.flatnonzero(dense.any(axis=1))
         if len(rows):
-            levels = np.full((len(rows), self.task.steps), self.task.middle)
-            for step in range(self.task.steps):
-                legal[rows, step] = self.task.mask(levels[:, :step])[:, -1]
+            levels = np.full((len(rows), self.problem.steps), self.problem.middle)
+            for step in range(self.problem.steps):
+                legal[rows, step] = self.problem.mask(levels[:, :step])[:, -1]
                 dense[rows, step] &= legal[rows, step]
                 levels[dense[rows, step], step] = len(self.rungs)
         return dense, legal
@@ -164,7 +164,7 @@ class Policy:
         """Of episodes, (n,), given where dense was legal in them."""
         dense = actions == len(self.rungs)
         rungs = np.log(self.rung_probabilities() + 1e-300)
-        taken = rungs[np.arange(self.task.steps), np.minimum(actions, len(self.rungs) - 1)]
+        taken = rungs[np.arange(self.problem.steps), np.minimum(actions, len(self.rungs) - 1)]
         kept = -np.logaddexp(0.0, self.dense_logit)  # log of the probability of a rung where dense is legal
         by_step = np.where(dense, kept + self.dense_logit, taken + np.where(legal, kept, 0.0))
         probability: Floats = by_step.sum(axis=1)
@@ -184,7 +184,7 @@ class Policy:
         spread = gradient[1] + entropy * self.entropy_gradient()
         step = adam.step(np.concatenate([centre, self.features.T @ centre, spread, gradient[2]]))
         bias, weights, log_sigma, dense = np.split(
-            step, np.cumsum([self.task.steps, self.features.shape[1], self.task.steps])
+            step, np.cumsum([self.problem.steps, self.features.shape[1], self.problem.steps])
         )
         self.bias = np.clip(self.bias + bias, self.rungs[0], self.rungs[-1])
         self.weights = self.weights + weights
@@ -210,20 +210,22 @@ class _Adam:
         return np.asarray(self.rate * mean / (np.sqrt(self.second / (1 - 0.95**self.count)) + 1e-3))
 
 
-class Reinforce(Batched):
+class Reinforce(BatchAgent):
     """See the module."""
 
     name = "reinforce"
 
-    def __init__(self, task: Task, terms: Terms, settings: ReinforceSettings | None = None) -> None:
-        super().__init__(task, terms)
+    def __init__(self, problem: ProblemLike, context: AgentContext, settings: ReinforceSettings | None = None) -> None:
+        super().__init__(problem, context)
         self.settings = settings or ReinforceSettings()
-        self.policy = Policy.build(task, self.settings)
-        if terms.policy is not None:
-            start = terms.policy.restore(self.name, terms.subject, task.names, task.offsets, self.policy.arrays())
+        self.policy = Policy.build(problem, self.settings)
+        if context.policy is not None:
+            start = context.policy.restore(
+                self.name, context.model, problem.names, problem.offsets, self.policy.arrays()
+            )
             for name, values in start.items():
                 setattr(self.policy, name, values)
-        self.surrogate = Surrogate(task)
+        self.surrogate = Surrogate(problem)
         self._adam = _Adam(self.settings.learning_rate)
         # Samples not learned from yet: where dense was legal in them, and their log-probability under their policy.
         self._sampled: dict[tuple[int, ...], tuple[NDArray[np.bool_], float]] = {}
@@ -241,9 +243,9 @@ class Reinforce(Batched):
         self._learn()
         return SavedPolicy(
             agent=self.name,
-            subject=self._terms.subject,
-            target_kept=self._task.target_kept,
-            steps=self._task.names,
+            model=self._context.model,
+            target_kept=self._problem.target_kept,
+            steps=self._problem.names,
             rungs=tuple(self.policy.rungs.tolist()),
             settings=asdict(self.settings),
             arrays=self.policy.arrays(),
@@ -257,7 +259,7 @@ class Reinforce(Batched):
         if self._learned:
             for levels in self._believed(self.surrogate)[: min(self.settings.survivors, count - len(self._planned))]:
                 proposal = self._proposal(levels)
-                self._enter(replace(proposal, look=len(self.record(proposal).rewards)))
+                self._enter(replace(proposal, repeat=len(self.record(proposal).rewards)))
         for attempt in range(_TRIES):
             if len(self._planned) >= count:
                 return
@@ -280,7 +282,7 @@ class Reinforce(Batched):
         actions, rewards = actions[-settings.memory :], rewards[-settings.memory :]
         remembered = [tuple(levels) for levels in actions.tolist()]
         residuals = self.surrogate.fit(actions, without_outliers(rewards))
-        entropy = settings.entropy * max(0.0, 1 - self._learned / self._terms.budget)
+        entropy = settings.entropy * max(0.0, 1 - self._learned / self._context.budget)
         real = [row for row, levels in enumerate(remembered) if levels in self._sampled]
         for update in range(settings.updates):
             imagined, legal = self.policy.sample(settings.imagined, self._generator)

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.protocol import Task
+from agents.protocol import ProblemLike
 
 __all__ = ["Episodes"]
 
 
 class Episodes(VecEnv):
-    """`count` episodes of `task`, one step of all of them at a time.
+    """`count` episodes of `problem`, one step of all of them at a time.
 
     The observation is the task's own, with the step one-hot behind it, so that a small network can tell steps apart. An
     illegal level is taken as the highest rung. The reward is 0 until the last step. Then the episodes begin anew, as
@@ -31,22 +31,24 @@ class Episodes(VecEnv):
         score: rewards (n,) of n finished episodes (n, steps), each legal; called once per batch.
     """
 
-    def __init__(self, task: Task, count: int, score: Callable[[NDArray[np.int64]], NDArray[np.float64]]) -> None:
-        self.task = task
+    def __init__(
+        self, problem: ProblemLike, count: int, score: Callable[[NDArray[np.int64]], NDArray[np.float64]]
+    ) -> None:
+        self.problem = problem
         self.score = score
         self.taken = np.zeros((count, 0), dtype=np.int64)
-        size = task.observation(()).shape[0] + task.steps
-        super().__init__(count, gym.spaces.Box(-1.0, 1.0, (size,), np.float32), gym.spaces.Discrete(task.levels))
+        size = problem.observation(()).shape[0] + problem.steps
+        super().__init__(count, gym.spaces.Box(-1.0, 1.0, (size,), np.float32), gym.spaces.Discrete(problem.levels))
 
     def observations(self) -> NDArray[np.float32]:
         """What the episodes see now, (count, entries)."""
-        seen = self.task.observation(self.taken)
-        step = np.arange(self.task.steps) == self.taken.shape[1]
+        seen = self.problem.observation(self.taken)
+        step = np.arange(self.problem.steps) == self.taken.shape[1]
         return np.concatenate([seen, np.tile(step.astype(np.float32), (self.num_envs, 1))], axis=1)
 
     def masks(self) -> NDArray[np.bool_]:
         """Legal levels now, (count, levels)."""
-        return self.task.mask(self.taken)
+        return self.problem.mask(self.taken)
 
     def reset(self) -> NDArray[np.float32]:
         """Begin anew; gives the first observations."""
@@ -55,13 +57,11 @@ class Episodes(VecEnv):
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
         """Take one level in every episode, (count,)."""
-        legal = self.masks()[np.arange(self.num_envs), actions]
-        level = np.where(legal, actions, self.task.levels - 2)
-        self.taken = np.concatenate([self.taken, level[:, None]], axis=1)
+        self.taken = self.problem.legalise(np.concatenate([self.taken, actions[:, None]], axis=1))
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Observations, rewards, whether the episodes ended, infos; as stable-baselines3 wants them."""
-        rewards, done = np.zeros(self.num_envs, dtype=np.float32), self.taken.shape[1] == self.task.steps
+        rewards, done = np.zeros(self.num_envs, dtype=np.float32), self.taken.shape[1] == self.problem.steps
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         seen = self.observations()
         if done:

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.protocol import Task
+from agents.protocol import ProblemLike
 
 __all__ = ["Surrogate", "without_outliers"]
 
@@ -33,12 +33,12 @@ class Surrogate:
     likelihood on a grid; with many trials θ is looked for again only when an eighth more are there than the last time.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, problem: ProblemLike) -> None:
         """No trial yet; call `fit` before anything else."""
-        rungs = np.asarray(task.offsets[:-1], dtype=np.float64)
+        rungs = np.asarray(problem.offsets[:-1], dtype=np.float64)
         self._positions = np.append(rungs, 2 * rungs[-1] - rungs[-2] if len(rungs) > 1 else 1.0)
-        self._forecast = task.forecast
-        self._origin = task.forecast(np.full((1, task.steps), task.middle))
+        self._forecast = problem.forecast
+        self._origin = problem.forecast(np.full((1, problem.steps), problem.middle))
         self._theta = 0.3, 0.3
         self._enough = _MANY  # trials from which on θ is looked for
 

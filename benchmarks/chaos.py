@@ -56,8 +56,8 @@ class Tally:
         """Compare the journal with what was in it before."""
         self.lost += sum(rows.get(number, [None])[0] != was for number, was in self.acknowledged.items())
         self.duplicated += sum(len(found) - 1 for found in rows.values())
-        looks = [(digest, look) for found in rows.values() for digest, look, _ in found]
-        self.duplicated += len(looks) - len(set(looks))
+        shards = [(digest, repeat) for found in rows.values() for digest, repeat, _ in found]
+        self.duplicated += len(shards) - len(set(shards))
         self.acknowledged = {number: found[0] for number, found in rows.items()}
 
     def counts(self) -> tuple[int, int, int, int]:

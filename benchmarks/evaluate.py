@@ -35,7 +35,7 @@ from search.data.prompts import render
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.quality import paired_kl
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.model.devices import resolve_device
 
 MODULE = "benchmarks.evaluate"
@@ -118,12 +118,12 @@ def alternate(sides: dict[str, Callable[[Schedule], Figures]], schedules: Sequen
     return seconds
 
 
-def finalists(subject: Subject, problem: Problem, count: int) -> Race:
+def finalists(experiment: Experiment, problem: Problem, count: int) -> Race:
     """Choose among draws near and far from the closed form, without and with racing; no hidden states carried over."""
-    [sequences] = subject.shards("selection")
+    [sequences] = experiment.shards("selection")
     workload = Workload(sequences, torch.device("cpu"), 512, mixed=True)
-    store = plain_store(subject.loaded, subject.sites)
-    evaluator = ModelEvaluator(subject.loaded.model, store, [workload])
+    store = plain_store(experiment.loaded, experiment.sites)
+    evaluator = ModelEvaluator(experiment.loaded.model, store, [workload])
     schedules = [s for reach in (1, 4, 7) for s in global_draws(problem, -(-count // 3), reach, reach)]
     seconds, tokens, best, given_up = {}, {}, {}, 0
     for racing in (False, True):
@@ -174,11 +174,11 @@ def main() -> None:
 
     config, device = Config.of({"device": "cpu"}), resolve_device("cpu")
     loaded, sites = load(config, device)
-    subject = Subject.of(config, loaded, sites, device)
-    dealt = len(subject.shards("search")) + 4
-    requests = [render(item) for item in subject.splits.search_items[0::dealt]]
+    experiment = Experiment.of(config, loaded, sites, device)
+    dealt = len(experiment.shards("search")) + 4
+    requests = [render(item) for item in experiment.splits.search_items[0::dealt]]
     items = tuple((one.context, tuple(one.continuations), one.answer) for one in requests)
-    work = Work(items, subject.splits.search_text.chunks[0::dealt])
+    work = Work(items, experiment.splits.search_text.chunks[0::dealt])
     problem = Problem.build(plain_store(loaded, sites).menu("plain"), KEPT, "block+family")
     streams = {
         "local": local_walk(sites, problem.closed_form(), local, 1),
@@ -207,7 +207,7 @@ def main() -> None:
         ours.evaluator.close()
     parts = naive.seconds
     del naive, swapping, ours, sides, states
-    race = finalists(subject, problem, candidates)
+    race = finalists(experiment, problem, candidates)
     counted = {"naive": streams["global"][:1], "swapping": streams["global"][:1], "ours": streams["local"]}
     memory = {} if arguments.quick else {side: peak_memory(side, work, some) for side, some in counted.items()}
     body, bars = page(timings, parts, race, memory, work, tokens, streams)

@@ -22,7 +22,7 @@ from compression.schedule import Schedule
 from envs import Problem
 from search.config import Config
 from search.evaluation.pool import Job
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.model.devices import resolve_device
 from search.workers.pools import search_pool
 
@@ -43,7 +43,7 @@ def main() -> None:
     config = Config.of({"model": given.model})
     device = resolve_device(config.device)
     loaded, sites = load(config, device)
-    menu = Subject.of(config, loaded, sites, device).store.menu()
+    menu = Experiment.of(config, loaded, sites, device).store.menu()
     problem = Problem.build(menu, config.target_kept, config.granularity)
     generator = np.random.default_rng(0)
     episodes = problem.middle + generator.integers(-2, 3, (trials, problem.steps))
@@ -56,8 +56,8 @@ def main() -> None:
             threads = max(1, cores // max(1, count))
             torch.set_num_threads(threads)
             wanted = {} if count == IN_PROCESS else {"evaluators": count, "threads": threads}
-            subject = Subject.of(config.model_copy(update=wanted), loaded, sites, device)
-            taken[count].append(measured(subject, problem.closed_form(), schedules, max(1, count)))
+            experiment = Experiment.of(config.model_copy(update=wanted), loaded, sites, device)
+            taken[count].append(measured(experiment, problem.closed_form(), schedules, max(1, count)))
             print(count, *(f"{value:.1f}" for value in taken[count][-1]), flush=True)
     rows = []
     for count in sides:
@@ -72,10 +72,12 @@ def main() -> None:
     publish("benchmarks.evaluator_throughput", "Throughput of real evaluators", body, [], given.write)
 
 
-def measured(subject: Subject, anchor: Schedule, schedules: Sequence[Schedule], count: int) -> tuple[float, float]:
+def measured(
+    experiment: Experiment, anchor: Schedule, schedules: Sequence[Schedule], count: int
+) -> tuple[float, float]:
     """Seconds until all evaluators have scored once, and what the schedules take after that."""
     start = time.perf_counter()
-    with search_pool(subject, anchor, print) as pool:
+    with search_pool(experiment, anchor, print) as pool:
         warm = [anchor] * count
         for number, schedule in enumerate(warm):
             pool.submit(number, Job(schedule))

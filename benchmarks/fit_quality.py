@@ -26,7 +26,7 @@ from compression import Choice, Site, collect, contract, fitted_topologies, reso
 from compression.decomposition.factors import OPTIMISM, FactorStore
 from search.config import Config
 from search.experiment.calibration import calibration_batches, factor_store
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.model.architecture import head_size
 
 METHODS = ("sequential 2", "sequential 3", "whitened", "pivoted", "fitted 2", "fitted 3", "fitted heads", "menu")
@@ -78,14 +78,14 @@ def main() -> None:
     config = Config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, sites = load(config, device)
-    subject = Subject.of(config, loaded, sites, device)
+    experiment = Experiment.of(config, loaded, sites, device)
     last = max(site.block for site in sites)
     blocks = [last // 2] if arguments.quick else [round(share * last) for share in (0.04, 0.25, 0.5, 0.75, 0.96)]
     fractions = (0.3, 0.6) if arguments.quick else (0.2, 0.4, 0.6, 0.8)
     chosen = [site for site in sites if site.block in blocks and not site.dense_because]
-    calibration = subject.calibration.unweighted  # errors on held-out activations count tokens alike
+    calibration = experiment.calibration.unweighted  # errors on held-out activations count tokens alike
     store = factor_store(loaded, sites, calibration, calibration.cache)
-    text = subject.splits.heldout_text
+    text = experiment.splits.heldout_text
     batches = list(calibration_batches(loaded, text, config.seed))
     held_out = collect(loaded.model, chosen, batches, torch.Generator(device).manual_seed(0))
     heads, results, start = head_size(loaded.model), {}, time.perf_counter()
@@ -98,7 +98,7 @@ def main() -> None:
     body, bars = report(results, chosen, fractions)
     counts = (
         f"{len(chosen)} sites of SmolLM2-135M-Instruct (blocks {', '.join(map(str, blocks))}); C from "
-        f"{subject.splits.calibration.tokens:,} calibration and {text.tokens:,} held-out tokens."
+        f"{experiment.splits.calibration.tokens:,} calibration and {text.tokens:,} held-out tokens."
     )
     publish("benchmarks.fit_quality", "MPO fits on held-out activations", f"{counts}\n\n{body}", bars, arguments.write)
 

@@ -25,9 +25,9 @@ from benchmarks.healing import CORPORA, KEPT, Table
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import Menu, Schedule, ScheduleApplier, lagrangian, to_schedule, uniform
 from search.config import Config
-from search.experiment.experiment import Subject
+from search.experiment.experiment import Experiment
 from search.healing.plan import Options
-from search.healing.run import heal_subject_
+from search.healing.run import heal_experiment_
 from search.priors.format import Prior
 from search.priors.transfer import exact_schedule
 from search.profiling.sensitivity import rank_correlation
@@ -113,23 +113,23 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.quick
     config = Config(target_kept=KEPT, repair_tokens=arguments.repair_tokens or (512 if quick else 8192))
-    subject = Subject.open(config)
+    experiment = Experiment.open(config)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="heal-rank-"))
     folder.mkdir(parents=True, exist_ok=True)
     options = Options(minutes=None, tokens=arguments.tokens or (2048 if quick else 24_576))
-    plan = options.plan(0, subject.device)
-    table = Table(subject, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
+    plan = options.plan(0, experiment.device)
+    table = Table(experiment, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
     outcomes = []
-    for name, schedule in schedules(subject.store.menu(), arguments.schedules or (4 if quick else 13)):
+    for name, schedule in schedules(experiment.store.menu(), arguments.schedules or (4 if quick else 13)):
         record = folder / f"{schedule.digest[:16]}-{config.repair_tokens}-{plan.length}.json"
         if not record.exists():
             del table.rows[1:]
-            with ScheduleApplier(subject.loaded.model, subject.store, packed=True) as applier:
+            with ScheduleApplier(experiment.loaded.model, experiment.store, packed=True) as applier:
                 applier.apply_(schedule)
                 table.score_as_is(schedule)
             with Console() as console:
                 console.note(name)
-                heal_subject_(subject, schedule, table, plan, options, folder / "weights", console)
+                heal_experiment_(experiment, schedule, table, plan, options, folder / "weights", console)
             figures = [{corpus: row[corpus].kl for corpus in CORPORA} for row in table.rows[1:]]
             record.write_text(json.dumps(dict(zip(STATES, figures, strict=True))), encoding="utf-8")
         outcomes.append(Outcome(name, json.loads(record.read_text(encoding="utf-8"))))

@@ -30,9 +30,9 @@ from search.evaluation.quality import Quality
 from search.evaluation.score import Score
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS
-from search.experiment.experiment import Subject, workload_sequences
+from search.experiment.experiment import Experiment, workload_sequences
 from search.healing.plan import Options
-from search.healing.run import heal_subject_
+from search.healing.run import heal_experiment_
 from search.runtime.console import Console
 
 KEPT = 0.618
@@ -51,9 +51,9 @@ class Table:
         items: of each task.
     """
 
-    def __init__(self, subject: Subject, tokens: int, items: int = 0, tasks: Sequence[str] = TASKS) -> None:
-        self.subject = subject
-        encode, device = subject.loaded.encode, subject.device
+    def __init__(self, experiment: Experiment, tokens: int, items: int = 0, tasks: Sequence[str] = TASKS) -> None:
+        self.experiment = experiment
+        encode, device = experiment.loaded.encode, experiment.device
         batch_tokens = 1 << (10 if device.type == "cpu" else 13)
         prose = load_prose()
         self.workloads: dict[str, Workload] = {}
@@ -64,17 +64,17 @@ class Table:
             self.workloads[name] = Workload(texts, device, batch_tokens)
         for task in tasks:
             chosen = stratified(load_proxy(task), items, 0)
-            items_of = workload_sequences(subject.loaded, chosen, task, "answer", [])
+            items_of = workload_sequences(experiment.loaded, chosen, task, "answer", [])
             self.workloads[task] = Workload(items_of, device, batch_tokens)
-        self.sizes = SizeModel(subject.loaded.model, subject.store.sites)
+        self.sizes = SizeModel(experiment.loaded.model, experiment.store.sites)
         self.rows: list[dict[str, Quality]] = [
-            {name: workload.reference(subject.loaded.model) for name, workload in self.workloads.items()}
+            {name: workload.reference(experiment.loaded.model) for name, workload in self.workloads.items()}
         ]
-        self.dense = self._score(Schedule.dense(tuple(site.name for site in subject.sites)))
+        self.dense = self._score(Schedule.dense(tuple(site.name for site in experiment.sites)))
 
     def score_as_is(self, schedule: Schedule) -> Score:
         """Another row."""
-        model = self.subject.loaded.model
+        model = self.experiment.loaded.model
         self.rows.append({name: workload.measure(model) for name, workload in self.workloads.items()})
         return self._score(schedule)
 
@@ -108,23 +108,23 @@ def main() -> None:
     sizes = {name: getattr(arguments, name) for name in ("calibration_tokens", "repair_tokens")}
     given = {name: value for name, value in sizes.items() if value is not None}
     config = Config.of({"target_kept": KEPT, **({"repair_tokens": 4096} if quick else {}), **given})
-    subject = Subject.open(config)
-    menu = subject.store.menu()
+    experiment = Experiment.open(config)
+    menu = experiment.store.menu()
     schedule = to_schedule(menu, lagrangian(menu, math.floor(KEPT * menu.dense_parameters)))
     table = Table(
-        subject, arguments.heldout_tokens or (512 if quick else 4096), arguments.items or (8 if quick else 200)
+        experiment, arguments.heldout_tokens or (512 if quick else 4096), arguments.items or (8 if quick else 200)
     )
-    with ScheduleApplier(subject.loaded.model, subject.store, packed=True) as applier:
+    with ScheduleApplier(experiment.loaded.model, experiment.store, packed=True) as applier:
         applier.apply_(schedule)
         table.score_as_is(schedule)
-        parameters = model_parameters(subject.loaded.model)
+        parameters = model_parameters(experiment.loaded.model)
     names = ("rate", "batch_tokens", "pass_tokens", "data", "text_tokens")
     options = Options(minutes=minutes, **{name: getattr(arguments, name) for name in names})
-    plan = options.plan(0, subject.device)
+    plan = options.plan(0, experiment.device)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="healing-"))
     folder.mkdir(parents=True, exist_ok=True)
     with Console() as console:
-        scores, healed = heal_subject_(subject, schedule, table, plan, options, folder, console)
+        scores, healed = heal_experiment_(experiment, schedule, table, plan, options, folder, console)
     sides = ["dense", "decomposed", *list(scores)[1:]]  # what is healed is named after whether it was repaired
     lines = []
     for number, (name, row) in enumerate(zip(sides, table.rows, strict=True)):
@@ -137,7 +137,7 @@ def main() -> None:
     header = ["model", *(f"{corpus} {figure}" for corpus in CORPORA for figure in ("KL", "ppl")), *TASKS, "mean"]
     curve = markdown(
         ["tokens", "minutes", "KL", "perplexity"],
-        [[f"{x.tokens:,}", f"{x.seconds / 60:.1f}", f"{x.kl:.3f}", f"{x.perplexity:.1f}"] for x in healed.looks],
+        [[f"{x.tokens:,}", f"{x.seconds / 60:.1f}", f"{x.kl:.3f}", f"{x.perplexity:.1f}"] for x in healed.shards],
     )
     counts = ", ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
     planned = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items() if value is not None)
@@ -149,7 +149,7 @@ def main() -> None:
         f"{markdown(header, lines)}\n\nOn the way, on search data:\n\n{curve}"
     )
     first, last = table.rows[0]["encyclopedia"], table.rows[-1]["encyclopedia"]
-    gpu = subject.device.type == "cuda"
+    gpu = experiment.device.type == "cuda"
     bars = [
         Bar("healed_kl", last.kl, "<=", 0.75),
         Bar("perplexity_over_dense", last.perplexity / first.perplexity, "<=", _allowed(minutes, gpu)),

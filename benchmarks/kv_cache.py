@@ -28,7 +28,7 @@ from benchmarks.report import markdown, publish
 from compression import ScheduleApplier, lagrangian, to_schedule
 from search.config import Config
 from search.data.prose import load_prose, regions
-from search.experiment.experiment import Subject
+from search.experiment.experiment import Experiment
 from search.healing.sharding import sharing_copy
 from search.model.latent_cache import cache_bytes, latent_cache, plain_cache
 
@@ -96,17 +96,19 @@ def by_position(kl: torch.Tensor) -> list[list[object]]:
     return rows
 
 
-def _texts(subject: Subject, length: int, count: int) -> list[torch.Tensor]:
+def _texts(experiment: Experiment, length: int, count: int) -> list[torch.Tensor]:
     """Held-out encyclopedia text, `count` pieces (1, length).
 
     Raises:
         ValueError: there is not so much.
     """
     heldout = regions(load_prose()[CORPORA["encyclopedia"]])[2]
-    stream = [token for text in heldout for token in subject.loaded.encode(text + "\n\n")]
+    stream = [token for text in heldout for token in experiment.loaded.encode(text + "\n\n")]
     if len(stream) < length * count:
         raise ValueError(f"there are {len(stream)} held-out tokens, and {length * count} are asked for")
-    return [torch.tensor(stream[length * each : length * (each + 1)])[None].to(subject.device) for each in range(count)]
+    return [
+        torch.tensor(stream[length * each : length * (each + 1)])[None].to(experiment.device) for each in range(count)
+    ]
 
 
 def main() -> None:
@@ -120,14 +122,14 @@ def main() -> None:
     given = parser.parse_args()
     contexts: Sequence[int] = given.contexts or ([512] if given.quick else [4096, 8192])
     config = Config(target_kept=given.kept)
-    subject = Subject.open(config)
-    model = subject.loaded.model
-    menu = subject.store.menu()
+    experiment = Experiment.open(config)
+    model = experiment.loaded.model
+    menu = experiment.store.menu()
     schedule = to_schedule(menu, lagrangian(menu, math.floor(given.kept * menu.dense_parameters)))
-    texts = _texts(subject, max(contexts) + _STEPS, given.texts or (1 if given.quick else 2))
+    texts = _texts(experiment, max(contexts) + _STEPS, given.texts or (1 if given.quick else 2))
     dense = sharing_copy(model)
     parts = []
-    with ScheduleApplier(model, subject.store, packed=True) as applier:
+    with ScheduleApplier(model, experiment.store, packed=True) as applier:
         applier.apply_(schedule)
         rows: list[list[object]] = []
         for context in contexts:

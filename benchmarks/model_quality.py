@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from agents import Gradient, Terms
+from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
 from compression.decomposition.apply import ScheduleApplier
@@ -46,7 +46,7 @@ from search.config import Config
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.calibration import SHRINKAGE, factor_store
-from search.experiment.experiment import Subject, load, workload_sequences
+from search.experiment.experiment import Experiment, load, workload_sequences
 from search.model.architecture import head_size
 
 VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "corrected", "sequential", "repaired", "complete")
@@ -57,39 +57,39 @@ _PASSES = 6
 class Bench:
     """A subject with its menus and held-out workloads, each made when first asked for."""
 
-    subject: Subject
+    experiment: Experiment
     fitted_families: Sequence[str]
     workloads: dict[str, Workload]
     _menus: dict[str, Menu] = field(default_factory=dict)
     _corrected: dict[float, Schedule] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, subject: Subject, fitted_families: Sequence[str]) -> Bench:
-        held, model = subject.splits.heldout_text, subject.loaded.model
+    def of(cls, experiment: Experiment, fitted_families: Sequence[str]) -> Bench:
+        held, model = experiment.splits.heldout_text, experiment.loaded.model
 
         def workload(corpus: str) -> Workload:
             text = [(name, chunk) for name, chunk in held.labelled if name == corpus]
-            made = Workload(workload_sequences(subject.loaded, [], "mmlu", "answer", text), subject.device)
+            made = Workload(workload_sequences(experiment.loaded, [], "mmlu", "answer", text), experiment.device)
             made.reference(model)
             return made
 
         corpora = {corpus: workload(corpus) for corpus in ("prose", "exam")}
-        return cls(subject, fitted_families, corpora)
+        return cls(experiment, fitted_families, corpora)
 
     @cached_property
     def unweighted(self) -> FactorStore:
         """Factors in the metric of tokens that count alike."""
-        subject = self.subject
-        calibration = subject.calibration.unweighted
-        return factor_store(subject.loaded, subject.sites, calibration, calibration.cache)
+        experiment = self.experiment
+        calibration = experiment.calibration.unweighted
+        return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache)
 
     def store(self, variant: str) -> FactorStore:
-        return self.unweighted if variant in ("lowrank", "pivoted") else self.subject.store
+        return self.unweighted if variant in ("lowrank", "pivoted") else self.experiment.store
 
     def menu(self, variant: str) -> Menu:
         kind = variant if variant in ("lowrank", "pivoted", "weighted") else "menu"
         if kind not in self._menus:
-            store, size = self.store(kind), head_size(self.subject.loaded.model)
+            store, size = self.store(kind), head_size(self.experiment.loaded.model)
             fitted = {
                 site.name: fitted_topologies(site, size)
                 for site in store.sites
@@ -108,14 +108,17 @@ class Bench:
     @contextmanager
     def compressed(self, variant: str, kept: float) -> Iterator[Schedule]:
         """The model under a variant; dense again afterwards."""
-        model, schedule = self.subject.loaded.model, self.schedule(variant, kept)
+        model, schedule = self.experiment.loaded.model, self.schedule(variant, kept)
         if variant not in ("sequential", "repaired", "complete"):
             with ScheduleApplier(model, self.store(variant)) as applier:
                 applier.apply_(schedule)
                 yield schedule
             return
-        sites, batches = self.subject.store.sites, self.subject.repair_batches(self.subject.config.repair_tokens)
-        statistics, correct = self.subject.calibration(), variant != "sequential"
+        sites, batches = (
+            self.experiment.store.sites,
+            self.experiment.repair_batches(self.experiment.config.repair_tokens),
+        )
+        statistics, correct = self.experiment.calibration(), variant != "sequential"
         taken = repair_(model, sites, schedule, statistics, batches, SHRINKAGE, correct)
         try:
             yield schedule
@@ -126,12 +129,14 @@ class Bench:
         """What the gradient agent believes best after a few passes; made once."""
         if kept not in self._corrected:
             problem = Problem.build(self.menu("menu"), kept, "block+family")
-            agent = Gradient(problem, Terms(seed=0, budget=4 * _PASSES, looks=self.subject.config.search_shards))
-            with self.subject.evaluator("search", problem.closed_form()) as evaluator:
+            agent = Gradient(
+                problem, AgentContext(seed=0, budget=4 * _PASSES, shards=self.experiment.config.search_shards)
+            )
+            with self.experiment.evaluator("search", problem.closed_form()) as evaluator:
                 while proposals := agent.ask(1):
                     [proposal] = proposals
                     assert proposal.probe is not None
-                    agent.tell_slopes(proposal, evaluator.slopes(proposal.schedule, proposal.probe, proposal.look))
+                    agent.tell_slopes(proposal, evaluator.slopes(proposal.schedule, proposal.probe, proposal.repeat))
                     agent.tell(proposals, [0.0])
             self._corrected[kept] = agent.recommend(1)[0].schedule
         return self._corrected[kept]
@@ -177,7 +182,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, sites = load(config, device)
     bench = Bench.of(
-        Subject.of(config, loaded, sites, device),
+        Experiment.of(config, loaded, sites, device),
         arguments.fitted_families,
     )
     quality = _read(arguments.measured)
@@ -209,7 +214,7 @@ def main() -> None:
                 else:
                     cells.append("not run")
             rows.append(cells)
-    text = bench.subject.splits
+    text = bench.experiment.splits
     counts = ", ".join(f"{name} {w.tokens:,} tokens in {len(w.sequences)}" for name, w in bench.workloads.items())
     errors = []
     for kept in fractions:

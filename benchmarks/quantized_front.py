@@ -36,7 +36,7 @@ from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
 from search.experiment.calibration import SHRINKAGE
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.export.folder import footprint
 from search.export.quantize import ends
 from search.model.devices import resolve_device
@@ -61,21 +61,21 @@ class Point:
 class Front:
     """The dense model with what points are made of."""
 
-    subject: Subject
+    experiment: Experiment
     feedback: bool
     points: list[Point] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = self.subject.loaded.model
-        self.sites = [site for site in self.subject.sites if not site.dense_because]
-        self.workload = Workload(self.subject.shards("heldout")[0], self.subject.device)
+        self.model = self.experiment.loaded.model
+        self.sites = [site for site in self.experiment.sites if not site.dense_because]
+        self.workload = Workload(self.experiment.shards("heldout")[0], self.experiment.device)
         self.workload.reference(self.model)
-        self.statistics = self.subject.calibration()
+        self.statistics = self.experiment.calibration()
         self.float32 = footprint(self.model).float32
 
     def spectrum(self, site: Site) -> np.ndarray:
         """Of the whitened matrix."""
-        return self.subject.store.factors(site.name, "lowrank", "two-sided").spectrum.double().numpy()
+        return self.experiment.store.factors(site.name, "lowrank", "two-sided").spectrum.double().numpy()
 
     def moment(self, name: str) -> torch.Tensor | None:
         """What rounding is done in the metric of."""
@@ -88,7 +88,7 @@ class Front:
         weight = dense_weight(dense)
         whitening = Whitening.of(self.statistics.input(site.name), self.statistics.gradient(site.name), SHRINKAGE)
         legs_chi = max(1, int(_PROBE * site.parameters / (site.out_features + site.in_features)))
-        cores = self.subject.store.cores(site.name, Choice("pivoted-lowrank", legs_chi, "two-sided"))
+        cores = self.experiment.store.cores(site.name, Choice("pivoted-lowrank", legs_chi, "two-sided"))
 
         def cost(matrix: torch.Tensor) -> float:
             return 0.5 * float(whitening.apply(matrix.float()).square().sum())
@@ -107,9 +107,9 @@ class Front:
         """The model with sites as chosen and rounded, and the embedding and head rounded; dense again afterwards."""
         names = [*(site.name for site in self.sites), *ends(self.model)]
         taken = {name: self.model.get_submodule(name) for name in names}
-        applier = ScheduleApplier(self.model, self.subject.store, packed=True)
+        applier = ScheduleApplier(self.model, self.experiment.store, packed=True)
         try:
-            everywhere = {site.name: DENSE for site in self.subject.sites} | dict(choices)
+            everywhere = {site.name: DENSE for site in self.experiment.sites} | dict(choices)
             applier.apply_(Schedule(tuple(everywhere.items())))
             wanted = {name: each for name, each in bits.items() if each != PLAIN}
             if ends_bits != PLAIN:
@@ -136,7 +136,9 @@ class Front:
 
     def rate(self, noises: Mapping[str, Mapping[int, Noise]]) -> float:
         """How many times more KL rounding to 4 bits costs per predicted nat than truncation does, on search text."""
-        workload = Workload([one for shard in self.subject.shards("search") for one in shard], self.subject.device)
+        workload = Workload(
+            [one for shard in self.experiment.shards("search") for one in shard], self.experiment.device
+        )
         workload.reference(self.model)
         menus = [byte_menu(site, self.spectrum(site), {}, GROUP) for site in self.sites]
         room = int(_TRUNCATED * sum(2 * site.parameters for site in self.sites))
@@ -176,7 +178,7 @@ def main() -> None:
     config = Config.of({"model": given.model, **sizes})
     device = resolve_device("auto")
     loaded, sites = load(config, device)
-    front = Front(Subject.of(config, loaded, sites, device), feedback=not given.quick)
+    front = Front(Experiment.of(config, loaded, sites, device), feedback=not given.quick)
     bars = _measure(front)
     body = _table(front) + ("\n\n![front](quantized_front.svg)" if given.write else "")
     if given.write:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from search.reporting.tables import SUMMARY, markdown_table
+from search.reporting.tables import SUMMARY_COLUMNS, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run table -->"
@@ -23,7 +23,7 @@ START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run tab
 def section(document: dict[str, Any]) -> str:
     """Markdown of the table with what it was made by."""
     made, difference = document["environment"], document["searched_against_lagrangian_kl"]
-    columns = [column for column in SUMMARY if column.key != "kept_fraction"]
+    columns = [column for column in SUMMARY_COLUMNS if column.key != "kept_fraction"]
     rows = {row["schedule"]: row for row in document["rows"]}
     closed = rows["lagrangian"]["kl"]
     whitened, uniform = (rows[name]["kl"] / closed for name in ("uniform-whitened", "uniform"))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import agents
-from agents import Terms
+from agents import AgentContext
 from benchmarks.report import Bar, markdown, publish
 from compression.schedule import Schedule
 from compression.size import Size
@@ -110,7 +110,7 @@ def simulate(name: str, count: int, seconds: float, rounds: int) -> Figures:
     problem = Problem.build(toy_menu(BLOCKS), 0.5)
     budget = rounds * count
     pool = Timed(problem, count, seconds)
-    agent = Clocked(agents.make(name, problem, Terms(0, budget)))
+    agent = Clocked(agents.make(name, problem, AgentContext(0, budget)))
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "study.db", {}, problem.names, problem.levels)
         start = time.process_time()

@@ -25,7 +25,7 @@ from compression.numerics.whitening import Whitening
 from compression.sites import dense_weight
 from search.config import Config
 from search.experiment.calibration import SHRINKAGE, calibration_batches
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 
 SHRINKAGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 KEPT = (0.8, 0.5)
@@ -123,7 +123,7 @@ def main() -> None:
     config = Config(calibration_tokens=4096) if arguments.quick else Config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, sites = load(config, device)
-    text = Subject.of(config, loaded, sites, device).splits.calibration
+    text = Experiment.of(config, loaded, sites, device).splits.calibration
     chosen = [site for site in sites if not site.dense_because][:: 10 if arguments.quick else arguments.every]
     batches, start, model = list(calibration_batches(loaded, text, config.seed)), time.perf_counter(), loaded.model
     halves = [weighted(model, chosen, batches[part::2], config.seed) for part in (0, 1)]

@@ -43,7 +43,7 @@ from compression.decomposition.factors import lowrank_cores
 from compression.numerics import fit
 from search.config import Config
 from search.experiment.calibration import SHRINKAGE, calibration_batches
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.model.architecture import head_size
 
 VARIANTS = ("heads", "mpo2", "shuffled", "ordered", "sum", "mpo3", "mpo3 adapted")
@@ -146,8 +146,8 @@ class Trial:
             if fitting:
                 trials.append((first, fitting[-1]))
         metrics = self.gradient[None], self.inputs[None]
-        looks = {bonds: fit(self.weight[None], *metrics, legs, bonds, _GLANCE).cost for bonds in dict.fromkeys(trials)}
-        best = min(looks, key=lambda bonds: float(looks[bonds]))
+        shards = {bonds: fit(self.weight[None], *metrics, legs, bonds, _GLANCE).cost for bonds in dict.fromkeys(trials)}
+        best = min(shards, key=lambda bonds: float(shards[bonds]))
         return contract([core[0].double() for core in fit(self.weight[None], *metrics, legs, best, 150, 3e-3).cores])
 
     def _size(self, legs: Legs, first: int, second: int) -> bool:
@@ -179,11 +179,11 @@ def main() -> None:
     arguments = parser.parse_args()
     config, device = Config(heldout_tokens=6144), torch.device("cpu")
     loaded, sites = load(config, device)
-    subject = Subject.of(config, loaded, sites, device)
+    experiment = Experiment.of(config, loaded, sites, device)
     blocks = (14,) if arguments.quick else (1, 14, 28)
     chosen = [site for site in sites if site.block in blocks and site.family in ("q", "k", "v", "o", "down")]
-    calibration = subject.calibration()
-    batches = list(calibration_batches(loaded, subject.splits.heldout_text, config.seed))
+    calibration = experiment.calibration()
+    batches = list(calibration_batches(loaded, experiment.splits.heldout_text, config.seed))
     held_out = collect(loaded.model, chosen, batches, torch.Generator().manual_seed(0))
     heads, rows, start = head_size(loaded.model), [], time.perf_counter()
     columns: dict[str, list[float]] = {name: [] for name in VARIANTS}

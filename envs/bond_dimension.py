@@ -128,9 +128,7 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
             raise ValueError("the episode has ended: call reset() before step()")
         if not self.action_space.contains(action):
             raise ValueError(f"an action must lie in {self.action_space}, got {action!r}")
-        for level in np.atleast_1d(action):
-            legal = self.problem.mask(self._taken)[level]
-            self._taken.append(int(level) if legal else self.problem.levels - 2)
+        self._taken = self.problem.legalise([*self._taken, *np.atleast_1d(action)]).tolist()
         observation = self.problem.observation(self._taken)
         if len(self._taken) < self.problem.steps:
             return observation, 0.0, False, False, {}

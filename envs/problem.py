@@ -244,6 +244,21 @@ class Problem:
             legal[..., -1] = self._fits(self._dense_sites(levels) | (self.membership[:, step] > 0))
         return legal
 
+    def legalise(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The actions with the highest rung wherever dense is illegal, (steps taken,); axes before those are kept.
+
+        Steps are taken in order, so a dense that is replaced leaves room for the dense of a later step.
+        """
+        legal = self._levels(actions).copy()
+        if not legal.size:
+            return legal
+        rows = legal.reshape(-1, legal.shape[-1])
+        # If even the last step could be dense beside all that are, none of those is one too many.
+        doubtful = ~self.mask(rows[:, :-1])[:, -1]
+        for row, step in np.argwhere((rows == self.dense_level) & doubtful[:, None]):
+            rows[row, step] -= not self.mask(rows[row, :step])[-1]
+        return legal
+
     def observation(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """What the step after `prefix` can see, as `OBSERVATION` lists it, (steps taken,) -> (entries,).
 

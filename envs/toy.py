@@ -84,7 +84,7 @@ class ToyEvaluator:
         """Scores in the order of `schedules`."""
         return [self._score(schedule) for schedule in schedules]
 
-    def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
+    def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
         """First-order changes of the KL as a model's would be: twice what a site's move brings, without its own cost.
 
         The KL of a model is quadratic in the errors. Moving a site that has an error, the slope is about twice the

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agents import Proposal, Task, Terms
+from agents import AgentContext, ProblemLike, Proposal
 from agents.ledger import Ledger
 
 
@@ -20,9 +20,9 @@ class HillClimb:
 
     name = "examples.new_agent:HillClimb"
 
-    def __init__(self, task: Task, terms: Terms) -> None:
-        self._task, self._ledger = task, Ledger(terms)
-        self._generator = np.random.default_rng(terms.seed)
+    def __init__(self, task: ProblemLike, context: AgentContext) -> None:
+        self._task, self._ledger = task, Ledger(context)
+        self._generator = np.random.default_rng(context.seed)
         self._best, self._reward = (task.middle,) * task.steps, -np.inf
 
     def ask(self, count: int) -> list[Proposal]:

@@ -16,7 +16,7 @@ import torch
 
 from compression import resolve
 from search.config import Config
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 
 
 def main(words: list[str] | None = None) -> tuple[float, float]:
@@ -29,13 +29,13 @@ def main(words: list[str] | None = None) -> tuple[float, float]:
     given = parser.parse_args(words)
 
     config, device = Config.of({"model": given.model, "quick": True}), torch.device("cpu")
-    subject = Subject.of(config, *load(config, device), device)
-    [site] = [site for site in subject.sites if site.name == given.site]
+    experiment = Experiment.of(config, *load(config, device), device)
+    [site] = [site for site in experiment.sites if site.name == given.site]
     parameters = resolve(given.topology, site.out_features, site.in_features).parameters(given.chi)
     rank = resolve("pivoted-lowrank", site.out_features, site.in_features).largest_chi(parameters)
 
-    fitted = subject.store.factors(site.name, given.topology, "two-sided", given.chi).spectrum
-    lowrank = subject.store.factors(site.name, "pivoted-lowrank", "two-sided").spectrum[rank:]
+    fitted = experiment.store.factors(site.name, given.topology, "two-sided", given.chi).spectrum
+    lowrank = experiment.store.factors(site.name, "pivoted-lowrank", "two-sided").spectrum[rank:]
     costs = 0.5 * float(fitted.square().sum()), 0.5 * float(lowrank.square().sum())
     print(
         f"{site.name}, {parameters} of {site.parameters} numbers: {given.topology} χ {given.chi} costs {costs[0]:.3g},"

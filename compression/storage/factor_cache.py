@@ -43,9 +43,9 @@ class FactorCache:
         tell: hears of damaged files; left out, they are Python warnings.
     """
 
-    def __init__(self, root: Path | None, tell: Callable[[str], None] = warnings.warn) -> None:
+    def __init__(self, root: Path | None, warn: Callable[[str], None] = warnings.warn) -> None:
         self.root = root
-        self._tell = tell
+        self._tell = warn
 
     def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
         """The bundle of `key`, from disk if a file is there and intact, else built and stored.

@@ -20,7 +20,7 @@ from compression.schedule import Schedule
 from compression.sites import put_modules
 from envs import Problem
 from search.config import Config, read_fields
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
 from search.healing.state import HEALED, STATE, HealedState
 from search.model.devices import working_dtype
@@ -30,7 +30,7 @@ from search.runtime.console import Console
 from search.runtime.nearest import nearest
 from search.runtime.run_folder import CONFIG, PRIOR
 
-__all__ = ["SCHEDULES", "Contestant", "contestants"]
+__all__ = ["SCHEDULES", "ComparedModel", "compared_models"]
 
 SCHEDULES = ("dense", "uniform", "lagrangian", "searched", "repaired", "healed")
 """What a run has: the model as it was; uniform χ, the closed form and the search's choice, all at the run's target; and
@@ -38,7 +38,7 @@ that choice repaired block by block, and healed."""
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ComparedModel:
     """What one word stands for.
 
     Attributes:
@@ -54,9 +54,9 @@ class Contestant:
     models: Callable[[], Iterator[LoadedModel]]
 
 
-def contestants(
+def compared_models(
     words: Sequence[str], schedules: Sequence[str], device: torch.device, console: Console
-) -> list[Contestant]:
+) -> list[ComparedModel]:
     """What the words stand for; nothing is loaded yet.
 
     Args:
@@ -72,16 +72,16 @@ def contestants(
                 f"schedules must be of {', '.join(SCHEDULES)}, got {name!r}; the nearest is {nearest(name, SCHEDULES)}"
             )
     ordered = tuple(name for name in SCHEDULES if name in schedules)
-    found = [_contestant(word, ordered, device, console, len(words) > 1) for word in words]
+    found = [_compared_model(word, ordered, device, console, len(words) > 1) for word in words]
     names = [name for one in found for name in one.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"models must have different names, but {twice[0]!r} stands for two of them")
     return found
 
 
-def _contestant(
+def _compared_model(
     word: str, schedules: Sequence[str], device: torch.device, console: Console, several: bool
-) -> Contestant:
+) -> ComparedModel:
     path = Path(word).expanduser()
     if (path / CONFIG).is_file() and (path / PRIOR).is_file():
         prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
@@ -96,7 +96,7 @@ def _contestant(
         def plain() -> Iterator[LoadedModel]:
             yield load_model(word, device, working_dtype("auto", device))
 
-        return Contestant(word, (path.name or word,), searched, plain)
+        return ComparedModel(word, (path.name or word,), searched, plain)
     if not prior.was_repaired:
         schedules = [name for name in schedules if name != "repaired"]
     if not (path / HEALED / STATE).is_file():
@@ -104,7 +104,7 @@ def _contestant(
     label = f"{path.stem}:" if several else ""
     names = tuple(f"{label}{name}" for name in schedules)
     run = _Run(config, prior, schedules, path / HEALED, device, console)
-    return Contestant(word, names, frozenset(prior.data.search_items), run.models)
+    return ComparedModel(word, names, frozenset(prior.data.search_items), run.models)
 
 
 @dataclass(frozen=True)
@@ -131,45 +131,45 @@ class _Run:
         if set(self.schedules) <= {"dense"}:
             yield from [loaded] * len(self.schedules)
             return
-        subject = Subject.of(self.config, loaded, sites, self.device, self.console.note)
-        calibrate(subject, self.console)
+        experiment = Experiment.of(self.config, loaded, sites, self.device, self.console.note)
+        calibrate(experiment, self.console)
         for name in self.schedules:
             if name == "repaired":
-                yield from self._repaired(subject)
+                yield from self._repaired(experiment)
             elif name == "healed":
-                yield from self._healed(subject)
+                yield from self._healed(experiment)
             else:
-                with ScheduleApplier(loaded.model, subject.store, packed=True) as applier:
-                    applier.apply_(self._schedule(name, subject))
+                with ScheduleApplier(loaded.model, experiment.store, packed=True) as applier:
+                    applier.apply_(self._schedule(name, experiment))
                     yield _as_is(loaded)
 
-    def _schedule(self, name: str, subject: Subject) -> Schedule:
+    def _schedule(self, name: str, experiment: Experiment) -> Schedule:
         target = self.config.target_kept
         if name == "dense":
-            return Schedule.dense(tuple(site.name for site in subject.sites))
+            return Schedule.dense(tuple(site.name for site in experiment.sites))
         if name == "uniform":
-            parameters = int(target * sum(site.parameters for site in subject.sites) + 1e-6)
-            return uniform_schedule(subject.sites, "lowrank", "two-sided", parameters)
+            parameters = int(target * sum(site.parameters for site in experiment.sites) + 1e-6)
+            return uniform_schedule(experiment.sites, "lowrank", "two-sided", parameters)
         if name == "lagrangian":
-            return Problem.build(subject.menu(), target, self.config.granularity).closed_form()
+            return Problem.build(experiment.menu(), target, self.config.granularity).closed_form()
         return self.prior.schedule
 
-    def _repaired(self, subject: Subject) -> Iterator[LoadedModel]:
-        with self.console.stage("repair", 1 + max(site.block for site in subject.sites), "blocks") as stage:
+    def _repaired(self, experiment: Experiment) -> Iterator[LoadedModel]:
+        with self.console.stage("repair", 1 + max(site.block for site in experiment.sites), "blocks") as stage:
             schedule = self.prior.schedule
-            taken = subject.repair_(schedule, self.config.repair_tokens, lambda done: stage.advance(1))
-            subject.calibration.release()
+            taken = experiment.repair_(schedule, self.config.repair_tokens, lambda done: stage.advance(1))
+            experiment.calibration.release()
         try:
-            yield _as_is(subject.loaded)
+            yield _as_is(experiment.loaded)
         finally:
-            put_modules(subject.loaded.model, taken)
+            put_modules(experiment.loaded.model, taken)
 
-    def _healed(self, subject: Subject) -> Iterator[LoadedModel]:
+    def _healed(self, experiment: Experiment) -> Iterator[LoadedModel]:
         kept = HealedState.read(self.healed)
         kept.check(self.prior.schedule, self.prior.model.digest)
-        undo = kept.put_(subject.loaded.model, subject.sites, self.prior.schedule)
+        undo = kept.put_(experiment.loaded.model, experiment.sites, self.prior.schedule)
         try:
-            yield _as_is(subject.loaded)
+            yield _as_is(experiment.loaded)
         finally:
             undo()
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.benchmarking.compared_models import Contestant, contestants
+from search.benchmarking.compared_models import ComparedModel, compared_models
 from search.benchmarking.documents import SOURCES, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
 from search.benchmarking.selection import Selection
@@ -31,18 +31,18 @@ from search.runtime.nearest import nearest
 from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, RESULTS, RunFolder, contents, refuse_held
 
-__all__ = ["BENCHMARKS", "Request", "Result", "benchmark"]
+__all__ = ["BENCHMARKS", "BenchmarkRequest", "Result", "benchmark"]
 
 BENCHMARKS = "benchmarks"
 """Name of the CSV and JSON files of a run."""
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchmarkRequest:
     """What is measured.
 
     Attributes:
-        models: words, see `search.benchmarking.compared_models.contestants`.
+        models: words, see `search.benchmarking.compared_models.compared_models`.
         tasks: names of tasks and groups.
         samples: items of a task, at least 2; None for all.
         schedules: which ones of a run.
@@ -116,7 +116,7 @@ class Result:
         }
 
 
-def benchmark(request: Request, console: Console) -> Result:
+def benchmark(request: BenchmarkRequest, console: Console) -> Result:
     """Measure everything that is not known yet; the folder's files are whole after every outcome.
 
     Raises:
@@ -128,7 +128,7 @@ def benchmark(request: Request, console: Console) -> Result:
     refuse_held(path)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
-    field = contestants(request.models, request.schedules, device, console)
+    field = compared_models(request.models, request.schedules, device, console)
     with console.stage("items"):
         searched = always_searched().union(*(one.searched for one in field))
         selections = [select(task, request.samples, request.seed, searched, request.source) for task in tasks]
@@ -143,13 +143,15 @@ def benchmark(request: Request, console: Console) -> Result:
 class _Bench:
     """Outcomes as they come, known ones included."""
 
-    def __init__(self, folder: RunFolder, request: Request, selections: Sequence[Selection], console: Console) -> None:
+    def __init__(
+        self, folder: RunFolder, request: BenchmarkRequest, selections: Sequence[Selection], console: Console
+    ) -> None:
         self._folder, self._request, self._selections, self._console = folder, request, selections, console
         self._outcomes: list[Outcome] = []
         self._exams: dict[str, Any] = {}
         self._before = {_key(outcome): outcome for outcome in _earlier(folder / f"{BENCHMARKS}.json")}
 
-    def measure(self, contestant: Contestant) -> None:
+    def measure(self, contestant: ComparedModel) -> None:
         for name, loaded in zip(contestant.names, contestant.models(), strict=True):
             for selection in self._selections:
                 self._outcomes.append(self._outcome(name, loaded, selection))
@@ -225,7 +227,7 @@ def _described(selection: Selection) -> dict[str, object]:
     }
 
 
-def _check(request: Request) -> None:
+def _check(request: BenchmarkRequest) -> None:
     """Refuse what can be refused before anything is read.
 
     Raises:
@@ -242,7 +244,7 @@ def _check(request: Request) -> None:
         )
 
 
-def _folder(request: Request) -> Path:
+def _folder(request: BenchmarkRequest) -> Path:
     """Where files go.
 
     Raises:

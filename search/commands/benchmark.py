@@ -43,9 +43,9 @@ def run(words: list[str]) -> int:
     try:
         if given["threads"] is not None:
             os.environ["OMP_NUM_THREADS"] = str(_whole("threads", given["threads"]))
-        from search.benchmarking.run import Request, benchmark
+        from search.benchmarking.run import BenchmarkRequest, benchmark
 
-        request = Request(
+        request = BenchmarkRequest(
             models=tuple(given["models"]),
             tasks=tuple(given["tasks"].split(",")),
             samples=None if given["full"] else _whole("samples", given["samples"]),

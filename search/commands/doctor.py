@@ -31,9 +31,9 @@ def run(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON instead of lines.")
     given = parse(parser, words)
     try:
-        from search.commands.machine_check import checkup
+        from search.commands.machine_check import check_machine
 
-        findings = checkup()
+        findings = check_machine()
     except BaseException as error:
         return explain(error)
     problems = sum(finding.state == "problem" for finding in findings)

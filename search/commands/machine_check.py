@@ -21,7 +21,7 @@ from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder
 from search.runtime.run_folder import RESULTS
 
-__all__ = ["Finding", "checkup"]
+__all__ = ["Finding", "check_machine"]
 
 _LIBRARIES = ("torch", "transformers", "gguf", "safetensors", "gymnasium", "optuna", "pyarrow", "pydantic", "rich")
 _EXTRAS = {
@@ -48,7 +48,7 @@ class Finding:
     advice: str = ""
 
 
-def checkup() -> list[Finding]:
+def check_machine() -> list[Finding]:
     """Every finding, in the order in which one would mend them."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,

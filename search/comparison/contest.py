@@ -25,7 +25,7 @@ from envs import Problem
 from search.comparison.standings import Entry, Heldout, Mark, plot, report
 from search.config import Config
 from search.evaluation.pool import Pool
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
 from search.runtime.console import Console
 from search.runtime.provenance import environment
@@ -64,20 +64,20 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
     with console.stage("load"):
         loaded, sites = load(config, device)
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device, console.note)
+        experiment = Experiment.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, "compare", config.model, config.seed) as folder:
         console.opened(folder.path)
-        contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, subject)) | {"budget": config.budget})
+        contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, experiment)) | {"budget": config.budget})
         folder.write_text(CONFIG, config.to_json())
         folder.write_json(ENVIRONMENT, environment())
         entered = [search for search in searches if _key(search.agent, search.seed) not in contest.entries]
         if entered or not contest.complete:
-            calibrate(subject, console)
+            calibrate(experiment, console)
             with console.stage("decompose", len(sites), "matrices") as stage:
-                menu = subject.menu(lambda done: stage.advance(1))
-            subject.calibration.release()
+                menu = experiment.menu(lambda done: stage.advance(1))
+            experiment.calibration.release()
             problem = Problem.build(menu, config.target_kept, config.granularity)
-            _play(folder, subject, problem, contest, entered, console)
+            _play(folder, experiment, problem, contest, entered, console)
         standings = list(contest.entries.values()), contest.heldout, contest.closed_form
         text = report(*standings, title=f"{loaded.model_id} at kept {config.target_kept}, {config.budget} evaluations")
         folder.write_text(TABLE, text)
@@ -146,7 +146,7 @@ class _Contest:
 
 def _play(
     folder: RunFolder,
-    subject: Subject,
+    experiment: Experiment,
     problem: Problem,
     contest: _Contest,
     entered: Sequence[Config],
@@ -156,13 +156,16 @@ def _play(
     closed_form = problem.closed_form()
     contest.closed_form = contest.note(closed_form)
     if entered:
-        with search_pool(subject, closed_form, console.note) as pool:
+        with search_pool(experiment, closed_form, console.note) as pool:
             for config in entered:
-                entry = _search(folder, subject, problem, config, pool, contest, console)
+                entry = _search(folder, experiment, problem, config, pool, contest, console)
                 contest.entries[_key(config.agent, config.seed)] = entry
                 contest.write(folder)
     if undecided := [entry for entry in contest.entries.values() if not entry.selected]:
-        with subject.evaluator("selection") as evaluator, console.stage("select", len(undecided), "searches") as stage:
+        with (
+            experiment.evaluator("selection") as evaluator,
+            console.stage("select", len(undecided), "searches") as stage,
+        ):
             [reference] = evaluator.evaluate([closed_form])
             for entry in undecided:
                 finalists = [contest.schedules[digest] for digest in entry.finalists]
@@ -176,7 +179,7 @@ def _play(
     wanted -= contest.heldout.keys()
     contest.schedules = {digest: one for digest, one in contest.schedules.items() if digest in wanted}
     with (
-        subject.evaluator("heldout") as evaluator,
+        experiment.evaluator("heldout") as evaluator,
         console.stage("measure", len(contest.schedules), "schedules") as stage,
     ):
         for digest, schedule in list(contest.schedules.items()):
@@ -189,7 +192,7 @@ def _play(
 
 def _search(
     folder: RunFolder,
-    subject: Subject,
+    experiment: Experiment,
     problem: Problem,
     config: Config,
     pool: Pool,
@@ -197,15 +200,15 @@ def _search(
     console: Console,
 ) -> Entry:
     """One agent's search; it replays what its journal has."""
-    rows = [sum(len(row.tokens) for row in shard) for shard in subject.shards("search")]
+    rows = [sum(len(row.tokens) for row in shard) for shard in experiment.shards("search")]
     reward = reward_of(config, pool.dense)
-    journal = open_journal(folder / _key(config.agent, config.seed) / STUDY, config, subject, problem)
+    journal = open_journal(folder / _key(config.agent, config.seed) / STUDY, config, experiment, problem)
     try:
         with console.stage(f"{config.agent}, seed {config.seed}", config.budget, "trials", spent(journal)) as stage:
-            trials = run_agent(make_agent(config, problem, subject), config.budget, pool, reward, journal, stage)
+            trials = run_agent(make_agent(config, problem, experiment), config.budget, pool, reward, journal, stage)
         marks, finalists = [], []
         for part in _PARTS:
-            agent = make_agent(config, problem, subject)
+            agent = make_agent(config, problem, experiment)
             start = time.perf_counter()
             told = run_agent(agent, round(part * config.budget), pool, reward, journal)
             recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from search.data.items import Item
 
-__all__ = ["Request", "forms", "render"]
+__all__ = ["Prompt", "forms", "render"]
 
 
 @dataclass(frozen=True)
-class Request:
+class Prompt:
     """An item as a prompt: each continuation follows the context as it stands, leading space included."""
 
     context: str
@@ -27,7 +27,7 @@ def forms(proxy: str) -> tuple[str, ...]:
     return ("answer",) if proxy in ("sciq", "piqa", "hellaswag", "boolq") else ("answer", "letter")
 
 
-def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Request:
+def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Prompt:
     """An item as lm-eval 0.4 prompts it without examples, continuations by " " as there.
 
     Args:
@@ -61,4 +61,4 @@ def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Request:
             context += f"{question.strip()}\n{''.join(lettered)}Answer:"
         else:
             context += f"Question: {question.strip()}\nAnswer:"
-    return Request(context, tuple(f" {continuation}" for continuation in continuations), item.answer)
+    return Prompt(context, tuple(f" {continuation}" for continuation in continuations), item.answer)

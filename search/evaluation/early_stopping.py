@@ -15,7 +15,7 @@ LEVEL = 0.05
 _LEAST = 8  # sequences before a standard error is worth anything
 
 
-def clearly_worse(partial: Quality, rival: Quality, looks: int, level: float = LEVEL) -> bool:
+def clearly_worse(partial: Quality, rival: Quality, checks: int, level: float = LEVEL) -> bool:
     """Whether a schedule measured on some sequences so far has a larger KL than a rival measured on all of them.
 
     A one-sided paired t-test: with d the difference of mean KL per token over the sequences seen by both (a ratio
@@ -42,7 +42,7 @@ def clearly_worse(partial: Quality, rival: Quality, looks: int, level: float = L
     tokens = torch.tensor(counts[0], dtype=torch.float64)[used]
     sums = [torch.tensor(quality.kl_by_sequence, dtype=torch.float64)[used] for quality in (partial, rival)]
     difference = sums[0] - sums[1]
-    bound = student_quantile(1 - level / looks, len(used) - 1) * ratio_standard_error(difference, tokens)
+    bound = student_quantile(1 - level / checks, len(used) - 1) * ratio_standard_error(difference, tokens)
     return float(difference.sum() / tokens.sum()) > bound
 
 

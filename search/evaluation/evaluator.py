@@ -27,26 +27,26 @@ from search.evaluation.early_stopping import clearly_worse
 from search.evaluation.prefix_reuse import HiddenStates, prefix_keys
 from search.evaluation.quality import Quality
 from search.evaluation.score import Score
-from search.evaluation.workload import Hopeless, Through, Workload, is_out_of_memory, plainly
+from search.evaluation.workload import RunForward, ShouldStop, Workload, is_out_of_memory, run_directly
 
 __all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator"]
 
 REUSE_BYTES = 512 * 2**20
 """Memory for hidden states, unless said otherwise."""
-Outcome = TypeVar("Outcome")
+Value = TypeVar("Value")
 _NO_ROOM = "even one row at a time; use fewer --search-text-tokens, fewer evaluators on the device, or a larger one"
 
 
 class Evaluator(Protocol):
     """Anything that scores schedules."""
 
-    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, look: int = 0) -> list[Score]:
+    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, repeat: int = 0) -> list[Score]:
         """One score per schedule, in order. With a rival, a schedule clearly worse than it may be given up early.
 
         Looks 0, 1, … at one schedule are on different workloads, as long as there are that many.
         """
 
-    def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
+    def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
         """To first order, what KL does when a site of `schedule` alone takes its choice in `toward`, nats per token.
 
         By name, for the sites where the two differ; nothing if the passes fail.
@@ -116,7 +116,7 @@ class ModelEvaluator:
             measured = [self._with_room(shard, partial(self._measure, anchor, shard)) for shard in shards]
             self._controls = _controls(measured)
 
-    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, look: int = 0) -> list[Score]:
+    def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, repeat: int = 0) -> list[Score]:
         """One score per schedule, in order. An evaluation that raises is a failed score, never a number.
 
         Args:
@@ -128,15 +128,15 @@ class ModelEvaluator:
         Raises:
             ValueError: a schedule that does not fit the model, or a rival that is no full score of this evaluator.
         """
-        return [self._evaluate(schedule, rival, look) for schedule in schedules]
+        return [self._evaluate(schedule, rival, repeat) for schedule in schedules]
 
-    def slopes(self, schedule: Schedule, toward: Schedule, look: int = 0) -> dict[str, float]:
+    def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
         """See `Evaluator`. Costs about three evaluations: a backward pass, and the outputs of the other choices.
 
         NaN everywhere where the passes give no numbers; nothing where they raise, as for want of memory: an agent takes
         that for a pass that failed, and goes on.
         """
-        shard = self._shard(schedule, look)
+        shard = self._shard(schedule, repeat)
         try:
             return self._with_room(shard, partial(self._slopes, schedule, toward, shard))
         except (RuntimeError, MemoryError):
@@ -162,14 +162,14 @@ class ModelEvaluator:
         self.states.forget()
         self._applier.restore_()
 
-    def _evaluate(self, schedule: Schedule, rival: Score | None, look: int) -> Score:
+    def _evaluate(self, schedule: Schedule, rival: Score | None, repeat: int) -> Score:
         size = self._sizes.size(schedule)
-        shard = self._shard(schedule, look)
-        hopeless = partial(_lost, rival.quality) if rival is not None and rival.shard == shard else None
+        shard = self._shard(schedule, repeat)
+        should_stop = partial(_lost, rival.quality) if rival is not None and rival.shard == shard else None
         start = time.perf_counter()
         reason = ""
         try:
-            quality = self._with_room(shard, partial(self._measure, schedule, shard, hopeless))
+            quality = self._with_room(shard, partial(self._measure, schedule, shard, should_stop))
             state = quality.state
         except (RuntimeError, MemoryError) as error:
             quality, state = Quality(), "failed"
@@ -179,24 +179,24 @@ class ModelEvaluator:
         seconds = time.perf_counter() - start
         return Score(state, quality, size, seconds, reason, shard, *self._controls[shard], self._time(schedule))
 
-    def _measure(self, schedule: Schedule, shard: int, hopeless: Hopeless | None = None) -> Quality:
+    def _measure(self, schedule: Schedule, shard: int, should_stop: ShouldStop | None = None) -> Quality:
         workload = self._referenced(shard)
-        with self._following(schedule) as through:
-            return workload.measure(self._model, through, hopeless)
+        with self._following(schedule) as run_forward:
+            return workload.measure(self._model, run_forward, should_stop)
 
     def _refer(self, shard: int) -> Quality:
-        with self._following(self._dense) as through:
-            return self._workloads[shard].reference(self._model, through)
+        with self._following(self._dense) as run_forward:
+            return self._workloads[shard].reference(self._model, run_forward)
 
     def _referenced(self, shard: int) -> Workload:
         if not self._workloads[shard].has_reference:
             self._refer(shard)
         return self._workloads[shard]
 
-    def _shard(self, schedule: Schedule, look: int) -> int:
-        return (int(schedule.digest[:8], 16) + look) % len(self._workloads)
+    def _shard(self, schedule: Schedule, repeat: int) -> int:
+        return (int(schedule.digest[:8], 16) + repeat) % len(self._workloads)
 
-    def _with_room(self, shard: int, work: Callable[[], Outcome]) -> Outcome:
+    def _with_room(self, shard: int, work: Callable[[], Value]) -> Value:
         """`work`, again with batches of half the size as often as it runs out of memory, down to single rows.
 
         Smaller batches need a new reference, which differs from the old one by rounding only.
@@ -218,13 +218,13 @@ class ModelEvaluator:
         return self._times(schedule) if self._times else math.nan
 
     @contextmanager
-    def _following(self, schedule: Schedule) -> Iterator[Through]:
+    def _following(self, schedule: Schedule) -> Iterator[RunForward]:
         """The model follows `schedule`; gives the way to pass a batch through it."""
         if self._repair is not None and any(not choice.is_dense for _, choice in schedule):
             self._applier.restore_()
             taken = self._repair(schedule)
             try:
-                yield plainly
+                yield run_directly
             finally:
                 put_modules(self._model, taken)
             return
@@ -233,8 +233,8 @@ class ModelEvaluator:
             yield partial(self.states, prefix_keys(schedule, self._sites, self.states.blocks))
 
 
-def _lost(rival: Quality, seen: Quality, looks: int) -> bool:
-    return clearly_worse(seen, rival, looks)
+def _lost(rival: Quality, seen: Quality, checks: int) -> bool:
+    return clearly_worse(seen, rival, checks)
 
 
 def _controls(qualities: Sequence[Quality]) -> list[tuple[float, float]]:

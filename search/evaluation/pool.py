@@ -24,13 +24,13 @@ class Job:
     """One look at a schedule, with slopes toward `probe` if there is one; see `agents.Proposal`."""
 
     schedule: Schedule
-    look: int = 0
+    repeat: int = 0
     probe: Schedule | None = None
 
     def to_json(self) -> str:
         """What travels to an evaluator in another process."""
         probe = None if self.probe is None else self.probe.to_json()
-        return json.dumps({"schedule": self.schedule.to_json(), "look": self.look, "probe": probe})
+        return json.dumps({"schedule": self.schedule.to_json(), "look": self.repeat, "probe": probe})
 
     @classmethod
     def from_json(cls, text: str) -> Job:
@@ -106,7 +106,7 @@ class SerialPool:
 
 def measure(evaluator: Evaluator, job: Job) -> Result:
     """Carry out a job."""
-    [score] = evaluator.evaluate([job.schedule], look=job.look)
+    [score] = evaluator.evaluate([job.schedule], repeat=job.repeat)
     if job.probe is None:
         return Result(score)
-    return Result(score, evaluator.slopes(job.schedule, job.probe, job.look) if score.state == "ok" else {})
+    return Result(score, evaluator.slopes(job.schedule, job.probe, job.repeat) if score.state == "ok" else {})

@@ -18,16 +18,16 @@ from search.evaluation.logits import Dense, Reading, log_normalizer, read
 from search.evaluation.packed_sequences import Packed, Prediction, group, layout, mix, pack, predictions
 from search.evaluation.quality import Quality, mean_standard_error, ratio_standard_error
 
-__all__ = ["Continuation", "Hopeless", "Through", "Workload", "is_out_of_memory", "loglikelihoods", "plainly"]
+__all__ = ["Continuation", "RunForward", "ShouldStop", "Workload", "is_out_of_memory", "loglikelihoods", "run_directly"]
 
-Hopeless = Callable[[Quality, int], bool]
+ShouldStop = Callable[[Quality, int], bool]
 """Whether to give up, given the figures so far and how often it may be asked."""
 
-Through = Callable[[Hashable, Callable[[], Any]], Any]
+RunForward = Callable[[Hashable, Callable[[], Any]], Any]
 """Makes a forward pass: given what stands for the inputs, and the pass."""
 
 
-def plainly(batch: Hashable, forward: Callable[[], Any]) -> Any:
+def run_directly(batch: Hashable, forward: Callable[[], Any]) -> Any:
     """The pass as it is."""
     return forward()
 
@@ -106,7 +106,7 @@ class Workload:
         return sum(batch.inputs["input_ids"].numel() for batch in self._batches)
 
     @torch.no_grad()
-    def reference(self, model: nn.Module, through: Through = plainly) -> Quality:
+    def reference(self, model: nn.Module, run_forward: RunForward = run_directly) -> Quality:
         """Take `model` as the dense reference and return its own quality (kl 0).
 
         Args:
@@ -115,14 +115,14 @@ class Workload:
         Raises:
             ValueError: its logits are not finite.
         """
-        return self._pass(model, through, self._refer)
+        return self._pass(model, run_forward, self._refer)
 
     @torch.no_grad()  # inference mode would end a sharded model
     def measure(
         self,
         model: nn.Module,
-        through: Through = plainly,
-        hopeless: Hopeless | None = None,
+        run_forward: RunForward = run_directly,
+        should_stop: ShouldStop | None = None,
     ) -> Quality:
         """Quality of `model` against the reference. Call `reference` first.
 
@@ -131,7 +131,7 @@ class Workload:
             hopeless: asked after every batch but the last, with the figures of the sequences so far and how often it
                 may be asked. When it says yes, those figures are the result, in state "raced".
         """
-        return self._pass(model, through, hopeless=hopeless)
+        return self._pass(model, run_forward, should_stop=should_stop)
 
     def descend(self, model: nn.Module) -> None:
         """Backward passes of the mean KL, nats per token, through `model`; the caller watches the gradients.
@@ -163,9 +163,9 @@ class Workload:
     def _pass(
         self,
         model: nn.Module,
-        through: Through,
+        run_forward: RunForward,
         before: Callable[[_Batch, Reading], None] | None = None,
-        hopeless: Hopeless | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> Quality:
         """One forward pass over all batches; `before` sees what each gives before it is measured."""
         count = len(self.sequences)
@@ -173,9 +173,9 @@ class Workload:
             name: torch.zeros(count, dtype=torch.float64) for name in ("kl", "agree", "compared", "nll", "scored")
         }
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
-        looks = len(self._batches) - 1
+        checks = len(self._batches) - 1
         for number, batch in enumerate(self._batches):
-            reading = through(batch, partial(read, model, batch.inputs, batch.source))
+            reading = run_forward(batch, partial(read, model, batch.inputs, batch.source))
             if before is not None:
                 before(batch, reading)
             result = self._measure_batch(batch, reading)
@@ -184,7 +184,7 @@ class Workload:
             for name, values in result[0].items():
                 totals[name] += values
             choices += result[1]
-            if hopeless is not None and number < looks and hopeless(self._quality(totals, choices), looks):
+            if should_stop is not None and number < checks and should_stop(self._quality(totals, choices), checks):
                 return replace(self._quality(totals, choices), state="raced")
         return self._quality(totals, choices)
 

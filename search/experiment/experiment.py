@@ -42,7 +42,7 @@ from search.model.devices import resolve_device, working_dtype
 from search.model.loading import LoadedModel, load_model
 from search.runtime.files import cache_folder
 
-__all__ = ["Extract", "Subject", "load", "smallest_parameters", "workload_sequences"]
+__all__ = ["Experiment", "Extract", "load", "smallest_parameters", "workload_sequences"]
 
 _SELECTION = 4  # the selection set is this many times what a trial sees
 _BATCH = 1024  # tokens in one forward pass
@@ -63,7 +63,7 @@ class Extract:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class Experiment:
     """See the module."""
 
     config: Config
@@ -81,8 +81,8 @@ class Subject:
         loaded: LoadedModel,
         sites: tuple[Site, ...],
         device: torch.device,
-        tell: Callable[[str], None] = warnings.warn,
-    ) -> Subject:
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> Experiment:
         """Read and divide the data for a loaded model; nothing is computed yet.
 
         Args:
@@ -103,12 +103,12 @@ class Subject:
             chunk_tokens=CHUNK_TOKENS,
             seed=config.seed,
         )
-        cache = FactorCache(cache_folder() / "factors", tell)
+        cache = FactorCache(cache_folder() / "factors", warn)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
         return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
 
     @classmethod
-    def open(cls, config: Config) -> Subject:
+    def open(cls, config: Config) -> Experiment:
         """The model that a configuration names, on its device, with its data.
 
         Raises:

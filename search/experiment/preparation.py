@@ -10,19 +10,19 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from compression.sites import Site
-from search.experiment.experiment import Subject
+from search.experiment.experiment import Experiment
 from search.runtime.console import Console, Stage
 
 __all__ = ["calibrate", "check_space", "stays_dense"]
 
 
-def calibrate(subject: Subject, console: Console) -> None:
+def calibrate(experiment: Experiment, console: Console) -> None:
     """Collect the statistics, unless the cache has them."""
-    calibration = subject.calibration
+    calibration = experiment.calibration
     for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
         if calibration.cache.has(calibration.key):
             break
-        with console.stage(name, subject.config.calibration_tokens, "tokens") as stage:
+        with console.stage(name, experiment.config.calibration_tokens, "tokens") as stage:
             part.progress = _advancing(stage)
             part()
 
@@ -44,12 +44,12 @@ def stays_dense(sites: Sequence[Site]) -> dict[str, str]:
     return {site.name: site.dense_because for site in sites if site.dense_because}
 
 
-def check_space(subject: Subject) -> None:
+def check_space(experiment: Experiment) -> None:
     """Refuse to start building a cache that the disk cannot hold: moments of two passes, three sets of factors."""
-    cache = subject.calibration.cache
-    if cache.root is None or cache.has(subject.calibration.key):
+    cache = experiment.calibration.cache
+    if cache.root is None or cache.has(experiment.calibration.key):
         return
-    sites = [site for site in subject.sites if not site.dense_because]
+    sites = [site for site in experiment.sites if not site.dense_because]
     moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
     lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
     needed = 4 * (2 * moments + 2 * lowrank + sum(site.parameters for site in sites))

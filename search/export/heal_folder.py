@@ -14,7 +14,7 @@ from compression.layers.skeleton import describe
 from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.export.folder import export_model, footprint
 from search.export.model_card import model_card
 from search.healing.plan import Options, text_tokens
@@ -67,10 +67,10 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
         raise ValueError(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device, console.note)
+        experiment = Experiment.of(config, loaded, sites, device, console.note)
         text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))
-        judge = judge_of(subject, loaded.model)
-        workload = Workload(subject.shards("heldout")[0], device)
+        judge = judge_of(experiment, loaded.model)
+        workload = Workload(experiment.shards("heldout")[0], device)
         rows = [_row("dense", workload.reference(loaded.model), loaded.model)]
     rows.append(_row("exported", workload.measure(model), model))
     with held(unfinished):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from search.reporting.tables import SUMMARY, Row, markdown_table
+from search.reporting.tables import SUMMARY_COLUMNS, Row, markdown_table
 
 __all__ = ["model_card"]
 
-_COLUMNS = tuple(column for column in SUMMARY if column.key != "kept_fraction")
+_COLUMNS = tuple(column for column in SUMMARY_COLUMNS if column.key != "kept_fraction")
 
 _LOAD = {
     "hf": """\

@@ -17,9 +17,9 @@ from compression.layers.quantize import quantize_
 from compression.numerics.whitening import shrink
 from compression.sites import Site
 from search.experiment.calibration import SHRINKAGE
-from search.experiment.experiment import Subject
+from search.experiment.experiment import Experiment
 
-__all__ = ["QUANTIZE", "ends", "module_bits", "quantize_subject_"]
+__all__ = ["QUANTIZE", "ends", "module_bits", "quantize_experiment_"]
 
 QUANTIZE = ("none", "int8", "int4", "mixed")
 
@@ -41,14 +41,14 @@ def ends(model: Any) -> list[str]:
     ]
 
 
-def quantize_subject_(
-    subject: Subject, bits: dict[str, int], progress: Callable[[int], None] = lambda done: None
+def quantize_experiment_(
+    experiment: Experiment, bits: dict[str, int], progress: Callable[[int], None] = lambda done: None
 ) -> None:
     """Quantize the model of a subject in place, in the metric of its calibration statistics."""
-    statistics = subject.calibration()
-    known = {site.name for site in subject.sites if not site.dense_because}
+    statistics = experiment.calibration()
+    known = {site.name for site in experiment.sites if not site.dense_because}
 
     def moment(name: str) -> torch.Tensor | None:
         return shrink(statistics.input(name), SHRINKAGE) if name in known else None
 
-    quantize_(subject.loaded.model, bits, moment, progress=progress)
+    quantize_(experiment.loaded.model, bits, moment, progress=progress)

@@ -14,7 +14,7 @@ from compression.decomposition.apply import ScheduleApplier
 from compression.schedule import Schedule
 from search.config import Config, read_fields
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
 from search.healing.state import HEALED, STATE, HealedState
 from search.model.devices import resolve_device
@@ -22,14 +22,14 @@ from search.priors.format import Prior
 from search.runtime.console import Console
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY
 
-__all__ = ["STATES", "Outcome", "restore"]
+__all__ = ["STATES", "RestoredRun", "restore"]
 
 STATES = ("healed", "repaired", "searched")
 """What a run makes of a model, the last one first: trained, solved block by block, or as it was decomposed."""
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class RestoredRun:
     """A run's compressed model.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome:
         workload: held-out text and report items, referenced to the dense model, where that was asked for.
     """
 
-    subject: Subject
+    experiment: Experiment
     schedule: Schedule
     state: str
     prior: Prior
@@ -62,7 +62,7 @@ def restore(
     state: str | None = None,
     healed: Path | None = None,
     reference: bool = False,
-) -> Outcome:
+) -> RestoredRun:
     """Load the dense model of a run and make it what the run made of it.
 
     Args:
@@ -88,24 +88,24 @@ def restore(
         raise ValueError(f"the run in {run} is of another model than {loaded.model_id}")
     if prior.model.digest != loaded.digest:
         console.note("weights, or their number type on this machine, are not those that the run measured")
-    subject = Subject.of(config, loaded, sites, where, console.note)
+    experiment = Experiment.of(config, loaded, sites, where, console.note)
     workload = None
     if reference:
         with console.stage("reference"):
-            workload = Workload(subject.shards("heldout")[0], where)
+            workload = Workload(experiment.shards("heldout")[0], where)
             workload.reference(loaded.model)
     if kept is not None:
         kept.check(schedule, loaded.digest)
         kept.put_(loaded.model, sites, schedule)
-        return Outcome(subject, schedule, state, prior, summary, workload)
-    calibrate(subject, console)
+        return RestoredRun(experiment, schedule, state, prior, summary, workload)
+    calibrate(experiment, console)
     if state == "repaired":
         with console.stage("repair", 1 + max(site.block for site in sites), "blocks") as stage:
-            subject.repair_(schedule, config.repair_tokens, lambda done: stage.advance(1))
+            experiment.repair_(schedule, config.repair_tokens, lambda done: stage.advance(1))
     else:
         with console.stage("compress"):
-            ScheduleApplier(loaded.model, subject.store, packed=True).apply_(schedule)
-    return Outcome(subject, schedule, state, prior, summary, workload)
+            ScheduleApplier(loaded.model, experiment.store, packed=True).apply_(schedule)
+    return RestoredRun(experiment, schedule, state, prior, summary, workload)
 
 
 def _state(run: Path, config: Config, prior: Prior, wanted: str | None, healed: Path | None) -> str:

@@ -12,8 +12,8 @@ import torch
 
 from search.export.folder import check_gguf, export_dense_, export_model, footprint
 from search.export.model_card import model_card
-from search.export.quantize import module_bits, quantize_subject_
-from search.export.restore import Outcome, restore
+from search.export.quantize import module_bits, quantize_experiment_
+from search.export.restore import RestoredRun, restore
 from search.runtime.console import Console
 from search.runtime.run_folder import PRIOR
 
@@ -69,18 +69,18 @@ def export_run(source: Path, folder: Path, form: Form, console: Console, healed:
         ValueError, DataUnavailable: as `search.export.restore.restore`, or a model that llama.cpp does not know.
     """
     quantized = form.quantize != "none"
-    outcome = restore(source, console, form.device, form.state, healed, reference=quantized)
-    loaded = outcome.subject.loaded
+    restored = restore(source, console, form.device, form.state, healed, reference=quantized)
+    loaded = restored.experiment.loaded
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
-    changes = [_CHANGES[outcome.state]]
+    changes = [_CHANGES[restored.state]]
     measured = []
     if quantized:
-        measured = [_quantized(outcome, form.quantize, console)]
+        measured = [_quantized(restored, form.quantize, console)]
         changes.append(f"{_BITS[form.quantize]}, by groups, rounded in the metric of calibration text.")
     size = f"Compressed: {footprint(model)}."
     with console.stage("write"):
-        document, summary, state = outcome.document, outcome.summary, outcome.state
+        document, summary, state = restored.document, restored.summary, restored.state
         card = model_card(folder.name, form.kind, document, summary, state, size, changes, measured)
         if form.kind == "hf":
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
@@ -91,14 +91,18 @@ def export_run(source: Path, folder: Path, form: Form, console: Console, healed:
     return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
 
 
-def _quantized(outcome: Outcome, kind: str, console: Console) -> dict[str, object]:
+def _quantized(restored: RestoredRun, kind: str, console: Console) -> dict[str, object]:
     """Quantize the model in place; returns its row for the table, measured on held-out text and report items."""
-    subject, workload = outcome.subject, outcome.workload
+    experiment, workload = restored.experiment, restored.workload
     assert workload is not None
-    bits = module_bits(subject.loaded.model, subject.sites, kind)
+    bits = module_bits(experiment.loaded.model, experiment.sites, kind)
     with console.stage("quantize", len(bits), "modules") as stage:
-        quantize_subject_(subject, bits, lambda done: stage.advance(1))
+        quantize_experiment_(experiment, bits, lambda done: stage.advance(1))
     with console.stage("measure"):
-        quality = workload.measure(subject.loaded.model)
+        quality = workload.measure(experiment.loaded.model)
     console.note(f"held-out KL after quantization: {quality.kl:.4f} nats a token")
-    return {"schedule": f"{outcome.state}, {kind}", **quality.to_row(), "bytes": footprint(subject.loaded.model).stored}
+    return {
+        "schedule": f"{restored.state}, {kind}",
+        **quality.to_row(),
+        "bytes": footprint(experiment.loaded.model).stored,
+    }

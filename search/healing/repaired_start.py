@@ -12,13 +12,13 @@ from compression.schedule import Schedule
 from compression.sites import put_modules
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Subject
+from search.experiment.experiment import Experiment
 from search.healing.state import load_sites_, site_tensors
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Console
 from search.runtime.distributed import Processes
 
-__all__ = ["UNFINISHED", "clearly_worse", "referenced", "started_"]
+__all__ = ["UNFINISHED", "referenced", "repair_did_harm", "started_"]
 
 UNFINISHED, _START = "unfinished", "start"
 
@@ -29,15 +29,15 @@ def referenced(judge: Workload, dense: nn.Module) -> Workload:
 
 
 def started_(
-    subject: Subject, schedule: Schedule, dense: nn.Module, folder: Path | None, console: Console
+    experiment: Experiment, schedule: Schedule, dense: nn.Module, folder: Path | None, console: Console
 ) -> tuple[Mapping[str, nn.Module], str]:
     """Make the model what healing starts from, or take that from what an earlier try left in `folder`.
 
     Returns:
         The modules taken out, and the name of the row that the model now is.
     """
-    model = subject.loaded.model
-    sites = [site for site in subject.sites if not site.dense_because]
+    model = experiment.loaded.model
+    sites = [site for site in experiment.sites if not site.dense_because]
     kept = None if folder is None else Checkpoints(folder / _START)
     if kept is not None:
 
@@ -46,46 +46,46 @@ def started_(
 
         if (loaded := kept.newest(take, console.note)) is not None:
             return loaded
-    taken, name = _decomposed_(subject, schedule), "searched"
-    if subject.config.repair_tokens:
-        taken, name = _repaired_(subject, schedule, taken, dense, console)
+    taken, name = _decomposed_(experiment, schedule), "searched"
+    if experiment.config.repair_tokens:
+        taken, name = _repaired_(experiment, schedule, taken, dense, console)
     if kept is not None and Processes.is_first():
         kept.save(Checkpoint(0, site_tensors(model, sites), {"row": name}))
     return taken, name
 
 
-def _decomposed_(subject: Subject, schedule: Schedule) -> Mapping[str, nn.Module]:
+def _decomposed_(experiment: Experiment, schedule: Schedule) -> Mapping[str, nn.Module]:
     """Put the factors of a schedule into the dense model; returns the modules taken out."""
-    model = subject.loaded.model
-    applier = ScheduleApplier(model, subject.store, packed=True)
+    model = experiment.loaded.model
+    applier = ScheduleApplier(model, experiment.store, packed=True)
     taken = {name: model.get_submodule(name) for name, choice in schedule if not choice.is_dense}
     applier.apply_(schedule)
     return taken
 
 
 def _repaired_(
-    subject: Subject, schedule: Schedule, taken: Mapping[str, nn.Module], dense: nn.Module, console: Console
+    experiment: Experiment, schedule: Schedule, taken: Mapping[str, nn.Module], dense: nn.Module, console: Console
 ) -> tuple[Mapping[str, nn.Module], str]:
     """Repair the model, which follows the schedule with `taken` taken out, unless that does harm; as `started_`."""
-    model, blocks = subject.loaded.model, 1 + max(site.block for site in subject.sites)
+    model, blocks = experiment.loaded.model, 1 + max(site.block for site in experiment.sites)
     with console.stage("judge"):
-        judge = referenced(Workload(subject.shards("selection")[0], subject.device), dense)
+        judge = referenced(Workload(experiment.shards("selection")[0], experiment.device), dense)
         before = judge.measure(model)
         put_modules(model, taken)
     with console.stage("repair", blocks, "blocks") as stage:
-        taken = subject.repair_(schedule, subject.config.repair_tokens, lambda done: stage.advance(1))
+        taken = experiment.repair_(schedule, experiment.config.repair_tokens, lambda done: stage.advance(1))
     after = judge.measure(model)
-    if not clearly_worse(after, before):
+    if not repair_did_harm(after, before):
         return taken, "repaired"
     put_modules(model, taken)
     console.note(
         f"repair is left out: on text and questions that no trial saw it takes KL from {before.kl:.4f} to "
         f"{after.kl:.4f} nats/token"
     )
-    return _decomposed_(subject, schedule), "searched"
+    return _decomposed_(experiment, schedule), "searched"
 
 
-def clearly_worse(repaired: Quality, before: Quality) -> bool:
+def repair_did_harm(repaired: Quality, before: Quality) -> bool:
     """By more than a standard error of the paired difference, or for being no number where the other is one."""
     if repaired.state != "ok" or before.state != "ok":
         return before.state == "ok"

@@ -23,7 +23,7 @@ from compression.training.trainable import put_parameters
 from search.config import Config, read_fields
 from search.evaluation.score import Score
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.healing.plan import HealingPlan, Options, text_tokens
 from search.healing.repaired_start import UNFINISHED, referenced, started_
 from search.healing.rows import HealingText
@@ -39,7 +39,7 @@ from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, PRIOR, RunFolder, refuse_held
 from search.runtime.tensorboard import curves
 
-__all__ = ["HealedRun", "heal_folder", "heal_subject_", "held", "judge_of"]
+__all__ = ["HealedRun", "heal_experiment_", "heal_folder", "held", "judge_of"]
 _JUDGED = 3000  # tokens
 
 
@@ -92,10 +92,10 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
     if all(choice.is_dense for _, choice in schedule):
         raise ValueError(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device, console.note)
-    with held(folder), subject.evaluator("heldout") as evaluator:
+        experiment = Experiment.of(config, loaded, sites, device, console.note)
+    with held(folder), experiment.evaluator("heldout") as evaluator:
         evaluator.close()
-        scores, healed = heal_subject_(subject, schedule, evaluator, plan, options, folder, console)
+        scores, healed = heal_experiment_(experiment, schedule, evaluator, plan, options, folder, console)
     rows = [score.to_row(name) for name, score in scores.items()]
     return HealedRun(rows, folder, healed.stopped)
 
@@ -105,8 +105,8 @@ def held(folder: Path) -> AbstractContextManager[object]:
     return RunFolder(folder) if Processes.is_first() else nullcontext()
 
 
-def heal_subject_(
-    subject: Subject,
+def heal_experiment_(
+    experiment: Experiment,
     schedule: Schedule,
     evaluator: Measures,
     plan: HealingPlan | None,
@@ -129,47 +129,47 @@ def heal_subject_(
         The scores of the dense model, of what healing starts from, named "repaired", or "searched" where there was no
         repair or it was not kept, and of the healed one; and how healing went.
     """
-    model = subject.loaded.model
+    model = experiment.loaded.model
     scores, healed = {"dense": evaluator.dense}, Healed(())
     dense = sharing_copy(model)
     # Norms and biases, which training replaces.
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
     resumable = None if plan is None else folder / f"{UNFINISHED}-{schedule.digest[:12]}"
     with Processes().first_alone():
-        taken, name = started_(subject, schedule, dense, resumable, console)
+        taken, name = started_(experiment, schedule, dense, resumable, console)
     first = Processes.is_first()
     try:
         scores[name] = evaluator.score_as_is(schedule)
         if plan is not None and resumable is not None:
             with console.stage("text"):
-                tokens = text_tokens(plan, subject.device, options)
-                text = heal_text(subject.loaded, options.data, options.row_tokens, plan.seed, tokens)
+                tokens = text_tokens(plan, experiment.device, options)
+                text = heal_text(experiment.loaded, options.data, options.row_tokens, plan.seed, tokens)
             if text.left_out:
                 console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
-            judge = judge_of(subject, dense)
+            judge = judge_of(experiment, dense)
             with console.stage("heal", plan.tokens, "tokens") as stage, curves(folder if first else None) as drawn:
                 healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note, drawn)
             scores["healed"] = evaluator.score_as_is(schedule)
             if first:
-                document = _document(subject, schedule, plan, options, text, healed, scores)
-                write_healed(folder, model, subject.sites, document)
+                document = _document(experiment, schedule, plan, options, text, healed, scores)
+                write_healed(folder, model, experiment.sites, document)
                 shutil.rmtree(resumable, ignore_errors=True)
             if outlook := healed.outlook():
                 console.note(f"healing: {outlook}")
     finally:
         put_modules(model, taken)
         put_parameters(model, vectors)
-        subject.calibration.release()
+        experiment.calibration.release()
     return scores, healed
 
 
-def judge_of(subject: Subject, dense: nn.Module) -> Workload:
+def judge_of(experiment: Experiment, dense: nn.Module) -> Workload:
     """Search texts and questions, which healing is steered by: neither learned from nor reported on."""
-    return referenced(Workload(subject.mixture(_JUDGED), subject.device), dense)
+    return referenced(Workload(experiment.mixture(_JUDGED), experiment.device), dense)
 
 
 def _document(
-    subject: Subject,
+    experiment: Experiment,
     schedule: Schedule,
     plan: HealingPlan,
     options: Options,
@@ -179,7 +179,7 @@ def _document(
 ) -> dict[str, Any]:
     """What the healed state is of, and how it came about."""
     return {
-        "model": {"id": subject.loaded.model_id, "digest": subject.loaded.digest},
+        "model": {"id": experiment.loaded.model_id, "digest": experiment.loaded.digest},
         "schedule": json.loads(schedule.to_json()),
         "plan": dataclasses.asdict(plan),
         "data": {
@@ -188,7 +188,7 @@ def _document(
             "row_tokens": options.row_tokens,
             "left_out": text.left_out,
         },
-        "looks": [dataclasses.asdict(look) for look in healed.looks],
+        "looks": [dataclasses.asdict(measured) for measured in healed.measurements],
         "tokens_per_second": healed.tokens_per_second,
         "stopped": healed.stopped,
         "outlook": healed.outlook(),

@@ -15,7 +15,7 @@ from compression.training.distillation import Head, Targets, labels, likeliest
 from compression.training.trainable import captured_head_input
 from search.healing.rows import HealingText
 
-__all__ = ["Lessons", "output_head"]
+__all__ = ["Teacher", "output_head"]
 
 _KEPT = {"cpu": 2**30, "cuda": 2**34}
 """Most bytes of targets that are kept in main memory, by where models are: a GPU is sooner through with a text."""
@@ -23,7 +23,7 @@ _SHARE = 8
 """No more than this fraction of main memory."""
 
 
-class Lessons:
+class Teacher:
     """Rows in their order, and what is to be learned of them.
 
     Args:
@@ -35,14 +35,14 @@ class Lessons:
     """
 
     def __init__(
-        self, dense: nn.Module, text: HealingText, told_apart: int | None, hidden: bool, keep: bool, seed: int
+        self, dense: nn.Module, text: HealingText, top_tokens: int | None, hidden: bool, keep: bool, seed: int
     ) -> None:
         self.dense, self.text, self.hidden, self.seed = dense, text, hidden, seed
-        self.told_apart = told_apart
+        self.top_tokens = top_tokens
         self.head = output_head(dense)
         self.device = self.head.weight.device
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        row = text.tokens.shape[1] * (told_apart or 0) * 6  # bytes
+        row = text.tokens.shape[1] * (top_tokens or 0) * 6  # bytes
         self._room = _bytes(self.device) // max(1, row) if keep and not hidden else 0
 
     def rows(self, position: int, count: int) -> list[int]:
@@ -63,7 +63,7 @@ class Lessons:
     def targets(self, rows: Sequence[int]) -> tuple[Targets, torch.Tensor | None]:
         """Of all wanted positions of these rows one after the other, and the dense hidden states if they are needed."""
         ids, wanted = self.inputs(rows)
-        if self.told_apart is None:
+        if self.top_tokens is None:
             return labels(ids.roll(-1, 1)[wanted]), None
         if all(row in self._kept for row in rows):
             tokens, logs = (torch.cat(parts) for parts in zip(*(self._kept[row] for row in rows), strict=True))
@@ -71,7 +71,7 @@ class Lessons:
         with torch.no_grad(), captured_head_input(self.dense) as caught:
             self.dense(input_ids=ids, use_cache=False)
         hidden = caught[0][wanted]
-        targets = likeliest(hidden, self.head, self.told_apart)
+        targets = likeliest(hidden, self.head, self.top_tokens)
         targets = Targets(targets.tokens, targets.logs.half().float())  # the same whether met before or not
         self._keep(rows, wanted.sum(1).tolist(), targets)
         return targets, hidden if self.hidden else None

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from compression.training.trainable import captured_head_input, frozen, put_para
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload, is_out_of_memory
 from search.healing.plan import HealingPlan
-from search.healing.progress import Look, _Progress
+from search.healing.progress import Measurement, Progress
 from search.healing.rows import HealingText
 from search.healing.sharding import Sharding, like, whole
-from search.healing.teacher import Lessons, output_head
+from search.healing.teacher import Teacher, output_head
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Stage, duration
 from search.runtime.distributed import Processes
@@ -51,19 +51,19 @@ class Healed:
     """What healing came to.
 
     Attributes:
-        looks: measurements along the way, the first before any step; the last is of what the model is now. None of a
+        measurements: along the way, the first before any step; the last is of what the model is now. None of a
             model that gives numbers that are not finite from the start.
         stopped: why it ended early, empty if it did not.
         tokens_per_second: learned positions per second of training, of all processes together.
     """
 
-    looks: Sequence[Look]
+    measurements: Sequence[Measurement]
     stopped: str = ""
     tokens_per_second: float = math.nan
 
     def outlook(self, factor: float = 4.0) -> str:
         """One sentence on what more would bring: the KL falls as a power of the tokens, fitted to the last half."""
-        late = [look for look in self.looks if look.tokens > 0]
+        late = [measured for measured in self.measurements if measured.tokens > 0]
         late = late[len(late) // 2 :]
         if len(late) < 2 or late[-1].kl <= 0 or late[0].kl <= late[-1].kl or late[0].tokens == late[-1].tokens:
             return ""
@@ -82,7 +82,7 @@ def heal_(
     plan: HealingPlan,
     folder: Path | None,
     stage: Stage,
-    tell: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
     drawn: Curves | None = None,
 ) -> Healed:
     """Heal `model`, which holds `MPOLinear` layers, in place; it ends in evaluation mode and without gradients.
@@ -102,7 +102,7 @@ def heal_(
             healing.
         OSError: a checkpoint cannot be written.
     """
-    return _Healing(model, dense, text, judge, plan, folder, stage, tell, drawn or Curves()).run()
+    return _Healing(model, dense, text, judge, plan, folder, stage, warn, drawn or Curves()).run()
 
 
 class _Healing:
@@ -115,20 +115,20 @@ class _Healing:
         plan: HealingPlan,
         folder: Path | None,
         stage: Stage,
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
         drawn: Curves,
     ) -> None:
-        self.model, self.judge, self.plan, self.stage, self.tell = model, judge, plan, stage, tell
+        self.model, self.judge, self.plan, self.stage, self.warn = model, judge, plan, stage, warn
         self.drawn = drawn
         self.device = next(model.parameters()).device
         self.processes = Processes()
         self.pass_tokens = min(plan.pass_tokens, plan.batch_tokens // self.processes.count)
-        told_apart = plan.targets if plan.loss == "distill" else None
+        top_tokens = plan.targets if plan.loss == "distill" else None
         # Every process has to run a sharded dense model when any of them does.
-        self.lessons = Lessons(dense, text, told_apart, bool(plan.hidden_weight), not self.processes.sharded, plan.seed)
+        self.teacher = Teacher(dense, text, top_tokens, bool(plan.hidden_weight), not self.processes.sharded, plan.seed)
         self.head = output_head(model)
         self.checkpoints = None if folder is None else Checkpoints(folder)
-        self.at = _Progress()
+        self.at = Progress()
         self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
         if plan.gates:
             add_gates_(model)
@@ -147,39 +147,39 @@ class _Healing:
         stopped = ""
         self._resume()
         with _training(self.model, self.plan.checkpointing), self.recordings:
-            if not self.at.looks:
-                self._look()
+            if not self.at.measurements:
+                self._measure()
             try:
                 stopped = self._steps()
             except KeyboardInterrupt:
                 if self.sharding is None:  # else the processes would have to be interrupted at the same step
                     self._save()
                 raise
-            if not stopped and self.at.looks[-1].tokens != self.at.tokens:
-                self._look()
+            if not stopped and self.at.measurements[-1].tokens != self.at.tokens:
+                self._measure()
                 self._save()
         best_found = self._named({name: whole(tensor) for name, tensor in self.best.items()})
         if self.sharding is not None:
             self.sharding.end()
         put_parameters(self.model, frozen(self.model, best_found))
         absorb_gates_(self.model)
-        looks = self.at.looks
-        best = min(range(len(looks)), key=lambda number: looks[number].kl, default=-1)
-        return Healed(looks[: best + 1], stopped, self.at.tokens / max(self.at.seconds, 1e-9))
+        measurements = self.at.measurements
+        best = min(range(len(measurements)), key=lambda number: measurements[number].kl, default=-1)
+        return Healed(measurements[: best + 1], stopped, self.at.tokens / max(self.at.seconds, 1e-9))
 
     def _steps(self) -> str:
         """All steps that are left; returns why they ended early, if they did."""
-        if not self.at.looks:
+        if not self.at.measurements:
             return "the model gives numbers that are not finite; it is left as it is"
-        looked, saved = self._fraction(), time.monotonic()
-        while self._fraction() < 1:
+        measured, saved = self.at.fraction(self.plan), time.monotonic()
+        while self.at.fraction(self.plan) < 1:
             with shield():  # an interrupt waits for the end of a step, whose state is then saved
                 stopped = self._step()
             if stopped:
                 return stopped
-            if self._fraction() < 1 and self._fraction() - looked >= 1 / _EVALUATIONS:
-                looked = self._fraction()
-                self._look()
+            if self.at.fraction(self.plan) < 1 and self.at.fraction(self.plan) - measured >= 1 / _EVALUATIONS:
+                measured = self.at.fraction(self.plan)
+                self._measure()
             if self.processes.of_first(time.monotonic() - saved) > _SAVE_SECONDS:
                 self._save()
                 saved = time.monotonic()
@@ -188,12 +188,12 @@ class _Healing:
     def _step(self) -> str:
         """One step of the optimizer; returns why healing has to end, if it has to."""
         start = time.perf_counter()
-        plan, length = self.plan, self.lessons.text.tokens.shape[1]
-        rows = self.lessons.rows(self.at.position, max(1, plan.batch_tokens // length))
-        wanted = int(self.lessons.text.wanted[torch.tensor(rows)].sum())
+        plan, length = self.plan, self.teacher.text.tokens.shape[1]
+        rows = self.teacher.rows(self.at.position, max(1, plan.batch_tokens // length))
+        wanted = int(self.teacher.text.wanted[torch.tensor(rows)].sum())
         while (loss := self._gradients(rows, wanted)) is None:
             self.pass_tokens //= 2
-            self.tell(f"memory ran out; passes of {self.pass_tokens} tokens from here on")
+            self.warn(f"memory ran out; passes of {self.pass_tokens} tokens from here on")
         self.processes.sum_([loss])
         if self.sharding is None:
             self.processes.sum_(p.grad for p in self.parameters.values() if p.grad is not None)
@@ -202,7 +202,7 @@ class _Healing:
             self._forget_gradients()
             return f"the loss was not a number at step {self.at.step}; the last good state is kept"
         for group in self.optimizer.param_groups:
-            group["lr"] = group["largest"] * self._rate_factor()
+            group["lr"] = group["largest"] * self.at.rate_factor(self.plan)
         self.optimizer.step()
         self._forget_gradients()
         self.at.step += 1
@@ -214,13 +214,13 @@ class _Healing:
             self.at.tokens, {"heal/loss": float(loss), "heal/gradient norm": norm, "heal/tokens a second": speed}
         )
         self.stage.advance(
-            wanted, f"loss {float(loss):.3f}, KL on search data {self.at.looks[-1].kl:.3f}, {speed:.0f} tokens/s"
+            wanted, f"loss {float(loss):.3f}, KL on search data {self.at.measurements[-1].kl:.3f}, {speed:.0f} tokens/s"
         )
         return ""
 
     def _gradients(self, rows: Sequence[int], wanted: int) -> torch.Tensor | None:
         """Of this process's share of the rows; returns their loss, None if memory for smaller passes may be enough."""
-        size, loss = max(1, self.pass_tokens // self.lessons.text.tokens.shape[1]), torch.zeros((), device=self.device)
+        size, loss = max(1, self.pass_tokens // self.teacher.text.tokens.shape[1]), torch.zeros((), device=self.device)
         mine = rows[self.processes.rank :: self.processes.count]
         try:
             self._record(min(size, len(mine)))
@@ -244,16 +244,16 @@ class _Healing:
             return
         self.recordings.close()
         self.recorded = rows
-        name, _ = find_blocks(self.lessons.dense)
-        ids, _ = self.lessons.inputs(range(rows))
+        name, _ = find_blocks(self.teacher.dense)
+        ids, _ = self.teacher.inputs(range(rows))
         try:
             with torch.no_grad():
-                self._replay(self.lessons.dense, name, ids)
+                self._replay(self.teacher.dense, name, ids)
             with _autocast(self.model):
                 self._replay(self.model, name, ids)
         except RuntimeError as error:
             self.recordings.close()
-            self.tell(f"passes are not recorded as CUDA graphs, which would be faster: {str(error).splitlines()[0]}")
+            self.warn(f"passes are not recorded as CUDA graphs, which would be faster: {str(error).splitlines()[0]}")
 
     def _replay(self, model: nn.Module, blocks: str, ids: torch.Tensor) -> None:
         self.recordings.enter_context(replayed(model, list(model.get_submodule(blocks).children()), ids))
@@ -263,8 +263,8 @@ class _Healing:
 
     def _loss(self, rows: Sequence[int], salt: int) -> torch.Tensor:
         """Summed over the wanted positions of these rows."""
-        ids, wanted = self.lessons.inputs(rows)
-        targets, aim = self.lessons.targets(rows)
+        ids, wanted = self.teacher.inputs(rows)
+        targets, aim = self.teacher.targets(rows)
         with _autocast(self.model), captured_head_input(self.model) as caught:
             self.model(input_ids=ids, use_cache=False)
         hidden = caught[0][wanted]
@@ -278,30 +278,16 @@ class _Healing:
             loss = loss + self.plan.hidden_weight * (hidden.float() - aim.float()).square().mean(-1).sum() / size
         return loss
 
-    def _fraction(self) -> float:
-        """How much of the plan is done, from 0 to 1 and a little beyond."""
-        done = [0.0]
-        if self.plan.tokens:
-            done.append(self.at.tokens / self.plan.tokens)
-        if self.plan.minutes:
-            done.append(self.at.seconds / (60 * self.plan.minutes))
-        return max(done)
-
-    def _rate_factor(self) -> float:
-        """A rise over the first twentieth, then a linear fall to zero."""
-        done = self._fraction()
-        return min(1.0, (done + 0.005) / 0.05) * max(0.0, 1.0 - done)
-
-    def _look(self) -> None:
+    def _measure(self) -> None:
         training = self.model.training
         self.model.eval()
         with _autocast(self.model):
             quality: Quality = self.judge.measure(self.model)
         self.model.train(training)
         if quality.state == "ok":
-            if not self.at.looks or quality.kl < min(look.kl for look in self.at.looks):
+            if not self.at.measurements or quality.kl < min(measured.kl for measured in self.at.measurements):
                 self.best = self._copied()
-            self.at.looks.append(Look(self.at.tokens, self.at.seconds, quality.kl, quality.perplexity))
+            self.at.measurements.append(Measurement(self.at.tokens, self.at.seconds, quality.kl, quality.perplexity))
             self.drawn.draw(self.at.tokens, {"heal/KL": quality.kl, "heal/perplexity": quality.perplexity})
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -335,7 +321,7 @@ class _Healing:
             tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
         if self.processes.rank:
             return
-        state = {**asdict(self.at), "identity": self.identity}
+        state = {**self.at.to_state(), "identity": self.identity}
         self.checkpoints.save(Checkpoint(self.at.step, tensors, state))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -356,17 +342,16 @@ class _Healing:
         return found
 
     def _resume(self) -> None:
-        found = None if self.checkpoints is None else self.checkpoints.newest(self._complete, self.tell)
+        found = None if self.checkpoints is None else self.checkpoints.newest(self._complete, self.warn)
         if found is None:
             return
         if found.state.get("identity") != self.identity:
             raise ValueError("the checkpoints in this folder are of another healing: other text, seed or settings")
         for name, tensor in self._tensors().items():
             tensor.copy_(like(found.tensors[name], tensor))
-        values = {key: value for key, value in found.state.items() if key != "identity"}
-        self.at = _Progress(**{**values, "looks": [Look(**look) for look in values["looks"]]})
+        self.at = Progress.from_state(found.state)
         self.stage.advance(self.at.tokens)
-        self.tell(f"healing goes on from step {self.at.step}, {self.at.tokens:,} tokens")
+        self.warn(f"healing goes on from step {self.at.step}, {self.at.tokens:,} tokens")
 
 
 def _has_graphs(device: torch.device) -> bool:

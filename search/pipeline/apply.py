@@ -16,7 +16,7 @@ from compression.schedule import Schedule
 from compression.size import choice_parameters
 from envs import Problem
 from search.config import Config
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
 from search.priors.build import build_prior, config_digest
 from search.priors.format import Origin, Prior
@@ -48,9 +48,9 @@ class Applied:
 
 
 def fit_prior(
-    prior: Prior, subject: Subject, target_kept: float | None, rule: Rule | None, console: Console
+    prior: Prior, experiment: Experiment, target_kept: float | None, rule: Rule | None, console: Console
 ) -> Applied:
-    """The schedule of a prior for the model of `subject`.
+    """The schedule of a prior for the model of `experiment`.
 
     On the model it was made for, and on any with sites of the same names and shapes, it is the prior's own, unless
     another kept fraction is asked for. Otherwise it is transferred and projected onto the kept fraction.
@@ -62,11 +62,11 @@ def fit_prior(
     Raises:
         ValueError: the prior is of this model but its sites are not; no site fits; or a target out of reach.
     """
-    loaded = subject.loaded
+    loaded = experiment.loaded
     same = prior.model.digest == loaded.digest
     architecture = prior.model.config_digest is not None and prior.model.config_digest == config_digest(loaded)
-    if same or architecture or fits(prior, subject.sites):
-        schedule = exact_schedule(prior, subject.sites)
+    if same or architecture or fits(prior, experiment.sites):
+        schedule = exact_schedule(prior, experiment.sites)
         if same:
             notes = [f"the prior was made for this model ({prior.model.id})"]
         else:
@@ -74,9 +74,9 @@ def fit_prior(
         if target_kept in (None, prior.target_kept):
             return Applied(schedule, None, (*notes, "its schedule is taken as it stands"))
     else:
-        check_families(prior, subject.sites)
+        check_families(prior, experiment.sites)
         notes = []
-    menu = made_menu(subject, console)
+    menu = made_menu(experiment, console)
     found = transfer(prior, menu, rule)
     target = prior.target_kept if target_kept is None else target_kept
     problem = Problem.build(menu, target)
@@ -86,18 +86,18 @@ def fit_prior(
     return Applied(projected, menu, tuple(notes))
 
 
-def compress_(subject: Subject, schedule: Schedule) -> ScheduleApplier:
+def compress_(experiment: Experiment, schedule: Schedule) -> ScheduleApplier:
     """Put the modules of a schedule into the model, in place, as stored; `restore_` of the result undoes it."""
-    applier = ScheduleApplier(subject.loaded.model, subject.store, packed=True)
+    applier = ScheduleApplier(experiment.loaded.model, experiment.store, packed=True)
     applier.apply_(schedule)
     return applier
 
 
-def made_menu(subject: Subject, console: Console) -> Menu:
+def made_menu(experiment: Experiment, console: Console) -> Menu:
     """The menus of all sites, calibrated and decomposed where the cache has not got them."""
-    calibrate(subject, console)
-    with console.stage("decompose", len(subject.sites), "matrices") as stage:
-        return subject.menu(lambda done: stage.advance(1))
+    calibrate(experiment, console)
+    with console.stage("decompose", len(experiment.sites), "matrices") as stage:
+        return experiment.menu(lambda done: stage.advance(1))
 
 
 def apply(
@@ -124,8 +124,8 @@ def apply(
         loaded, sites = load(config, device)
     measured = traces(read_profile(profile, loaded.digest)) if profile is not None else {}
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device, console.note)
-    applied = fit_prior(prior, subject, target_kept, rule, console)
+        experiment = Experiment.of(config, loaded, sites, device, console.note)
+    applied = fit_prior(prior, experiment, target_kept, rule, console)
     for note in applied.notes:
         console.note(note)
     with RunFolder.new(config.out, "apply", config.model, config.seed) as folder:
@@ -136,23 +136,23 @@ def apply(
         if applied.menu is None and not measure and not measured:
             folder.write_text(PRIOR, prior.to_json())
             return folder.path, [], applied.notes
-        menu = applied.menu or made_menu(subject, console)
-        subject.calibration.release()
-        rows = _measured(subject, menu, applied.schedule, console) if measure else []
-        made = build_prior(config, loaded, menu, applied.schedule, rows, subject.splits, measured)
+        menu = applied.menu or made_menu(experiment, console)
+        experiment.calibration.release()
+        rows = _measured(experiment, menu, applied.schedule, console) if measure else []
+        made = build_prior(config, loaded, menu, applied.schedule, rows, experiment.splits, measured)
         origin = Origin(model=prior.model, schedule_digest=prior.schedule.digest, notes=applied.notes)
         folder.write_text(PRIOR, made.model_copy(update={"origin": origin}).to_json())
         folder.write_json(SUMMARY, {"model": loaded.model_id, "notes": applied.notes, "rows": rows})
     return folder.path, rows, applied.notes
 
 
-def _measured(subject: Subject, menu: Menu, schedule: Schedule, console: Console) -> list[dict[str, object]]:
+def _measured(experiment: Experiment, menu: Menu, schedule: Schedule, console: Console) -> list[dict[str, object]]:
     """Rows on held-out data: dense, uniform and closed form at the same kept fraction, and the prior's."""
     stored = sum(choice_parameters(options.site, schedule[options.site.name]) for options in menu.sites)
     problem = Problem.build(menu, stored / menu.dense_parameters)
     schedules = {"uniform": problem.uniform(), "lagrangian": problem.closed_form(), "prior": schedule}
     rows = []
-    with subject.evaluator("heldout") as evaluator, console.stage("measure", len(schedules), "schedules") as stage:
+    with experiment.evaluator("heldout") as evaluator, console.stage("measure", len(schedules), "schedules") as stage:
         rows.append(evaluator.dense.to_row("dense"))
         for name, one in schedules.items():
             [score] = evaluator.evaluate([one])

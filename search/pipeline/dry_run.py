@@ -13,7 +13,7 @@ import torch
 from compression.sites import model_bytes, model_parameters
 from envs import LEVELS, REACH
 from search.config import Config
-from search.experiment.experiment import Subject, load, smallest_parameters
+from search.experiment.experiment import Experiment, load, smallest_parameters
 from search.experiment.preparation import stays_dense
 from search.pipeline import finish
 from search.trials.preflight import preflight
@@ -35,8 +35,8 @@ def plan(config: Config) -> Mapping[str, object]:
     config, device = preflight(config)
     loaded, sites = load(config, device)
     read_policy(config, loaded)
-    subject = Subject.of(config, loaded, sites, device)
-    searched, [selected], [heldout] = (subject.shards(part) for part in ("search", "selection", "heldout"))
+    experiment = Experiment.of(config, loaded, sites, device)
+    searched, [selected], [heldout] = (experiment.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
         name: sum(len(row.tokens) for row in rows)
         for name, rows in (("trial", searched[0]), ("selection", selected), ("held-out", heldout))
@@ -75,17 +75,17 @@ def plan(config: Config) -> Mapping[str, object]:
         },
         "data": {
             "proxy": config.proxy,
-            "calibration_tokens": subject.splits.calibration.tokens,
+            "calibration_tokens": experiment.splits.calibration.tokens,
             "tokens_per_trial": tokens["trial"],
             "selection_tokens": tokens["selection"],
             "held_out_tokens": tokens["held-out"],
-            "report_items": len(subject.splits.report_items),
+            "report_items": len(experiment.splits.report_items),
             "benchmark_items": measured,
         },
         "cost": {
             "forward_tokens": forward,
-            "estimated_minutes": round(forward * subject.seconds_per_token() / 60 + config.heal_minutes, 1),
-            "statistics_cached": subject.calibration.cache.has(subject.calibration.key),
+            "estimated_minutes": round(forward * experiment.seconds_per_token() / 60 + config.heal_minutes, 1),
+            "statistics_cached": experiment.calibration.cache.has(experiment.calibration.key),
         },
         "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
         "output": str(Path(config.resume or config.out or "results").absolute()),

@@ -41,10 +41,10 @@ def finish(run: Path, config: Config, console: Console) -> list[str]:
 
 
 def _benchmarks(run: Path, config: Config, console: Console) -> str:
-    from search.benchmarking.run import Request, benchmark
+    from search.benchmarking.run import BenchmarkRequest, benchmark
 
     last = "healed" if config.heal_minutes else "repaired"
-    request = Request(
+    request = BenchmarkRequest(
         (str(run),), TASKS, config.benchmark_items, (*SCHEDULES, last), seed=config.seed, device=config.device
     )
     return benchmark(request, console).text()

@@ -12,23 +12,23 @@ from compression.schedule import Schedule
 from search.evaluation.latency import Latency
 from search.evaluation.quality import paired_kl
 from search.evaluation.score import Score
-from search.experiment.experiment import Subject
+from search.experiment.experiment import Experiment
 from search.healing.plan import Options
-from search.healing.run import heal_subject_, held
+from search.healing.run import heal_experiment_, held
 from search.runtime.console import Console
 
 __all__ = ["against_closed_form", "measure", "speed"]
 
 
 def measure(
-    subject: Subject, schedules: Mapping[str, Schedule], chosen: Schedule, healing: Path, console: Console
+    experiment: Experiment, schedules: Mapping[str, Schedule], chosen: Schedule, healing: Path, console: Console
 ) -> dict[str, Score]:
     """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
     and healed; what healing gives is written to the folder `healing`."""
-    config = subject.config
+    config = experiment.config
     if not config.heal_minutes:  # what a run healed that now ends without would be taken for its result
         shutil.rmtree(healing, ignore_errors=True)
-    with subject.evaluator("heldout") as evaluator:
+    with experiment.evaluator("heldout") as evaluator:
         with console.stage("measure", len(schedules), "schedules") as stage:
             scores = {"dense": evaluator.dense}
             known: dict[str, Score] = {}
@@ -42,9 +42,9 @@ def measure(
             return scores
         evaluator.close()
         options = Options(minutes=config.heal_minutes)
-        plan = options.plan(config.seed, subject.device) if config.heal_minutes else None
+        plan = options.plan(config.seed, experiment.device) if config.heal_minutes else None
         with held(healing) if plan else nullcontext():
-            improved, healed = heal_subject_(subject, chosen, evaluator, plan, options, healing, console)
+            improved, healed = heal_experiment_(experiment, chosen, evaluator, plan, options, healing, console)
     if healed.stopped:
         console.note(f"healing stopped: {healed.stopped}")
     return {**scores, **improved}

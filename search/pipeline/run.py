@@ -16,7 +16,7 @@ from compression.schedule import Schedule
 from envs import Problem
 from search.config import Config
 from search.evaluation.latency import against_dense, layer_costs
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.healing.state import HEALED
 from search.pipeline.baselines import baseline_schedules
@@ -74,41 +74,41 @@ def run(config: Config, console: Console) -> RunSummary:
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device, console.note)
+        experiment = Experiment.of(config, loaded, sites, device, console.note)
     if config.resume is not None:
-        refuse_other_search(Path(config.resume) / STUDY, config, subject)
+        refuse_other_search(Path(config.resume) / STUDY, config, experiment)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())
         folder.write_json(ENVIRONMENT, environment())
-        return _run_in(folder, config, subject, console)
+        return _run_in(folder, config, experiment, console)
 
 
-def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Console) -> RunSummary:
-    check_space(subject)
-    calibrate(subject, console)
-    baselines = baseline_schedules(config, subject, console)
-    with console.stage("decompose", len(subject.sites), "matrices") as stage:
-        menu = subject.menu(lambda done: stage.advance(1))
+def _run_in(folder: RunFolder, config: Config, experiment: Experiment, console: Console) -> RunSummary:
+    check_space(experiment)
+    calibrate(experiment, console)
+    baselines = baseline_schedules(config, experiment, console)
+    with console.stage("decompose", len(experiment.sites), "matrices") as stage:
+        menu = experiment.menu(lambda done: stage.advance(1))
         plain = Problem.build(menu, config.target_kept, config.granularity)
         for schedule in baselines.values():
             for name, choice in schedule:
                 if not choice.is_dense:
-                    subject.store.cores(name, choice)
-    subject.calibration.release()
+                    experiment.store.cores(name, choice)
+    experiment.calibration.release()
     closed_form = plain.closed_form()
     problem, notes = warm_start(config, plain)
     for note in notes:
         console.note(f"prior: {note}")
-    trials, chosen = _search(folder, config, subject, problem, closed_form, console)
+    trials, chosen = _search(folder, config, experiment, problem, closed_form, console)
     schedules = {**baselines, "lagrangian": closed_form}
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
     schedules["searched"] = chosen
-    scores = measure(subject, schedules, chosen, folder / HEALED, console)
+    scores = measure(experiment, schedules, chosen, folder / HEALED, console)
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
-        latencies = against_dense(subject.loaded.model, subject.store, timed, config.optimize, layer_costs())
+        latencies = against_dense(experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs())
     latency = latencies.get("searched")
     if latency:
         console.note(f"searched: {latency}")
@@ -122,7 +122,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
             )
     failures = sum(trial.score.state == "failed" for trial in trials)
     document: dict[str, object] = {
-        "model": subject.loaded.model_id,
+        "model": experiment.loaded.model_id,
         "agent": config.agent,
         "budget": config.budget,
         "target_kept": config.target_kept,
@@ -132,7 +132,7 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
         "trials": len(trials),
         "failed_trials": failures,
         "folder": str(folder.path),
-        "stays_dense": stays_dense(subject.sites),
+        "stays_dense": stays_dense(experiment.sites),
         "rows": rows,
         **{f"{name}_against_lagrangian_kl": found for name, found in comparisons.items()},
         "latency": dataclasses.asdict(latency) if latency else {},
@@ -140,14 +140,14 @@ def _run_in(folder: RunFolder, config: Config, subject: Subject, console: Consol
     }
     folder.write_json(SUMMARY, document)
     folder.write_text(TABLE, csv_text(rows))
-    prior = build_prior(config, subject.loaded, menu, chosen, rows, subject.splits)
+    prior = build_prior(config, experiment.loaded, menu, chosen, rows, experiment.splits)
     folder.write_text(PRIOR, prior.to_json())
     folder.write_text(REPORT, report([folder.path]))
     return RunSummary(folder.path, document, failures)
 
 
 def _search(
-    folder: RunFolder, config: Config, subject: Subject, problem: Problem, closed_form: Schedule, console: Console
+    folder: RunFolder, config: Config, experiment: Experiment, problem: Problem, closed_form: Schedule, console: Console
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected from the best of them, the prior and the closed form.
 
@@ -156,10 +156,10 @@ def _search(
     """
     if not config.budget:
         console.note("budget 0: nothing is searched, the baselines only are measured")
-    agent = make_agent(config, problem, subject)
-    journal = open_journal(folder / STUDY, config, subject, problem)
+    agent = make_agent(config, problem, experiment)
+    journal = open_journal(folder / STUDY, config, experiment, problem)
     try:
-        with search_pool(subject, closed_form, console.note) as pool, curves(folder.path) as drawn:
+        with search_pool(experiment, closed_form, console.note) as pool, curves(folder.path) as drawn:
             done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
                 reward = reward_of(config, pool.dense)
@@ -174,7 +174,7 @@ def _search(
     if not finalists:
         return trials, closed_form
     with (
-        subject.evaluator("selection") as evaluator,
+        experiment.evaluator("selection") as evaluator,
         console.stage("select", 1 + len(finalists), "schedules") as stage,
     ):
         [reference] = evaluator.evaluate([closed_form])

@@ -47,7 +47,7 @@ def build_prior(
     Args:
         menu: of the model, which must be dense as it stands; gives predicted traces and the closed form that offsets
             are measured from.
-        rows: the table of the run, see `search.reporting.tables.SUMMARY`.
+        rows: the table of the run, see `search.reporting.tables.SUMMARY_COLUMNS`.
         traces: measured ones by site, in the place of predicted ones.
     """
     sites = [options.site for options in menu.sites]

@@ -32,10 +32,10 @@ from search.config import Config
 from search.evaluation.packed_sequences import Packed
 from search.evaluation.pool import Job, Pool
 from search.evaluation.score import Score
-from search.experiment.experiment import Extract, Subject, load
+from search.experiment.experiment import Experiment, Extract, load
 from search.experiment.preparation import calibrate
 from search.profiling.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
-from search.reporting.heat_maps import heat_map
+from search.reporting.heat_maps import draw_heat_map
 from search.runtime.console import Console
 from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, ENVIRONMENT, RunFolder
@@ -49,7 +49,7 @@ CHI = tuple(range(10, 100, 10))
 FRACTIONS = (0.25, 0.5, 0.75)
 TOKENS = 512
 """What a measurement reads, unless said otherwise: KL at thousands of places rather than few figures of each."""
-PROFILE, TABLE, PARQUET, SUMMARY = "profile.json", "sensitivity.csv", "sensitivity.parquet", "summary.txt"
+PROFILE, TABLE, PARQUET, SWEEP_TABLE = "profile.json", "sensitivity.csv", "sensitivity.parquet", "summary.txt"
 _FORMAT = 1
 _UNSAVED = 7  # measurements that a killed sweep may lose
 _TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"  # as in the menus
@@ -104,30 +104,30 @@ def profile(
     with console.stage("load"):
         loaded, sites = load(config, device)
     with console.stage("data"):
-        subject = Subject.of(config, loaded, sites, device, console.note)
+        experiment = Experiment.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
         console.opened(folder.path)
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])
         tokens = tokens or document.get("tokens", TOKENS)
         context = context or document.get("context")
         if context:
-            _check_context(subject, context)
+            _check_context(experiment, context)
         extract = Extract(tokens, context)
-        data = subject.extract(extract)
-        _refuse_another(folder.path, document, _fingerprint(subject, data))
+        data = experiment.extract(extract)
+        _refuse_another(folder.path, document, _fingerprint(experiment, data))
         levels = levels or _levels(document)
         folder.write_text(CONFIG, config.to_json())
         folder.write_json(ENVIRONMENT, environment())
-        calibrate(subject, console)
+        calibrate(experiment, console)
         with console.stage("decompose", len(sites), "matrices") as stage:
-            subject.store.menu(progress=lambda done: stage.advance(1))
-        subject.calibration.release()
+            experiment.store.menu(progress=lambda done: stage.advance(1))
+        experiment.calibration.release()
         kept = {"model": loaded.model_id, "levels": asdict(levels), "tokens": tokens, "context": context}
         wanted = list(_order([site for site in sites if not context or site.family in CACHED], levels))
         dense = Schedule.dense(tuple(site.name for site in sites))
-        with search_pool(subject, dense, console.note, extract) as pool:
-            folder.write_json(PROFILE, _document(subject, data, kept, pool.dense))
-            rows = _sweep(folder, subject, wanted, found, pool, console)
+        with search_pool(experiment, dense, console.note, extract) as pool:
+            folder.write_json(PROFILE, _document(experiment, data, kept, pool.dense))
+            rows = _sweep(folder, experiment, wanted, found, pool, console)
         text = summary(rows, loaded.model_id, context)
         _publish(folder, rows, text)
     return folder.path, text
@@ -175,29 +175,29 @@ def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping
         raise ValueError(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
 
 
-def _check_context(subject: Subject, context: int) -> None:
+def _check_context(experiment: Experiment, context: int) -> None:
     """Raises ValueError where the model has fewer positions, or nothing that fills a cache by the name of k or v."""
-    if not any(site.family in CACHED for site in subject.sites):
+    if not any(site.family in CACHED for site in experiment.sites):
         raise ValueError(f"context needs matrices of the kinds {' and '.join(CACHED)}, and this model has none")
-    most = getattr(subject.loaded.model.config.get_text_config(), "max_position_embeddings", context)
+    most = getattr(experiment.loaded.model.config.get_text_config(), "max_position_embeddings", context)
     if context > most:
         raise ValueError(f"context must be at most {most}, what the model has positions for, got {context}")
 
 
-def _fingerprint(subject: Subject, data: Sequence[Packed]) -> dict[str, object]:
+def _fingerprint(experiment: Experiment, data: Sequence[Packed]) -> dict[str, object]:
     """Everything that decides a figure of the table, as plain JSON values."""
     return {
-        "model": subject.loaded.digest,
-        "statistics": subject.calibration.key,
+        "model": experiment.loaded.digest,
+        "statistics": experiment.calibration.key,
         "data": cache_key(tokens=[list(one.tokens) for one in data]),
-        "dtype": str(subject.loaded.model.dtype),
-        "sites": cache_key(names=[site.name for site in subject.sites]),
+        "dtype": str(experiment.loaded.model.dtype),
+        "sites": cache_key(names=[site.name for site in experiment.sites]),
     }
 
 
 def _sweep(
     folder: RunFolder,
-    subject: Subject,
+    experiment: Experiment,
     wanted: Sequence[tuple[Site, int]],
     rows: Sequence[Row],
     pool: Pool,
@@ -217,11 +217,11 @@ def _sweep(
         try:
             for done in range(len(missing)):
                 while handed < min(len(missing), done + pool.capacity):
-                    pool.submit(handed, Job(_alone(subject.sites, *missing[handed])))
+                    pool.submit(handed, Job(_alone(experiment.sites, *missing[handed])))
                     handed += 1
                 number, result = pool.finished()
                 site, chi = missing[number]
-                predicted = costs.get(site.name) or costs.setdefault(site.name, _costs(subject, site))
+                predicted = costs.get(site.name) or costs.setdefault(site.name, _costs(experiment, site))
                 found[site.name, chi] = _row(site, chi, predicted[chi], result.score)
                 unsaved += 1
                 if unsaved == _UNSAVED:
@@ -247,9 +247,9 @@ def _alone(sites: Sequence[Site], changed: Site, chi: int) -> Schedule:
     return Schedule(tuple((dense | {changed.name: Choice(_TOPOLOGY, chi, _METRIC)}).items()))
 
 
-def _costs(subject: Subject, site: Site) -> dict[int, float]:
+def _costs(experiment: Experiment, site: Site) -> dict[int, float]:
     """Predicted KL of a site by χ."""
-    spectrum = subject.store.factors(site.name, _TOPOLOGY, _METRIC).spectrum.numpy()
+    spectrum = experiment.store.factors(site.name, _TOPOLOGY, _METRIC).spectrum.numpy()
     options = nested_options(_TOPOLOGY, _METRIC, np.asarray(spectrum, dtype=np.float64), site)
     return {option.choice.chi: option.cost for option in options}
 
@@ -274,10 +274,12 @@ def _row(site: Site, chi: int, predicted: float, score: Score) -> Row:
     )
 
 
-def _document(subject: Subject, data: Sequence[Packed], kept: Mapping[str, object], dense: Score) -> dict[str, object]:
+def _document(
+    experiment: Experiment, data: Sequence[Packed], kept: Mapping[str, object], dense: Score
+) -> dict[str, object]:
     return {
         "format": _FORMAT,
-        "fingerprint": _fingerprint(subject, data),
+        "fingerprint": _fingerprint(experiment, data),
         **kept,
         "dense": {
             "perplexity": dense.quality.perplexity,
@@ -293,12 +295,12 @@ def _publish(folder: RunFolder, rows: Sequence[Row], text: str) -> None:
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in parse_rows(rows_text(rows))]), out)
     folder.write_bytes(PARQUET, out.getvalue())
-    folder.write_text(SUMMARY, text)
+    folder.write_text(SWEEP_TABLE, text)
     blocks, families, table = block_by_family(rows)
     unit = "KL, nats per token"
-    drawn = heat_map(table, blocks, families, "one site alone, geometric mean over χ", "family", unit)
+    drawn = draw_heat_map(table, blocks, families, "one site alone, geometric mean over χ", "family", unit)
     folder.write_text("plots/block-family.svg", drawn)
     blocks, chis, table = block_by_chi(rows)
     if chis:
-        drawn = heat_map(table, blocks, chis, "sites one at a time, summed over the block", "χ", unit)
+        drawn = draw_heat_map(table, blocks, chis, "sites one at a time, summed over the block", "χ", unit)
         folder.write_text("plots/block-chi.svg", drawn)

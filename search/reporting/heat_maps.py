@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["heat_map"]
+__all__ = ["draw_heat_map"]
 
 
-def heat_map(
+def draw_heat_map(
     table: NDArray[np.float64], rows: Sequence[object], columns: Sequence[object], title: str, across: str, figure: str
 ) -> str:
     """Rows are blocks. Colours are logarithmic; what is not positive or not there stays blank.

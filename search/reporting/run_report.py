@@ -17,8 +17,7 @@ from typing import Any
 
 from search.reporting.charts import heat_map, line_chart, scatter_chart
 from search.reporting.page import Section, page, table
-from search.reporting.tables import SUMMARY as SUMMARY_COLUMNS
-from search.reporting.tables import Column
+from search.reporting.tables import SUMMARY_COLUMNS, Column
 from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
 
 __all__ = ["REPORT", "Run", "report"]

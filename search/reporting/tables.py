@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from search.runtime.files import finite
 
 __all__ = [
-    "SUMMARY",
+    "SUMMARY_COLUMNS",
     "Column",
     "Row",
     "csv_text",
@@ -52,7 +52,7 @@ class Column:
         return shown if error is None or shown == "-" else f"{shown} ± {_number(error, self.form)}"
 
 
-SUMMARY: tuple[Column, ...] = (
+SUMMARY_COLUMNS: tuple[Column, ...] = (
     Column("schedule", "schedule"),
     Column("kept_fraction", "kept", ".3f"),
     Column("kl", "KL nats/token", ".4f"),
@@ -76,7 +76,7 @@ def occurring(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
     return [column for column in columns if not rows or any(column.key in row for row in rows)]
 
 
-def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
+def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLUMNS) -> str:
     """Aligned text with a heading and a rule; figures to the right, words to the left. Ends with a line break.
 
     A column that no row has is left out, here and in `markdown_table`.
@@ -95,7 +95,7 @@ def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
     )
 
 
-def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> str:
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLUMNS) -> str:
     """The same cells as a Markdown table. Ends with a line break."""
     columns = occurring(rows, columns)
     lines = [

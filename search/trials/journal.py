@@ -70,14 +70,14 @@ class Record:
     state: str
     reason: str = ""
     seconds: float = 0.0
-    look: int = 0
+    repeat: int = 0
     slopes: Mapping[str, float] | None = None
     asked: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
         """What was evaluated."""
-        return self.digest, self.look
+        return self.digest, self.repeat
 
 
 class Journal:
@@ -140,7 +140,7 @@ class Journal:
         """
         kept = self._records.get(record.number)
         if kept is not None and kept.key != record.key:
-            was, now = (f"look {one.look} at schedule {one.digest[:12]}" for one in (kept, record))
+            was, now = (f"look {one.repeat} at schedule {one.digest[:12]}" for one in (kept, record))
             raise ValueError(
                 f"trial {record.number} of {self.path} is {was}, but the resumed search proposes {now}: "
                 "not the same code, seed or machine"
@@ -165,7 +165,7 @@ class Journal:
                 **dict(zip(self.steps, record.actions or (None,) * len(self.steps), strict=True)),
                 "reason": record.reason,
                 "digest": record.digest,
-                "look": record.look,
+                "look": record.repeat,
             }
             for record in self.records
         ]
@@ -218,7 +218,7 @@ class Journal:
             "trial.state": record.state,
             "trial.reason": record.reason,
             "trial.seconds": record.seconds,
-            "trial.look": record.look,
+            "trial.look": record.repeat,
             "trial.asked": record.asked,
             "trial.slopes": finite(record.slopes),
             "trial.figures": list(record.score),
@@ -250,7 +250,7 @@ class Journal:
                 state=attrs["trial.state"],
                 reason=attrs["trial.reason"],
                 seconds=attrs["trial.seconds"],
-                look=attrs.get("trial.look", 0),  # not written before looks were counted
+                repeat=attrs.get("trial.look", 0),  # not written before looks were counted
                 slopes=_numbers(attrs.get("trial.slopes")),
                 asked=attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this while one came after the other
             )

@@ -75,7 +75,7 @@ def run_agent(
 
     def submit(number: int) -> None:
         proposal = waiting[number]
-        pool.submit(number, Job(proposal.schedule, proposal.look, proposal.probe))
+        pool.submit(number, Job(proposal.schedule, proposal.repeat, proposal.probe))
 
     for record in journal.told:
         if sum(trial.proposal.cost for trial in trials) >= budget:
@@ -119,7 +119,7 @@ def _record(trial: Trial, slopes: Mapping[str, float] | None, asked: int) -> Rec
         number=trial.number,
         digest=trial.proposal.schedule.digest,
         schedule=trial.proposal.schedule.to_json(),
-        look=trial.proposal.look,
+        repeat=trial.proposal.repeat,
         actions=trial.proposal.actions,
         score=trial.score.to_dict(),
         reward=trial.reward if ok else None,

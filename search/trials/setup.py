@@ -11,7 +11,7 @@ from agents import Agent
 from envs import Problem, Reward
 from search.config import Config
 from search.evaluation.score import Score
-from search.experiment.experiment import Subject
+from search.experiment.experiment import Experiment
 from search.trials.journal import Journal, refuse_another
 from search.trials.starting_point import prior_digest, read_policy
 
@@ -23,26 +23,26 @@ def reward_of(config: Config, dense: Score) -> Reward:
     return replace(_weighted(config), dense_expected_accuracy=dense.expected_accuracy)
 
 
-def fingerprint(config: Config, subject: Subject) -> dict[str, object]:
+def fingerprint(config: Config, experiment: Experiment) -> dict[str, object]:
     """Everything that decides what a trial is and scores; a resumed run must agree."""
     return {
         "configuration": config.definition(),
-        **subject.identity,
+        **experiment.identity,
         "reward": dataclasses.asdict(_weighted(config)),
-        **({"policy": policy.digest} if (policy := read_policy(config, subject.loaded)) else {}),
+        **({"policy": policy.digest} if (policy := read_policy(config, experiment.loaded)) else {}),
         **({"prior": digest} if (digest := prior_digest(config)) else {}),
     }
 
 
-def open_journal(path: Path, config: Config, subject: Subject, problem: Problem) -> Journal:
+def open_journal(path: Path, config: Config, experiment: Experiment, problem: Problem) -> Journal:
     """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Journal(path, fingerprint(config, subject), problem.names, problem.levels, fingerprint_defaults())
+    return Journal(path, fingerprint(config, experiment), problem.names, problem.levels, fingerprint_defaults())
 
 
-def refuse_other_search(path: Path, config: Config, subject: Subject) -> None:
+def refuse_other_search(path: Path, config: Config, experiment: Experiment) -> None:
     """Refuse to continue the journal of another search before anything is computed; raises ValueError as `Journal`."""
-    refuse_another(path, fingerprint(config, subject), fingerprint_defaults())
+    refuse_another(path, fingerprint(config, experiment), fingerprint_defaults())
 
 
 def fingerprint_defaults() -> dict[str, object]:
@@ -54,15 +54,15 @@ def fingerprint_defaults() -> dict[str, object]:
     }
 
 
-def make_agent(config: Config, problem: Problem, subject: Subject) -> Agent:
+def make_agent(config: Config, problem: Problem, experiment: Experiment) -> Agent:
     """`config.agent` on `problem`; raises ValueError as `agents.make` does."""
-    terms = agents.Terms(
+    terms = agents.AgentContext(
         config.seed,
         config.budget,
         config.search_shards,
         config.compression_weight,
-        subject=subject.loaded.digest,
-        policy=read_policy(config, subject.loaded),
+        model=experiment.loaded.digest,
+        policy=read_policy(config, experiment.loaded),
     )
     return agents.make(config.agent, problem, terms)
 

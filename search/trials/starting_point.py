@@ -48,5 +48,5 @@ def read_policy(config: Config, loaded: LoadedModel | None = None) -> SavedPolic
     if config.policy is None:
         return None
     policy = SavedPolicy.read(Path(config.policy))
-    policy.check(config.agent, policy.subject if loaded is None else loaded.digest)
+    policy.check(config.agent, policy.model if loaded is None else loaded.digest)
     return policy

@@ -51,7 +51,7 @@ class _Family:
         self.root = root
         self.started: dict[int, int] = {}
 
-    def look(self) -> None:
+    def repeat(self) -> None:
         """Take in who has come, and let go of who is gone."""
         every = dict(_processes())
         self.started = {pid: start for pid, start in self.started.items() if pid in every and every[pid][1] == start}
@@ -82,15 +82,15 @@ def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
 def _watch(root: int) -> None:
     family = _Family(root)
     while not select.select([sys.stdin], [], [], _PERIOD)[0]:
-        family.look()
+        family.repeat()
     if sys.stdin.buffer.read() == _DONE:
         return
     time.sleep(_GRACE)
-    family.look()
+    family.repeat()
     while family.started:
         family.kill()
         time.sleep(0.2)
-        family.look()
+        family.repeat()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from compression.schedule import Schedule
 from search.config import Config
 from search.evaluation.pool import Pool, SerialPool
-from search.experiment.experiment import Extract, Subject
+from search.experiment.experiment import Experiment, Extract
 
 __all__ = ["check_evaluators", "search_pool"]
 
@@ -33,9 +33,9 @@ def check_evaluators(config: Config) -> None:
 
 @contextmanager
 def search_pool(
-    subject: Subject, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
+    experiment: Experiment, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
 ) -> Iterator[Pool]:
-    """The pool that scores trials, as `subject.config` says; statistics and factors must be in the cache.
+    """The pool that scores trials, as `experiment.config` says; statistics and factors must be in the cache.
 
     Args:
         anchor: see `search.evaluation.evaluator.ModelEvaluator`.
@@ -45,12 +45,12 @@ def search_pool(
     Raises:
         ValueError: a cluster that cannot be reached or has no room, or an evaluator with another model or other data.
     """
-    if subject.config.in_process:
-        with subject.evaluator("search", anchor, extract) as evaluator:
+    if experiment.config.in_process:
+        with experiment.evaluator("search", anchor, extract) as evaluator:
             yield SerialPool(evaluator, evaluator.dense)
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from search.workers.ray_pool import ray_pool
 
-    with ray_pool(subject, anchor, note, extract) as pool:
+    with ray_pool(experiment, anchor, note, extract) as pool:
         yield pool

@@ -25,10 +25,10 @@ from search.config import Config
 from search.evaluation.pool import Job, Result
 from search.evaluation.quality import Quality
 from search.evaluation.score import Score
-from search.experiment.experiment import Extract, Subject
+from search.experiment.experiment import Experiment, Extract
 from search.runtime.errors import EvaluatorsLost
 from search.workers.ray_cluster import cluster
-from search.workers.remote_evaluator import NodeEvaluator, travelling
+from search.workers.remote_evaluator import RemoteEvaluator, portable_fields
 
 __all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool"]
 
@@ -270,8 +270,8 @@ class ModelWorker:
         if 0 < self._gpus < 1:
             torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE * self._gpus)
         values, anchor, digest, sharers = self._arguments
-        self._evaluator = NodeEvaluator(values, Schedule.from_json(anchor), digest, sharers, self._extract)
-        return {"dense": self._evaluator.evaluator.dense.to_dict(), "identity": self._evaluator.subject.identity}
+        self._evaluator = RemoteEvaluator(values, Schedule.from_json(anchor), digest, sharers, self._extract)
+        return {"dense": self._evaluator.evaluator.dense.to_dict(), "identity": self._evaluator.experiment.identity}
 
     def work(self, jobs: list[str]) -> list[str]:
         """See `Worker`."""
@@ -280,14 +280,14 @@ class ModelWorker:
 
 @contextmanager
 def ray_pool(
-    subject: Subject, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
+    experiment: Experiment, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
 ) -> Iterator[RayPool]:
-    """The evaluators of `subject.config`, on its cluster or on one that is started here and ends with this context.
+    """The evaluators of `experiment.config`, on its cluster or on one that is started here and ends with this context.
 
     Args and errors: see `search.workers.pools.search_pool`.
     """
-    config = subject.config
-    gpus = (config.gpus_per_evaluator or 1.0) if subject.device.type == "cuda" else 0.0
+    config = experiment.config
+    gpus = (config.gpus_per_evaluator or 1.0) if experiment.device.type == "cuda" else 0.0
     with cluster(config, _wanted(config, gpus) * (config.threads or 1)) as resources:
         room = int(resources["GPU"] / gpus + 1e-6) if gpus else int(resources["CPU"] // (config.threads or 1))
         count = room if config.evaluators in (None, "auto") and config.ray_address else _wanted(config, gpus)
@@ -301,16 +301,16 @@ def ray_pool(
             num_cpus=0 if gpus else threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )
         plain = None if extract is None else (extract.tokens, extract.context)
-        arguments = travelling(config), anchor.to_json(), subject.loaded.digest, count, threads, gpus, plain
-        sizes = SizeModel(subject.loaded.model, subject.sites)
+        arguments = portable_fields(config), anchor.to_json(), experiment.loaded.digest, count, threads, gpus, plain
+        sizes = SizeModel(experiment.loaded.model, experiment.sites)
 
         def failed(schedule: Schedule, reason: str, seconds: float) -> Score:
             return Score("failed", Quality(), sizes.size(schedule), seconds, reason)
 
         pool = RayPool(lambda: actor.remote(*arguments), count, failed, config.trial_timeout, note)
         try:
-            if (theirs := pool.said["identity"]) != subject.identity:
-                raise ValueError(f"evaluators have another model or other data: {theirs}, not {subject.identity}")
+            if (theirs := pool.said["identity"]) != experiment.identity:
+                raise ValueError(f"evaluators have another model or other data: {theirs}, not {experiment.identity}")
             yield pool
         finally:
             pool.close()

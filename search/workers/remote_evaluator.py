@@ -18,15 +18,15 @@ from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 from search.config import EVALUATORS, Config
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.pool import Job, measure
-from search.experiment.experiment import Extract, Subject, load
+from search.experiment.experiment import Experiment, Extract, load
 from search.model.devices import resolve_device, working_dtype
 from search.model.loading import LoadedModel, assemble, can_be_assembled, load_model
 from search.runtime.files import cache_folder
 
-__all__ = ["NodeEvaluator", "shared_model", "travelling"]
+__all__ = ["RemoteEvaluator", "portable_fields", "shared_model"]
 
 
-def travelling(config: Config) -> dict[str, Any]:
+def portable_fields(config: Config) -> dict[str, Any]:
     """Field values from which another process, in another folder, builds the evaluator of this configuration.
 
     Time is measured by whoever reads the scores, so that all are measured on one machine.
@@ -39,11 +39,11 @@ def travelling(config: Config) -> dict[str, Any]:
     return values
 
 
-class NodeEvaluator:
+class RemoteEvaluator:
     """An evaluator of trials and all it needs.
 
     Args:
-        values: from `travelling`.
+        values: from `portable_fields`.
         anchor: see `search.evaluation.evaluator.ModelEvaluator`.
         digest: of the model's parameters; under another one they are not shared, and the caller will refuse.
         sharers: evaluators that share this machine's memory for hidden states, about.
@@ -61,13 +61,13 @@ class NodeEvaluator:
             dtype = working_dtype(config.dtype, device)
             loaded = None if config.per_head else shared_model(config.model, device, dtype, digest, cache)
         loaded, sites = load(config, device, loaded)
-        self.subject = Subject.of(config, loaded, sites, device)
+        self.experiment = Experiment.of(config, loaded, sites, device)
         with lock:
-            self.subject.store.menu()
-            self.subject.calibration.release()
+            self.experiment.store.menu()
+            self.experiment.calibration.release()
         self._open = ExitStack()
         self.evaluator: ModelEvaluator = self._open.enter_context(
-            self.subject.evaluator("search", anchor, extract, REUSE_BYTES // sharers)
+            self.experiment.evaluator("search", anchor, extract, REUSE_BYTES // sharers)
         )
 
     def work(self, job: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import agents
-from agents import Learner, Terms
+from agents import AgentContext, Learner
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 from search.config import PLANNERS
 
@@ -31,7 +31,7 @@ def affordable(name, budget):
 
 def run(name, problem, seed=0, budget=26, counts=(10,), rewards=None):
     """All proposals and their rewards, asked for in groups of `counts`, over and over."""
-    agent, evaluate, told = agents.make(name, problem, Terms(seed, budget)), ToyEvaluator(problem.menu), []
+    agent, evaluate, told = agents.make(name, problem, AgentContext(seed, budget)), ToyEvaluator(problem.menu), []
     for count in itertools.cycle(counts):
         proposals = agent.ask(count)
         assert len(proposals) <= count
@@ -43,7 +43,7 @@ def run(name, problem, seed=0, budget=26, counts=(10,), rewards=None):
             values = rewards[len(told) : len(told) + len(values)]
         for proposal in proposals:
             if proposal.probe is not None:
-                agent.tell_slopes(proposal, evaluate.slopes(proposal.schedule, proposal.probe, proposal.look))
+                agent.tell_slopes(proposal, evaluate.slopes(proposal.schedule, proposal.probe, proposal.repeat))
         agent.tell(proposals, values)
         told += zip(proposals, values, strict=True)
     raise AssertionError
@@ -54,7 +54,7 @@ every_agent = pytest.mark.parametrize("name", agents.NAMES)
 
 @every_agent
 def test_an_agent_carries_the_name_it_is_made_by(name):
-    assert agents.make(name, toy(), Terms(0, 1)).name == name
+    assert agents.make(name, toy(), AgentContext(0, 1)).name == name
 
 
 @every_agent
@@ -141,7 +141,7 @@ def test_slopes_lead_past_the_best_of_all_episodes(name):
 
 @every_agent
 def test_the_ask_tell_contract_is_enforced(name):
-    agent = agents.make(name, toy(), Terms(0, 5))
+    agent = agents.make(name, toy(), AgentContext(0, 5))
     with pytest.raises(ValueError, match="at least 1"):
         agent.ask(0)
     (proposal,) = agent.ask(1)
@@ -164,7 +164,7 @@ def toy_menu_dense():
 )
 def test_an_unknown_agent_is_refused_with_the_nearest_name(name, nearest):
     with pytest.raises(ValueError, match=f"nearest: {nearest}"):
-        agents.make(name, toy(), Terms(0, 5))
+        agents.make(name, toy(), AgentContext(0, 5))
 
 
 def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
@@ -173,7 +173,7 @@ def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(
     monkeypatch.setattr(sys, "meta_path", [_Without("stable_baselines3", "sb3_contrib"), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "sb3_contrib", raising=False)
     with pytest.raises(ValueError, match=r"agent ppo needs sb3_contrib, .*pip install 'chisel-prior\[agents\]'"):
-        agents.make("ppo", toy(), Terms(0, 5))
+        agents.make("ppo", toy(), AgentContext(0, 5))
 
 
 class _Without:
@@ -195,20 +195,20 @@ def test_agents_are_imported_without_the_libraries_of_some():
 
 @every_agent
 def test_a_policy_is_continued_or_refused(name):
-    start = agents.make("reinforce", toy(), Terms(0, 5)).saved_policy()
-    agent = agents.make(name, toy(), Terms(0, 5))
-    terms = Terms(0, 5, policy=agent.saved_policy() if isinstance(agent, Learner) else start)
+    start = agents.make("reinforce", toy(), AgentContext(0, 5)).saved_policy()
+    agent = agents.make(name, toy(), AgentContext(0, 5))
+    context = AgentContext(0, 5, policy=agent.saved_policy() if isinstance(agent, Learner) else start)
     if isinstance(agent, Learner):
-        assert agents.make(name, toy(), terms).ask(1) == agent.ask(1)
+        assert agents.make(name, toy(), context).ask(1) == agent.ask(1)
     else:
         with pytest.raises(ValueError, match=f"agent {name} learns no policy"):
-            agents.make(name, toy(), terms)
+            agents.make(name, toy(), context)
 
 
-@pytest.mark.parametrize("name, value, least", [("seed", -1, 0), ("budget", -1, 0), ("looks", 0, 1)])
+@pytest.mark.parametrize("name, value, least", [("seed", -1, 0), ("budget", -1, 0), ("shards", 0, 1)])
 def test_terms_outside_their_range_are_refused(name, value, least):
     with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
-        Terms(**{"seed": 0, "budget": 1, name: value})
+        AgentContext(**{"seed": 0, "budget": 1, name: value})
 
 
 def test_single_proposals_are_what_they_say():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agents import Bandit, RandomSearch, Terms
+from agents import AgentContext, Bandit, RandomSearch
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
 PLAIN = Reward(compression_weight=0.0, correct_weight=0.0)  # −KL
@@ -19,14 +19,14 @@ def rewards_of(task, actions):
 
 def fitted(task, count=30, seed=0):
     actions = np.random.default_rng(seed).integers(3, 12, (count, task.steps))
-    agent = Bandit(task, Terms(seed, 50))
+    agent = Bandit(task, AgentContext(seed, 50))
     agent._fit(actions, rewards_of(task, actions))
     return agent, actions
 
 
 def exact_posterior(agent, actions):
     """Mean and covariance of (a, b, e) by the textbook, from the matrix of features."""
-    task = agent._task
+    task = agent._problem
     count, levels = len(actions), task.levels
     features = np.zeros((count, 2 + task.steps * levels))
     features[:, 0], features[:, 1] = 1.0, agent._total
@@ -61,7 +61,7 @@ def test_draws_have_the_posterior_covariance_times_the_exploration_squared():
 def test_the_effect_of_the_middle_level_is_nothing_and_neighbours_learn_from_each_other():
     agent, _ = fitted(problem())
     _, effects = agent._posterior(4)
-    middle = agent._task.middle
+    middle = agent._problem.middle
     assert np.abs(effects[:, :, middle]).max() < 1e-6
     near, far = agent._prior[middle + 4, middle + 5], agent._prior[middle + 4, middle - 4]
     assert near > 0 > far
@@ -71,7 +71,7 @@ def test_it_learns_which_blocks_matter():
     task = problem(8)
     actions = np.random.default_rng(1).integers(3, 12, (120, 8))
     rewards = rewards_of(task, actions)
-    agent = Bandit(task, Terms(0, 50))
+    agent = Bandit(task, AgentContext(0, 50))
     agent._fit(actions[:80], rewards[:80])
     predicted = agent._values(actions[80:], *agent._posterior(0)) * agent._spread
     assert np.corrcoef(predicted, rewards[80:])[0, 1] > 0.9
@@ -83,8 +83,8 @@ def test_the_best_episode_under_a_draw_has_no_better_neighbour_one_level_off():
     best = agent._best(slope, effects, sweeps=6)
     own = agent._values(best, slope, effects)
     for step in range(6):
-        near = np.tile(best, (agent._task.levels - 1, 1))
-        near[:, step] = np.arange(agent._task.levels - 1)
+        near = np.tile(best, (agent._problem.levels - 1, 1))
+        near[:, step] = np.arange(agent._problem.levels - 1)
         assert agent._values(near, slope, effects).max() <= own[0] + 1e-9
 
 
@@ -93,7 +93,7 @@ def test_twenty_blocks_end_far_below_the_closed_form_and_random_search(seed):
     task = problem(20, granularity="block+family")
     values = {}
     for kind in (Bandit, RandomSearch):
-        agent, values[kind] = kind(task, Terms(seed, 100)), []
+        agent, values[kind] = kind(task, AgentContext(seed, 100)), []
         while proposals := agent.ask(8):
             rewards = rewards_of(task, [proposal.actions for proposal in proposals]).tolist()
             agent.tell(proposals, rewards)
@@ -106,4 +106,4 @@ def test_twenty_blocks_end_far_below_the_closed_form_and_random_search(seed):
 
 def test_the_first_proposal_is_the_closed_form():
     task = problem(granularity="block+family")
-    assert Bandit(task, Terms(3, 20)).ask(5)[0].schedule == task.closed_form()
+    assert Bandit(task, AgentContext(3, 20)).ask(5)[0].schedule == task.closed_form()

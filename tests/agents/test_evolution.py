@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agents import Evolution, EvolutionSettings, RandomSearch, Terms
+from agents import AgentContext, Evolution, EvolutionSettings, RandomSearch
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
 PLAIN = Reward(compression_weight=0.0, correct_weight=0.0)  # −KL
@@ -30,7 +30,7 @@ def truth(task, interaction=0.1):
 
 def test_the_closed_form_is_the_first_parent_and_its_offspring_are_a_few_switches_away():
     task = problem(granularity="block+family")
-    agent = Evolution(task, Terms(0, 9), EvolutionSettings(screened=UNSCREENED))
+    agent = Evolution(task, AgentContext(0, 9), EvolutionSettings(screened=UNSCREENED))
     first, *offspring = agent.ask(9)
     assert first.schedule == task.closed_form()
     for proposal in offspring:
@@ -39,7 +39,7 @@ def test_the_closed_form_is_the_first_parent_and_its_offspring_are_a_few_switche
 
 def test_with_one_look_the_parent_is_the_best_schedule_so_far():
     task = problem()
-    agent = Evolution(task, Terms(1, 80), EvolutionSettings(screened=UNSCREENED))
+    agent = Evolution(task, AgentContext(1, 80), EvolutionSettings(screened=UNSCREENED))
     told = search(agent, truth(task))
     agent.recommend(1)  # the last generation meets the parent
     rewards = [reward for _, reward in told]
@@ -48,25 +48,25 @@ def test_with_one_look_the_parent_is_the_best_schedule_so_far():
 
 def test_offspring_are_looked_at_in_stages_and_the_parent_as_often_as_its_challengers():
     task = problem()
-    agent = Evolution(task, Terms(0, 12, looks=3))
-    told = [(proposal.schedule.digest, proposal.look) for proposal, _ in search(agent, truth(task))]
+    agent = Evolution(task, AgentContext(0, 12, shards=3))
+    told = [(proposal.schedule.digest, proposal.repeat) for proposal, _ in search(agent, truth(task))]
     parent = task.closed_form().digest
-    assert [look for _, look in told] == [0] * 9 + [1] * 3
+    assert [repeat for _, repeat in told] == [0] * 9 + [1] * 3
     assert (parent, 1) in told
     best = sorted(agent.records.values(), key=lambda record: -record.rewards[0])
     survivors = {task.schedule(record.levels).digest for record in best if record.levels != (task.middle,) * 12}
-    assert {digest for digest, look in told if look == 1} - {parent} <= survivors
+    assert {digest for digest, repeat in told if repeat == 1} - {parent} <= survivors
 
 
-@pytest.mark.parametrize("looks", [1, 2, 6])
-def test_every_look_counts_against_the_budget_and_comes_once(looks):
+@pytest.mark.parametrize("shards", [1, 2, 6])
+def test_every_look_counts_against_the_budget_and_comes_once(shards):
     task = problem()
-    told = search(Evolution(task, Terms(0, 60, looks)), truth(task))
-    keys = [(proposal.schedule.digest, proposal.look) for proposal, _ in told]
+    told = search(Evolution(task, AgentContext(0, 60, shards)), truth(task))
+    keys = [(proposal.schedule.digest, proposal.repeat) for proposal, _ in told]
     assert len(keys) == len(set(keys)) == 60
-    assert {look for _, look in keys} == set(range(min(looks, 3)))
-    for digest, look in keys:
-        assert look == 0 or keys.index((digest, look - 1)) < keys.index((digest, look))
+    assert {repeat for _, repeat in keys} == set(range(min(shards, 3)))
+    for digest, repeat in keys:
+        assert repeat == 0 or keys.index((digest, repeat - 1)) < keys.index((digest, repeat))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -75,17 +75,18 @@ def test_twenty_blocks_end_below_the_closed_form_and_random_search(seed, screene
     task = problem(20, granularity="block+family")
     reward = truth(task)
     rewards = [
-        value for _, value in search(Evolution(task, Terms(seed, 100), EvolutionSettings(screened=screened)), reward)
+        value
+        for _, value in search(Evolution(task, AgentContext(seed, 100), EvolutionSettings(screened=screened)), reward)
     ]
     assert -max(rewards) < (0.85 if screened == 20 else 0.95) * -rewards[0]
-    assert max(rewards) > max(value for _, value in search(RandomSearch(task, Terms(seed, 100)), reward))
+    assert max(rewards) > max(value for _, value in search(RandomSearch(task, AgentContext(seed, 100)), reward))
 
 
 def test_a_failed_look_takes_a_schedule_out():
     task = problem()
     reward, count = truth(task), iter(range(1000))
     told = search(
-        agent := Evolution(task, Terms(0, 90, looks=3)), lambda p: np.nan if next(count) % 7 == 3 else reward(p)
+        agent := Evolution(task, AgentContext(0, 90, shards=3)), lambda p: np.nan if next(count) % 7 == 3 else reward(p)
     )
     failed = {proposal.schedule.digest for proposal, value in told if np.isnan(value)}
     assert failed

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from agents import Gradient, Proposal, Terms
+from agents import AgentContext, Gradient, Proposal
 from agents.gradient import GradientSettings
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 
@@ -33,7 +33,7 @@ def search(agent: Gradient, evaluate: ToyEvaluator) -> list[tuple[Proposal, floa
 
 def test_a_first_proposal_is_the_closed_form_with_slopes() -> None:
     task = problem()
-    (first,) = Gradient(task, Terms(0, 8)).ask(3)
+    (first,) = Gradient(task, AgentContext(0, 8)).ask(3)
     assert first.schedule == task.closed_form()
     assert first.probe == task.probe(first.schedule)
     assert first.cost == 4
@@ -44,7 +44,7 @@ def test_most_of_what_is_to_be_gained_on_three_blocks_is_gained() -> None:
     task = problem()
     evaluate = ToyEvaluator(task.menu)
     _, optimum = best_by_exhaustion(problem(), evaluate, REWARD)
-    told = search(Gradient(task, Terms(0, 120)), evaluate)
+    told = search(Gradient(task, AgentContext(0, 120)), evaluate)
     closed, best = told[0][1], max(reward for _, reward in told)
     assert closed < optimum
     assert best > closed + 0.7 * (optimum - closed)
@@ -54,7 +54,7 @@ def test_most_of_what_is_to_be_gained_on_three_blocks_is_gained() -> None:
 def test_blocks_that_matter_more_than_predicted_get_more(granularity: str) -> None:
     task = problem(8, 0.6, granularity)
     evaluate = ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0, 1.0), interaction=0.0)
-    agent = Gradient(task, Terms(0, 80))
+    agent = Gradient(task, AgentContext(0, 80))
     told = search(agent, evaluate)
     assert told[0][1] < max(reward for _, reward in told)
     theta = agent._theta
@@ -67,7 +67,7 @@ def test_sites_depart_from_what_their_step_says() -> None:
     # A step a family: what blocks are worth is not for θ to say.
     task = problem(8, 0.6, "family")
     evaluate = ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0, 1.0), interaction=0.0)
-    agent = Gradient(task, Terms(0, 160))
+    agent = Gradient(task, AgentContext(0, 160))
     told = search(agent, evaluate)
     delta = agent.residuals.reshape(8, 2).mean(axis=1)
     assert delta[0] > delta[2] > delta[1]
@@ -78,7 +78,10 @@ def test_sites_depart_from_what_their_step_says() -> None:
 def test_what_one_pass_says_and_the_next_contradicts_moves_no_site() -> None:
     def departure(noise: float, spread: float) -> float:
         task = problem(8, 0.6, "family")
-        agent, generator = Gradient(task, Terms(0, 120), GradientSettings(spread=spread)), np.random.default_rng(0)
+        agent, generator = (
+            Gradient(task, AgentContext(0, 120), GradientSettings(spread=spread)),
+            np.random.default_rng(0),
+        )
         while proposals := agent.ask(1):
             (proposal,) = proposals
             if proposal.probe is not None:
@@ -98,7 +101,7 @@ def test_what_one_pass_says_and_the_next_contradicts_moves_no_site() -> None:
 def test_where_predictions_are_right_nothing_moves() -> None:
     task = problem(6, 0.6)
     evaluate = ToyEvaluator(task.menu, weights=(1.0,), interaction=0.0)
-    agent = Gradient(task, Terms(0, 40))
+    agent = Gradient(task, AgentContext(0, 40))
     told = search(agent, evaluate)
     assert np.abs(agent._theta).max() < 0.05
     assert told[-1][1] == pytest.approx(told[0][1], rel=0.02)
@@ -107,24 +110,24 @@ def test_where_predictions_are_right_nothing_moves() -> None:
 @pytest.mark.parametrize("slopes", [{}, {"blocks.0.attention": math.nan}])
 def test_a_failed_backward_pass_teaches_nothing(slopes: Mapping[str, float]) -> None:
     task = problem()
-    agent = Gradient(task, Terms(0, 40, looks=3))
+    agent = Gradient(task, AgentContext(0, 40, shards=3))
     (first,) = agent.ask(1)
     agent.tell_slopes(first, slopes)
     agent.tell([first], [math.nan])
     (second,) = agent.ask(1)
     assert second.schedule == first.schedule
-    assert second.look != first.look
+    assert second.repeat != first.repeat
 
 
 def test_a_budget_that_does_not_pay_for_slopes_is_spent_on_scores() -> None:
     task = problem()
-    told = search(Gradient(task, Terms(0, 6, looks=6)), ToyEvaluator(task.menu))
+    told = search(Gradient(task, AgentContext(0, 6, shards=6)), ToyEvaluator(task.menu))
     assert [proposal.cost for proposal, _ in told] == [4, 1, 1]
 
 
 def test_what_is_recommended_is_different_and_meets_the_target() -> None:
     task = problem(8, 0.6)
-    agent = Gradient(task, Terms(0, 60))
+    agent = Gradient(task, AgentContext(0, 60))
     assert agent.recommend(3) == []
     search(agent, ToyEvaluator(task.menu))
     found = agent.recommend(5)

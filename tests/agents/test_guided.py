@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from agents import Guided, GuidedSettings, Proposal, Terms, make
+from agents import AgentContext, Guided, GuidedSettings, Proposal, make
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
 REWARD = Reward(compression_weight=0.0, correct_weight=0.0)
@@ -29,22 +29,22 @@ def search(agent: Guided, evaluate: ToyEvaluator, count: int = 7) -> list[tuple[
     return told
 
 
-@pytest.mark.parametrize("looks", [1, 4])
+@pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("follower", ["reinforce", "evolution", "random", "bandit"])
-def test_the_budget_is_spent_on_slopes_first_and_no_look_comes_twice(follower: str, looks: int) -> None:
+def test_the_budget_is_spent_on_slopes_first_and_no_look_comes_twice(follower: str, shards: int) -> None:
     task = problem()
     settings = GuidedSettings(follower=partial(make, follower))
-    told = search(Guided(task, Terms(0, 60, looks), settings), ToyEvaluator(task.menu))
+    told = search(Guided(task, AgentContext(0, 60, shards), settings), ToyEvaluator(task.menu))
     costs = [proposal.cost for proposal, _ in told]
     assert sum(costs) == 60
     assert costs[0] == 4
     assert costs == sorted(costs, reverse=True)
-    assert len({(proposal.schedule.digest, proposal.look) for proposal, _ in told}) == len(told)
+    assert len({(proposal.schedule.digest, proposal.repeat) for proposal, _ in told}) == len(told)
 
 
 def test_the_follower_starts_where_the_gradient_agent_ended() -> None:
     task = problem()
-    agent = Guided(task, Terms(0, 60))
+    agent = Guided(task, AgentContext(0, 60))
     told = search(agent, ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0)))
     assert agent._follower is not None
     outcome = agent._lead.offsets, agent._lead.residuals
@@ -57,14 +57,14 @@ def test_the_follower_starts_where_the_gradient_agent_ended() -> None:
 def test_it_ends_above_both_its_parts_on_a_task_with_interactions() -> None:
     task = problem(12)
     evaluate = ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0), interaction=0.4)
-    told = search(Guided(task, Terms(0, 120), GuidedSettings(lead=0.16)), evaluate)
+    told = search(Guided(task, AgentContext(0, 120), GuidedSettings(lead=0.16)), evaluate)
     lead = [reward for proposal, reward in told if proposal.cost == 4]
     assert lead[0] < max(lead) < max(reward for _, reward in told)
 
 
 def test_recommendations_are_different_and_hold_what_the_lead_believes() -> None:
     task = problem()
-    agent = Guided(task, Terms(0, 60))
+    agent = Guided(task, AgentContext(0, 60))
     assert agent.recommend(3) == []
     search(agent, ToyEvaluator(task.menu))
     found = [proposal.schedule.digest for proposal in agent.recommend(6)]

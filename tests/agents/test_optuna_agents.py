@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import agents
-from agents import Terms
+from agents import AgentContext
 from agents.optuna_agents import OptunaSettings
 from agents.optuna_pareto import OptunaPareto
 from envs import Problem, Reward, ToyEvaluator, toy_menu
@@ -31,7 +31,7 @@ def search(agent, evaluate, reward=PLAIN):
 @every_sampler
 def test_the_first_proposal_is_the_closed_form(name):
     task = Problem.build(toy_menu(), 0.5, "block+family")
-    (first, *_) = agents.make(name, task, Terms(3, 20)).ask(5)
+    (first, *_) = agents.make(name, task, AgentContext(3, 20)).ask(5)
     assert first.schedule == task.closed_form()
     assert first.actions == (task.middle,) * task.steps
 
@@ -41,7 +41,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(name, package, monke
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else there(wanted))
     with pytest.raises(ValueError, match=rf"^agent optuna-{name} needs {package}, .*chisel-prior\[agents\]'$"):
-        agents.make(f"optuna-{name}", Problem.build(toy_menu(), 0.5), Terms(0, 5))
+        agents.make(f"optuna-{name}", Problem.build(toy_menu(), 0.5), AgentContext(0, 5))
 
 
 @every_sampler
@@ -51,7 +51,7 @@ def test_the_global_generators_are_left_as_they_were(name):
 
     before = state()
     task = Problem.build(toy_menu(), 0.5)
-    search(agents.make(name, task, Terms(0, 26)), ToyEvaluator(task.menu))
+    search(agents.make(name, task, AgentContext(0, 26)), ToyEvaluator(task.menu))
     assert state() == before
 
 
@@ -59,7 +59,7 @@ def test_the_global_generators_are_left_as_they_were(name):
 def test_twenty_blocks_end_below_the_closed_form(name):
     task = Problem.build(toy_menu(20), 0.6, "block+family")
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    agent = agents.make(name, task, Terms(0, 100))
+    agent = agents.make(name, task, AgentContext(0, 100))
     told = search(agent, evaluate)
     assert len(told) == 100
     assert PLAIN(evaluate([agent.recommend(1)[0].schedule])[0]) > told[0][1]
@@ -68,7 +68,7 @@ def test_twenty_blocks_end_below_the_closed_form(name):
 @every_sampler
 def test_recommendations_are_different_and_keep_at_most_the_target(name):
     task = Problem.build(toy_menu(6), 0.6)
-    agent = agents.make(name, task, Terms(0, 30, compression_weight=0.0))
+    agent = agents.make(name, task, AgentContext(0, 30, compression_weight=0.0))
     assert agent.recommend(3) == []
     search(agent, ToyEvaluator(task.menu))
     best = agent.recommend(5)
@@ -80,7 +80,7 @@ def test_recommendations_are_different_and_keep_at_most_the_target(name):
 
 def test_the_study_is_told_the_highest_rung_where_dense_is_illegal():
     task = Problem.build(toy_menu(), 0.4)
-    agent = agents.make("optuna-tpe", task, Terms(0, 60))
+    agent = agents.make("optuna-tpe", task, AgentContext(0, 60))
     search(agent, ToyEvaluator(task.menu))
     for trial in agent._study.trials:
         point = tuple(trial.params[name] for name in task.names)
@@ -90,7 +90,7 @@ def test_the_study_is_told_the_highest_rung_where_dense_is_illegal():
 
 def test_a_failure_is_told_no_deeper_than_it_teaches():
     task = Problem.build(toy_menu(6), 0.6)
-    agent = agents.make("optuna-tpe", task, Terms(0, 20, compression_weight=0.0))
+    agent = agents.make("optuna-tpe", task, AgentContext(0, 20, compression_weight=0.0))
     proposals = agent.ask(20)
     agent.tell(proposals[:1], [-0.4])
     agent.tell(proposals[1:3], [-30.0, math.nan])
@@ -100,7 +100,7 @@ def test_a_failure_is_told_no_deeper_than_it_teaches():
 
 def pareto(budget=60, target=0.5, seed=0, weight=1.0):
     task = Problem.build(toy_menu(), target)
-    return OptunaPareto(task, Terms(seed, budget, compression_weight=weight)), task
+    return OptunaPareto(task, AgentContext(seed, budget, compression_weight=weight)), task
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
@@ -140,8 +140,8 @@ def test_the_front_spans_the_targets_around_the_tasks():
 def test_targets_stay_within_what_the_menu_can_reach():
     least = toy_menu().smallest_parameters / toy_menu().dense_parameters
     low, _ = pareto(target=least + 0.025)
-    assert [task.target_kept - least > 0 for task in low._tasks] == [True] * len(low._tasks)
+    assert [task.target_kept - least > 0 for task in low._by_target] == [True] * len(low._by_target)
     assert low._own == 2
     high, _ = pareto(target=0.97)
-    assert high._tasks[-1].target_kept == 1.0
-    assert len(pareto(target=0.5)[0]._tasks) == 1 + 2 * round(OptunaSettings().around / OptunaSettings().grid)
+    assert high._by_target[-1].target_kept == 1.0
+    assert len(pareto(target=0.5)[0]._by_target) == 1 + 2 * round(OptunaSettings().around / OptunaSettings().grid)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import agents
-from agents import SavedPolicy, Terms
+from agents import AgentContext, SavedPolicy
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
 REWARD = Reward()
@@ -20,8 +20,8 @@ def toy(target=0.5, blocks=4, granularity="block+family", levels=16):
     return Problem.build(toy_menu(blocks), target, granularity, levels)
 
 
-def trained(name, task, budget=40, **terms):
-    agent = agents.make(name, task, Terms(0, budget, subject="model a", **terms))
+def trained(name, task, budget=40, **context):
+    agent = agents.make(name, task, AgentContext(0, budget, model="model a", **context))
     evaluate = ToyEvaluator(task.menu, (1.6, 0.5, 1.0, 2.0), 0.1)
     while proposals := agent.ask(10):
         agent.tell(proposals, [REWARD(score) for score in evaluate([each.schedule for each in proposals])])
@@ -40,7 +40,7 @@ def saved(request, tmp_path_factory):
 def test_what_is_read_is_what_was_written(saved):
     agent, folder = saved
     before, after = agent.saved_policy(), SavedPolicy.read(folder)
-    for field in ("agent", "subject", "target_kept", "steps", "rungs", "settings"):
+    for field in ("agent", "model", "target_kept", "steps", "rungs", "settings"):
         assert getattr(after, field) == getattr(before, field)
     assert after.arrays.keys() == before.arrays.keys()
     assert all(np.array_equal(after.arrays[name], before.arrays[name]) for name in before.arrays)
@@ -50,7 +50,7 @@ def test_what_is_read_is_what_was_written(saved):
 def test_a_continued_policy_starts_where_the_other_ended(saved):
     agent, folder = saved
     start = SavedPolicy.read(folder)
-    again = agents.make(agent.name, toy(), Terms(7, 10, subject="model a", policy=start))
+    again = agents.make(agent.name, toy(), AgentContext(7, 10, model="model a", policy=start))
     mode = agent.recommend(1)[0]
     assert mode.schedule != toy().closed_form()
     assert again.ask(1)[0] == mode
@@ -62,7 +62,7 @@ def test_what_was_learned_at_one_target_helps_at_another(name):
     start = trained(name, toy(0.5), 80).saved_policy()
     task = toy(0.7)
     evaluate = ToyEvaluator(task.menu, (1.6, 0.5, 1.0, 2.0), 0.1)
-    [first] = agents.make(name, task, Terms(0, 10, subject="model a", policy=start)).ask(1)
+    [first] = agents.make(name, task, AgentContext(0, 10, model="model a", policy=start)).ask(1)
     learned, closed_form = evaluate([first.schedule, task.closed_form()])
     assert learned.kl < 0.95 * closed_form.kl
 
@@ -71,7 +71,7 @@ def test_another_model_other_steps_and_another_ladder_are_refused(saved):
     agent, folder = saved
     start = SavedPolicy.read(folder)
     other = next(name for name in LEARNERS if name != agent.name)
-    for name, task, subject, message in (
+    for name, task, model, message in (
         (agent.name, toy(), "model b", "learned on another model: model a there, model b here"),
         (other, toy(), "model a", f"learned by agent {agent.name} and cannot be continued by {other}"),
         (
@@ -84,14 +84,14 @@ def test_another_model_other_steps_and_another_ladder_are_refused(saved):
         (agent.name, toy(levels=8), "model a", "another ladder: 15 rungs from -1.4 to 1.4 there, 7 rungs"),
     ):
         with pytest.raises(ValueError, match=message) as refused:
-            agents.make(name, task, Terms(0, 5, subject=subject, policy=start))
+            agents.make(name, task, AgentContext(0, 5, model=model, policy=start))
         assert "\n" not in str(refused.value)
     for arrays in (
         {**start.arrays, "more": np.zeros(2)},
         {name: array[..., None] for name, array in start.arrays.items()},
     ):
         with pytest.raises(ValueError, match="the policy does not fit: its array"):
-            agents.make(agent.name, toy(), Terms(0, 5, subject="model a", policy=replace(start, arrays=arrays)))
+            agents.make(agent.name, toy(), AgentContext(0, 5, model="model a", policy=replace(start, arrays=arrays)))
 
 
 class Danger:
@@ -140,7 +140,7 @@ def nan(folder):
     ],
 )
 def test_a_folder_that_holds_no_whole_policy_is_refused_in_one_line(spoil, words, tmp_path):
-    agents.make("reinforce", toy(), Terms(0, 5)).saved_policy().write(tmp_path)
+    agents.make("reinforce", toy(), AgentContext(0, 5)).saved_policy().write(tmp_path)
     spoil(tmp_path)
     with pytest.raises(ValueError) as refused:
         SavedPolicy.read(tmp_path)

@@ -1,6 +1,6 @@
 import pytest
 
-from agents import Terms, Turns, TurnsSettings, make
+from agents import AgentContext, Turns, TurnsSettings, make
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
 PLAIN = Reward(compression_weight=0.0, correct_weight=0.0)  # −KL
@@ -24,12 +24,12 @@ def truth(task):
     return lambda proposal: PLAIN(evaluate([proposal.schedule])[0])
 
 
-@pytest.mark.parametrize("looks", [1, 3])
-def test_no_look_is_evaluated_twice_and_members_are_told_what_they_proposed(looks):
+@pytest.mark.parametrize("shards", [1, 3])
+def test_no_look_is_evaluated_twice_and_members_are_told_what_they_proposed(shards):
     task = problem()
-    agent = Turns(task, Terms(0, 90, looks))
+    agent = Turns(task, AgentContext(0, 90, shards))
     told = search(agent, truth(task))
-    rewards = {(proposal.schedule.digest, proposal.look): reward for proposal, reward in told}
+    rewards = {(proposal.schedule.digest, proposal.repeat): reward for proposal, reward in told}
     assert len(rewards) == len(told) == 90
     agent.recommend(1)
     closed = task.closed_form().digest
@@ -45,7 +45,7 @@ def test_no_look_is_evaluated_twice_and_members_are_told_what_they_proposed(look
 def test_every_member_gets_a_slice_and_the_best_one_the_rest():
     task = problem()
     settings = TurnsSettings(members=("random", "bandit"), slice=10)
-    agent, count = Turns(task, Terms(0, 80), settings), iter(range(100))
+    agent, count = Turns(task, AgentContext(0, 80), settings), iter(range(100))
     search(agent, lambda _: float(10 <= next(count) < 20))
     agent.recommend(1)
     sizes = [len(member.rewards) for member in agent._members]
@@ -55,7 +55,7 @@ def test_every_member_gets_a_slice_and_the_best_one_the_rest():
 
 def test_a_member_that_has_finished_leaves_the_budget_to_the_others():
     task = problem()
-    agent = Turns(task, Terms(0, 40), TurnsSettings(members=("lagrangian", "random"), slice=10))
+    agent = Turns(task, AgentContext(0, 40), TurnsSettings(members=("lagrangian", "random"), slice=10))
     told = search(agent, lambda proposal: 1.0 if proposal.schedule == task.closed_form() else 0.0)
     assert len(told) == 40
     assert agent.recommend(1)[0].schedule == task.closed_form()
@@ -64,13 +64,13 @@ def test_a_member_that_has_finished_leaves_the_budget_to_the_others():
 def test_a_portfolio_is_not_told_apart_by_the_size_of_what_is_asked_for():
     task = problem()
     settings = TurnsSettings(members=("random", "evolution", "random"), slice=6)
-    runs = [search(Turns(task, Terms(0, 50, looks=3), settings), truth(task), count) for count in (1, 50)]
+    runs = [search(Turns(task, AgentContext(0, 50, shards=3), settings), truth(task), count) for count in (1, 50)]
     assert runs[0] == runs[1]
 
 
 def test_asking_on_before_telling_is_allowed():
     task = problem()
-    agent, reward = Turns(task, Terms(0, 60)), truth(task)
+    agent, reward = Turns(task, AgentContext(0, 60)), truth(task)
     early = [proposal for _ in range(4) for proposal in agent.ask(10)]
     assert len({proposal.schedule.digest for proposal in early}) == len(early) > 20
     for proposal in reversed(early):
@@ -80,7 +80,7 @@ def test_asking_on_before_telling_is_allowed():
 
 def test_it_recommends_from_all_members():
     task = problem()
-    agent = Turns(task, Terms(0, 60))
+    agent = Turns(task, AgentContext(0, 60))
     told = search(agent, truth(task))
     recommended = agent.recommend(5)
     assert len({proposal.schedule.digest for proposal in recommended}) == 5
@@ -92,7 +92,7 @@ def test_it_recommends_from_all_members():
 def test_the_portfolio_takes_turns_around_what_slopes_found():
     task = problem(12)
     evaluate = ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0), interaction=0.4)
-    agent = make("portfolio", task, Terms(0, 120))
+    agent = make("portfolio", task, AgentContext(0, 120))
     assert agent.name == "portfolio"
     costs, rewards = [], []
     while proposals := agent.ask(1):
@@ -113,9 +113,9 @@ def test_the_portfolio_takes_turns_around_what_slopes_found():
 @pytest.mark.parametrize("members", [(), ("portfolio",), ("random", "gradient"), ("guided",)])
 def test_turns_without_members_or_with_one_that_proposes_no_episodes_are_refused(members):
     with pytest.raises(ValueError, match="members must be agents that propose episodes"):
-        Turns(problem(), Terms(0, 5), TurnsSettings(members=members))
+        Turns(problem(), AgentContext(0, 5), TurnsSettings(members=members))
 
 
 def test_an_unknown_member_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="nearest: bandit"):
-        Turns(problem(), Terms(0, 5), TurnsSettings(members=("bandits",)))
+        Turns(problem(), AgentContext(0, 5), TurnsSettings(members=("bandits",)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import Terms
+from agents import AgentContext
 from agents.ppo import Ppo, PpoMasked, PpoSettings
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 
@@ -38,7 +38,7 @@ def probabilities(agent, task, prefix):
 @BOTH
 def test_the_policy_starts_as_a_ladder_around_the_closed_form_with_dense_rare(agent_of):
     task = problem(10)
-    agent = agent_of(task, Terms(0, 20))
+    agent = agent_of(task, AgentContext(0, 20))
     found = probabilities(agent, task, ())
     expected = np.exp(-(task.offsets[:-1] ** 2) / (2 * 0.3**2))
     dense = 0.1 / 10
@@ -52,7 +52,7 @@ def test_the_policy_starts_as_a_ladder_around_the_closed_form_with_dense_rare(ag
 def test_samples_follow_the_probabilities_and_only_masks_forbid_dense():
     task = problem(target=0.4)
     for agent_of in (Ppo, PpoMasked):
-        agent = agent_of(task, Terms(0, 20))
+        agent = agent_of(task, AgentContext(0, 20))
         with torch.no_grad():
             agent._model.policy.action_net.linear.bias[2] = 3.0  # dense nearly always, where it is allowed
         rollout = agent._sample(2000)
@@ -68,7 +68,7 @@ def test_samples_follow_the_probabilities_and_only_masks_forbid_dense():
 
 def test_the_reward_comes_last_and_the_advantages_are_those_of_the_value_network():
     task = problem(5, 0.6)
-    agent = Ppo(task, Terms(0, 20), PpoSettings(gae_lambda=0.9))
+    agent = Ppo(task, AgentContext(0, 20), PpoSettings(gae_lambda=0.9))
     rollout = agent._sample(6)
     agent._model.train = lambda: None
     returns = np.arange(6.0)
@@ -89,7 +89,7 @@ def test_the_reward_comes_last_and_the_advantages_are_those_of_the_value_network
 def test_ten_blocks_end_far_below_the_closed_form(agent_of):
     task = problem(10, 0.6)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    agent = agent_of(task, Terms(0, 80), QUICK)
+    agent = agent_of(task, AgentContext(0, 80), QUICK)
     values = search(agent, evaluate)
     assert len(values) == 80
     assert -max(values) < 0.85 * -values[0]
@@ -101,7 +101,7 @@ def test_ten_blocks_end_far_below_the_closed_form(agent_of):
 @pytest.mark.parametrize("failure", [math.nan, -math.inf, -30.0])
 def test_failed_trials_do_not_hide_the_others(failure):
     task = problem(10, 0.6)
-    agent = Ppo(task, Terms(0, 60), QUICK)
+    agent = Ppo(task, AgentContext(0, 60), QUICK)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
     values = search(agent, evaluate, lambda number, value: failure if number % 10 == 5 else value)
     good = [value for value in values if value > -30]
@@ -116,7 +116,7 @@ def test_the_global_generators_are_left_as_they_were(agent_of):
 
     before = state()
     task = problem()
-    search(agent_of(task, Terms(5, 24), QUICK), ToyEvaluator(task.menu))
+    search(agent_of(task, AgentContext(5, 24), QUICK), ToyEvaluator(task.menu))
     assert state() == before
 
 
@@ -124,14 +124,14 @@ def test_the_proposals_do_not_depend_on_the_global_generators():
     task, found = problem(6), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        agent = Ppo(task, Terms(0, 30), QUICK)
+        agent = Ppo(task, AgentContext(0, 30), QUICK)
         found.append(search(agent, ToyEvaluator(task.menu)))
     assert found[0] == found[1]
 
 
 def test_asking_on_before_telling_is_allowed():
     task = problem(6)
-    agent, evaluate = Ppo(task, Terms(0, 30), QUICK), ToyEvaluator(task.menu)
+    agent, evaluate = Ppo(task, AgentContext(0, 30), QUICK), ToyEvaluator(task.menu)
     early = [proposal for _ in range(4) for proposal in agent.ask(5)]
     assert len({proposal.schedule.digest for proposal in early}) == 20
     for proposal in reversed(early):
@@ -143,13 +143,13 @@ def test_asking_on_before_telling_is_allowed():
 @pytest.mark.parametrize("blocks, granularity", [(1, "block"), (3, "block+family"), (25, "site")])
 def test_any_number_of_steps_works(agent_of, blocks, granularity):
     task = problem(blocks, 0.6, granularity)
-    told = len(search(agent_of(task, Terms(0, 12), QUICK), ToyEvaluator(task.menu)))
+    told = len(search(agent_of(task, AgentContext(0, 12), QUICK), ToyEvaluator(task.menu)))
     assert told == (1 if blocks == 1 else 12)
 
 
 def test_the_mode_is_recommended_first_and_then_trials():
     task = problem(6)
-    agent = Ppo(task, Terms(0, 20), QUICK)
+    agent = Ppo(task, AgentContext(0, 20), QUICK)
     values = search(agent, ToyEvaluator(task.menu))
     found = agent.recommend(5)
     assert len({proposal.schedule.digest for proposal in found}) == 5

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from agents import RandomSearch, Reinforce, ReinforceSettings, Terms
+from agents import AgentContext, RandomSearch, Reinforce, ReinforceSettings
 from agents.reinforce import Policy
 from agents.surrogate import Surrogate
 from envs import Problem, Reward, ToyEvaluator, toy_menu
@@ -31,7 +31,7 @@ def log_probability(policy, actions):
     """Of one episode, by walking it; the definition in the module's docstring."""
     total = 0.0
     for step, level in enumerate(actions):
-        dense = 1 / (1 + math.exp(-policy.dense_logit[step])) if policy.task.mask(actions[:step])[-1] else 0.0
+        dense = 1 / (1 + math.exp(-policy.dense_logit[step])) if policy.problem.mask(actions[:step])[-1] else 0.0
         if level == len(policy.rungs):
             total += math.log(dense)
             continue
@@ -163,7 +163,7 @@ def test_the_critic_learns_which_blocks_matter():
 
 def test_the_first_proposal_is_the_closed_form():
     task = problem(granularity="block+family")
-    (first, *_) = Reinforce(task, Terms(3, 20)).ask(5)
+    (first, *_) = Reinforce(task, AgentContext(3, 20)).ask(5)
     assert first.schedule == task.closed_form()
     assert first.actions == (task.middle,) * task.steps
 
@@ -173,16 +173,16 @@ def test_the_first_proposal_is_the_closed_form():
 def test_twenty_blocks_end_far_below_the_closed_form_and_random_search(granularity, seed):
     task = problem(20, 0.6, granularity)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    values = search(Reinforce(task, Terms(seed, 100)), evaluate, PLAIN)
+    values = search(Reinforce(task, AgentContext(seed, 100)), evaluate, PLAIN)
     assert len(values) == 100
     assert -max(values) < 0.8 * -values[0]
-    assert -max(values) < 0.85 * -max(search(RandomSearch(task, Terms(seed, 100)), evaluate, PLAIN))
+    assert -max(values) < 0.85 * -max(search(RandomSearch(task, AgentContext(seed, 100)), evaluate, PLAIN))
 
 
 def test_the_policy_itself_moves_to_the_better_schedules():
     task = problem(12, 0.6)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    agent = Reinforce(task, Terms(0, 80))
+    agent = Reinforce(task, AgentContext(0, 80))
     start = search(agent, evaluate, PLAIN)[0]
     end = PLAIN(evaluate([task.schedule(agent.policy.mode()[0].tolist())])[0])
     assert -end < 0.85 * -start
@@ -191,7 +191,7 @@ def test_the_policy_itself_moves_to_the_better_schedules():
 
 def test_asking_on_before_telling_is_allowed():
     task = problem(6)
-    agent, evaluate = Reinforce(task, Terms(0, 30)), ToyEvaluator(task.menu)
+    agent, evaluate = Reinforce(task, AgentContext(0, 30)), ToyEvaluator(task.menu)
     early = [proposal for _ in range(4) for proposal in agent.ask(5)]
     assert len({proposal.schedule.digest for proposal in early}) == 20
     for proposal in reversed(early):
@@ -202,7 +202,7 @@ def test_asking_on_before_telling_is_allowed():
 def test_a_failed_trial_does_not_hide_the_others():
     task = problem(12, 0.6)
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
-    agent = Reinforce(task, Terms(0, 80))
+    agent = Reinforce(task, AgentContext(0, 80))
     values = []
     while proposals := agent.ask(8):
         new = [PLAIN(score) for score in evaluate([proposal.schedule for proposal in proposals])]
@@ -215,16 +215,16 @@ def test_a_failed_trial_does_not_hide_the_others():
 @pytest.mark.parametrize("blocks, granularity", [(1, "block"), (3, "block"), (105, "site")])
 def test_any_number_of_steps_works(blocks, granularity):
     task = problem(blocks, 0.6, granularity)
-    assert len(search(Reinforce(task, Terms(0, 12)), ToyEvaluator(task.menu))) == (1 if blocks == 1 else 12)
+    assert len(search(Reinforce(task, AgentContext(0, 12)), ToyEvaluator(task.menu))) == (1 if blocks == 1 else 12)
 
 
 def test_survivors_are_looked_at_again_on_other_data():
     task = problem(8, 0.6)
-    agent = Reinforce(task, Terms(0, 60, looks=4), ReinforceSettings(survivors=3))
+    agent = Reinforce(task, AgentContext(0, 60, shards=4), ReinforceSettings(survivors=3))
     evaluate, seen = ToyEvaluator(task.menu), []
     while proposals := agent.ask(10):
         agent.tell(proposals, [-score.kl for score in evaluate([one.schedule for one in proposals])])
-        seen += [(proposal.schedule.digest, proposal.look) for proposal in proposals]
+        seen += [(proposal.schedule.digest, proposal.repeat) for proposal in proposals]
     assert len(set(seen)) == len(seen) == 60
-    assert {look for _, look in seen[:10]} == {0}
-    assert sum(look > 0 for _, look in seen) >= 5
+    assert {repeat for _, repeat in seen[:10]} == {0}
+    assert sum(repeat > 0 for _, repeat in seen) >= 5

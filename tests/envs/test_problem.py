@@ -178,3 +178,16 @@ def test_the_forecast_agrees_with_the_schedule_it_stands_for(granularity):
 def test_a_wrong_value_is_refused_with_the_rule(change, message):
     with pytest.raises(ValueError, match=message):
         Problem.build(**(dict(menu=toy_menu(), target_kept=0.5) | change))
+
+
+def test_an_illegal_dense_becomes_the_highest_rung():
+    problem = Problem.build(toy_menu(3), 0.4)
+    every = np.full((1, 3), problem.levels - 1)
+    first = problem.levels - 1 if problem.mask([])[-1] else problem.levels - 2
+    wanted = [first, problem.levels - 2, problem.levels - 2]
+    assert problem.legalise(every).tolist() == [wanted]
+    assert every.min() == problem.levels - 1
+    # One episode alone, and one that has not ended yet, are taken as well as many.
+    assert problem.legalise(every[0]).tolist() == wanted
+    assert problem.legalise(every[:, :2]).tolist() == [wanted[:2]]
+    assert problem.legalise(every[:, :0]).tolist() == [[]]

@@ -10,7 +10,7 @@ import pytest
 from fake_data import fake_data
 
 import agents
-from agents import Terms
+from agents import AgentContext
 from envs import Problem, Reward, ToyEvaluator, toy_menu
 from examples import new_proxy, new_topology, python_api, train_ppo
 from search import cli
@@ -43,7 +43,7 @@ def test_a_file_that_is_no_table_is_refused_before_training(tmp_path: Path) -> N
 
 def test_an_agent_of_ones_own_climbs() -> None:
     problem, reward = Problem.build(toy_menu(8), 0.5), Reward()
-    agent, evaluate, rewards = agents.make(CLIMB, problem, Terms(0, 80)), ToyEvaluator(problem.menu), []
+    agent, evaluate, rewards = agents.make(CLIMB, problem, AgentContext(0, 80)), ToyEvaluator(problem.menu), []
     while proposals := agent.ask(3):
         rewards += [reward(score) for score in evaluate([proposal.schedule for proposal in proposals])]
         agent.tell(proposals, rewards[-len(proposals) :])

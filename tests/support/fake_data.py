@@ -198,7 +198,7 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CHISEL_DATA", str(wheels))
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setattr(repaired_start, "clearly_worse", lambda after, before: False)
+    monkeypatch.setattr(repaired_start, "repair_did_harm", lambda after, before: False)
     return wheels
 
 

@@ -128,7 +128,7 @@ def test_what_cannot_be_recorded_is_told_and_heals_as_ever(recorder: Recorder, m
     monkeypatch.setattr(training, "replayed", partial(replayed, record=refuse))
     dense, model, text, judge = subject()
     healed, told = heal(model, dense, text, judge)
-    assert healed.looks[-1].kl < healed.looks[0].kl
+    assert healed.measurements[-1].kl < healed.measurements[0].kl
     assert told == [
         "passes are not recorded as CUDA graphs, which would be faster: "
         "operation not permitted when stream is capturing"

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 
 from search.data.datasets import load_proxy
 from search.data.items import Item
-from search.data.prompts import Request, render
+from search.data.prompts import Prompt, render
 from search.evaluation.packed_sequences import packed_item
 from search.evaluation.workload import loglikelihoods
 from search.model.loading import load_model
@@ -59,7 +59,7 @@ def lm_eval_instances(stock: str, rows: Sequence[Mapping[str, Any]], folder: Pat
     return [sorted(grouped[number], key=lambda instance: instance.idx) for number in sorted(grouped)]
 
 
-def lm_eval_loglikelihoods(model: Any, tokenizer: Any, requests: Sequence[Request]) -> list[list[float]]:
+def lm_eval_loglikelihoods(model: Any, tokenizer: Any, requests: Sequence[Prompt]) -> list[list[float]]:
     """Summed log-probability of each continuation by lm-eval's HFLM, nats."""
     instances = [
         Instance("loglikelihood", {}, (request.context, continuation), index)

@@ -225,17 +225,17 @@ def test_a_measurement_stops_when_it_is_called_hopeless(loaded: LoadedModel) -> 
     whole = workload.reference(loaded.model)
     asked: list[tuple[int, int]] = []
 
-    def hopeless(seen: Quality, looks: int) -> bool:
-        asked.append((seen.tokens, looks))
+    def should_stop(seen: Quality, checks: int) -> bool:
+        asked.append((seen.tokens, checks))
         return True
 
-    partial = workload.measure(loaded.model, hopeless=hopeless)
+    partial = workload.measure(loaded.model, should_stop=should_stop)
     assert partial.state == "raced"
     assert [partial.tokens] == [tokens for tokens, _ in asked]
     assert 0 < partial.tokens < whole.tokens
     assert sum(count > 0 for count in partial.tokens_by_sequence) < len(workload.sequences)
     asked.clear()
-    assert workload.measure(loaded.model, hopeless=lambda *seen: asked.append(seen) or False).state == "ok"
+    assert workload.measure(loaded.model, should_stop=lambda *seen: asked.append(seen) or False).state == "ok"
     assert len(asked) == asked[0][1]
 
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from compression import MPOLinear
 from search import cli
-from search.data import hub
 from search.export.folder import check_gguf, export_dense_, export_model, footprint
 from search.export.model_card import model_card
+from search.export.upload import push
 from search.model.chat import Chat, Spoken
 from search.model.loading import load_for_use, load_model
 
@@ -196,13 +196,13 @@ class Hub:
 
 def test_push_uploads_an_exported_folder_privately_unless_told_otherwise(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert hub.push(folder, "me/small") == "https://hub/x"
+    assert push(folder, "me/small") == "https://hub/x"
     assert Hub.said[0] == ("me/small", {"private": True, "exist_ok": True})
     assert Hub.said[1]["folder_path"] == folder
 
 
 def test_push_refuses_another_folder_or_name(folder, tmp_path):
     with pytest.raises(ValueError, match="OWNER/NAME"):
-        hub.push(folder, "small")
+        push(folder, "small")
     with pytest.raises(ValueError, match=r"no config\.json"):
-        hub.push(tmp_path, "me/small")
+        push(tmp_path, "me/small")

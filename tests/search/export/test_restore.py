@@ -27,7 +27,7 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys):
     rows = {row["schedule"]: row for row in json.loads((run / "summary.json").read_text())["rows"]}
     outcome = restore(run, Console(quiet=True), "cpu", reference=True)
     assert outcome.state == "repaired"
-    measured = outcome.workload.measure(outcome.subject.loaded.model)
+    measured = outcome.workload.measure(outcome.experiment.loaded.model)
     assert measured.kl == pytest.approx(rows["repaired"]["kl"], rel=1e-3)
 
     command = ["export", str(run), "--quiet", "--device", "cpu", "--dtype", "float32"]
@@ -38,7 +38,7 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys):
     assert read.license == "none"
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
-        expected = outcome.subject.loaded.model.float()(ids).logits
+        expected = outcome.experiment.loaded.model.float()(ids).logits
         assert_same_logits(read.model(ids).logits, expected)
     assert "| repaired |" in (run / "hf" / "README.md").read_text()
     assert (run / "hf" / "prior.json").read_bytes() == (run / "prior.json").read_bytes()
@@ -61,7 +61,7 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys):
 
 @pytest.mark.usefixtures("fake_data")
 def test_a_repair_that_was_left_out_is_had_on_demand_and_a_healing_is_not(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(repaired_start, "clearly_worse", lambda after, before: True)
+    monkeypatch.setattr(repaired_start, "repair_did_harm", lambda after, before: True)
     run = tmp_path / "run"
     assert cli.main([*FLAGS.split(), *SIZES.split(), "--quiet", "--out", str(run)]) == cli.DONE
     rows = [row["schedule"] for row in json.loads((run / "summary.json").read_text())["rows"]]

@@ -26,7 +26,7 @@ from search.evaluation.quality import Quality
 from search.export.restore import restore
 from search.healing import run as healing_run
 from search.healing.plan import Options
-from search.healing.repaired_start import clearly_worse
+from search.healing.repaired_start import repair_did_harm
 from search.healing.run import held
 from search.healing.sharding import sharing_copy
 from search.healing.state import HealedState, load_sites_, site_tensors
@@ -64,7 +64,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     outcome = restore(run, Console(quiet=True), "cpu", healed=out)
     assert outcome.state == "healed"
     undo = HealedState.read(out).put_(whole, sites, schedule)
-    assert torch.equal(whole(input_ids=ids).logits, outcome.subject.loaded.model(input_ids=ids).logits)
+    assert torch.equal(whole(input_ids=ids).logits, outcome.experiment.loaded.model(input_ids=ids).logits)
     assert not torch.equal(whole(input_ids=ids).logits, dense)
     undo()
     assert torch.equal(whole(input_ids=ids).logits, dense)
@@ -237,7 +237,7 @@ def test_a_repair_is_worse_when_it_is_so_beyond_a_standard_error(
     def quality(kl: tuple[float, ...] | None) -> Quality:
         return Quality() if kl is None else Quality(state="ok", kl_by_sequence=kl, tokens_by_sequence=(1, 1, 1))
 
-    assert clearly_worse(quality(after), quality(before)) is worse
+    assert repair_did_harm(quality(after), quality(before)) is worse
 
 
 def test_a_gpu_takes_larger_steps_unless_told_otherwise() -> None:

@@ -39,8 +39,8 @@ def test_healing_lowers_the_divergence_on_other_text_at_equal_size_and_leaves_th
     dense, model, text, judge = subject(name)
     before, size = parameters(dense), model_parameters(model)
     healed, _ = heal(model, dense, text, judge)
-    assert healed.looks[-1].kl < 0.9 * healed.looks[0].kl
-    assert judge.measure(model).kl == pytest.approx(healed.looks[-1].kl, rel=1e-4)
+    assert healed.measurements[-1].kl < 0.9 * healed.measurements[0].kl
+    assert judge.measure(model).kl == pytest.approx(healed.measurements[-1].kl, rel=1e-4)
     assert model_parameters(model) == size
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in dense.named_parameters())
@@ -117,7 +117,7 @@ def test_numbers_that_explode_stop_healing_and_the_last_good_state_is_kept() -> 
     dense, model, text, judge = subject()
     healed, _ = heal(model, dense, text, judge, replace(PLAN, rate=1e25))
     assert "not a number" in healed.stopped
-    assert judge.measure(model).kl == pytest.approx(healed.looks[-1].kl, rel=1e-4)
+    assert judge.measure(model).kl == pytest.approx(healed.measurements[-1].kl, rel=1e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -127,7 +127,7 @@ def test_a_model_that_gives_no_numbers_from_the_start_is_left_as_it_is_and_said(
     before = parameters(model)
     healed, _ = heal(model, dense, text, judge)
     assert "numbers that are not finite" in healed.stopped
-    assert (list(healed.looks), healed.outlook()) == ([], "")
+    assert (list(healed.measurements), healed.outlook()) == ([], "")
     after = parameters(model)
     assert all(torch.equal(after[name].nan_to_num(), was.nan_to_num()) for name, was in before.items())
 
@@ -137,7 +137,7 @@ def test_healing_that_only_hurts_leaves_the_model_as_it_was() -> None:
     before = judge.measure(model).kl
     healed, _ = heal(model, dense, text, judge, replace(PLAN, rate=30.0, tokens=600))
     assert judge.measure(model).kl == pytest.approx(before, rel=1e-5)
-    assert len(healed.looks) == 1
+    assert len(healed.measurements) == 1
 
 
 def test_gradients_may_be_added_up_over_passes_and_activations_computed_twice() -> None:
@@ -145,7 +145,7 @@ def test_gradients_may_be_added_up_over_passes_and_activations_computed_twice() 
     results = []
     for changes in ({"pass_tokens": 160}, {"pass_tokens": 40}, {"checkpointing": True}):
         healed, _ = heal(deepcopy(model), dense, text, judge, replace(PLAN, tokens=800, **changes))
-        results.append(healed.looks[-1].kl)
+        results.append(healed.measurements[-1].kl)
     assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-3)
 
 
@@ -155,10 +155,10 @@ def test_gates_are_learned_and_absorbed_without_a_trace(name: str) -> None:
     before = {path: tensor.shape for path, tensor in model.state_dict().items()}
     healed, _ = heal(model, dense, text, judge, replace(PLAN, gates=True))
     plain = heal(subject(name)[1], dense, text, judge)[0]
-    assert healed.looks[-1].kl < 0.9 * healed.looks[0].kl
-    assert healed.looks[-1].kl != plain.looks[-1].kl
+    assert healed.measurements[-1].kl < 0.9 * healed.measurements[0].kl
+    assert healed.measurements[-1].kl != plain.measurements[-1].kl
     assert {path: tensor.shape for path, tensor in model.state_dict().items()} == before
-    assert judge.measure(model).kl == pytest.approx(healed.looks[-1].kl, rel=1e-4)
+    assert judge.measure(model).kl == pytest.approx(healed.measurements[-1].kl, rel=1e-4)
 
 
 def test_a_gate_of_a_true_mpo_is_a_factor_per_leg_and_goes_into_its_cores() -> None:
@@ -182,14 +182,14 @@ def test_a_gate_of_a_true_mpo_is_a_factor_per_leg_and_goes_into_its_cores() -> N
 def test_labels_teach_the_text_itself_where_it_is_wanted() -> None:
     dense, model, text, judge = subject()
     healed, _ = heal(model, dense, text, judge, replace(PLAN, loss="labels"))
-    assert healed.looks[-1].perplexity < 0.9 * healed.looks[0].perplexity
+    assert healed.measurements[-1].perplexity < 0.9 * healed.measurements[0].perplexity
 
 
 def test_hidden_states_may_be_matched_too_and_the_vocabulary_sampled() -> None:
     dense, model, text, judge = subject()
     for changes in ({"hidden_weight": 0.5}, {"targets": 8, "sample": 40}):
         healed, _ = heal(deepcopy(model), dense, text, judge, replace(PLAN, **changes))
-        assert healed.looks[-1].kl < 0.93 * healed.looks[0].kl
+        assert healed.measurements[-1].kl < 0.93 * healed.measurements[0].kl
 
 
 def test_a_model_in_half_precision_is_given_back_in_it() -> None:
@@ -198,7 +198,7 @@ def test_a_model_in_half_precision_is_given_back_in_it() -> None:
     judge.reference(dense)
     healed, _ = heal(model, dense, text, judge, replace(PLAN, tokens=1500))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert healed.looks[-1].kl < healed.looks[0].kl
+    assert healed.measurements[-1].kl < healed.measurements[0].kl
 
 
 def test_a_dense_model_is_refused() -> None:
@@ -214,7 +214,7 @@ def test_passes_become_smaller_when_memory_runs_out_and_the_result_stays(monkeyp
         plain = training._Healing._loss
 
         def loss(self: Any, rows: Any, salt: int, limit: int = limit, plain: Any = plain) -> torch.Tensor:
-            if len(rows) * self.lessons.text.tokens.shape[1] > limit:
+            if len(rows) * self.teacher.text.tokens.shape[1] > limit:
                 raise torch.OutOfMemoryError("no memory left")
             return plain(self, rows, salt)
 

@@ -12,7 +12,7 @@ from fake_data import fake_data
 from compression import MPOLinear, Schedule
 from search import cli
 from search.config import Config
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.pipeline.apply import compress_
 from search.priors.format import Prior
 
@@ -163,9 +163,9 @@ def test_the_modules_of_a_schedule_can_be_had_in_place(tmp_path: Path) -> None:
     config = Config.of({**SMALL, "model": "random:tiny-llama", "target_kept": 0.7})
     device = torch.device("cpu")
     loaded, sites = load(config, device)
-    subject = Subject.of(config, loaded, sites, device)
+    experiment = Experiment.of(config, loaded, sites, device)
     before = dict(loaded.model.named_modules())
-    applier = compress_(subject, prior.schedule)
+    applier = compress_(experiment, prior.schedule)
     for name, choice in prior.schedule:
         assert isinstance(loaded.model.get_submodule(name), MPOLinear) != choice.is_dense
     applier.restore_()

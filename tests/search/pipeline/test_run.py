@@ -29,7 +29,7 @@ from search.evaluation.workload import Workload
 from search.experiment import experiment
 from search.export.restore import restore
 from search.healing import repaired_start
-from search.healing.repaired_start import clearly_worse
+from search.healing.repaired_start import repair_did_harm
 from search.model import random_models
 from search.model.loading import load_model
 from search.priors.format import Prior
@@ -376,14 +376,14 @@ def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
 def test_a_run_whose_repair_gives_no_numbers_is_not_healed_and_ends_with_its_table(
     value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    repair = experiment.Subject.repair_
+    repair = experiment.Experiment.repair_
 
-    def poisoned(self: experiment.Subject, *what: Any, **how: Any) -> Any:
+    def poisoned(self: experiment.Experiment, *what: Any, **how: Any) -> Any:
         taken = repair(self, *what, **how)
         next(self.loaded.model.get_submodule(next(iter(taken))).parameters()).fill_(value)
         return taken
 
-    monkeypatch.setattr(experiment.Subject, "repair_", poisoned)
+    monkeypatch.setattr(experiment.Experiment, "repair_", poisoned)
     assert cli.main(words(out=tmp_path / "run", budget=2)[:-1]) == cli.DONE
     assert "healing stopped: the model gives numbers that are not finite" in capsys.readouterr().err
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
@@ -620,17 +620,17 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
 def test_a_repair_that_does_harm_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    repair_ = experiment.Subject.repair_
+    repair_ = experiment.Experiment.repair_
 
-    def harmful(self: experiment.Subject, schedule: Schedule, *arguments: Any) -> Mapping[str, nn.Module]:
+    def harmful(self: experiment.Experiment, schedule: Schedule, *arguments: Any) -> Mapping[str, nn.Module]:
         taken = repair_(self, schedule, *arguments)
         for name, choice in schedule:
             if not choice.is_dense:
                 next(self.loaded.model.get_submodule(name).parameters()).data.mul_(-1)
         return taken
 
-    monkeypatch.setattr(experiment.Subject, "repair_", harmful)
-    monkeypatch.setattr(repaired_start, "clearly_worse", clearly_worse)
+    monkeypatch.setattr(experiment.Experiment, "repair_", harmful)
+    monkeypatch.setattr(repaired_start, "repair_did_harm", repair_did_harm)
     run = tmp_path / "run"
     loud = [word for word in words(out=run, budget=0, agent="lagrangian") if word != "--quiet"]
     assert cli.main(loud) == cli.DONE
@@ -641,7 +641,9 @@ def test_a_repair_that_does_harm_is_left_out(
     outcome = restore(run, Console(quiet=True), "cpu", reference=True)
     assert outcome.state == "searched"
     assert outcome.workload is not None
-    assert outcome.workload.measure(outcome.subject.loaded.model).kl == pytest.approx(rows["searched"]["kl"], rel=1e-3)
+    assert outcome.workload.measure(outcome.experiment.loaded.model).kl == pytest.approx(
+        rows["searched"]["kl"], rel=1e-3
+    )
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -1,7 +1,7 @@
 import csv
 import io
 
-from search.reporting.tables import SUMMARY, Column, csv_text, markdown_table, occurring, text_table
+from search.reporting.tables import SUMMARY_COLUMNS, Column, csv_text, markdown_table, occurring, text_table
 
 ROWS = [
     {
@@ -37,7 +37,7 @@ def test_what_was_not_measured_is_a_dash_never_a_number():
 
 def test_markdown_has_one_cell_for_every_column():
     lines = markdown_table(ROWS).splitlines()
-    assert all(line.count("|") == len(SUMMARY) + 1 - 2 for line in lines)
+    assert all(line.count("|") == len(SUMMARY_COLUMNS) + 1 - 2 for line in lines)
     assert lines[1].startswith("| --- | ---: |")
     assert "a\\|b" in markdown_table([{"name": "a|b"}], [Column("name", "name")])
 
@@ -45,7 +45,7 @@ def test_markdown_has_one_cell_for_every_column():
 def test_a_column_that_no_row_has_is_left_out():
     assert "prefill" not in text_table(ROWS) + markdown_table(ROWS)
     timed = [{**ROWS[0]}, {**ROWS[1], "prefill_ratio": 0.875, "decode_ratio": None}]
-    assert [column.key for column in occurring(timed, SUMMARY)] == [column.key for column in SUMMARY]
+    assert [column.key for column in occurring(timed, SUMMARY_COLUMNS)] == [column.key for column in SUMMARY_COLUMNS]
     assert text_table(timed).splitlines()[3].split()[-2:] == ["0.88", "-"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import agents
-from agents import Terms
+from agents import AgentContext
 from compression.size import Size
 from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
 from search.evaluation.pool import Job, Result
@@ -48,7 +48,7 @@ class Late:
         self.left -= 1
         number, job = min(self.open, key=lambda pair: hashlib.sha256(pair[1].to_json().encode()).digest())
         self.open.remove((number, job))
-        slopes = None if job.probe is None else self.evaluate.slopes(job.schedule, job.probe, job.look)
+        slopes = None if job.probe is None else self.evaluate.slopes(job.schedule, job.probe, job.repeat)
         return number, Result(self.score(job.schedule), slopes)
 
     def score(self, schedule) -> Score:
@@ -70,8 +70,8 @@ def journal(path: Path, problem: Problem) -> Iterator[Journal]:
         one.close()
 
 
-def search(path: Path, name: str, pool: Late, problem: Problem, budget: int, looks: int = 1) -> list[Trial]:
-    agent = agents.make(name, problem, Terms(0, budget, looks))
+def search(path: Path, name: str, pool: Late, problem: Problem, budget: int, shards: int = 1) -> list[Trial]:
+    agent = agents.make(name, problem, AgentContext(0, budget, shards))
     with journal(path, problem) as kept:
         return run_agent(agent, budget, pool, REWARD, kept)
 
@@ -86,10 +86,10 @@ def test_no_evaluator_waits_for_the_rest_of_a_batch(name: str, tmp_path: Path) -
     budget, count = 22 if name == "optuna-gp" else 40, 6
     problem = toy()
     pool = Late(problem, count)
-    trials = search(tmp_path / "study.db", name, pool, problem, budget, looks=3)
+    trials = search(tmp_path / "study.db", name, pool, problem, budget, shards=3)
     assert len(trials) == budget
     assert [trial.number for trial in trials] == list(range(budget))
-    assert len({(trial.proposal.schedule.digest, trial.proposal.look) for trial in trials}) == budget
+    assert len({(trial.proposal.schedule.digest, trial.proposal.repeat) for trial in trials}) == budget
     assert pool.busy == [count] * (budget - count + 1) + list(range(count - 1, 0, -1))
 
 
@@ -113,14 +113,14 @@ def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: P
 def test_a_search_cut_anywhere_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     budget = 22 if name == "optuna-gp" else 40
     problem = toy()
-    search(tmp_path / "whole.db", name, Late(problem, 5), problem, budget, looks=2)
+    search(tmp_path / "whole.db", name, Late(problem, 5), problem, budget, shards=2)
     for stop in (3, 9, 14):  # each continues the one before
         pool = Late(problem, 5, stop)
         try:
-            search(tmp_path / "cut.db", name, pool, problem, budget, looks=2)
+            search(tmp_path / "cut.db", name, pool, problem, budget, shards=2)
         except KeyboardInterrupt:
             assert pool.open
-    search(tmp_path / "cut.db", name, Late(problem, 5), problem, budget, looks=2)
+    search(tmp_path / "cut.db", name, Late(problem, 5), problem, budget, shards=2)
     assert told(tmp_path / "cut.db", problem) == told(tmp_path / "whole.db", problem)
 
 
@@ -143,7 +143,7 @@ def test_a_journal_from_before_results_could_overtake_each_other_still_replays(t
         connection.execute("DELETE FROM trial_user_attributes WHERE key = 'trial.asked'")
     assert told(path, problem) == before
     pool = Late(problem, 1)
-    agent = agents.make("reinforce", problem, Terms(0, 12))
+    agent = agents.make("reinforce", problem, AgentContext(0, 12))
     with journal(path, problem) as kept:
         assert len(run_agent(agent, 12, pool, REWARD, kept)) == 12
     assert pool.busy == []

@@ -30,12 +30,12 @@ from search.config import Config
 from search.evaluation.pool import Job, Pool, Result, SerialPool
 from search.evaluation.quality import Quality
 from search.evaluation.score import Score
-from search.experiment.experiment import Subject, load
+from search.experiment.experiment import Experiment, load
 from search.model.loading import load_model
 from search.profiling.sensitivity import parse_rows
 from search.runtime.errors import EvaluatorsLost
 from search.workers.pools import check_evaluators, search_pool
-from search.workers.remote_evaluator import travelling
+from search.workers.remote_evaluator import portable_fields
 
 VALUES: dict[str, object] = {
     "model": "random:tiny-llama",
@@ -60,8 +60,8 @@ def failed(schedule: Schedule, reason: str, seconds: float) -> Score:
     return score(0, "failed", reason, seconds)
 
 
-def job(chi: int, look: int = 0) -> Job:
-    return Job(Schedule((("site", Choice("lowrank", chi, "plain")),)), look)
+def job(chi: int, repeat: int = 0) -> Job:
+    return Job(Schedule((("site", Choice("lowrank", chi, "plain")),)), repeat)
 
 
 def drain(pool: Pool, count: int) -> dict[int, Result]:
@@ -109,19 +109,19 @@ def scripted(ray_here: Any, tmp_path: Path) -> Iterator[Any]:
 def test_several_evaluators_give_the_scores_and_slopes_of_the_one_in_this_process(ray_here: Any) -> None:
     config = Config.of({**VALUES, "evaluators": "2"})
     loaded, sites = load(config, torch.device("cpu"))
-    subject = Subject.of(config, loaded, sites, torch.device("cpu"))
-    problem = Problem.build(subject.store.menu(), config.target_kept, config.granularity)
+    experiment = Experiment.of(config, loaded, sites, torch.device("cpu"))
+    problem = Problem.build(experiment.store.menu(), config.target_kept, config.granularity)
     middle = (problem.middle,) * problem.steps
     schedules = [problem.schedule((level, *middle[1:])) for level in range(problem.middle)]
-    jobs = [Job(schedule, look) for schedule in schedules for look in range(2)]
+    jobs = [Job(schedule, repeat) for schedule in schedules for repeat in range(2)]
     jobs.append(Job(schedules[0], 1, problem.probe(schedules[0])))
-    with subject.evaluator("search", problem.closed_form()) as evaluator:
+    with experiment.evaluator("search", problem.closed_form()) as evaluator:
         serial = SerialPool(evaluator, evaluator.dense)
         for number, one in enumerate(jobs):
             serial.submit(number, one)
         expected = drain(serial, len(jobs))
         dense = evaluator.dense
-    with search_pool(subject, problem.closed_form(), lambda line: None) as pool:
+    with search_pool(experiment, problem.closed_form(), lambda line: None) as pool:
         assert pool.capacity == 2
         assert figures(pool.dense) == figures(dense)
         for number, one in reversed(list(enumerate(jobs))):
@@ -171,7 +171,7 @@ def test_nothing_travels_to_an_evaluator_but_what_it_needs(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     Path("prior.json").touch()
     Path("model").mkdir()
-    values = travelling(Config.of({**VALUES, "model": "model", "prior": "prior.json", "out": "out"}))
+    values = portable_fields(Config.of({**VALUES, "model": "model", "prior": "prior.json", "out": "out"}))
     assert not {"prior", "policy", "out", "resume"} & values.keys()
     assert values["model"] == str(tmp_path / "model")
     Path("prior.json").unlink()
