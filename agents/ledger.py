@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from agents.protocol import AgentContext, Proposal
+from compression.refusal import Refusal
 
 __all__ = ["Ledger"]
 
@@ -39,7 +40,7 @@ class Ledger:
     def check(self, count: int) -> None:
         """Raises ValueError for a count below 1."""
         if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+            raise Refusal(f"count must be at least 1, got {count}")
 
     def add(self, proposal: Proposal) -> bool:
         """Enter a proposal; False if this look at its schedule was proposed before, or there is no such look."""
@@ -54,11 +55,11 @@ class Ledger:
     def close(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
         """Mark proposals as told. Raises ValueError for what was not asked for, told before, or lacks a reward."""
         if len(proposals) != len(rewards):
-            raise ValueError(f"every proposal needs one reward, got {len(proposals)} and {len(rewards)}")
+            raise Refusal(f"every proposal needs one reward, got {len(proposals)} and {len(rewards)}")
         for proposal, reward in zip(proposals, rewards, strict=True):
             digest = proposal.schedule.digest
             if (digest, proposal.repeat) not in self._open:
-                raise ValueError(f"schedule {digest[:12]} was not asked for, or told before")
+                raise Refusal(f"schedule {digest[:12]} was not asked for, or told before")
             self._open.remove((digest, proposal.repeat))
             self._told.setdefault(digest, (proposal, []))[1].append(float(reward))
 

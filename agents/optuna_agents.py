@@ -47,6 +47,7 @@ from optuna.trial import Trial, TrialState, create_trial
 from agents.ledger import Ledger
 from agents.protocol import AgentContext, ProblemLike, Proposal
 from agents.surrogate import Surrogate, without_outliers
+from compression.refusal import Refusal
 
 __all__ = ["Floats", "Levels", "OptunaAgent", "OptunaSettings", "cmaes", "gp", "qmc", "tpe"]
 
@@ -163,7 +164,7 @@ class OptunaAgent:
         self._kind = _KINDS[name]
         for package in self._kind.needs:
             if importlib.util.find_spec(package) is None:
-                raise ValueError(f"agent {name} needs {package}, which is not installed: {_INSTALL}")
+                raise Refusal(f"agent {name} needs {package}, which is not installed: {_INSTALL}")
         self._problem = problem
         self._context = context
         self._ledger = Ledger(context)

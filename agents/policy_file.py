@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,10 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+
+from compression.refusal import Refusal
+from compression.storage.strict_json import parse
+from compression.storage.whole_files import replace_file
 
 __all__ = ["ARRAYS", "DESCRIPTION", "SavedPolicy"]
 
@@ -74,9 +77,7 @@ class SavedPolicy:
         }
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"
         for name, data in ((ARRAYS, content), (DESCRIPTION, text.encode())):
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(data)
-            os.replace(temporary, folder / name)
+            replace_file(folder / name, data)
 
     @classmethod
     def read(cls, folder: Path) -> SavedPolicy:
@@ -90,17 +91,15 @@ class SavedPolicy:
             return cls._parse(content[DESCRIPTION], content[ARRAYS])
         except OSError as error:
             reason = f"{Path(error.filename or folder).name}: {error.strerror}"
-        except RecursionError:
-            reason = f"{DESCRIPTION} is nested too deeply"
         except (ValueError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
-        raise ValueError(f"policy must be a folder with {DESCRIPTION} and {ARRAYS} of a run, got {folder}: {reason}")
+        raise Refusal(f"policy must be a folder with {DESCRIPTION} and {ARRAYS} of a run, got {folder}: {reason}")
 
     @classmethod
     def _parse(cls, description: bytes, content: bytes) -> SavedPolicy:
-        fields = json.loads(description.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        fields = parse(description.decode("utf-8"))
         if not isinstance(fields, dict) or fields.get("format") != _FORMAT or set(fields) != _KEYS:
-            raise ValueError(f"{DESCRIPTION} is not a policy of format {_FORMAT}")
+            raise Refusal(f"{DESCRIPTION} is not a policy of format {_FORMAT}")
         steps, rungs, settings = fields["steps"], fields["rungs"], fields["settings"]
         if not (
             all(isinstance(fields[name], str) for name in ("agent", "subject", "arrays_sha256"))
@@ -112,13 +111,13 @@ class SavedPolicy:
             and isinstance(settings, dict)
             and _numbers(list(settings.values()))
         ):
-            raise ValueError(f"{DESCRIPTION} has a field of a wrong type")
+            raise Refusal(f"{DESCRIPTION} has a field of a wrong type")
         if hashlib.sha256(content).hexdigest() != fields["arrays_sha256"]:
-            raise ValueError(f"{ARRAYS} is cut, or not the one that {DESCRIPTION} was written with")
+            raise Refusal(f"{ARRAYS} is cut, or not the one that {DESCRIPTION} was written with")
         arrays = safetensors.numpy.load(content)
         for name, array in arrays.items():
             if array.dtype not in (np.float32, np.float64) or not np.isfinite(array).all():
-                raise ValueError(f"the array {name} is not of finite floating-point numbers")
+                raise Refusal(f"the array {name} is not of finite floating-point numbers")
         return cls(
             agent=fields["agent"],
             model=fields["subject"],
@@ -132,11 +131,9 @@ class SavedPolicy:
     def check(self, agent: str, model: str) -> None:
         """Raises ValueError, one line, for a policy of another agent or another model."""
         if self.agent != agent:
-            raise ValueError(f"the policy was learned by agent {self.agent} and cannot be continued by {agent}")
+            raise Refusal(f"the policy was learned by agent {self.agent} and cannot be continued by {agent}")
         if self.model != model:
-            raise ValueError(
-                f"the policy was learned on another model: {_short(self.model)} there, {_short(model)} here"
-            )
+            raise Refusal(f"the policy was learned on another model: {_short(self.model)} there, {_short(model)} here")
 
     def restore(
         self,
@@ -159,18 +156,18 @@ class SavedPolicy:
         if self.steps != tuple(steps):
             pairs = zip((*self.steps, "none"), (*steps, "none"), strict=False)
             number, (there, here) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise ValueError(
+            raise Refusal(
                 f"the policy was learned on other steps, {len(self.steps)} there and {len(steps)} here: "
                 f"step {number} decides about {there} there and {here} here"
             )
         if not np.array_equal(self.rungs, offsets[:-1]):
-            raise ValueError(
+            raise Refusal(
                 f"the policy was learned on another ladder: {_ladder(self.rungs)} there, {_ladder(offsets[:-1])} here"
             )
         shapes, wanted = ({name: a.shape for name, a in arrays.items()} for arrays in (self.arrays, like))
         if shapes != wanted:
             name = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))[0]
-            raise ValueError(
+            raise Refusal(
                 f"the policy does not fit: its array {name} is {shapes.get(name, 'absent')}, "
                 f"wanted is {wanted.get(name, 'none')}"
             )
@@ -181,19 +178,8 @@ def _bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         content = file.read(_LARGEST[path.name] + 1)
     if len(content) > _LARGEST[path.name]:
-        raise ValueError(f"{path.name} is larger than {_LARGEST[path.name]} bytes")
+        raise Refusal(f"{path.name} is larger than {_LARGEST[path.name]} bytes")
     return content
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"{DESCRIPTION} has a key twice")
-    return fields
-
-
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{DESCRIPTION} holds {constant}")
 
 
 def _numbers(values: Sequence[object]) -> bool:

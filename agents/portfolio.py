@@ -24,6 +24,7 @@ from agents.guided import Guided, GuidedSettings
 from agents.ledger import Ledger
 from agents.protocol import Agent, AgentContext, ProblemLike, Proposal
 from agents.surrogate import Surrogate, without_outliers
+from compression.refusal import Refusal
 
 __all__ = ["Turns", "TurnsSettings", "portfolio"]
 
@@ -85,7 +86,7 @@ class Turns:
 
         self.settings = settings or TurnsSettings()
         if not self.settings.members or not _WITHOUT_EPISODES.isdisjoint(self.settings.members):
-            raise ValueError(f"members must be agents that propose episodes, at least one, got {self.settings.members}")
+            raise Refusal(f"members must be agents that propose episodes, at least one, got {self.settings.members}")
         self._problem = problem
         self._ledger = Ledger(context)
         self._members = [

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.policy_file import SavedPolicy
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 
 __all__ = ["SLOPES_COST", "Agent", "AgentContext", "Learner", "ProblemLike", "Proposal", "SlopeAgent"]
@@ -129,7 +130,7 @@ class AgentContext:
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("budget", 0), ("shards", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise Refusal(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 SLOPES_COST = 4

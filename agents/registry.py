@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from importlib import import_module
 
 from agents.protocol import Agent, AgentContext, Learner, ProblemLike
+from compression.refusal import Refusal, nearest
 
 __all__ = ["NAMES", "find", "make"]
 
@@ -42,19 +42,18 @@ def find(name: str) -> Callable[[ProblemLike, AgentContext], Agent]:
             installed, with the extra that brings it.
     """
     if name not in _AGENTS and ":" not in name:
-        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest}")
+        raise Refusal(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest(name, NAMES)}")
     module, _, maker = _AGENTS.get(name, name).partition(":")
     try:
         loaded = import_module(module)
     except ModuleNotFoundError as error:
         if name in _AGENTS:
-            raise ValueError(
+            raise Refusal(
                 f"agent {name} needs {error.name}, which is not installed: pip install 'chisel-prior[agents]'"
             ) from None
-        raise ValueError(f"agent {name} cannot be imported: there is no module {error.name}") from None
+        raise Refusal(f"agent {name} cannot be imported: there is no module {error.name}") from None
     if not hasattr(loaded, maker):
-        raise ValueError(f"agent {name} cannot be imported: {module} has no {maker}")
+        raise Refusal(f"agent {name} cannot be imported: {module} has no {maker}")
     found: Callable[[ProblemLike, AgentContext], Agent] = getattr(loaded, maker)
     return found
 
@@ -67,5 +66,5 @@ def make(name: str, problem: ProblemLike, context: AgentContext) -> Agent:
     """
     agent = find(name)(problem, context)
     if context.policy is not None and not isinstance(agent, Learner):
-        raise ValueError(f"agent {name} learns no policy and cannot continue one")
+        raise Refusal(f"agent {name} learns no policy and cannot continue one")
     return agent

@@ -26,6 +26,7 @@ from torch.nn.functional import kl_div, log_softmax
 from benchmarks.healing import CORPORA
 from benchmarks.report import markdown, publish
 from compression import ScheduleApplier, lagrangian, to_schedule
+from compression.refusal import Refusal
 from search.config import Config
 from search.data.prose import load_prose, regions
 from search.experiment.experiment import Experiment
@@ -105,7 +106,7 @@ def _texts(experiment: Experiment, length: int, count: int) -> list[torch.Tensor
     heldout = regions(load_prose()[CORPORA["encyclopedia"]])[2]
     stream = [token for text in heldout for token in experiment.loaded.encode(text + "\n\n")]
     if len(stream) < length * count:
-        raise ValueError(f"there are {len(stream)} held-out tokens, and {length * count} are asked for")
+        raise Refusal(f"there are {len(stream)} held-out tokens, and {length * count} are asked for")
     return [
         torch.tensor(stream[length * each : length * (each + 1)])[None].to(experiment.device) for each in range(count)
     ]

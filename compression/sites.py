@@ -16,6 +16,8 @@ from math import prod
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
+
 __all__ = [
     "Site",
     "check_weight",
@@ -111,7 +113,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if weights and rank > best:
                 best, chosen = rank, (name, module)
     if chosen is None:
-        raise ValueError("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
+        raise Refusal("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
     return chosen
 
 
@@ -124,15 +126,15 @@ def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> 
     """
     if weight.dtype not in _FLOATING:
         wanted, got = ", ".join(map(_short, _FLOATING)), _short(weight.dtype)
-        raise ValueError(f"site {name}: the weight must be one of {wanted}, got {got}; load the model dense")
+        raise Refusal(f"site {name}: the weight must be one of {wanted}, got {got}; load the model dense")
     if weight.numel() == 0:
-        raise ValueError(f"site {name}: the weight is empty, of shape {tuple(weight.shape)}")
+        raise Refusal(f"site {name}: the weight is empty, of shape {tuple(weight.shape)}")
     if shapes_only:
         return
     if weight.is_meta:
-        raise ValueError(f"site {name}: the weight has no values, it is on the meta device; load the model first")
+        raise Refusal(f"site {name}: the weight has no values, it is on the meta device; load the model first")
     if not torch.isfinite(weight).all():
-        raise ValueError(f"site {name}: the weight has NaN or infinite entries")
+        raise Refusal(f"site {name}: the weight has NaN or infinite entries")
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -164,7 +166,7 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
         if _is_linear(module):
             weight = module.weight
             if not isinstance(weight, nn.Parameter):
-                raise ValueError(
+                raise Refusal(
                     f"site {prefix}.{path}: the weight must be a parameter, but is computed; remove its parametrization"
                 )
             check_weight(f"{prefix}.{path}", weight, shapes_only)
@@ -172,7 +174,7 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
             continue
         own = [(name, values) for name, values in module.named_parameters(recurse=False) if values.ndim > 1]
         if _lacks_matrix(module, [values for _, values in own]):
-            raise ValueError(
+            raise Refusal(
                 f"site {prefix}.{path}: a {type(module).__name__} holds no matrix of its shape; load the model dense"
             )
         for name, values in own:

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from envs.problem import OBSERVATION, Problem
 from envs.reward import Reward, ScoreLike
@@ -95,7 +96,7 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
         one_shot: bool = False,
     ) -> None:
         if (problem is None) != (evaluate is None):
-            raise ValueError("give both problem and evaluate, or neither for the toy")
+            raise Refusal("give both problem and evaluate, or neither for the toy")
         self.problem = Problem.build(toy_menu(), target_kept=0.5) if problem is None else problem
         self.evaluate = ToyEvaluator(self.problem.menu) if evaluate is None else evaluate
         self.reward = Reward() if reward is None else reward
@@ -125,9 +126,9 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
             ValueError: a level outside the ladder, or a step after the end of the episode.
         """
         if len(self._taken) == self.problem.steps:
-            raise ValueError("the episode has ended: call reset() before step()")
+            raise Refusal("the episode has ended: call reset() before step()")
         if not self.action_space.contains(action):
-            raise ValueError(f"an action must lie in {self.action_space}, got {action!r}")
+            raise Refusal(f"an action must lie in {self.action_space}, got {action!r}")
         self._taken = self.problem.legalise([*self._taken, *np.atleast_1d(action)]).tolist()
         observation = self.problem.observation(self._taken)
         if len(self._taken) < self.problem.steps:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compression.allocation.menu import Menu
+from compression.refusal import Refusal
 from compression.sites import Site
 
 __all__ = ["GRANULARITIES", "Group", "group_sites"]
@@ -36,14 +37,14 @@ def group_sites(menu: Menu, granularity: str) -> tuple[Group, ...]:
         ValueError: no such granularity, or no heads where they are asked for.
     """
     if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        raise Refusal(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     sites = [menu_of.site for menu_of in menu.sites]
     free = [index for index, menu_of in enumerate(menu.sites) if len(menu_of.choices) > 1]
     if granularity == "site":
         return tuple(Group(sites[index].name, (index,)) for index in free)
     heads = _heads(sites) if granularity == "head" else {}
     if granularity == "head" and not heads:
-        raise ValueError("granularity head needs attention matrices cut into heads (per_head), and there are none")
+        raise Refusal("granularity head needs attention matrices cut into heads (per_head), and there are none")
     groups: list[Group] = []
     for kind in granularity.split("+"):
         keys: dict[str, list[int]] = {}

@@ -18,6 +18,7 @@ from compression.allocation.closed_form import lagrangian, to_schedule, uniform
 from compression.allocation.knapsack import knapsack
 from compression.allocation.menu import Menu
 from compression.allocation.price_table import Frontier
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from envs.groups import Group, group_sites
 
@@ -83,15 +84,15 @@ class Problem:
             ValueError: a value outside its range, a target below what the smallest options keep, or no heads to group.
         """
         if all(len(site.choices) == 1 for site in menu.sites):
-            raise ValueError("the menu has no site with an option beside dense")
+            raise Refusal("the menu has no site with an option beside dense")
         target = _target(menu, target_kept)
         if levels < 4 or levels % 2:
-            raise ValueError(
+            raise Refusal(
                 f"levels must be even and at least 4 (an odd ladder and dense), got {levels}; "
                 f"nearest: {max(4, levels + levels % 2)}"
             )
         if not 0 < reach < 3:
-            raise ValueError(f"reach must lie in (0, 3), got {reach}")
+            raise Refusal(f"reach must lie in (0, 3), got {reach}")
         rungs = np.linspace(-reach, reach, levels - 1)
         rungs[levels // 2 - 1] = 0.0
         return cls(
@@ -147,7 +148,7 @@ class Problem:
         """
         weights = np.asarray(log_weights, dtype=np.float64)
         if weights.shape != self.base.shape or not np.isfinite(weights).all():
-            raise ValueError(f"log weights must be {len(self.base)} finite numbers, got shape {weights.shape}")
+            raise Refusal(f"log weights must be {len(self.base)} finite numbers, got shape {weights.shape}")
         return replace(self, base=self.base + weights)
 
     def kept(self, schedule: Schedule) -> float:
@@ -175,9 +176,9 @@ class Problem:
         """
         levels = self._levels(actions)
         if levels.shape != (self.steps,):
-            raise ValueError(f"a schedule needs {self.steps} actions, one per group, got {levels.shape[-1]}")
+            raise Refusal(f"a schedule needs {self.steps} actions, one per group, got {levels.shape[-1]}")
         if not self._fits(dense := self._dense_sites(levels)):
-            raise ValueError(f"these dense groups leave no room for the target {self.target_kept}; see Problem.mask")
+            raise Refusal(f"these dense groups leave no room for the target {self.target_kept}; see Problem.mask")
         weights = self.base + self.membership @ np.where(
             levels == self.dense_level, 0.0, self.offsets[np.minimum(levels, self.levels - 2)]
         )
@@ -353,10 +354,10 @@ class Problem:
     def _levels(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         levels = np.asarray(actions, dtype=np.int64)
         if levels.ndim < 1 or levels.shape[-1] > self.steps:
-            raise ValueError(f"an episode has {self.steps} steps, got actions of shape {levels.shape}")
+            raise Refusal(f"an episode has {self.steps} steps, got actions of shape {levels.shape}")
         wrong = levels[(levels < 0) | (levels >= self.levels)]
         if len(wrong):
-            raise ValueError(f"a level must lie in 0..{self.dense_level}, got {wrong[0]}")
+            raise Refusal(f"a level must lie in 0..{self.dense_level}, got {wrong[0]}")
         return levels
 
     def _dense_sites(self, levels: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -371,19 +372,19 @@ class Problem:
 def _finite(name: str, values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (count,) or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be {count} finite numbers, got shape {values.shape}")
+        raise Refusal(f"{name} must be {count} finite numbers, got shape {values.shape}")
     return values
 
 
 def _target(menu: Menu, target_kept: float) -> int:
     """Parameters that may be kept."""
     if not 0 < target_kept <= 1:
-        raise ValueError(f"target_kept must lie in (0, 1], got {target_kept}")
+        raise Refusal(f"target_kept must lie in (0, 1], got {target_kept}")
     target = math.floor(target_kept * menu.dense_parameters + 1e-6)
     if target < menu.smallest_parameters:
         least = menu.smallest_parameters / menu.dense_parameters
         nearest = math.ceil(least * 1000) / 1000
-        raise ValueError(
+        raise Refusal(
             f"target_kept {target_kept} is below what the smallest χ keeps, {least:.4f}; nearest: {nearest:.3f}"
         )
     return target

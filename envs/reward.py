@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from compression.refusal import Refusal
+
 __all__ = ["Reward", "ScoreLike"]
 
 
@@ -66,9 +68,9 @@ class Reward:
     def __post_init__(self) -> None:
         for name in ("kl_weight", "correct_weight", "compression_weight", "bytes_weight", "latency_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+                raise Refusal(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         if not math.isfinite(self.floor):
-            raise ValueError(f"floor must be finite, got {self.floor}")
+            raise Refusal(f"floor must be finite, got {self.floor}")
 
     def __call__(self, score: ScoreLike) -> float:
         """The reward of `score`, finite, at least `floor`."""

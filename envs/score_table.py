@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compression.refusal import Refusal
 from compression.schedule import Schedule
+from compression.storage.strict_json import parse
+from compression.storage.whole_files import replace_file
 from envs.reward import ScoreLike
 
 __all__ = ["ScoreTable", "TabledScore"]
@@ -60,10 +62,10 @@ class ScoreTable:
         if not path.exists():
             return
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows: Any = parse(path.read_text(encoding="utf-8"))
             self._scores = {digest: _read(row) for digest, row in rows.items()}
         except (ValueError, TypeError, AttributeError):
-            raise ValueError(f"{path} is no table of scores; remove it, or name another file") from None
+            raise Refusal(f"{path} is no table of scores; remove it, or name another file") from None
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -84,9 +86,7 @@ class ScoreTable:
         After a crash at any point the file has either its old or its new content.
         """
         rows = {digest: _row(score) for digest, score in self._scores.items() if score.state == "ok"}
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self._path)
+        replace_file(self._path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
 
 def _row(score: TabledScore) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compression.allocation.menu import Menu, SiteMenu
+from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site
 from envs.problem import Problem
@@ -50,7 +51,7 @@ def toy_menu(blocks: int = 3, heads: int = 0) -> Menu:
         heads: if not 0, attention is in parts: as many that make heads, and as many that read them.
     """
     if blocks < 1:
-        raise ValueError(f"blocks must be at least 1, got {blocks}")
+        raise Refusal(f"blocks must be at least 1, got {blocks}")
     sites = []
     chis = np.arange(2, _WIDTH // 2, 2)
     parts = [(f"attention.{matrix}.{head}", "attention") for matrix in ("make", "read") for head in range(heads)]

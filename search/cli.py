@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from compression.refusal import nearest
 from search.commands import COMMANDS
 from search.commands.exits import DONE, FAILURES, REFUSED, refuse
-from search.runtime.nearest import nearest
 from search.runtime.signals import guarded
 
 __all__ = ["DONE", "FAILURES", "REFUSED", "main"]

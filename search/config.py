@@ -13,8 +13,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from search.runtime.nearest import nearest
-from search.runtime.strict_json import read_object
+from compression.refusal import Refusal, nearest
+from compression.storage.strict_json import read_object
 
 __all__ = [
     "AFTERWARDS",
@@ -411,21 +411,21 @@ class Config(BaseModel):
     @classmethod
     def _has_an_error(cls, value: int) -> int:
         if value == 1:  # a standard error takes two
-            raise ValueError(value)
+            raise Refusal(value)
         return value
 
     @field_validator("agent")
     @classmethod
     def _is_an_agent(cls, value: str) -> str:
         if value not in AGENTS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-            raise ValueError(value)
+            raise Refusal(value)
         return value
 
     @field_validator("proxy")
     @classmethod
     def _is_a_proxy(cls, value: str) -> str:
         if value not in PROXIES and not (value.endswith(".jsonl") and Path(value).is_file()):
-            raise ValueError(value)
+            raise Refusal(value)
         return value
 
     @field_validator("policy")
@@ -434,7 +434,7 @@ class Config(BaseModel):
         if value is None:
             return None
         if not all((Path(value) / name).is_file() for name in ("policy.json", "policy.safetensors")):
-            raise ValueError(value)
+            raise Refusal(value)
         return str(Path(value).absolute())  # a resumed run finds it from anywhere
 
     @field_validator("prior")
@@ -443,27 +443,25 @@ class Config(BaseModel):
         if value is None:
             return None
         if not Path(value).is_file():
-            raise ValueError(value)
+            raise Refusal(value)
         return str(Path(value).absolute())
 
     @model_validator(mode="after")
     def _starts_from_one_thing(self) -> Self:
         if self.policy is not None and self.prior is not None:
-            raise ValueError("policy and prior both say where to start: give one of them")
+            raise Refusal("policy and prior both say where to start: give one of them")
         return self
 
     @model_validator(mode="after")
     def _names_one_folder(self) -> Self:
         if self.out is not None and self.resume is not None and Path(self.out).resolve() != Path(self.resume).resolve():
-            raise ValueError(
-                f"out and resume name different folders, {self.out!r} and {self.resume!r}: give only resume"
-            )
+            raise Refusal(f"out and resume name different folders, {self.out!r} and {self.resume!r}: give only resume")
         return self
 
     @model_validator(mode="after")
     def _has_the_heads_it_groups(self) -> Self:
         if self.granularity == "head" and not self.per_head:
-            raise ValueError("granularity head needs per_head, which cuts attention matrices into their heads")
+            raise Refusal("granularity head needs per_head, which cuts attention matrices into their heads")
         return self
 
     @classmethod
@@ -476,7 +474,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ValueError(_one_line(error)) from None
+            raise Refusal(_one_line(error)) from None
 
     def definition(self) -> dict[str, object]:
         """The fields a resumed run may not change: all but the budget and those that say how, where and to what end.

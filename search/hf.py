@@ -32,6 +32,7 @@ from compression.layers.merge import merge_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedLinear, PackedMPO
 from compression.layers.skeleton import describe, put_skeleton_
+from compression.refusal import Refusal
 
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register"]
 
@@ -54,9 +55,9 @@ class ChiselConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, modules: Mapping[str, Any] | None = None, format: int = FORMAT, **other: Any) -> None:
         if type(format) is not int or not 1 <= format <= FORMAT:
-            raise ValueError(f"this model has format {format!r}, and this code reads 1 to {FORMAT}; get a newer one")
+            raise Refusal(f"this model has format {format!r}, and this code reads 1 to {FORMAT}; get a newer one")
         if not isinstance(modules, Mapping):
-            raise ValueError(f"quantization_config.modules must be a mapping of compressed modules, got {modules!r}")
+            raise Refusal(f"quantization_config.modules must be a mapping of compressed modules, got {modules!r}")
         self.quant_method = METHOD
         self.format = format
         self.modules = dict(modules)
@@ -82,7 +83,7 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         model.all_tied_weights_keys = {name: other for name, other in tied.items() if name not in placeholders}
         if not checkpoint_files:
-            raise ValueError("a compressed model is loaded from safetensors files, and none were given")
+            raise Refusal("a compressed model is loaded from safetensors files, and none were given")
         _verify(checkpoint_files, _expected(model), placeholders)
         patterns = {rf"^{re.escape(name)}$" for name in placeholders}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
@@ -127,7 +128,7 @@ def lora_layers() -> dict[type, type]:
 
     class ChiselLora(LoraLinear):
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            raise ValueError("an adapter cannot be merged into the cores of a compressed layer; keep it beside them")
+            raise Refusal("an adapter cannot be merged into the cores of a compressed layer; keep it beside them")
 
     return dict.fromkeys((MPOLinear, PackedMPO, PackedLinear), ChiselLora)
 
@@ -147,7 +148,7 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
     missing = set(expected)
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise ValueError(f"{file} is not safetensors; a pickle can run code when read and is never opened")
+            raise Refusal(f"{file} is not safetensors; a pickle can run code when read and is never opened")
         try:
             with safe_open(file, "pt") as tensors:
                 checksums = json.loads((tensors.metadata() or {})[_CHECKSUMS])
@@ -155,14 +156,14 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
                     values = tensors.get_tensor(name)
                     if name not in placeholders and tuple(values.shape) != expected.get(name):
                         wanted = expected.get(name, "no such tensor")
-                        raise ValueError(f"{file}: {name} has shape {tuple(values.shape)}, the model wants {wanted}")
+                        raise Refusal(f"{file}: {name} has shape {tuple(values.shape)}, the model wants {wanted}")
                     if checksums.get(name) != _checksum(name, values):
-                        raise ValueError(f"{file}: {name} is damaged, its checksum differs")
+                        raise Refusal(f"{file}: {name} is damaged, its checksum differs")
                     missing.discard(name)
         except (SafetensorError, KeyError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is cut, damaged or without checksums: {error}") from error
+            raise Refusal(f"{file} is cut, damaged or without checksums: {error}") from error
     if missing:
-        raise ValueError(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")
+        raise Refusal(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")
 
 
 def _checksum(name: str, values: torch.Tensor) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from compression.allocation.menu import Menu, SiteMenu, convex_hull
 from compression.numerics.legs import resolve
+from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site
 
@@ -61,7 +62,7 @@ def lagrangian(
         indices[site] = len(menu.sites[site].choices) - 1
     left = target_parameters - menu.parameters(indices)
     if left < 0:
-        raise ValueError(
+        raise Refusal(
             f"{target_parameters} parameters cannot be met: the smallest options need {target_parameters - left}"
         )
     weight = np.zeros(len(menu.sites)) if log_weights is None else np.asarray(log_weights, dtype=np.float64)
@@ -121,7 +122,7 @@ def _uniform(sizes: Sequence[NDArray[np.int64]], target: int) -> list[int]:
     """Largest option per site within the common fraction; what is left pays for single further steps, in order."""
     smallest, dense = sum(int(size[0]) for size in sizes), sum(int(size[-1]) for size in sizes)
     if target < smallest:
-        raise ValueError(f"{target} parameters cannot be met: the smallest options need {smallest}")
+        raise Refusal(f"{target} parameters cannot be met: the smallest options need {smallest}")
     picks = [max(0, int(np.searchsorted(size, target / dense * size[-1], side="right")) - 1) for size in sizes]
     left = target - sum(int(size[pick]) for size, pick in zip(sizes, picks, strict=True))
     for number, (size, pick) in enumerate(zip(sizes, picks, strict=True)):

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from compression.allocation.closed_form import lagrangian
 from compression.allocation.menu import Menu
+from compression.refusal import Refusal
 
 __all__ = ["Allocation", "knapsack"]
 
@@ -83,7 +84,7 @@ def knapsack(menu: Menu, target_parameters: int, tolerance: float = 0.0, limit: 
         ValueError: the budget is below what the smallest options need, or a tolerance or limit outside its range.
     """
     if tolerance < 0 or limit < 1:
-        raise ValueError(f"tolerance must be at least 0 and limit at least 1, got {tolerance} and {limit}")
+        raise Refusal(f"tolerance must be at least 0 and limit at least 1, got {tolerance} and {limit}")
     best = lagrangian(menu, target_parameters)
     parameters, cost = _padded(menu)
     price = _price(parameters, cost, target_parameters)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compression.numerics.legs import resolve
+from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice
 from compression.sites import Site
 
@@ -50,13 +51,13 @@ class SiteMenu:
 
     def __post_init__(self) -> None:
         if not len(self.choices) == len(self.parameters) == len(self.cost) == len(self.multiply_adds):
-            raise ValueError(f"menu of {self.site.name}: every option needs parameters, cost and multiply-adds")
+            raise Refusal(f"menu of {self.site.name}: every option needs parameters, cost and multiply-adds")
         if not self.choices[-1].is_dense or self.cost[-1] != 0:
-            raise ValueError(f"menu of {self.site.name}: the last option must be dense at cost 0")
+            raise Refusal(f"menu of {self.site.name}: the last option must be dense at cost 0")
         if not np.isfinite(self.cost).all() or (self.cost < 0).any():
-            raise ValueError(f"menu of {self.site.name}: costs must be finite and not negative")
+            raise Refusal(f"menu of {self.site.name}: costs must be finite and not negative")
         if (np.diff(self.parameters) <= 0).any():
-            raise ValueError(f"menu of {self.site.name}: options must ascend strictly in parameters")
+            raise Refusal(f"menu of {self.site.name}: options must ascend strictly in parameters")
 
 
 @dataclass(frozen=True, eq=False)

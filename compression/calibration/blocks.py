@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from compression.sites import Site, put_modules
 
 __all__ = ["Batch", "Block", "record_blocks"]
@@ -59,7 +60,7 @@ class Block:
             return reached.activations
         finally:
             handle.remove()
-        raise ValueError(f"site {site.name} is not reached in its block")
+        raise Refusal(f"site {site.name} is not reached in its block")
 
     @contextmanager
     def caught(self, site: Site) -> Iterator[list[torch.Tensor]]:

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from compression.numerics.whitening import shrink
+from compression.refusal import Refusal
 from compression.sites import Site
 from compression.storage.factor_cache import Bundle
 
@@ -169,10 +170,10 @@ class MomentAccumulator:
 
     def result(self) -> Statistics:
         if self.tokens == 0:
-            raise ValueError("no calibration token: statistics need at least one")
+            raise Refusal("no calibration token: statistics need at least one")
         for site in self.sites:
             if site.name not in self._input_of:
-                raise ValueError(f"site {site.name}: never reached by the calibration text; it cannot be calibrated")
+                raise Refusal(f"site {site.name}: never reached by the calibration text; it cannot be calibrated")
             if site.name not in self._gradients:
                 raise _not_differentiable(site.name)
         for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
@@ -184,14 +185,14 @@ class MomentAccumulator:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if not args or args[0].shape[:-1].numel() != self._mask.numel():
                 read = f"shape {tuple(args[0].shape)}" if args else "a keyword argument"
-                raise ValueError(f"site {name}: must read one row a token to be calibrated, reads {read}")
+                raise Refusal(f"site {name}: must read one row a token to be calibrated, reads {read}")
             if not output.requires_grad:
                 raise _not_differentiable(name)
             shared = self._last is not None and self._last[1] is args[0]
             source = self._last[0] if self._last is not None and shared else name
             self._last = (source, args[0])
             if self._input_of.setdefault(name, source) != source:
-                raise ValueError(f"site {name} does not read the same input in every pass; it cannot be calibrated")
+                raise Refusal(f"site {name} does not read the same input in every pass; it cannot be calibrated")
             output.register_hook(partial(self._add, name, args[0].detach()))  # type: ignore[no-untyped-call]
 
         return hook
@@ -211,14 +212,14 @@ class MomentAccumulator:
 def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:
     """The moment of a site, if it is there and finite."""
     if moment is None:
-        raise ValueError(f"site {name}: no second moment of its {kind} was collected")
+        raise Refusal(f"site {name}: no second moment of its {kind} was collected")
     if not torch.isfinite(moment).all():
-        raise ValueError(f"site {name}: the second moment of its {kind} has NaN or infinite entries")
+        raise Refusal(f"site {name}: the second moment of its {kind} has NaN or infinite entries")
     return moment
 
 
-def _not_differentiable(name: str) -> ValueError:
-    return ValueError(f"site {name}: no gradient of the prediction reaches it; it cannot be calibrated")
+def _not_differentiable(name: str) -> Refusal:
+    return Refusal(f"site {name}: no gradient of the prediction reaches it; it cannot be calibrated")
 
 
 def _sketch(moment: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from compression.decomposition.factors import FactorStore
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
 from compression.numerics.gauge import stored
+from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
 
 __all__ = ["ScheduleApplier"]
@@ -54,7 +55,7 @@ class ScheduleApplier:
         wanted = dict(schedule.choices)
         if wanted.keys() != self._current.keys():
             odd = sorted(wanted.keys() ^ self._current.keys())
-            raise ValueError(f"a schedule must name every site of the model and no other, check {odd[0]!r}")
+            raise Refusal(f"a schedule must name every site of the model and no other, check {odd[0]!r}")
         changed = [name for name, choice in wanted.items() if choice != self._current[name]]
         modules = {name: self.module(name, wanted[name]) for name in changed}
         for name, module in modules.items():

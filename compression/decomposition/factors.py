@@ -19,6 +19,7 @@ from compression.numerics.cores import decompose, truncate
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
 from compression.numerics.whitening import Whitening, shrink
+from compression.refusal import Refusal
 from compression.schedule import Choice
 from compression.sites import Site
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
@@ -119,14 +120,14 @@ class FactorStore:
         """
         site = self._site[name]
         if site.dense_because:
-            raise ValueError(f"site {name} must stay dense: {site.dense_because}")
+            raise Refusal(f"site {name} must stay dense: {site.dense_because}")
         limit = resolve(choice.topology, site.out_features, site.in_features).break_even_chi
         if limit == 0:
             shape = f"{site.out_features} × {site.in_features}"
-            raise ValueError(f"site {name}: no χ of {choice.topology} makes a matrix of {shape} smaller")
+            raise Refusal(f"site {name}: no χ of {choice.topology} makes a matrix of {shape} smaller")
         limit = min(limit, self._max_chi or limit)
         if choice.chi > limit:
-            raise ValueError(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
+            raise Refusal(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
         return truncate(self.factors(name, choice.topology, choice.metric, choice.chi).cores, choice.chi)
 
     def menu(
@@ -234,7 +235,7 @@ class FactorStore:
         if metric == "plain":
             return None, None
         if metric not in ("input", "two-sided"):
-            raise ValueError(f"metric must be plain, input or two-sided, got {metric!r}")
+            raise Refusal(f"metric must be plain, input or two-sided, got {metric!r}")
         statistics, device = self._statistics(), self._weights[name].device
         gradient = statistics.gradient(name).to(device) if metric == "two-sided" else None
         return statistics.input(name).to(device), gradient
@@ -276,5 +277,5 @@ class _Key:
     def of(cls, name: str, topology: str, metric: str, chi: int, evaluations: int = _EVALUATIONS) -> _Key:
         nested = is_nested(topology, metric)
         if not nested and chi < 1:
-            raise ValueError(f"site {name}: {topology} in the {metric} metric is fitted for one χ, got {chi}")
+            raise Refusal(f"site {name}: {topology} in the {metric} metric is fitted for one χ, got {chi}")
         return cls(name, topology.removeprefix("pivoted-"), metric, 0 if nested else chi, evaluations)

@@ -37,6 +37,7 @@ from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
 from compression.numerics.whitening import Whitening, shrink
+from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
 from compression.sites import Site, dense_weight, put_modules
 
@@ -79,12 +80,12 @@ def repair_(
             `compression.numerics.fit`).
     """
     if sum(len(ids) for ids, _ in batches) < _FOLDS:
-        raise ValueError(f"repair needs {_FOLDS} sequences of calibration text or more")
+        raise Refusal(f"repair needs {_FOLDS} sequences of calibration text or more")
     free = [site for site in sites if not site.dense_because]
     masks = [mask for _, mask in batches]
     taken = {site.name: model.get_submodule(site.name) for site in free}
     if compressed := [name for name, module in taken.items() if isinstance(module, MPOLinear)]:
-        raise ValueError(f"site {compressed[0]} is compressed already; repair starts from the dense model")
+        raise Refusal(f"site {compressed[0]} is compressed already; repair starts from the dense model")
     numbers = range(min(site.block for site in sites), 1 + max(site.block for site in sites))
     prefix = sites[0].name.split(f".{sites[0].block}.")[0]
     blocks, first = record_blocks(model, [f"{prefix}.{number}" for number in numbers], batches)

@@ -21,6 +21,7 @@ from compression.numerics.cores import contract, contract_with
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
 from compression.numerics.pivoted_product import padded, pivoted_product, row_order, unfolding
+from compression.refusal import Refusal
 
 __all__ = ["MPOLinear"]
 
@@ -73,10 +74,10 @@ class MPOLinear(nn.Module):
         bonds = [(core.shape[0], core.shape[3]) for core in cores]
         matched = all(left[1] == right[0] for left, right in pairwise(bonds))
         if len(cores) < 2 or bonds[0][0] != 1 or bonds[-1][1] != 1 or not matched:
-            raise ValueError(f"bonds of two or more neighbouring cores must match and end in 1, got {bonds}")
+            raise Refusal(f"bonds of two or more neighbouring cores must match and end in 1, got {bonds}")
         pivoted = [isinstance(core, PivotedCore) for core in cores]
         if any(pivoted) and pivoted != [True] * (len(cores) - 1) + [False]:
-            raise ValueError("every core but the last must be pivoted, or none")
+            raise Refusal("every core but the last must be pivoted, or none")
         for number, core in enumerate(cores):
             if isinstance(core, PivotedCore):
                 places, tail = _stored_form(core)

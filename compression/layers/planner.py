@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +27,8 @@ from compression.layers.routes import OPTIMIZE, TOKENS, Optimize, Plan, Route, c
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
 from compression.numerics.pivoted_product import ALIGNED, padded
+from compression.refusal import Refusal
+from compression.storage.whole_files import replace_file
 
 __all__ = ["Planned", "Planner", "measured", "random_layer"]
 
@@ -74,9 +74,9 @@ class Planner:
         self, optimize: Optimize, file: Path | None = None, tokens: Sequence[int] = TOKENS, measure: bool = True
     ) -> None:
         if optimize not in OPTIMIZE:
-            raise ValueError(f"optimize must be {' or '.join(OPTIMIZE)}, got {optimize!r}")
+            raise Refusal(f"optimize must be {' or '.join(OPTIMIZE)}, got {optimize!r}")
         if not tokens or min(tokens) < 1:
-            raise ValueError(f"token counts to plan for must be positive, got {tuple(tokens)}")
+            raise Refusal(f"token counts to plan for must be positive, got {tuple(tokens)}")
         self._optimize = optimize
         self._file = file
         self._tokens = tuple(sorted(set(tokens)))
@@ -240,13 +240,6 @@ def _write(file: Path | None, costs: Mapping[str, Mapping[str, Mapping[Route, fl
     merged = _read(file)
     for machine, entries in costs.items():
         merged.setdefault(machine, {}).update({key: dict(value) for key, value in entries.items()})
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".partial")
-        with open(handle, "w", encoding="utf-8") as stream:
-            json.dump({"format": _FORMAT, "seconds": merged}, stream, indent=1)
-        os.replace(temporary, file)
-    except OSError:  # a cache that cannot be kept costs time, not correctness
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    # A cache that cannot be kept costs time, not correctness.
+    with suppress(OSError):
+        replace_file(file, json.dumps({"format": _FORMAT, "seconds": merged}, indent=1))

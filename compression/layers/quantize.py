@@ -14,6 +14,7 @@ from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
 from compression.layers.routes import is_lowrank
 from compression.numerics.group_integers import quantize
+from compression.refusal import Refusal
 from compression.sites import dense_weight
 
 __all__ = ["GROUP", "packed", "quantize_"]
@@ -74,7 +75,7 @@ def packed(module: nn.Module, bits: int, group: int, moment: torch.Tensor | None
         return PackedMPO(module, _cores(module, bits, group, moment))
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        raise ValueError(f"a {type(module).__name__} cannot be quantized")
+        raise Refusal(f"a {type(module).__name__} cannot be quantized")
     return PackedLinear(_matrix(dense_weight(module), bits, group, moment, weight.dtype), _bias(module))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from compression.layers.skeleton import empty_mpo
 from compression.numerics.legs import resolve
+from compression.refusal import Refusal
 from compression.schedule import Choice
 
 __all__ = ["rebuilt"]
@@ -35,5 +36,5 @@ def rebuilt(choice: Choice, out_features: int, in_features: int, state: Mapping[
         layer.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"stored tensors do not fit {choice.topology} with χ {choice.chi}: {reason}") from None
+        raise Refusal(f"stored tensors do not fit {choice.topology} with χ {choice.chi}: {reason}") from None
     return layer.requires_grad_(False)

@@ -20,6 +20,7 @@ from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatri
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.group_integers import BITS, Codes
 from compression.numerics.legs import Legs, leg_name, resolve
+from compression.refusal import Refusal
 from compression.sites import dense_weight
 
 __all__ = ["LARGEST", "describe", "empty_mpo", "put_skeleton_"]
@@ -77,10 +78,10 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
             shape = tuple(weight.shape)
         except AttributeError:
-            raise ValueError(f"compressed module {name}: the model has no matrix of this name") from None
+            raise Refusal(f"compressed module {name}: the model has no matrix of this name") from None
         kind = _get(description, "kind")
         if kind not in makers:
-            raise ValueError(f"compressed module {name}: kind must be {' or '.join(makers)}, got {kind!r}")
+            raise Refusal(f"compressed module {name}: kind must be {' or '.join(makers)}, got {kind!r}")
         try:
             if _get(description, "tied"):
                 holder = model.get_submodule(description["tied"])
@@ -88,14 +89,14 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             else:
                 model.set_submodule(name, makers[kind](dense, shape, description))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"compressed module {name}: {error} does not fit a matrix {shape}") from None
+            raise Refusal(f"compressed module {name}: {error} does not fit a matrix {shape}") from None
 
 
 def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> MPOLinear:
     legs, bonds = resolve(description["topology"], *shape), description["bonds"]
     inner = len(legs.out_legs) - 1
     if not isinstance(bonds, list) or len(bonds) != inner or not all(_is_size(bond) for bond in bonds):
-        raise ValueError(f"{inner} bonds of 1 to {LARGEST} are needed, and {bonds!r}")
+        raise Refusal(f"{inner} bonds of 1 to {LARGEST} are needed, and {bonds!r}")
     return empty_mpo(legs, bonds, _empty_bias(description["bias"], shape[0], dense), dense_weight(dense).dtype)
 
 
@@ -107,7 +108,7 @@ def empty_mpo(legs: Legs, bonds: Sequence[int], bias: torch.Tensor | None, dtype
         rows = prod(core_shape[:3])
         if legs.pivoted and number < len(bonds):
             if rows < right:
-                raise ValueError(f"bond {right}")
+                raise Refusal(f"bond {right}")
             tail = torch.empty(rows - right, right, device="meta", dtype=dtype)
             cores.append(PivotedCore(tail, torch.empty(rows, device="meta", dtype=torch.int64), core_shape))
         else:
@@ -119,7 +120,7 @@ def _heads(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, A
     size, along_output = description["size"], description["along_output"]
     side = shape[0] if along_output is True else shape[1]
     if not _is_size(size) or type(along_output) is not bool or side % size:
-        raise ValueError(f"size {size!r}, along_output {along_output!r}")
+        raise Refusal(f"size {size!r}, along_output {along_output!r}")
     bias = _empty_bias(getattr(dense, "bias", None) is not None, shape[0], dense)
     return HeadLinear(torch.empty(shape, device="meta", dtype=dense_weight(dense).dtype), bias, size, along_output)
 
@@ -142,7 +143,7 @@ def _packed_linear(dense: nn.Module, shape: tuple[int, ...], description: Mappin
 
 def _tied(dense: nn.Module, holder: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedLinear:
     if not isinstance(holder, PackedEmbedding) or holder.packed.columns != shape[1]:
-        raise ValueError(f"the matrix of {description['tied']}")
+        raise Refusal(f"the matrix of {description['tied']}")
     return PackedLinear(holder.packed, _empty_bias(description["bias"], shape[0], dense), description["tied"])
 
 
@@ -154,7 +155,7 @@ def _packed_embedding(dense: nn.Module, shape: tuple[int, ...], description: Map
 def _empty_packed(rows: int, columns: int, dtype: torch.dtype, description: Mapping[str, Any]) -> PackedMatrix:
     bits, group = description["bits"], description["group"]
     if bits not in BITS or not _is_size(group):
-        raise ValueError(f"bits {bits!r} and group {group!r}")
+        raise Refusal(f"bits {bits!r} and group {group!r}")
     codes = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8, device="meta")
     scales = torch.empty(rows, -(-columns // group), dtype=torch.float16, device="meta")
     return PackedMatrix(Codes(codes, scales), columns, bits, group, dtype)

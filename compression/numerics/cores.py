@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from compression.numerics.legs import Legs
 from compression.numerics.truncated_svd import Spectrum, truncated_svd
+from compression.refusal import Refusal
 
 __all__ = ["contract", "contract_with", "decompose", "truncate", "truncation_error_bound"]
 
@@ -41,7 +42,7 @@ def decompose(
         ValueError: the shape does not fit the legs, or an entry is not finite.
     """
     if tuple(matrix.shape) != (prod(legs.out_legs), prod(legs.in_legs)):
-        raise ValueError(f"a matrix of shape {tuple(matrix.shape)} does not fit {legs}")
+        raise Refusal(f"a matrix of shape {tuple(matrix.shape)} does not fit {legs}")
     count = len(legs.out_legs)
     order = [axis for core in range(count) for axis in (core, count + core)]
     rest = matrix.reshape(*legs.out_legs, *legs.in_legs).permute(*order).reshape(1, -1)
@@ -62,7 +63,7 @@ def truncate(cores: Sequence[torch.Tensor], chi: int | Sequence[int]) -> list[to
     """The cores with every inner bond sliced to at most `chi`, one for all or one per bond. Views, not copies."""
     inner = [chi] * (len(cores) - 1) if isinstance(chi, int) else list(chi)
     if len(inner) != len(cores) - 1 or min(inner, default=1) < 1:
-        raise ValueError(f"chi must be at least 1, one for all bonds or one for each, got {chi}")
+        raise Refusal(f"chi must be at least 1, one for all bonds or one for each, got {chi}")
     ends = [None, *inner, None]
     return [core[:left, :, :, :right] for core, left, right in zip(cores, ends[:-1], ends[1:], strict=True)]
 

@@ -26,6 +26,7 @@ import torch
 
 from compression.numerics.cores import decompose, truncate
 from compression.numerics.legs import Legs
+from compression.refusal import Refusal
 
 __all__ = ["Fit", "fit"]
 
@@ -79,11 +80,11 @@ def fit(
     """
     count, out_features, in_features = weights.shape
     if gradients.shape != (count, out_features, out_features) or inputs.shape != (count, in_features, in_features):
-        raise ValueError(
+        raise Refusal(
             f"weights {tuple(weights.shape)} do not fit metrics {tuple(gradients.shape)} and {tuple(inputs.shape)}"
         )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (weights, gradients, inputs)):
-        raise ValueError("a weight or a second moment has NaN or infinite entries")
+        raise Refusal("a weight or a second moment has NaN or infinite entries")
     left, right = _LegMetric.of(gradients.double(), legs.out_legs), _LegMetric.of(inputs.double(), legs.in_legs)
     white = right.whiten_rows(left.whiten_rows(weights.double()).mT).mT.contiguous()
     metric_left, metric_right = left.correct(gradients.double()).float(), right.correct(inputs.double()).float()

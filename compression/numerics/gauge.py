@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.refusal import Refusal
+
 __all__ = ["PivotedCore", "pivot", "stored", "unpivot"]
 
 _GROWTH = 1.5  # entries of a tail are at most this large in magnitude
@@ -57,7 +59,7 @@ def pivot(cores: Sequence[torch.Tensor]) -> tuple[list[PivotedCore], torch.Tenso
         unfolding = full.reshape(-1, full.shape[3])
         rows, bond = unfolding.shape
         if rows < bond:
-            raise ValueError(f"a bond of {bond} needs a core with as many rows to its left, got {tuple(core.shape)}")
+            raise Refusal(f"a bond of {bond} needs a core with as many rows to its left, got {tuple(core.shape)}")
         chosen, tail = _dominant_rows(unfolding)
         rest = torch.ones(rows, dtype=torch.bool, device=core.device)
         rest[chosen] = False

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.refusal import Refusal
+
 __all__ = ["BITS", "Codes", "dequantize", "packed_bytes", "quantize"]
 
 BITS = (8, 4)
@@ -52,9 +54,9 @@ def quantize(matrix: torch.Tensor, bits: int, group: int, moment: torch.Tensor |
         ValueError: other bits or group, or a matrix that is not finite.
     """
     if bits not in BITS or group < 1:
-        raise ValueError(f"bits must be 8 or 4 and a group at least 1, got {bits} and {group}")
+        raise Refusal(f"bits must be 8 or 4 and a group at least 1, got {bits} and {group}")
     if not torch.isfinite(matrix).all():
-        raise ValueError("a matrix with NaN or infinite entries cannot be quantized")
+        raise Refusal("a matrix with NaN or infinite entries cannot be quantized")
     rest = matrix.detach().float().clone()
     columns = rest.shape[1]
     importance = torch.ones(columns, device=rest.device) if moment is None else moment.diagonal().float().clamp_min(0)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
 
+from compression.refusal import Refusal
+
 __all__ = ["Legs", "balanced", "leg_name", "resolve"]
 
 
@@ -30,9 +32,9 @@ class Legs:
 
     def __post_init__(self) -> None:
         if len(self.out_legs) != len(self.in_legs) or len(self.out_legs) < 2:
-            raise ValueError(f"legs need one output and one input leg per core, two cores or more, got {self}")
+            raise Refusal(f"legs need one output and one input leg per core, two cores or more, got {self}")
         if min(self.out_legs + self.in_legs) < 1:
-            raise ValueError(f"a leg is a positive integer, got {self}")
+            raise Refusal(f"a leg is a positive integer, got {self}")
 
     @cached_property
     def full_bonds(self) -> tuple[int, ...]:
@@ -123,14 +125,14 @@ def resolve(topology: str, out_features: int, in_features: int) -> Legs:
         return Legs(balanced(out_features, cores), balanced(in_features, cores), pivoted)
     match = re.fullmatch(r"mpo:(\d{1,6}(?:\.\d{1,6}){1,8})x(\d{1,6}(?:\.\d{1,6}){1,8})", form)
     if match is None:
-        raise ValueError(
+        raise Refusal(
             f"topology must be lowrank, mpo2 … mpo9 or legs as in mpo:9.64x24.24, with or without pivoted- before it, "
             f"got {topology!r}"
         )
     out_legs, in_legs = (tuple(map(int, side.split("."))) for side in match.groups())
     legs = Legs(out_legs, in_legs, pivoted)
     if (prod(legs.out_legs), prod(legs.in_legs)) != (out_features, in_features):
-        raise ValueError(f"the legs of {topology} do not make a matrix of {out_features} by {in_features}")
+        raise Refusal(f"the legs of {topology} do not make a matrix of {out_features} by {in_features}")
     return legs
 
 

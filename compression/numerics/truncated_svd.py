@@ -24,6 +24,8 @@ from typing import Literal
 
 import torch
 
+from compression.refusal import Refusal
+
 __all__ = ["Spectrum", "TruncatedSVD", "choose_method", "truncated_svd"]
 
 Method = Literal["svd", "gram", "subspace"]
@@ -109,14 +111,14 @@ def truncated_svd(
         ValueError: not a matrix of at least one entry, χ below 1, or an entry that is not finite.
     """
     if matrix.ndim != 2 or matrix.numel() == 0:
-        raise ValueError(f"a matrix with rows and columns is needed, got shape {tuple(matrix.shape)}")
+        raise Refusal(f"a matrix with rows and columns is needed, got shape {tuple(matrix.shape)}")
     if chi is not None and chi < 1:
-        raise ValueError(f"chi must be at least 1, got {chi}")
+        raise Refusal(f"chi must be at least 1, got {chi}")
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     energy = _energy(matrix)
     if not isfinite(energy) and not torch.isfinite(matrix).all():
-        raise ValueError("the matrix has NaN or infinite entries")
+        raise Refusal("the matrix has NaN or infinite entries")
     rows, columns = matrix.shape
     keep = min(chi or rows, rows, columns)
     chosen = method or choose_method(rows, columns, keep, matrix.dtype)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.refusal import Refusal
+
 __all__ = ["Whitening", "shrink"]
 
 _ZERO = 1e-24  # its root, squared for two zero sides, times any weight is still a normal float32
@@ -29,13 +31,13 @@ def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
         ValueError: s outside (0, 1], or a moment with NaN, infinite or negative diagonal entries.
     """
     if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
+        raise Refusal(f"shrinkage must be in (0, 1], got {shrinkage}")
     if not torch.isfinite(moment).all():
-        raise ValueError("a second moment has NaN or infinite entries")
+        raise Refusal("a second moment has NaN or infinite entries")
     result = moment.to(torch.float64, copy=True)
     diagonal = result.diagonal()
     if (diagonal < 0).any():
-        raise ValueError(f"a second moment has no negative diagonal, got {float(diagonal.min())}")
+        raise Refusal(f"a second moment has no negative diagonal, got {float(diagonal.min())}")
     trace = float(diagonal.sum())
     result.mul_(1 - shrinkage)
     diagonal.add_(max(shrinkage * trace / len(result), torch.finfo(torch.float32).eps * trace, _ZERO))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from compression.refusal import Refusal
 from compression.storage.tensor_files import new_tensor_file
 
 __all__ = ["Bundle", "FactorCache", "cache_key"]
@@ -94,7 +95,7 @@ class FactorCache:
 def _read(path: Path) -> Bundle:
     """Raises ValueError or SafetensorError for a file that is not what its name says, or no safetensors."""
     if _digest(path) != path.name.split(".")[1]:
-        raise ValueError("its checksum differs")
+        raise Refusal("its checksum differs")
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return Bundle(tensors, file.metadata() or {})

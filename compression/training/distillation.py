@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from compression.refusal import Refusal
+
 __all__ = ["Head", "Targets", "divergence", "labels", "likeliest"]
 
 _ROWS = 256
@@ -88,7 +90,7 @@ def likeliest(hidden: torch.Tensor, head: Head, count: int) -> Targets:
         largest = values.amax(-1, keepdim=True)
         normalizer = largest + logits.sub_(largest).exp_().sum(-1, keepdim=True).log()
         if not torch.isfinite(normalizer).all():
-            raise ValueError("the dense model gives NaN or infinite logits; nothing can be learned from it")
+            raise Refusal("the dense model gives NaN or infinite logits; nothing can be learned from it")
         tokens.append(places)
         logs.append(values - normalizer)
     return Targets(torch.cat(tokens), torch.cat(logs))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from compression.layers.mpo_linear import MPOLinear
+from compression.refusal import Refusal
 
 __all__ = ["captured_head_input", "frozen", "put_parameters", "trainable_"]
 
@@ -36,7 +37,7 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
         for name, _ in module.named_parameters()
     }
     if not cores:
-        raise ValueError("healing needs a compressed model, and no matrix of this one is compressed")
+        raise Refusal("healing needs a compressed model, and no matrix of this one is compressed")
     chosen = {
         name: p for name, p in model.named_parameters() if name in cores or (p.ndim == 1 and p.is_floating_point())
     }

@@ -16,6 +16,7 @@ import torch
 
 from compression.allocation.closed_form import uniform_schedule
 from compression.decomposition.apply import ScheduleApplier
+from compression.refusal import Refusal, nearest
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from envs import Problem
@@ -27,7 +28,6 @@ from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model, model_digest
 from search.priors.format import Prior
 from search.runtime.console import Console
-from search.runtime.nearest import nearest
 from search.runtime.run_folder import CONFIG, PRIOR
 
 __all__ = ["SCHEDULES", "ComparedModel", "compared_models"]
@@ -68,14 +68,14 @@ def compared_models(
     """
     for name in schedules:
         if name not in SCHEDULES:
-            raise ValueError(
+            raise Refusal(
                 f"schedules must be of {', '.join(SCHEDULES)}, got {name!r}; the nearest is {nearest(name, SCHEDULES)}"
             )
     ordered = tuple(name for name in SCHEDULES if name in schedules)
     found = [_compared_model(word, ordered, device, console, len(words) > 1) for word in words]
     names = [name for one in found for name in one.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"models must have different names, but {twice[0]!r} stands for two of them")
+        raise Refusal(f"models must have different names, but {twice[0]!r} stands for two of them")
     return found
 
 
@@ -90,7 +90,7 @@ def _compared_model(
         config = _config(prior.configuration)
     else:
         if path.is_dir() and (path / "study.db").exists():
-            raise ValueError(f"the run {word!r} is not finished: it has no {PRIOR}; continue it with --resume")
+            raise Refusal(f"the run {word!r} is not finished: it has no {PRIOR}; continue it with --resume")
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 
         def plain() -> Iterator[LoadedModel]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from compression.refusal import Refusal
 from search.benchmarking.selection import Document, Selection
 from search.benchmarking.tasks import Task
 from search.data.datasets import benchmark_rows, load_mmlu
@@ -31,7 +32,7 @@ def select(task: Task, count: int | None, seed: int, searched: frozenset[str], s
     pool = _documents(task, source)
     clean = [document for document in pool if document.digest not in searched]
     if not clean:
-        raise ValueError(f"{task.name} has no item that was not searched on: {len(pool)} of {len(pool)} were")
+        raise Refusal(f"{task.name} has no item that was not searched on: {len(pool)} of {len(pool)} were")
     chosen = stratified(clean, len(clean) if count is None else count, seed)
     assert_disjoint({"search": searched}, {task.name: frozenset(document.digest for document in chosen)})
     return Selection(task, chosen, len(pool), len(pool) - len(clean))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from search.evaluation.logits import read
 from search.model.kv_cache import keep_positions, new_cache
 
@@ -67,7 +68,7 @@ def generate(
         ValueError: an empty prompt.
     """
     if not all(prompts):
-        raise ValueError("a prompt must have at least one token")
+        raise Refusal("a prompt must have at least one token")
     alone = any(new_cache(model).is_sliding)
     shared = 0 if alone else _shared(prompts)
     waiting = [_Prompt(number, list(tokens[shared:])) for number, tokens in enumerate(prompts)]

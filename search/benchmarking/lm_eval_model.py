@@ -13,6 +13,7 @@ from functools import partial
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from compression.refusal import Refusal
 from search.benchmarking.generation import NonFinite, generate
 from search.benchmarking.likelihood import continuations, text_likelihoods
 from search.model.loading import LoadedModel
@@ -70,7 +71,7 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
         by_settings: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for number, (_, settings) in enumerate(request.args for request in requests):
             if settings.get("do_sample") or settings.get("temperature"):
-                raise ValueError(f"only greedy generation is measured, but a request asks for {settings}")
+                raise Refusal(f"only greedy generation is measured, but a request asks for {settings}")
             until = settings.get("until") or []
             stops = (until,) if isinstance(until, str) else tuple(until)
             by_settings.setdefault((stops, int(settings.get("max_gen_toks", _GENERATED))), []).append(number)

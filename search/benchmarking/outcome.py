@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
+from compression.refusal import Refusal
+
 __all__ = ["Outcome", "Paired", "mean_and_error", "paired"]
 
 _INTERVAL = NormalDist().inv_cdf(0.975)  # standard errors on either side of the mean that hold it in 95 % of cases
@@ -98,8 +100,8 @@ def paired(one: Outcome, other: Outcome) -> Paired:
         ValueError: they are not of the same items, or one has no numbers.
     """
     if (one.task, one.items_digest) != (other.task, other.items_digest) or len(one.values) != len(other.values):
-        raise ValueError(f"{one.model} and {other.model} were not measured on the same items of {one.task}")
+        raise Refusal(f"{one.model} and {other.model} were not measured on the same items of {one.task}")
     if not one.values:
-        raise ValueError(f"{one.model} or {other.model} has no numbers on {one.task}")
+        raise Refusal(f"{one.model} or {other.model} has no numbers on {one.task}")
     value, error = mean_and_error([mine - theirs for mine, theirs in zip(one.values, other.values, strict=True)])
     return Paired(value, error, value - _INTERVAL * error, value + _INTERVAL * error, len(one.values))

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from compression.refusal import Refusal, nearest
 from search.benchmarking.compared_models import ComparedModel, compared_models
 from search.benchmarking.documents import SOURCES, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
@@ -27,7 +28,6 @@ from search.model.loading import LoadedModel
 from search.reporting.tables import Column, csv_text, text_table
 from search.runtime.console import Console
 from search.runtime.files import cache_folder, finite, write_whole
-from search.runtime.nearest import nearest
 from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, RESULTS, RunFolder, contents, refuse_held
 
@@ -234,11 +234,11 @@ def _check(request: BenchmarkRequest) -> None:
         ValueError: no model, too few samples, or an unknown source.
     """
     if not request.models:
-        raise ValueError("name at least one model: default, a run folder, a prior, a model folder or a hub id")
+        raise Refusal("name at least one model: default, a run folder, a prior, a model folder or a hub id")
     if request.samples is not None and request.samples < 2:
-        raise ValueError(f"samples must be at least 2, got {request.samples}")
+        raise Refusal(f"samples must be at least 2, got {request.samples}")
     if request.source not in SOURCES:
-        raise ValueError(
+        raise Refusal(
             f"source must be {', '.join(SOURCES)}, got {request.source!r}; the nearest is "
             f"{nearest(request.source, SOURCES)}"
         )
@@ -253,10 +253,10 @@ def _folder(request: BenchmarkRequest) -> Path:
     if request.out is not None:
         path = Path(request.out).absolute()
         if path.exists() and not path.is_dir():
-            raise ValueError(f"out must be a folder, got the file {path}")
+            raise Refusal(f"out must be a folder, got the file {path}")
         ours = (CONFIG, f"{BENCHMARKS}.json")
         if path.exists() and contents(path) and not any((path / name).is_file() for name in ours):
-            raise ValueError(f"out must be a new or empty folder, or that of a run, but {path} is neither")
+            raise Refusal(f"out must be a new or empty folder, or that of a run, but {path} is neither")
         return path
     runs = [Path(word).absolute() for word in request.models if (Path(word) / CONFIG).is_file()]
     runs = [path for path in runs if (path / "study.db").is_file()]

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compression.refusal import Refusal, nearest
 from search.data.datasets import read_item
 from search.data.items import Item
-from search.runtime.nearest import nearest
 
 __all__ = ["GROUPS", "TASKS", "Hub", "Task", "named_tasks"]
 
@@ -204,8 +204,6 @@ def named_tasks(words: Sequence[str]) -> tuple[Task, ...]:
     for word in words:
         if word not in TASKS and word not in GROUPS:
             known = [*TASKS, *GROUPS]
-            raise ValueError(
-                f"tasks must be of {', '.join(known)}, got {word!r}; the nearest is {nearest(word, known)}"
-            )
+            raise Refusal(f"tasks must be of {', '.join(known)}, got {word!r}; the nearest is {nearest(word, known)}")
         wanted |= set(GROUPS.get(word, (word,)))
     return tuple(task for name, task in TASKS.items() if name in wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from compression.refusal import Refusal
 from search.commands.exits import DONE, explain
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads
 from search.commands.profile import IGNORED
@@ -35,7 +36,7 @@ def run(words: list[str]) -> int:
     try:
         target = given.get("target_kept")
         if file is None:
-            raise ValueError("prior must be an existing prior.json, got none")
+            raise Refusal("prior must be an existing prior.json, got none")
         config = configuration(given)
         set_threads(config)
         from search.priors.format import Prior

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from compression.refusal import Refusal
 from search.commands.exits import DONE, FAILURES, complain, explain
 from search.commands.flags import Parser, parse
 from search.reporting.tables import json_text
@@ -69,7 +70,7 @@ def run(words: list[str]) -> int:
 
 def _whole(name: str, text: str) -> int:
     if not text.isdecimal():
-        raise ValueError(f"{name} must be a whole number of at least 0, got {text!r}")
+        raise Refusal(f"{name} must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 

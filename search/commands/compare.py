@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
         with shown:
             folder, report = contest.compare(config, names, seeds, shown)
     except BaseException as error:
-        return explain(error, resumed(shown.folder, "compare"))
+        return explain(error, resumed(shown.folder, "compare"), shown.folder)
     print(f"{report}\n{folder}")
     return DONE
 

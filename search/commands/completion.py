@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
+from compression.refusal import nearest
 from search.commands.exits import DONE, refuse
 from search.commands.flags import Parser, parse
-from search.runtime.nearest import nearest
 
 __all__ = ["run"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from compression.refusal import Refusal, nearest
 from search.commands.exits import DONE, explain
 from search.commands.flags import Parser, parse
 from search.config import EXPORTS
 from search.runtime.console import Console
-from search.runtime.nearest import nearest
 
 __all__ = ["run"]
 
@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
     try:
         for field, valid in (("format", _FORMATS), ("dtype", _DTYPES), ("quantize", _QUANTIZE)):
             if given[field] not in (None, *valid):
-                raise ValueError(
+                raise Refusal(
                     f"{field} must be one of {', '.join(valid)}; the nearest is "
                     f"{nearest(given[field], valid)}, got {given[field]!r}"
                 )

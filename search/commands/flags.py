@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from compression.refusal import Refusal, nearest
 from search.commands.exits import REFUSED, complain
 from search.config import PLANNERS, Config, read_fields
-from search.runtime.nearest import nearest
 from search.runtime.run_folder import CONFIG
 
 __all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "whole_numbers"]
@@ -90,14 +90,14 @@ def configuration(given: Mapping[str, object]) -> Config:
     if resume is None:
         return Config.of(values)
     if not (Path(str(resume)) / CONFIG).is_file():
-        raise ValueError(f"resume must be the folder of an earlier run, but there is no {Path(str(resume)) / CONFIG}")
+        raise Refusal(f"resume must be the folder of an earlier run, but there is no {Path(str(resume)) / CONFIG}")
     kept = Config.of(read_fields(Path(str(resume)) / CONFIG))
     config = Config.of({**kept.model_dump(exclude={"out", "resume"}), **values})
     before, after = kept.definition(), config.definition()
     if changed := [f"{name} was {before[name]}, is {after[name]}" for name in before if before[name] != after[name]]:
-        raise ValueError("a resumed run keeps its configuration, but " + "; ".join(changed))
+        raise Refusal("a resumed run keeps its configuration, but " + "; ".join(changed))
     if config.agent in PLANNERS and config.budget != kept.budget:
-        raise ValueError(
+        raise Refusal(
             f"a search by {config.agent} plans with its budget, so that it cannot go on with another one (was "
             f"{kept.budget}, is {config.budget}); begin a new one where it ended: --prior {resume}/prior.json"
         )
@@ -115,4 +115,4 @@ def whole_numbers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} must be whole numbers with commas between, got {text!r}") from None
+        raise Refusal(f"{name} must be whole numbers with commas between, got {text!r}") from None

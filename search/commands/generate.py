@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from compression.refusal import Refusal
 from search.commands.exits import DONE, explain
 from search.commands.flags import Parser, parse
 from search.runtime.console import Console
@@ -26,9 +27,9 @@ def run(words: list[str]) -> int:
     shown = Console(quiet=given["quiet"])
     try:
         if not 1 <= given["tokens"] <= 1 << 20:
-            raise ValueError(f"tokens must be 1 or more, got {given['tokens']}")
+            raise Refusal(f"tokens must be 1 or more, got {given['tokens']}")
         if not 0 <= given["temperature"] <= 100:
-            raise ValueError(f"temperature must be from 0 to 100, got {given['temperature']}")
+            raise Refusal(f"temperature must be from 0 to 100, got {given['temperature']}")
         with shown, shown.stage("load"):
             import torch
 
@@ -50,7 +51,7 @@ def run(words: list[str]) -> int:
 
 def _say_answer(chat: Chat, prompt: str) -> None:
     if not prompt.strip():
-        raise ValueError("prompt must not be empty; give --prompt TEXT, or text on standard input")
+        raise Refusal("prompt must not be empty; give --prompt TEXT, or text on standard input")
     chat.answer(prompt, lambda piece: print(piece, end="", flush=True))
     print()
 

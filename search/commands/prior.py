@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from compression.refusal import nearest
 from search.commands.exits import DONE, REFUSED, complain, explain, refuse
 from search.commands.flags import Parser, parse
-from search.runtime.nearest import nearest
 
 __all__ = ["run"]
 
@@ -26,7 +26,9 @@ def run(words: list[str]) -> int:
     given = parse(parser, [word for word in words if word.startswith("-")])
     action, files = (names[0] if names else ""), [Path(name) for name in names[1:]]
     if action not in _ACTIONS:
-        return refuse(f"prior needs one of {', '.join(_ACTIONS)}, got {action!r}; the nearest is {_near(action)}")
+        return refuse(
+            f"prior needs one of {', '.join(_ACTIONS)}, got {action!r}; the nearest is {nearest(action, _ACTIONS)}"
+        )
     wanted = {"diff": "two files", "schema": "no file"}.get(action, "one file or more")
     if not {"diff": len(files) == 2, "schema": not files}.get(action, bool(files)):
         return refuse(f"prior {action} needs {wanted}, got {len(files)}")
@@ -64,10 +66,6 @@ def _validate(files: list[Path], clamp: bool) -> int:
         else:
             print(f"{file}: ok, {len(prior.sites)} sites of {prior.model.id}, kept {prior.kept_fraction:.4f}")
     return code
-
-
-def _near(action: str) -> str:
-    return nearest(action, _ACTIONS)
 
 
 def _parser() -> argparse.ArgumentParser:

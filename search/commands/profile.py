@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
+from compression.refusal import Refusal
 from search.commands.exits import DONE, explain, resumed
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
 from search.config import AFTERWARDS
@@ -65,7 +66,7 @@ def run(words: list[str]) -> int:
             sizes = [text and whole_numbers(name, text)[0] for name, text in (("tokens", tokens), ("context", context))]
             folder, text = sweep.profile(config, levels, sizes[0], shown, sizes[1])
     except BaseException as error:
-        return explain(error, resumed(shown.folder, "profile"))
+        return explain(error, resumed(shown.folder, "profile"), shown.folder)
     print(f"{text}\n{folder}")
     return DONE
 
@@ -87,7 +88,7 @@ def levels_text(name: str, text: str, kind: Callable[[str], Number]) -> list[Num
             return [kind(str(number)) for number in range(start, stop + 1, step)]
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} must be {rule}, got {text!r}") from None
+        raise Refusal(f"{name} must be {rule}, got {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -105,7 +105,7 @@ def start(given: dict[str, Any]) -> int:
         with shown:
             more = finish(summary.folder, config, shown)
     except BaseException as error:
-        return explain(error, resumed(shown.folder))
+        return explain(error, resumed(shown.folder), shown.folder)
     if not as_json:
         print(*more, summary.folder, sep="\n")
     if summary.failures:

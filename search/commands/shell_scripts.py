@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from compression.refusal import Refusal
 from search.commands.flags import Parser
 from search.config import Config
 
@@ -50,7 +51,7 @@ def parser_of(run: Callable[[list[str]], int]) -> argparse.ArgumentParser:
         return found.parser
     finally:
         Parser.print_help = printing  # type: ignore[method-assign]
-    raise ValueError("a command must have a search.commands.flags.Parser that knows --help")
+    raise Refusal("a command must have a search.commands.flags.Parser that knows --help")
 
 
 def words_of(parser: argparse.ArgumentParser) -> list[Flag]:

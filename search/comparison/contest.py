@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import agents
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from envs import Problem
 from search.comparison.standings import Entry, Heldout, Mark, plot, report
@@ -35,6 +36,7 @@ from search.trials.loop import run_agent, spent
 from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS, challengers, select
 from search.trials.setup import fingerprint, fingerprint_defaults, make_agent, open_journal, reward_of
+from search.trials.starting_point import StartingPoint
 from search.workers.pools import search_pool
 
 __all__ = ["CONTEST", "CURVE", "TABLE", "compare"]
@@ -58,7 +60,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         DataUnavailable: data or model cannot be had.
     """
     searches = _searches(config, names, seeds)
-    config, device = preflight(config)
+    config, device, start = preflight(config)
     for name in names:
         agents.find(name)
     with console.stage("load"):
@@ -67,7 +69,9 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, "compare", config.model, config.seed) as folder:
         console.opened(folder.path)
-        contest = _Contest.read(folder / CONTEST, _shared(fingerprint(config, experiment)) | {"budget": config.budget})
+        contest = _Contest.read(
+            folder / CONTEST, _shared(fingerprint(config, experiment, start)) | {"budget": config.budget}
+        )
         folder.write_text(CONFIG, config.to_json())
         folder.write_json(ENVIRONMENT, environment())
         entered = [search for search in searches if _key(search.agent, search.seed) not in contest.entries]
@@ -126,7 +130,7 @@ class _Contest:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] != _FORMAT:
-                raise ValueError(f"its format is {document['format']}, and {_FORMAT} is wanted")
+                raise Refusal(f"its format is {document['format']}, and {_FORMAT} is wanted")
             entries = [Entry.of(entry) for entry in document["entries"]]
             schedules = [Schedule.from_json(schedule) for schedule in document["schedules"]]
             found = cls(
@@ -137,10 +141,10 @@ class _Contest:
                 closed_form=document["closed_form"],
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"cannot use {path}: {error}") from None
+            raise Refusal(f"cannot use {path}: {error}") from None
         found.fingerprint = with_defaults(found.fingerprint, _shared(fingerprint_defaults()))
         if found.fingerprint != expected:
-            raise ValueError(f"{path} is another contest: " + "; ".join(differences(found.fingerprint, expected)))
+            raise Refusal(f"{path} is another contest: " + "; ".join(differences(found.fingerprint, expected)))
         return found
 
 
@@ -202,13 +206,17 @@ def _search(
     """One agent's search; it replays what its journal has."""
     rows = [sum(len(row.tokens) for row in shard) for shard in experiment.shards("search")]
     reward = reward_of(config, pool.dense)
-    journal = open_journal(folder / _key(config.agent, config.seed) / STUDY, config, experiment, problem)
+    journal = open_journal(
+        folder / _key(config.agent, config.seed) / STUDY, config, experiment, problem, StartingPoint()
+    )
     try:
         with console.stage(f"{config.agent}, seed {config.seed}", config.budget, "trials", spent(journal)) as stage:
-            trials = run_agent(make_agent(config, problem, experiment), config.budget, pool, reward, journal, stage)
+            trials = run_agent(
+                make_agent(config, problem, experiment, StartingPoint()), config.budget, pool, reward, journal, stage
+            )
         marks, finalists = [], []
         for part in _PARTS:
-            agent = make_agent(config, problem, experiment)
+            agent = make_agent(config, problem, experiment, StartingPoint())
             start = time.perf_counter()
             told = run_agent(agent, round(part * config.budget), pool, reward, journal)
             recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
@@ -246,8 +254,8 @@ def _searches(config: Config, names: Sequence[str], seeds: Sequence[int]) -> lis
     """The configuration of every search, seed by seed, so that a contest cut short compares all agents."""
     for what, values in (("agents", list(names)), ("seeds", list(seeds))):
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{what} must be one or more different values, got {','.join(map(str, values)) or 'none'}")
+            raise Refusal(f"{what} must be one or more different values, got {','.join(map(str, values)) or 'none'}")
     if config.budget < len(_PARTS) + 1:
-        raise ValueError(f"budget must be at least {len(_PARTS) + 1} in a comparison, got {config.budget}")
+        raise Refusal(f"budget must be at least {len(_PARTS) + 1} in a comparison, got {config.budget}")
     shared = config.model_dump(exclude={"quick"})
     return [Config.of({**shared, "agent": name, "seed": seed}) for seed in seeds for name in names]

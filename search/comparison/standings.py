@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from compression.refusal import Refusal
 from search.evaluation.quality import Quality, ratio_standard_error
 from search.reporting.tables import Column, markdown_table
 
@@ -79,7 +80,7 @@ class Heldout:
     def from_quality(cls, quality: Quality) -> Self:
         """Raises ValueError for figures that are not finite."""
         if quality.state != "ok":
-            raise ValueError("a recommended schedule gives NaN or infinite logits on the held-out data")
+            raise Refusal("a recommended schedule gives NaN or infinite logits on the held-out data")
         return cls(
             kl=quality.kl,
             perplexity=quality.perplexity,

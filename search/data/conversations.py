@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from compression.refusal import Refusal
 from search.data import hub
 from search.runtime.errors import DataUnavailable
 
@@ -71,7 +72,7 @@ def read_conversations(source: str, tokenizer: Any) -> list[Document]:
         for number, record in enumerate(islice(records, _MOST), 1)
     ]
     if not documents:
-        raise ValueError(f"data {source!r} holds no conversation")
+        raise Refusal(f"data {source!r} holds no conversation")
     return documents
 
 
@@ -82,7 +83,7 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
         ValueError: a record of neither layout, or without an answer.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: must be an object, got {record!r:.60}")
+        raise Refusal(f"{where}: must be an object, got {record!r:.60}")
     if "output" in record and "instruction" in record:
         extra = record.get("input")
         question = f"{record['instruction']}\n\n{extra}" if extra else str(record["instruction"])
@@ -91,19 +92,19 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
         turns = []
         messages = record.get("messages", record.get("conversations"))
         if not isinstance(messages, list):
-            raise ValueError(f"{where}: must have instruction and output, or messages, has {sorted(record)!r:.80}")
+            raise Refusal(f"{where}: must have instruction and output, or messages, has {sorted(record)!r:.80}")
         for message in messages:
             if not isinstance(message, Mapping):
-                raise ValueError(f"{where}: every message must be an object, got {message!r:.60}")
+                raise Refusal(f"{where}: every message must be an object, got {message!r:.60}")
             role = str(message.get("role", message.get("from")))
             role, text = _ROLES.get(role, role), message.get("content", message.get("value"))
             if role not in ("system", "user", "assistant") or not isinstance(text, str):
-                raise ValueError(f"{where}: a message needs a role (system, user, assistant) and text, got {role!r}")
+                raise Refusal(f"{where}: a message needs a role (system, user, assistant) and text, got {role!r}")
             turns.append((role, text))
     while turns and turns[-1][0] != "assistant":
         turns.pop()
     if not any(role == "assistant" and text.strip() for role, text in turns):
-        raise ValueError(f"{where}: holds no answer to learn")
+        raise Refusal(f"{where}: holds no answer to learn")
     return turns
 
 
@@ -145,22 +146,22 @@ def _records(path: Path) -> Iterator[object]:
                         yield _parsed(line, f"{path}, line {number}")
         else:
             if path.stat().st_size > _LARGEST:
-                raise ValueError(f"data {str(path)!r} is larger than {_LARGEST >> 20} MB; write it as .jsonl")
+                raise Refusal(f"data {str(path)!r} is larger than {_LARGEST >> 20} MB; write it as .jsonl")
             records = _parsed(path.read_text(encoding="utf-8"), str(path))
             if not isinstance(records, list):
-                raise ValueError(f"data {str(path)!r} must hold a JSON list of records")
+                raise Refusal(f"data {str(path)!r} must hold a JSON list of records")
             yield from records
     except OSError as error:
-        raise ValueError(f"data {str(path)!r} cannot be read: {error.strerror or error}") from None
+        raise Refusal(f"data {str(path)!r} cannot be read: {error.strerror or error}") from None
     except (UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise ValueError(f"data {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise Refusal(f"data {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _parsed(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: must be JSON ({error})") from None
+        raise Refusal(f"{where}: must be JSON ({error})") from None
 
 
 def _from_hub(name: str) -> list[Path]:
@@ -169,19 +170,19 @@ def _from_hub(name: str) -> list[Path]:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if name.count("/") != 1:
-        raise ValueError(
+        raise Refusal(
             f"data must be text, sampled, {', '.join(_SHORT)}, a {', '.join(_FILES)} file or a hub id, got {name!r}"
         )
     try:
         files = sorted(file.rfilename for file in HfApi().dataset_info(name, timeout=hub.SECONDS).siblings or ())
         chosen = [file for file in files if file.endswith(_FILES) and "test" not in file and "eval" not in file]
         if not chosen:
-            raise ValueError(f"data set {name!r} holds no {', '.join(_FILES)} file")
+            raise Refusal(f"data set {name!r} holds no {', '.join(_FILES)} file")
         kind = min((Path(file).suffix for file in chosen), key=(".parquet", ".jsonl", ".json").index)
         first = next(file for file in chosen if file.endswith(kind))
         return [Path(hf_hub_download(name, first, repo_type="dataset", etag_timeout=hub.SECONDS))]
     except (RepositoryNotFoundError, HFValidationError):
-        raise ValueError(f"data {name!r} is neither a file here nor a data set on the hub") from None
+        raise Refusal(f"data {name!r} is neither a file here nor a data set on the hub") from None
     except ValueError:
         raise
     except Exception as error:  # offline, the hub's client raises many kinds

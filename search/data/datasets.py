@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import io
 import json
@@ -13,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from compression.refusal import Refusal, nearest
 from search.data.item_files import load_jsonl
 from search.data.items import Item
 from search.data.packages import Package, members, open_member, read_requirements
@@ -40,8 +40,9 @@ def load_proxy(proxy: str) -> tuple[Item, ...]:
         return tuple(reader(row) for row in _rows(f"{_ROOT}/{folder}/"))
     if proxy.endswith(".jsonl") or Path(proxy).is_file():
         return load_jsonl(Path(proxy))
-    nearest = difflib.get_close_matches(proxy, PROXIES, n=1, cutoff=0) or ["mmlu"]
-    raise ValueError(f"proxy must be {', '.join(PROXIES)} or a .jsonl file, got {proxy!r}; the nearest is {nearest[0]}")
+    raise Refusal(
+        f"proxy must be {', '.join(PROXIES)} or a .jsonl file, got {proxy!r}; the nearest is {nearest(proxy, PROXIES)}"
+    )
 
 
 def load_mmlu(*splits: str) -> tuple[Item, ...]:

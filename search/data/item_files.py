@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from pathlib import Path
-from typing import Any
 
+from compression.refusal import Refusal, nearest
+from compression.storage.strict_json import parse
 from search.data.items import Item
 
 __all__ = ["load_jsonl"]
@@ -27,43 +26,35 @@ def load_jsonl(path: Path) -> tuple[Item, ...]:
             while line := file.readline(_MAX_LINE + 1):
                 number += 1
                 if len(line) > _MAX_LINE:
-                    raise ValueError(f"{path}, line {number}: longer than {_MAX_LINE} characters")
+                    raise Refusal(f"{path}, line {number}: longer than {_MAX_LINE} characters")
                 if line.strip():
                     items.append(_item_of_line(line, f"{path}, line {number}"))
     except OSError as error:
-        raise ValueError(f"proxy file {str(path)!r} cannot be read: {error.strerror}") from error
+        raise Refusal(f"proxy file {str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text, but byte {error.start} is not") from error
+        raise Refusal(f"{path}: must be UTF-8 text, but byte {error.start} is not") from error
     if not items:
-        raise ValueError(f"{path}: holds no item")
+        raise Refusal(f"{path}: holds no item")
     return tuple(items)
 
 
 def _item_of_line(line: str, where: str) -> Item:
     try:
-        record = json.loads(line, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: must be a JSON object without duplicate keys ({error})") from error
+        record = parse(line)
+    except Refusal as error:
+        raise Refusal(f"{where}: must be a JSON object without duplicate keys ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: must be a JSON object, got {line.strip()!r:.60}")
+        raise Refusal(f"{where}: must be a JSON object, got {line.strip()!r:.60}")
     types: dict[str, type] = {"question": str, "choices": list, "answer": int, "subject": str}
     for key in types.keys() - record.keys() - {"subject"}:
-        raise ValueError(f"{where}: {key!r} is missing")
+        raise Refusal(f"{where}: {key!r} is missing")
     for key, value in record.items():
         if key not in types:
-            nearest = difflib.get_close_matches(key, types, n=1, cutoff=0)[0]
-            raise ValueError(f"{where}: unknown key {key!r}; the nearest is {nearest!r}")
+            raise Refusal(f"{where}: unknown key {key!r}; the nearest is {nearest(key, types)!r}")
         if type(value) is not types[key] or (isinstance(value, list) and {type(text) for text in value} - {str}):
             expected = "a list of text" if key == "choices" else types[key].__name__
-            raise ValueError(f"{where}: {key!r} must be {expected}, got {value!r:.60}")
+            raise Refusal(f"{where}: {key!r} must be {expected}, got {value!r:.60}")
     try:
         return Item(record["question"], tuple(record["choices"]), record["answer"], record.get("subject", ""))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        raise ValueError("duplicate key")
-    return record
+        raise Refusal(f"{where}: {error}") from error

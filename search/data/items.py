@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeVar
 
+from compression.refusal import Refusal
+
 __all__ = ["Item", "Sampled", "stratified"]
 
 
@@ -34,11 +36,11 @@ class Item:
 
     def __post_init__(self) -> None:
         if not self.question.strip():
-            raise ValueError("question must not be empty")
+            raise Refusal("question must not be empty")
         if not 2 <= len(self.choices) <= 26 or not all(choice.strip() for choice in self.choices):
-            raise ValueError(f"choices must be 2 to 26 texts that are not empty, got {list(self.choices)!r:.80}")
+            raise Refusal(f"choices must be 2 to 26 texts that are not empty, got {list(self.choices)!r:.80}")
         if not 0 <= self.answer < len(self.choices):
-            raise ValueError(f"answer must be an index from 0 to {len(self.choices) - 1}, got {self.answer}")
+            raise Refusal(f"answer must be an index from 0 to {len(self.choices) - 1}, got {self.answer}")
 
     @cached_property
     def digest(self) -> str:

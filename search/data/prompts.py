@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compression.refusal import Refusal
 from search.data.items import Item
 
 __all__ = ["Prompt", "forms", "render"]
@@ -40,7 +41,7 @@ def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Prompt:
         ValueError: a form that the proxy does not have.
     """
     if form not in forms(proxy):
-        raise ValueError(f"form must be {' or '.join(forms(proxy))} for {proxy}, got {form!r}")
+        raise Refusal(f"form must be {' or '.join(forms(proxy))} for {proxy}, got {form!r}")
     question, continuations = item.question, item.choices
     if proxy == "hellaswag":
         context = question

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
+from compression.refusal import Refusal
 from search.data.packages import open_member, read_requirements
 
 __all__ = ["Encode", "load_prose", "long_text", "regions", "text_digest"]
@@ -32,7 +33,7 @@ def long_text(encode: Encode, tokens: int) -> tuple[int, ...]:
         found += encode(document + "\n\n")
         if len(found) >= tokens:
             return tuple(found[:tokens])
-    raise ValueError(f"context must be at most {len(found)}, the tokens of search text there are, got {tokens}")
+    raise Refusal(f"context must be at most {len(found)}, the tokens of search text there are, got {tokens}")
 
 
 def regions(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -75,4 +76,5 @@ def _document(text: str, seen: set[str]) -> str:
 
 
 def text_digest(text: str) -> str:
+    """sha256 of a text, in hex."""
     return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()

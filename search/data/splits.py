@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from compression.refusal import Refusal
 from search.data.datasets import load_mmlu, load_proxy
 from search.data.items import Item, stratified
 from search.data.prose import Encode, load_prose, regions, text_digest
@@ -88,7 +89,7 @@ def assert_disjoint(searched: dict[str, frozenset[str]], reported: dict[str, fro
     for name, digests in searched.items():
         for other, others in reported.items():
             if common := len(digests & others):
-                raise ValueError(f"{name} and {other} must not overlap, but share {common} of {len(others)}")
+                raise Refusal(f"{name} and {other} must not overlap, but share {common} of {len(others)}")
 
 
 def build_splits(
@@ -169,9 +170,7 @@ def _text(encode: Encode, prose: Sequence[Sequence[str]], exam: Sequence[Item], 
         chunks += taken
         left -= sum(map(len, taken))
     if left:
-        raise ValueError(
-            f"asked for {tokens} tokens of text, but there are only {tokens - left}; ask for at most these"
-        )
+        raise Refusal(f"asked for {tokens} tokens of text, but there are only {tokens - left}; ask for at most these")
     return Text(tuple(chunks), tuple(questions), frozenset(digests))
 
 

@@ -6,6 +6,7 @@ from statistics import NormalDist
 
 import torch
 
+from compression.refusal import Refusal
 from search.evaluation.quality import Quality, ratio_standard_error
 
 __all__ = ["LEVEL", "clearly_worse", "student_quantile"]
@@ -36,7 +37,7 @@ def clearly_worse(partial: Quality, rival: Quality, checks: int, level: float = 
     used = [number for number, count in enumerate(partial.tokens_by_sequence) if count]
     counts = [quality.tokens_by_sequence for quality in (partial, rival)]
     if rival.state != "ok" or any(counts[0][number] != counts[1][number] for number in used):
-        raise ValueError("a schedule can only race against one measured in full on the same workload")
+        raise Refusal("a schedule can only race against one measured in full on the same workload")
     if len(used) < _LEAST:
         return False
     tokens = torch.tensor(counts[0], dtype=torch.float64)[used]

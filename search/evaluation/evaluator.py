@@ -20,6 +20,7 @@ from torch import nn
 from compression.calibration.slopes import watch_slopes
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from compression.size import SizeModel
@@ -95,7 +96,7 @@ class ModelEvaluator:
         times: Callable[[Schedule], float] | None = None,
     ) -> None:
         if not workloads or (len(workloads) > 1 and anchor is None):
-            raise ValueError(f"{len(workloads)} workloads: one is needed, and an anchor schedule for more than one")
+            raise Refusal(f"{len(workloads)} workloads: one is needed, and an anchor schedule for more than one")
         self._model = model
         self._repair = repair
         self._times = times
@@ -240,7 +241,7 @@ def _lost(rival: Quality, seen: Quality, checks: int) -> bool:
 def _controls(qualities: Sequence[Quality]) -> list[tuple[float, float]]:
     """Of one schedule on every workload: its mean minus its value there, for KL and for expected accuracy."""
     if any(quality.state != "ok" for quality in qualities):
-        raise ValueError("the anchor schedule gives NaN or infinite logits; nothing can be compared through it")
+        raise Refusal("the anchor schedule gives NaN or infinite logits; nothing can be compared through it")
     kl = [quality.kl for quality in qualities]
     correct = [quality.expected_accuracy for quality in qualities]
     return [(fmean(kl) - one, fmean(correct) - other) for one, other in zip(kl, correct, strict=True)]

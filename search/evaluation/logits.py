@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compression.refusal import Refusal
+
 __all__ = ["Dense", "Reading", "log_normalizer", "read"]
 
 _ROWS = 16
@@ -63,7 +65,7 @@ class Dense:
         if self._weight is None:
             return _dot(self._probability, reading.logits)
         if self._weight._version != self._version:
-            raise ValueError("the output head of the dense model has changed; take the reference again")
+            raise Refusal("the output head of the dense model has changed; take the reference again")
         if self._embedding is not None and reading.head.weight is self._weight:
             return _dot(self._embedding, reading.hidden)
         return _dot(torch.softmax(functional.linear(self._hidden, self._weight).float(), -1), reading.logits)

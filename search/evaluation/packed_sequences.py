@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.refusal import Refusal
+
 __all__ = ["Packed", "Prediction", "group", "layout", "mix", "pack", "packed_item", "packed_text", "predictions"]
 
 _BATCH_COST = 48
@@ -49,9 +51,9 @@ def packed_item(encode: Callable[[str], list[int]], context: str, continuations:
         ValueError: an empty context or continuation, or an answer that is no index of a continuation.
     """
     if not context.strip() or not all(continuations):
-        raise ValueError(f"an item needs a context and continuations that are not empty, got {context!r}")
+        raise Refusal(f"an item needs a context and continuations that are not empty, got {context!r}")
     if not 0 <= answer < len(continuations):
-        raise ValueError(f"answer must be an index below {len(continuations)}, got {answer}")
+        raise Refusal(f"answer must be an index below {len(continuations)}, got {answer}")
     spaces = context[len(context.rstrip()) :]
     context = context.rstrip()
     start = len(encode(context))

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import Site
 
@@ -75,7 +76,7 @@ class HiddenStates:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], tokens: int, limit: int) -> None:
         if limit < 0:
-            raise ValueError(f"the limit of kept hidden states must be at least 0 bytes, got {limit}")
+            raise Refusal(f"the limit of kept hidden states must be at least 0 bytes, got {limit}")
         self._model = model
         self.sites = tuple(sites)
         self._list = _block_list(model, sites)
@@ -238,7 +239,7 @@ def _block_list(model: nn.Module, sites: Sequence[Site]) -> nn.ModuleList:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and all(site.name.startswith(f"{name}.{site.block}.") for site in sites):
             return module
-    raise ValueError("the sites lie in no common nn.ModuleList of blocks")
+    raise Refusal("the sites lie in no common nn.ModuleList of blocks")
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from compression.refusal import Refusal
+
 __all__ = ["Difference", "Quality", "mean_standard_error", "paired_kl", "ratio_standard_error"]
 
 
@@ -81,7 +83,7 @@ def paired_kl(first: Quality, second: Quality) -> Difference:
         ValueError: either has no numbers, or they come from different workloads.
     """
     if first.state != "ok" or second.state != "ok" or first.tokens_by_sequence != second.tokens_by_sequence:
-        raise ValueError("two qualities can only be compared when both are numbers from the same workload")
+        raise Refusal("two qualities can only be compared when both are numbers from the same workload")
     used = [number for number, count in enumerate(first.tokens_by_sequence) if count]
     counts = torch.tensor(first.tokens_by_sequence, dtype=torch.float64)[used]
     sums = [torch.tensor(quality.kl_by_sequence, dtype=torch.float64)[used] for quality in (first, second)]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from search.evaluation.logits import Dense, Reading, log_normalizer, read
 from search.evaluation.packed_sequences import Packed, Prediction, group, layout, mix, pack, predictions
 from search.evaluation.quality import Quality, mean_standard_error, ratio_standard_error
@@ -73,7 +74,7 @@ class Workload:
         self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024, mixed: bool = False
     ) -> None:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
-            raise ValueError("a workload needs at least one sequence of two tokens or more")
+            raise Refusal("a workload needs at least one sequence of two tokens or more")
         self.sequences = tuple(sequences)
         self._device, self._batch_tokens, self._mixed = device, batch_tokens, mixed
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
@@ -192,7 +193,7 @@ class Workload:
     def _refer(batch: _Batch, reading: Reading) -> None:
         compared = reading.first(batch.compared)
         if not torch.isfinite(compared.logits).all():
-            raise ValueError("the dense model gives NaN or infinite logits; nothing can be compared with it")
+            raise Refusal("the dense model gives NaN or infinite logits; nothing can be compared with it")
         batch.dense = Dense(compared)
 
     def _measure_batch(self, batch: _Batch, reading: Reading) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:

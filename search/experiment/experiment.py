@@ -23,6 +23,7 @@ from compression.layers.heads import split_heads_
 from compression.layers.planner import Planner
 from compression.numerics.legs import resolve
 from compression.numerics.pivoted_product import ALIGNED
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import Site, discover_sites
 from compression.storage.factor_cache import FactorCache, cache_key
@@ -253,11 +254,11 @@ def load(
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
-            raise ValueError(f"per_head needs attention matrices of several heads, and {config.model} has none")
+            raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")
         sites = discover_sites(loaded.model)
     smallest = smallest_parameters(sites) / sum(site.parameters for site in sites)
     if config.target_kept < smallest:
-        raise ValueError(
+        raise Refusal(
             f"target_kept must be at least {smallest:.4f}, what χ = 1 everywhere keeps of this model, "
             f"got {config.target_kept}"
         )

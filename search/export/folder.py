@@ -19,6 +19,7 @@ from torch import nn
 
 from compression.layers.merge import merge_
 from compression.layers.skeleton import describe
+from compression.refusal import Refusal
 from compression.storage.tensor_files import system_errors
 from search.export.standalone import MODULE, standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
@@ -88,10 +89,10 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     """
     modules = describe(model)
     if not modules:
-        raise ValueError("nothing in this model is compressed; export it with --format dense")
+        raise Refusal("nothing in this model is compressed; export it with --format dense")
     config, architecture = type(model.config).__name__, type(model).__name__
     if not type(model).__module__.startswith("transformers."):
-        raise ValueError(f"architecture must be one of transformers, got {type(model).__module__}.{architecture}")
+        raise Refusal(f"architecture must be one of transformers, got {type(model).__module__}.{architecture}")
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
         (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
@@ -129,9 +130,9 @@ def check_gguf(model: Any, tokenizer: Any) -> None:
 
     kind = str(model.config.model_type).replace("_", "")
     if kind not in {name.replace("-", "").replace("_", "") for name in MODEL_ARCH_NAMES.values()}:
-        raise ValueError(f"architecture must be one that GGUF has a name for, got {model.config.model_type!r}")
+        raise Refusal(f"architecture must be one that GGUF has a name for, got {model.config.model_type!r}")
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("the tokenizer must be of the kind that has a tokenizer.json, and this one is not")
+        raise Refusal("the tokenizer must be of the kind that has a tokenizer.json, and this one is not")
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[Path]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.layers.skeleton import describe
+from compression.refusal import Refusal
 from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
@@ -50,7 +51,7 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     device = resolve_device(config.device)
     plan = options.plan(config.seed, device)
     if not (source / PRIOR).is_file():
-        raise ValueError(f"heal needs the {PRIOR} of an exported folder, and {source} has none")
+        raise Refusal(f"heal needs the {PRIOR} of an exported folder, and {source} has none")
     prior = Prior.read(source / PRIOR)
     folder = Path(options.out or f"{source}-healed-{options.data_name}-{plan.length}").absolute()
     refuse_used(folder)
@@ -60,12 +61,12 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     with console.stage("load"):
         loaded, sites = load(config, device)
         if prior.model.id != loaded.model_id:
-            raise ValueError(f"{source} was made from {prior.model.id}, not {loaded.model_id}; name that with --model")
+            raise Refusal(f"{source} was made from {prior.model.id}, not {loaded.model_id}; name that with --model")
         given = load_for_use(str(source), device)
         dtype = given.model.dtype
         model = given.model.to(loaded.model.dtype)
     if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
-        raise ValueError(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
+        raise Refusal(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
         text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compression.decomposition.apply import ScheduleApplier
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from search.config import Config, read_fields
 from search.evaluation.workload import Workload
@@ -75,7 +76,7 @@ def restore(
         DataUnavailable: model or data cannot be had.
     """
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
-        raise ValueError(f"a finished run has {CONFIG} and {PRIOR}, and {run} has not; name its folder")
+        raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, and {run} has not; name its folder")
     config = Config.of({**read_fields(run / CONFIG), "device": device})
     prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
@@ -85,7 +86,7 @@ def restore(
     with console.stage("load"):
         loaded, sites = load(config, where)
     if prior.model.id != loaded.model_id:
-        raise ValueError(f"the run in {run} is of another model than {loaded.model_id}")
+        raise Refusal(f"the run in {run} is of another model than {loaded.model_id}")
     if prior.model.digest != loaded.digest:
         console.note("weights, or their number type on this machine, are not those that the run measured")
     experiment = Experiment.of(config, loaded, sites, where, console.note)
@@ -118,8 +119,8 @@ def _state(run: Path, config: Config, prior: Prior, wanted: str | None, healed: 
     if wanted is None:
         return next(name for name in STATES if has[name])
     if wanted not in STATES:
-        raise ValueError(f"state must be one of {', '.join(STATES)}, got {wanted!r}")
+        raise Refusal(f"state must be one of {', '.join(STATES)}, got {wanted!r}")
     can_be_repaired = bool(config.repair_tokens) and any(not choice.is_dense for _, choice in prior.schedule)
     if not has[wanted] and not (wanted == "repaired" and can_be_repaired):
-        raise ValueError(f"state must be one that the run has, and {run} was not {wanted}")
+        raise Refusal(f"state must be one that the run has, and {run} was not {wanted}")
     return wanted

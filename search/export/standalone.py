@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from compression.refusal import Refusal
+
 __all__ = ["MODULE", "standalone_source"]
 
 MODULE = "modeling_chisel"
@@ -81,7 +83,7 @@ def standalone_source(config: str, model: str) -> str:
             continue
         wanted[module].add(name)
         if owner.setdefault(name, module) != module:
-            raise ValueError(f"{owner[name]} and {module} both define {name}; one of them needs another name")
+            raise Refusal(f"{owner[name]} and {module} both define {name}; one of them needs another name")
         for used in _used(source.definitions[name]):
             if used in source.ours:
                 pending.append((source.ours[used], used))

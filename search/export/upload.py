@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from compression.refusal import Refusal
 from search.runtime.errors import DataUnavailable
 
 __all__ = ["push"]
@@ -21,9 +22,9 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         DataUnavailable: the hub cannot be reached, or does not let this account write there.
     """
     if not _REPOSITORY.fullmatch(repository):
-        raise ValueError(f"repository must be OWNER/NAME, got {repository!r}")
+        raise Refusal(f"repository must be OWNER/NAME, got {repository!r}")
     if absent := [name for name in _NEEDED if not any(folder.glob(name))]:
-        raise ValueError(f"{folder} has no {absent[0]}; push a folder that search.py export made")
+        raise Refusal(f"{folder} has no {absent[0]}; push a folder that search.py export made")
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from compression.refusal import Refusal
+
 __all__ = ["HealingPlan", "Options", "text_tokens"]
 
 
@@ -53,11 +55,11 @@ class HealingPlan:
 
     def __post_init__(self) -> None:
         if self.minutes is None and self.tokens is None:
-            raise ValueError("healing needs an end: minutes or tokens")
+            raise Refusal("healing needs an end: minutes or tokens")
         for name in ("minutes", "tokens", "rate", "vector_rate", "batch_tokens", "pass_tokens", "targets", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be above 0, got {value}")
+                raise Refusal(f"{name} must be above 0, got {value}")
 
     @property
     def length(self) -> str:

@@ -24,6 +24,7 @@ UNFINISHED, _START = "unfinished", "start"
 
 
 def referenced(judge: Workload, dense: nn.Module) -> Workload:
+    """`judge`, with its reference figures measured on the dense model."""
     judge.reference(dense)
     return judge
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.refusal import Refusal
 from search.data.conversations import Document
 
 __all__ = ["HealingText", "pack_rows"]
@@ -64,7 +65,7 @@ def pack_rows(
             wanted += [learn] * len(encoded)
     rows = len(stream) // length
     if not rows:
-        raise ValueError(f"healing needs {length} tokens of text or more, and {name} has {len(stream)}")
+        raise Refusal(f"healing needs {length} tokens of text or more, and {name} has {len(stream)}")
     next_wanted = torch.tensor([*wanted[1:], False][: rows * length]).view(rows, length)
     next_wanted[:, -1] = False  # what follows a row is not in it
     return HealingText(

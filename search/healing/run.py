@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from compression.training.trainable import put_parameters
@@ -73,7 +74,7 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
     options.plan(0, torch.device("cpu"))  # an option out of range is refused whatever the folder is
     for name in (CONFIG, PRIOR):
         if not (run / name).is_file():
-            raise ValueError(f"heal needs the folder of a finished run, but there is no {run / name}")
+            raise Refusal(f"heal needs the folder of a finished run, but there is no {run / name}")
     config = Config.of(read_fields(run / CONFIG))
     device = resolve_device(config.device)
     plan = options.plan(config.seed, device)
@@ -84,13 +85,13 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
         loaded, sites = load(config, device)
         prior = Prior.read(run / PRIOR)
         if prior.model.digest != loaded.digest:
-            raise ValueError(
+            raise Refusal(
                 f"{run / PRIOR} is of another model, with digest {prior.model.digest[:12]}; the one of this run has "
                 f"{loaded.digest[:12]}"
             )
         schedule = prior.schedule
     if all(choice.is_dense for _, choice in schedule):
-        raise ValueError(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
+        raise Refusal(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     with held(folder), experiment.evaluator("heldout") as evaluator:

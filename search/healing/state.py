@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from compression.layers.rebuild import rebuilt
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import Site, put_modules
+from compression.storage.strict_json import read_object
 from compression.storage.tensor_files import new_tensor_file
 from compression.training.trainable import put_parameters
 from search.runtime.files import file_digest, finite, write_whole
-from search.runtime.strict_json import read_object
 
 __all__ = ["HEALED", "STATE", "HealedState", "load_sites_", "site_tensors", "write_healed"]
 
@@ -54,17 +55,17 @@ class HealedState:
     def read(cls, folder: Path) -> HealedState:
         """Raises ValueError, one line, for a folder without one, another version, or files that were cut or changed."""
         if not (folder / STATE).is_file():
-            raise ValueError(f"there is no finished healing in {folder}: {STATE} is missing")
+            raise Refusal(f"there is no finished healing in {folder}: {STATE} is missing")
         document = read_object(folder / STATE, "the healed state", _LARGEST_FILE)
         try:
             version = document.get("version")
             if document.get("format") != _FORMAT or type(version) is not int or not 1 <= version <= _VERSION:
-                raise ValueError(f"it must be {_FORMAT} of version 1 to {_VERSION}")
+                raise Refusal(f"it must be {_FORMAT} of version 1 to {_VERSION}")
             if file_digest(folder / _WEIGHTS) != document.get("sha256"):
-                raise ValueError(f"the checksum of {_WEIGHTS} differs")
+                raise Refusal(f"the checksum of {_WEIGHTS} differs")
             return cls(document, load_file(folder / _WEIGHTS))
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"cannot use the healed state {folder}: {error}") from None
+            raise Refusal(f"cannot use the healed state {folder}: {error}") from None
 
     def check(self, schedule: Schedule, model_digest: str) -> None:
         """Raises ValueError if it is of another schedule or model."""
@@ -73,7 +74,7 @@ class HealedState:
             ("model", self.document.get("model", {}).get("digest"), model_digest),
         ):
             if own != wanted:
-                raise ValueError(f"the healed state is of another {what} than the run")
+                raise Refusal(f"the healed state is of another {what} than the run")
 
     def put_(self, model: nn.Module, sites: Sequence[Site], schedule: Schedule) -> Callable[[], None]:
         """Make a dense model the healed one; returns what makes it dense again.
@@ -89,7 +90,7 @@ class HealedState:
         for name, value in self.tensors.items():
             if not name.startswith(inside):
                 if name not in known or known[name].shape != value.shape:
-                    raise ValueError(f"the healed state has {name} of shape {tuple(value.shape)}, the model has not")
+                    raise Refusal(f"the healed state has {name} of shape {tuple(value.shape)}, the model has not")
                 vectors[name] = nn.Parameter(value.to(known[name]), requires_grad=False)
         before = put_parameters(model, vectors)
 
@@ -142,7 +143,7 @@ def load_sites_(
         state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         taken[site.name] = model.get_submodule(site.name)
         if ("bias" in state) != (taken[site.name].bias is not None):
-            raise ValueError(f"stored tensors do not fit {site.name}: its bias is missing, or it has none")
+            raise Refusal(f"stored tensors do not fit {site.name}: its bias is missing, or it has none")
         layer = rebuilt(schedule[site.name], site.out_features, site.in_features, state)
         old = next(taken[site.name].parameters())
         fresh[site.name] = layer.to(old.device, old.dtype)

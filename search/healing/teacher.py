@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from compression.training.distillation import Head, Targets, labels, likeliest
 from compression.training.trainable import captured_head_input
 from search.healing.rows import HealingText
@@ -108,5 +109,5 @@ def output_head(model: nn.Module) -> Head:
     finally:
         hook.remove()
     if not isinstance(head, nn.Linear) or not same:
-        raise ValueError("healing needs a model whose logits are a linear map of its last hidden states")
+        raise Refusal("healing needs a model whose logits are a linear map of its last hidden states")
     return Head(head.weight.detach(), None if head.bias is None else head.bias.detach())

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from compression.sites import find_blocks
 from compression.storage.factor_cache import cache_key
 from compression.training.distillation import divergence
@@ -338,7 +339,7 @@ class _Healing:
         if found.state.get("identity") == self.identity:
             for name, tensor in self._tensors().items():
                 if name not in found.tensors or found.tensors[name].shape != tensor.shape:
-                    raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
+                    raise Refusal(f"it has no {name} of shape {tuple(tensor.shape)}")
         return found
 
     def _resume(self) -> None:
@@ -346,7 +347,7 @@ class _Healing:
         if found is None:
             return
         if found.state.get("identity") != self.identity:
-            raise ValueError("the checkpoints in this folder are of another healing: other text, seed or settings")
+            raise Refusal("the checkpoints in this folder are of another healing: other text, seed or settings")
         for name, tensor in self._tensors().items():
             tensor.copy_(like(found.tensors[name], tensor))
         self.at = Progress.from_state(found.state)

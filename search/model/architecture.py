@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
+from compression.refusal import Refusal
 from search.model.pretrained import Source, quiet_transformers
 from search.model.random_models import random_config, random_parameter
 
@@ -31,7 +32,7 @@ def empty_model(source: Source) -> Any:
         ValueError: a GGUF file, whose weights cannot be read one by one, or a config that transformers refuses.
     """
     if source.gguf is not None:
-        raise ValueError(f"model {source.name!r} is a GGUF file, which cannot be read block by block; use safetensors")
+        raise Refusal(f"model {source.name!r} is a GGUF file, which cannot be read block by block; use safetensors")
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             if source.folder is None:
@@ -40,7 +41,7 @@ def empty_model(source: Source) -> Any:
                 config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
             model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except Exception as error:  # as in `_read`
-        raise ValueError(f"model {source.name!r} has a config that cannot be used: {error}") from error
+        raise Refusal(f"model {source.name!r} has a config that cannot be used: {error}") from error
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

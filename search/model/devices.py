@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import torch
 
+from compression.refusal import Refusal, nearest
 from search.config import Dtype
 from search.runtime.distributed import Processes
 
 __all__ = ["resolve_device", "working_dtype"]
+
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -27,12 +29,13 @@ def resolve_device(device: str = "auto") -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
     if not (match := re.fullmatch(r"cuda(?::(\d{1,3}))?", device)):
-        nearest = difflib.get_close_matches(device, ["auto", "cpu", "cuda"], n=1, cutoff=0) or ["auto"]
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:n, got {device!r}; the nearest is {nearest[0]}")
+        raise Refusal(
+            f"device must be auto, cpu, cuda or cuda:n, got {device!r}; the nearest is {nearest(device, _DEVICES)}"
+        )
     own = Processes.place() % max(1, count)
     if (index := own if match[1] is None else int(match[1])) >= count:
         valid = f"cuda:{count - 1}" if count else "cpu"
-        raise ValueError(f"device must exist, got {device!r} with {count} GPUs here; the nearest is {valid}")
+        raise Refusal(f"device must exist, got {device!r} with {count} GPUs here; the nearest is {valid}")
     return torch.device(f"cuda:{index}")
 
 

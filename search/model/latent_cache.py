@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from compression.layers.mpo_linear import MPOLinear
+from compression.refusal import Refusal
 
 __all__ = ["LatentCache", "cache_bytes", "latent_cache", "plain_cache"]
 
@@ -42,7 +43,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         }
         rotary = getattr(base, "rotary_emb", None)
         if sorted(attentions) != list(range(len(attentions))) or not attentions or rotary is None:
-            raise ValueError("a latent cache needs attention with k_proj, v_proj and rotary positions in every block")
+            raise Refusal("a latent cache needs attention with k_proj, v_proj and rotary positions in every block")
         self._rotary = rotary
         self._positions: torch.Tensor | None = None
         self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -166,7 +167,7 @@ def _check(model: Any, cache: LatentCache) -> None:
         model(input_ids=ids[:, :_PROBE], past_key_values=each, use_cache=True)
         found.append(model(input_ids=ids[:, _PROBE:], past_key_values=each, use_cache=True).logits.float())
     if not float((found[0] - found[1]).abs().max()) <= _TOLERANCE * float(found[1].abs().max()):
-        raise ValueError("a latent cache cannot stand in for the attention of this model: its logits differ")
+        raise Refusal("a latent cache cannot stand in for the attention of this model: its logits differ")
 
 
 def _kept(projection: nn.Module, outputs: torch.Tensor) -> torch.Tensor:

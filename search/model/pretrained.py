@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from compression.refusal import Refusal
+
 __all__ = ["Source", "quiet_transformers", "read_pretrained", "read_tokenizer", "unusable"]
 
 
@@ -41,23 +43,25 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     except Exception as error:  # whatever a foreign file makes the libraries raise, it is the file that is refused
         raise unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
-        raise ValueError(
+        raise Refusal(
             f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
         )
     if getattr(model.config, "quantization_config", None) is not None:
         if source.gguf is None:
-            raise ValueError(f"model {source.name!r} must be dense floating point, but its weights are quantized")
+            raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
 
 
-def unusable(source: Source, error: Exception) -> ValueError:
+def unusable(source: Source, error: Exception) -> Refusal:
+    """The refusal for a model that a library cannot load, with the first line of the library's reason."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"model {source.name!r} cannot be loaded: {reason}")
+    return Refusal(f"model {source.name!r} cannot be loaded: {reason}")
 
 
 def read_tokenizer(folder: Path | None, **where: Any) -> Any:
+    """The tokenizer of a folder or GGUF file; runs no code from it."""
     return transformers.AutoTokenizer.from_pretrained(
         folder, **{"local_files_only": True, "trust_remote_code": False, **where}
     )

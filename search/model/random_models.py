@@ -94,6 +94,7 @@ TINY_SHAPE: dict[str, Any] = {
 
 
 def random_config(name: str) -> Any:
+    """The configuration of a random model called `name`."""
     tokens = {"bos_token_id": 256, "eos_token_id": 256}
     if name in SHAPES:
         return transformers.AutoConfig.for_model(**SHAPES[name], **tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ import torch
 import transformers
 from filelock import FileLock
 
+from compression.refusal import Refusal, nearest, similarity
 from compression.storage.tensor_files import system_errors
 from search.data import hub
 from search.data.packages import extract, read_requirements
@@ -52,11 +52,12 @@ def locate(name: str) -> Source:
         return Source(name, path.stem, "unknown", path.parent.resolve(), path.name)
     if name and path.is_dir():
         return _local(name, path.resolve())
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    nearest = close[0] if close else "default"
-    if "random:" in name or (close and "/" not in name) or not _HUB_ID.match(name):
+    mistyped = similarity(name, nearest(name, known)) >= 0.6
+    if "random:" in name or (mistyped and "/" not in name) or not _HUB_ID.match(name):
         valid = f"{', '.join(known)}, a folder or a hub id"
-        raise ValueError(f"model must be {valid}, got {name!r}; the nearest is {nearest}")
+        raise Refusal(
+            f"model must be {valid}, got {name!r}; the nearest is {nearest(name, known) if mistyped else known[0]}"
+        )
     return _local(name, _from_hub(name), model_id=name)
 
 
@@ -106,19 +107,19 @@ def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
     license_ = _license(folder)
     if any(file.endswith(".safetensors") for file in files):
         if "config.json" not in files:
-            raise ValueError(f"model {name!r} must have a config.json beside its safetensors, and has none")
+            raise Refusal(f"model {name!r} must have a config.json beside its safetensors, and has none")
         return Source(name, model_id or folder.name, license_, folder)
     ggufs = [file for file in files if file.endswith(".gguf")]
     if len(ggufs) == 1:
         return Source(name, model_id or folder.name, license_, folder, ggufs[0])
     if ggufs:
-        raise ValueError(f"model {name!r} holds {len(ggufs)} GGUF files; name one, such as {folder / ggufs[0]}")
+        raise Refusal(f"model {name!r} holds {len(ggufs)} GGUF files; name one, such as {folder / ggufs[0]}")
     if pickles := [file for file in files if file.endswith(_PICKLES)]:
-        raise ValueError(
+        raise Refusal(
             f"model {name!r} holds pickled weights only ({pickles[0]}), which can run code when read; convert them to "
             "safetensors"
         )
-    raise ValueError(f"model {name!r} must hold *.safetensors or one *.gguf, and holds neither")
+    raise Refusal(f"model {name!r} must hold *.safetensors or one *.gguf, and holds neither")
 
 
 def _license(folder: Path) -> str:
@@ -141,11 +142,11 @@ def _from_hub(name: str) -> Path:
         silent = not hub.answers(name)
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=hub.SECONDS, local_files_only=silent))
     except GatedRepoError as error:
-        raise ValueError(
+        raise Refusal(
             f"model {name!r} asks for a licence to be accepted on the hub; log in with: hf auth login"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"model {name!r} is neither a folder nor on the hub; the nearest is default") from error
+        raise Refusal(f"model {name!r} is neither a folder nor on the hub; the nearest is default") from error
     except Exception as error:  # offline, the hub's client raises many kinds
         raise DataUnavailable(
             f"model {name!r} is not a folder here and the model hub cannot be reached; give a folder with config.json "

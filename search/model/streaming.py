@@ -21,6 +21,7 @@ from torch import nn
 from compression.calibration.statistics import Statistics
 from compression.calibration.streaming import Batch, stream
 from compression.decomposition.factors import FactorStore
+from compression.refusal import Refusal
 from compression.sites import Site, check_weight, dense_weight, discover_sites
 from compression.storage.factor_cache import FactorCache
 from search.model.architecture import empty_model
@@ -216,11 +217,11 @@ def _reader(folder: Path | None) -> Callable[[str, torch.Size, torch.dtype], tor
 
     def read(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         if name not in where:
-            raise ValueError(f"model {folder.name!r} lacks the weight {name} that its config asks for")
+            raise Refusal(f"model {folder.name!r} lacks the weight {name} that its config asks for")
         with safe_open(folder / Path(where[name]).name, framework="pt") as file:
             values = file.get_tensor(name)
         if values.shape != shape or not values.is_floating_point():
-            raise ValueError(f"weight {name} must be floating point of shape {tuple(shape)}, got {tuple(values.shape)}")
+            raise Refusal(f"weight {name} must be floating point of shape {tuple(shape)}, got {tuple(values.shape)}")
         converted: torch.Tensor = values.to(dtype)
         return converted
 

@@ -119,7 +119,7 @@ def apply(
         ValueError: as `fit_prior`, `search.pipeline.run.run` and `search.profiling.sweep.read_profile`.
         DataUnavailable: data or model cannot be had.
     """
-    config, device = preflight(config)
+    config, device, _ = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
     measured = traces(read_profile(profile, loaded.digest)) if profile is not None else {}

@@ -6,19 +6,18 @@ import math
 
 from compression.allocation.closed_form import uniform_schedule
 from compression.schedule import Schedule
-from search.config import Config
 from search.experiment.experiment import Experiment
 from search.runtime.console import Console
 
 __all__ = ["baseline_schedules"]
 
 
-def baseline_schedules(config: Config, experiment: Experiment, console: Console) -> dict[str, Schedule]:
+def baseline_schedules(experiment: Experiment, console: Console) -> dict[str, Schedule]:
     """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target.
 
     One that cannot reach the target at these shapes, as MPOs of prime dimensions cannot, is left out with a remark.
     """
-    target = math.floor(config.target_kept * sum(site.parameters for site in experiment.sites) + 1e-6)
+    target = math.floor(experiment.config.target_kept * sum(site.parameters for site in experiment.sites) + 1e-6)
     kinds = {
         "uniform-plain": ("mpo2", "plain"),
         "uniform-whitened": ("lowrank", "input"),

@@ -18,7 +18,6 @@ from search.experiment.preparation import stays_dense
 from search.pipeline import finish
 from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS
-from search.trials.starting_point import read_policy
 
 __all__ = ["plan"]
 
@@ -32,9 +31,9 @@ def plan(config: Config) -> Mapping[str, object]:
     Raises:
         ValueError, DataUnavailable: as `search.pipeline.run.run`.
     """
-    config, device = preflight(config)
+    config, device, start = preflight(config)
     loaded, sites = load(config, device)
-    read_policy(config, loaded)
+    start.check(loaded, sites)
     experiment = Experiment.of(config, loaded, sites, device)
     searched, [selected], [heldout] = (experiment.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {

@@ -22,7 +22,6 @@ from search.healing.state import HEALED
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
 from search.priors.build import build_prior
-from search.priors.transfer import check_families
 from search.reporting.run_report import REPORT, report
 from search.reporting.tables import csv_text
 from search.runtime.console import Console
@@ -33,7 +32,7 @@ from search.trials.loop import Trial, run_agent, spent
 from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS, challengers, select
 from search.trials.setup import make_agent, open_journal, refuse_other_search, reward_of
-from search.trials.starting_point import read_policy, read_prior, warm_start
+from search.trials.starting_point import StartingPoint
 from search.workers.pools import search_pool
 
 __all__ = ["RunSummary", "run"]
@@ -64,30 +63,29 @@ def run(config: Config, console: Console) -> RunSummary:
         ValueError: refused input.
         DataUnavailable: data or model cannot be had.
     """
-    config, device = preflight(config)
+    config, device, start = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
-    read_policy(config, loaded)
-    if (prior := read_prior(config)) is not None:
-        check_families(prior, sites)
+    start.check(loaded, sites)
     if staying := stays_dense(sites):
         name, reason = next(iter(staying.items()))
         console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     if config.resume is not None:
-        refuse_other_search(Path(config.resume) / STUDY, config, experiment)
+        refuse_other_search(Path(config.resume) / STUDY, config, experiment, start)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())
         folder.write_json(ENVIRONMENT, environment())
-        return _run_in(folder, config, experiment, console)
+        return _run_in(folder, experiment, start, console)
 
 
-def _run_in(folder: RunFolder, config: Config, experiment: Experiment, console: Console) -> RunSummary:
+def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, console: Console) -> RunSummary:
+    config = experiment.config
     check_space(experiment)
     calibrate(experiment, console)
-    baselines = baseline_schedules(config, experiment, console)
+    baselines = baseline_schedules(experiment, console)
     with console.stage("decompose", len(experiment.sites), "matrices") as stage:
         menu = experiment.menu(lambda done: stage.advance(1))
         plain = Problem.build(menu, config.target_kept, config.granularity)
@@ -97,10 +95,10 @@ def _run_in(folder: RunFolder, config: Config, experiment: Experiment, console: 
                     experiment.store.cores(name, choice)
     experiment.calibration.release()
     closed_form = plain.closed_form()
-    problem, notes = warm_start(config, plain)
+    problem, notes = start.center(plain)
     for note in notes:
         console.note(f"prior: {note}")
-    trials, chosen = _search(folder, config, experiment, problem, closed_form, console)
+    trials, chosen = _search(folder, experiment, problem, start, closed_form, console)
     schedules = {**baselines, "lagrangian": closed_form}
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
@@ -147,17 +145,23 @@ def _run_in(folder: RunFolder, config: Config, experiment: Experiment, console: 
 
 
 def _search(
-    folder: RunFolder, config: Config, experiment: Experiment, problem: Problem, closed_form: Schedule, console: Console
+    folder: RunFolder,
+    experiment: Experiment,
+    problem: Problem,
+    start: StartingPoint,
+    closed_form: Schedule,
+    console: Console,
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected from the best of them, the prior and the closed form.
 
     Args:
         problem: around the prior, if there is one; its own closed form is then the prior's schedule.
     """
+    config = experiment.config
     if not config.budget:
         console.note("budget 0: nothing is searched, the baselines only are measured")
-    agent = make_agent(config, problem, experiment)
-    journal = open_journal(folder / STUDY, config, experiment, problem)
+    agent = make_agent(config, problem, experiment, start)
+    journal = open_journal(folder / STUDY, config, experiment, problem, start)
     try:
         with search_pool(experiment, closed_form, console.note) as pool, curves(folder.path) as drawn:
             done = min(spent(journal), config.budget)

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from compression.numerics.legs import resolve
+from compression.refusal import Refusal
 from compression.schedule import DENSE, METRICS, Choice, Schedule
+from compression.storage.strict_json import read_object
 from search.priors.versions import FORMAT, VERSION, to_current
 from search.runtime.pretty_json import pretty_json
-from search.runtime.strict_json import read_object
 
 __all__ = [
     "LARGEST_FILE",
@@ -41,7 +42,7 @@ _PATH = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$"
 def _harmless(text: str) -> str:
     """A name that is shown and compared, and could be part of a path in careless hands."""
     if not text.isprintable() or ".." in text or "\\" in text or text.startswith(("/", "~")):
-        raise ValueError("must be a printable name without '..', '\\' or a leading '/' or '~'")
+        raise Refusal("must be a printable name without '..', '\\' or a leading '/' or '~'")
     return text
 
 
@@ -82,9 +83,9 @@ class Sensitivity(_Part):
     @model_validator(mode="after")
     def _pairs(self) -> Self:
         if len(self.chi) != len(self.kl):
-            raise ValueError(f"a trace needs one KL for each χ, got {len(self.kl)} for {len(self.chi)}")
+            raise Refusal(f"a trace needs one KL for each χ, got {len(self.kl)} for {len(self.chi)}")
         if list(self.chi) != sorted(set(self.chi)):
-            raise ValueError("the χ of a trace must ascend")
+            raise Refusal("the χ of a trace must ascend")
         return self
 
 
@@ -118,13 +119,13 @@ class PriorSite(_Part):
         rest = (self.chi, self.metric, self.out_legs, self.in_legs)
         if self.topology == "dense":
             if any(value is not None for value in rest):
-                raise ValueError(f"{self.name} is dense and has no chi, metric or legs")
+                raise Refusal(f"{self.name} is dense and has no chi, metric or legs")
             return self
         if any(value is None for value in rest) or self.dense_because is not None:
-            raise ValueError(f"{self.name} needs chi, metric, out_legs and in_legs, and no dense_because")
+            raise Refusal(f"{self.name} needs chi, metric, out_legs and in_legs, and no dense_because")
         legs = resolve(self.topology, *self.shape)
         if (legs.out_legs, legs.in_legs) != (self.out_legs, self.in_legs):
-            raise ValueError(
+            raise Refusal(
                 f"{self.name}: the legs of {self.topology} are {legs.out_legs} and {legs.in_legs}, "
                 f"got {self.out_legs} and {self.in_legs}"
             )
@@ -245,10 +246,10 @@ class Prior(_Part):
             try:
                 prior = cls.model_validate_json(json.dumps(current))
             except ValidationError as error:
-                raise ValueError(_one_line(error)) from None
+                raise Refusal(_one_line(error)) from None
             return prior._checked(clamp)
         except ValueError as error:
-            raise ValueError(f"cannot use the prior {path}: {error}") from None
+            raise Refusal(f"cannot use the prior {path}: {error}") from None
 
     @property
     def schedule(self) -> Schedule:
@@ -284,22 +285,22 @@ class Prior(_Part):
         """What a schema cannot say: names once, χ within reach, and sums that are those of the sites."""
         for number, site in enumerate(self.sites):
             if site.chi is not None and site.chi > site.largest_chi and not clamp:
-                raise ValueError(
+                raise Refusal(
                     f"sites.{number}.chi of {site.name} must be at most {site.largest_chi}, above which "
                     f"{site.topology} saves nothing, got {site.chi}; search.py apply --clamp lowers it"
                 )
         schedule = self.schedule  # raises for a name that is repeated
         if self.schedule_digest not in (None, schedule.digest):
-            raise ValueError(
+            raise Refusal(
                 f"schedule_digest must be that of the sites, {schedule.digest[:12]}…, got {self.schedule_digest}; "
                 "a prior changed by hand has null there"
             )
         for number, site in enumerate(self.sites):
             if site.parameters != site.stored:
-                raise ValueError(f"sites.{number}.parameters must be {site.stored}, got {site.parameters}")
+                raise Refusal(f"sites.{number}.parameters must be {site.stored}, got {site.parameters}")
         kept = _kept(self.sites)
         if abs(kept - self.kept_fraction) > 1e-9:
-            raise ValueError(f"kept_fraction must be that of the sites, {kept}, got {self.kept_fraction}")
+            raise Refusal(f"kept_fraction must be that of the sites, {kept}, got {self.kept_fraction}")
         return self._clamped() if clamp else self
 
     def _clamped(self) -> Prior:

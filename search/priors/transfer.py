@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from compression.allocation.menu import Menu, SiteMenu
 from compression.allocation.prices import departures
 from compression.numerics.legs import resolve
+from compression.refusal import Refusal, nearest
 from compression.schedule import Schedule
 from compression.sites import Site
 from search.priors.format import Prior, PriorSite
-from search.runtime.nearest import nearest
 
 __all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fits", "transfer"]
 
@@ -62,17 +62,15 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
     wanted = {site.name: site for site in prior.sites}
     for site in sites:
         if site.name not in wanted:
-            raise ValueError(f"sites: the prior lacks {site.name} of the model")
+            raise Refusal(f"sites: the prior lacks {site.name} of the model")
         own, shape = wanted.pop(site.name), (site.out_features, site.in_features)
         if own.shape != shape:
-            raise ValueError(f"sites: {site.name} must have shape {shape} as in the model, got {own.shape}")
+            raise Refusal(f"sites: {site.name} must have shape {shape} as in the model, got {own.shape}")
         if site.dense_because and own.chi is not None:
-            raise ValueError(f"sites: {site.name} must stay dense here: {site.dense_because}")
+            raise Refusal(f"sites: {site.name} must stay dense here: {site.dense_because}")
     if wanted:
         name = next(iter(wanted))
-        raise ValueError(
-            f"sites: the model has no {name}; the nearest is {nearest(name, [site.name for site in sites])}"
-        )
+        raise Refusal(f"sites: the model has no {name}; the nearest is {nearest(name, [site.name for site in sites])}")
     choices = prior.schedule
     return Schedule(tuple((site.name, choices[site.name]) for site in sites))
 
@@ -85,7 +83,7 @@ def check_families(prior: Prior, sites: Sequence[Site]) -> None:
     """
     ours, theirs = {site.family for site in sites if not site.dense_because}, _donors(prior).keys()
     if not ours & theirs:
-        raise ValueError(
+        raise Refusal(
             f"sites: the prior's families {', '.join(sorted(theirs))} and the model's {', '.join(sorted(ours))} have "
             "none in common"
         )
@@ -109,7 +107,7 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
     if rule is None:
         rule = "price" if known else "chi"
     if rule == "price" and not known:
-        raise ValueError("transfer must be chi for this prior, whose version has no offsets, got 'price'")
+        raise Refusal("transfer must be chi for this prior, whose version has no offsets, got 'price'")
     check_families(prior, sites)
     donors = _donors(prior)
     served = np.array([site.family in donors and not site.dense_because for site in sites])

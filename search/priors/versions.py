@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compression.refusal import Refusal
+
 __all__ = ["FORMAT", "VERSION", "score_entry", "to_current"]
 
 FORMAT, VERSION = "chisel-prior", 2
@@ -23,12 +25,12 @@ def to_current(document: Mapping[str, object]) -> dict[str, Any]:
         ValueError: another format, or a version that is no whole number or newer than this program.
     """
     if document.get("format") != FORMAT:
-        raise ValueError(f"format must be {FORMAT!r}, got {document.get('format')!r:.80}")
+        raise Refusal(f"format must be {FORMAT!r}, got {document.get('format')!r:.80}")
     version = document.get("version")
     if type(version) is not int or version < 1:
-        raise ValueError(f"version must be a whole number of at least 1, got {version!r:.80}")
+        raise Refusal(f"version must be a whole number of at least 1, got {version!r:.80}")
     if version > VERSION:
-        raise ValueError(f"version must be at most {VERSION}, which this program reads, got {version}; update it")
+        raise Refusal(f"version must be at most {VERSION}, which this program reads, got {version}; update it")
     current = dict(document)
     return _from_version_1(current) if version == 1 else current
 
@@ -63,5 +65,5 @@ def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
                 document["model_kept_fraction"] = row["model_kept_fraction"]
                 document["bytes_fraction"] = row["bytes_fraction"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is no prior of version 1, check {error}") from None
+        raise Refusal(f"it is no prior of version 1, check {error}") from None
     return document | {"version": VERSION}

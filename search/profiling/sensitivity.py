@@ -16,6 +16,7 @@ from typing import get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from compression.refusal import Refusal
 from search.priors.format import Sensitivity
 from search.reporting.tables import csv_text
 
@@ -84,7 +85,7 @@ def parse_rows(text: str) -> list[Row]:
     kinds = get_type_hints(Row)
     reader = csv.DictReader(io.StringIO(text))
     if reader.fieldnames != [field.name for field in fields(Row)]:
-        raise ValueError(f"the columns must be {', '.join(kinds)}, got {', '.join(reader.fieldnames or ())}")
+        raise Refusal(f"the columns must be {', '.join(kinds)}, got {', '.join(reader.fieldnames or ())}")
     rows = []
     for number, record in enumerate(reader, 2):
         try:
@@ -94,7 +95,7 @@ def parse_rows(text: str) -> list[Row]:
             }
             rows.append(Row(**values))
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"line {number}: {error}") from None
+            raise Refusal(f"line {number}: {error}") from None
     return rows
 
 

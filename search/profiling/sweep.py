@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from compression.allocation.menu import nested_options
 from compression.numerics.legs import resolve
+from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
 from compression.sites import Site
 from compression.storage.factor_cache import cache_key
@@ -69,11 +70,11 @@ class Levels:
 
     def __post_init__(self) -> None:
         if bad := [chi for chi in self.chi if chi < 1]:
-            raise ValueError(f"chi must be whole numbers of at least 1, got {bad[0]}")
+            raise Refusal(f"chi must be whole numbers of at least 1, got {bad[0]}")
         if bad_fractions := [one for one in self.fractions if not 0 < one < 1]:
-            raise ValueError(f"fractions must lie between 0 and 1, got {bad_fractions[0]}")
+            raise Refusal(f"fractions must lie between 0 and 1, got {bad_fractions[0]}")
         if not self.chi and not self.fractions:
-            raise ValueError("chi or fractions must name a level, got none")
+            raise Refusal("chi or fractions must name a level, got none")
 
     def of(self, site: Site) -> list[int]:
         """χ at one site by level, each once; a χ that saves nothing there is left out."""
@@ -99,8 +100,8 @@ def profile(
     """
     for name, value in (("tokens", tokens), ("context", context)):
         if value is not None and value < 64:
-            raise ValueError(f"{name} must be a whole number of at least 64, got {value}")
-    config, device = preflight(config)
+            raise Refusal(f"{name} must be a whole number of at least 64, got {value}")
+    config, device, _ = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
     with console.stage("data"):
@@ -141,7 +142,7 @@ def read_profile(folder: Path, model_digest: str) -> list[Row]:
     """
     document, rows = _read(folder)
     if document["fingerprint"].get("model") != model_digest:
-        raise ValueError(f"profile must be of the same model, but {folder} is of {document['model']}")
+        raise Refusal(f"profile must be of the same model, but {folder} is of {document['model']}")
     return rows
 
 
@@ -149,18 +150,18 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         document = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
         if document["format"] != _FORMAT:
-            raise ValueError(f"its format is {document['format']}, and {_FORMAT} is wanted")
+            raise Refusal(f"its format is {document['format']}, and {_FORMAT} is wanted")
         rows = parse_rows((folder / TABLE).read_text(encoding="utf-8")) if (folder / TABLE).exists() else []
         _levels(document)
         if type(document["tokens"]) is not int or not isinstance(document["fingerprint"], dict):
-            raise ValueError("its tokens or its fingerprint are not what they must be")
+            raise Refusal("its tokens or its fingerprint are not what they must be")
         if type(document.get("context")) not in (int, type(None)):
-            raise ValueError("its context is not what it must be")
+            raise Refusal("its context is not what it must be")
         return {**document, "model": str(document["model"])}, rows
     except FileNotFoundError:
-        raise ValueError(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}") from None
+        raise Refusal(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot use the profile {folder}: {error}") from None
+        raise Refusal(f"cannot use the profile {folder}: {error}") from None
 
 
 def _levels(document: Mapping[str, Any]) -> Levels:
@@ -172,16 +173,16 @@ def _levels(document: Mapping[str, Any]) -> Levels:
 
 def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping[str, object]) -> None:
     if document and document["fingerprint"] != expected:
-        raise ValueError(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
+        raise Refusal(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
 
 
 def _check_context(experiment: Experiment, context: int) -> None:
     """Raises ValueError where the model has fewer positions, or nothing that fills a cache by the name of k or v."""
     if not any(site.family in CACHED for site in experiment.sites):
-        raise ValueError(f"context needs matrices of the kinds {' and '.join(CACHED)}, and this model has none")
+        raise Refusal(f"context needs matrices of the kinds {' and '.join(CACHED)}, and this model has none")
     most = getattr(experiment.loaded.model.config.get_text_config(), "max_position_embeddings", context)
     if context > most:
-        raise ValueError(f"context must be at most {most}, what the model has positions for, got {context}")
+        raise Refusal(f"context must be at most {most}, what the model has positions for, got {context}")
 
 
 def _fingerprint(experiment: Experiment, data: Sequence[Packed]) -> dict[str, object]:

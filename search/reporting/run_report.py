@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from compression.refusal import Refusal
 from search.reporting.charts import heat_map, line_chart, scatter_chart
 from search.reporting.page import Section, page, table
 from search.reporting.tables import SUMMARY_COLUMNS, Column
@@ -50,7 +51,7 @@ class Run:
     def read(cls, folder: Path) -> Run:
         """Raises ValueError if the folder holds nothing to report, or a file that is not what it should be."""
         if not any((folder / name).is_file() for name in (SUMMARY, BENCHMARKS, SENSITIVITY)):
-            raise ValueError(f"there is no finished run, profile or benchmark in {folder}: {SUMMARY} is missing")
+            raise Refusal(f"there is no finished run, profile or benchmark in {folder}: {SUMMARY} is missing")
         return cls(
             name=folder.resolve().name,
             summary=_json(folder / SUMMARY),
@@ -83,14 +84,14 @@ def report(folders: Sequence[Path]) -> str:
         ValueError: as `Run.read`, or no folder.
     """
     if not folders:
-        raise ValueError("a report needs the folder of at least one run")
+        raise Refusal("a report needs the folder of at least one run")
     runs = [Run.read(folder) for folder in folders]
     sections = [_comparison(runs)] if len(runs) > 1 else []
     for run in runs:
         try:
             parts = [part for make in _PARTS if (part := make(run)) is not None]
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the files of {run.name} are not those of a run: {error!r}") from None
+            raise Refusal(f"the files of {run.name} are not those of a run: {error!r}") from None
         if len(runs) > 1:
             parts = [Section(f"{run.name}: {one.title}", one.text, one.figure, one.data) for one in parts]
         sections += parts
@@ -307,12 +308,12 @@ def _json(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError("it is too large")
+            raise Refusal("it is too large")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise Refusal("it is no JSON object")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot use {path}: {error}") from None
+        raise Refusal(f"cannot use {path}: {error}") from None
     return content
 
 

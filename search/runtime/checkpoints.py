@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from compression.refusal import Refusal
 from compression.storage.tensor_files import new_tensor_file
 from search.runtime.files import file_digest, write_whole
 from search.runtime.signals import shield
@@ -75,7 +76,7 @@ class Checkpoints:
             try:
                 content = json.loads(record.read_text(encoding="utf-8"))
                 if content["step"] != step or file_digest(tensors) != content["sha256"]:
-                    raise ValueError("its checksum differs")
+                    raise Refusal("its checksum differs")
                 return take(Checkpoint(step, load_file(tensors), content["state"]))
             except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__

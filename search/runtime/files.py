@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from compression.storage.whole_files import replace_file
 from search.runtime.errors import DataUnavailable
 from search.runtime.signals import shield
 
@@ -16,21 +16,9 @@ __all__ = ["cache_folder", "file_digest", "finite", "unwritable", "write_whole"]
 
 
 def write_whole(target: Path, content: bytes | str) -> Path:
-    """Write a file whole, making its folder: after a crash at any point it has either its old or its new content."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole and make its folder, see `replace_file`; an interrupt waits until the file is written."""
     with shield():
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    return target
+        return replace_file(target, content)
 
 
 def finite(value: object) -> object:
@@ -65,4 +53,5 @@ def file_digest(path: Path) -> str:
 
 
 def unwritable(folder: Path, error: OSError) -> DataUnavailable:
+    """What to raise for a cache folder that cannot be written."""
     return DataUnavailable(f"cannot write {folder} ({error.strerror}); name another folder in CHISEL_CACHE")

@@ -37,6 +37,7 @@ def environment() -> dict[str, object]:
 
 
 def now() -> str:
+    """The time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -18,12 +18,14 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
+from compression.refusal import Refusal
 from search.runtime.files import finite, write_whole
 from search.runtime.provenance import now
 
 __all__ = [
     "CONFIG",
     "ENVIRONMENT",
+    "LOG",
     "PRIOR",
     "RESULTS",
     "STUDY",
@@ -42,6 +44,7 @@ ENVIRONMENT = "environment.json"
 PRIOR = "prior.json"
 STUDY = "study.db"
 SUMMARY = "summary.json"
+LOG = "run.log"
 TABLE = "summary.csv"
 TRIALS = "trials.csv"
 
@@ -104,7 +107,7 @@ class RunFolder:
         """
         path = Path(run).absolute()
         if not (path / CONFIG).is_file():
-            raise ValueError(f"resume must be the folder of an earlier run, but {path / CONFIG} does not exist")
+            raise Refusal(f"resume must be the folder of an earlier run, but {path / CONFIG} does not exist")
         return cls(path)
 
     @classmethod
@@ -160,12 +163,12 @@ def refuse_used(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise ValueError(f"out must be a folder, got the file {path}")
+        raise Refusal(f"out must be a folder, got the file {path}")
     refuse_held(path)
     if (path / CONFIG).exists():
-        raise ValueError(f"the folder {path} holds a run already; continue it with --resume, or give another --out")
+        raise Refusal(f"the folder {path} holds a run already; continue it with --resume, or give another --out")
     if others := contents(path):
-        raise ValueError(f"out must be a new or empty folder, but {path} holds {others[0]!r}")
+        raise Refusal(f"out must be a new or empty folder, but {path} holds {others[0]!r}")
 
 
 def contents(path: Path) -> list[str]:
@@ -181,11 +184,9 @@ def _locked(path: Path) -> FileLock:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(
-            f"the folder {path} is in use by {_holder(path)}; wait for it, or give another --out"
-        ) from None
+        raise Refusal(f"the folder {path} is in use by {_holder(path)}; wait for it, or give another --out") from None
     except OSError as error:
-        raise ValueError(f"cannot use the folder {path}: {error.strerror or error}") from None
+        raise Refusal(f"cannot use the folder {path}: {error.strerror or error}") from None
     return lock
 
 

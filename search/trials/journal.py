@@ -24,6 +24,7 @@ from optuna.distributions import IntDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from compression.refusal import Refusal
 from search.runtime.files import finite
 from search.runtime.signals import shield
 from search.trials.fingerprints import differences, plain_values, with_defaults
@@ -141,7 +142,7 @@ class Journal:
         kept = self._records.get(record.number)
         if kept is not None and kept.key != record.key:
             was, now = (f"look {one.repeat} at schedule {one.digest[:12]}" for one in (kept, record))
-            raise ValueError(
+            raise Refusal(
                 f"trial {record.number} of {self.path} is {was}, but the resumed search proposes {now}: "
                 "not the same code, seed or machine"
             )
@@ -201,16 +202,16 @@ class Journal:
         """What Optuna's tables take of a record: the trial's row, and those of other tables that refer to it."""
         done = record.state == "ok"
         if record.state not in ("ok", "nonfinite", "failed"):
-            raise ValueError(f"state must be ok, nonfinite or failed, got {record.state!r}")
+            raise Refusal(f"state must be ok, nonfinite or failed, got {record.state!r}")
         if done != (record.reward is not None and finite(record.reward) is not None):
-            raise ValueError(
+            raise Refusal(
                 f"a trial has a finite reward exactly if it is ok, got {record.state!r} with {record.reward!r}"
             )
         actions = record.actions
         if actions is not None and len(actions) != len(self.steps):
-            raise ValueError(f"one action for every step is wanted, {len(self.steps)} in all, got {len(actions)}")
+            raise Refusal(f"one action for every step is wanted, {len(self.steps)} in all, got {len(actions)}")
         if actions is not None and not all(0 <= action < self._levels for action in actions):
-            raise ValueError(f"actions are levels from 0 to {self._levels - 1}, got {list(actions)}")
+            raise Refusal(f"actions are levels from 0 to {self._levels - 1}, got {list(actions)}")
         now = datetime.now(UTC).replace(tzinfo=None)
         attributes = {
             **{name: finite(value) for name, value in record.score.items()},
@@ -255,7 +256,7 @@ class Journal:
                 asked=attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this while one came after the other
             )
         except KeyError as missing:
-            raise ValueError(
+            raise Refusal(
                 f"trial {trial.number} of {self.path} was not written by this program: no {missing}"
             ) from None
 
@@ -280,13 +281,13 @@ def refuse_another(
         ValueError, OSError: as `Journal`.
     """
     if not _is_sqlite(path):
-        raise ValueError(f"{path} is not a journal: an SQLite file is wanted")
+        raise Refusal(f"{path} is not a journal: an SQLite file is wanted")
     if (stored := stored_fingerprint(path)) is None:
         return
     plain = plain_values(fingerprint)
     comparable = {name: value for name, value in stored.items() if name in plain or name not in _SPACE}
     if (known := with_defaults(comparable, plain_values(defaults))) != plain:
-        raise ValueError(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
+        raise Refusal(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import cast
 
 import agents
 from agents import Agent, Proposal, SlopeAgent
+from compression.refusal import Refusal
 from envs import Reward
 from search.evaluation.pool import Job, Pool, Result
 from search.evaluation.score import Score
@@ -83,7 +84,7 @@ def run_agent(
         while calls < record.asked:
             ask()
         if record.number not in waiting:
-            raise ValueError(f"{journal.path} has a trial {record.number} that the resumed search does not propose")
+            raise Refusal(f"{journal.path} has a trial {record.number} that the resumed search does not propose")
         tell(record.number, Result(Score.from_dict(record.score), record.slopes))
     for number in waiting:
         submit(number)

@@ -7,34 +7,34 @@ from pathlib import Path
 import torch
 
 import agents
+from compression.refusal import Refusal
 from search.config import Config
 from search.data.datasets import load_proxy
 from search.data.prompts import forms
 from search.model.devices import resolve_device, working_dtype
 from search.runtime.run_folder import STUDY, refuse_held, refuse_used
 from search.trials.journal import stored_fingerprint
-from search.trials.starting_point import read_policy, read_prior
+from search.trials.starting_point import StartingPoint
 from search.workers.pools import check_evaluators
 
 __all__ = ["preflight"]
 
 
-def preflight(config: Config) -> tuple[Config, torch.device]:
+def preflight(config: Config) -> tuple[Config, torch.device, StartingPoint]:
     """Refuse what can be refused before anything is loaded.
 
     Returns:
         The configuration with a number type in the place of "auto" (that of the run to continue, else this machine's),
-        and the device to run on.
+        the device to run on, and what the search starts from.
     """
     if config.proxy_form not in forms(config.proxy):
-        raise ValueError(
+        raise Refusal(
             f"proxy_form must be {' or '.join(forms(config.proxy))} for {config.proxy}, got {config.proxy_form!r}"
         )
     if config.proxy.endswith(".jsonl"):
         load_proxy(config.proxy)
     agents.find(config.agent)
-    read_policy(config)
-    read_prior(config)
+    start = StartingPoint.read(config)
     check_evaluators(config)
     if config.resume is not None:
         refuse_held(Path(config.resume))
@@ -42,7 +42,7 @@ def preflight(config: Config) -> tuple[Config, torch.device]:
         refuse_used(Path(config.out))
     device = resolve_device(config.device)
     if config.dtype != "auto":
-        return config, device
+        return config, device, start
     stored = stored_fingerprint(Path(config.resume) / STUDY) if config.resume is not None else None
     dtype = str(stored["dtype"] if stored else working_dtype("auto", device)).removeprefix("torch.")
-    return Config.of({**config.model_dump(), "dtype": dtype}), device
+    return Config.of({**config.model_dump(), "dtype": dtype}), device, start

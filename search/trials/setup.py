@@ -13,7 +13,7 @@ from search.config import Config
 from search.evaluation.score import Score
 from search.experiment.experiment import Experiment
 from search.trials.journal import Journal, refuse_another
-from search.trials.starting_point import prior_digest, read_policy
+from search.trials.starting_point import StartingPoint
 
 __all__ = ["fingerprint", "fingerprint_defaults", "make_agent", "open_journal", "refuse_other_search", "reward_of"]
 
@@ -23,26 +23,25 @@ def reward_of(config: Config, dense: Score) -> Reward:
     return replace(_weighted(config), dense_expected_accuracy=dense.expected_accuracy)
 
 
-def fingerprint(config: Config, experiment: Experiment) -> dict[str, object]:
+def fingerprint(config: Config, experiment: Experiment, start: StartingPoint) -> dict[str, object]:
     """Everything that decides what a trial is and scores; a resumed run must agree."""
     return {
         "configuration": config.definition(),
         **experiment.identity,
         "reward": dataclasses.asdict(_weighted(config)),
-        **({"policy": policy.digest} if (policy := read_policy(config, experiment.loaded)) else {}),
-        **({"prior": digest} if (digest := prior_digest(config)) else {}),
+        **start.identity(),
     }
 
 
-def open_journal(path: Path, config: Config, experiment: Experiment, problem: Problem) -> Journal:
+def open_journal(path: Path, config: Config, experiment: Experiment, problem: Problem, start: StartingPoint) -> Journal:
     """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Journal(path, fingerprint(config, experiment), problem.names, problem.levels, fingerprint_defaults())
+    return Journal(path, fingerprint(config, experiment, start), problem.names, problem.levels, fingerprint_defaults())
 
 
-def refuse_other_search(path: Path, config: Config, experiment: Experiment) -> None:
+def refuse_other_search(path: Path, config: Config, experiment: Experiment, start: StartingPoint) -> None:
     """Refuse to continue the journal of another search before anything is computed; raises ValueError as `Journal`."""
-    refuse_another(path, fingerprint(config, experiment), fingerprint_defaults())
+    refuse_another(path, fingerprint(config, experiment, start), fingerprint_defaults())
 
 
 def fingerprint_defaults() -> dict[str, object]:
@@ -54,17 +53,17 @@ def fingerprint_defaults() -> dict[str, object]:
     }
 
 
-def make_agent(config: Config, problem: Problem, experiment: Experiment) -> Agent:
+def make_agent(config: Config, problem: Problem, experiment: Experiment, start: StartingPoint) -> Agent:
     """`config.agent` on `problem`; raises ValueError as `agents.make` does."""
-    terms = agents.AgentContext(
+    context = agents.AgentContext(
         config.seed,
         config.budget,
         config.search_shards,
         config.compression_weight,
         model=experiment.loaded.digest,
-        policy=read_policy(config, experiment.loaded),
+        policy=start.policy,
     )
-    return agents.make(config.agent, problem, terms)
+    return agents.make(config.agent, problem, context)
 
 
 def _weighted(config: Config) -> Reward:

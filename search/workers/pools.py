@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from search.config import Config
 from search.evaluation.pool import Pool, SerialPool
@@ -28,7 +29,7 @@ def check_evaluators(config: Config) -> None:
         return
     asked = "ray_address" if config.ray_address else "trial_timeout" if config.trial_timeout else "evaluators"
     flag = asked.replace("_", "-")
-    raise ValueError(f"--{flag} needs ray, which is not installed: pip install 'chisel-prior[cluster]'")
+    raise Refusal(f"--{flag} needs ray, which is not installed: pip install 'chisel-prior[cluster]'")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
+from compression.refusal import Refusal
 from search.config import Config
 from search.runtime.errors import EvaluatorsLost
 from search.runtime.signals import shield
@@ -60,7 +61,7 @@ def _initialized(config: Config, processors: int) -> Iterator[None]:
                 ray.init(address="auto" if config.ray_address == "auto" else address, runtime_env=_sources(), **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ValueError(f"ray_address {config.ray_address!r} cannot be used: {reason}") from None
+                raise Refusal(f"ray_address {config.ray_address!r} cannot be used: {reason}") from None
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import ray
 import torch
 
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.size import SizeModel
 from search.config import Config
@@ -203,7 +204,7 @@ class RayPool:
         """A worker is ready; all must be of the same model and data."""
         known, own = self.said.get("identity"), said.get("identity")
         if self.said and known != own:
-            raise ValueError(f"an evaluator has another model, other data or another precision: {own}, not {known}")
+            raise Refusal(f"an evaluator has another model, other data or another precision: {own}, not {known}")
         self.said = self.said or said
         self._stillborn = 0
         seat.ready = True
@@ -292,7 +293,7 @@ def ray_pool(
         room = int(resources["GPU"] / gpus + 1e-6) if gpus else int(resources["CPU"] // (config.threads or 1))
         count = room if config.evaluators in (None, "auto") and config.ray_address else _wanted(config, gpus)
         if room < 1:
-            raise ValueError(f"evaluators must fit on the Ray cluster, which has {resources['CPU']:g} processors")
+            raise Refusal(f"evaluators must fit on the Ray cluster, which has {resources['CPU']:g} processors")
         if room < count:
             note(f"the cluster has room for {room} of {count} evaluators; the others wait for more")
         here = len(os.sched_getaffinity(0))
@@ -310,7 +311,7 @@ def ray_pool(
         pool = RayPool(lambda: actor.remote(*arguments), count, failed, config.trial_timeout, note)
         try:
             if (theirs := pool.said["identity"]) != experiment.identity:
-                raise ValueError(f"evaluators have another model or other data: {theirs}, not {experiment.identity}")
+                raise Refusal(f"evaluators have another model or other data: {theirs}, not {experiment.identity}")
             yield pool
         finally:
             pool.close()

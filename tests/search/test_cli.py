@@ -3,21 +3,20 @@ import json
 import subprocess
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-import search
+from compression.refusal import Refusal
 from search import cli
+from search.commands.exits import FAULT
 from search.config import AGENTS, PLANNERS, Config
+from search.runtime.errors import DataUnavailable
 from search.runtime.run_folder import CONFIG
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"schedule": "dense", "kept_fraction": 1.0, "kl": 0.0, "items": 32, "bytes": 12}]
-
-
-class DataUnavailable(RuntimeError):
-    pass
 
 
 @pytest.fixture
@@ -34,17 +33,18 @@ def pipeline(monkeypatch, tmp_path):
         fake.configs.append(config)
         return {"agent": config.agent, "sites": {"count": 210, "families": ["q", "k"]}}
 
-    module = types.ModuleType("search.pipeline.run")
-    module.run = run
-    dry_run = types.ModuleType("search.pipeline.dry_run")
-    dry_run.plan = plan
-    packages = types.ModuleType("search.data.packages")
-    packages.DataUnavailable, packages.fetch = DataUnavailable, lambda: tmp_path / "cache"
-    finish = types.ModuleType("search.pipeline.finish")
-    finish.check, finish.finish = lambda config: None, lambda folder, config, console: []
-    for name, stand_in in (("pipeline", module), ("dry_run", dry_run), ("packages", packages), ("finish", finish)):
-        monkeypatch.setitem(sys.modules, f"search.{name}", stand_in)
-        monkeypatch.setattr(search, name, stand_in, raising=False)
+    stand_ins = {
+        "search.pipeline.run": {"run": run},
+        "search.pipeline.dry_run": {"plan": plan},
+        "search.pipeline.finish": {"finish": lambda folder, config, console: []},
+        "search.data.packages": {"fetch": lambda: tmp_path / "cache"},
+    }
+    for name, functions in stand_ins.items():
+        module = types.ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+        package, _, short = name.rpartition(".")
+        monkeypatch.setattr(import_module(package), short, module, raising=False)
     monkeypatch.delenv("CHISEL_TRACEBACK", raising=False)
     return fake
 
@@ -125,7 +125,7 @@ def failing(pipeline, error, folder=None):
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (ValueError("target_kept must be\nat least 0.1"), cli.REFUSED, "--target-kept must be at least 0.1"),
+        (Refusal("target_kept must be\nat least 0.1"), cli.REFUSED, "--target-kept must be at least 0.1"),
         (DataUnavailable("no network; set CHISEL_DATA"), cli.REFUSED, "no network; set CHISEL_DATA"),
         (OSError(errno.ENOSPC, "No space left on device"), cli.FAILURES, "No space left on device"),
         (MemoryError(), cli.FAILURES, "out of memory"),
@@ -139,15 +139,31 @@ def test_each_kind_of_failure_has_its_line_and_code(pipeline, capsys, error, cod
     assert words in line
 
 
-def test_a_fault_of_ours_is_not_hidden(pipeline):
+@pytest.mark.parametrize("error", [KeyError("oops"), ValueError("oops"), OSError(errno.EFBIG, "oops")])
+def test_a_fault_of_ours_is_called_one_and_its_traceback_is_kept(pipeline, capsys, tmp_path, error):
+    # A ValueError that is no Refusal is not the user's mistake.
+    failing(pipeline, error, tmp_path)
+    found, line = refused(["--quiet"], capsys)
+    assert found == FAULT
+    assert "fault of Chisel" in line
+    assert "oops" in line
+    assert str(tmp_path / "run.log") in line
+    log = (tmp_path / "run.log").read_text()
+    assert "Traceback" in log
+    assert type(error).__name__ in log
+
+
+def test_a_fault_before_there_is_a_folder_shows_its_traceback(pipeline, capsys):
     failing(pipeline, KeyError("oops"))
-    with pytest.raises(KeyError, match="oops"):
-        cli.main(["--quiet"])
+    assert cli.main(["--quiet"]) == FAULT
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert "fault of Chisel" in shown.splitlines()[-1]
 
 
 def test_the_traceback_of_a_refusal_can_be_had(pipeline, monkeypatch):
     monkeypatch.setenv("CHISEL_TRACEBACK", "1")
-    failing(pipeline, ValueError("why"))
+    failing(pipeline, Refusal("why"))
     with pytest.raises(ValueError, match="why"):
         cli.main(["--quiet"])
 

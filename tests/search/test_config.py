@@ -3,7 +3,7 @@ import json
 import pytest
 
 from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Config, read_fields
-from search.runtime.nearest import nearest
+from compression.refusal import nearest
 
 
 def test_defaults_are_the_default_job():

@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all. Knows paths and bytes; does not know what a file means."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replace_file", "replacing"]
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target` to write to; it replaces `target` on leaving, or is removed after an error.
+
+    After a crash at any point `target` has either its old or its new content.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(target: Path, content: bytes | str) -> Path:
+    """Write a file whole, as `replacing` does, and make its folder; returns `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return target
