@@ -23,7 +23,8 @@ from envs import Problem
 from search.config import Config, read_fields
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
-from search.healing.state import HEALED, STATE, HealedState
+from search.healing.repaired_start import stored_repair
+from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model, model_digest
 from search.priors.format import Prior
@@ -55,13 +56,18 @@ class ComparedModel:
 
 
 def compared_models(
-    words: Sequence[str], schedules: Sequence[str], device: torch.device, console: Console
+    words: Sequence[str],
+    schedules: Sequence[str],
+    device: torch.device,
+    console: Console,
+    opened: Experiment | None = None,
 ) -> list[ComparedModel]:
     """What the words stand for; nothing is loaded yet.
 
     Args:
         words: each a run folder, the JSON file of a prior, or a model as `search.model.sources.locate` knows them.
         schedules: of `SCHEDULES`, which ones of a run are measured; a prior has no other than these either.
+        opened: the experiment of the run, with its dense model, if it is in memory already.
 
     Raises:
         ValueError: an unknown schedule, an unreadable run or prior, or two models of the same name.
@@ -72,7 +78,7 @@ def compared_models(
                 f"schedules must be of {', '.join(SCHEDULES)}, got {name!r}; the nearest is {nearest(name, SCHEDULES)}"
             )
     ordered = tuple(name for name in SCHEDULES if name in schedules)
-    found = [_compared_model(word, ordered, device, console, len(words) > 1) for word in words]
+    found = [_compared_model(word, ordered, device, console, len(words) > 1, opened) for word in words]
     names = [name for one in found for name in one.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Refusal(f"models must have different names, but {twice[0]!r} stands for two of them")
@@ -80,7 +86,12 @@ def compared_models(
 
 
 def _compared_model(
-    word: str, schedules: Sequence[str], device: torch.device, console: Console, several: bool
+    word: str,
+    schedules: Sequence[str],
+    device: torch.device,
+    console: Console,
+    several: bool,
+    opened: Experiment | None,
 ) -> ComparedModel:
     path = Path(word).expanduser()
     if (path / CONFIG).is_file() and (path / PRIOR).is_file():
@@ -103,7 +114,7 @@ def _compared_model(
         schedules = [name for name in schedules if name != "healed"]
     label = f"{path.stem}:" if several else ""
     names = tuple(f"{label}{name}" for name in schedules)
-    run = _Run(config, prior, schedules, path / HEALED, device, console)
+    run = _Run(config, prior, schedules, path, device, console, opened)
     return ComparedModel(word, names, frozenset(prior.data.search_items), run.models)
 
 
@@ -114,14 +125,18 @@ class _Run:
     config: Config
     prior: Prior
     schedules: Sequence[str]
-    healed: Path
+    folder: Path
     device: torch.device
     console: Console
+    opened: Experiment | None
 
     def models(self) -> Iterator[LoadedModel]:
         """One schedule after the other on one model in memory, which is dense in between."""
-        with self.console.stage("load"):
-            loaded, sites = load(self.config, self.device)
+        if self.opened is None:
+            with self.console.stage("load"):
+                loaded, sites = load(self.config, self.device)
+        else:
+            loaded, sites = self.opened.loaded, self.opened.sites
         wanted = self.prior.model.digest
         if loaded.digest != wanted:
             self.console.note(
@@ -131,7 +146,7 @@ class _Run:
         if set(self.schedules) <= {"dense"}:
             yield from [loaded] * len(self.schedules)
             return
-        experiment = Experiment.of(self.config, loaded, sites, self.device, self.console.note)
+        experiment = self.opened or Experiment.of(self.config, loaded, sites, self.device, self.console.note)
         calibrate(experiment, self.console)
         for name in self.schedules:
             if name == "repaired":
@@ -155,8 +170,11 @@ class _Run:
         return self.prior.schedule
 
     def _repaired(self, experiment: Experiment) -> Iterator[LoadedModel]:
+        schedule = self.prior.schedule
+        if (stored := stored_repair(self.folder / REPAIRED, experiment, schedule)) is not None:
+            yield from self._stored(experiment, stored)
+            return
         with self.console.stage("repair", 1 + max(site.block for site in experiment.sites), "blocks") as stage:
-            schedule = self.prior.schedule
             taken = experiment.repair_(schedule, self.config.repair_tokens, lambda done: stage.advance(1))
             experiment.calibration.release()
         try:
@@ -165,9 +183,12 @@ class _Run:
             put_modules(experiment.loaded.model, taken)
 
     def _healed(self, experiment: Experiment) -> Iterator[LoadedModel]:
-        kept = HealedState.read(self.healed)
+        kept = StoredWeights.read(self.folder / HEALED)
         kept.check(self.prior.schedule, self.prior.model.digest)
-        undo = kept.put_(experiment.loaded.model, experiment.sites, self.prior.schedule)
+        yield from self._stored(experiment, kept)
+
+    def _stored(self, experiment: Experiment, stored: StoredWeights) -> Iterator[LoadedModel]:
+        undo = stored.put_(experiment.loaded.model, experiment.sites, self.prior.schedule)
         try:
             yield _as_is(experiment.loaded)
         finally:

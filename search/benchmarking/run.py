@@ -23,6 +23,7 @@ from search.benchmarking.documents import SOURCES, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
 from search.benchmarking.selection import Selection
 from search.benchmarking.tasks import named_tasks
+from search.experiment.experiment import Experiment
 from search.model.devices import resolve_device
 from search.model.loading import LoadedModel
 from search.reporting.tables import Column, csv_text, text_table
@@ -116,8 +117,11 @@ class Result:
         }
 
 
-def benchmark(request: BenchmarkRequest, console: Console) -> Result:
+def benchmark(request: BenchmarkRequest, console: Console, opened: Experiment | None = None) -> Result:
     """Measure everything that is not known yet; the folder's files are whole after every outcome.
+
+    Args:
+        opened: the experiment of the one run that is measured, with its dense model, if it is in memory already.
 
     Raises:
         ValueError: refused input.
@@ -128,7 +132,7 @@ def benchmark(request: BenchmarkRequest, console: Console) -> Result:
     refuse_held(path)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
-    field = compared_models(request.models, request.schedules, device, console)
+    field = compared_models(request.models, request.schedules, device, console, opened)
     with console.stage("items"):
         searched = always_searched().union(*(one.searched for one in field))
         selections = [select(task, request.samples, request.seed, searched, request.source) for task in tasks]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from search.commands.exits import DONE, FAILURES, complain, explain, resumed
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads
 from search.reporting.tables import json_text, lines_text, text_table
 from search.runtime.console import Console
 
-__all__ = ["Summary", "add_flags", "run", "start"]
+__all__ = ["add_flags", "run", "start"]
 
 _INTRODUCTION = """\
 Make a language model smaller: replace its weight matrices by products of thinner ones, and search how thin each
@@ -49,26 +48,6 @@ other commands:
 exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
 
 
-class Summary(Protocol):
-    """What `search.pipeline.run.run` gives back."""
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-
-    @property
-    def rows(self) -> Sequence[Mapping[str, object]]:
-        """The final table, with the keys of `search.reporting.tables.SUMMARY`."""
-
-    @property
-    def failures(self) -> int:
-        """How many trials or stages failed, at least 0."""
-
-    @property
-    def document(self) -> Mapping[str, object]:
-        """The content of summary.json."""
-
-
 def run(words: list[str]) -> int:
     """Returns the exit code."""
     parser = Parser(
@@ -100,10 +79,10 @@ def start(given: dict[str, Any]) -> int:
             print(json_text(planned) if as_json else lines_text(planned))
             return DONE
         with shown:
-            summary: Summary = run(config, shown)
+            summary = run(config, shown)
         print(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}")
         with shown:
-            more = finish(summary.folder, config, shown)
+            more = finish(summary.folder, summary.experiment, shown)
     except BaseException as error:
         return explain(error, resumed(shown.folder), shown.folder)
     if not as_json:

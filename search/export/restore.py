@@ -17,7 +17,8 @@ from search.config import Config, read_fields
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
-from search.healing.state import HEALED, STATE, HealedState
+from search.healing.repaired_start import stored_repair
+from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import resolve_device
 from search.priors.format import Prior
 from search.runtime.console import Console
@@ -63,12 +64,14 @@ def restore(
     state: str | None = None,
     healed: Path | None = None,
     reference: bool = False,
+    opened: Experiment | None = None,
 ) -> RestoredRun:
     """Load the dense model of a run and make it what the run made of it.
 
     Args:
         state: one of `STATES`; by default the last one that the run has. A repair that it left out can be asked for.
         healed: folder of a healing; by default that of the run itself.
+        opened: the experiment of this run with its dense model, if it is in memory already.
         reference: read the held-out workload with the dense model, so that what becomes of it can be measured.
 
     Raises:
@@ -81,15 +84,18 @@ def restore(
     prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
     state = _state(run, config, prior, state, healed)
-    kept = HealedState.read(healed or run / HEALED) if state == "healed" else None
+    kept = StoredWeights.read(healed or run / HEALED) if state == "healed" else None
     where = resolve_device(device)
-    with console.stage("load"):
-        loaded, sites = load(config, where)
+    if opened is None:
+        with console.stage("load"):
+            loaded, sites = load(config, where)
+    else:
+        loaded, sites = opened.loaded, opened.sites
     if prior.model.id != loaded.model_id:
         raise Refusal(f"the run in {run} is of another model than {loaded.model_id}")
     if prior.model.digest != loaded.digest:
         console.note("weights, or their number type on this machine, are not those that the run measured")
-    experiment = Experiment.of(config, loaded, sites, where, console.note)
+    experiment = opened or Experiment.of(config, loaded, sites, where, console.note)
     workload = None
     if reference:
         with console.stage("reference"):
@@ -98,6 +104,9 @@ def restore(
     if kept is not None:
         kept.check(schedule, loaded.digest)
         kept.put_(loaded.model, sites, schedule)
+        return RestoredRun(experiment, schedule, state, prior, summary, workload)
+    if state == "repaired" and (stored := stored_repair(run / REPAIRED, experiment, schedule)) is not None:
+        stored.put_(loaded.model, sites, schedule)
         return RestoredRun(experiment, schedule, state, prior, summary, workload)
     calibrate(experiment, console)
     if state == "repaired":

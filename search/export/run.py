@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from search.experiment.experiment import Experiment
 from search.export.folder import check_gguf, export_dense_, export_model, footprint
 from search.export.model_card import model_card
 from search.export.quantize import module_bits, quantize_experiment_
@@ -59,17 +60,25 @@ class Form:
     device: str = "auto"
 
 
-def export_run(source: Path, folder: Path, form: Form, console: Console, healed: Path | None = None) -> str:
+def export_run(
+    source: Path,
+    folder: Path,
+    form: Form,
+    console: Console,
+    healed: Path | None = None,
+    opened: Experiment | None = None,
+) -> str:
     """Write the compressed model of the run in `source` into `folder`; returns what a person should know of it.
 
     Args:
         healed: folder of a healing; None takes that of the run itself.
+        opened: the experiment of the run with its dense model, if it is in memory already; it is compressed in place.
 
     Raises:
         ValueError, DataUnavailable: as `search.export.restore.restore`, or a model that llama.cpp does not know.
     """
     quantized = form.quantize != "none"
-    restored = restore(source, console, form.device, form.state, healed, reference=quantized)
+    restored = restore(source, console, form.device, form.state, healed, quantized, opened)
     loaded = restored.experiment.loaded
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
 from compression.decomposition.apply import ScheduleApplier
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
-from search.healing.state import load_sites_, site_tensors
+from search.healing.state import REPAIR, StoredWeights, load_sites_, site_tensors, write_weights
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Console
 from search.runtime.distributed import Processes
@@ -30,15 +33,25 @@ def referenced(judge: Workload, dense: nn.Module) -> Workload:
 
 
 def started_(
-    experiment: Experiment, schedule: Schedule, dense: nn.Module, folder: Path | None, console: Console
+    experiment: Experiment,
+    schedule: Schedule,
+    dense: nn.Module,
+    folder: Path | None,
+    console: Console,
+    repaired: Path | None = None,
 ) -> tuple[Mapping[str, nn.Module], str]:
-    """Make the model what healing starts from, or take that from what an earlier try left in `folder`.
+    """Make the dense model the one that healing starts from: decomposed, and repaired unless repair does harm.
+
+    Args:
+        folder: keeps this start while a healing is under way, and gives that of an interrupted one.
+        repaired: keeps repaired weights for good, and gives those of an earlier repair.
 
     Returns:
         The modules taken out, and the name of the row that the model now is.
     """
     model = experiment.loaded.model
     sites = [site for site in experiment.sites if not site.dense_because]
+    taken: Mapping[str, nn.Module]
     kept = None if folder is None else Checkpoints(folder / _START)
     if kept is not None:
 
@@ -47,12 +60,41 @@ def started_(
 
         if (loaded := kept.newest(take, console.note)) is not None:
             return loaded
-    taken, name = _decomposed_(experiment, schedule), "searched"
-    if experiment.config.repair_tokens:
-        taken, name = _repaired_(experiment, schedule, taken, dense, console)
+    if experiment.config.repair_tokens and (stored := stored_repair(repaired, experiment, schedule)) is not None:
+        taken, name = load_sites_(model, sites, schedule, stored.tensors), "repaired"
+    else:
+        taken, name = _decomposed_(experiment, schedule), "searched"
+        if experiment.config.repair_tokens:
+            taken, name = _repaired_(experiment, schedule, taken, dense, console)
+            if repaired is not None and Processes.is_first():
+                shutil.rmtree(repaired, ignore_errors=True)
+                if name == "repaired":
+                    write_weights(repaired, REPAIR, model, experiment.sites, _made_for(experiment, schedule))
     if kept is not None and Processes.is_first():
         kept.save(Checkpoint(0, site_tensors(model, sites), {"row": name}))
     return taken, name
+
+
+def stored_repair(folder: Path | None, experiment: Experiment, schedule: Schedule) -> StoredWeights | None:
+    """The repaired weights in `folder`, if they are intact and repairing again would give the same; otherwise None."""
+    if folder is None or not (folder / REPAIR).is_file():
+        return None
+    try:
+        stored = StoredWeights.read(folder, REPAIR)
+    except Refusal:
+        return None
+    made_for = _made_for(experiment, schedule)
+    return stored if all(stored.document.get(name) == value for name, value in made_for.items()) else None
+
+
+def _made_for(experiment: Experiment, schedule: Schedule) -> dict[str, object]:
+    """What determines the weights that a repair gives, as plain JSON values."""
+    return {
+        "model": {"id": experiment.loaded.model_id, "digest": experiment.loaded.digest},
+        "schedule": json.loads(schedule.to_json()),
+        "statistics": experiment.calibration.key,
+        "repair_tokens": experiment.config.repair_tokens,
+    }
 
 
 def _decomposed_(experiment: Experiment, schedule: Schedule) -> Mapping[str, nn.Module]:

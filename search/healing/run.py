@@ -29,7 +29,7 @@ from search.healing.plan import HealingPlan, Options, text_tokens
 from search.healing.repaired_start import UNFINISHED, referenced, started_
 from search.healing.rows import HealingText
 from search.healing.sharding import sharing_copy
-from search.healing.state import HEALED, write_healed
+from search.healing.state import HEALED, REPAIRED, STATE, write_weights
 from search.healing.text import heal_text
 from search.healing.training import Healed, heal_
 from search.model.devices import resolve_device
@@ -96,7 +96,9 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     with held(folder), experiment.evaluator("heldout") as evaluator:
         evaluator.close()
-        scores, healed = heal_experiment_(experiment, schedule, evaluator, plan, options, folder, console)
+        scores, healed = heal_experiment_(
+            experiment, schedule, evaluator, plan, options, folder, console, run / REPAIRED
+        )
     rows = [score.to_row(name) for name, score in scores.items()]
     return HealedRun(rows, folder, healed.stopped)
 
@@ -114,6 +116,7 @@ def heal_experiment_(
     options: Options,
     folder: Path,
     console: Console,
+    repaired: Path | None = None,
 ) -> tuple[dict[str, Score], Healed]:
     """Repair, heal and measure a schedule; the model of the subject is dense again afterwards.
 
@@ -125,6 +128,7 @@ def heal_experiment_(
         evaluator: measures the model of the subject as it stands; of held-out data, closed: its model dense.
         plan: None repairs only.
         folder: receives the weights, the state and, while it lasts, what a later try continues from.
+        repaired: folder that keeps the repaired weights and gives those of an earlier repair; None keeps none.
 
     Returns:
         The scores of the dense model, of what healing starts from, named "repaired", or "searched" where there was no
@@ -137,7 +141,7 @@ def heal_experiment_(
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
     resumable = None if plan is None else folder / f"{UNFINISHED}-{schedule.digest[:12]}"
     with Processes().first_alone():
-        taken, name = started_(experiment, schedule, dense, resumable, console)
+        taken, name = started_(experiment, schedule, dense, resumable, console, repaired)
     first = Processes.is_first()
     try:
         scores[name] = evaluator.score_as_is(schedule)
@@ -153,7 +157,7 @@ def heal_experiment_(
             scores["healed"] = evaluator.score_as_is(schedule)
             if first:
                 document = _document(experiment, schedule, plan, options, text, healed, scores)
-                write_healed(folder, model, experiment.sites, document)
+                write_weights(folder, STATE, model, experiment.sites, document)
                 shutil.rmtree(resumable, ignore_errors=True)
             if outlook := healed.outlook():
                 console.note(f"healing: {outlook}")

@@ -26,13 +26,17 @@ from compression.storage.tensor_files import new_tensor_file
 from compression.training.trainable import put_parameters
 from search.runtime.files import file_digest, finite, write_whole
 
-__all__ = ["HEALED", "STATE", "HealedState", "load_sites_", "site_tensors", "write_healed"]
+__all__ = ["HEALED", "REPAIR", "REPAIRED", "STATE", "StoredWeights", "load_sites_", "site_tensors", "write_weights"]
 
 HEALED = "healed"
 """Folder of the healed state inside a run folder."""
 
 STATE = "healing.json"
-"""What a finished healing has in its folder."""
+"""The file of a finished healing that describes its weights."""
+REPAIRED = "repaired"
+"""The folder of a run that holds the repaired weights of its schedule, if repair was kept."""
+REPAIR = "repair.json"
+"""The file there that describes them."""
 
 _WEIGHTS = "weights.safetensors"
 _FORMAT, _VERSION = "chisel-healed", 1
@@ -40,11 +44,11 @@ _LARGEST_FILE = 1 << 26  # bytes of the JSON file
 
 
 @dataclass(frozen=True, eq=False)
-class HealedState:
-    """A healed model without what healing did not touch.
+class StoredWeights:
+    """Weights that a stage of a run keeps: of its compressed sites, and all norms and biases.
 
     Attributes:
-        document: the content of healing.json.
+        document: the content of healing.json or repair.json: what the weights belong to and how they were made.
         tensors: by qualified name.
     """
 
@@ -52,11 +56,11 @@ class HealedState:
     tensors: Mapping[str, torch.Tensor]
 
     @classmethod
-    def read(cls, folder: Path) -> HealedState:
+    def read(cls, folder: Path, name: str = STATE) -> StoredWeights:
         """Raises ValueError, one line, for a folder without one, another version, or files that were cut or changed."""
-        if not (folder / STATE).is_file():
-            raise Refusal(f"there is no finished healing in {folder}: {STATE} is missing")
-        document = read_object(folder / STATE, "the healed state", _LARGEST_FILE)
+        if not (folder / name).is_file():
+            raise Refusal(f"there is no finished healing in {folder}: {name} is missing")
+        document = read_object(folder / name, "the healed state", _LARGEST_FILE)
         try:
             version = document.get("version")
             if document.get("format") != _FORMAT or type(version) is not int or not 1 <= version <= _VERSION:
@@ -101,19 +105,22 @@ class HealedState:
         return undo
 
 
-def write_healed(folder: Path, model: nn.Module, sites: Sequence[Site], document: Mapping[str, Any]) -> None:
-    """Write the healed state of `model`; `document` says what it is of and how it came about.
+def write_weights(
+    folder: Path, name: str, model: nn.Module, sites: Sequence[Site], document: Mapping[str, Any]
+) -> None:
+    """Write the compressed sites, norms and biases of `model`, and last the file `name` with `document`.
 
     Raises:
         OSError: the disk is full or not writable.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = site_tensors(model, [site for site in sites if not site.dense_because])
     vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1 and name not in tensors}
     tensors |= {name: value.clone() for name, value in vectors.items()}
     with new_tensor_file(folder / f"{_WEIGHTS}.partial", tensors) as partial:
         content = {"format": _FORMAT, "version": _VERSION, "sha256": file_digest(partial), **document}
         partial.replace(folder / _WEIGHTS)
-    write_whole(folder / STATE, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / name, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:

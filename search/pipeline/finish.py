@@ -1,7 +1,7 @@
-"""What a run ends with beside its table: benchmarks of its models, and the result as a folder that others load.
+"""The end of a run after its table: benchmarks of its models, and the result exported as a folder.
 
-Knows a finished run's folder. A model that was benchmarked before is not again; the folder is always that of the run's
-last result, since a resumed run repairs and heals anew.
+Knows a finished run's folder. Models that were benchmarked before are not measured again. The exported folder is
+written anew, because a resumed run may end with another result.
 """
 
 from __future__ import annotations
@@ -9,55 +9,56 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from search.config import Config
+from search.benchmarking.run import BenchmarkRequest, benchmark
+from search.experiment.experiment import Experiment
+from search.export.run import Form, export_run
+from search.priors.format import Prior
+from search.reporting.run_report import REPORT, report
 from search.runtime.console import Console
+from search.runtime.run_folder import PRIOR, RunFolder
 
 __all__ = ["SCHEDULES", "TASKS", "finish"]
 
 TASKS = ("arc_easy", "arc_challenge", "piqa", "sciq", "winogrande", "hellaswag", "boolq", "mmlu_answer")
-"""Those that say something about small models and need no generation."""
+"""Tasks on which small models score above chance and that need no generation."""
 SCHEDULES = ("dense", "uniform", "lagrangian", "searched")
-"""Those that are measured, and with them what the run ends with."""
+"""The schedules that are benchmarked, besides the last result of the run."""
 
 
-def finish(run: Path, config: Config, console: Console) -> list[str]:
-    """Do what the configuration asks for; returns what a person should read.
+def finish(run: Path, experiment: Experiment, console: Console) -> list[str]:
+    """Benchmark and export as the configuration asks; returns text for the user.
+
+    Args:
+        experiment: that of the run, with its dense model; exporting compresses the model in place.
 
     Raises:
         ValueError, DataUnavailable: as `search.benchmarking.run.benchmark` and `search.export.run.export_run`.
     """
-    from search.reporting.run_report import REPORT, report
-    from search.runtime.run_folder import RunFolder
-
-    said = []
+    config, said = experiment.config, []
     if config.benchmark_items:
-        said.append(_benchmarks(run, config, console))  # which takes the folder's lock itself
-    with RunFolder(run) as opened:
+        said.append(_benchmarks(run, experiment, console))  # it takes the folder's lock itself
+    with RunFolder(run) as folder:
         if config.export != "none":
-            said.append(_exported(run, config, console))
+            said.append(_exported(run, experiment, console))
         if said:
-            opened.write_text(REPORT, report([run]))
+            folder.write_text(REPORT, report([run]))
     return said
 
 
-def _benchmarks(run: Path, config: Config, console: Console) -> str:
-    from search.benchmarking.run import BenchmarkRequest, benchmark
-
+def _benchmarks(run: Path, experiment: Experiment, console: Console) -> str:
+    config = experiment.config
     last = "healed" if config.heal_minutes else "repaired"
     request = BenchmarkRequest(
         (str(run),), TASKS, config.benchmark_items, (*SCHEDULES, last), seed=config.seed, device=config.device
     )
-    return benchmark(request, console).text()
+    return benchmark(request, console, experiment).text()
 
 
-def _exported(run: Path, config: Config, console: Console) -> str:
-    """Export what the run ends with now, in the place of an earlier end."""
-    from search.export.run import Form, export_run
-    from search.priors.format import Prior
-    from search.runtime.run_folder import PRIOR
-
+def _exported(run: Path, experiment: Experiment, console: Console) -> str:
+    """Export the last result of the run, replacing an earlier export."""
+    config = experiment.config
     folder = run / config.export
     shutil.rmtree(folder, ignore_errors=True)
     if all(choice.is_dense for _, choice in Prior.read(run / PRIOR).schedule):
         return "nothing is compressed in the result, so that it is not exported"
-    return export_run(run, folder, Form(config.export, device=config.device), console)
+    return export_run(run, folder, Form(config.export, device=config.device), console, opened=experiment)

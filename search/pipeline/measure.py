@@ -15,17 +15,18 @@ from search.evaluation.score import Score
 from search.experiment.experiment import Experiment
 from search.healing.plan import Options
 from search.healing.run import heal_experiment_, held
+from search.healing.state import HEALED, REPAIRED
 from search.runtime.console import Console
 
 __all__ = ["against_closed_form", "measure", "speed"]
 
 
 def measure(
-    experiment: Experiment, schedules: Mapping[str, Schedule], chosen: Schedule, healing: Path, console: Console
+    experiment: Experiment, schedules: Mapping[str, Schedule], chosen: Schedule, folder: Path, console: Console
 ) -> dict[str, Score]:
     """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
-    and healed; what healing gives is written to the folder `healing`."""
-    config = experiment.config
+    and healed; repaired and healed weights are written below the run folder `folder`."""
+    config, healing = experiment.config, folder / HEALED
     if not config.heal_minutes:  # what a run healed that now ends without would be taken for its result
         shutil.rmtree(healing, ignore_errors=True)
     with experiment.evaluator("heldout") as evaluator:
@@ -44,7 +45,9 @@ def measure(
         options = Options(minutes=config.heal_minutes)
         plan = options.plan(config.seed, experiment.device) if config.heal_minutes else None
         with held(healing) if plan else nullcontext():
-            improved, healed = heal_experiment_(experiment, chosen, evaluator, plan, options, healing, console)
+            improved, healed = heal_experiment_(
+                experiment, chosen, evaluator, plan, options, healing, console, folder / REPAIRED
+            )
     if healed.stopped:
         console.note(f"healing stopped: {healed.stopped}")
     return {**scores, **improved}

@@ -18,7 +18,6 @@ from search.config import Config
 from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate, check_space, stays_dense
-from search.healing.state import HEALED
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
 from search.priors.build import build_prior
@@ -42,15 +41,23 @@ _TIMED = ("uniform", "lagrangian", "searched")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run ends with."""
+    """The result of a run.
+
+    Attributes:
+        folder: the run folder.
+        document: the content of summary.json.
+        failures: trials that failed, at least 0.
+        experiment: the model, dense again, with its data and statistics.
+    """
 
     folder: Path
     document: Mapping[str, object]
     failures: int
+    experiment: Experiment
 
     @property
     def rows(self) -> Sequence[Mapping[str, object]]:
-        """The final table."""
+        """The final table, with the keys of `search.reporting.tables.SUMMARY_COLUMNS`."""
         rows = self.document["rows"]
         assert isinstance(rows, list)
         return rows
@@ -103,7 +110,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
     schedules["searched"] = chosen
-    scores = measure(experiment, schedules, chosen, folder / HEALED, console)
+    scores = measure(experiment, schedules, chosen, folder.path, console)
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
         latencies = against_dense(experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs())
@@ -141,7 +148,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     prior = build_prior(config, experiment.loaded, menu, chosen, rows, experiment.splits)
     folder.write_text(PRIOR, prior.to_json())
     folder.write_text(REPORT, report([folder.path]))
-    return RunSummary(folder.path, document, failures)
+    return RunSummary(folder.path, document, failures, experiment)
 
 
 def _search(

@@ -126,7 +126,10 @@ def nan(folder):
         (lambda folder: (folder / "policy.json").write_text('{"format": 1'), "delimiter"),
         (lambda folder: (folder / "policy.json").write_text("[" * 100_000), "policy.json"),
         (lambda folder: (folder / "policy.json").write_bytes(b"\xff\xfe"), "codec"),
-        (lambda folder: (folder / "policy.json").write_text('{"format": 1, "format": 1}'), "the key 'format' occurs twice"),
+        (
+            lambda folder: (folder / "policy.json").write_text('{"format": 1, "format": 1}'),
+            "the key 'format' occurs twice",
+        ),
         (lambda folder: (folder / "policy.json").write_text('{"format": NaN}'), "NaN is not allowed"),
         (lambda folder: (folder / "policy.json").write_text(" " * (1 << 20) + "{}"), "larger than"),
         (lambda folder: (folder / "policy.json").write_bytes(pickle.dumps(Danger())), "codec"),

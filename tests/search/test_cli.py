@@ -27,7 +27,9 @@ def pipeline(monkeypatch, tmp_path):
     def run(config, console):
         fake.configs.append(config)
         fake.act(config, console)
-        return types.SimpleNamespace(folder=tmp_path, rows=ROWS, failures=fake.failures, document={"rows": ROWS})
+        return types.SimpleNamespace(
+            folder=tmp_path, rows=ROWS, failures=fake.failures, document={"rows": ROWS}, experiment=None
+        )
 
     def plan(config):
         fake.configs.append(config)
@@ -36,7 +38,7 @@ def pipeline(monkeypatch, tmp_path):
     stand_ins = {
         "search.pipeline.run": {"run": run},
         "search.pipeline.dry_run": {"plan": plan},
-        "search.pipeline.finish": {"finish": lambda folder, config, console: []},
+        "search.pipeline.finish": {"finish": lambda folder, experiment, console: []},
         "search.data.packages": {"fetch": lambda: tmp_path / "cache"},
     }
     for name, functions in stand_ins.items():

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Config, read_fields
 from compression.refusal import nearest
+from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Config, read_fields
 
 
 def test_defaults_are_the_default_job():

@@ -8,6 +8,7 @@ from fake_data import fake_data  # noqa: F401 (a fixture)
 from tiny_model import assert_same_logits
 
 from search import cli
+from search.experiment.experiment import Experiment
 from search.export.restore import restore
 from search.healing import repaired_start
 from search.model.loading import load_for_use
@@ -21,10 +22,12 @@ SIZES = "--search-items 4 --search-shards 1 --search-text-tokens 64 --heldout-to
 
 
 @pytest.mark.usefixtures("fake_data")
-def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys):
+def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     assert cli.main([*FLAGS.split(), *SIZES.split(), "--quiet", "--out", str(run)]) == cli.DONE
     rows = {row["schedule"]: row for row in json.loads((run / "summary.json").read_text())["rows"]}
+    # The repaired weights are kept: nothing is repaired again.
+    monkeypatch.setattr(Experiment, "repair_", lambda *_, **__: pytest.fail("it was repaired again"))
     outcome = restore(run, Console(quiet=True), "cpu", reference=True)
     assert outcome.state == "repaired"
     measured = outcome.workload.measure(outcome.experiment.loaded.model)
@@ -57,6 +60,23 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys):
     load_for_use(str(tmp_path / "int4"), "cpu")
 
     assert cli.main(command) == cli.REFUSED  # the folder is there already
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_repaired_weights_that_are_damaged_or_of_other_settings_are_made_again(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert cli.main([*FLAGS.split(), *SIZES.split(), "--quiet", "--out", str(run)]) == cli.DONE
+    repairs, repair = [], Experiment.repair_
+    monkeypatch.setattr(Experiment, "repair_", lambda *given, **how: repairs.append(1) or repair(*given, **how))
+    kept = restore(run, Console(quiet=True), "cpu").experiment.loaded.model
+    assert repairs == []
+    weights = run / "repaired" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    again = restore(run, Console(quiet=True), "cpu").experiment.loaded.model
+    assert repairs == [1]
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        assert_same_logits(kept(ids).logits, again(ids).logits)
 
 
 @pytest.mark.usefixtures("fake_data")

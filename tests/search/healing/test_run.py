@@ -29,7 +29,7 @@ from search.healing.plan import Options
 from search.healing.repaired_start import repair_did_harm
 from search.healing.run import held
 from search.healing.sharding import sharing_copy
-from search.healing.state import HealedState, load_sites_, site_tensors
+from search.healing.state import StoredWeights, load_sites_, site_tensors
 from search.model.loading import load_for_use, load_model
 from search.runtime.checkpoints import Checkpoints
 from search.runtime.console import Console
@@ -63,7 +63,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     dense = whole(input_ids=ids).logits
     outcome = restore(run, Console(quiet=True), "cpu", healed=out)
     assert outcome.state == "healed"
-    undo = HealedState.read(out).put_(whole, sites, schedule)
+    undo = StoredWeights.read(out).put_(whole, sites, schedule)
     assert torch.equal(whole(input_ids=ids).logits, outcome.experiment.loaded.model(input_ids=ids).logits)
     assert not torch.equal(whole(input_ids=ids).logits, dense)
     undo()
@@ -72,7 +72,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     with pytest.raises(ValueError, match="do not fit"):
         load_sites_(load_model("random:tiny-llama", "cpu").model, sites, schedule, cut)
     with pytest.raises(ValueError, match="another schedule"):
-        HealedState.read(out).check(Schedule.dense(tuple(name for name, _ in schedule)), state["model"]["digest"])
+        StoredWeights.read(out).check(Schedule.dense(tuple(name for name, _ in schedule)), state["model"]["digest"])
     content = bytearray((out / "weights.safetensors").read_bytes())
     content[-1] ^= 1
     (out / "weights.safetensors").write_bytes(content)

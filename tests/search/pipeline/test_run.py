@@ -35,7 +35,7 @@ from search.model.loading import load_model
 from search.priors.format import Prior
 from search.runtime.console import Console
 from search.runtime.run_folder import RunFolder
-from search.trials import loop as trial_module
+from search.trials import setup
 
 __all__ = ["fake_data"]
 KEYS = {
@@ -92,6 +92,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
         "policy.json",
         "policy.safetensors",
         "prior.json",
+        "repaired",
         "report.html",
         "study.db",
         "summary.csv",
@@ -476,8 +477,8 @@ def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
     run(tmp_path / "run", budget=2)
     assert cli.main(["--resume", str(tmp_path / "run"), "--kl-weight", "2", "--quiet"]) == cli.REFUSED
     assert "kl_weight was 1.0, is 2.0" in capsys.readouterr().err
-    reward = trial_module.Reward
-    monkeypatch.setattr(trial_module, "Reward", lambda **given: reward(**{**given, "floor": -7.0}))
+    reward = setup.Reward
+    monkeypatch.setattr(setup, "Reward", lambda **given: reward(**{**given, "floor": -7.0}))
     assert cli.main(["--resume", str(tmp_path / "run"), "--quiet"]) == cli.REFUSED
     assert "reward.floor was -30.0, is -7.0" in capsys.readouterr().err
 
@@ -601,9 +602,13 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
 ) -> None:
     monkeypatch.setattr("search.pipeline.finish.TASKS", ("arc_easy", "boolq"))
     ends = dict(out=tmp_path / "run", budget=0, agent="lagrangian", benchmark_items=2, export="hf")
+    loads: list[str] = []
+    load = experiment.load_model
+    monkeypatch.setattr(experiment, "load_model", lambda name, *how: loads.append(name) or load(name, *how))
     assert cli.main(words(**ends)) == cli.DONE
     out = capsys.readouterr().out
     assert out.index("uniform-plain") < out.index("boolq") < out.index("load it with")
+    assert loads == ["random:tiny-llama"]  # one job loads the dense model once
     rows = list(csv.DictReader((tmp_path / "run" / "benchmarks.csv").read_text().splitlines()))
     assert {row["model"] for row in rows} == {"dense", "uniform", "lagrangian", "searched", "healed"}
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
