@@ -15,7 +15,6 @@ tiny random models: it shows that everything works, and nothing about priors.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from search.pipeline.apply import apply
 from search.pipeline.run import run
 from search.priors.format import Prior
 from search.priors.transfer import RULES, Rule
+from search.reporting.frames import read_records
 from search.runtime.console import Console
 from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
 
@@ -100,8 +100,7 @@ def held_out(document: dict[str, Any], schedule: str) -> Figure:
 
 def trial_kl(folder: Path) -> list[float]:
     """KL of the trials in order, with the control variate, as rewards see it; infinite for a failed one."""
-    with (folder / TRIALS).open(encoding="utf-8", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["trial"]))
+    rows = sorted(read_records(folder / TRIALS), key=lambda row: int(row["trial"]))
     return [float(row["kl"]) + float(row["kl_control"] or 0) if row["kl"] else math.inf for row in rows]
 
 

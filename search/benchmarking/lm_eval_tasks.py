@@ -18,11 +18,10 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
-import pyarrow as pa
 from lm_eval.api.instance import Instance
-from pyarrow import parquet
 
 from search.benchmarking.selection import Selection
+from search.reporting.frames import parquet_bytes
 
 __all__ = ["Exam", "download"]
 
@@ -92,7 +91,7 @@ def download(path: str, config: str | None, split: str) -> list[Mapping[str, Any
 def _stock_task(stock: str, description: str, selection: Selection, folder: Path) -> Any:
     """lm-eval's task over the documents: its own YAML, with the data in the place of its data set."""
     rows = [dict(document.row) for document in selection.documents]
-    parquet.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    (folder / "rows.parquet").write_bytes(parquet_bytes(rows))
     name = f"chisel_{selection.task.name}"
     yaml: dict[str, Any] = {
         "include": str(Path(lm_eval.tasks.__file__).parent / stock),

@@ -26,7 +26,8 @@ from search.benchmarking.tasks import named_tasks
 from search.experiment.experiment import Experiment
 from search.model.devices import resolve_device
 from search.model.loading import LoadedModel
-from search.reporting.tables import Column, csv_text, text_table
+from search.reporting.frames import csv_text
+from search.reporting.tables import Column, text_table
 from search.runtime.console import Console
 from search.runtime.files import cache_folder, finite, write_whole
 from search.runtime.provenance import environment

@@ -28,6 +28,7 @@ from search.config import Config
 from search.evaluation.pool import Pool
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
+from search.reporting.opened_run import CONTEST
 from search.runtime.console import Console
 from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, ENVIRONMENT, STUDY, RunFolder
@@ -39,9 +40,9 @@ from search.trials.setup import fingerprint, fingerprint_defaults, make_agent, o
 from search.trials.starting_point import StartingPoint
 from search.workers.pools import search_pool
 
-__all__ = ["CONTEST", "CURVE", "TABLE", "compare"]
+__all__ = ["CURVE", "TABLE", "compare"]
 
-CONTEST, TABLE, CURVE = "contest.json", "table.md", "curve.svg"
+TABLE, CURVE = "table.md", "curve.svg"
 _PARTS = (0.25, 0.5, 1.0)  # of the budget, after which an agent is asked what it believes best
 _FORMAT = 1
 

@@ -21,8 +21,8 @@ from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
 from search.priors.build import build_prior
+from search.reporting.frames import csv_text
 from search.reporting.run_report import REPORT, report
-from search.reporting.tables import csv_text
 from search.runtime.console import Console
 from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TABLE, TRIALS, RunFolder

@@ -5,8 +5,6 @@ Knows rows and figures; not how they are measured (`search.profiling.sweep`) or 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from compression.refusal import Refusal
 from search.priors.format import Sensitivity
-from search.reporting.tables import csv_text
+from search.reporting.frames import csv_text, parse_records
 
 __all__ = [
     "CACHED",
@@ -83,18 +81,18 @@ def parse_rows(text: str) -> list[Row]:
         ValueError: other columns, or a figure that is none.
     """
     kinds = get_type_hints(Row)
-    reader = csv.DictReader(io.StringIO(text))
-    if reader.fieldnames != [field.name for field in fields(Row)]:
-        raise Refusal(f"the columns must be {', '.join(kinds)}, got {', '.join(reader.fieldnames or ())}")
+    records = parse_records(text)
+    if records and list(records[0]) != [field.name for field in fields(Row)]:
+        raise Refusal(f"the columns must be {', '.join(kinds)}, got {', '.join(records[0])}")
     rows = []
-    for number, record in enumerate(reader, 2):
+    for number, record in enumerate(records, 2):
         try:
             values = {
                 name: kinds[name](math.nan if kinds[name] is float and not text else text)
                 for name, text in record.items()
             }
             rows.append(Row(**values))
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError) as error:
             raise Refusal(f"line {number}: {error}") from None
     return rows
 

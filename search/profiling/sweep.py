@@ -12,7 +12,6 @@ few; a resumed sweep measures what is not in it.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from compression.allocation.menu import nested_options
 from compression.numerics.legs import resolve
@@ -36,6 +33,7 @@ from search.evaluation.score import Score
 from search.experiment.experiment import Experiment, Extract, load
 from search.experiment.preparation import calibrate
 from search.profiling.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
+from search.reporting.frames import parquet_bytes
 from search.reporting.heat_maps import draw_heat_map
 from search.runtime.console import Console
 from search.runtime.provenance import environment
@@ -293,9 +291,7 @@ def _document(
 
 def _publish(folder: RunFolder, rows: Sequence[Row], text: str) -> None:
     """What is made of the table when the sweep is complete."""
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in parse_rows(rows_text(rows))]), out)
-    folder.write_bytes(PARQUET, out.getvalue())
+    folder.write_bytes(PARQUET, parquet_bytes([asdict(row) for row in parse_rows(rows_text(rows))]))
     folder.write_text(SWEEP_TABLE, text)
     blocks, families, table = block_by_family(rows)
     unit = "KL, nats per token"

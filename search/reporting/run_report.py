@@ -5,7 +5,6 @@ A section appears where its file is: a run that was cut short, or made by an ear
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 
 from compression.refusal import Refusal
 from search.reporting.charts import heat_map, line_chart, scatter_chart
+from search.reporting.frames import read_records
+from search.reporting.opened_run import BENCHMARKS, SENSITIVITY
 from search.reporting.page import Section, page, table
 from search.reporting.tables import SUMMARY_COLUMNS, Column
 from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
@@ -24,7 +25,6 @@ from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
 __all__ = ["REPORT", "Run", "report"]
 
 REPORT = "report.html"
-BENCHMARKS, SENSITIVITY = "benchmarks.csv", "sensitivity.csv"
 _LARGEST_FILE = 1 << 27  # bytes
 
 
@@ -56,9 +56,9 @@ class Run:
             name=folder.resolve().name,
             summary=_json(folder / SUMMARY),
             prior=_json(folder / PRIOR),
-            trials=_rows(folder / TRIALS),
-            benchmarks=_rows(folder / BENCHMARKS),
-            sensitivity=_rows(folder / SENSITIVITY),
+            trials=read_records(folder / TRIALS),
+            benchmarks=read_records(folder / BENCHMARKS),
+            sensitivity=read_records(folder / SENSITIVITY),
             healings={path.parent.name: _json(path) for path in sorted(folder.glob("healed*/healing.json"))},
         )
 
@@ -315,10 +315,3 @@ def _json(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Refusal(f"cannot use {path}: {error}") from None
     return content
-
-
-def _rows(path: Path) -> Sequence[Mapping[str, str]]:
-    if not path.is_file():
-        return ()
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))

@@ -5,8 +5,6 @@ Knows how figures are shown, not where they come from.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,6 @@ __all__ = [
     "SUMMARY_COLUMNS",
     "Column",
     "Row",
-    "csv_text",
     "json_text",
     "lines_text",
     "markdown_table",
@@ -104,18 +101,6 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLU
         *([column.show(row).replace("|", "\\|") for column in columns] for row in rows),
     ]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def csv_text(rows: Sequence[Row]) -> str:
-    """CSV with every key that occurs, in the order of first occurrence; None and non-finite numbers are empty cells."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(keys)
-    for row in rows:
-        values = (row.get(key) for key in keys)
-        writer.writerow(["" if isinstance(v, float) and not math.isfinite(v) else v for v in values])
-    return out.getvalue()
 
 
 def _number(value: object, form: str) -> str:

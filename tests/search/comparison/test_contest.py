@@ -10,8 +10,9 @@ import pytest
 from fake_data import fake_data
 
 from search import cli
-from search.comparison.contest import CONTEST, CURVE, TABLE
+from search.comparison.contest import CURVE, TABLE
 from search.evaluation.evaluator import ModelEvaluator
+from search.reporting.opened_run import CONTEST
 
 __all__ = ["fake_data"]
 

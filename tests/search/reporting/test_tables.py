@@ -1,7 +1,8 @@
 import csv
 import io
 
-from search.reporting.tables import SUMMARY_COLUMNS, Column, csv_text, markdown_table, occurring, text_table
+from search.reporting.frames import csv_text
+from search.reporting.tables import SUMMARY_COLUMNS, Column, markdown_table, occurring, text_table
 
 ROWS = [
     {

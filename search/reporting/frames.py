@@ -1,0 +1,84 @@
+"""Rows as CSV and parquet, by pandas. Knows plain values and files; does not know what a table is about."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from compression.refusal import Refusal
+
+__all__ = ["csv_text", "parquet_bytes", "parse_records", "read_frame", "read_records"]
+
+Row = Mapping[str, object]
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """CSV with every key that occurs, in the order of first occurrence; None and non-finite numbers are empty cells."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+    text: str = pd.DataFrame(cells, columns=keys, dtype=object).to_csv(index=False, lineterminator="\n")
+    return text
+
+
+def parquet_bytes(rows: Sequence[Row]) -> bytes:
+    """The rows as a parquet file."""
+    out = io.BytesIO()
+    pd.DataFrame(list(rows)).to_parquet(out, index=False)
+    return out.getvalue()
+
+
+def parse_records(text: str) -> list[dict[str, str]]:
+    """The cells of a CSV text as they stand, by column; an empty text gives no rows.
+
+    Raises:
+        Refusal: no CSV, or a line with more or fewer cells than the heading.
+    """
+    try:
+        frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=True)
+    except pd.errors.EmptyDataError:
+        return []
+    except (pd.errors.ParserError, ValueError) as error:
+        raise Refusal(" ".join(str(error).split())) from None
+    if len(short := frame.index[frame.isna().any(axis=1)]):
+        raise Refusal(f"line {short[0] + 2} has fewer cells than the heading")
+    return [dict(zip(frame.columns, cells, strict=True)) for cells in frame.itertuples(index=False, name=None)]
+
+
+def read_records(path: Path) -> list[dict[str, str]]:
+    """The cells of a CSV file as they stand; no rows if there is no such file.
+
+    Raises:
+        Refusal: as `parse_records`, or not UTF-8; it names the file.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return parse_records(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refusal(f"cannot use {path}: {error}") from None
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A CSV or parquet file as a data frame with numbers as numbers; empty cells are missing values.
+
+    Raises:
+        Refusal: no such file, or not a table.
+    """
+    if not path.is_file():
+        raise Refusal(f"there is no {path}")
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], float_precision="round_trip")
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except ValueError as error:  # pandas' and pyarrow's errors of a broken file, and bytes that are not UTF-8
+        raise Refusal(f"cannot use {path}: {' '.join(str(error).split())}") from None
+
+
+def _cell(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

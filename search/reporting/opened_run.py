@@ -1,0 +1,122 @@
+"""A run folder opened for reading: its tables as pandas data frames. Knows file names; loads no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from compression.refusal import Refusal
+from compression.storage.strict_json import read_object
+from search.reporting.frames import read_frame
+from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY, TRIALS
+
+__all__ = ["BENCHMARKS", "CONTEST", "SENSITIVITY", "OpenedRun"]
+
+BENCHMARKS, SENSITIVITY, CONTEST = "benchmarks.csv", "sensitivity.csv", "contest.json"
+_LARGEST_FILE = 1 << 26  # bytes of a JSON file
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """The folder of a search, a sweep (`profile`) or a comparison (`compare`).
+
+    Every method raises Refusal, one line, if the run has no such table or a file is broken.
+
+    Attributes:
+        folder: where everything is.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> OpenedRun:
+        """Raises Refusal for a folder that no command of this project has written."""
+        if not (folder / CONFIG).is_file():
+            raise Refusal(
+                f"a run, a sweep or a comparison has a {CONFIG}, and {folder} has none"
+            )
+        return cls(folder)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration: everything that defines the run."""
+        return read_object(self.folder / CONFIG, "the configuration", _LARGEST_FILE)
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """The content of summary.json: the final table, differences with intervals, latency and provenance."""
+        return self._object(SUMMARY, "the summary", "finish the run with --resume")
+
+    @property
+    def prior(self) -> Mapping[str, Any]:
+        """The content of prior.json: the searched schedule with its sensitivity traces and scores."""
+        return self._object(PRIOR, "the prior", "finish the run with --resume")
+
+    def table(self) -> pd.DataFrame:
+        """The final table: one row per schedule (dense, uniform, closed form, searched, repaired, healed).
+
+        KL is in nats per token, sizes in parameters and bytes, prefill and decode as speed over the dense model.
+        """
+        return pd.DataFrame(self.summary["rows"])
+
+    def trials(self) -> pd.DataFrame:
+        """One row per trial in the order of evaluation: state, reward, seconds, scores, and the level of each step."""
+        return self._frame(TRIALS, "a search of --budget 1 or more writes it")
+
+    def sensitivity(self) -> pd.DataFrame:
+        """One row per site and χ with all other sites dense, of a sweep: predicted and measured KL, kept fraction."""
+        return self._frame(SENSITIVITY, "search.py profile writes it")
+
+    def benchmarks(self) -> pd.DataFrame:
+        """One row per model and task: metric, value, standard error, items."""
+        return self._frame(BENCHMARKS, "search.py benchmark writes it")
+
+    def schedule(self) -> pd.DataFrame:
+        """One row per site of the searched schedule: block, family, shape, topology, χ, parameters, kept fraction."""
+        sites = pd.DataFrame(self.prior["sites"]).drop(columns="sensitivity", errors="ignore")
+        sites["kept_fraction"] = sites["parameters"] / sites["shape"].map(lambda shape: shape[0] * shape[1])
+        return sites
+
+    def standings(self) -> pd.DataFrame:
+        """One row per agent, seed and part of the budget: the held-out KL of what the agent then recommends.
+
+        Columns: agent, seed, evaluations, kl in nats per token, and closed_form_kl, the same for all rows.
+        """
+        contest = self._object(CONTEST, "the comparison", "search.py compare writes it")
+        heldout = {digest: measured["kl"] for digest, measured in contest["heldout"].items()}
+        rows = [
+            {
+                "agent": entry["agent"],
+                "seed": entry["seed"],
+                "evaluations": mark["evaluations"],
+                "kl": heldout.get(mark["digest"]),
+                "closed_form_kl": heldout.get(contest["closed_form"]),
+            }
+            for entry in contest["entries"]
+            for mark in entry["marks"]
+        ]
+        return pd.DataFrame(rows)
+
+    def healing(self, name: str = "healed") -> pd.DataFrame:
+        """One row per measurement of a healing: tokens learned, seconds, KL in nats per token and perplexity.
+
+        Args:
+            name: folder of the healing inside the run; the job's own by default.
+        """
+        return pd.DataFrame(self._object(f"{name}/healing.json", "the healing", "search.py heal writes it")["looks"])
+
+    def _object(self, name: str, what: str, hint: str) -> Mapping[str, Any]:
+        self._refuse_missing(name, hint)
+        return read_object(self.folder / name, what, _LARGEST_FILE)
+
+    def _frame(self, name: str, hint: str) -> pd.DataFrame:
+        self._refuse_missing(name, hint)
+        return read_frame(self.folder / name)
+
+    def _refuse_missing(self, name: str, hint: str) -> None:
+        if not (self.folder / name).is_file():
+            raise Refusal(f"there is no {self.folder / name}; {hint}")
