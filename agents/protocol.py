@@ -113,9 +113,9 @@ class AgentContext:
     Attributes:
         seed: of the agent's own generator, at least 0.
         budget: evaluations it may ask for, at least 0.
-        looks: sets of data of equal size that a schedule can be measured on, at least 1.
+        shards: sets of data of equal size that a schedule can be measured on, at least 1.
         compression_weight: what the reward adds per unit of 1 − kept fraction, so that quality can be told from it.
-        subject: identity of the model that schedules are for; goes into saved policies.
+        model: identity of the model that schedules are for; goes into saved policies.
         policy: what to start from in the place of the closed form; of the same agent, steps, ladder and subject, at
             any target.
     """
@@ -143,8 +143,8 @@ class Proposal:
 
     Attributes:
         actions: what led to it; None where it did not come from an episode.
-        look: which set of data it is measured on, 0 to looks − 1, counted from one that its digest picks. A second look
-            at a schedule is a second evaluation: on other data, and paid for.
+        repeat: how often this schedule was measured before, 0 to shards − 1. Each repeat reads the next shard of the
+            search data, counted from the one that the schedule's digest picks, and is paid for as an evaluation.
         probe: if given, the agent is told slopes too (`SlopeAgent`): by site, what the KL does to first order when the
             site alone takes its choice in this schedule.
     """

@@ -41,7 +41,7 @@ class FactorCache:
 
     Args:
         root: a folder, made when first needed; None keeps nothing on disk.
-        tell: hears of damaged files; left out, they are Python warnings.
+        warn: hears of damaged files; left out, they are Python warnings.
     """
 
     def __init__(self, root: Path | None, warn: Callable[[str], None] = warnings.warn) -> None:

@@ -28,7 +28,7 @@ def clearly_worse(partial: Quality, rival: Quality, checks: int, level: float = 
     Args:
         partial: figures of the sequences seen so far, no tokens for the others.
         rival: figures of all sequences.
-        looks: how often this is asked at most in one measurement, at least 1.
+        checks: how often this is asked at most in one measurement, at least 1.
         level: 0 < level < 1.
 
     Raises:

@@ -121,7 +121,7 @@ class ModelEvaluator:
         """One score per schedule, in order. An evaluation that raises is a failed score, never a number.
 
         Args:
-            look: at least 0; from the number of workloads on they repeat.
+            repeat: at least 0; from the number of workloads on they repeat.
             rival: a full score of this evaluator. A schedule that lands on the same workload stops as soon as it is
                 clearly worse, see `search.evaluation.early_stopping.clearly_worse`; one that lands on another is
                 measured in full.

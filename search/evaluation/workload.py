@@ -111,7 +111,7 @@ class Workload:
         """Take `model` as the dense reference and return its own quality (kl 0).
 
         Args:
-            through: as for `measure`.
+            run_forward: as for `measure`.
 
         Raises:
             ValueError: its logits are not finite.
@@ -128,8 +128,8 @@ class Workload:
         """Quality of `model` against the reference. Call `reference` first.
 
         Args:
-            through: makes the forward pass of a batch, given something that stands for its inputs and the pass itself.
-            hopeless: asked after every batch but the last, with the figures of the sequences so far and how often it
+            run_forward: makes the forward pass of a batch, given something that stands for its inputs and the pass itself.
+            should_stop: asked after every batch but the last, with the figures of the sequences so far and how often it
                 may be asked. When it says yes, those figures are the result, in state "raced".
         """
         return self._pass(model, run_forward, should_stop=should_stop)

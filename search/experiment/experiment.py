@@ -87,7 +87,7 @@ class Experiment:
         """Read and divide the data for a loaded model; nothing is computed yet.
 
         Args:
-            tell: hears of damaged files in the cache.
+            warn: hears of damaged files in the cache.
 
         Raises:
             ValueError, DataUnavailable: as `search.data.splits.build_splits`.

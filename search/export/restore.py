@@ -35,7 +35,7 @@ class RestoredRun:
     """A run's compressed model.
 
     Attributes:
-        subject: with the compressed model in place of the dense one.
+        experiment: with the compressed model in place of the dense one.
         schedule: the run's result.
         state: the row of the run's table that this model is, one of `STATES`.
         prior: of the run.

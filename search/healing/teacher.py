@@ -29,7 +29,7 @@ class Teacher:
 
     Args:
         dense: gives the targets.
-        told_apart: how many of its likeliest tokens are; None takes the text's own next tokens instead.
+        top_tokens: how many of its likeliest tokens are; None takes the text's own next tokens instead.
         hidden: whether its last hidden states are wanted too.
         keep: keep targets of rows for when they are met again, as far as there is room for them.
         seed: of the order.

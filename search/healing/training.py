@@ -95,7 +95,7 @@ def heal_(
             measurements found it, which at worst is as it began.
         folder: for checkpoints; healing goes on from the newest one there. None keeps none.
         stage: told of learned tokens.
-        tell: remarks.
+        warn: remarks.
         drawn: receives the curves of it.
 
     Raises:

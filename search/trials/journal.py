@@ -57,7 +57,7 @@ class Record:
         state: "ok", "nonfinite" or "failed".
         reason: why, unless "ok".
         seconds: wall time of the evaluation.
-        look: which set of data the schedule was measured on, see `agents.Proposal`.
+        repeat: which set of data the schedule was measured on, see `agents.Proposal`.
         slopes: by site, where the agent asked for them; else None.
         asked: how often the agent had been asked when it was told of this one.
     """
