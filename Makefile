@@ -13,7 +13,7 @@ PYTHON ?=
 INPUTS := pyproject.toml constraints.txt
 BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage
 
-.PHONY: help setup setup-dev search test check bench format clean
+.PHONY: help setup setup-dev search test check docs bench format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m mypy
 	@$(BIN)/lint-imports
+
+docs: $(VENV)/.dev-stamp  ## docs/cli.md from the parsers, and a site in build/site with API pages, its links checked
+	@$(BIN)/python docs/build.py && echo "open build/site/README.html or build/site/index.html"
 
 bench: $(VENV)/.bench-stamp  ## every benchmark in its quick form, a few minutes each; make bench ARGS= for the full ones
 	@for name in $(BENCHMARKS); do \

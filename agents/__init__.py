@@ -1,4 +1,4 @@
-"""Who proposes: agents that ask for schedules to be evaluated and are told rewards."""
+"""The agents: they propose schedules to evaluate and learn from the rewards."""
 
 from agents.bandit import Bandit, BanditSettings
 from agents.baselines import Knapsack, Lagrangian, Uniform

@@ -1,19 +1,20 @@
-"""Bandit: every group of sites is a bandit, its levels the arms, and all are pulled at once.
+"""Thompson sampling: treats every group of sites as a bandit with its levels as arms, and pulls all at once.
 
-The reward is a linear model of the arms pulled,
+The reward is modelled as linear in the arms pulled,
 
     R(actions)  =  a + b·Σ_g forecast_g(actions) + Σ_g e_g(level of g) + noise,
 
-with what the task predicts as prior mean and an effect e_g per group and level. A priori a and b are wide, and e_g is a
-line through the closed form plus a random walk away from it, so that neighbouring levels learn from each other:
+where forecast_g is the problem's predicted cost and e_g an effect per group and level. The priors of a and b are wide.
+The prior of e_g is a random line through the closed form plus a random walk away from it, so that neighbouring levels
+learn from each other:
 
     cov(e_g(l), e_g(l'))  =  θ·(o_l·o_l' + roughness·min(|o_l|, |o_l'|)·[same side]),    o the offsets of the ladder.
 
-θ and the noise have the highest marginal likelihood on a grid. Thompson sampling (Thompson 1933; for linear bandits
-Agrawal & Goyal 2013) draws all effects from the posterior, by conditioning a draw from the prior (Matheron's rule), and
-proposes the episode that is best under the draw. The first batch is the closed form and neighbours at random.
+θ and the noise are the grid point of highest marginal likelihood. Thompson sampling (Thompson 1933; for linear bandits
+Agrawal & Goyal 2013) draws all effects from the posterior by conditioning a draw from the prior (Matheron's rule) and
+proposes the episode that is best under the draw. The first batch is the closed form and random neighbours of it.
 
-Knows nothing of how groups interact beyond the forecast, and takes one look at a schedule.
+The agent models no interaction of groups beyond the forecast and measures every schedule once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from agents.surrogate import without_outliers
 
 __all__ = ["Bandit", "BanditSettings"]
 
-_TRIES = 30  # rounds of proposals without a new schedule; then the neighbourhood counts as exhausted
+_TRIES = 30  # rounds of draws to fill a batch; if they yield nothing new, the neighbourhood counts as exhausted
 
 Floats = NDArray[np.float64]
 Levels = NDArray[np.int64]
@@ -38,16 +39,17 @@ Levels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BanditSettings:
-    """What can be tuned.
+    """Settings of the bandit.
 
-    On four synthetic tasks of 37 steps with 4 % noise the recommendation after 200 evaluations is truly 12 % below the
-    closed form, with half the exploration 10 %: less than the tasks differ by. The others were not varied.
+    On four synthetic problems of 37 steps with 4 % noise, the true cost of the recommendation after 200 evaluations is
+    12 % below that of the closed form, and 10 % with half the exploration; the problems differ by more than that. The
+    other settings were not varied.
     """
 
     batch: int = 10  # proposals between two updates of the posterior
     start: float = 1.5  # standard deviation of the first batch around the closed form, in levels
-    roughness: float = 0.1  # variance of the random walk against that of the line, at offset 1
-    exploration: float = 0.5  # how far a draw goes from the posterior mean, 1 being Thompson's
+    roughness: float = 0.1  # variance of the random walk at offset 1, relative to that of the line
+    exploration: float = 0.5  # scale of a draw around the posterior mean; 1 is Thompson sampling
 
 
 class Bandit(BatchAgent):
@@ -67,7 +69,7 @@ class Bandit(BatchAgent):
         self._root = vectors * np.sqrt(np.maximum(values, 0.0))
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. The best episode under the posterior mean, then the trials by that mean."""
+        """See `agents.Agent`. Puts the best episode under the posterior mean first, then the trials by that mean."""
         levels, rewards = self.trials
         if len(rewards) < 3:
             return self._ledger.best(count)
@@ -96,7 +98,7 @@ class Bandit(BatchAgent):
                 self._enter(self._proposal(row))
 
     def _fit(self, levels: Levels, rewards: Floats) -> None:
-        """Condition on all trials; kernels are in units of the trials' own spread."""
+        """Conditions the model on all trials; kernels are in units of the trials' own spread."""
         rewards = without_outliers(rewards)
         self._seen = levels
         self._centre, self._spread = float(rewards.mean()), float(rewards.std()) + 1e-12
@@ -115,7 +117,10 @@ class Bandit(BatchAgent):
                 self._inverse = (vectors / values) @ vectors.T
 
     def _posterior(self, draws: int) -> tuple[Floats, Floats]:
-        """b, (n,), and all effects, (n, steps, levels): n draws, or for 0 draws the mean, in units of the spread."""
+        """Draws b, (n,), and all effects, (n, steps, levels), from the posterior, in units of the trials' spread.
+
+        With `draws` 0, returns the posterior mean with n = 1.
+        """
         steps, count = self._problem.steps, len(self._seen)
         shape = max(1, draws)
         normal = self._generator.standard_normal
@@ -135,7 +140,7 @@ class Bandit(BatchAgent):
         return slope, effects
 
     def _values(self, actions: Levels, slope: Floats, effects: Floats) -> Floats:
-        """Of episodes (n, steps), each under its own draw or all under the only one, less a constant, (n,)."""
+        """Rewards of episodes (n, steps) up to a constant, (n,), each under its own draw or all under the only draw."""
         rows = np.arange(len(actions)) % len(effects)
         forecast = self._problem.forecast(actions).sum(axis=1) - self._origin
         own = effects[rows[:, None], np.arange(self._problem.steps), actions].sum(axis=1)
@@ -143,7 +148,7 @@ class Bandit(BatchAgent):
         return values
 
     def _best(self, slope: Floats, effects: Floats, sweeps: int = 1) -> Levels:
-        """The best episode under every draw, (n, steps): from the closed form, one group after the other."""
+        """Optimizes an episode under every draw, (n, steps), one group after the other from the closed form."""
         at = np.full((len(effects), self._problem.steps), self._problem.middle)
         for _ in range(sweeps):
             for step in self._generator.permutation(self._problem.steps):

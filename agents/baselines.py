@@ -1,4 +1,4 @@
-"""Fixed: agents that propose one schedule known beforehand. No evaluation guides them."""
+"""Baseline agents that each propose one schedule computed without any evaluation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Fixed", "Knapsack", "Lagrangian", "Uniform"]
 
 
 class Fixed:
-    """Proposes one schedule once and has finished."""
+    """Proposes one given schedule once and then finishes."""
 
     name = "fixed"
 
     def __init__(self, proposal: Proposal, context: AgentContext) -> None:
-        """A budget of 0 proposes nothing."""
+        """With a budget of 0 the agent proposes nothing."""
         self._proposal = proposal
         self._ledger = Ledger(context)
 
@@ -26,7 +26,7 @@ class Fixed:
         return [self._proposal] if self._ledger.left and self._ledger.add(self._proposal) else []
 
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """Nothing is learned."""
+        """See `agents.Agent`. The agent learns nothing."""
         self._ledger.close(proposals, rewards)
 
     def recommend(self, count: int) -> list[Proposal]:
@@ -35,7 +35,7 @@ class Fixed:
 
 
 class Lagrangian(Fixed):
-    """The closed-form allocation of least predicted cost."""
+    """Proposes the closed form, the Lagrangian allocation by predicted cost."""
 
     name = "lagrangian"
 
@@ -44,11 +44,12 @@ class Lagrangian(Fixed):
 
 
 class Knapsack(Fixed):
-    """The allocation of least predicted cost, exactly.
+    """Proposes the allocation of least predicted cost, found exactly.
 
-    `Lagrangian` buys edges of the convex hulls of the sites' costs, best gain per parameter first, and fills up with
-    what still fits; this also takes options above a hull, and spends the last parameters as well as can be. On costs
-    that are convex, or nearly, the two differ by a few steps of χ; both trust the predicted costs.
+    `Lagrangian` follows the convex hulls of the sites' costs, best gain per parameter first, and then spends the
+    remaining parameters on options that still fit. `Knapsack` also considers options above a hull and spends the last
+    parameters optimally. If the costs are convex or nearly so, the two differ by a few steps of χ. Both trust the
+    predicted costs.
     """
 
     name = "knapsack"
@@ -58,7 +59,7 @@ class Knapsack(Fixed):
 
 
 class Uniform(Fixed):
-    """The same kept fraction at every site."""
+    """Proposes the schedule with the same kept fraction at every site."""
 
     name = "uniform"
 

@@ -1,6 +1,6 @@
-"""Batched: what agents share that plan several proposals at once and learn between plans.
+"""Base class of the agents that plan proposals in batches and learn between batches.
 
-Knows the ask/tell contract, and what was told of every schedule; not how proposals come about.
+Knows the ask/tell contract and the rewards of every schedule; does not know how proposals are chosen.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ Levels = NDArray[np.int64]
 
 @dataclass
 class Record:
-    """What is known of one schedule: the levels that led to it, and the reward of every look told so far."""
+    """The levels of the first episode that led to a schedule, and the rewards of its evaluations so far."""
 
     levels: tuple[int, ...]
     rewards: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
-        """Mean reward; −inf before the first, or where a look failed."""
+        """Mean reward; −inf before the first reward or if an evaluation failed."""
         mean = float(np.mean(self.rewards)) if self.rewards else -np.inf
         return mean if np.isfinite(mean) else -np.inf
 
 
 class BatchAgent(ABC):
-    """Gives at most the rest of a batch; the next one is planned from what is told by then.
+    """Hands out one batch at a time and plans the next batch from the rewards known by then.
 
-    Asked for more before all of a batch is told, it does not wait: then the next batch is planned without what is under
-    way, which counts from the batch after it on. So with n evaluators a batch lacks at most n − 1 rewards of earlier
-    ones. A subclass fills a batch in `_plan`, by `_enter`. A batch that stays empty with nothing under way ends the
-    search.
+    `ask` returns at most the rest of the current batch. It does not wait for missing rewards: if it is called before
+    the whole batch has its rewards, the next batch is planned without the missing ones, which count from the batch
+    after that. With n evaluators, a batch is therefore planned without at most n − 1 rewards of earlier batches. A
+    subclass implements `_plan` and fills the batch with `_enter`. If the batch stays empty and no reward is
+    outstanding, the agent has finished.
     """
 
     name: str
 
     def __init__(self, problem: ProblemLike, context: AgentContext) -> None:
-        """Nothing proposed yet."""
+        """Starts without proposals."""
         self.records: dict[str, Record] = {}
         self._problem = problem
         self._context = context
@@ -65,7 +66,7 @@ class BatchAgent(ABC):
         return given
 
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """See `agents.Agent`. Learning waits for the next batch."""
+        """See `agents.Agent`. The agent learns from the rewards when it plans the next batch."""
         self._ledger.close(proposals, rewards)
         for proposal, reward in zip(proposals, rewards, strict=True):
             assert proposal.actions is not None
@@ -73,18 +74,18 @@ class BatchAgent(ABC):
             record.rewards.append(float(reward))
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. By mean reward."""
+        """See `agents.Agent`. Ranks schedules by mean reward."""
         return self._ledger.best(count)
 
     @property
     def trials(self) -> tuple[Levels, NDArray[np.float64]]:
-        """Levels (n, steps) and reward (n,) of every look told, schedule by schedule."""
+        """Levels (n, steps) and reward (n,) of every evaluation with a reward, grouped by schedule."""
         pairs = [(record.levels, reward) for record in self.records.values() for reward in record.rewards]
         levels = np.array([levels for levels, _ in pairs], dtype=np.int64).reshape(-1, self._problem.steps)
         return levels, np.array([reward for _, reward in pairs], dtype=np.float64)
 
     def record(self, proposal: Proposal) -> Record:
-        """What is known of a proposal's schedule."""
+        """The record of a proposal's schedule; empty before the first reward."""
         return self.records.get(proposal.schedule.digest, Record(proposal.actions or ()))
 
     @abstractmethod
@@ -96,19 +97,19 @@ class BatchAgent(ABC):
         return Proposal(self._problem.schedule(actions), actions)
 
     def _enter(self, proposal: Proposal) -> bool:
-        """Add to the batch unless the budget is spent or the look was proposed before; whether it was added."""
+        """Adds a proposal to the batch; returns False if the budget is spent or the ledger refuses it."""
         entered = self._ledger.left > 0 and self._ledger.add(proposal)
         if entered:
             self._planned.append(proposal)
         return entered
 
     def _believed(self, value: Callable[[Levels], NDArray[np.float64]]) -> Levels:
-        """Different episodes told so far, (n, steps), those of the highest value first."""
+        """The distinct episodes with a reward, (n, steps), sorted by `value`, highest first."""
         levels = np.unique(self.trials[0], axis=0)
         return levels[np.argsort(-value(levels), kind="stable")]
 
     def _distinct(self, rows: Levels, count: int) -> list[Proposal]:
-        """Proposals of the first `count` different schedules among episodes (n, steps)."""
+        """Proposals for the first `count` different schedules among the episodes `rows`, (n, steps)."""
         found: dict[str, Proposal] = {}
         for levels in rows:
             if len(found) < count:

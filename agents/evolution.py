@@ -1,20 +1,22 @@
-"""Evolution: elitist search by level switches, with offspring measured in stages. The whole algorithm, top to bottom.
+"""Elitist evolutionary search by level switches that measures offspring in stages. Contains the whole algorithm.
 
-One parent, at first the closed form. A generation is `offspring` neighbours of the parent, each a few switches away: a
-step's level up, another's down, projected exactly onto the target (Sieberling et al. 2024, EvoPress, §3). All of them
-get look 0, the best `survivors` of them look 1, the best of those look 2, and so on for as many looks as there are. The
-parent gets every look that its challengers get. With one look this is a plain elitist (1 + λ).
+There is one parent, at first the closed form. A generation consists of `offspring` neighbours of the parent, each a few
+switches away: a switch raises one step's level and lowers another's, and the result is projected exactly onto the
+target (Sieberling et al. 2024, EvoPress, §3). Every offspring is measured with repeat 0, the best `survivors` of them
+with repeat 1, the best of those with repeat 2, and so on, up to the number of shards. The parent is measured with every
+repeat that its offspring get. With one shard this is a plain elitist (1 + λ) strategy.
 
-Looks are on different data, so their mean has a standard error. The spread σ of a single look is estimated from all
-schedules looked at more than once (1.48 times the median deviation from their own means), and the parent is replaced
-only by an offspring with as many looks whose mean is higher by more than `caution`·σ·√(2 / looks).
+Repeats use different shards, so the mean reward of a schedule has a standard error. The spread σ of a single
+measurement is estimated from all schedules measured more than once (1.48 times the median deviation from their own
+means). An offspring replaces the parent only if it has as many measurements and its mean is higher by more than
+`caution`·σ·√(2 / measurements).
 
-Asked for more while looks of a generation are not told yet, it breeds another one from the parent of the moment, so
-generations overlap where there are many evaluators. Each goes on to its next stage, and in the end meets whatever
-parent there is by then, when all its own looks are told.
+If the agent is asked for more while rewards of a generation are outstanding, it breeds another generation from the
+current parent, so with many evaluators generations overlap. Each generation proceeds to its next stage when all its
+rewards have arrived, and after its last stage is compared with the parent of that moment.
 
-After some trials offspring are not taken as they come: each is climbed to, from the parent, on the mean of a surrogate
-of all trials plus a random share of its uncertainty (`agents.surrogate`).
+After `screened` trials, offspring are no longer taken at random: each is found by climbing from the parent on the mean
+of a surrogate of the trials plus a random multiple of its standard deviation (`agents.surrogate`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from agents.surrogate import Surrogate, without_outliers
 
 __all__ = ["Evolution", "EvolutionSettings"]
 
-_TRIES = 50  # rounds of offspring without a new schedule; then the space counts as exhausted
+_TRIES = 50  # rounds of breeding to fill a generation; if they yield nothing new, the space counts as exhausted
 
 Floats = NDArray[np.float64]
 Levels = NDArray[np.int64]
@@ -40,29 +42,29 @@ Levels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class EvolutionSettings:
-    """What can be tuned.
+    """Settings of the evolution.
 
-    Set on four synthetic tasks of 37 steps with 4 % noise, 200 evaluations, by how far the recommendation is truly
-    below the closed form: without the surrogate 3 %, with it 9 %; 10 % without caution, 11 % with the longer climb.
-    The standard error over tasks is 1 to 2 %, so only the surrogate is beyond doubt; staged looks and single ones
-    could not be told apart.
+    The defaults were chosen on four synthetic problems of 37 steps with 4 % noise and 200 evaluations, by how far the
+    true cost of the recommendation lies below that of the closed form: 3 % without the surrogate, 9 % with it; 10 %
+    without caution, 11 % with the longer climb. The standard error over problems is 1 to 2 %, so only the gain from the
+    surrogate is certain. Staged and single measurements could not be told apart.
     """
 
-    offspring: int = 8  # of a generation
-    survivors: tuple[int, ...] = (2, 1)  # how many of them get look 1, look 2, and so on
-    switches: int = 3  # most level switches between parent and offspring
-    reach: int = 2  # most levels that one switch moves a step
+    offspring: int = 8  # offspring per generation
+    survivors: tuple[int, ...] = (2, 1)  # how many of them are measured with repeat 1, repeat 2, and so on
+    switches: int = 3  # largest number of level switches between parent and offspring
+    reach: int = 2  # largest number of levels by which one switch moves a step
     caution: float = 0.0  # standard errors by which an offspring must be better
     screened: int = 20  # trials after which the surrogate chooses offspring; a number above the budget turns it off
-    rounds: int = 25  # times the surrogate chooses on the way to an offspring
-    children: int = 24  # neighbours that it chooses from each time
-    optimism: float = 1.0  # standard deviations of the surrogate that an offspring may hope for, drawn at random
-    memory: int = 400  # the surrogate chooses by this many latest trials
+    rounds: int = 25  # rounds of climbing on the surrogate for each offspring
+    children: int = 24  # neighbours to choose from in each round
+    optimism: float = 1.0  # scale of the random multiple of the surrogate's standard deviation added to its mean
+    memory: int = 400  # number of latest trials that the surrogate is fitted to
 
 
 @dataclass
 class _Generation:
-    """Offspring that are compared with one another, and the looks they wait for."""
+    """Offspring that are compared with one another, and the proposals whose rewards they wait for."""
 
     members: list[Proposal]
     awaited: list[Proposal]
@@ -82,7 +84,7 @@ class Evolution(BatchAgent):
         self._generations: list[_Generation] = []
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. The trials of which the surrogate expects most."""
+        """See `agents.Agent`. Ranks the trials by the reward that the surrogate predicts."""
         levels, rewards = self.trials
         if len(rewards) < 3:
             return self._ledger.best(count)
@@ -92,7 +94,7 @@ class Evolution(BatchAgent):
         return self._distinct(self._believed(self.surrogate), count)
 
     def _plan(self) -> None:
-        """The next stage of the first generation that is told, or a new generation."""
+        """Plans the next stage of the first generation whose rewards have all arrived, or else a new generation."""
         for generation in list(self._generations):
             if any(map(self._ledger.is_open, generation.awaited)):
                 continue
@@ -103,7 +105,7 @@ class Evolution(BatchAgent):
         self._reproduce()
 
     def _promote(self, generation: _Generation) -> bool:
-        """Enter the next look at the best of a generation, and at the parent; False after the last stage."""
+        """Enters the next repeat of a generation's best and of the parent; returns False after the last stage."""
         stages = self.settings.survivors[: self._context.shards - 1]
         while generation.members and generation.stage < len(stages):
             ranked = sorted(generation.members, key=lambda proposal: -self.record(proposal).mean)
@@ -117,7 +119,7 @@ class Evolution(BatchAgent):
         return False
 
     def _challenge(self, members: Sequence[Proposal]) -> None:
-        """The best of a generation meets the parent."""
+        """Replaces the parent by the best of the members if it is better, see the module."""
         parent = self.record(self.parent)
         for proposal in members:
             record = self.record(proposal)
@@ -127,7 +129,7 @@ class Evolution(BatchAgent):
                 self.parent, parent = proposal, record
 
     def _noise(self) -> float:
-        """Standard deviation of one look; 0 while nothing is known."""
+        """Standard deviation of a single measurement; 0 while no schedule was measured twice."""
         apart = [
             np.abs(np.array(record.rewards) - record.mean) * np.sqrt(len(record.rewards) / (len(record.rewards) - 1))
             for record in self.records.values()
@@ -136,7 +138,7 @@ class Evolution(BatchAgent):
         return 1.4826 * float(np.median(np.concatenate(apart))) if apart else 0.0
 
     def _reproduce(self) -> None:
-        """A new generation; offspring proposed before are made again, ever further away."""
+        """Breeds a new generation; offspring proposed before are replaced by others that are further away."""
         members: list[Proposal] = []
         self._enter(self.parent)
         for attempt in range(_TRIES):

@@ -1,28 +1,29 @@
-"""Gradient: prices follow what a backward pass says that parameters are worth. The whole algorithm, top to bottom.
+"""Adjusts the weights of the closed form until measured gains per parameter agree. Contains the whole algorithm.
 
-The closed form is where predicted gains per parameter are equal over all sites. The true KL is stationary on the budget
-surface where the measured ones are. Every schedule on the way is a relaxed choice from the menus: a site's mask over
-its directions opens a little further, and the slope of the measured KL along that opening is compared with the
-predicted one, for all sites from one backward pass. As in learned masks (Xv et al. 2025, ARA) a site may stay dense;
-unlike there no mask is trained at a penalty, because the projection keeps the budget.
+In the closed form, predicted gains per parameter are equal over all sites. The true KL is stationary at fixed size
+where the measured gains per parameter are equal. In every iteration, each site's mask over its singular directions is
+opened a little further, and the slope of the measured KL along that opening is compared with the predicted slope; one
+backward pass gives the slopes of all sites. As with learned masks (Xv et al. 2025, ARA), a site may stay dense; unlike
+there, no mask is trained with a penalty, because the projection keeps the size exact.
 
-With θ the log weights of the steps, w = exp(membership·θ + δ) those of the sites, m measured and p predicted gains:
+Let θ be the log weights of the steps, w = exp(membership·θ + δ) the weights of the sites, m the measured and p the
+predicted gains. Then
 
     θ ← θ + ρ_k·clip(log r),    r_t = Σ_{s in t} m_s / (c·Σ_{s in t} w_s p_s),    c = Σ m / Σ w p,
 
-summed over the last iterations with weights that decay, since one set of data is noisy. ρ_k falls like 1 / (1 + k / τ).
-Where r = 1 at all steps nothing moves.
+where sums run over past iterations with decaying weights, since one shard is noisy, and ρ_k ∝ 1 / (1 + k / τ). If r = 1
+at all steps, nothing moves.
 
-Single sites depart from what their steps say. δ holds that, shrunk by how far one iteration contradicts another: with
-e_s the mean over iterations of m_s / (c·exp(membership·θ)_s·p_s) − 1, and n_s its squared standard error,
+δ lets single sites deviate from their steps. It is shrunk by how much the iterations disagree: with e_s the mean over
+iterations of m_s / (c·exp(membership·θ)_s·p_s) − 1, and n_s its squared standard error,
 
     δ ← δ + ρ_k·(clip(log(1 + e_s·σ² / (σ² + n_s))) − δ).
 
-What is recommended is the mean of θ and δ over the second half of the iterations (Polyak & Juditsky 1992), the last of
-them, and the trials of highest reward.
+The agent recommends the schedule of the mean θ and δ over the second half of the iterations (Polyak & Juditsky 1992),
+then that of the last θ and δ, then the trials of highest reward.
 
-Slopes are of the KL alone, whatever else the reward holds. Nothing is drawn: the seed says on
-which set of data the first iteration is.
+Slopes are of the KL alone, whatever other terms the reward has. The agent draws no random numbers: the seed only sets
+the `repeat`, and thereby the shard, of the first iteration.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ from agents.protocol import AgentContext, ProblemLike, Proposal
 
 __all__ = ["Gradient", "GradientSettings"]
 
-_TRIES = 30  # moves without another schedule; then it stands still
+_TRIES = 30  # moves in a row that lead to no new proposal; then the agent has finished
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """What can be tuned."""
+    """Settings of the iteration."""
 
     rate: float = 0.4  # ρ at the start
     slowing: float = 6.0  # τ, iterations
-    memory: float = 0.7  # weight of the gains of an iteration in the next one's sums
-    clip: float = 5.0  # largest r, and 1 over the smallest
+    memory: float = 0.7  # factor by which the sums of gains decay per iteration
+    clip: float = 5.0  # r is clipped to [1 / clip, clip]
     reach: float = 2.5  # largest |θ|, in log price
-    spread: float = 0.5  # σ, of the ratios of a step's sites around the step's
-    patience: float = 0.95  # weight of an iteration in the next one's means over iterations
+    spread: float = 0.5  # σ, the spread of the sites' ratios around the ratio of their step
+    patience: float = 0.95  # factor by which an iteration's weight in e_s decays per iteration
 
 
 class Gradient:
@@ -70,12 +71,12 @@ class Gradient:
         self._delta: Floats = np.zeros(len(problem.membership))
         self._passed: list[tuple[Floats, Floats]] = []  # θ and δ of every iteration
         self._gains: Floats = np.zeros((2, len(problem.membership)))  # measured, predicted
-        self._history: list[Floats] = []  # the same of single iterations
-        self._known: dict[str, list[Floats]] = {}  # the same of every look, by schedule
+        self._history: list[Floats] = []  # the gains of single iterations
+        self._known: dict[str, list[Floats]] = {}  # the gains of every evaluation, by the schedule's digest
         self._open: Proposal | None = None
 
     def ask(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. One at a time: the next one needs the slopes of this one."""
+        """See `agents.Agent`. Makes one proposal at a time, since the next one needs the slopes of this one."""
         self._ledger.check(count)
         if self._open is not None:
             return []
@@ -86,11 +87,11 @@ class Gradient:
                 turn = self._context.seed + len(self._passed) + repeat
                 proposal = Proposal(schedule, None, turn % self._context.shards, probe)
                 if proposal.cost > self._ledger.left:
-                    proposal = replace(proposal, probe=None)  # what is left does not pay for slopes
+                    proposal = replace(proposal, probe=None)  # the rest of the budget does not pay for slopes
                 if self._ledger.add(proposal):
                     self._open = proposal
                     return [proposal]
-            # θ has moved too little to be another schedule, and all data have been looked at: move on by what is known.
+            # θ has moved too little to give another schedule, which was measured on all shards: reuse its known gains.
             self._move(schedule.digest)
         return []
 
@@ -126,12 +127,12 @@ class Gradient:
 
     @property
     def residuals(self) -> Floats:
-        """The same of δ, (sites,)."""
+        """Mean of δ over the second half of the iterations, (sites,); 0 before the first."""
         return self._late(1)
 
     @property
     def settled(self) -> bool:
-        """Whether everything proposed is told."""
+        """Whether all proposals have their rewards."""
         return self._open is None
 
     def _late(self, which: int) -> Floats:
@@ -140,7 +141,7 @@ class Gradient:
         return mean
 
     def _move(self, digest: str) -> None:
-        """One iteration, with what is known of a schedule."""
+        """Makes one iteration with the known gains of the schedule with this digest, if there are any."""
         if known := self._known.get(digest):
             gains = np.mean(known, axis=0)
             self._gains = self.settings.memory * self._gains + gains
@@ -152,7 +153,7 @@ class Gradient:
         return self.settings.rate / (1 + (len(self._passed) - 1) / self.settings.slowing)
 
     def _moved(self) -> Floats:
-        """The next θ."""
+        """Returns the next θ, (steps,)."""
         settings, membership = self.settings, self._problem.membership
         measured, predicted = self._gains
         expected = membership.T @ (predicted * np.exp(membership @ self._theta + self._delta))
@@ -167,7 +168,7 @@ class Gradient:
         return moved
 
     def _departed(self) -> Floats:
-        """The next δ; one iteration alone says nothing of its own noise."""
+        """Returns the next δ, (sites,); unchanged before the second iteration, since one does not show its noise."""
         settings, count = self.settings, len(self._history)
         if count < 2:
             return self._delta
@@ -182,7 +183,8 @@ class Gradient:
         known = expected > 1e-9 * gained
         ratios = np.where(known, measured / np.where(known, expected, 1.0), 1.0)
         mean = (weights * ratios).sum(axis=0)
-        # Of a weighted mean, with the variance that the same weights estimate (Kish's effective count).
+        # Squared standard error of a weighted mean, its variance estimated with the same weights (Kish's effective
+        # sample size).
         share = float((weights**2).sum())
         noise = (weights * (ratios - mean) ** 2).sum(axis=0) * share / (1 - share)
         shrunk = 1 + (mean - 1) * settings.spread**2 / (settings.spread**2 + noise)

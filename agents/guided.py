@@ -1,11 +1,12 @@
-"""Guided: the gradient agent first, then another agent around what it found. `guided` goes on with REINFORCE.
+"""Runs the gradient agent first and then a second agent around its result; `guided` uses REINFORCE as the second.
 
-Slopes say within a few evaluations how far the predicted worth of parameters is off, to first order and for the KL
-alone. What they leave, a search by rewards may find: interactions at a distance, the other terms of the reward, groups
-kept dense. So a share of the budget goes to `agents.gradient`. The rest goes to an agent whose problem has that outcome
-instead of the closed form (`ProblemLike.around`); its episodes are offsets to it. `agents.portfolio` adds more agents.
+Within a few evaluations, slopes show how far the predicted gains per parameter are off, but only to first order and for
+the KL alone. A search by rewards can find what slopes miss: effects of large steps, the other terms of the reward, and
+groups that should stay dense. The gradient agent therefore gets a share of the budget. The second agent, the follower,
+gets the rest: its problem starts at the gradient agent's result instead of the closed form (`ProblemLike.around`), and
+its episodes are offsets from there. `agents.portfolio` uses several agents as the follower.
 
-Knows the gradient agent; the other one by its protocol only.
+Knows the gradient agent; knows the follower only by its protocol.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Follower = Callable[[ProblemLike, AgentContext], Agent]
 class GuidedSettings:
     """What can be tuned."""
 
-    lead: float = 0.5  # share of the budget that the gradient agent gets; it gains little after 100 evaluations
-    follower: Follower = Reinforce  # makes the agent that gets the rest; it must propose episodes
+    lead: float = 0.5  # share of the budget for the gradient agent, which gains little after 100 evaluations
+    follower: Follower = Reinforce  # makes the agent that gets the rest of the budget; it must propose episodes
     name: str = "guided"
 
 
@@ -43,7 +44,7 @@ class Guided:
         lead = min(context.budget, SLOPES_COST * round(self.settings.lead * context.budget / SLOPES_COST))
         self._lead = Gradient(problem, replace(context, budget=lead))
         self._follower: Agent | None = None
-        self._given: dict[tuple[str, int], Proposal] = {}  # the follower's own proposals, not told yet
+        self._given: dict[tuple[str, int], Proposal] = {}  # the follower's proposals that have no reward yet
         self._rewards: dict[tuple[str, int], float] = {}
 
     @property
@@ -66,7 +67,7 @@ class Guided:
         while batch := self._follower.ask(min(count, self._ledger.left)):
             fresh = [proposal for proposal in batch if self._ledger.add(proposal)]
             self._given |= {_key(proposal): proposal for proposal in fresh}
-            for proposal in batch:  # a look that the lead has had is known
+            for proposal in batch:  # the lead's evaluations need not be repeated
                 if _key(proposal) not in self._given:
                     self._follower.tell([proposal], [self._rewards[_key(proposal)]])
             if fresh:
@@ -88,7 +89,7 @@ class Guided:
                 self._follower.tell([self._given.pop(_key(proposal))], [reward])
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. The follower's, and among them what the lead believed best."""
+        """See `agents.Agent`. Puts the gradient agent's best schedule third, after the follower's two best."""
         best = self._lead.recommend(1)
         follower = self._follower.recommend(count) if self._follower and self._rewards else []
         order = [*follower[:2], *best, *follower[2:]]
@@ -97,7 +98,7 @@ class Guided:
 
     def _follow(self) -> None:
         around = self._problem.around(self._lead.offsets, self._lead.residuals)
-        # What the lead has looked at costs the follower nothing.
+        # The lead's evaluations cost the follower nothing, so its budget is larger by their number.
         context = replace(self._context, budget=self._ledger.left + len(self._rewards))
         self._follower = self.settings.follower(around, context)
 

@@ -1,4 +1,4 @@
-"""Ledger: the bookkeeping all agents share. Which looks are proposed, which are told, and how many may follow."""
+"""Keeps the books of an agent: which measurements are proposed, which have a reward, and how much budget is left."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Counts evaluations against a budget and refuses what breaks the ask/tell contract."""
+    """Counts evaluations against a budget and refuses calls that break the ask/tell contract."""
 
     def __init__(self, context: AgentContext) -> None:
-        """Counts against `context.budget`."""
+        """Starts with the whole `context.budget` left."""
         self._context = context
         self._proposed: set[tuple[str, int]] = set()
         self._spent = 0
@@ -30,11 +30,11 @@ class Ledger:
 
     @property
     def waits(self) -> bool:
-        """Whether something proposed is not told yet."""
+        """Whether the reward of some proposal is not known yet."""
         return bool(self._open)
 
     def is_open(self, proposal: Proposal) -> bool:
-        """Whether this look was proposed and is not told yet."""
+        """Whether this proposal was made and its reward is not known yet."""
         return (proposal.schedule.digest, proposal.repeat) in self._open
 
     def check(self, count: int) -> None:
@@ -43,7 +43,7 @@ class Ledger:
             raise Refusal(f"count must be at least 1, got {count}")
 
     def add(self, proposal: Proposal) -> bool:
-        """Enter a proposal; False if this look at its schedule was proposed before, or there is no such look."""
+        """Enters a proposal; returns False if its schedule was proposed with this `repeat`, or `repeat` ≥ shards."""
         key = proposal.schedule.digest, proposal.repeat
         if key in self._proposed or not 0 <= proposal.repeat < self._context.shards:
             return False
@@ -53,20 +53,25 @@ class Ledger:
         return True
 
     def close(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """Mark proposals as told. Raises ValueError for what was not asked for, told before, or lacks a reward."""
+        """Records the rewards of proposals.
+
+        Raises:
+            ValueError: the numbers of proposals and rewards differ, or a proposal was never asked for or was already
+                told.
+        """
         if len(proposals) != len(rewards):
             raise Refusal(f"every proposal needs one reward, got {len(proposals)} and {len(rewards)}")
         for proposal, reward in zip(proposals, rewards, strict=True):
             digest = proposal.schedule.digest
             if (digest, proposal.repeat) not in self._open:
-                raise Refusal(f"schedule {digest[:12]} was not asked for, or told before")
+                raise Refusal(f"schedule {digest[:12]} was never asked for, or its reward was told before")
             self._open.remove((digest, proposal.repeat))
             self._told.setdefault(digest, (proposal, []))[1].append(float(reward))
 
     def best(self, count: int) -> list[Proposal]:
-        """The `count` schedules told with the highest mean reward, best first.
+        """The `count` schedules with the highest mean reward, best first.
 
-        Ties go to the earlier; a schedule with a failed look is left out.
+        The earlier schedule wins a tie; schedules with a failed evaluation are left out.
         """
         means = [(fmean(rewards), proposal) for proposal, rewards in self._told.values()]
         means = [pair for pair in means if not math.isnan(pair[0])]

@@ -1,7 +1,8 @@
-"""Switches: neighbours of an episode on the surface of equal size, and climbing from one to the next.
+"""Generates neighbours of an episode at about equal size by level switches, and climbs from neighbour to neighbour.
 
-A switch raises one step's level and lowers another's by as much (Sieberling et al. 2024, EvoPress, §3); the task's
-projection then meets the target exactly. Knows episodes and a function that values them, no schedule and no reward.
+A switch raises one step's level and lowers another's by the same number (Sieberling et al. 2024, EvoPress, §3); the
+problem's projection then meets the target exactly. Knows episodes and a function that values them; does not know
+schedules or rewards.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ Levels = NDArray[np.int64]
 
 
 def swapped(problem: ProblemLike, actions: Levels, most: int, reach: int, generator: np.random.Generator) -> Levels:
-    """Neighbours (n, steps) of episodes (n, steps): each after 1 to `most` switches, few being likelier than many.
+    """Returns one neighbour of each episode, (n, steps) -> (n, steps), after 1 to `most` random switches.
+
+    Small numbers of switches are likelier than large ones.
 
     Args:
-        reach: levels that one switch moves its two steps by at most, at least 1.
+        most: largest number of switches, at least 1.
+        reach: largest number of levels by which one switch moves its two steps, at least 1.
     """
     actions = actions.copy()
     count = generator.integers(1, most + 1, (len(actions), 2)).min(axis=1)
@@ -48,10 +52,14 @@ def climb(
     reach: int,
     generator: np.random.Generator,
 ) -> Levels:
-    """From every start (n, steps), the best of `children` neighbours or itself, `rounds` times over.
+    """Climbs from every start, (n, steps) -> (n, steps).
+
+    In each of `rounds` rounds, an episode is replaced by the best of `children` neighbours if that neighbour is better.
 
     Args:
-        value: of episodes (m, steps), given which start each one comes from, (m,) -> (m,).
+        value: value of each episode, (m, steps) and the index of the start it comes from, (m,) -> (m,).
+        most: see `swapped`.
+        reach: see `swapped`.
     """
     at = starts.copy()
     own = np.arange(len(starts))

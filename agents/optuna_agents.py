@@ -1,6 +1,6 @@
-"""Optuna's samplers as agents, by ask and tell on a study in memory.
+"""Wraps Optuna's samplers as agents, by ask and tell on a study in memory.
 
-| agent | sampler | a parameter is | asks between tells |
+| agent | sampler | meaning of a parameter | asks between tells |
 |---|---|---|---|
 | `optuna-cmaes` | separable CMA-ES (Ros & Hansen 2008) | a place on the ladder, rounded | a population |
 | `optuna-gp` | Gaussian process, log expected improvement (Ament et al. 2023) | the same | 1 |
@@ -8,20 +8,22 @@
 | `optuna-qmc` | scrambled Sobol points (Owen 1998); learns nothing | a quantile of the prior | a batch |
 | `optuna-tpe` | tree-structured Parzen estimator, multivariate (Bergstra et al. 2011) | a level | 1 |
 
-Left alone, all of them would begin uniformly over levels^steps, where a schedule is several times worse than the closed
-form. So they get a prior, as REINFORCE's warm start: every level l with probability ∝ exp(−offsets[l]² / 2σ²), dense
-with a small one, and a little of everything. The closed form is the first proposal. What TPE, GP and NSGA-II begin with
-is drawn from the prior, Sobol points pass through its quantile function, and CMA-ES starts at the middle with a step
-size of its own. Dense is the level above the highest rung. Where it is illegal the highest rung is taken, and the study
-told so, except where the sampler must hear of the very point it asked about (CMA-ES, NSGA-II).
+By default, all of these samplers would start uniformly over all levels^steps episodes, where a schedule is several
+times worse than the closed form. They therefore get a sampling prior, like the warm start of REINFORCE: level l has a
+probability ∝ exp(−offsets[l]² / 2σ²), dense a small probability, and a small part is spread evenly over the rungs. The
+closed form is the first proposal. TPE, GP and NSGA-II start with draws from this prior, Sobol points pass through its
+quantile function, and CMA-ES starts at the middle level with its own step size. Dense is the level above the highest
+rung. Where dense is illegal, the highest rung is taken instead and reported to the study as the point, except to
+CMA-ES and NSGA-II, which need the reward of exactly the point they asked for.
 
-A schedule that comes again is told its known reward and costs nothing. A sampler that only repeats itself is passed
-over for a neighbour of the best trial, or anything; when that is not new either, the space counts as exhausted.
+If a sampler proposes a schedule again, the study gets the known reward and nothing is charged. If a sampler only
+repeats itself, the agent proposes a neighbour of the best trial instead, or else a random episode. If that is not new
+either, the space counts as exhausted.
 
-`recommend` trusts `agents.surrogate` on all trials rather than single rewards: among the trials, and the means of the
-best of them (what an evolution strategy would call its mean), which average the noise away.
+`recommend` uses a surrogate of all trials (`agents.surrogate`) rather than single rewards. It ranks the trials and the
+means of the best trials (like the mean of an evolution strategy), which average out the noise.
 
-Knows nothing of models; the study in memory has nothing to do with a run's journal, from which resuming replays.
+Does not know models. The study in memory is separate from the run's journal, which resuming replays.
 """
 
 from __future__ import annotations
@@ -59,43 +61,44 @@ _INSTALL = "pip install 'chisel-prior[agents]'"
 
 @dataclass(frozen=True)
 class OptunaSettings:
-    """What can be tuned.
+    """Settings of the samplers.
 
-    Set on three synthetic costs of 24 and 30 blocks with noise of 4 %, 200 trials, by the true cost of `recommend(1)`
-    against the closed form's. CMA-ES over two seeds: separable with a first step of 1.5 rungs −9.2 %, of 2.5 −8.4 %,
-    with margin and 1.5 −9.2 %. One seed each, so rough: TPE −3.9 % without draws from the prior, −6.7 % with 20; Sobol
-    points at σ 0.15 −3.5 %, 0.3 −1.9 %, uniform over the levels 0. The other defaults were not compared.
+    The defaults were chosen on three synthetic costs of 24 and 30 blocks with 4 % noise and 200 trials, by the true
+    cost of `recommend(1)` relative to the closed form. CMA-ES over two seeds: separable with a first step of 1.5 rungs
+    −9.2 %, of 2.5 rungs −8.4 %; with margin and 1.5 rungs −9.2 %. Rough figures from one seed each: TPE −3.9 % without
+    draws from the prior, −6.7 % with 20; Sobol points −3.5 % with σ 0.15, −1.9 % with σ 0.3, 0 % uniform over the
+    levels. The other defaults were not compared.
     """
 
-    sigma: float = 0.3  # of the prior, in log price
-    dense_groups: float = 0.1  # groups a draw from the prior keeps dense on average
-    stray: float = 0.01  # part of the prior that is spread evenly over the rungs, so that none is out of reach
-    startup: int = 20  # trials drawn from the prior, the closed form included, before TPE and GP go by their models
-    sobol_sigma: float = 0.15  # σ of the prior that Sobol points pass through: they are never steered nearer
+    sigma: float = 0.3  # σ of the prior, in log price
+    dense_groups: float = 0.1  # mean number of groups that a draw from the prior keeps dense
+    stray: float = 0.01  # part of the prior that is spread evenly over the rungs, so that every rung can be drawn
+    startup: int = 20  # draws from the prior, including the closed form, before TPE and GP use their models
+    sobol_sigma: float = 0.15  # σ of the prior for Sobol points; smaller, since these never adapt to rewards
     cma_sigma: float = 1.5  # first step size of CMA-ES, in rungs
-    population: int = 14  # of CMA-ES, and how many Sobol points are given at once
+    population: int = 14  # population of CMA-ES, and batch size of Sobol points
     nsga_population: int = 20
-    acquisitions: int = 2  # places GP climbs its acquisition function from; 10, Optuna's, take twice as long
-    deepest: float = 3.0  # a reward further below the closed form's, in units of its quality, is told as this far below
-    patience: int = 2  # batches in a row that may bring nothing new before a sampler is passed over
-    tries: int = 100  # draws near the best, and as many anywhere, for something new; then the space is exhausted
-    around: float = 0.1  # NSGA-II's targets reach this far from the task's
-    grid: float = 0.01  # and lie this far apart
-    anchors: int = 5  # targets at which it is given the closed form to start from
-    centres: tuple[int, ...] = (7, 14, 25)  # the means of this many best trials are candidates of `recommend`
+    acquisitions: int = 2  # starts of GP's acquisition optimizer; Optuna's default of 10 takes twice as long
+    deepest: float = 3.0  # rewards are raised to at least the closed form's minus this many times its |quality|
+    patience: int = 2  # batches in a row without a new schedule before the sampler is bypassed
+    tries: int = 100  # draws near the best trial, and again as many anywhere, before the space counts as exhausted
+    around: float = 0.1  # largest distance of NSGA-II's targets from the problem's target
+    grid: float = 0.01  # distance between NSGA-II's targets
+    anchors: int = 5  # number of targets at which NSGA-II starts from the closed form
+    centres: tuple[int, ...] = (7, 14, 25)  # `recommend` considers the means of this many best trials
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a sampler is used; a batch is what is asked for between two tells.
+    """How a sampler is used. A batch consists of the asks between two tells.
 
     Attributes:
-        make: the sampler.
-        scale: what a parameter is: "level", "position" on the ladder, or "chance" in [0, 1].
-        startup: asks in the first batch, which the prior answers, the closed form first.
-        batch: asks in the others.
-        repairs: whether the study may be told another point than the one it was asked for.
-        needs: packages beside Optuna.
+        make: makes the sampler.
+        scale: meaning of a parameter: "level", "position" on the ladder, or "chance", a quantile in [0, 1].
+        startup: number of asks in the first batch, which the prior answers, the closed form first.
+        batch: number of asks in every other batch.
+        repairs: whether a reward may be reported for a legal point instead of the illegal point that was asked for.
+        needs: required packages in addition to Optuna.
     """
 
     make: Callable[[ProblemLike, int, OptunaSettings], BaseSampler]
@@ -108,7 +111,7 @@ class _Kind:
 
 def _make_cmaes(problem: ProblemLike, seed: int, settings: OptunaSettings) -> BaseSampler:
     middle = dict.fromkeys(problem.names, float(problem.middle))
-    # Optuna counts sigma0 in widths of the range. A single dimension has nothing to separate.
+    # Optuna expresses sigma0 as a fraction of the range. Separable CMA-ES needs more than one dimension.
     return CmaEsSampler(
         x0=middle,
         sigma0=settings.cma_sigma / problem.levels,
@@ -146,15 +149,15 @@ _KINDS = {
 
 
 class OptunaAgent:
-    """See the module. Plans a batch at a time, so the proposals do not depend on how many are asked for at once.
+    """See the module. Plans whole batches, so the proposals do not depend on how many are asked for at once.
 
-    A point is the tuple of levels that was really taken.
+    A point is the tuple of levels actually taken, after illegal levels were replaced.
     """
 
     def __init__(
         self, name: str, problem: ProblemLike, context: AgentContext, settings: OptunaSettings | None = None
     ) -> None:
-        """`name` is one of the module's table.
+        """Makes the agent called `name` in the module's table.
 
         Raises:
             ValueError: the sampler needs a package that is not installed.
@@ -173,10 +176,11 @@ class OptunaAgent:
         self._prior = _prior(problem, sigma, self.settings)
         self._space = self._make_space()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # GP says that it climbs from one place after another for want of a package; from two that costs nothing.
+        # GP warns that without an optional package it optimizes from one start after another; with two starts this is
+        # no loss.
         logging.getLogger("optuna._gp").setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            # Some options are marked experimental, and two of CMA-ES's go with Optuna 6, which our range excludes.
+            # Some options are marked experimental. Optuna 6, which our version range excludes, removes two of CMA-ES's.
             warnings.simplefilter("ignore", ExperimentalWarning)
             warnings.simplefilter("ignore", FutureWarning)
             sampler = self._kind.make(problem, context.seed, self.settings)
@@ -184,12 +188,12 @@ class OptunaAgent:
         self._asked = 0
         self._finished = False
         self._planned: list[Proposal] = []
-        self._open: dict[str, list[Trial]] = {}  # trials that wait for the reward of a schedule, by its digest
+        self._open: dict[str, list[Trial]] = {}  # Optuna trials that wait for a reward, by the schedule's digest
         self._points: dict[str, tuple[int, ...]] = {}
         self._told: dict[str, tuple[Proposal, float]] = {}
 
     def ask(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. Gives at most the rest of the batch."""
+        """See `agents.Agent`. Returns at most the rest of the batch."""
         self._ledger.check(count)
         if not self._planned and not self._finished:
             self._plan()
@@ -207,7 +211,7 @@ class OptunaAgent:
                 self._finish(trial, digest)
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. The trials and the means of the best of them, by what the surrogate expects of them."""
+        """See `agents.Agent`. Ranks the trials and the means of the best ones by the reward the surrogate predicts."""
         actions, rewards = self._evidence()
         if len(rewards) < 3:
             return [proposal for proposal in self._ledger.best(len(rewards)) if proposal.actions is not None][:count]
@@ -226,7 +230,7 @@ class OptunaAgent:
         return list(found.values())
 
     def _plan(self) -> None:
-        """Ask the study for batches until one brings something new; what came before is told at once."""
+        """Asks the study for batches until one has a new schedule; known schedules get their reward at once."""
         for _ in range(self.settings.patience):
             for _ in range(self._kind.batch(self.settings) if self._asked else self._kind.startup(self.settings)):
                 if self._ledger.left:
@@ -237,12 +241,12 @@ class OptunaAgent:
             self._enter(point)
 
     def _ready(self) -> bool:
-        """Whether the sampler decides, not the prior."""
+        """Whether the sampler chooses the points rather than the prior."""
         first = self._asked < self._kind.startup(self.settings)
         return not first and any(math.isfinite(reward) for _, reward in self._told.values())
 
     def _enter(self, point: tuple[int, ...] | None) -> None:
-        """One ask, answered by the sampler or by `point`."""
+        """Makes one ask of the study, which answers with `point` or, if that is None, with the sampler's point."""
         if point is not None:
             self._study.enqueue_trial(self._parameters(point))
         trial = self._study.ask(self._space)
@@ -259,7 +263,10 @@ class OptunaAgent:
             self._open.setdefault(digest, []).append(trial)
 
     def _unseen(self) -> tuple[int, ...] | None:
-        """A schedule not proposed before: the best with one parameter changed, then anything; None if luck fails."""
+        """Searches a point whose schedule was not proposed before; returns None if `tries` fail.
+
+        Tries the best trial with one parameter changed first, then random points.
+        """
         best = max(self._told.items(), key=lambda item: np.nan_to_num(item[1][1], nan=-np.inf), default=None)
         for attempt in range(2 * self.settings.tries):
             point = self._uniform()
@@ -274,7 +281,7 @@ class OptunaAgent:
         return None
 
     def _finish(self, trial: Trial, digest: str) -> None:
-        """Tell the study; a failure as the worst reward so far, and if there is none as failed."""
+        """Reports a reward to the study; a failure counts as the worst reward so far, or as failed before the first."""
         proposal, reward = self._told[digest]
         finite = [value for _, value in self._told.values() if math.isfinite(value)]
         if not finite:
@@ -290,12 +297,12 @@ class OptunaAgent:
         else:
             self._study.tell(trial, values)
 
-    # What follows is where the two objectives of `OptunaPareto` differ.
+    # `OptunaPareto` overrides several of the following members for its two objectives.
 
     _directions: ClassVar[list[StudyDirection]] = [StudyDirection.MAXIMIZE]
 
     def _values(self, proposal: Proposal, reward: float) -> list[float]:
-        """What the study is told of a finite reward: how deep a failure lies teaches nothing, and misleads GP."""
+        """Values to report for a finite reward, bounded below: how bad a failure is teaches nothing and misleads GP."""
         first, least = next(pair for pair in self._told.values() if math.isfinite(pair[1]))
         return [max(reward, least - self.settings.deepest * abs(self._quality(first, least)))]
 
@@ -309,7 +316,7 @@ class OptunaAgent:
         return dict.fromkeys(self._problem.names, ranges[self._kind.scale])
 
     def _start(self, number: int) -> tuple[int, ...]:
-        """Points of the first batch: the closed form, then draws from the prior."""
+        """Point number `number` of the first batch: the closed form, then draws from the prior."""
         if number == 0:
             return (self._problem.middle,) * self._problem.steps
         return tuple(self._generator.choice(self._problem.levels, self._problem.steps, p=self._prior).tolist())
@@ -318,7 +325,7 @@ class OptunaAgent:
         return tuple(self._generator.integers(self._problem.levels, size=self._problem.steps).tolist())
 
     def _parameters(self, point: tuple[int, ...]) -> dict[str, Any]:
-        """Of the study, for a point."""
+        """The study's parameters for a point."""
         if self._kind.scale == "level":
             return dict(zip(self._space, point, strict=True))
         above = np.cumsum(self._prior)
@@ -326,7 +333,7 @@ class OptunaAgent:
         return {name: float(value) for name, value in zip(self._space, values, strict=True)}
 
     def _wanted(self, trial: Trial) -> tuple[int, ...]:
-        """The point a trial of the study asks for, legal or not."""
+        """The point that an Optuna trial asks for, legal or not."""
         values = np.array([trial.params[name] for name in self._space])
         if self._kind.scale == "chance":
             values = np.searchsorted(np.cumsum(self._prior)[:-1], values, side="right")
@@ -335,14 +342,14 @@ class OptunaAgent:
         return tuple(values.astype(np.int64).tolist())
 
     def _taken(self, point: tuple[int, ...]) -> tuple[int, ...]:
-        """`point` with every illegal dense level replaced."""
+        """Returns `point` with every illegal dense level replaced."""
         return tuple(self._problem.legalise(point).tolist())
 
     def _proposal(self, point: tuple[int, ...]) -> Proposal:
         return Proposal(self._problem.schedule(point), point)
 
     def _quality(self, proposal: Proposal, reward: float) -> float:
-        """The reward without its term for compression."""
+        """The reward without its compression term."""
         return reward - self._context.compression_weight * (1 - self._problem.kept(proposal.schedule))
 
     def _evidence(self) -> tuple[Levels, Floats]:
@@ -353,14 +360,14 @@ class OptunaAgent:
 
 
 def _prior(problem: ProblemLike, sigma: float, settings: OptunaSettings) -> Floats:
-    """Chance of every level, (levels,), see the module."""
+    """Prior probability of every level, (levels,), see the module."""
     weights = np.exp(-np.square(problem.offsets[:-1]) / (2 * sigma**2))
     rungs = (1 - settings.stray) * weights / weights.sum() + settings.stray / len(weights)
     dense = min(0.5, settings.dense_groups / problem.steps)
     return np.append((1 - dense) * rungs, dense)
 
 
-# What the registry calls with a task and terms.
+# The registry calls these with a problem and a context.
 cmaes = partial(OptunaAgent, "optuna-cmaes")
 gp = partial(OptunaAgent, "optuna-gp")
 qmc = partial(OptunaAgent, "optuna-qmc")

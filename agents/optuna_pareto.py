@@ -1,4 +1,4 @@
-"""NSGA-II over quality and size: the Optuna agent that searches a Pareto front."""
+"""The Optuna agent that searches the Pareto front of quality and size with NSGA-II."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from agents.surrogate import without_outliers
 
 __all__ = ["OptunaPareto"]
 
-_TARGET = "target_kept"  # NSGA-II's parameter beside the steps
+_TARGET = "target_kept"  # NSGA-II's parameter in addition to the steps
 
 
 class OptunaPareto(OptunaAgent):
-    """NSGA-II on two objectives: the most quality, and the least kept fraction.
+    """NSGA-II with two objectives: maximize quality and minimize the kept fraction.
 
-    Quality is the reward without its term for compression. The target is one more parameter, on a grid around the
-    task's own and not below what the smallest options reach. A point is the levels and the target's place on the grid.
-    Proposals at another target than the task's carry no actions, and may keep more than the task allows.
+    Quality is the reward without its compression term. The target is an additional parameter, on a grid around the
+    problem's own target that does not go below the smallest options. A point consists of the levels and the index of
+    the target on the grid. Proposals at another target than the problem's carry no actions and may keep more than the
+    problem allows.
     """
 
     _directions: ClassVar[list[StudyDirection]] = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
@@ -35,7 +36,7 @@ class OptunaPareto(OptunaAgent):
         super().__init__("optuna-nsga2", problem, context, settings)
 
     def front(self) -> list[tuple[float, float, Proposal]]:
-        """(kept fraction, quality, proposal) of the trials that none other beats in both, ascending in both."""
+        """(kept fraction, quality, proposal) of the trials that no other trial dominates, ascending in both numbers."""
         trials = [
             (self._problem.kept(proposal.schedule), self._quality(proposal, reward), proposal)
             for proposal, reward in self._told.values()
@@ -54,7 +55,7 @@ class OptunaPareto(OptunaAgent):
         return {**super()._make_space(), _TARGET: IntDistribution(0, len(self._by_target) - 1)}
 
     def _start(self, number: int) -> tuple[int, ...]:
-        """The closed form at the task's target and at some spread over the grid, then draws from the prior."""
+        """Starts with the closed form at the problem's target and at targets spread over the grid, then prior draws."""
         if number <= self.settings.anchors:
             spread = np.linspace(0, len(self._by_target) - 1, self.settings.anchors).round().astype(int).tolist()
             return *super()._start(0), [self._own, *spread][number]
@@ -72,9 +73,10 @@ class OptunaPareto(OptunaAgent):
         return Proposal(self._by_target[target].schedule(levels), tuple(levels) if target == self._own else None)
 
     def _evidence(self) -> tuple[Levels, Floats]:
-        """All trials projected onto the task's target.
+        """All trials projected onto the problem's target: levels (n, steps) and quality (n,).
 
-        Their quality moves by as much as the forecast does, times the slope of quality over forecast in the trials.
+        The quality of a trial is corrected by the change in its forecast cost times the slope of quality over forecast
+        that the trials show.
         """
         told = [(digest, *pair) for digest, pair in self._told.items() if math.isfinite(pair[1])]
         points = [self._points[digest] for digest, _, _ in told]
@@ -90,7 +92,7 @@ class OptunaPareto(OptunaAgent):
 
 
 def _problems_around(problem: ProblemLike, settings: OptunaSettings) -> list[ProblemLike]:
-    """`problem` and the same at other targets, ascending."""
+    """Returns `problem` and copies of it at other targets, ascending by target."""
     problems = [problem]
     reach = round(settings.around / settings.grid)
     for sign in (-1, 1):

@@ -1,7 +1,7 @@
-"""Policy files: what an agent has learned, arrays in policy.safetensors and beside them policy.json, what they are of.
+"""Reads and writes learned policies: arrays in policy.safetensors and their description in policy.json.
 
-Never pickle. Strict to read: a file that is cut, changed, or of another model, agent, episode or ladder is refused.
-Knows arrays and names; no agent and no model.
+Never uses pickle. Refuses files that are truncated or changed, or that belong to another model, agent, episode or
+ladder. Knows arrays and names; does not know agents or models.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _LARGEST = {DESCRIPTION: 1 << 20, ARRAYS: 1 << 26}  # bytes
 
 @dataclass(frozen=True, eq=False)
 class SavedPolicy:
-    """A learned policy and what it is of.
+    """A learned policy and its description.
 
     Attributes:
-        agent: its name, as in `agents.NAMES`.
+        agent: name of the agent that learned it, as in `agents.NAMES`.
         model: identity of the model whose schedules it proposes.
-        target_kept: what it was learned at; it may go on at another.
-        steps: what each step of an episode decides about.
-        rungs: offsets of the ladder, dense left out.
-        settings: of the agent that learned it, for people.
-        arrays: its parameters, floating point and finite.
+        target_kept: target at which it was learned; learning may continue at another target.
+        steps: names of the groups that the steps of an episode decide about.
+        rungs: offsets of the ladder, without dense.
+        settings: settings of the agent that learned it, for readers only.
+        arrays: parameters of the policy, floating point and finite.
     """
 
     agent: str
@@ -56,14 +56,14 @@ class SavedPolicy:
 
     @property
     def digest(self) -> str:
-        """sha256 of the arrays as they are stored."""
+        """SHA-256 of the arrays as stored."""
         return hashlib.sha256(self._content()).hexdigest()
 
     def _content(self) -> bytes:
         return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in self.arrays.items()})
 
     def write(self, folder: Path) -> None:
-        """Write both files into `folder`, the description last; each is whole or absent."""
+        """Writes both files into `folder`, the description last; after a crash each file is either whole or absent."""
         content = self._content()
         description = {
             "format": _FORMAT,
@@ -81,10 +81,10 @@ class SavedPolicy:
 
     @classmethod
     def read(cls, folder: Path) -> SavedPolicy:
-        """The policy in `folder`, for example the folder of a finished run.
+        """Reads the policy in `folder`, for example the folder of a finished run.
 
         Raises:
-            ValueError: one line: no such files, not ours, cut or changed.
+            ValueError: the files are missing, are not policy files, or are truncated or changed; one line.
         """
         try:
             content = {name: _bytes(folder / name) for name in (DESCRIPTION, ARRAYS)}
@@ -111,13 +111,13 @@ class SavedPolicy:
             and isinstance(settings, dict)
             and _numbers(list(settings.values()))
         ):
-            raise Refusal(f"{DESCRIPTION} has a field of a wrong type")
+            raise Refusal(f"{DESCRIPTION} has a field of the wrong type")
         if hashlib.sha256(content).hexdigest() != fields["arrays_sha256"]:
-            raise Refusal(f"{ARRAYS} is cut, or not the one that {DESCRIPTION} was written with")
+            raise Refusal(f"{ARRAYS} is truncated or does not belong to {DESCRIPTION}: its SHA-256 differs")
         arrays = safetensors.numpy.load(content)
         for name, array in arrays.items():
             if array.dtype not in (np.float32, np.float64) or not np.isfinite(array).all():
-                raise Refusal(f"the array {name} is not of finite floating-point numbers")
+                raise Refusal(f"the array {name} does not hold finite floating-point numbers only")
         return cls(
             agent=fields["agent"],
             model=fields["subject"],
@@ -129,11 +129,17 @@ class SavedPolicy:
         )
 
     def check(self, agent: str, model: str) -> None:
-        """Raises ValueError, one line, for a policy of another agent or another model."""
+        """Checks that the policy was learned by this agent on this model.
+
+        Raises:
+            ValueError: it was learned by another agent or on another model; one line.
+        """
         if self.agent != agent:
             raise Refusal(f"the policy was learned by agent {self.agent} and cannot be continued by {agent}")
         if self.model != model:
-            raise Refusal(f"the policy was learned on another model: {_short(self.model)} there, {_short(model)} here")
+            raise Refusal(
+                f"the policy was learned on another model: {_short(self.model)}, not {_short(model)} as in this run"
+            )
 
     def restore(
         self,
@@ -143,33 +149,38 @@ class SavedPolicy:
         offsets: NDArray[np.float64],
         like: Mapping[str, NDArray[Any]],
     ) -> dict[str, NDArray[Any]]:
-        """The arrays, for a policy of the names, shapes and types in `like`.
+        """Returns the arrays, cast to the types in `like`.
 
         Args:
-            offsets: of the task's levels, dense included.
+            agent: name of the agent that continues the policy.
+            model: identity of the model of this run.
+            steps: names of the problem's steps.
+            offsets: offsets of the problem's levels, including dense, (levels,).
+            like: arrays of a fresh policy, whose names, shapes and types are required.
 
         Raises:
-            ValueError: one line: learned by another agent, on another model, other steps or another ladder, or with
-                settings that make it of another shape.
+            ValueError: the policy was learned by another agent, on another model, with other steps or another ladder,
+                or with settings that give its arrays other shapes; one line.
         """
         self.check(agent, model)
         if self.steps != tuple(steps):
             pairs = zip((*self.steps, "none"), (*steps, "none"), strict=False)
             number, (there, here) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
             raise Refusal(
-                f"the policy was learned on other steps, {len(self.steps)} there and {len(steps)} here: "
-                f"step {number} decides about {there} there and {here} here"
+                f"the policy was learned on other steps, {len(self.steps)}, not {len(steps)} as in this run: "
+                f"step {number} decides about {there} in the policy and about {here} in this run"
             )
         if not np.array_equal(self.rungs, offsets[:-1]):
             raise Refusal(
-                f"the policy was learned on another ladder: {_ladder(self.rungs)} there, {_ladder(offsets[:-1])} here"
+                f"the policy was learned on another ladder: {_ladder(self.rungs)}, not {_ladder(offsets[:-1])} "
+                "as in this run"
             )
         shapes, wanted = ({name: a.shape for name, a in arrays.items()} for arrays in (self.arrays, like))
         if shapes != wanted:
             name = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))[0]
             raise Refusal(
                 f"the policy does not fit: its array {name} is {shapes.get(name, 'absent')}, "
-                f"wanted is {wanted.get(name, 'none')}"
+                f"this agent needs {wanted.get(name, 'no such array')}"
             )
         return {name: array.astype(like[name].dtype) for name, array in self.arrays.items()}
 

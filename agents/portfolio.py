@@ -1,15 +1,15 @@
-"""Portfolio: the strongest agents in turn on one budget.
+"""Shares one budget among the strongest agents, which take turns.
 
-The gradient agent has the first half, as in `agents.guided`; then several agents take turns around what it found. Every
-member of those proposes as if it were alone, and is told the rewards of what it proposed and of nothing else. The first
-round gives each member a slice of the budget, in whole batches; every later slice goes to the member whose best trials
-look best: the mean of its `best` highest mean rewards, ties to the earlier member. A member with nothing left to
-propose is passed over. What several members propose is evaluated once; who comes later is told the reward that is
-known, at no cost to the budget.
+The gradient agent gets the first half of the budget, as in `agents.guided`; then several agents, the members, take
+turns searching around its result. Every member proposes as if it were alone and receives only the rewards of its own
+proposals. The first round gives each member one slice of the budget, in whole batches. Every later slice goes to the
+member with the best trials, measured by the mean of its `best` highest mean rewards; the earlier member wins a tie. A
+member that has nothing left to propose is skipped. A schedule that several members propose is evaluated once; a member
+that proposes it later receives the known reward at no cost to the budget.
 
-In the end a surrogate fitted to the trials of all members ranks the union of what they recommend.
+At the end, a surrogate fitted to the trials of all members ranks the union of their recommendations.
 
-Knows agents by their protocol only, and asks for those that propose episodes.
+Knows agents only by their protocol; the members must propose episodes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = ["Turns", "TurnsSettings", "portfolio"]
 
 _WITHOUT_EPISODES = frozenset({Gradient.name, GuidedSettings.name, "portfolio"})
 
-Key = tuple[str, int]  # digest of a schedule, and look
+Key = tuple[str, int]  # digest of a schedule, and repeat
 
 
 @dataclass(frozen=True)
 class TurnsSettings:
-    """What can be tuned; nothing was varied."""
+    """Settings of the turns; other values were not tried."""
 
     members: tuple[str, ...] = ("reinforce", "evolution")  # names of agents, in the order of the first round
-    slice: int = 20  # evaluations after which the turn ends, with the batch that reaches them
-    best: int = 3  # schedules that a member is judged by
+    slice: int = 20  # evaluations per turn; a turn ends with the batch that reaches this number
+    best: int = 3  # number of best schedules by which a member is judged
 
 
 @dataclass
 class _Member:
-    """An agent, and what it waits for: proposals in the order it made them."""
+    """An agent with its proposals that have no reward yet, in the order in which it made them."""
 
     agent: Agent
     waiting: list[Proposal] = field(default_factory=list)
@@ -52,7 +52,7 @@ class _Member:
     finished: bool = False
 
     def tell(self, known: dict[Key, float]) -> None:
-        """Pass on what is known by now, in the order of its proposals."""
+        """Passes on the rewards known by now, in the order of the member's proposals."""
         told = [proposal for proposal in self.waiting if _key(proposal) in known]
         self.waiting = [proposal for proposal in self.waiting if _key(proposal) not in known]
         rewards = [known[_key(proposal)] for proposal in told]
@@ -61,19 +61,19 @@ class _Member:
             self.rewards.setdefault(proposal.schedule.digest, []).append(reward)
 
     def standing(self, best: int) -> float:
-        """Mean of the `best` highest mean rewards; −inf without a finite one."""
+        """Mean of the `best` highest mean rewards; −inf if none is finite."""
         means = [float(np.mean(rewards)) for rewards in self.rewards.values()]
         finite = sorted(mean for mean in means if np.isfinite(mean))[-best:]
         return float(np.mean(finite)) if finite else -np.inf
 
 
 def portfolio(problem: ProblemLike, context: AgentContext) -> Guided:
-    """The agent that the command line calls so."""
+    """Makes the agent that the command line calls `portfolio`: `Guided` with `Turns` as the follower."""
     return Guided(problem, context, GuidedSettings(follower=Turns, name="portfolio"))
 
 
 class Turns:
-    """Members in turn, see the module; an agent in itself.
+    """Agent that lets its members take turns, see the module.
 
     Members must propose episodes, which `gradient`, `guided` and `portfolio` do not.
     """
@@ -81,12 +81,16 @@ class Turns:
     name = "turns"
 
     def __init__(self, problem: ProblemLike, context: AgentContext, settings: TurnsSettings | None = None) -> None:
-        """Raises ValueError without members, or for one that is unknown or proposes no episodes."""
-        from agents.registry import make  # the registry knows this agent, too
+        """Makes the members.
+
+        Raises:
+            ValueError: there are no members, or a member is unknown or does not propose episodes.
+        """
+        from agents.registry import make  # imported here because the registry imports this module
 
         self.settings = settings or TurnsSettings()
         if not self.settings.members or not _WITHOUT_EPISODES.isdisjoint(self.settings.members):
-            raise Refusal(f"members must be agents that propose episodes, at least one, got {self.settings.members}")
+            raise Refusal(f"members must be agents that propose episodes, at least one; got {self.settings.members}")
         self._problem = problem
         self._ledger = Ledger(context)
         self._members = [
@@ -97,12 +101,12 @@ class Turns:
         self._actions: list[tuple[int, ...]] = []
         self._rewards: list[float] = []
         self._planned: list[Proposal] = []
-        self._turn = 0  # slices begun
+        self._turn = 0  # number of slices begun
         self._at: _Member | None = None
         self._slice_left = 0
 
     def ask(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. Gives at most the rest of a member's batch."""
+        """See `agents.Agent`. Returns at most the rest of a member's batch."""
         self._ledger.check(count)
         while not self._planned and self._ledger.left and not all(member.finished for member in self._members):
             self._plan()
@@ -110,7 +114,7 @@ class Turns:
         return given
 
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """See `agents.Agent`. Members are told before they are asked again."""
+        """See `agents.Agent`. The members receive the rewards before the next batch is planned."""
         self._ledger.close(proposals, rewards)
         for proposal, reward in zip(proposals, rewards, strict=True):
             self._known[_key(proposal)] = float(reward)
@@ -119,7 +123,7 @@ class Turns:
                 self._rewards.append(float(reward))
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. The union of the members' recommendations, by what the surrogate expects of them."""
+        """See `agents.Agent`. Ranks the members' recommendations by the reward that the surrogate predicts."""
         if len(self._rewards) < 3:
             return self._ledger.best(count)
         union: dict[str, tuple[Proposal, tuple[int, ...]]] = {}
@@ -137,7 +141,7 @@ class Turns:
         return [proposals[index] for index in np.argsort(-expected, kind="stable")[:count]]
 
     def _plan(self) -> None:
-        """One batch of the member whose turn it is; what is known of it already is told with the next plan."""
+        """Plans one batch of the current member; rewards known already reach the member when the next is planned."""
         for member in self._members:
             member.tell(self._known)
         if self._at is None or self._slice_left <= 0 or self._at.finished:
@@ -150,7 +154,7 @@ class Turns:
         self._slice_left -= len(self._planned)
 
     def _next(self) -> _Member:
-        """Each member once, then always the one that stands best."""
+        """Picks each member once, then always the member of highest standing."""
         turn, self._turn = self._turn, self._turn + 1
         if turn < len(self._members) and not self._members[turn].finished:
             return self._members[turn]

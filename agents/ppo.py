@@ -1,23 +1,23 @@
-"""PPO on a ladder, warm-started from the closed form: the whole algorithm but its gradient steps, top to bottom.
+"""PPO over the levels of an episode, warm-started from the closed form. Contains all but the gradient steps.
 
 The gradient steps are `train()` of stable-baselines3's PPO and sb3-contrib's MaskablePPO (Schulman et al. 2017; masks
-as Huang & Ontañón 2022), with generalised advantages from a value network (Schulman et al. 2016), normalised per batch.
-Their `learn()` counts steps of its own and would spend any budget, so it is not used: episodes are collected here, and
-rollout buffers are filled when rewards are known.
+as in Huang & Ontañón 2022), with generalised advantages from a value network (Schulman et al. 2016), normalised per
+batch. Their `learn()` is not used, since it counts its own steps and would spend any budget. This module collects the
+episodes and fills the rollout buffers when the rewards are known.
 
-The policy reads the task's observation and which step it is, and gives three numbers: μ, log σ and d. It takes dense
-with probability sigmoid(d), else rung l with probability ∝ exp(−(o_l − μ)² / 2σ²), where o_l is the rung's offset. It
-starts at μ = 0 everywhere: its mode is the closed form, the first proposal. (A free logit per level learns from one
-rung nothing about its neighbours; on synthetic costs that found half the gain.)
+The policy reads the problem's observation and the index of the step, and outputs three numbers: μ, log σ and d. It
+takes dense with probability sigmoid(d), else rung l with probability ∝ exp(−(o_l − μ)² / 2σ²), where o_l is the rung's
+offset. It starts with μ = 0 at every step, so its mode, the first proposal, is the closed form. (With a free logit per
+level, a policy learns nothing from one rung about its neighbours; on synthetic costs it found half the gain.)
 
-A trial costs forward passes of a language model, so a few hundred must do. Between two batches of trials a surrogate,
-see `agents.surrogate`, is fitted on all trials; the policy then learns from rounds of imagined episodes that the
-surrogate scores, at no cost, and in the first round also from its own new trials, at the rewards they really had. An
-imagined episode is worth the surrogate's mean and a few of its standard deviations, fewer as the budget runs out: what
-might be good is tried (upper confidence bounds, Srinivas et al. 2010).
+A trial costs forward passes of a language model, so a few hundred trials must suffice. Between two batches of trials,
+a surrogate (`agents.surrogate`) is fitted to all trials. The policy then learns from several rounds of imagined
+episodes, which the surrogate scores at no cost, and in the first round also from its own new trials with their true
+rewards. The reward of an imagined episode is the surrogate's mean plus a multiple of its standard deviation that falls
+to 0 as the budget is spent, so that uncertain episodes are tried (upper confidence bounds, Srinivas et al. 2010).
 
-`ppo` may choose dense where it is illegal; it is then taken as the highest rung, as `envs.BondDimensionEnv` does.
-`ppo-masked` cannot. Knows nothing of models, and of schedules only that they have a digest.
+`ppo` may choose dense where it is illegal; the highest rung is then taken instead, as in `envs.BondDimensionEnv`.
+`ppo-masked` gives illegal levels no probability. Does not know models, and uses only the digests of schedules.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from agents.surrogate import Surrogate, without_outliers
 
 __all__ = ["Ppo", "PpoMasked", "PpoSettings"]
 
-_TRIES = 50  # samplings for a schedule not proposed before; then the neighbourhood counts as exhausted
+_TRIES = 50  # rounds of sampling to fill a batch; if they yield nothing new, the neighbourhood counts as exhausted
 
 Floats = NDArray[np.float64]
 Levels = NDArray[np.int64]
@@ -51,30 +51,31 @@ Levels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PpoSettings:
-    """What can be tuned; the defaults were set on synthetic costs of 37 steps with 4 % of noise, at 200 trials.
+    """Settings of PPO; the defaults were chosen on synthetic costs of 37 steps with 4 % noise and 200 trials.
 
-    Imagined episodes took the true cost there from 0.86 to 0.83 of the closed form's, optimism to 0.80 (three seeds).
+    There the recommendation's true cost was 0.86 of the closed form's without imagined episodes, 0.83 with them, and
+    0.80 with optimism as well (three seeds).
     """
 
-    batch: int = 10  # real episodes between two times of learning, the greedy one included
-    rounds: int = 3  # imagined rollouts in a time of learning
-    imagined: int = 96  # episodes of an imagined rollout, even
-    epochs: int = 10  # gradient steps on a rollout
-    optimism: float = 1.0  # standard deviations of the surrogate added to what it expects, at the start; falls to 0
-    learning_rate: float = 0.03  # Adam's
-    clip: float = 0.2  # of the ratio of probabilities
+    batch: int = 10  # real episodes between two learning phases, including the greedy one
+    rounds: int = 3  # imagined rollouts per learning phase
+    imagined: int = 96  # episodes per imagined rollout, an even number
+    epochs: int = 10  # gradient steps per rollout
+    optimism: float = 1.0  # standard deviations of the surrogate added to its mean at the start; falls to 0
+    learning_rate: float = 0.03  # of Adam
+    clip: float = 0.2  # PPO's clipping range for the probability ratio
     entropy: float = 0.01  # bonus per nat and step at the start; falls to 0
-    gae_lambda: float = 0.95  # 1 waits for the reward, less trusts the value network
-    hidden: int = 32  # units of the value network
-    sigma: float = 0.3  # exploration at the start, in log price
+    gae_lambda: float = 0.95  # λ of the generalised advantages; 1 uses the reward alone, less the value network more
+    hidden: int = 32  # hidden units of the value network
+    sigma: float = 0.3  # σ at the start, in log price
     smallest_sigma: float = 0.05
     largest_sigma: float = 0.6
-    dense_groups: float = 0.1  # groups an episode keeps dense on average at the start
-    memory: int = 400  # the surrogate remembers this many latest trials
+    dense_groups: float = 0.1  # mean number of groups that an episode keeps dense at the start
+    memory: int = 400  # number of latest trials that the surrogate is fitted to
 
 
 class _Ladder(torch.nn.Module):
-    """Logits of the levels, (n, levels), from what a step sees, (n, entries): linear in μ, log σ and d."""
+    """Maps observations to logits of the levels, (n, entries) -> (n, levels); μ, log σ and d are linear in them."""
 
     def __init__(self, entries: int, problem: ProblemLike, settings: PpoSettings) -> None:
         super().__init__()
@@ -98,9 +99,9 @@ class _Rollout:
     """Finished episodes.
 
     Attributes:
-        seen: (steps, n, entries).
-        masks: legal levels, (steps, n, levels).
-        chosen: levels by the policy, (steps, n).
+        seen: observations, (steps, n, entries).
+        masks: whether each level was legal, (steps, n, levels).
+        chosen: levels chosen by the policy, (steps, n).
         taken: levels after illegal ones were replaced, (n, steps).
     """
 
@@ -110,11 +111,11 @@ class _Rollout:
     taken: Levels
 
     def of(self, rows: Sequence[int]) -> _Rollout:
-        """Some of the episodes."""
+        """Returns the episodes with these indices."""
         return _Rollout(self.seen[:, rows], self.masks[:, rows], self.chosen[:, rows], self.taken[rows])
 
     def beside(self, other: _Rollout) -> _Rollout:
-        """These episodes and then the others."""
+        """Returns these episodes followed by those of `other`."""
         return _Rollout(
             np.concatenate([self.seen, other.seen], axis=1),
             np.concatenate([self.masks, other.masks], axis=1),
@@ -138,12 +139,12 @@ class Ppo(BatchAgent):
         if context.policy is not None:
             arrays = context.policy.restore(self.name, context.model, problem.names, problem.offsets, self._arrays())
             self._model.policy.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-        # The policy's own samples of this batch, and the digests of their schedules.
+        # The samples of the policy in this batch, and the digests of their schedules.
         self._sampled: tuple[_Rollout, list[str]] | None = None
         self._learned = 0
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. The policy's mode, then the trials of which the surrogate expects most."""
+        """See `agents.Agent`. Puts the policy's mode first, then the trials by the reward the surrogate predicts."""
         self._learn()
         if not self._learned:
             return self._ledger.best(count)
@@ -155,7 +156,7 @@ class Ppo(BatchAgent):
         return levels
 
     def saved_policy(self) -> SavedPolicy:
-        """See `agents.Learner`. Policy and value network without Adam's moments; what was told is learned first."""
+        """See `agents.Learner`. Learns from all rewards first; saves policy and value network, not Adam's moments."""
         self._learn()
         return SavedPolicy(
             agent=self.name,
@@ -168,7 +169,7 @@ class Ppo(BatchAgent):
         )
 
     def _build(self) -> Any:
-        """The library's algorithm around our policy head; a value network of its own."""
+        """Makes the library's algorithm with our policy head and a separate value network."""
         settings, steps = self.settings, self._problem.steps
         entries = len(self._problem.observation(())) + steps
         env = Episodes(self._problem, settings.imagined, self.surrogate)
@@ -195,7 +196,7 @@ class Ppo(BatchAgent):
         return {name: values.numpy().copy() for name, values in self._model.policy.state_dict().items()}
 
     def _plan(self) -> None:
-        """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""
+        """Fills the batch with the policy's mode and samples; samples again, with larger σ, until enough are new."""
         self._learn()
         self._sampled = None
         count = min(self.settings.batch, self._ledger.left)
@@ -214,12 +215,12 @@ class Ppo(BatchAgent):
                 self._sampled = rollout.of(range(len(digests))), digests
 
     def _sample(self, count: int, widening: float = 1.0) -> _Rollout:
-        """Episodes of the policy in antithetic pairs; `widening` multiplies σ."""
+        """Samples episodes from the policy in antithetic pairs; `widening` multiplies σ."""
         half = self._generator.random((-(-count // 2), self._problem.steps))
         return self._roll(np.stack([half, 1 - half], axis=1).reshape(-1, self._problem.steps)[:count], widening)
 
     def _roll(self, uniform: Floats, widening: float = 1.0, greedy: bool = False) -> _Rollout:
-        """Walk episodes to their end, with numbers from [0, 1) that choose, (n, steps), or by the likeliest levels."""
+        """Runs n episodes: takes the likeliest levels, or samples by the numbers `uniform` in [0, 1), (n, steps)."""
         env = Episodes(self._problem, len(uniform), lambda actions: np.zeros(len(actions)))
         seen, masks, chosen = [env.reset()], [env.masks()], []
         for step in range(self._problem.steps):
@@ -241,9 +242,9 @@ class Ppo(BatchAgent):
         return _Rollout(np.stack(seen), np.stack(masks), np.stack(chosen), env.taken)
 
     def _learn(self) -> None:
-        """If three trials are known, and anything was told since the last time: refit the surrogate, then climb.
+        """Refits the surrogate and trains the policy, if there are three trials and new rewards since the last call.
 
-        On imagined episodes, and once on the new real ones.
+        The policy trains on imagined episodes, and in the first round on the new real ones too.
         """
         settings = self.settings
         actions, rewards = self.trials
@@ -270,7 +271,7 @@ class Ppo(BatchAgent):
         self._sampled = None
 
     def _train(self, rollout: _Rollout, returns: Floats) -> None:
-        """Gradient steps of the library on finished episodes, (n,) rewards at their last steps."""
+        """Makes the library's gradient steps on finished episodes; `returns`, (n,), are paid at their last steps."""
         if returns.std() < 1e-12:
             return
         model, (steps, count) = self._model, rollout.chosen.shape
@@ -315,8 +316,8 @@ class PpoMasked(Ppo):
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """The libraries draw from the global generators of torch and numpy: seeded inside, afterwards as they were."""
-    before = np.random.get_state()  # noqa: NPY002 - theirs, not ours
+    """Seeds the global generators of torch and NumPy, from which the libraries draw, and restores them at the end."""
+    before = np.random.get_state()  # noqa: NPY002 - the libraries use the global generator
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002

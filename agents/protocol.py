@@ -1,6 +1,6 @@
-"""Protocol: what an agent is, and what it may know of the problem it works on.
+"""Defines what an agent must implement and what it may know about the problem that it works on.
 
-Interfaces only. An agent proposes schedules and is told rewards; it never sees a model, a score or a tensor.
+Contains interfaces only. An agent proposes schedules and receives rewards; it never sees a model, a score or a tensor.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ __all__ = ["SLOPES_COST", "Agent", "AgentContext", "Learner", "ProblemLike", "Pr
 class ProblemLike(Protocol):
     """An episode of `steps` choices among `levels` levels that ends in a schedule.
 
-    The levels but the last are rungs of a ladder and always legal. The last one, dense, may be illegal; whether it is
-    depends only on which earlier steps took it.
+    All levels except the last are the rungs of a ladder and are always legal. The last level, dense, may be illegal;
+    whether it is depends only on which earlier steps chose dense.
     """
 
     @property
     def steps(self) -> int:
-        """Choices in an episode, at least 1."""
+        """Number of choices in an episode, at least 1."""
 
     @property
     def levels(self) -> int:
-        """Levels of a choice, at least 2."""
+        """Number of levels to choose from at each step, at least 2."""
 
     @property
     def middle(self) -> int:
-        """The level that leaves the closed form as it is."""
+        """The level that leaves the closed-form allocation unchanged."""
 
     @property
     def offsets(self) -> NDArray[np.float64]:
@@ -44,33 +44,33 @@ class ProblemLike(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each step decides about, such as "block_07" or "family_down"; all different."""
+        """The group of sites that each step decides about, such as "block_07" or "family_down"; names are unique."""
 
     @property
     def target_kept(self) -> float:
-        """Kept fraction that no schedule of this task exceeds."""
+        """Kept fraction that no schedule of this problem exceeds."""
 
     def at(self, target_kept: float) -> ProblemLike:
-        """The same steps and levels with another target.
+        """Returns a problem with the same steps and levels and another target.
 
         Raises:
-            ValueError: a target outside (0, 1], or below what the smallest options keep.
+            ValueError: the target is outside (0, 1], or below the kept fraction of the smallest options.
         """
 
     def kept(self, schedule: Schedule) -> float:
         """Kept fraction of a schedule."""
 
     def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Legal levels at the step after `prefix`, (steps taken,) -> (levels,); axes before those are kept."""
+        """Legal levels at the step after `prefix`, (..., steps taken) -> (..., levels)."""
 
     def legalise(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """The actions with the highest rung wherever dense is illegal, (steps taken,); axes before those are kept."""
+        """Replaces every illegal dense choice with the highest rung, (..., steps taken) -> (..., steps taken)."""
 
     def observation(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """What that step can see, (steps taken,) -> (entries,), within [-1, 1]; axes before those are kept."""
+        """Observation at the step after `prefix`, (..., steps taken) -> (..., entries), within [-1, 1]."""
 
     def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Predicted cost of every step's group, (n, steps), for n complete episodes; an estimate, not an evaluation."""
+        """Predicted cost of every step's group for n complete episodes, (n, steps); no evaluation is made."""
 
     def schedule(self, actions: Sequence[int]) -> Schedule:
         """The schedule of a complete legal episode."""
@@ -80,44 +80,46 @@ class ProblemLike(Protocol):
         """1 where a site (row) belongs to a step (column), else 0."""
 
     def weighted(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Schedule:
-        """The schedule between the rungs: costs of every step's sites weighed by exp(offsets), (steps,).
+        """The schedule for real-valued offsets: each step's predicted site costs are multiplied by exp(offsets).
 
-        Residuals, (sites,), are added to the log weights of single sites.
+        Args:
+            offsets: log weight of each step, (steps,); values between the rungs are allowed.
+            residuals: added to the log weights of single sites, (sites,); None adds nothing.
         """
 
     def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> ProblemLike:
-        """The same task with `weighted(offsets, residuals)` in the place of the closed form."""
+        """Returns the same problem with `weighted(offsets, residuals)` replacing the closed form."""
 
     def probe(self, schedule: Schedule) -> Schedule:
-        """Each site a little larger, or a little smaller where it is dense: not a schedule that meets the target."""
+        """Makes each site a little larger, or a little smaller if it is dense; the result may miss the target."""
 
     def gains(
         self, schedule: Schedule, probe: Schedule, slopes: Mapping[str, float]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What the step from `schedule` to `probe` is worth at each site, measured and predicted, (sites,) each."""
+        """Measured and predicted reduction in cost when each site goes from `schedule` to `probe`, (sites,) each."""
 
     def closed_form(self) -> Schedule:
         """The schedule of the all-middle episode."""
 
     def knapsack(self) -> Schedule:
-        """The schedule of least predicted cost; the closed form is near it, but buys whole edges of convex hulls."""
+        """The schedule of least predicted cost; the closed form is only near it, as it moves along convex hulls."""
 
     def uniform(self) -> Schedule:
-        """The same kept fraction everywhere."""
+        """The schedule with the same kept fraction at every site."""
 
 
 @dataclass(frozen=True)
 class AgentContext:
-    """What an agent is given beside its task.
+    """Settings that an agent receives in addition to its problem.
 
     Attributes:
-        seed: of the agent's own generator, at least 0.
-        budget: evaluations it may ask for, at least 0.
-        shards: sets of data of equal size that a schedule can be measured on, at least 1.
-        compression_weight: what the reward adds per unit of 1 − kept fraction, so that quality can be told from it.
-        model: identity of the model that schedules are for; goes into saved policies.
-        policy: what to start from in the place of the closed form; of the same agent, steps, ladder and subject, at
-            any target.
+        seed: seed of the agent's own generator, at least 0.
+        budget: evaluations that the agent may ask for, at least 0.
+        shards: number of shards, sets of data of equal size on which a schedule can be measured, at least 1.
+        compression_weight: reward per unit of 1 − kept fraction; subtract that term from a reward to get the quality.
+        model: identity of the model that the schedules are for; written into saved policies.
+        policy: saved policy to start from instead of the closed form. It must come from the same agent, steps, ladder
+            and model; its target may differ.
     """
 
     seed: int
@@ -134,7 +136,7 @@ class AgentContext:
 
 
 SLOPES_COST = 4
-"""Evaluations that one with slopes is charged for: it adds a backward pass, and another product a site."""
+"""Evaluations charged for one evaluation with slopes: it adds a backward pass and one more product per site."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,11 @@ class Proposal:
     """A schedule to evaluate.
 
     Attributes:
-        actions: what led to it; None where it did not come from an episode.
-        repeat: how often this schedule was measured before, 0 to shards − 1. Each repeat reads the next shard of the
-            search data, counted from the one that the schedule's digest picks, and is paid for as an evaluation.
-        probe: if given, the agent is told slopes too (`SlopeAgent`): by site, what the KL does to first order when the
-            site alone takes its choice in this schedule.
+        actions: the episode that leads to the schedule; None if the schedule does not come from an episode.
+        repeat: which measurement of this schedule this is, 0 to shards − 1. Repeat 0 reads the shard of the search
+            data that the schedule's digest picks, each further repeat the next shard; each is charged as an evaluation.
+        probe: if given, the agent also receives slopes (`SlopeAgent`): for each site, the first-order change of the KL
+            when only that site takes its choice in the probe.
     """
 
     schedule: Schedule
@@ -156,55 +158,57 @@ class Proposal:
 
     @property
     def cost(self) -> int:
-        """Evaluations it is charged for."""
+        """Number of evaluations that are charged for the proposal."""
         return 1 if self.probe is None else SLOPES_COST
 
 
 class Agent(Protocol):
-    """Ask, evaluate, tell. The same seed and the same asks and tells in the same order give the same proposals.
+    """Proposes schedules (`ask`) and learns from their rewards (`tell`).
 
-    It may be asked while earlier proposals are not told yet, so that several evaluators are kept busy; its module says
-    how it takes what comes late. Asked and told one proposal at a time it does as if it were asked and told batches.
+    The same seed, with the same calls of `ask` and `tell` in the same order, gives the same proposals. To keep several
+    evaluators busy, `ask` may be called before the rewards of earlier proposals are known; each agent's module says
+    how it handles late rewards. Asking and telling one proposal at a time gives the same search as doing so in batches.
     """
 
     @property
     def name(self) -> str:
-        """As in `agents.NAMES`."""
+        """The agent's name, as in `agents.NAMES`."""
 
     def ask(self, count: int) -> list[Proposal]:
-        """At most `count` new proposals, never the same look at the same schedule twice.
+        """Returns at most `count` new proposals; the same schedule with the same `repeat` is never proposed twice.
 
-        None means it has finished, or if some are not told yet, that it has to wait for one of them. The costs of all
-        it ever proposes add up to its budget at most.
+        An empty list means that the agent has finished or, while rewards are outstanding, that it must wait for one.
+        The costs of all its proposals add up to at most its budget.
 
         Raises:
-            ValueError: count below 1.
+            ValueError: count is below 1.
         """
 
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """Rewards of proposals asked for, each once, in any grouping; higher is better, NaN counts as a failure.
+        """Reports the reward of each proposal once, in any grouping; higher is better, and NaN means a failure.
 
         Raises:
-            ValueError: different numbers of proposals and rewards, or a proposal that was not asked for or told before.
+            ValueError: the numbers of proposals and rewards differ, or a proposal was never asked for or was already
+                told.
         """
 
     def recommend(self, count: int) -> list[Proposal]:
-        """At most `count` different proposals it believes best, best first; called after the last tell.
+        """Returns at most `count` different proposals that the agent believes best, best first, after the last `tell`.
 
-        They need not have been proposed before: an agent that learns may trust that more than single rewards.
+        They may be new: an agent that learns may trust its model of the rewards more than single rewards.
         """
 
 
 class SlopeAgent(Agent, Protocol):
-    """An agent that asks for slopes."""
+    """An agent that uses slopes of the KL."""
 
     def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
-        """Slopes of a proposal with a probe, in nats per token by site; called before `tell`. Empty for a failure."""
+        """Reports the slopes of a proposal with a probe, nats per token by site, before `tell`; empty for a failure."""
 
 
 @runtime_checkable
 class Learner(Protocol):
-    """An agent with a policy that outlives it: what it saves can be given to another one in its `AgentContext`."""
+    """An agent whose learned policy can be saved; another agent can continue it through `AgentContext.policy`."""
 
     def saved_policy(self) -> SavedPolicy:
-        """The policy as it is now."""
+        """Returns the current policy."""

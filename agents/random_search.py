@@ -1,4 +1,4 @@
-"""Random search: independent uniform choices among the legal levels. The bar every learner has to clear."""
+"""Random search: draws every level uniformly from the legal ones. Every agent that learns should do better."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from agents.protocol import AgentContext, ProblemLike, Proposal
 
 __all__ = ["RandomSearch"]
 
-_TRIES = 100  # for a schedule not proposed before; then the space counts as exhausted
+_TRIES = 100  # draws for a new schedule; if none is new, the space counts as exhausted
 
 
 class RandomSearch:
-    """Every step takes a legal level at random; schedules proposed before are drawn again."""
+    """Takes a random legal level at every step; draws again if the schedule was proposed before."""
 
     name = "random"
 
@@ -38,11 +38,11 @@ class RandomSearch:
         return proposals
 
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
-        """Nothing is learned."""
+        """See `agents.Agent`. The agent learns nothing."""
         self._ledger.close(proposals, rewards)
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. By reward."""
+        """See `agents.Agent`. Ranks schedules by reward."""
         return self._ledger.best(count)
 
     def _draw(self) -> Proposal:

@@ -1,4 +1,4 @@
-"""Registry: agents by name, loaded when asked for, since some bring a library of their own along."""
+"""Finds agents by name and imports each only when it is needed, since some depend on large optional libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compression.refusal import Refusal, nearest
 
 __all__ = ["NAMES", "find", "make"]
 
-#: Name -> "module:class", or whatever else makes an agent of (problem, context).
+#: Name -> "module:callable"; the callable makes an agent from (problem, context).
 _AGENTS = {
     "bandit": "agents.bandit:Bandit",
     "evolution": "agents.evolution:Evolution",
@@ -35,11 +35,11 @@ NAMES: tuple[str, ...] = tuple(_AGENTS)
 
 
 def find(name: str) -> Callable[[ProblemLike, AgentContext], Agent]:
-    """What makes the agent called `name`: one of `NAMES`, or `module:Class` of one's own.
+    """Returns the callable that makes the agent called `name`: one of `NAMES`, or a `module:Class` of your own.
 
     Raises:
-        ValueError: no such agent, with the nearest name; a module or class that is not there; or a package that is not
-            installed, with the extra that brings it.
+        ValueError: the agent does not exist (the message gives the nearest name), its module or class cannot be found,
+            or a package is not installed (the message gives the extra that installs it).
     """
     if name not in _AGENTS and ":" not in name:
         raise Refusal(f"agent must be one of {', '.join(NAMES)}, got {name!r}; nearest: {nearest(name, NAMES)}")
@@ -59,10 +59,10 @@ def find(name: str) -> Callable[[ProblemLike, AgentContext], Agent]:
 
 
 def make(name: str, problem: ProblemLike, context: AgentContext) -> Agent:
-    """The agent called `name`, working on `problem`.
+    """Makes the agent called `name` for `problem`.
 
     Raises:
-        ValueError: as `find`; or a policy is given that it cannot continue.
+        ValueError: see `find`; or the context holds a policy that this agent cannot continue.
     """
     agent = find(name)(problem, context)
     if context.policy is not None and not isinstance(agent, Learner):

@@ -1,24 +1,26 @@
-"""REINFORCE with a learned baseline, warm-started from the closed form: the whole algorithm, top to bottom.
+"""REINFORCE with a learned baseline, warm-started from the closed form. Contains the whole algorithm.
 
-The policy (Williams 1992) walks over the steps. At step t it keeps the group dense with probability sigmoid(d_t), else
-it takes rung l of the ladder with probability ∝ exp(−(o_l − μ_t)² / 2σ_t²), where o_l is the rung's offset and
-μ_t = b_t + w·observation_t. It starts at b = w = 0: its mode is the closed-form allocation, the first proposal.
+The policy (Williams 1992) chooses one level per step. At step t it keeps the group dense with probability sigmoid(d_t),
+else it takes rung l of the ladder with probability ∝ exp(−(o_l − μ_t)² / 2σ_t²), where o_l is the rung's offset and
+μ_t = b_t + w·observation_t. It starts with b = w = 0, so its mode, the first proposal, is the closed form.
 
-A trial costs forward passes of a language model, so a few hundred must do. The baseline is therefore strong: a critic
-Q, see `agents.surrogate`, that predicts the reward of a whole episode from all trials so far. A baseline that depends
-on the actions is biased unless its own gradient is paid back, as in Q-Prop (Gu et al. 2017):
+A trial costs forward passes of a language model, so a few hundred trials must suffice. The baseline is therefore
+strong: a critic Q (`agents.surrogate`) that predicts the reward of a whole episode from all trials so far. A baseline
+that depends on the actions biases the gradient unless its own gradient is added back, as in Q-Prop (Gu et al. 2017):
 
     ∇J  =  E[(R − Q) ∇log π] over real episodes  +  E[(Q − mean Q) ∇log π] over imagined episodes.
 
 Imagined episodes cost no trial: the policy samples them in antithetic pairs and the critic scores them. A round of
-learning follows every batch; it takes the first term once, while the policy is still the one that made the batch, and
-the second at every gradient step. An entropy bonus that fades with the budget keeps σ up. Adam climbs.
+learning follows every batch. It uses the first term once, while the policy is still the one that made the batch, and
+the second term at every gradient step. An entropy bonus that falls to 0 as the budget is spent keeps σ from shrinking
+early. Adam makes the steps.
 
-With several evaluators an episode may be told after the policy has moved on from the one π' that made it. It is then
-used once, as ever, in the first term of the next round, with the weight min(1, π / π') (as in V-trace, Espeholt et al.
-2018); of an episode told in time that is 1. The critic takes all trials alike.
+With several evaluators, the reward of an episode may arrive after the policy π has moved on from the policy π' that
+made the episode. The episode is then used in the first term of the next round, also once, with the weight
+min(1, π / π') (as in V-trace, Espeholt et al. 2018); for an episode whose reward arrives in time, that weight is 1. The
+critic uses all trials alike.
 
-Knows nothing of models, and of schedules only that they have a digest.
+Does not know models, and uses only the digests of schedules.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from agents.surrogate import Surrogate, without_outliers
 
 __all__ = ["Policy", "Reinforce", "ReinforceSettings"]
 
-_TRIES = 50  # samplings for a schedule not proposed before; then the neighbourhood counts as exhausted
+_TRIES = 50  # rounds of sampling to fill a batch; if they yield nothing new, the neighbourhood counts as exhausted
 
 Floats = NDArray[np.float64]
 Levels = NDArray[np.int64]
@@ -43,30 +45,35 @@ Levels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ReinforceSettings:
-    """What can be tuned; the defaults were set on synthetic costs, where halving or doubling one changed little."""
+    """Settings of REINFORCE; the defaults were chosen on synthetic costs, where halving or doubling changed little."""
 
-    batch: int = 10  # real episodes between two rounds of learning, the greedy one included
-    updates: int = 30  # gradient steps in a round
-    imagined: int = 32  # imagined episodes behind a gradient step, even
-    learning_rate: float = 0.03  # Adam's, in log price
-    sigma: float = 0.3  # exploration at the start, in log price
+    batch: int = 10  # real episodes between two rounds of learning, including the greedy one
+    updates: int = 30  # gradient steps per round
+    imagined: int = 32  # imagined episodes per gradient step, an even number
+    learning_rate: float = 0.03  # of Adam, in log price
+    sigma: float = 0.3  # σ at the start, in log price
     smallest_sigma: float = 0.05
     largest_sigma: float = 0.6
     entropy: float = 0.1  # bonus per nat at the start, in standard deviations of the critic's prediction; falls to 0
-    dense_groups: float = 0.1  # groups an episode keeps dense on average at the start
-    memory: int = 400  # the critic remembers this many latest trials
-    survivors: int = 0  # of a batch: further looks at the trials the critic expects most of; no gain at 4 % noise
+    dense_groups: float = 0.1  # mean number of groups that an episode keeps dense at the start
+    memory: int = 400  # number of latest trials that the critic is fitted to
+    survivors: int = 0  # repeats per batch of the trials the critic rates highest; they gave no gain at 4 % noise
 
 
 @dataclass
 class Policy:
-    """Sequential policy over (steps, levels). Parameters are numbers per step, plus weights on the observation.
+    """Sequential policy over (steps, levels). Its parameters are numbers per step and weights on the observation.
 
     Attributes:
+        problem: the problem whose episodes the policy samples.
         rungs: offsets of the ladder, (levels − 1,).
-        features: what a step sees while the episode so far follows the closed form, (steps, k), standardised, and 0
-            where all see the same; the actual prefix enters only through the mask of dense.
-        legal: whether dense is legal at a step while no earlier step took it, (steps,).
+        features: observation at each step after closed-form choices, (steps, k), standardised, and 0 where all steps
+            observe the same. The actual prefix matters only for whether dense is legal.
+        legal: whether dense is legal at each step if no earlier step chose it, (steps,).
+        bias: b, (steps,).
+        weights: w, (k,).
+        log_sigma: log σ, (steps,).
+        dense_logit: d, (steps,).
     """
 
     problem: ProblemLike
@@ -80,7 +87,7 @@ class Policy:
 
     @classmethod
     def build(cls, problem: ProblemLike, settings: ReinforceSettings) -> Policy:
-        """The warm start: mode is the closed form."""
+        """Makes the warm start, a policy whose mode is the closed form."""
         prefixes = [(problem.middle,) * step for step in range(problem.steps)]
         seen = np.array([problem.observation(prefix) for prefix in prefixes], dtype=np.float64)
         spread = seen.std(axis=0)
@@ -104,7 +111,7 @@ class Policy:
         return self.bias + self.features @ self.weights
 
     def rung_probabilities(self, widening: float = 1.0) -> Floats:
-        """Of every rung given that the step is not dense, (steps, levels − 1); `widening` multiplies σ."""
+        """Probability of every rung given that the step is not dense, (steps, levels − 1); `widening` multiplies σ."""
         logits = -0.5 * ((self.rungs - self.mean[:, None]) / (widening * np.exp(self.log_sigma)[:, None])) ** 2
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities: Floats = weights / weights.sum(axis=1, keepdims=True)
@@ -115,7 +122,7 @@ class Policy:
         return {name: getattr(self, name) for name in ("bias", "weights", "log_sigma", "dense_logit")}
 
     def mode(self) -> Levels:
-        """The greedy episode, (1, steps): the rung next to the mean, or dense where that is more likely than not."""
+        """The greedy episode, (1, steps): the rung nearest to μ, or dense if its probability is above one half."""
         rungs = np.abs(self.rungs - self.mean[:, None]).argmin(axis=1)
         dense = (self.dense_logit > 0)[None]
         return np.where(self._masked(dense)[0], len(self.rungs), rungs[None])
@@ -123,9 +130,10 @@ class Policy:
     def sample(
         self, count: int, generator: np.random.Generator, widening: float = 1.0
     ) -> tuple[Levels, NDArray[np.bool_]]:
-        """Episodes (count, steps), rungs in antithetic pairs, and whether dense was legal at each of their steps.
+        """Samples episodes, with the rungs in antithetic pairs; `widening` multiplies σ.
 
-        `widening` multiplies σ.
+        Returns:
+            The episodes and whether dense was legal at each of their steps, (count, steps) each.
         """
         half = generator.random((-(-count // 2), self.problem.steps))
         uniform = np.stack([half, 1 - half], axis=1).reshape(-1, self.problem.steps)[:count]
@@ -135,7 +143,16 @@ class Policy:
         return np.where(dense, len(self.rungs), rungs), legal
 
     def _masked(self, dense: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Dense steps without the illegal ones, and where dense is legal; asks the task only where some are."""
+        """Drops illegal dense choices.
+
+        Asks the problem only about episodes with dense choices, since masks cost time.
+
+        Args:
+            dense: wanted dense choices, (n, steps).
+
+        Returns:
+            The legal dense choices and whether dense was legal, (n, steps) each.
+        """
         legal = np.tile(self.legal, (len(dense), 1))
         dense = dense & legal
         rows = np.flatnonzero(dense.any(axis=1))
@@ -161,7 +178,7 @@ class Policy:
         return np.stack([weight @ first, weight @ second, weight @ third])
 
     def log_probability(self, actions: Levels, legal: NDArray[np.bool_]) -> Floats:
-        """Of episodes, (n,), given where dense was legal in them."""
+        """Log-probability of episodes, (n,), given where dense was legal in them, (n, steps)."""
         dense = actions == len(self.rungs)
         rungs = np.log(self.rung_probabilities() + 1e-300)
         taken = rungs[np.arange(self.problem.steps), np.minimum(actions, len(self.rungs) - 1)]
@@ -171,7 +188,7 @@ class Policy:
         return probability
 
     def entropy_gradient(self) -> Floats:
-        """Of the rungs' entropy by log σ, (steps,): ½·Var((o − μ)²/σ²), near 1 far from the ladder's ends."""
+        """Derivative of the rungs' entropy by log σ, (steps,): ½·Var((o − μ)²/σ²), near 1 within the ladder."""
         squared = ((self.rungs - self.mean[:, None]) / np.exp(self.log_sigma)[:, None]) ** 2
         probabilities = self.rung_probabilities()
         centred = squared - (probabilities * squared).sum(axis=1, keepdims=True)
@@ -179,7 +196,7 @@ class Policy:
         return gradient
 
     def climb_(self, gradient: Floats, entropy: float, adam: _Adam, settings: ReinforceSettings) -> None:
-        """One step up. A constant on all offsets changes no schedule and is taken out."""
+        """Makes one gradient step. Removes the mean over the steps of the gradient by μ, as it changes no schedule."""
         centre = gradient[0] - gradient[0].mean()
         spread = gradient[1] + entropy * self.entropy_gradient()
         step = adam.step(np.concatenate([centre, self.features.T @ centre, spread, gradient[2]]))
@@ -195,7 +212,7 @@ class Policy:
 
 @dataclass
 class _Adam:
-    """Adam (Kingma & Ba 2015), ascending, on one vector."""
+    """Adam (Kingma & Ba 2015) for gradient ascent on one vector, with β₁ = 0.8 and β₂ = 0.95."""
 
     rate: float
     first: Floats | float = 0.0
@@ -227,19 +244,19 @@ class Reinforce(BatchAgent):
                 setattr(self.policy, name, values)
         self.surrogate = Surrogate(problem)
         self._adam = _Adam(self.settings.learning_rate)
-        # Samples not learned from yet: where dense was legal in them, and their log-probability under their policy.
+        # Samples not learned from yet: where dense was legal, and their log-probability when they were sampled.
         self._sampled: dict[tuple[int, ...], tuple[NDArray[np.bool_], float]] = {}
         self._learned = 0
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. The policy's mode, then the trials of which the critic expects most."""
+        """See `agents.Agent`. Puts the policy's mode first, then the trials by the reward that the critic predicts."""
         self._learn()
         if not self._learned:
             return self._ledger.best(count)
         return self._distinct(np.vstack([self.policy.mode(), self._believed(self.surrogate)]), count)
 
     def saved_policy(self) -> SavedPolicy:
-        """See `agents.Learner`. Without Adam's moments; what was told is learned first."""
+        """See `agents.Learner`. Learns from all rewards first; does not save Adam's moments."""
         self._learn()
         return SavedPolicy(
             agent=self.name,
@@ -252,7 +269,7 @@ class Reinforce(BatchAgent):
         )
 
     def _plan(self) -> None:
-        """Fill the batch with the policy's mode and samples; what was proposed before is sampled again, ever wider."""
+        """Fills the batch with the policy's mode and samples; samples again, with larger σ, until enough are new."""
         self._learn()
         count = min(self.settings.batch, self._ledger.left)
         self._enter(self._proposal(self.policy.mode()[0]))
@@ -270,10 +287,7 @@ class Reinforce(BatchAgent):
                     self._sampled[tuple(actions[row].tolist())] = legal[row], float(chance[row])
 
     def _learn(self) -> None:
-        """One round, if three trials are known and anything was told since the last one.
-
-        Refit the critic on all trials, then climb.
-        """
+        """Refits the critic and improves the policy, if there are three trials and new rewards since the last call."""
         settings = self.settings
         actions, rewards = self.trials
         if len(rewards) < 3 or len(rewards) == self._learned:

@@ -1,6 +1,6 @@
-"""Surrogate: what the trials so far say about episodes that were not tried.
+"""Predicts the rewards of untried episodes from the trials so far, with a Gaussian process.
 
-Knows actions, forecasts and rewards; neither schedules nor who asks.
+Knows actions, forecasts and rewards; does not know schedules or the agent that uses it.
 """
 
 from __future__ import annotations
@@ -21,29 +21,34 @@ Levels = NDArray[np.int64]
 
 
 class Surrogate:
-    """Mean and standard deviation of the reward of complete episodes, a Gaussian process on the trials so far.
+    """Gaussian process that predicts the mean and standard deviation of the reward of complete episodes.
 
-    Two views of an episode: x, its offsets less their mean (a constant changes no schedule), and f, the forecast of
-    what every group will cost less that of the closed form. The kernel is
+    An episode is described by two vectors: x, its offsets minus their mean (adding a constant changes no schedule), and
+    f, the forecast cost of every group minus its forecast cost in the closed form. The kernel is
 
         a + b·Σf·Σf' + θ₁·f·f' + θ₂·exp(−|x − x'|² / 4)
 
-    in units of the trials' own spread, with a and b large: a level, the predicted cost as it stands, groups that matter
-    more or less than predicted, and smooth interactions of everything. θ and the ridge have the highest marginal
-    likelihood on a grid; with many trials θ is looked for again only when an eighth more are there than the last time.
+    in units of the trials' own spread, with large a and b. Its four terms stand for a constant, the total predicted
+    cost, groups that matter more or less than predicted, and smooth interactions of all steps. θ and the ridge (the
+    noise variance) are the grid point of highest marginal likelihood. With more than 256 trials, θ is searched again
+    only after the number of trials has grown by an eighth.
     """
 
     def __init__(self, problem: ProblemLike) -> None:
-        """No trial yet; call `fit` before anything else."""
+        """Starts without trials; call `fit` before any prediction."""
         rungs = np.asarray(problem.offsets[:-1], dtype=np.float64)
         self._positions = np.append(rungs, 2 * rungs[-1] - rungs[-2] if len(rungs) > 1 else 1.0)
         self._forecast = problem.forecast
         self._origin = problem.forecast(np.full((1, problem.steps), problem.middle))
         self._theta = 0.3, 0.3
-        self._enough = _MANY  # trials from which on θ is looked for
+        self._enough = _MANY  # number of trials from which θ is searched again
 
     def fit(self, actions: Levels, rewards: Floats) -> Floats:
-        """Learn (n, steps) -> (n,). Returns each trial's reward less what the other trials predict for it, (n,)."""
+        """Fits the process to trials, (n, steps) and (n,).
+
+        Returns:
+            Leave-one-out residuals, (n,): each reward minus its prediction from the other trials.
+        """
         x, f = self._views(actions)
         self._scales = (
             max(float(np.square(x).sum(axis=1).mean()), 1e-12),
@@ -78,7 +83,7 @@ class Surrogate:
         return self._mean(self._kernel(self._views(actions), self._theta))
 
     def belief(self, actions: Levels) -> tuple[Floats, Floats]:
-        """Predicted reward, and the standard deviation of what the trials leave open, (n, steps) -> (n,), (n,)."""
+        """Posterior mean and standard deviation of the reward, (n, steps) -> (n,), (n,)."""
         views = self._views(actions)
         kernel = self._kernel(views, self._theta)
         explained = np.square(kernel @ self._inverse).sum(axis=1)
@@ -101,7 +106,7 @@ class Surrogate:
         return kernel
 
     def _kernel_of_itself(self, views: tuple[Floats, Floats]) -> Floats:
-        """Diagonal of the kernel between episodes and themselves, (n,)."""
+        """Kernel of each episode with itself, (n,)."""
         f, (_, cost, total) = views[1], self._scales
         diagonal: Floats = 100 + 30 * np.square(f.sum(axis=1)) / total
         diagonal += self._theta[0] * np.square(f).sum(axis=1) / cost + self._theta[1]
@@ -109,9 +114,10 @@ class Surrogate:
 
 
 def without_outliers(rewards: Floats) -> Floats:
-    """Failures, and what lies ten times as far below the best as the median, count as the worst of the others.
+    """Replaces failures and outliers by the worst of the other rewards, (n,) -> (n,).
 
-    They are to be avoided, but how deep they lie teaches nothing about the rest.
+    An outlier lies more than ten times as far below the best reward as the median does. Such episodes should be
+    avoided, but how bad they are teaches nothing about the others.
     """
     finite = rewards[np.isfinite(rewards)]
     if not len(finite):

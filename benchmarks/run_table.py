@@ -1,16 +1,15 @@
-"""Write the table of a finished run into README.md and results/README.md, with command, commit, date and machine.
+"""Write the table of a finished run into results/README.md, and a short one into README.md.
 
     python -m benchmarks.run_table results/RUN
 
-Reads summary.json of the run folder; replaces what stands between the two `run table` markers of each file. Prints one
-line per bar of the default job.
+Reads summary.json of the run folder and replaces the text between the two `run table` markers of each file, with the
+command, commit, date and machine of the run. Prints one line per bar of the default job.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,40 @@ Made by `{made["command"]}` at commit `{made["commit"][:12]}` on {made["date"][:
 """
 
 
+SHORT = {
+    "dense": "dense",
+    "uniform": "uniform χ",
+    "lagrangian": "closed form",
+    "searched": "searched",
+    "healed": "searched, repaired, healed",
+}
+"""The rows of the short table, and what they are called there."""
+
+
+def short_section(document: dict[str, Any]) -> str:
+    """Markdown of the short table: size, quality and speed of five models."""
+    made, rows = document["environment"], {row["schedule"]: row for row in document["rows"]}
+    lines = [
+        "| model | parameters | KL, nats/token | perplexity, prose | prompt | token |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for key, name in SHORT.items():
+        row = rows[key]
+        times = [f"{row[ratio]:.2f}" if row.get(ratio) else "1.00" for ratio in ("prefill_ratio", "decode_ratio")]
+        size = f"{row['parameters'] / 1e6:.1f} M"
+        lines.append(f"| {name} | {size} | {row['kl']:.3f} | {row['perplexity_prose']:.1f} | {times[0]} | {times[1]} |")
+    table = "\n".join(lines)
+    return f"""\
+{table}
+
+{document["model"]}, kept fraction {document["target_kept"]} of the compressible matrices. KL to the dense model and
+perplexity on held-out text; the last two columns are times over the dense model's, for a prompt and for each token
+after it (lower is faster). Made by `{made["command"]}` at commit
+`{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of {made["cpu"]}.
+[All figures, with intervals and goals](results/README.md).
+"""
+
+
 def bars(document: dict[str, Any]) -> list[str]:
     """`bar NAME VALUE RELATION THRESHOLD ok|missed`."""
     kl = {row["schedule"]: row["kl"] for row in document["rows"]}
@@ -71,12 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("run", type=Path, help="a finished run folder")
     document = json.loads((parser.parse_args().run / "summary.json").read_text(encoding="utf-8"))
-    for path in (ROOT / "README.md", ROOT / "results" / "README.md"):
+    for path, written in ((ROOT / "README.md", short_section), (ROOT / "results" / "README.md", section)):
         text = path.read_text(encoding="utf-8")
-        pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-        if not pattern.search(text):
+        if START not in text or END not in text:
             raise SystemExit(f"{path} has no place for the table: {START} … {END}")
-        path.write_text(pattern.sub(lambda _: f"{START}\n\n{section(document)}\n{END}", text), encoding="utf-8")
+        before, _, rest = text.partition(START)
+        path.write_text(f"{before}{START}\n\n{written(document)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print("\n".join(bars(document)))
 
 

@@ -1,8 +1,9 @@
-"""An agent of one's own: climb from the closed form, one step and one level at a time.
+"""How to write your own agent: this one climbs from the closed form, one step and one level at a time.
 
     python search.py --quick --agent examples.new_agent:HillClimb
 
-An agent asks for schedules and is told rewards (`agents.Agent`); `Ledger` keeps the budget and the order of the best.
+An agent proposes schedules and receives their rewards (`agents.Agent`). `Ledger` keeps track of the budget and of the
+best schedules.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from agents.ledger import Ledger
 
 
 class HillClimb:
-    """Changes one random step of the best episode so far by one level, and keeps what is better."""
+    """Changes one random step of the best episode so far by one level, and keeps the change if it is better."""
 
     name = "examples.new_agent:HillClimb"
 

@@ -1,10 +1,10 @@
-"""A proxy of one's own: any multiple-choice data as the JSONL file that `--proxy` and `benchmark` take.
+"""How to use your own proxy: converts a table of multiple-choice questions to the JSONL file that `--proxy` reads.
 
     python -m examples.new_proxy exam.csv exam.jsonl      # columns: question, right, wrong_1, wrong_2, …
     python search.py --proxy exam.jsonl
 
-The right choice is put at a place that the question's hash picks, so that its place gives nothing away. The items are
-halved by hash into those that a search sees and those that are reported.
+`benchmark` reads the same format. The hash of the question picks the position of the right choice, so that the position
+reveals nothing. Chisel splits the items by hash into a half for the search and a half for the final report.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def convert(rows: list[dict[str, str]]) -> list[dict[str, object]]:
-    """Rows of a table as items: question, choices, and the place of the right one."""
+    """Converts rows of a table to items with the question, the choices and the index of the right choice."""
     items: list[dict[str, object]] = []
     for row in rows:
         choices = [text for name, text in sorted(row.items()) if name.startswith("wrong_") and text]
@@ -28,10 +28,10 @@ def convert(rows: list[dict[str, str]]) -> list[dict[str, object]]:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Read the table, write the file."""
-    parser = argparse.ArgumentParser(description="Turn a table of questions into a proxy.")
-    parser.add_argument("table", type=Path)
-    parser.add_argument("proxy", type=Path)
+    """Reads the table and writes the JSONL file."""
+    parser = argparse.ArgumentParser(description="Convert a table of questions to a proxy.")
+    parser.add_argument("table", type=Path, help="CSV file with the columns question, right, wrong_1, wrong_2, …")
+    parser.add_argument("proxy", type=Path, help="JSONL file to write")
     given = parser.parse_args(words)
     with given.table.open(encoding="utf-8", newline="") as file:
         items = convert(list(csv.DictReader(file)))

@@ -1,11 +1,12 @@
-"""A topology of one's own: legs by name, fitted in the metric of the search, beside low rank with as many numbers.
+"""How to use your own topology: fits it to one matrix and compares it with low rank at equal parameters.
 
     python -m examples.new_topology                                          # one matrix of a small random model
     python -m examples.new_topology --model default --site model.layers.1.self_attn.v_proj \
         --topology pivoted-mpo:16.12x24.24 --chi 60
 
-A topology is a name: `mpo:` with the legs of the output, an x, the legs of the input; `pivoted-` before it stores it
-without gauge freedom. Nothing is to be registered: menus, schedules, priors and layers take every such name.
+A topology is defined by its name: `mpo:`, the legs of the output, an x, the legs of the input. The prefix `pivoted-`
+stores the cores without gauge freedom. Topologies need no registration: menus, schedules, priors and layers accept
+every such name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from search.experiment.experiment import Experiment, load
 
 
 def main(words: list[str] | None = None) -> tuple[float, float]:
-    """Predicted costs, in nats per token, of the topology and of low rank."""
+    """Prints and returns the predicted costs, in nats per token, of the topology and of low rank."""
     parser = argparse.ArgumentParser(description="Fit a topology at one matrix.")
     parser.add_argument("--model", default="random:tiny-llama")
     parser.add_argument("--site", default="model.layers.0.self_attn.q_proj")
@@ -38,7 +39,8 @@ def main(words: list[str] | None = None) -> tuple[float, float]:
     lowrank = experiment.store.factors(site.name, "pivoted-lowrank", "two-sided").spectrum[rank:]
     costs = 0.5 * float(fitted.square().sum()), 0.5 * float(lowrank.square().sum())
     print(
-        f"{site.name}, {parameters} of {site.parameters} numbers: {given.topology} χ {given.chi} costs {costs[0]:.3g},"
+        f"{site.name}, {parameters} of {site.parameters} parameters: {given.topology} χ {given.chi} costs "
+        f"{costs[0]:.3g} nats per token,"
     )
     print(f"low rank χ {rank} costs {costs[1]:.3g} nats per token")
     return costs

@@ -1,4 +1,4 @@
-"""The whole job from Python: profile, search, heal, save.
+"""The whole job from Python: profile, search, heal, export.
 
 python -m examples.python_api        # the default model, small settings
 """
@@ -7,30 +7,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from search.config import Config
-from search.export.folder import export_model
-from search.export.restore import restore
-from search.healing.plan import Options
-from search.healing.run import heal_folder
-from search.pipeline.run import run
-from search.profiling.sweep import Levels, profile
-from search.runtime.console import Console
+from search import api
 
 
 def main(model: str = "default", out: Path = Path("results/from-python"), minutes: float = 2.0) -> Path:
-    """Returns the folder that transformers loads, after `import search.hf`."""
-    console, given = Console(), {"model": model, "quick": True}
-    sensitivity = Config.of({**given, "out": str(out / "profile")})
-    _, summary = profile(sensitivity, Levels(chi=(10, 50), fractions=()), 256, console)
-    found = run(
-        Config.of({**given, "agent": "reinforce", "target_kept": 0.7, "heal_minutes": 0.0, "out": str(out / "run")}),
-        console,
+    """Returns the folder that transformers loads after `import search.hf`."""
+    given = {"model": model, "quick": True}
+    sweep = api.profile([10, 50], [], tokens=256, out=str(out / "profile"), **given)
+    print(sweep.sensitivity().groupby("family")["kl"].mean())
+    found = api.run(
+        agent="reinforce",
+        target_kept=0.7,
+        heal_minutes=0.0,
+        benchmark_items=0,
+        export="none",
+        out=str(out / "run"),
+        **given,
     )
-    healed = heal_folder(found.folder, Options(minutes=minutes), console)
-    best = restore(found.folder, console, healed=healed.folder).subject.loaded
-    export_model(best.model, best.tokenizer, out / "model")
-    print(summary, *(f"{row['schedule']}: KL {row['kl']}" for row in healed.rows), sep="\n")
-    return out / "model"
+    healed = api.heal(found.folder, api.Options(minutes=minutes))
+    print(*(f"{row['schedule']}: KL {row['kl']}" for row in healed.rows), sep="\n")
+    return api.export(found.folder, out / "model", healed=healed.folder)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A search on a Slurm allocation: a Ray cluster of its nodes for as long as the job lasts.
-#   sbatch examples/slurm.sh /shared/results/first --budget 1000        start
-#   sbatch examples/slurm.sh --resume /shared/results/first             continue, after anything
-# Submit from the checkout, with the environment in .venv; the checkout and CHISEL_CACHE are on a shared disk.
+# Runs a search on a Slurm allocation, with a Ray cluster on its nodes that ends with the job.
+#   sbatch examples/slurm.sh /shared/results/first --budget 1000        start a search
+#   sbatch examples/slurm.sh --resume /shared/results/first             continue an interrupted search
+# Submit it from the checkout, with the Python environment in .venv. The checkout and CHISEL_CACHE must be on a disk
+# that all nodes share.
 #SBATCH --job-name=chisel
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -18,7 +19,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# One secret for this cluster alone.
+# A secret for this cluster only.
 RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 

@@ -1,10 +1,10 @@
-"""Train an off-the-shelf agent of stable-baselines3 on BondDimensionEnv, with a table of scores that outlives the run.
+"""Trains PPO from stable-baselines3 on BondDimensionEnv and keeps all scores in a file for later runs.
 
-    python -m examples.train_ppo                   # half a minute; a second run measures nothing anew
+    python -m examples.train_ppo                   # half a minute; a second run reuses all scores
     python -m examples.train_ppo --episodes 120    # a few seconds
 
-The scores come from a toy of a few blocks, so that no model is needed. For a model of your own give `Problem.build` its
-menu, and `ScoreTable` a callable that turns schedules into scores; nothing else changes.
+The scores come from a toy problem of a few blocks, so no model is needed. For your own model, pass its menu to
+`Problem.build` and a callable that turns schedules into scores to `ScoreTable`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from envs import Problem, Reward, ScoreTable, ToyEvaluator, toy_menu
 
 
 def main(words: list[str] | None = None) -> None:
-    """Train, then compare the policy's own schedule with the closed form."""
+    """Trains the policy, then compares its schedule with the closed form."""
     parser = argparse.ArgumentParser(description="Train PPO on the search for bond dimensions.")
-    parser.add_argument("--episodes", type=int, default=3000, help="Episodes of training; each costs one evaluation.")
-    parser.add_argument("--blocks", type=int, default=6, help="Blocks of the toy.")
-    parser.add_argument("--table", type=Path, default=Path("scores.json"), help="Where scores are kept.")
+    parser.add_argument("--episodes", type=int, default=3000, help="Training episodes; each costs one evaluation.")
+    parser.add_argument("--blocks", type=int, default=6, help="Number of blocks in the toy problem.")
+    parser.add_argument("--table", type=Path, default=Path("scores.json"), help="File that keeps the scores.")
     given = parser.parse_args(words)
 
     menu = toy_menu(given.blocks)
     problem = Problem.build(menu, target_kept=0.5)
     table = ScoreTable(ToyEvaluator(menu), given.table)
-    # In one shot, an episode is one step and PPO has no credit to assign; leave it out for one step per block.
+    # With one_shot=True an episode is a single step, so PPO need not assign credit over steps; drop it to get one step
+    # per block.
     env = gym.make("chisel/BondDimension-v0", problem=problem, evaluate=table, reward=Reward(), one_shot=True)
 
     model = PPO("MlpPolicy", env, n_steps=60, batch_size=60, learning_rate=2e-3, seed=0, device="cpu")
@@ -42,7 +43,7 @@ def main(words: list[str] | None = None) -> None:
     [closed_form] = table([problem.closed_form()])
     table.save()
     print(f"closed form KL {closed_form.kl:.4f}, policy KL {info['score'].kl:.4f}")
-    print(f"{table.measured} schedules measured anew, {len(table)} in {given.table}")
+    print(f"{table.measured} schedules newly measured, {len(table)} in {given.table}")
 
 
 if __name__ == "__main__":

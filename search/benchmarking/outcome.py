@@ -1,6 +1,6 @@
-"""Outcomes: what one model got on one task, item by item, and how two of them are compared.
+"""Hold the results of one model on one task, item by item, and compare two of them.
 
-Plain values; knows no model and no file.
+Holds plain values; does not know models or files.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from compression.refusal import Refusal
 
 __all__ = ["Outcome", "Paired", "mean_and_error", "paired"]
 
-_INTERVAL = NormalDist().inv_cdf(0.975)  # standard errors on either side of the mean that hold it in 95 % of cases
+_INTERVAL = NormalDist().inv_cdf(0.975)  # half-width of a 95 % interval in standard errors
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model got on a task.
+    """The results of a model on a task.
 
     Attributes:
-        model: its name.
-        model_digest: of what it holds, see `search.model.loading.model_digest`.
-        task: the task's name.
-        items_digest: of the rows in order, see `search.benchmarking.selection.Selection`.
-        metric: the figure of the table.
-        figures: every figure of the task, by name one number per item; empty unless `state` is "ok".
-        state: "ok", or "nonfinite" where the model gave a logit that is no finite number.
+        model: name of the model.
+        model_digest: digest of its parameters, see `search.model.loading.model_digest`.
+        task: name of the task.
+        items_digest: digest of the rows in order, see `search.benchmarking.selection.Selection`.
+        metric: name of the metric shown in the table.
+        figures: one number per item for every metric of the task, by name; empty unless `state` is "ok".
+        state: "ok", or "nonfinite" if the model gave a NaN or infinite logit.
         seconds: wall time.
         device: "cpu" or "cuda".
     """
@@ -46,11 +46,11 @@ class Outcome:
 
     @property
     def values(self) -> Sequence[float]:
-        """The figure of the table, one number per item."""
+        """The metric shown in the table, one number per item."""
         return self.figures.get(self.metric, ())
 
     def row(self) -> dict[str, object]:
-        """One line of the CSV: means and standard errors of all figures; figures of a "nonfinite" one are left out."""
+        """One row of the CSV: means and standard errors of all metrics, or none of them in state "nonfinite"."""
         row: dict[str, object] = {"model": self.model, "task": self.task, "state": self.state, "n": len(self.values)}
         row |= {"metric": self.metric, "seconds": round(self.seconds, 2)}
         row["value"], row["stderr"] = mean_and_error(self.values)
@@ -59,24 +59,24 @@ class Outcome:
         return row
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON's form."""
+        """The JSON form."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        """Inverse of `to_dict`. Raises TypeError on anything else."""
+        """Inverse of `to_dict`. Raises TypeError if fields are missing or unknown."""
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference of two models on the same items.
+    """The difference between two models on the same items.
 
     Attributes:
-        value: mean of one model's figure minus the other's.
-        standard_error: of it, items as the sampling unit; NaN for fewer than two.
-        low, high: ends of the interval that holds the true difference in 95 % of cases (normal approximation).
-        items: how many.
+        value: mean of the first model's metric minus that of the second.
+        standard_error: standard error of `value`, with items as the sampling unit; NaN for fewer than two items.
+        low, high: ends of the 95 % confidence interval of the difference (normal approximation).
+        items: number of items.
     """
 
     value: float
@@ -87,17 +87,17 @@ class Paired:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error s/√n, s² with n − 1 as in lm-eval; NaN where there are too few numbers."""
+    """Mean and its standard error s/√n, where s² divides by n − 1 as in lm-eval; NaN if there are too few numbers."""
     if not values:
         return math.nan, math.nan
     return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def paired(one: Outcome, other: Outcome) -> Paired:
-    """`one` minus `other`, item by item.
+    """The paired difference `one` minus `other` over items.
 
     Raises:
-        ValueError: they are not of the same items, or one has no numbers.
+        ValueError: the outcomes were measured on different items, or one has no numbers.
     """
     if (one.task, one.items_digest) != (other.task, other.items_digest) or len(one.values) != len(other.values):
         raise Refusal(f"{one.model} and {other.model} were not measured on the same items of {one.task}")

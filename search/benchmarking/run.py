@@ -1,7 +1,7 @@
-"""A benchmark run: every model on every task, one outcome after the other, none measured twice.
+"""Run a benchmark: measure every model on every task and write the outcomes.
 
-Composes contestants, documents, stock tasks and outcomes, and writes what comes out. An outcome is kept as soon as it
-is there, in the output folder and in the user's cache, under what the model holds and which items it was asked.
+Combines models, documents, stock tasks and outcomes. Each outcome is stored immediately in the output folder and in the
+user's cache, under a key of the model's digest, the items and the device, so nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from search.runtime.run_folder import CONFIG, RESULTS, RunFolder, contents, refu
 __all__ = ["BENCHMARKS", "BenchmarkRequest", "Result", "benchmark"]
 
 BENCHMARKS = "benchmarks"
-"""Name of the CSV and JSON files of a run."""
+"""Name of the CSV and JSON files of a benchmark, without suffix."""
 
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What is measured.
+    """The settings of a benchmark.
 
     Attributes:
-        models: words, see `search.benchmarking.compared_models.compared_models`.
+        models: model names, run folders or priors, see `search.benchmarking.compared_models.compared_models`.
         tasks: names of tasks and groups.
-        samples: items of a task, at least 2; None for all.
-        schedules: which ones of a run.
-        source: of `search.benchmarking.documents.SOURCES`.
-        seed: of the sample.
+        samples: number of items per task, at least 2; None measures all items.
+        schedules: which schedules of a run to measure.
+        source: one of `search.benchmarking.documents.SOURCES`.
+        seed: seed of the sample of items.
         device: as for `search.model.devices.resolve_device`.
-        out: folder; None takes the run's own where one run is named, else a new one below results/.
+        out: output folder; None uses the folder of the run if a single run is named, otherwise a new folder in
+            results/.
     """
 
     models: tuple[str, ...]
@@ -66,7 +67,13 @@ class BenchmarkRequest:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out: the folder, outcomes in the order of models and tasks, and a note per task that lacks items."""
+    """The result of a benchmark.
+
+    Attributes:
+        folder: the output folder.
+        outcomes: the outcomes in the order of models and tasks.
+        notes: one sentence for each task with items excluded because a search used them.
+    """
 
     folder: Path
     outcomes: tuple[Outcome, ...]
@@ -74,11 +81,11 @@ class Result:
 
     @property
     def nonfinite(self) -> int:
-        """How many outcomes have no numbers."""
+        """Number of outcomes without numbers."""
         return sum(outcome.state != "ok" for outcome in self.outcomes)
 
     def differences(self) -> list[dict[str, object]]:
-        """Every other model minus the first, paired over items, where both have numbers."""
+        """Paired differences over items of every other model minus the first, if both have numbers."""
         first = {one.task: one for one in self.outcomes if one.model == self.outcomes[0].model}
         return [
             {"task": one.task, "model": one.model, "minus": base.model} | asdict(paired(one, base))
@@ -119,14 +126,15 @@ class Result:
 
 
 def benchmark(request: BenchmarkRequest, console: Console, opened: Experiment | None = None) -> Result:
-    """Measure everything that is not known yet; the folder's files are whole after every outcome.
+    """Measure every outcome that is not stored yet; the files in the folder are complete after every outcome.
 
     Args:
-        opened: the experiment of the one run that is measured, with its dense model, if it is in memory already.
+        opened: the experiment of the run that is measured, with its dense model, if it is already in memory. Only
+            valid if a single run is measured.
 
     Raises:
-        ValueError: refused input.
-        DataUnavailable: data or a model cannot be had.
+        ValueError: the request is refused.
+        DataUnavailable: data or a model cannot be read or downloaded.
     """
     _check(request)
     path = _folder(request)
@@ -146,7 +154,7 @@ def benchmark(request: BenchmarkRequest, console: Console, opened: Experiment | 
 
 
 class _Bench:
-    """Outcomes as they come, known ones included."""
+    """Collects and writes the outcomes of one benchmark, including stored ones."""
 
     def __init__(
         self, folder: RunFolder, request: BenchmarkRequest, selections: Sequence[Selection], console: Console
@@ -164,7 +172,7 @@ class _Bench:
 
     def result(self) -> Result:
         notes = [
-            f"{one.task.name}: {one.searched} of {one.available} items are left out, a search used them"
+            f"{one.task.name}: {one.searched} of {one.available} items are excluded because a search used them"
             for one in self._selections
             if one.searched
         ]
@@ -196,12 +204,12 @@ class _Bench:
                 stage.advance(0, f"{blank.metric} {mean_and_error(figures[blank.metric])[0]:.3f}")
             except NonFinite as error:
                 figures, state = {}, "nonfinite"
-                self._console.note(f"{blank.model}: {error}; it gets no figure on {blank.task}")
+                self._console.note(f"{blank.model}: {error}; it has no result on {blank.task}")
         changes = {"figures": figures, "state": state, "seconds": round(time.monotonic() - started, 3)}
         return Outcome.from_dict(blank.to_dict() | changes)
 
     def _write(self) -> None:
-        """Both files, with what the folder held before of other models and tasks."""
+        """Write both files, including the earlier outcomes in the folder for other models and tasks."""
         result = self.result()
         fresh = {(outcome.model, outcome.task) for outcome in self._outcomes}
         kept = [one for one in self._before.values() if (one.model, one.task) not in fresh]
@@ -220,7 +228,7 @@ class _Bench:
 
 
 def _described(selection: Selection) -> dict[str, object]:
-    """A task's stock name, the items' digests in the order of the outcomes' figures, and where they come from."""
+    """The stock name of a task, its data sources, and the digests of its items in the order of `Outcome.figures`."""
     task = selection.task
     return {
         "stock": task.stock,
@@ -233,10 +241,10 @@ def _described(selection: Selection) -> dict[str, object]:
 
 
 def _check(request: BenchmarkRequest) -> None:
-    """Refuse what can be refused before anything is read.
+    """Check the request before anything is read.
 
     Raises:
-        ValueError: no model, too few samples, or an unknown source.
+        ValueError: there is no model, there are too few samples, or the source is unknown.
     """
     if not request.models:
         raise Refusal("name at least one model: default, a run folder, a prior, a model folder or a hub id")
@@ -250,10 +258,10 @@ def _check(request: BenchmarkRequest) -> None:
 
 
 def _folder(request: BenchmarkRequest) -> Path:
-    """Where files go.
+    """The output folder.
 
     Raises:
-        ValueError: a folder that holds something else.
+        ValueError: the folder named is a file or holds files that are not from a run or benchmark.
     """
     if request.out is not None:
         path = Path(request.out).absolute()
@@ -261,7 +269,7 @@ def _folder(request: BenchmarkRequest) -> Path:
             raise Refusal(f"out must be a folder, got the file {path}")
         ours = (CONFIG, f"{BENCHMARKS}.json")
         if path.exists() and contents(path) and not any((path / name).is_file() for name in ours):
-            raise Refusal(f"out must be a new or empty folder, or that of a run, but {path} is neither")
+            raise Refusal(f"out must be a new or empty folder or the folder of a run or benchmark, but {path} is not")
         return path
     runs = [Path(word).absolute() for word in request.models if (Path(word) / CONFIG).is_file()]
     runs = [path for path in runs if (path / "study.db").is_file()]
@@ -272,7 +280,7 @@ def _folder(request: BenchmarkRequest) -> Path:
 
 
 def _key(outcome: Outcome) -> str:
-    """Under which an outcome is kept: everything that decides it but its name."""
+    """The key under which an outcome is stored: a digest of everything that determines it; the model name does not."""
     parts = (
         "benchmark 1",
         version("lm-eval"),
@@ -289,7 +297,7 @@ def _place(key: str) -> Path:
 
 
 def _cached(key: str) -> Outcome | None:
-    """What the cache holds under a key; a damaged file counts as nothing."""
+    """The cached outcome of a key; None if there is none or its file is damaged."""
     found = _read(_place(key))
     try:
         outcome = Outcome.from_dict(found) if isinstance(found, Mapping) else None
@@ -299,7 +307,7 @@ def _cached(key: str) -> Outcome | None:
 
 
 def _earlier(path: Path) -> list[Outcome]:
-    """The outcomes in a folder's file, none where there is no such file or it cannot be read."""
+    """The outcomes in a file; an empty list if it does not exist or cannot be read."""
     found = _read(path)
     try:
         return [Outcome.from_dict(one) for one in found["outcomes"]] if isinstance(found, Mapping) else []

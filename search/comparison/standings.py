@@ -186,8 +186,6 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
 def plot(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_form: str) -> str:
     """Anytime curves as SVG: held-out KL over the closed form's against evaluated tokens, mean over seeds."""
     import matplotlib
-
-    matplotlib.use("svg")
     from matplotlib.figure import Figure
 
     base = heldout[closed_form]

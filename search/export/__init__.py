@@ -1,3 +1,3 @@
-"""A run becomes a folder that others load: weights, model card, standalone code, upload."""
+"""Exports the model of a run as a folder that others can load: weights, model card, standalone code, upload."""
 
 __all__: list[str] = []

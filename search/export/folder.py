@@ -1,7 +1,7 @@
-"""Exporting: a model in memory, compressed or not, becomes a folder that others load.
+"""Writes a model in memory, compressed or dense, as a folder that others can load.
 
-Works on any causal language model with compressed modules in their places, wherever these came from. A folder appears
-whole or not at all.
+Works on any causal language model whose compressed modules are in place, wherever they came from. The folder appears
+complete or not at all.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a model, tied tensors counted once.
+    """Size of a model in bytes, with tied tensors counted once.
 
     Attributes:
-        stored: of its parameters and saved buffers: in memory, and on disk but for names and shapes.
-        float32: of the dense model in float32.
+        stored: bytes of the model's parameters and saved buffers in memory; on disk, names and shapes come on top.
+        float32: bytes of the dense model in float32.
     """
 
     stored: int
@@ -47,12 +47,12 @@ class Footprint:
 
     @property
     def saved(self) -> float:
-        """Share of the float32 bytes that is gone."""
+        """Share of the dense float32 bytes that is saved, at most 1."""
         return 1 - self.stored / self.float32
 
     @property
     def saved_of_float16(self) -> float:
-        """Share of the float16 bytes that is gone; negative if it is larger."""
+        """Share of the dense float16 bytes that is saved; negative if the model is larger than that."""
         return 1 - 2 * self.stored / self.float32
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Footprint:
 
 
 def footprint(model: Any) -> Footprint:
-    """Of a model, against the dense one of its architecture."""
+    """Return the footprint of a model beside that of the dense model of its architecture."""
     tensors = {values.data_ptr(): values for values in model.state_dict().values()}
     return Footprint(
         sum(values.numel() * values.element_size() for values in tensors.values()),
@@ -72,27 +72,27 @@ def footprint(model: Any) -> Footprint:
 
 
 def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
-    """Write a compressed model as a folder for transformers; the model stays as it is.
+    """Write a compressed model as a folder that transformers loads; the model itself does not change.
 
-    Beside the weights stands the code that reads them, for `trust_remote_code=True`; with `import search.hf` none of it
-    is run. The compressed modules have to be of the types that `compression.layers.skeleton.describe` knows.
+    The folder also holds the code that reads the weights, for `trust_remote_code=True`; after `import search.hf`, that
+    code is not run. The compressed modules must be of the types that `compression.layers.skeleton.describe` knows.
 
     Args:
-        folder: new or empty.
-        card: the text of its README.md.
-        beside: files that are copied into it.
+        folder: where to write; must be new or empty.
+        card: text of the folder's README.md; an empty text writes none.
+        beside: files to copy into the folder.
 
     Raises:
-        ValueError: the folder is used, the model has no compressed module, or an architecture that is not of
-            transformers itself.
-        OSError: it cannot be written; nothing is left.
+        ValueError: the folder is in use or not empty, the model has no compressed module, or its architecture is not
+            defined in transformers itself.
+        OSError: the folder cannot be written; nothing is left behind.
     """
     modules = describe(model)
     if not modules:
         raise Refusal("nothing in this model is compressed; export it with --format dense")
     config, architecture = type(model.config).__name__, type(model).__name__
     if not type(model).__module__.startswith("transformers."):
-        raise Refusal(f"architecture must be one of transformers, got {type(model).__module__}.{architecture}")
+        raise Refusal(f"architecture must be defined in transformers, got {type(model).__module__}.{architecture}")
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
         (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
@@ -105,14 +105,14 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
 
 
 def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
-    """Merge every compressed module of a model in place, and write it as an ordinary dense folder.
+    """Merge every compressed module of a model in place, and write the model as an ordinary dense folder.
 
-    It keeps the change in quality but not the size: every tool takes it, and it is as large as the original. The folder
-    receives the same as with `export_model`.
+    Every tool can load the folder. It has the quality of the compressed model and the size of the original. The
+    arguments are those of `export_model`.
 
     Raises:
-        ValueError: the folder is used.
-        OSError: it cannot be written; nothing is left.
+        ValueError: the folder is in use or not empty.
+        OSError: the folder cannot be written; nothing is left behind.
     """
     merge_(model, bare_model(model))
     model.tie_weights()
@@ -121,10 +121,10 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
 
 
 def check_gguf(model: Any, tokenizer: Any) -> None:
-    """Refuse what llama.cpp's converter cannot take.
+    """Refuse a model that llama.cpp's converter cannot convert.
 
     Raises:
-        ValueError: an architecture that the GGUF format has no name for, or a tokenizer without a tokenizer.json.
+        ValueError: the GGUF format has no name for the architecture, or the tokenizer has no tokenizer.json.
     """
     from gguf import MODEL_ARCH_NAMES
 
@@ -132,7 +132,7 @@ def check_gguf(model: Any, tokenizer: Any) -> None:
     if kind not in {name.replace("-", "").replace("_", "") for name in MODEL_ARCH_NAMES.values()}:
         raise Refusal(f"architecture must be one that GGUF has a name for, got {model.config.model_type!r}")
     if not getattr(tokenizer, "is_fast", False):
-        raise Refusal("the tokenizer must be of the kind that has a tokenizer.json, and this one is not")
+        raise Refusal("the tokenizer must be a fast one, which has a tokenizer.json, and this one is not")
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[Path]) -> None:
@@ -147,7 +147,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
 
 @contextmanager
 def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
-    """The model with the plug-in that writes its tensors, and linear layers stored as its architecture stores them."""
+    """Attach the plug-in that writes compressed tensors, and store linear layers as the architecture stores them."""
     skeleton = bare_model(model)
     original: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -177,7 +177,7 @@ def _attached(model: Any) -> list[tuple[Any, str]]:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one that takes its place when all is written, and is removed if something fails."""
+    """Yield a temporary sibling folder that is renamed to `folder` once complete and removed if anything fails."""
     folder = folder.absolute()
     refuse_used(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The healing of an exported folder: trained towards the dense model it was made from, and exported again.
+"""Heals an exported folder: trains its model towards the dense model it was made from, and exports the result.
 
-Knows folders that `search.py export` wrote; how healing works stands in `search.healing.training`.
+Knows folders that `search.py export` wrote; `search.healing.training` knows how healing works.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from search.runtime.tensorboard import curves
 
 __all__ = ["heal_export"]
 
-_HEALED = "Its cores and norms were then trained for a while towards the original."
+_HEALED = "After the search, its cores and norms were trained for a while to match the outputs of the original."
 
 
 def heal_export(source: Path, dense: str, options: Options, console: Console) -> HealedRun:
-    """Heal the model of an exported folder into another such folder; continues where an earlier try was interrupted.
+    """Heal the model of an exported folder and export the result; continues an earlier attempt that was interrupted.
 
     Args:
-        dense: the dense model it was made from, as for `search.model.loading.load_model`.
+        source: the exported folder; it does not change.
+        dense: name of the dense model that `source` was made from, as `search.model.loading.load_model` takes it.
 
     Raises:
-        ValueError: no exported folder with a prior, a quantized one, another dense model, an option out of range, or a
-            healing into the same folder that is under way.
-        DataUnavailable: model or data cannot be had.
+        ValueError: `source` is not an exported folder with a prior, is quantized, or was made from another dense model;
+            an option is out of range; or another process heals into the same folder.
+        DataUnavailable: the model or the data cannot be obtained.
     """
     config = Config.of({"model": dense})
     device = resolve_device(config.device)
@@ -61,12 +62,14 @@ def heal_export(source: Path, dense: str, options: Options, console: Console) ->
     with console.stage("load"):
         loaded, sites = load(config, device)
         if prior.model.id != loaded.model_id:
-            raise Refusal(f"{source} was made from {prior.model.id}, not {loaded.model_id}; name that with --model")
+            raise Refusal(
+                f"{source} was made from {prior.model.id}, not {loaded.model_id}; pass the former with --model"
+            )
         given = load_for_use(str(source), device)
         dtype = given.model.dtype
         model = given.model.to(loaded.model.dtype)
     if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
-        raise Refusal(f"{source} is quantized, such as {packed[0]}: heal it before it is quantized")
+        raise Refusal(f"{source} is quantized (for example {packed[0]}); heal the model before you quantize it")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
         text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))

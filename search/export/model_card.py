@@ -1,6 +1,6 @@
-"""The model card of an exported folder: what it is, how it is loaded, what it costs in quality, whose licence it has.
+"""Writes the model card of an exported folder: how to load the model, its size and quality, its provenance and licence.
 
-Takes plain values and writes Markdown.
+Takes plain values and returns Markdown.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ _COLUMNS = tuple(column for column in SUMMARY_COLUMNS if column.key != "kept_fra
 _LOAD = {
     "hf": """\
 ```python
-import search.hf                      # with Chisel installed; without it, pass trust_remote_code=True below
+import search.hf                      # if Chisel is installed; otherwise pass trust_remote_code=True below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-Without either, loading is an error: the matrices that transformers would look for are not there. Names, shapes and
-checksums of all tensors are verified while loading.""",
+Without either, loading raises an error, because the folder does not contain the dense matrices that transformers looks
+for. The names, shapes and checksums of all tensors are verified during loading.""",
     "dense": """\
-Its matrices are merged: every tool that takes the original takes this folder. **It keeps the change in quality, but it
-is as large as the original and as fast.** The small one is the `hf` export.""",
+The compressed matrices are multiplied out into dense ones, so every tool that loads the original loads this folder.
+**It has the quality of the compressed model, but it is as large as the original and no faster.** The `hf` export is the
+small one.""",
 }
 
 
@@ -41,22 +42,24 @@ def model_card(
     changes: Sequence[str],
     measured: Sequence[Row] = (),
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
+        name: the folder's name, which is the card's title and the path in the loading example.
         form: one of `search.export.folder.FORMATS`.
-        prior, summary: the content of the run's files.
-        row: which row of the run's table this model is.
-        size: one line on its bytes.
-        changes: what was done to it, a sentence each.
-        measured: rows of this very model where it is none of the run's table, as after quantization.
+        prior, summary: contents of the run's prior.json and summary.json.
+        row: name of the row of the run's table that describes this model.
+        size: one line that gives the size of the model in bytes.
+        changes: one sentence for each step that followed the search.
+        measured: rows measured on this exact model, needed where the run's table has none for it, as after
+            quantization.
     """
     model, environment, data = (_part(prior, key) for key in ("model", "environment", "data"))
     rows = summary.get("rows")
     table = [each for each in rows if isinstance(each, Mapping)] if isinstance(rows, list) else []
     licence = str(model.get("license", "unknown"))
     digests = "".join(f"* {kind}: `{str(digest)[:16]}`\n" for kind, digest in data.items() if isinstance(digest, str))
-    mine = "the rows below it" if measured else f"row `{row}`"
+    mine = "the last row" if measured else f"row `{row}`"
     return f"""\
 ---
 license: {licence.lower()}
@@ -71,8 +74,8 @@ tags:
 
 # {name}
 
-{model.get("id")} with its weight matrices replaced by matrix product operators, whose bond dimensions were searched.
-{" ".join(changes)}
+This is {model.get("id")} with weight matrices of its attention and MLP layers replaced by matrix product operators
+(MPOs). A search chose the bond dimension of every MPO. {" ".join(changes)}
 
 {_LOAD["hf" if form == "hf" else "dense"].format(name=name)}
 
@@ -82,15 +85,19 @@ tags:
 
 ## Quality
 
-The run that made it measured on held-out text and benchmark questions that it had not seen; this model is {mine}.
+All models were measured on held-out text and benchmark questions that were not used for calibration or search. This
+model is {mine} of the table.
 
 {markdown_table([*table, *measured], _COLUMNS)}
-KL is the mean per token to the original model. Accuracy on few items is noise and is shown with its standard error.
+KL is the mean KL divergence per token from the original model. Accuracy is shown with its standard error (±); on few
+items it is too noisy to compare models.
 
 ## How it was made
 
-The schedule is `prior.json`: kept fraction {_number(prior.get("kept_fraction"))} over the compressible matrices,
-schedule `{str(prior.get("schedule_digest"))[:16]}`. Data, by sha256:
+The file `prior.json` holds the bond dimension of every matrix. The compressible matrices keep a fraction of
+{_number(prior.get("kept_fraction"))} of their parameters (schedule `{str(prior.get("schedule_digest"))[:16]}`).
+
+sha256 of the data:
 
 {digests}
 Made by `{environment.get("command")}` at commit `{str(environment.get("commit"))[:12]}`, {environment.get("date")}, on
@@ -98,7 +105,7 @@ Made by `{environment.get("command")}` at commit `{str(environment.get("commit")
 
 ## Licence
 
-The original's: {licence}. Weights derived from it stay under it.
+The licence is that of the original model: {licence}. It also covers weights derived from that model.
 """
 
 

@@ -1,7 +1,7 @@
-"""What `--quantize` means for a model: which of its modules get how many bits.
+"""Decides how many bits each module of a model gets under `--quantize`, and quantizes the model.
 
-int8, int4   everything that is stored as a matrix: cores, dense sites, embeddings and head
-mixed        cores as they are, the rest int4: tensorized fp16 + rest int4, as in CompactifAI (2401.14109)
+int8, int4   quantize everything that is stored as a matrix: cores, dense sites, embeddings and head
+mixed        keeps cores as they are and stores the rest in int4, as CompactifAI does (arXiv:2401.14109)
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ QUANTIZE = ("none", "int8", "int4", "mixed")
 
 
 def module_bits(model: Any, sites: tuple[Site, ...], kind: str) -> dict[str, int]:
-    """Bits by module name, for `compression.layers.quantize.quantize_`. Modules that stay as they are are left out."""
+    """Return bits by module name, for `compression.layers.quantize.quantize_`. Unchanged modules are not listed."""
     modules = {site.name: model.get_submodule(site.name) for site in sites if not site.dense_because}
     names = [name for name, module in modules.items() if kind != "mixed" or not isinstance(module, MPOLinear)]
     return dict.fromkeys([*names, *ends(model)], 8 if kind == "int8" else 4)
 
 
 def ends(model: Any) -> list[str]:
-    """Names of the token embedding and the output head."""
+    """Return the names of the token embedding and the output head."""
     wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [
         name
@@ -44,7 +44,12 @@ def ends(model: Any) -> list[str]:
 def quantize_experiment_(
     experiment: Experiment, bits: dict[str, int], progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Quantize the model of a subject in place, in the metric of its calibration statistics."""
+    """Quantize the model of an experiment in place, in the metric of its calibration statistics.
+
+    Args:
+        bits: bits by module name, see `module_bits`.
+        progress: called with the number of modules done so far.
+    """
     statistics = experiment.calibration()
     known = {site.name for site in experiment.sites if not site.dense_because}
 

@@ -1,7 +1,7 @@
-"""The model of a finished run, made again from its folder: the compressed model that the run measured.
+"""Restores the compressed model of a finished run from the run's folder.
 
-Of weights a run folder keeps only the healed ones; the prior and the configuration give the others back from the dense
-model and the cached statistics.
+Of the weights, a run folder keeps only the repaired and healed ones. Anything else is decomposed again from the dense
+model and the cached statistics, as the prior and the configuration say.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY
 __all__ = ["STATES", "RestoredRun", "restore"]
 
 STATES = ("healed", "repaired", "searched")
-"""What a run makes of a model, the last one first: trained, solved block by block, or as it was decomposed."""
+"""The states of a run's model, latest first: trained, repaired block by block, or as decomposed after the search."""
 
 
 @dataclass(frozen=True, eq=False)
 class RestoredRun:
-    """A run's compressed model.
+    """The compressed model of a run.
 
     Attributes:
-        experiment: with the compressed model in place of the dense one.
-        schedule: the run's result.
-        state: the row of the run's table that this model is, one of `STATES`.
-        prior: of the run.
-        summary: the content of summary.json.
-        workload: held-out text and report items, referenced to the dense model, where that was asked for.
+        experiment: the experiment of the run; its model is the compressed one.
+        schedule: the schedule that the run chose.
+        state: state of the model, one of `STATES`; also the name of its row in the run's table.
+        prior: the run's prior.
+        summary: content of summary.json; empty if there is no such file.
+        workload: held-out text and report items with the dense model's results as reference; None unless `restore`
+            was called with `reference`.
     """
 
     experiment: Experiment
@@ -53,7 +54,7 @@ class RestoredRun:
 
     @property
     def document(self) -> Mapping[str, object]:
-        """The prior as plain values."""
+        """The prior as plain JSON values."""
         return self.prior.model_dump(mode="json")
 
 
@@ -66,20 +67,24 @@ def restore(
     reference: bool = False,
     opened: Experiment | None = None,
 ) -> RestoredRun:
-    """Load the dense model of a run and make it what the run made of it.
+    """Load the dense model of a run and compress it as the run did.
 
     Args:
-        state: one of `STATES`; by default the last one that the run has. A repair that it left out can be asked for.
-        healed: folder of a healing; by default that of the run itself.
-        opened: the experiment of this run with its dense model, if it is in memory already.
-        reference: read the held-out workload with the dense model, so that what becomes of it can be measured.
+        run: folder of the run.
+        state: one of `STATES`; None takes the furthest state that the run reached. "repaired" is also possible if the
+            run discarded its repair.
+        healed: folder of a healing; None takes the run's own healing.
+        opened: the experiment of this run with its dense model, if it is in memory already; it is compressed in place.
+        reference: evaluate the dense model on the held-out workload first, so that the restored model can be measured
+            against it.
 
     Raises:
-        ValueError: no run folder or one without a result, whose model is another one now, or a state that it has not.
-        DataUnavailable: model or data cannot be had.
+        ValueError: `run` is not the folder of a finished run, its model is another one today, or it does not have the
+            state that was asked for.
+        DataUnavailable: the model or the data cannot be obtained.
     """
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
-        raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, and {run} has not; name its folder")
+        raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
     config = Config.of({**read_fields(run / CONFIG), "device": device})
     prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
@@ -92,9 +97,9 @@ def restore(
     else:
         loaded, sites = opened.loaded, opened.sites
     if prior.model.id != loaded.model_id:
-        raise Refusal(f"the run in {run} is of another model than {loaded.model_id}")
+        raise Refusal(f"the run in {run} compressed {prior.model.id}, not {loaded.model_id}")
     if prior.model.digest != loaded.digest:
-        console.note("weights, or their number type on this machine, are not those that the run measured")
+        console.note("the weights, or their dtype on this machine, differ from those that the run measured")
     experiment = opened or Experiment.of(config, loaded, sites, where, console.note)
     workload = None
     if reference:
@@ -119,7 +124,10 @@ def restore(
 
 
 def _state(run: Path, config: Config, prior: Prior, wanted: str | None, healed: Path | None) -> str:
-    """The state that is wanted, or the last one that the run has; repaired can be what it has not measured, too."""
+    """Return the state that is wanted, or the furthest one that the run reached.
+
+    "repaired" is also accepted where the run measured no repair but has what it takes to repeat one.
+    """
     has = {
         "healed": healed is not None or (run / HEALED / STATE).is_file(),
         "repaired": prior.was_repaired,

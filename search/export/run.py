@@ -1,6 +1,6 @@
-"""The result of a run as a folder that others load, with a card and its prior.
+"""Exports the result of a run as a folder that others can load, with a model card and the prior.
 
-Knows run folders and how their models are made again; how a model is written stands in `search.export.folder`.
+Knows run folders and how to restore their models; `search.export.folder` knows how a model is written.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ _BITS = {
 }
 
 _CHANGES = {
-    "healed": "Cores and norms were then trained for a while towards the original.",
-    "repaired": "Each matrix was then solved anew for what the original has at its place; nothing was trained.",
-    "searched": "Nothing was trained or repaired afterwards.",
+    "healed": "After the search, its cores and norms were trained for a while to match the outputs of the original.",
+    "repaired": "After the search, each compressed matrix was solved again, block by block, so that its outputs match "
+    "those of the original; nothing was trained.",
+    "searched": "After the search, the model was neither repaired nor trained.",
 }
 
 _AFTER = {
     "hf": "load it with: import search.hf; AutoModelForCausalLM.from_pretrained({folder!r}), "
     "or anywhere with trust_remote_code=True",
-    "dense": "dense: every tool takes it; it keeps the quality change, not the size",
-    "gguf-ready": "dense float16: it keeps the quality change, not the size; "
+    "dense": "dense: every tool loads it; it has the quality of the compressed model and the size of the original",
+    "gguf-ready": "dense float16: it has the quality of the compressed model and the size of the original; "
     "next: python llama.cpp/convert_hf_to_gguf.py {folder}",
 }
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is written.
+    """The form in which a model is exported.
 
     Attributes:
         kind: "hf", "dense" or "gguf-ready".
-        dtype: name of torch's; None takes bfloat16, or float16 for "gguf-ready".
+        dtype: name of a torch dtype; None means bfloat16, or float16 for "gguf-ready".
         quantize: "none", "int8", "int4" or "mixed".
-        state: of `search.export.restore.STATES`; None takes the last one that the run has.
-        device: where it is made.
+        state: one of `search.export.restore.STATES`; None takes the furthest state that the run reached.
+        device: device on which the model is restored.
     """
 
     kind: str = "hf"
@@ -68,14 +69,18 @@ def export_run(
     healed: Path | None = None,
     opened: Experiment | None = None,
 ) -> str:
-    """Write the compressed model of the run in `source` into `folder`; returns what a person should know of it.
+    """Write the compressed model of the run in `source` into `folder`.
 
     Args:
-        healed: folder of a healing; None takes that of the run itself.
+        healed: folder of a healing; None takes the run's own healing.
         opened: the experiment of the run with its dense model, if it is in memory already; it is compressed in place.
 
+    Returns:
+        Text for the user: the size of the model and how to load the folder.
+
     Raises:
-        ValueError, DataUnavailable: as `search.export.restore.restore`, or a model that llama.cpp does not know.
+        ValueError: as `search.export.restore.restore`, or llama.cpp does not know the architecture.
+        DataUnavailable: as `search.export.restore.restore`.
     """
     quantized = form.quantize != "none"
     restored = restore(source, console, form.device, form.state, healed, quantized, opened)
@@ -86,7 +91,9 @@ def export_run(
     measured = []
     if quantized:
         measured = [_quantized(restored, form.quantize, console)]
-        changes.append(f"{_BITS[form.quantize]}, by groups, rounded in the metric of calibration text.")
+        changes.append(
+            f"{_BITS[form.quantize]}, in groups with one scale each; rounding minimizes the error on calibration text."
+        )
     size = f"Compressed: {footprint(model)}."
     with console.stage("write"):
         document, summary, state = restored.document, restored.summary, restored.state
@@ -101,7 +108,7 @@ def export_run(
 
 
 def _quantized(restored: RestoredRun, kind: str, console: Console) -> dict[str, object]:
-    """Quantize the model in place; returns its row for the table, measured on held-out text and report items."""
+    """Quantize the model in place, measure it on held-out text and report items, and return its row of the table."""
     experiment, workload = restored.experiment, restored.workload
     assert workload is not None
     bits = module_bits(experiment.loaded.model, experiment.sites, kind)

@@ -1,7 +1,7 @@
-"""The one file beside the weights with which transformers reads a compressed folder where nothing of ours is installed.
+"""Makes the file beside the weights that lets transformers read a compressed folder without Chisel installed.
 
-It is made from the sources of this project, not written a second time: of every module that `search.hf` needs, the
-definitions that it needs, each as it stands. Knows Python source text only.
+The file is assembled from the sources of this project, not written a second time: it copies verbatim every definition
+that `search.hf` needs, directly or indirectly. Knows Python source text only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compression.refusal import Refusal
 __all__ = ["MODULE", "standalone_source"]
 
 MODULE = "modeling_chisel"
-"""The file's name without .py, as config.json's `auto_map` has it."""
+"""Name of the file without .py, as it appears in `auto_map` of config.json."""
 
 _ROOT = "search.hf"
 _OURS = ("compression", "search")
@@ -36,7 +36,7 @@ register(replace=False)
 
 
 class {config}(transformers.{config}):
-    """The architecture's own configuration; being here, it is loaded from this file, which registers the plug-in."""
+    """The architecture's own configuration. Loading it from this file registers the plug-in."""
 
 
 class {model}(transformers.{model}):
@@ -48,12 +48,13 @@ class {model}(transformers.{model}):
 
 @dataclass(frozen=True)
 class _Module:
-    """A source file taken apart.
+    """The top-level statements of a source file.
 
     Attributes:
-        definitions: statements by the names that they bind, in order.
-        imports: foreign import statements, one name each, by the name that they bind.
-        ours: what is imported from this project: name to module.
+        text: the whole source text.
+        definitions: name to the statement that binds it, in the order of the file.
+        imports: name to the import statement that binds it, for imports from outside this project.
+        ours: name to module, for names that are imported from this project.
     """
 
     text: str
@@ -63,13 +64,13 @@ class _Module:
 
 
 def standalone_source(config: str, model: str) -> str:
-    """The file for an architecture, the same text every time.
+    """Return the text of the file for one architecture; it is the same text on every call.
 
     Args:
-        config, model: names of its classes in transformers.
+        config, model: names of the architecture's configuration class and model class in transformers.
 
     Raises:
-        ValueError: two modules define different things under one name, so that they cannot stand in one file.
+        ValueError: two modules define the same name, so that their definitions cannot share one file.
     """
     modules: dict[str, _Module] = {}
     wanted: dict[str, set[str]] = {}
@@ -126,7 +127,7 @@ def _read(module: str) -> _Module:
 
 
 def _bound(node: ast.stmt) -> Iterator[str]:
-    """Names that a top-level statement binds."""
+    """Yield the names that a top-level statement binds."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
     elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -139,7 +140,7 @@ def _used(node: ast.stmt) -> set[str]:
 
 
 def _ordered(modules: dict[str, _Module]) -> list[str]:
-    """Every module behind those that it imports from."""
+    """Sort modules so that each comes after those it imports from."""
     done: list[str] = []
 
     def visit(module: str) -> None:
@@ -154,7 +155,7 @@ def _ordered(modules: dict[str, _Module]) -> list[str]:
 
 
 def _text(text: str, node: ast.stmt) -> str:
-    """A statement as it is written, with decorators and the blank lines before it."""
+    """Return the source text of a statement, with its decorators and, for functions and classes, blank lines before."""
     decorators = getattr(node, "decorator_list", [])
     first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
     lines = "\n".join(text.splitlines()[first - 1 : node.end_lineno])

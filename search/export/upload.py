@@ -1,4 +1,4 @@
-"""Upload of an exported folder to the hub."""
+"""Uploads an exported folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ _NEEDED = ("config.json", "README.md", "model.safetensors*")
 
 
 def push(folder: Path, repository: str, public: bool = False) -> str:
-    """Upload every file of an exported folder; returns the address.
+    """Upload every file of an exported folder and return the address of the repository.
+
+    Args:
+        repository: OWNER/NAME on the hub; created if it does not exist.
+        public: make a new repository public; otherwise it is private.
 
     Raises:
-        ValueError: a name that is not OWNER/NAME, or a folder that lacks a config, a model card or weights.
+        ValueError: `repository` is not OWNER/NAME, or the folder has no config.json, README.md or weights.
         DataUnavailable: the hub cannot be reached, or does not let this account write there.
     """
     if not _REPOSITORY.fullmatch(repository):

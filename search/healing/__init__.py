@@ -1,3 +1,3 @@
-"""Training a compressed model towards the dense model: text, teacher, training, state."""
+"""Train a compressed model to match the dense model: text, teacher, training loop, stored weights."""
 
 __all__: list[str] = []

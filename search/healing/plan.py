@@ -1,4 +1,4 @@
-"""How long and how a model is healed."""
+"""The settings of a healing: how long it lasts and how it trains."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ __all__ = ["HealingPlan", "Options", "text_tokens"]
 
 @dataclass(frozen=True)
 class HealingPlan:
-    """How to heal; what `resume` may not change but `minutes` and `tokens`.
+    """How to heal. A resumed healing may change only `minutes`, `tokens` and `pass_tokens`.
 
     Attributes:
-        minutes, tokens: healing ends with whichever is reached first, in minutes of training or in learned positions;
-            at least one is given.
-        loss: "distill" from the dense model's logits, or "labels", the text's own next tokens.
-        rate: largest learning rate of the cores; norms and biases take `vector_rate`.
-        batch_tokens: tokens of one step, of all processes together.
-        pass_tokens: tokens of one forward pass, halved where memory runs out; steps add up the gradients of several.
-        targets: how many of the dense model's likeliest tokens are told apart.
-        sample: in distillation, how many tokens stand for all others, see `compression.training.distillation`; 0 takes
-            them all. Labels take them all: one target a position leaves too much to the others.
-        hidden_weight: weight of the squared distance of the last hidden states, relative to the dense model's; 0 leaves
-            it out, and the targets of rows met before need no dense model.
-        clip: largest norm of a gradient.
-        checkpointing: keep no activations inside the blocks; slower, with less memory.
-        gates: train a factor for every output of a tensorized layer too, see `compression.training.gates`.
-        seed: of the order of rows and of samples.
+        minutes, tokens: limits in minutes of training and in learned positions. Healing ends at whichever limit it
+            reaches first; at least one must be given.
+        loss: "distill" learns from the dense model's logits; "labels" learns the next tokens of the text itself.
+        rate: peak learning rate of the cores.
+        vector_rate: peak learning rate of norms and biases.
+        batch_tokens: tokens per optimizer step, over all processes together.
+        pass_tokens: tokens per forward pass, halved whenever memory runs out. A step accumulates the gradients of as
+            many passes as it needs.
+        targets: distillation compares the probabilities of this many of the dense model's likeliest tokens one by one.
+        sample: number of randomly drawn tokens that represent the rest of the vocabulary in distillation, see
+            `compression.training.distillation`; 0 uses the whole vocabulary. "labels" always uses the whole
+            vocabulary, because with a single target per position nearly all tokens would be represented by the sample.
+        hidden_weight: weight of the squared distance between the last hidden states of the two models, relative to the
+            size of the dense model's. 0 drops this term; the dense model then need not run again on rows whose targets
+            are stored.
+        clip: maximum norm of the gradient.
+        checkpointing: use activation checkpointing for the blocks: slower, with less memory.
+        gates: also train one factor per output of a tensorized layer, see `compression.training.gates`.
+        seed: seed of the order of the rows and of the sampled tokens.
     """
 
     minutes: float | None = None
@@ -63,22 +67,22 @@ class HealingPlan:
 
     @property
     def length(self) -> str:
-        """How long it is to take, as part of a file's name."""
+        """The planned length, formatted as part of a folder name."""
         return f"{self.minutes:g}min" if self.tokens is None else f"{self.tokens}tokens"
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed healing has to agree on."""
+        """The settings that a resumed healing must share with the interrupted one."""
         return {name: value for name, value in asdict(self).items() if name not in ("minutes", "tokens", "pass_tokens")}
 
 
 _TOKENS_A_SECOND = {"cpu": 500, "cuda": 100_000}
 _ON_GPU = {"rate": 1e-4, "batch_tokens": 1 << 13, "pass_tokens": 1 << 14, "sample": 0}
-"""Other defaults of `HealingPlan`: a GPU is idle in small steps, and takes no time for what a sample would save."""
+"""Defaults of `HealingPlan` on a GPU: small steps would leave it idle, and sampling the vocabulary saves it no time."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about a healing; None leaves the default of `HealingPlan`."""
+    """The healing options of the command line; None selects the default of `HealingPlan`."""
 
     minutes: float | None = 30.0
     tokens: int | None = None
@@ -96,11 +100,15 @@ class Options:
 
     @property
     def data_name(self) -> str:
-        """Of the source, as part of a folder's name."""
+        """The name of the text source, reduced to characters that are safe in a folder name."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.data).name)
 
     def plan(self, seed: int, device: torch.device) -> HealingPlan:
-        """Raises ValueError, one line, for a value out of range."""
+        """The healing plan for these options on `device`.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
         names = {field.name for field in dataclasses.fields(HealingPlan)}
         given = {name: value for name, value in dataclasses.asdict(self).items() if name in names and value is not None}
         given = {**(_ON_GPU if device.type == "cuda" else {}), **given}
@@ -110,7 +118,11 @@ class Options:
 
 
 def text_tokens(plan: HealingPlan, device: torch.device, options: Options) -> int:
-    """What is asked for, or more than the plan can get through: no row is met twice where there is enough text."""
+    """How many tokens of healing text to prepare.
+
+    Without an explicit number, this is about as many as the plan can learn from, so that no row repeats while the
+    source has enough text.
+    """
     if options.text_tokens is not None:
         return options.text_tokens
     if plan.tokens is not None:

@@ -1,4 +1,4 @@
-"""Where a healing is, and what it measured on the way."""
+"""The progress of a healing and the measurements taken along the way."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Measurement", "Progress"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement on text that is not learned from.
+    """One measurement on text that healing does not learn from.
 
     Attributes:
-        tokens: learned before it.
-        seconds: of training before it.
-        kl: nats per token to the dense model.
-        perplexity: on the same text.
+        tokens: positions learned before the measurement.
+        seconds: training time before the measurement.
+        kl: KL(dense ‖ model), nats per token.
+        perplexity: perplexity on the same text.
     """
 
     tokens: int
@@ -30,7 +30,7 @@ class Measurement:
 
 @dataclass(eq=False)
 class Progress:
-    """Where a healing is; what a checkpoint holds beside tensors."""
+    """The progress of a healing: the part of a checkpoint that is not tensors."""
 
     step: int = 0
     position: int = 0  # rows handed out
@@ -39,7 +39,7 @@ class Progress:
     measurements: list[Measurement] = field(default_factory=list)
 
     def fraction(self, plan: HealingPlan) -> float:
-        """Share of the plan that is done, by tokens or by time, whichever is further; 1 ends the healing."""
+        """Completed share of the plan, by tokens or by time, whichever is larger; healing ends at 1."""
         done = [0.0]
         if plan.tokens:
             done.append(self.tokens / plan.tokens)
@@ -48,18 +48,18 @@ class Progress:
         return max(done)
 
     def rate_factor(self, plan: HealingPlan) -> float:
-        """Learning rate over its largest: a rise over the first twentieth of the plan, then a linear fall to zero."""
+        """Learning rate relative to its peak: it warms up over the first 5 % of the plan and falls linearly to 0."""
         done = self.fraction(plan)
         return min(1.0, (done + 0.005) / 0.05) * max(0.0, 1.0 - done)
 
     def to_state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint. Measurements stand under "looks", their key since version 0.1."""
+        """Plain values for a checkpoint. The measurements are stored under "looks", their key since version 0.1."""
         values = asdict(self)
         values["looks"] = values.pop("measurements")
         return values
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """The reverse of `to_state`; other keys are ignored."""
+        """Inverse of `to_state`; other keys are ignored."""
         plain = {name: state[name] for name in ("step", "position", "tokens", "seconds")}
         return cls(**plain, measurements=[Measurement(**values) for values in state["looks"]])

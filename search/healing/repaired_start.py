@@ -1,4 +1,4 @@
-"""The model that healing starts from: the schedule applied, repaired, and kept only if repair helps."""
+"""Prepare the model that healing starts from: apply the schedule, repair it, and undo the repair if it does harm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNFINISHED, _START = "unfinished", "start"
 
 
 def referenced(judge: Workload, dense: nn.Module) -> Workload:
-    """`judge`, with its reference figures measured on the dense model."""
+    """Take `dense` as the reference of `judge`; returns `judge`."""
     judge.reference(dense)
     return judge
 
@@ -40,14 +40,17 @@ def started_(
     console: Console,
     repaired: Path | None = None,
 ) -> tuple[Mapping[str, nn.Module], str]:
-    """Make the dense model the one that healing starts from: decomposed, and repaired unless repair does harm.
+    """Turn the dense model in place into the start of a healing: decomposed, and repaired unless repair does harm.
 
     Args:
-        folder: keeps this start while a healing is under way, and gives that of an interrupted one.
-        repaired: keeps repaired weights for good, and gives those of an earlier repair.
+        folder: stores this start until the healing is finished. If an interrupted healing left its start there, that
+            one is loaded instead. None stores nothing.
+        repaired: stores the repaired weights permanently. If it holds the result of the same repair, those weights are
+            loaded instead. None stores nothing.
 
     Returns:
-        The modules taken out, and the name of the row that the model now is.
+        The modules that were replaced, by name, and the name of the resulting model's row in the final table,
+        "repaired" or "searched".
     """
     model = experiment.loaded.model
     sites = [site for site in experiment.sites if not site.dense_because]
@@ -76,7 +79,7 @@ def started_(
 
 
 def stored_repair(folder: Path | None, experiment: Experiment, schedule: Schedule) -> StoredWeights | None:
-    """The repaired weights in `folder`, if they are intact and repairing again would give the same; otherwise None."""
+    """The repaired weights in `folder` if they are intact and a new repair would give the same; otherwise None."""
     if folder is None or not (folder / REPAIR).is_file():
         return None
     try:
@@ -88,7 +91,7 @@ def stored_repair(folder: Path | None, experiment: Experiment, schedule: Schedul
 
 
 def _made_for(experiment: Experiment, schedule: Schedule) -> dict[str, object]:
-    """What determines the weights that a repair gives, as plain JSON values."""
+    """Everything that determines the result of a repair, as plain JSON values."""
     return {
         "model": {"id": experiment.loaded.model_id, "digest": experiment.loaded.digest},
         "schedule": json.loads(schedule.to_json()),
@@ -98,7 +101,7 @@ def _made_for(experiment: Experiment, schedule: Schedule) -> dict[str, object]:
 
 
 def _decomposed_(experiment: Experiment, schedule: Schedule) -> Mapping[str, nn.Module]:
-    """Put the factors of a schedule into the dense model; returns the modules taken out."""
+    """Put the factors of a schedule into the dense model; returns the modules they replace."""
     model = experiment.loaded.model
     applier = ScheduleApplier(model, experiment.store, packed=True)
     taken = {name: model.get_submodule(name) for name, choice in schedule if not choice.is_dense}
@@ -109,7 +112,11 @@ def _decomposed_(experiment: Experiment, schedule: Schedule) -> Mapping[str, nn.
 def _repaired_(
     experiment: Experiment, schedule: Schedule, taken: Mapping[str, nn.Module], dense: nn.Module, console: Console
 ) -> tuple[Mapping[str, nn.Module], str]:
-    """Repair the model, which follows the schedule with `taken` taken out, unless that does harm; as `started_`."""
+    """Repair the model unless that does harm; returns the same as `started_`.
+
+    Args:
+        taken: the dense modules that the factors of the schedule replaced.
+    """
     model, blocks = experiment.loaded.model, 1 + max(site.block for site in experiment.sites)
     with console.stage("judge"):
         judge = referenced(Workload(experiment.shards("selection")[0], experiment.device), dense)
@@ -122,14 +129,18 @@ def _repaired_(
         return taken, "repaired"
     put_modules(model, taken)
     console.note(
-        f"repair is left out: on text and questions that no trial saw it takes KL from {before.kl:.4f} to "
+        f"repair is discarded: on the selection text, which no trial used, it changes KL from {before.kl:.4f} to "
         f"{after.kl:.4f} nats/token"
     )
     return _decomposed_(experiment, schedule), "searched"
 
 
 def repair_did_harm(repaired: Quality, before: Quality) -> bool:
-    """By more than a standard error of the paired difference, or for being no number where the other is one."""
+    """Whether repair made the model worse.
+
+    It did if it raises the KL by more than one standard error of the paired difference, or if the repaired model
+    gives non-finite logits and the unrepaired one does not.
+    """
     if repaired.state != "ok" or before.state != "ok":
         return before.state == "ok"
     difference = paired_kl(repaired, before)

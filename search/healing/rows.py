@@ -1,4 +1,4 @@
-"""Text for healing as rows of tokens of equal length."""
+"""Pack the text for healing into rows of tokens of equal length."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["HealingText", "pack_rows"]
 
 @dataclass(frozen=True, eq=False)
 class HealingText:
-    """Rows to learn from.
+    """Rows of text to learn from.
 
     Attributes:
-        tokens: int32 (rows, length).
-        wanted: bool (rows, length): whether the token after this one is to be learned.
-        name: where they come from, for people.
-        left_out: how many documents shared words with what is reported.
+        tokens: token ids, int32 (rows, length).
+        wanted: bool (rows, length); true where healing learns to predict the token after this position.
+        name: name of the text source, for display.
+        left_out: number of documents excluded because they overlap with text or questions that results are reported on.
     """
 
     tokens: torch.Tensor
@@ -34,7 +34,7 @@ class HealingText:
 
     @property
     def learned(self) -> int:
-        """Positions to learn from in one epoch."""
+        """Number of positions learned from in one epoch."""
         return int(self.wanted.sum())
 
 
@@ -46,13 +46,14 @@ def pack_rows(
     left_out: int,
     tokens: int | None = None,
 ) -> HealingText:
-    """Documents one after the other with an empty line between, cut into rows of `length` tokens.
+    """Concatenate documents, separated by empty lines, and cut the result into rows of `length` tokens.
 
     Args:
-        tokens: stop once there are so many.
+        left_out: number of documents excluded beforehand, see `HealingText`.
+        tokens: stop at the end of the document that reaches this many tokens; None uses all documents.
 
     Raises:
-        ValueError: less than one row.
+        ValueError: the documents give less than one row.
     """
     stream: list[int] = []
     wanted: list[bool] = []
@@ -67,7 +68,7 @@ def pack_rows(
     if not rows:
         raise Refusal(f"healing needs {length} tokens of text or more, and {name} has {len(stream)}")
     next_wanted = torch.tensor([*wanted[1:], False][: rows * length]).view(rows, length)
-    next_wanted[:, -1] = False  # what follows a row is not in it
+    next_wanted[:, -1] = False  # the token after the last one is not in the row
     return HealingText(
         torch.tensor(stream[: rows * length], dtype=torch.int32).view(rows, length), next_wanted, name, left_out
     )

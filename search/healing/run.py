@@ -1,6 +1,6 @@
-"""The healing of a run: its searched schedule repaired, healed, measured and written, resumably.
+"""Heal a finished run: repair, heal, measure and store its searched schedule, with resume after an interruption.
 
-Knows run folders and how a subject is loaded; how healing works stands in `search.healing.training`.
+Knows run folders and how an experiment is loaded; does not know how healing trains, see `search.healing.training`.
 """
 
 from __future__ import annotations
@@ -45,17 +45,23 @@ _JUDGED = 3000  # tokens
 
 
 class Measures(Protocol):
-    """What healing needs of an evaluator."""
+    """The part of an evaluator that healing uses."""
 
     dense: Score
 
     def score_as_is(self, schedule: Schedule) -> Score:
-        """Of the model as it stands, its sites replaced as the schedule says."""
+        """Score the model in its present state; its sites must already be replaced as `schedule` says."""
 
 
 @dataclass(frozen=True)
 class HealedRun:
-    """What the command ends with: the table before and after, and where the weights are."""
+    """The result of the command `heal`.
+
+    Attributes:
+        rows: rows of the table: the dense model, the start of the healing, and the healed model.
+        folder: folder of the healed weights.
+        stopped: why healing ended early; empty if it did not.
+    """
 
     rows: Sequence[Mapping[str, object]]
     folder: Path
@@ -63,18 +69,18 @@ class HealedRun:
 
 
 def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
-    """Heal the searched schedule of a finished run; continues an interrupted healing of the same settings.
+    """Heal the searched schedule of a finished run; continues an interrupted healing with the same settings.
 
-    Several processes that `accelerate launch` or torchrun started share the work; the first one writes.
+    Processes started together by `accelerate launch` or torchrun share the work; only the first one writes files.
 
     Raises:
-        ValueError: no such run, its model or settings differ from now, an option out of range, or a healing in the
-            same folder that is under way.
+        ValueError: there is no such run, the model has changed since the run, the settings differ from those of the
+            interrupted healing, an option is out of range, or another healing is running in the same folder.
     """
-    options.plan(0, torch.device("cpu"))  # an option out of range is refused whatever the folder is
+    options.plan(0, torch.device("cpu"))  # refuses an option out of range before anything else is checked
     for name in (CONFIG, PRIOR):
         if not (run / name).is_file():
-            raise Refusal(f"heal needs the folder of a finished run, but there is no {run / name}")
+            raise Refusal(f"heal needs the folder of a finished run, but {run / name} does not exist")
     config = Config.of(read_fields(run / CONFIG))
     device = resolve_device(config.device)
     plan = options.plan(config.seed, device)
@@ -86,12 +92,12 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
         prior = Prior.read(run / PRIOR)
         if prior.model.digest != loaded.digest:
             raise Refusal(
-                f"{run / PRIOR} is of another model, with digest {prior.model.digest[:12]}; the one of this run has "
-                f"{loaded.digest[:12]}"
+                f"{run / PRIOR} was made for a model with digest {prior.model.digest[:12]}, but the model of this run "
+                f"now has digest {loaded.digest[:12]}"
             )
         schedule = prior.schedule
     if all(choice.is_dense for _, choice in schedule):
-        raise Refusal(f"the schedule of {run} compresses nothing, so that there is nothing to heal")
+        raise Refusal(f"the schedule of {run} compresses nothing, so there is nothing to heal")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     with held(folder), experiment.evaluator("heldout") as evaluator:
@@ -104,7 +110,7 @@ def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
 
 
 def held(folder: Path) -> AbstractContextManager[object]:
-    """The lock of a healing's folder; of processes that share the work the first one takes it for all."""
+    """Lock the folder of a healing; among processes that share the work, only the first one takes the lock."""
     return RunFolder(folder) if Processes.is_first() else nullcontext()
 
 
@@ -118,26 +124,28 @@ def heal_experiment_(
     console: Console,
     repaired: Path | None = None,
 ) -> tuple[dict[str, Score], Healed]:
-    """Repair, heal and measure a schedule; the model of the subject is dense again afterwards.
+    """Repair, heal and measure a schedule; the model of the experiment is dense again afterwards.
 
-    Repair is kept unless it clearly raises the KL (by more than a standard error, paired) on the selection set, which
-    no trial, no repair and no table reads. On little text it can: a search has found what goes well together
-    unrepaired, and corrections are learned from few tokens, all counted alike.
+    Repair is discarded if it raises the KL on the selection text by more than one standard error of the paired
+    difference. No trial, repair or table uses that text. Repair can do harm when calibration text is short: the search
+    chose a schedule that works well without repair, and repair learns its corrections from few tokens, all of equal
+    weight.
 
     Args:
-        evaluator: measures the model of the subject as it stands; of held-out data, closed: its model dense.
-        plan: None repairs only.
-        folder: receives the weights, the state and, while it lasts, what a later try continues from.
-        repaired: folder that keeps the repaired weights and gives those of an earlier repair; None keeps none.
+        evaluator: an evaluator on the held-out text, already closed, so that its model is dense.
+        plan: the settings of the healing; None only repairs.
+        folder: receives the healed weights and, until healing is finished, its checkpoints.
+        repaired: folder that stores the repaired weights; weights of an earlier, equal repair are loaded from there.
+            None stores nothing.
 
     Returns:
-        The scores of the dense model, of what healing starts from, named "repaired", or "searched" where there was no
-        repair or it was not kept, and of the healed one; and how healing went.
+        The scores by row name and the outcome of the healing. The rows are "dense"; the start of the healing, named
+        "repaired", or "searched" if there was no repair or it was discarded; and "healed" if there is a plan.
     """
     model = experiment.loaded.model
     scores, healed = {"dense": evaluator.dense}, Healed(())
     dense = sharing_copy(model)
-    # Norms and biases, which training replaces.
+    # Training replaces the norms and biases, so they have to be put back at the end.
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
     resumable = None if plan is None else folder / f"{UNFINISHED}-{schedule.digest[:12]}"
     with Processes().first_alone():
@@ -150,7 +158,7 @@ def heal_experiment_(
                 tokens = text_tokens(plan, experiment.device, options)
                 text = heal_text(experiment.loaded, options.data, options.row_tokens, plan.seed, tokens)
             if text.left_out:
-                console.note(f"{text.left_out} documents left out of the text: they share words with what is reported")
+                console.note(f"{text.left_out} documents are not learned from: they overlap with the reported data")
             judge = judge_of(experiment, dense)
             with console.stage("heal", plan.tokens, "tokens") as stage, curves(folder if first else None) as drawn:
                 healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note, drawn)
@@ -169,7 +177,10 @@ def heal_experiment_(
 
 
 def judge_of(experiment: Experiment, dense: nn.Module) -> Workload:
-    """Search texts and questions, which healing is steered by: neither learned from nor reported on."""
+    """A workload of search text and questions that selects the best state of a healing.
+
+    Healing does not learn from this text, and no result is reported on it.
+    """
     return referenced(Workload(experiment.mixture(_JUDGED), experiment.device), dense)
 
 
@@ -182,7 +193,7 @@ def _document(
     healed: Healed,
     scores: Mapping[str, Score],
 ) -> dict[str, Any]:
-    """What the healed state is of, and how it came about."""
+    """The content of healing.json: what the healed weights belong to and how they were made."""
     return {
         "model": {"id": experiment.loaded.model_id, "digest": experiment.loaded.digest},
         "schedule": json.loads(schedule.to_json()),

@@ -1,4 +1,4 @@
-"""Text that the dense model writes itself."""
+"""Sample text from the dense model, to heal with when other text is missing or used up."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from search.model.loading import LoadedModel
 __all__ = ["sampled_rows"]
 
 _SAMPLED_TOKENS = 100_000
-_SAMPLED_AT_ONCE = 64  # rows; many more on a GPU, where a step takes as long for one row as for a thousand
+_SAMPLED_AT_ONCE = 64  # rows on a CPU; a GPU takes as long for a thousand rows as for one, see `_rows_at_once`
 _MOST_AT_ONCE = 8192
-_BEGINNING = 16  # tokens of other text that sampled text goes on from
+_BEGINNING = 16  # tokens of other text that a sampled row continues
 
 
 def sampled_rows(
     loaded: LoadedModel, length: int, seed: int, tokens: int, given: torch.Tensor | None = None
 ) -> HealingText:
-    """What a model itself writes at temperature 1.
+    """Sample rows of `length` tokens from a model at temperature 1.
 
     Args:
-        given: rows (n, length) that beginnings are cut out of; without it rows begin with one random token.
+        tokens: sample at least this many tokens in all.
+        given: rows of other text (n, length). Each sampled row continues a random piece of them; without `given` it
+            continues one random token.
     """
     model, rows = loaded.model, -(-tokens // length)
     done: list[torch.Tensor] = []
     device = model.device
     most = _rows_at_once(model, length)
-    most = -(-rows // -(-rows // most))  # equally many each time: few rows take as long as many
+    most = -(-rows // -(-rows // most))  # batches of equal size: a small last batch would take as long as a full one
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         while (missing := rows - sum(map(len, done))) > 0:
@@ -55,7 +57,7 @@ def sampled_rows(
 
 
 def _beginnings(given: torch.Tensor | None, vocabulary: int, count: int) -> torch.Tensor:
-    """Token ids (count, 16 or fewer) out of random places of `given`, or (count, 1) at random."""
+    """Token ids (count, 16 or fewer) cut from random places of `given`, or (count, 1) random tokens without it."""
     if given is None:
         return torch.randint(vocabulary, (count, 1))
     size = min(_BEGINNING, given.shape[1] - 1)
@@ -64,7 +66,7 @@ def _beginnings(given: torch.Tensor | None, vocabulary: int, count: int) -> torc
 
 
 def _rows_at_once(model: Any, length: int) -> int:
-    """On a GPU those whose keys, values and logits fill half of its free memory."""
+    """Rows per batch: on a GPU, as many as fill half of its free memory with keys, values and logits."""
     if model.device.type != "cuda":
         return _SAMPLED_AT_ONCE
     config = model.config

@@ -1,7 +1,7 @@
-"""Sharding: models whose blocks are spread over the processes that train together (FSDP, `fully_shard` of torch).
+"""Shard the blocks of models over the processes that train together (FSDP, torch's `fully_shard`).
 
-Knows module trees and torch.distributed; nothing of losses. A block is whole only while it is computed, forwards or
-backwards. Embeddings and the output head stay whole in every process.
+A process gathers a block only while it computes its forward or backward pass. Embeddings and the output head are
+replicated in every process. Knows module trees and torch.distributed; does not know losses.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["Sharding", "like", "sharing_copy", "whole"]
 
 
 class Sharding:
-    """A compressed and a dense model sharded in place, until `end`; optimizers are made in between.
+    """Shards a compressed and a dense model in place until `end`; create optimizers in between.
 
-    Gradients are summed over the processes, which must make the same passes. What the modules held before stays with
-    them in the memory of the machine.
+    Gradients are summed over the processes, which must make the same number of passes. The original modules are kept
+    in main memory.
 
     Args:
-        model: what is to be trained already asks for gradients.
-        dense: has blocks at the same places; may share tensors with `model`.
+        model: the compressed model; the parameters to train must already require gradients.
+        dense: the dense model, with its blocks at the same places; it may share tensors with `model`.
 
     Raises:
-        ValueError: no list of blocks.
+        ValueError: the model has no list of blocks.
     """
 
     def __init__(self, model: nn.Module, dense: nn.Module) -> None:
@@ -59,20 +59,20 @@ class Sharding:
             plain.to("cpu")
 
     def end(self) -> None:
-        """The modules from before in their places; what was trained meanwhile is not in them."""
+        """Put the original modules back; they do not contain what was trained meanwhile."""
         for model, name, plain in self._plain:
             model.set_submodule(name, plain.to(self.device))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, as one; all processes ask for it together."""
+    """The full tensor of one that may be sharded; all processes must call this together."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, placed and sharded as `other` is."""
+    """A full tensor, moved and sharded like `other`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     tensor = tensor.to(other.device)
@@ -80,13 +80,13 @@ def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def sharing_copy(module: nn.Module) -> Any:
-    """The same module tree anew, with the very parameters and buffers of `module`: costs no memory."""
+    """A copy of the module tree that shares all parameters and buffers with `module` and so costs no memory."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
 
 def _outer(model: nn.Module, prefix: str) -> list[str]:
-    """Names of the modules outside the blocks that hold something to train."""
+    """Names of the modules outside the blocks, the output head excepted, that have parameters to train."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return [
         name
@@ -98,7 +98,7 @@ def _outer(model: nn.Module, prefix: str) -> list[str]:
 
 
 def _placement(parameter: nn.Parameter, count: int) -> Any:
-    """Along the longest axis that the processes share evenly: the first of a core is often 1."""
+    """Shard along the longest axis whose size `count` divides: the first axis of a core often has size 1."""
     from torch.distributed.tensor import Shard
 
     even = [axis for axis, size in enumerate(parameter.shape) if size % count == 0]

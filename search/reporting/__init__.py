@@ -1,3 +1,3 @@
-"""Tables, charts and pages, made from plain values. Knows no model and opens no run."""
+"""Makes tables, charts and pages from plain values. Does not load models."""
 
 __all__: list[str] = []

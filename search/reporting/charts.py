@@ -1,7 +1,7 @@
-"""Charts: numbers to inline SVG, readable on a phone, light or dark. Knows no file and no run.
+"""Draws charts as inline SVG that is readable on a phone, in light and dark mode. Knows no files and no runs.
 
-Colours are the custom properties of the page: `--ink`, `--faint`, `--accent`, and `--series-0` to `--series-5`. Every
-mark says its value in a `<title>`, which browsers show when pointed at and screen readers read out.
+Colours come from the page's CSS custom properties `--ink`, `--faint`, `--accent`, and `--series-0` to `--series-5`.
+Every mark states its value in a `<title>`, which browsers show on hover and screen readers read out.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from html import escape
 __all__ = ["SERIES", "heat_map", "line_chart", "scatter_chart"]
 
 SERIES = 6
-"""Colours before they repeat."""
+"""Number of colours before they repeat."""
 
-_WIDTH, _HEIGHT = 380, 240  # of the drawing; about as many pixels on a phone, so that letters keep their size
+_WIDTH, _HEIGHT = 380, 240  # of the drawing; a phone shows it about 1:1, so letters keep their size
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 36
 _CELL = 17  # height of a heat map's row
 
@@ -23,7 +23,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def line_chart(series: Mapping[str, Points], x_title: str, y_title: str) -> str:
-    """A line for every series of (x, y), with a legend if there are several; not finite points break a line."""
+    """Draw one line per series of (x, y) points, with a legend for several series; non-finite points break a line."""
     frame = _Frame([point for points in series.values() for point in points])
     marks = []
     for number, (name, points) in enumerate(series.items()):
@@ -43,7 +43,7 @@ def line_chart(series: Mapping[str, Points], x_title: str, y_title: str) -> str:
 
 
 def scatter_chart(series: Mapping[str, Mapping[str, tuple[float, float]]], x_title: str, y_title: str) -> str:
-    """A dot for every named point of every series; points that are not finite are left out."""
+    """Draw a dot for every named point of every series; non-finite points are left out."""
     frame = _Frame([point for points in series.values() for point in points.values()])
     marks = []
     for number, (kind, points) in enumerate(series.items()):
@@ -62,11 +62,11 @@ def heat_map(
     strength: Mapping[tuple[str, str], float],
     label: Mapping[tuple[str, str], str],
 ) -> str:
-    """A cell for every (row, column) that has a strength, the darker the stronger, with its label in it.
+    """Draw a labelled cell for every (row, column) that has a strength; stronger cells are darker.
 
     Args:
-        strength: 0 to 1; others are cut off there. A cell without one is left empty.
-        label: a few letters.
+        strength: value in [0, 1] by (row, column); values outside are clipped. A cell without a value stays empty.
+        label: text of a few letters by (row, column).
     """
     left, top = 34, 20
     wide = (_WIDTH - left) / max(1, len(columns))
@@ -93,7 +93,7 @@ def heat_map(
 
 
 class _Frame:
-    """Axes around points, with round numbers at their ticks."""
+    """Axes around a set of points, with ticks at round numbers."""
 
     def __init__(self, points: Points) -> None:
         finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] or [(0.0, 0.0)]
@@ -128,7 +128,7 @@ class _Frame:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, three to seven of them."""
+    """Return three to seven evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
     if high <= low:
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
     power = 10.0 ** math.floor(math.log10((high - low) / 4))

@@ -32,10 +32,10 @@ def parquet_bytes(rows: Sequence[Row]) -> bytes:
 
 
 def parse_records(text: str) -> list[dict[str, str]]:
-    """The cells of a CSV text as they stand, by column; an empty text gives no rows.
+    """The cells of a CSV text as they stand, by column; an empty text gives no rows, a short line empty cells.
 
     Raises:
-        Refusal: no CSV, or a line with more or fewer cells than the heading.
+        Refusal: no CSV, or a line with more cells than the heading.
     """
     try:
         frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=True)
@@ -43,8 +43,6 @@ def parse_records(text: str) -> list[dict[str, str]]:
         return []
     except (pd.errors.ParserError, ValueError) as error:
         raise Refusal(" ".join(str(error).split())) from None
-    if len(short := frame.index[frame.isna().any(axis=1)]):
-        raise Refusal(f"line {short[0] + 2} has fewer cells than the heading")
     return [dict(zip(frame.columns, cells, strict=True)) for cells in frame.itertuples(index=False, name=None)]
 
 
@@ -73,7 +71,7 @@ def read_frame(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
-        return pd.read_csv(path, keep_default_na=False, na_values=[""], float_precision="round_trip")
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except ValueError as error:  # pandas' and pyarrow's errors of a broken file, and bytes that are not UTF-8

@@ -1,4 +1,4 @@
-"""Heat maps of a sensitivity table, as SVG. Knows tables of figures; draws off screen."""
+"""Draws heat maps of a sensitivity table as SVG with matplotlib, without a display. Knows tables of numbers only."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ __all__ = ["draw_heat_map"]
 def draw_heat_map(
     table: NDArray[np.float64], rows: Sequence[object], columns: Sequence[object], title: str, across: str, figure: str
 ) -> str:
-    """Rows are blocks. Colours are logarithmic; what is not positive or not there stays blank.
+    """Return a heat map of blocks (rows) on a logarithmic colour scale; values that are not positive stay blank.
 
     Args:
-        table: (rows, columns).
-        across: what the columns are.
-        figure: what the colours are, with its unit.
+        table: shape (rows, columns); NaN where there is no value.
+        rows: block indices.
+        columns: labels of the columns.
+        title: heading of the drawing.
+        across: label of the horizontal axis.
+        figure: label of the colour bar, with the unit.
     """
     import matplotlib
-
-    matplotlib.use("svg")
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 

@@ -36,9 +36,7 @@ class OpenedRun:
     def of(cls, folder: Path) -> OpenedRun:
         """Raises Refusal for a folder that no command of this project has written."""
         if not (folder / CONFIG).is_file():
-            raise Refusal(
-                f"a run, a sweep or a comparison has a {CONFIG}, and {folder} has none"
-            )
+            raise Refusal(f"a run, a sweep or a comparison has a {CONFIG}, and {folder} has none")
         return cls(folder)
 
     @property

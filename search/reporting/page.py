@@ -1,6 +1,6 @@
-"""A page: sections of text, figures and tables as one self-contained HTML file. Knows no run.
+"""Assembles sections of text, figures and tables into one self-contained HTML file. Knows no runs.
 
-No script, no font and no picture from anywhere else; it follows the light or dark choice of the reader's system.
+The page loads no scripts, fonts or images from elsewhere, and follows the light or dark mode of the reader's system.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["Section", "page", "table"]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """One section of a page.
 
     Attributes:
-        title: heading, plain text.
-        text: a sentence or two below it, plain text.
-        figure: HTML, as `search.reporting.charts` and `table` make it.
-        data: the figures behind `figure`, folded away below it; rows with the same keys.
+        title: heading, as plain text.
+        text: a sentence or two below the heading, as plain text.
+        figure: HTML made by `search.reporting.charts` or `table`.
+        data: the values behind `figure`, as rows with the same keys; the page folds them away below the figure.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Section:
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> str:
-    """Rows as an HTML table that scrolls sideways where it does not fit; columns that no row has are left out."""
+    """Return rows as an HTML table that scrolls sideways if it is too wide; columns that no row has are left out."""
     columns = occurring(rows, columns)
     head = "".join(f"<th{_kind(column)}>{escape(column.title)}</th>" for column in columns)
     body = "".join(
@@ -43,7 +43,7 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> st
 
 
 def page(title: str, headline: str, sections: Sequence[Section]) -> str:
-    """The whole file."""
+    """Return the text of the whole HTML file."""
     body = "".join(_section(section) for section in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -1,6 +1,6 @@
-"""The report of runs: what their folders hold, as sections of one page. Reads files only; loads no model.
+"""Makes report.html from the files in run folders, one section per topic. Reads files only; loads no model.
 
-A section appears where its file is: a run that was cut short, or made by an earlier version, has fewer.
+A section is left out if its file is missing, as in a run that was interrupted or made by an earlier version.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _LARGEST_FILE = 1 << 27  # bytes
 
 @dataclass(frozen=True)
 class Run:
-    """What is in a run folder.
+    """The contents of a run folder.
 
     Attributes:
-        name: of the folder.
-        summary, prior: content of the JSON files; empty where there is none.
-        trials, benchmarks, sensitivity: rows of the CSV files.
-        healings: content of the healing.json of every healing, by the name of its folder.
+        name: name of the folder.
+        summary, prior: contents of summary.json and prior.json; empty if the file is missing.
+        trials, benchmarks, sensitivity: rows of the CSV files; empty if the file is missing.
+        healings: content of healing.json by the name of the healing's folder.
     """
 
     name: str
@@ -49,7 +49,11 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Raises ValueError if the folder holds nothing to report, or a file that is not what it should be."""
+        """Read a run folder.
+
+        Raises:
+            ValueError: the folder holds nothing to report, or one of its files is malformed.
+        """
         if not any((folder / name).is_file() for name in (SUMMARY, BENCHMARKS, SENSITIVITY)):
             raise Refusal(f"there is no finished run, profile or benchmark in {folder}: {SUMMARY} is missing")
         return cls(
@@ -64,24 +68,24 @@ class Run:
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
-        """The final table."""
+        """The rows of the final table."""
         return tuple(self.summary.get("rows", ()))
 
     def row(self, schedule: str) -> Mapping[str, Any]:
-        """A row of the final table; empty if there is none."""
+        """Return the row of a schedule in the final table; empty if there is none."""
         return next((row for row in self.rows if row.get("schedule") == schedule), {})
 
     @property
     def result(self) -> Mapping[str, Any]:
-        """The last row: what the run ends with."""
+        """The last row of the final table, which describes the model that the run delivers."""
         return self.rows[-1] if self.rows else {}
 
 
 def report(folders: Sequence[Path]) -> str:
-    """The page of one run, or of several beside each other, as HTML.
+    """Return the report of one run, or a comparison of several, as one HTML page.
 
     Raises:
-        ValueError: as `Run.read`, or no folder.
+        ValueError: there is no folder, or `Run.read` refuses one.
     """
     if not folders:
         raise Refusal("a report needs the folder of at least one run")
@@ -91,7 +95,7 @@ def report(folders: Sequence[Path]) -> str:
         try:
             parts = [part for make in _PARTS if (part := make(run)) is not None]
         except (KeyError, TypeError, AttributeError) as error:
-            raise Refusal(f"the files of {run.name} are not those of a run: {error!r}") from None
+            raise Refusal(f"the files of {run.name} do not have the layout of a run: {error!r}") from None
         if len(runs) > 1:
             parts = [Section(f"{run.name}: {one.title}", one.text, one.figure, one.data) for one in parts]
         sections += parts
@@ -107,10 +111,10 @@ def _title(run: Run) -> str:
 
 
 def _headline(run: Run) -> str:
-    """One sentence with what a reader wants to know first."""
+    """Return one sentence that states size, KL and perplexity of the result and its gain over the baselines."""
     result, dense = run.result, run.row("dense")
     if not result or not dense:
-        return "No table of a search is here."
+        return "This folder holds no results of a search."
     parts = [
         f"{result['schedule']}: {result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters"
         f" ({result['parameters'] / dense['parameters'] - 1:+.0%})",
@@ -129,15 +133,16 @@ def _table(run: Run) -> Section | None:
         return None
     comparison = run.summary.get("searched_against_lagrangian_kl") or {}
     text = (
-        "KL and perplexity on held-out text, accuracy on questions that no trial saw; ± is one standard error. "
-        "Prefill and decode are times over the dense model's."
+        "KL and perplexity are measured on held-out text, accuracy and P(correct) on questions that the search did not "
+        "use. ± marks one standard error. Prefill and decode are times relative to the dense model."
     )
     if comparison:
         text += (
-            f" Searched minus lagrangian: {comparison['value']:+.4f} ± {comparison['standard_error']:.4f} nats per"
-            f" token ({comparison['relative']:+.1%}), paired over {comparison['sequences']} sequences."
+            f" The KL of searched minus that of lagrangian is {comparison['value']:+.4f} ±"
+            f" {comparison['standard_error']:.4f} nats per token ({comparison['relative']:+.1%}), paired over"
+            f" {comparison['sequences']} sequences."
         )
-    return Section("Beside the baselines", text, table(run.rows, SUMMARY_COLUMNS), run.rows)
+    return Section("Comparison with the baselines", text, table(run.rows, SUMMARY_COLUMNS), run.rows)
 
 
 def _chi_map(run: Run) -> Section | None:
@@ -155,7 +160,10 @@ def _chi_map(run: Run) -> Section | None:
     data = [
         {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "parameters")} for site in sites
     ]
-    text = "χ of every matrix in the chosen schedule, block by family; the darker, the more of its parameters it keeps."
+    text = (
+        "χ of every matrix in the chosen schedule. Rows are blocks, columns are families; a darker matrix keeps a larger "
+        "fraction of its parameters."
+    )
     return Section("Bond dimensions", text, heat_map(rows, families, strength, label), data)
 
 
@@ -169,7 +177,10 @@ def _anytime(run: Run) -> Section | None:
         {"trial": number, "kl": value, "best": least}
         for number, (value, least) in enumerate(zip(kl, best, strict=True), 1)
     ]
-    text = f"KL of the trials on search data, agent {run.summary.get('agent')}; the table above is on other data."
+    text = (
+        f"KL of each trial of the agent {run.summary.get('agent')} on search data. The table above is measured on "
+        "held-out data instead."
+    )
     return Section("The search", text, line_chart(series, "trial", "KL, nats per token"), data)
 
 
@@ -190,7 +201,10 @@ def _front(run: Run) -> Section | None:
         name: (row["parameters"] / 1e6, row["kl"]) for name, row in rows.items() if row["kl"] <= worst
     }
     data = [{"of": kind, "name": name, "x": x, "kl": y} for kind, of in points.items() for name, (x, y) in of.items()]
-    text = "What a size costs. Schedules with more than twice the others' KL are left out."
+    text = (
+        "KL against the number of parameters. A variant of uniform is left out if its KL is more than twice that of every "
+        "other schedule."
+    )
     figure = scatter_chart(points, "million parameters", "KL, nats per token")
     return Section("Quality and size", text, figure, data)
 
@@ -206,7 +220,7 @@ def _benchmarks(run: Run) -> Section | None:
             line |= {row["model"]: float(row["value"]), f"{row['model']} error": float(row["stderr"] or "nan")}
     columns = [Column("task", "task"), Column("metric", "metric"), Column("n", "items", ",d")]
     columns += [Column(model, model, ".3f", f"{model} error") for model in models]
-    text = "lm-eval's prompts and metrics, the same items for every model; ± is one standard error."
+    text = "Prompts and metrics are those of lm-eval; every model answers the same items. ± marks one standard error."
     return Section("Benchmarks", text, table(list(lines.values()), columns), run.benchmarks)
 
 
@@ -218,7 +232,7 @@ def _healing(run: Run) -> Section | None:
     if not any(curves.values()):
         return None
     data = [{"healing": name, **look} for name, document in run.healings.items() for look in document["looks"]]
-    text = "KL on search data while cores and norms are trained towards the dense model."
+    text = "KL on search data during healing, which trains cores and norms to match the outputs of the dense model."
     outlooks = [f"{document['outlook']}." for document in run.healings.values() if document.get("outlook")]
     figure = line_chart(curves, "thousand tokens", "KL, nats per token")
     return Section("Healing", " ".join([text, *outlooks]), figure, data)
@@ -238,8 +252,8 @@ def _sensitivity(run: Run) -> Section | None:
     blocks = sorted({block for block, _ in means}, key=int)
     families = list(dict.fromkeys(row["family"] for row in measured))
     text = (
-        "KL, nats per token, of one compressed matrix with all others dense: geometric mean over the χ measured, "
-        "darker where it is larger."
+        "KL in nats per token when one matrix is compressed and all others are dense: the geometric mean over the "
+        "measured χ. A darker cell has a larger KL."
     )
     return Section("Sensitivity", text, heat_map(blocks, families, strength, label), measured)
 
@@ -250,12 +264,15 @@ def _latency(run: Run) -> Section | None:
         return None
     columns = [
         Column("optimize", "planned for"),
-        Column("prefill_ratio", "prefill, time over dense", ".3f"),
-        Column("decode_ratio", "decode, time over dense", ".3f"),
+        Column("prefill_ratio", "prefill, time relative to dense", ".3f"),
+        Column("decode_ratio", "decode, time relative to dense", ".3f"),
         Column("stored_bytes", "stored bytes", ",d"),
         Column("resident_bytes", "bytes in memory", ",d"),
     ]
-    text = f"The searched model against the dense one on this machine, batch 1, a prompt of {latency['prompt']} tokens."
+    text = (
+        "Speed of the searched model relative to the dense one on this machine, at batch size 1 and with a prompt of "
+        f"{latency['prompt']} tokens."
+    )
     return Section("Speed", text, table([latency], columns))
 
 
@@ -274,7 +291,7 @@ def _provenance(run: Run) -> Section | None:
     return Section("How it was made", figure=table(lines, [Column("what", "what"), Column("value", "value")]))
 
 
-#: Sections of one run, in their order.
+#: The sections of one run, in the order of the page.
 _PARTS: tuple[Callable[[Run], Section | None], ...] = (
     _table,
     _benchmarks,
@@ -295,7 +312,7 @@ def _comparison(runs: Sequence[Run]) -> Section:
     ]
     columns = [Column("run", "run"), Column("agent", "agent"), Column("target", "target", ".3g"), *SUMMARY_COLUMNS]
     return Section(
-        "What each run ends with", "Compare only runs with the same held-out data.", table(rows, columns), rows
+        "Final result of each run", "Only runs with the same held-out data can be compared.", table(rows, columns), rows
     )
 
 
@@ -308,10 +325,10 @@ def _json(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise Refusal("it is too large")
+            raise Refusal(f"it is larger than {_LARGEST_FILE} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise Refusal("it is no JSON object")
+            raise Refusal("it must hold a JSON object")
     except (ValueError, RecursionError) as error:
         raise Refusal(f"cannot use {path}: {error}") from None
     return content

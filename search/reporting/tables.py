@@ -1,6 +1,6 @@
-"""How results are shown: rows of plain values as aligned text, Markdown or CSV; nested values as lines or JSON.
+"""Formats results: rows of plain values as aligned text or Markdown, nested values as lines or JSON.
 
-Knows how figures are shown, not where they come from.
+Knows how values are formatted; does not know where they come from.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Column:
-    """How one figure is shown.
+    """One column of a table.
 
     Attributes:
-        key: name in the row.
-        title: heading; holds the unit.
-        form: format specification of a number (".3f"); empty shows the value as text.
-        error: name in the row of the standard error, shown behind "±" in the same format; empty for none.
+        key: key of the value in a row.
+        title: heading, with the unit.
+        form: format specification for numbers, such as ".3f"; empty shows the value as text.
+        error: key of the standard error in a row, shown after "±" in the same format; empty if there is none.
     """
 
     key: str
@@ -43,7 +43,7 @@ class Column:
     error: str = ""
 
     def show(self, row: Row) -> str:
-        """The cell: "-" for an absent, None or non-finite value."""
+        """Return the text of the cell in a row: "-" if the value is absent, None or not finite."""
         shown = _number(row.get(self.key), self.form)
         error = row.get(self.error) if self.error else None
         return shown if error is None or shown == "-" else f"{shown} ± {_number(error, self.form)}"
@@ -63,20 +63,20 @@ SUMMARY_COLUMNS: tuple[Column, ...] = (
     Column("prefill_ratio", "prefill", ".2f"),
     Column("decode_ratio", "decode", ".2f"),
 )
-"""The columns of the table a run ends with. Perplexity is that of held-out prose and of held-out questions with their
-answers, KL is over both and the report items, accuracy and P(correct) on report items; prefill and decode are times
-over the dense model's."""
+"""Columns of the final table of a run. Perplexity is measured separately on held-out prose and on held-out questions
+with their answers, KL on both and on the report items, accuracy and P(correct) on the report items. Prefill and decode
+are times relative to the dense model."""
 
 
 def occurring(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
-    """The columns that any of the rows has; all of them where there are no rows."""
+    """Return the columns that occur in at least one row; all columns if there are no rows."""
     return [column for column in columns if not rows or any(column.key in row for row in rows)]
 
 
 def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLUMNS) -> str:
-    """Aligned text with a heading and a rule; figures to the right, words to the left. Ends with a line break.
+    """Return rows as aligned text under a heading, numbers to the right and words to the left; ends with a line break.
 
-    A column that no row has is left out, here and in `markdown_table`.
+    Columns that no row has are left out.
     """
     columns = occurring(rows, columns)
     cells = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
@@ -93,7 +93,7 @@ def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLUMNS)
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLUMNS) -> str:
-    """The same cells as a Markdown table. Ends with a line break."""
+    """Return the cells of `text_table` as a Markdown table; ends with a line break."""
     columns = occurring(rows, columns)
     lines = [
         [column.title for column in columns],
@@ -110,12 +110,12 @@ def _number(value: object, form: str) -> str:
 
 
 def json_text(value: Mapping[str, object]) -> str:
-    """Indented JSON; numbers that are not finite become null."""
+    """Return indented JSON, with null for numbers that are not finite."""
     return json.dumps(finite(value), indent=2, ensure_ascii=False)
 
 
 def lines_text(value: Row, indent: str = "") -> str:
-    """A nested mapping as aligned "key  value" lines."""
+    """Return a nested mapping as aligned "key  value" lines."""
     width = max(map(len, value), default=0)
     lines = []
     for key, one in value.items():

@@ -72,16 +72,16 @@ def test_another_model_other_steps_and_another_ladder_are_refused(saved):
     start = SavedPolicy.read(folder)
     other = next(name for name in LEARNERS if name != agent.name)
     for name, task, model, message in (
-        (agent.name, toy(), "model b", "learned on another model: model a there, model b here"),
+        (agent.name, toy(), "model b", "learned on another model: model a, not model b as in this run"),
         (other, toy(), "model a", f"learned by agent {agent.name} and cannot be continued by {other}"),
         (
             agent.name,
             toy(blocks=5),
             "model a",
-            "other steps, 6 there and 7 here: step 4 .* family_attention .* block_04",
+            "other steps, 6, not 7 as in this run: step 4 .* family_attention .* block_04",
         ),
-        (agent.name, toy(granularity="block"), "model a", "step 4 decides about family_attention there and none here"),
-        (agent.name, toy(levels=8), "model a", "another ladder: 15 rungs from -1.4 to 1.4 there, 7 rungs"),
+        (agent.name, toy(granularity="block"), "model a", "step 4 .* family_attention in the policy and about none in"),
+        (agent.name, toy(levels=8), "model a", "another ladder: 15 rungs from -1.4 to 1.4, not 7 rungs"),
     ):
         with pytest.raises(ValueError, match=message) as refused:
             agents.make(name, task, AgentContext(0, 5, model=model, policy=start))
@@ -120,7 +120,7 @@ def nan(folder):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (cut, "policy.safetensors is cut"),
+        (cut, "policy.safetensors is truncated"),
         (lambda folder: (folder / "policy.safetensors").unlink(), "policy.safetensors: No such file"),
         (lambda folder: (folder / "policy.json").unlink(), "policy.json: No such file"),
         (lambda folder: (folder / "policy.json").write_text('{"format": 1'), "delimiter"),
@@ -133,13 +133,13 @@ def nan(folder):
         (lambda folder: (folder / "policy.json").write_text('{"format": NaN}'), "NaN is not allowed"),
         (lambda folder: (folder / "policy.json").write_text(" " * (1 << 20) + "{}"), "larger than"),
         (lambda folder: (folder / "policy.json").write_bytes(pickle.dumps(Danger())), "codec"),
-        (lambda folder: (folder / "policy.safetensors").write_bytes(pickle.dumps(Danger())), "is cut, or not the one"),
+        (lambda folder: (folder / "policy.safetensors").write_bytes(pickle.dumps(Danger())), "is truncated or does"),
         (change(format=2), "not a policy of format 1"),
         (change(extra=1), "not a policy of format 1"),
-        (change(steps="block_00"), "a field of a wrong type"),
-        (change(rungs=[True]), "a field of a wrong type"),
-        (change(subject=None), "a field of a wrong type"),
-        (nan, "is not of finite floating-point numbers"),
+        (change(steps="block_00"), "a field of the wrong type"),
+        (change(rungs=[True]), "a field of the wrong type"),
+        (change(subject=None), "a field of the wrong type"),
+        (nan, "does not hold finite floating-point numbers only"),
     ],
 )
 def test_a_folder_that_holds_no_whole_policy_is_refused_in_one_line(spoil, words, tmp_path):

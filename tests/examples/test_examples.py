@@ -6,8 +6,10 @@ import csv
 import json
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
-from fake_data import fake_data
+from fake_data import data_for_processes, fake_data
 
 import agents
 from agents import AgentContext
@@ -18,6 +20,7 @@ from search.data.datasets import load_proxy
 
 __all__ = ["fake_data"]
 
+ROOT = Path(__file__).parents[2]
 CLIMB = "examples.new_agent:HillClimb"
 
 
@@ -109,3 +112,16 @@ def test_the_whole_job_runs_from_python(tmp_path: Path, capsys: pytest.CaptureFi
     assert (folder / "config.json").is_file()
     said = capsys.readouterr().out
     assert "healed: KL" in said
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_for_processes(tmp_path, monkeypatch)
+    notebook = nbformat.read(ROOT / "examples" / "finished_run.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": ROOT}}
+    ).execute()
+    drawn = [out for cell in notebook.cells for out in cell.get("outputs", ()) if "image/png" in out.get("data", {})]
+    assert len(drawn) == 5
+    assert "dense" in str(notebook.cells[5]["outputs"])

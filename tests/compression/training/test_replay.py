@@ -152,4 +152,4 @@ def test_memory_that_runs_out_ends_the_recording_of_larger_passes(
     _, told = heal(model, dense, text, judge, PLAN)
     assert sizes[:2] == [2, 1]
     assert recorder.replays > 100
-    assert told == ["memory ran out; passes of 40 tokens from here on"]
+    assert told == ["memory ran out; training continues with passes of 40 tokens"]

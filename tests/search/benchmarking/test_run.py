@@ -197,11 +197,11 @@ def test_searched_items_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "one.json").write_text(json.dumps(prior))
     assert bench(tmp_path / "one.json", "--schedules", "dense", "--tasks", "arc_easy", "--out", out) == 0
     assert written(out)["tasks"]["arc_easy"]["items"] == [digests[1][:16]]
-    assert "1 of 2 items are left out" in capsys.readouterr().out
+    assert "1 of 2 items are excluded" in capsys.readouterr().out
     prior["data"]["search_items"] += digests
     (tmp_path / "one.json").write_text(json.dumps(prior))
     assert bench(tmp_path / "one.json", "--schedules", "dense", "--tasks", "arc_easy", "--out", out) == 2
-    assert "no item that was not searched on" in capsys.readouterr().err
+    assert "no item left to report on" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -102,7 +102,7 @@ def test_an_interrupted_healing_holds_its_folder_and_tells_the_command_that_goes
     again = shlex.split(said.removeprefix(beginning))
     assert again == command
     assert cli.main(again) == cli.DONE
-    assert "healing goes on from step 0" in capsys.readouterr().err
+    assert "healing resumes from step 0" in capsys.readouterr().err
 
 
 def test_a_second_healing_into_a_folder_is_refused_and_told_who_holds_it_before_anything_is_loaded(

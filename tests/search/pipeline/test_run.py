@@ -386,7 +386,7 @@ def test_a_run_whose_repair_gives_no_numbers_is_not_healed_and_ends_with_its_tab
 
     monkeypatch.setattr(experiment.Experiment, "repair_", poisoned)
     assert cli.main(words(out=tmp_path / "run", budget=2)[:-1]) == cli.DONE
-    assert "healing stopped: the model gives numbers that are not finite" in capsys.readouterr().err
+    assert "healing stopped: the model gives NaN or infinite logits" in capsys.readouterr().err
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
     assert [row["schedule"] for row in rows] == NAMES
     assert [row["kl"] for row in rows[-2:]] == [None, None]
@@ -639,7 +639,7 @@ def test_a_repair_that_does_harm_is_left_out(
     run = tmp_path / "run"
     loud = [word for word in words(out=run, budget=0, agent="lagrangian") if word != "--quiet"]
     assert cli.main(loud) == cli.DONE
-    assert "repair is left out" in capsys.readouterr().err
+    assert "repair is discarded" in capsys.readouterr().err
     rows = {row["schedule"]: row for row in json.loads((run / "summary.json").read_text())["rows"]}
     assert list(rows) == [name for name in NAMES if name != "repaired"]
     assert cli.main(["--resume", str(run), "--heal-minutes", "0", "--quiet"]) == cli.DONE

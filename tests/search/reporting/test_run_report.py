@@ -143,7 +143,7 @@ def test_what_a_run_lacks_is_left_out(run):
     for name in ("prior.json", "trials.csv"):
         (folder / name).unlink()
     headings = re.findall("<h2>(.*?)</h2>", report([folder]))
-    assert headings == ["Beside the baselines", "Quality and size", "Speed", "How it was made"]
+    assert headings == ["Comparison with the baselines", "Quality and size", "Speed", "How it was made"]
     assert "Bond dimensions" in report([run("whole")])
 
 
@@ -160,7 +160,7 @@ def test_the_curve_adds_the_control_variate_and_skips_failed_trials(run):
 
 def test_several_runs_stand_beside_each_other(run):
     html = report([run("first"), run("second", agent="gradient")])
-    assert "What each run ends with" in html
+    assert "Final result of each run" in html
     assert "second: Bond dimensions" in html
     assert "gradient" in html
 
@@ -178,10 +178,10 @@ def test_the_command_writes_the_page_and_says_where(run, capsys, tmp_path):
     "name, content, message",
     [
         ("summary.json", None, "there is no finished run,"),
-        ("summary.json", "[]", "it is no JSON object"),
+        ("summary.json", "[]", "must hold a JSON object"),
         ("prior.json", "[" * 100_000, "cannot use"),
-        ("prior.json", '{"sites": [{}]}', "are not those of a run"),
-        ("summary.json", '{"rows": 3}', "are not those of a run"),
+        ("prior.json", '{"sites": [{}]}', "do not have the layout of a run"),
+        ("summary.json", '{"rows": 3}', "do not have the layout of a run"),
     ],
 )
 def test_a_folder_that_is_no_run_is_refused_in_one_line(run, capsys, name, content, message):
