@@ -1,1 +1,1 @@
-"""Tables that are made by hand and committed."""
+"""Scripts that are run by hand and write the committed tables in results/."""

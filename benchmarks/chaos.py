@@ -1,12 +1,12 @@
-"""Random kills of driver, evaluators and nodes, and what is left: trials acknowledged, lost, duplicated, orphans.
+"""Kills driver, evaluators and nodes at random and counts lost and duplicated trials and left-over processes.
 
     python -m benchmarks.chaos [--quick] [--write] [--kills N] [--evaluators N] [--model NAME] [--seed N]
 
-A search runs as a user runs it, in a process of its own with evaluators in theirs: for half of the kills with a Ray of
-its own, for the others on a cluster whose evaluators are on one node. After a random time the driver, one evaluator or
-the node with all of them gets SIGKILL; a killed driver is started again with --resume, and in the place of a killed
-node comes another. Before and after each kill the journal is read: a trial in it is acknowledged and has to stay there
-as it is. Ends when the kills are done, in the middle of a search or not.
+A search runs as a user would run it, in its own process with evaluators in theirs. For half of the kills it starts its
+own Ray, for the other half it uses a cluster that has all evaluators on one node. After a random time the driver, one
+evaluator or the node with all evaluators gets SIGKILL. A killed driver is started again with --resume, and a killed
+node is replaced by another. The journal is read before and after each kill: a trial in the journal is acknowledged and
+must stay there unchanged. The benchmark ends after the last kill, even in the middle of a search.
 """
 
 from __future__ import annotations
@@ -39,12 +39,20 @@ SMALL = "--device cpu --target-kept 0.7 --calibration-tokens 1500 --search-items
 --trial-timeout 300"
 _KINDS = ("driver", "evaluator", "node")
 _COUNTS = ("trials", "lost", "duplicated", "processes left")
-_SECONDS = 30.0  # after which nothing of a killed driver may be left
+_SECONDS = 30.0  # after this time no process of a killed driver may be left
 
 
 @dataclass
 class Tally:
-    """What was counted."""
+    """Counts of kills, acknowledged trials and faults.
+
+    Attributes:
+        kills: kills by kind of victim.
+        acknowledged: digest, repeat and reward of every trial last seen in the journal, by number.
+        lost: acknowledged trials that disappeared or changed.
+        duplicated: trials that appear more than once, by number or by digest and repeat.
+        orphans: processes left after a driver was killed.
+    """
 
     kills: Counter[str] = field(default_factory=Counter)
     acknowledged: dict[int, tuple[object, ...]] = field(default_factory=dict)
@@ -53,20 +61,20 @@ class Tally:
     orphans: int = 0
 
     def see(self, rows: Mapping[int, list[tuple[object, ...]]]) -> None:
-        """Compare the journal with what was in it before."""
+        """Compares the rows of the journal with those seen before, and updates the counts."""
         self.lost += sum(rows.get(number, [None])[0] != was for number, was in self.acknowledged.items())
         self.duplicated += sum(len(found) - 1 for found in rows.values())
-        shards = [(digest, repeat) for found in rows.values() for digest, repeat, _ in found]
-        self.duplicated += len(shards) - len(set(shards))
+        measured = [(digest, repeat) for found in rows.values() for digest, repeat, _ in found]
+        self.duplicated += len(measured) - len(set(measured))
         self.acknowledged = {number: found[0] for number, found in rows.items()}
 
     def counts(self) -> tuple[int, int, int, int]:
-        """Under the headings `_COUNTS`."""
+        """The counts under the headings `_COUNTS`."""
         return len(self.acknowledged), self.lost, self.duplicated, self.orphans
 
 
 def journal(path: Path) -> dict[int, list[tuple[object, ...]]]:
-    """Digest, look and reward of every trial in a study, by number; more than one a number would be a fault."""
+    """Reads digest, repeat and reward of every trial in a study, by number; two trials of one number are a fault."""
     if not path.exists():
         return {}
     query = (
@@ -80,7 +88,7 @@ def journal(path: Path) -> dict[int, list[tuple[object, ...]]]:
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60) as connection:
         try:
             rows = connection.execute(query).fetchall()
-        except sqlite3.OperationalError:  # killed before the tables were made
+        except sqlite3.OperationalError:  # the driver was killed before it created the tables
             return {}
     for number, *trial in rows:
         found.setdefault(int(number), []).append(tuple(trial))
@@ -88,7 +96,7 @@ def journal(path: Path) -> dict[int, list[tuple[object, ...]]]:
 
 
 class Search:
-    """A search in a process of its own, started again after it was killed."""
+    """A search in its own process, which can be started again after a kill."""
 
     def __init__(self, folder: Path, model: str, evaluators: int, cluster: LocalCluster | None) -> None:
         self.folder, self._cluster = folder, cluster
@@ -97,7 +105,7 @@ class Search:
         self.start()
 
     def start(self) -> None:
-        """Begin, or go on."""
+        """Starts the search, or resumes it if its folder holds a run."""
         begun = (self.folder / "config.json").exists()
         words = ["--resume", str(self.folder)] if begun else [*self._words, "--out", str(self.folder)]
         self.process = psutil.Popen(
@@ -108,7 +116,7 @@ class Search:
         )
 
     def evaluators(self) -> list[psutil.Process]:
-        """Its evaluators as they are now."""
+        """The evaluator processes that run now."""
         found = []
         for parent in (self.process, *(self._cluster.nodes if self._cluster else ())):
             for one in _children(parent):
@@ -118,7 +126,7 @@ class Search:
         return found
 
     def kill(self) -> int:
-        """SIGKILL to the driver; how many of its processes and evaluators are left after half a minute."""
+        """Sends SIGKILL to the driver; returns how many of its processes and evaluators are left after 30 s."""
         if self.process.poll() is not None:
             return 0
         family = [*_children(self.process), *self.evaluators()]
@@ -137,11 +145,18 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 def rage(
     folder: Path, victims: Sequence[str], model: str, evaluators: int, seed: int, cluster: LocalCluster | None = None
 ) -> Tally:
-    """Kills at random times.
+    """Runs a search and kills one victim after the other at random times.
 
     Args:
-        victims: "driver", "evaluator" or, on a cluster, "node", one after the other.
-        cluster: where the evaluators run, on a node that is added here; None has Ray started by the search.
+        folder: run folder of the search.
+        victims: "driver", "evaluator" or, on a cluster, "node", in the order of the kills.
+        model: model, as for search.py.
+        evaluators: number of evaluators, at least 1.
+        seed: seed of the times and of the choice among evaluators.
+        cluster: cluster to which a node for the evaluators is added; None lets the search start its own Ray.
+
+    Raises:
+        RuntimeError: the search ended by itself.
     """
     chance, tally = random.Random(seed), Tally()
     if cluster:
@@ -153,7 +168,7 @@ def rage(
             deadline = time.monotonic() + 300
             while len(journal(folder / "study.db")) <= before and time.monotonic() < deadline:
                 if search.process.poll() is not None:
-                    raise RuntimeError(f"the search ended by itself with {search.process.returncode}")
+                    raise RuntimeError(f"the search ended by itself with exit status {search.process.returncode}")
                 time.sleep(0.2)
             time.sleep(chance.uniform(0, 2))
             tally.see(journal(folder / "study.db"))
@@ -162,7 +177,7 @@ def rage(
                     time.sleep(0.2)
                 chance.choice(running).send_signal(signal.SIGKILL)
             elif victim == "node":
-                assert cluster, "nodes are of a cluster"
+                assert cluster, "only a cluster has nodes to kill"
                 cluster.kill(cluster.nodes[0])
                 cluster.add(evaluators)
             else:
@@ -179,12 +194,12 @@ def rage(
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--kills", type=int)
-    parser.add_argument("--evaluators", type=int, default=2)
-    parser.add_argument("--model", default="random:tiny-llama")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="make 4 kills")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--kills", type=int, help="number of kills (default: 100; quick: 4)")
+    parser.add_argument("--evaluators", type=int, default=2, help="number of evaluators (default: 2)")
+    parser.add_argument("--model", default="random:tiny-llama", help="model (default: random:tiny-llama)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
     given = parser.parse_args()
     kills = given.kills or (4 if given.quick else 100)
     rows, tallies = [], []
@@ -201,7 +216,8 @@ def main() -> None:
             print(*rows[-1], flush=True)
     acknowledged, lost, duplicated, orphans = map(sum, zip(*(tally.counts() for tally in tallies), strict=True))
     body = markdown(("evaluators on", *(f"{kind}s killed" for kind in _KINDS), *_COUNTS), rows) + (
-        f"\n\nProcesses left are counted {_SECONDS:g} s after a driver was killed; {acknowledged} trials acknowledged."
+        f"\n\nThe processes left were counted {_SECONDS:g} s after each kill of a driver. {acknowledged} trials were "
+        "acknowledged."
     )
     bars = [
         Bar("trials lost", lost, "<=", 0),

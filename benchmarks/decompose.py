@@ -1,17 +1,18 @@
-"""Decomposition speed, error and memory against tensorly and quimb, all χ up to a cap from one decomposition.
+"""Compares speed, error and memory of decomposition with tensorly and quimb, for all χ up to a cap at once.
 
     python -m benchmarks.decompose [--quick] [--write] [--measured FILE [--minutes M]] [--peer-seconds S] [--largest M]
 
 The peers are not dependencies of Chisel: pip install tensorly quimb
 
-A measurement is one process that makes the matrix, decomposes it once after a warm-up on a small one, and reports the
-seconds of that call, the true relative error ‖W − left·right‖_F / ‖W‖_F (of all χ: over every 16th row) and the growth
-of its resident memory from before the matrix was made, so the matrix itself counts. Processes of the two sides
-alternate. A randomized method of a peer is given the fewest power iterations with which its error is within 0.5 % of
-the optimum.
+Each measurement is one process. It makes the matrix, warms up on a small matrix, decomposes the matrix once, and
+reports the seconds of that call, the true relative error ‖W − left·right‖_F / ‖W‖_F (with the full spectrum: over every
+16th row), and the growth of its resident memory from before the matrix was made, so the matrix itself counts. Processes
+of Chisel and of the peers alternate. A randomized method of a peer gets the fewest power iterations that bring its
+error within 0.5 % of the optimum.
 
-Matrices: `power`, singular values falling as i^-½ (a Gaussian matrix with scaled rows, mixed by a reflection), and
-`flat`, a Gaussian matrix, whose singular values differ by a factor of 4 in all: the hard case for iterations.
+There are two kinds of matrices: `power` has singular values that fall as i^-½ (a Gaussian matrix with scaled rows,
+mixed by a reflection). `flat` is a Gaussian matrix, whose singular values span only a factor of 4; this is the hard
+case for iterations.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import decompose, resolve
 
-CHIS, QUICK_CHIS = (64, 512), (16, 128)  # a 64th and an eighth of the smaller side
+CHIS, QUICK_CHIS = (64, 512), (16, 128)  # 1/64 and 1/8 of the smaller side
 ITERATIONS = (2, 3, 4, 6)
-TOLERANCE = 0.005  # errors are equal within this part of the optimum
+TOLERANCE = 0.005  # relative difference from the optimum within which errors count as equal
 RANDOMIZED = ("tensorly randomized", "quimb svd:rand")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call to measure; χ 0 is the full spectrum, iterations 0 where the method has none."""
+    """One call to measure; χ 0 means the full spectrum, and 0 iterations that the method has none."""
 
     contender: str
     rows: int
@@ -56,19 +57,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of the call, relative error by χ, peak memory over that of the matrix; infinite seconds if cut off."""
+    """Seconds of the call (infinite if it was cut off), relative error by χ, and peak memory over the matrix's size."""
 
     seconds: float
     errors: dict[str, float]
     memory: float
 
     def error(self, chi: int) -> float:
-        """At one χ, 0 for all."""
+        """Relative error at one χ, or with the full spectrum for χ 0; NaN if it was not measured."""
         return self.errors.get(str(chi), nan)
 
 
 def matrix(rows: int, columns: int, spectrum: str) -> torch.Tensor:
-    """The subject, float32, the same every time; made in place so that it does not set the peak itself."""
+    """Makes the same float32 matrix at every call, in place, so that making it does not set the memory peak."""
     generator = torch.Generator().manual_seed(0)
     result = torch.empty(rows, columns)
     for row in result:
@@ -80,7 +81,7 @@ def matrix(rows: int, columns: int, spectrum: str) -> torch.Tensor:
 
 
 def call(case: Case) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]:
-    """The contender as a function of a matrix and χ that gives left and right factors."""
+    """Returns the contender as a function from a matrix and χ to the left and right factors."""
     if case.contender == "chisel":
 
         def chisel(weight: torch.Tensor, chi: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +94,7 @@ def call(case: Case) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.
         from tensorly.tenalg.svd import svd_interface
 
         def tensorly(weight: torch.Tensor, chi: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if case.iterations:  # what tensor_train(svd="randomized_svd") does, with the iterations to choose
+            if case.iterations:  # like tensor_train(svd="randomized_svd"), which does not let us set n_iter
                 left, values, right = svd_interface(
                     weight.numpy(), method="randomized_svd", n_eigenvecs=chi, n_iter=case.iterations, random_state=0
                 )
@@ -115,7 +116,7 @@ def call(case: Case) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.
 
 
 def measure(case: Case) -> Measured:
-    """In this process, once."""
+    """Measures one case once in this process."""
     decomposition = call(case)
     decomposition(matrix(96, 128, "flat"), 16)
     before = peak_resident()
@@ -131,7 +132,7 @@ def measure(case: Case) -> Measured:
 
 
 def error(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:
-    """‖W − left·right‖ / ‖W‖, in blocks of rows."""
+    """Returns ‖W − left·right‖_F / ‖W‖_F, computed in blocks of rows."""
     squared, total, step = 0.0, 0.0, 512
     for row in range(0, weight.shape[0], step):
         part = weight[row : row + step]
@@ -141,12 +142,12 @@ def error(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> floa
 
 
 class Laboratory:
-    """Makes measurements in processes of their own, or takes them from the file of an earlier run.
+    """Makes each measurement in its own process, or takes it from the file of an earlier run.
 
     Args:
-        file: where measurements are kept, so that a long run can be made in pieces; None keeps none.
-        peer_seconds: a peer's process is ended after this long.
-        minutes: no measurement is begun later than this.
+        file: file that keeps the measurements, so that a long run can be made in pieces; None keeps none.
+        peer_seconds: time limit for a peer's process, in seconds.
+        minutes: no measurement is started after this many minutes.
     """
 
     def __init__(self, file: Path | None, peer_seconds: float, minutes: float) -> None:
@@ -157,10 +158,15 @@ class Laboratory:
         self._known = {Case(**case): Measured(**result) for case, result in map(json.loads, lines)}
 
     def of(self, case: Case) -> Measured:
-        """The result of one case."""
+        """Returns the result of one case.
+
+        Raises:
+            RuntimeError: the measuring process failed.
+            SystemExit: the minutes are over.
+        """
         if case not in self._known:
             if time.monotonic() > self._end:
-                raise SystemExit("out of minutes; run again to go on from what --measured holds")
+                raise SystemExit("the --minutes are over; run the same command again to continue from --measured")
             command = [sys.executable, "-m", "benchmarks.decompose", "--case", json.dumps(asdict(case))]
             limit = None if case.contender == "chisel" else self._limit
             try:
@@ -177,7 +183,7 @@ class Laboratory:
         return self._known[case]
 
     def median(self, cases: Sequence[Case]) -> Measured:
-        """Of repeats: the median of seconds, the errors of the first and the largest memory."""
+        """Combines repeats: median of the seconds, errors of the first repeat, and largest memory."""
         results = [self.of(case) for case in cases]
         seconds, memory = median(result.seconds for result in results), max(result.memory for result in results)
         return Measured(seconds, results[0].errors, memory)
@@ -185,7 +191,7 @@ class Laboratory:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One χ on one matrix, and who takes part besides Chisel."""
+    """One χ on one matrix, with the contenders that Chisel is compared with."""
 
     rows: int
     columns: int
@@ -195,10 +201,11 @@ class Comparison:
     repeats: int = 1
 
     def run(self, laboratory: Laboratory, enough: dict[tuple[str, str, int], int]) -> dict[str, tuple[Measured, int]]:
-        """Result and power iterations by contender, the sides alternating.
+        """Returns the result and the power iterations of every contender; their processes alternate.
 
         Args:
-            enough: power iterations that a contender needed for a spectrum and χ on the shape before; updated.
+            laboratory: makes the measurements.
+            enough: power iterations that a contender needed for a spectrum and χ on the previous shape; updated.
         """
         settings = dict.fromkeys(("chisel", *self.others), 0)
         best = laboratory.of(self._case("chisel", 0, 0)).error(self.chi)
@@ -221,14 +228,22 @@ class Comparison:
         }
 
     def _case(self, contender: str, iterations: int, repeat: int) -> Case:
-        # A default SVD computes the whole spectrum and slices it: one measurement serves every χ.
+        # A default SVD computes the whole spectrum and truncates it, so one measurement serves every χ.
         chi = 0 if contender.endswith(" svd") else self.chi
         return Case(contender, self.rows, self.columns, self.spectrum, chi, iterations, repeat)
 
 
 @dataclass
 class Findings:
-    """Rows of the table and what the bars are made of, over all comparisons."""
+    """Rows of the table and the ratios for the bars, over all comparisons.
+
+    Attributes:
+        rows: rows of the table.
+        over_default: times of the peers' default SVD over ours, at capped χ.
+        over_best: times of all peer methods over ours, at capped χ.
+        over_default_full: times of the peers' default SVD over ours, for the full spectrum.
+        memory: our memory over that of the matrix.
+    """
 
     rows: list[list[object]]
     over_default: list[float]
@@ -237,13 +252,13 @@ class Findings:
     memory: list[float]
 
     def add(self, comparison: Comparison, results: dict[str, tuple[Measured, int]], limit: float) -> None:
-        """One comparison; a peer that was ended counts with its `limit`, a lower bound."""
+        """Adds one comparison; a peer that was cut off counts with `limit` seconds, a lower bound."""
         ours, chi = results["chisel"][0], comparison.chi
         self.memory.append(ours.memory)
         optimum = min(result.error(chi) for result, _ in results.values() if not isinf(result.seconds))
         for name, (result, iterations) in results.items():
             ended = isinf(result.seconds)
-            # Of the whole spectrum nothing but rounding is left.
+            # With the full spectrum only rounding errors remain, hence the absolute term.
             equal = ended or result.error(chi) <= optimum * (1 + TOLERANCE) + 1e-5
             ratio = (limit if ended else result.seconds) / ours.seconds
             if equal and name != "chisel":
@@ -268,13 +283,13 @@ class Findings:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description="decomposition speed against tensorly and quimb")
-    parser.add_argument("--quick", action="store_true", help="one smaller matrix")
+    parser = argparse.ArgumentParser(description="Compare decomposition speed with tensorly and quimb.")
+    parser.add_argument("--quick", action="store_true", help="use one smaller matrix")
     parser.add_argument("--write", action="store_true", help="write results/decompose.md")
-    parser.add_argument("--measured", type=Path, help="keep measurements in this file and reuse those it holds")
-    parser.add_argument("--peer-seconds", type=float, default=240, help="a peer is ended after this long")
-    parser.add_argument("--largest", type=int, default=8192, help="leave out matrices with more rows")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after this long, to go on from --measured")
+    parser.add_argument("--measured", type=Path, help="keep measurements in this file and reuse those in it")
+    parser.add_argument("--peer-seconds", type=float, default=240, help="time limit of a peer, s (default: 240)")
+    parser.add_argument("--largest", type=int, default=8192, help="leave out matrices with more rows (default: 8192)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after this time; continue with --measured")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -298,7 +313,7 @@ def main() -> None:
             Comparison(4096, 11008, "power", 0, (*svd, "quimb svd:eig")),
             Comparison(4096, 11008, "power", low, (*svd, *RANDOMIZED)),
             Comparison(8192, 28672, "power", high, svd[1:]),
-            Comparison(4096, 11008, "flat", high, best),  # a default SVD takes as long for every spectrum
+            Comparison(4096, 11008, "flat", high, best),  # the time of a default SVD does not depend on the spectrum
             Comparison(8192, 28672, "power", 0, svd[1:]),
         ]
     findings, enough = Findings([], [], [], [], []), {}
@@ -306,12 +321,13 @@ def main() -> None:
         findings.add(comparison, comparison.run(laboratory, enough), arguments.peer_seconds)
     header = ["method", "matrix", "spectrum", "χ up to", "seconds", "relative error", "memory / matrix", "times ours"]
     notes = (
-        "One decomposition for all χ up to the cap. Relative error is ‖W − left·right‖ / ‖W‖, measured; errors within "
-        f"{100 * TOLERANCE:g} % of the smallest count as equal. `svd` is the peers' default, which computes the whole "
-        "spectrum whatever the cap; `svd:eig` and the randomized methods are the best that they offer, with the fewest "
-        f"power iterations out of {', '.join(map(str, ITERATIONS))} that reach equal error. tensorly's `symeig_svd` "
-        "forms the Gram matrix of the larger side and is left out. Memory is the peak of the process over what it held "
-        "before the matrix was made, the matrix included. Spectra: `power` falls as i^-½, `flat` is Gaussian."
+        "One decomposition serves all χ up to the cap. The relative error ‖W − left·right‖ / ‖W‖ is measured; errors "
+        f"within {100 * TOLERANCE:g} % of the smallest count as equal. `svd` is the peers' default, which computes the "
+        "whole spectrum whatever the cap; `svd:eig` and the randomized methods are the best that they offer, with the "
+        f"fewest power iterations out of {', '.join(map(str, ITERATIONS))} that reach equal error. tensorly's "
+        "`symeig_svd` forms the Gram matrix of the larger side and is left out. Memory is the peak of the process minus "
+        "its memory before the matrix was made, so it includes the matrix. Spectra: `power` falls as i^-½, `flat` is "
+        "Gaussian."
     )
     bars = [
         Bar("capped-speed-over-default-svd", min(findings.over_default), ">=", 5),

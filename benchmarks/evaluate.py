@@ -1,9 +1,10 @@
-"""Schedules scored per second on the default model: as the literature's code does it, by swapping, and ours.
+"""Compares schedules scored per second on the default model by the literature's method, by swapping, and by Chisel.
 
     python -m benchmarks.evaluate [--quick] [--write]
 
-One process, sides alternating over the same schedules, all by plain low rank so that every side decomposes alike.
-`--quick` takes fewer schedules, the naive side once, and no memory.
+The three sides run in one process and alternate over the same schedules. All schedules use plain low rank, so that
+every side makes the same decomposition. `--quick` uses fewer schedules, runs the naive side once, and measures no
+memory.
 """
 
 from __future__ import annotations
@@ -41,19 +42,25 @@ from search.model.devices import resolve_device
 MODULE = "benchmarks.evaluate"
 KEPT = 0.8
 TOLERANCE = 1e-3  # relative, for KL and for a choice's log-probability
-ROUNDS = 4  # of a stream, schedules dealt in order; figures are medians over them
+ROUNDS = 4  # rounds into which the schedules of a stream are divided, in order; figures are medians over rounds
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one schedule by the naive side (NaN: not run), of all by the others; share of blocks ours skipped."""
+    """Timings of one stream of schedules.
+
+    Attributes:
+        naive: seconds of one schedule by the naive side; NaN if it was not run.
+        seconds: seconds of every schedule by each of the other sides.
+        skipped: fraction of blocks that Chisel did not need to run.
+    """
 
     naive: float
     seconds: dict[str, list[float]]
     skipped: float
 
     def median(self, side: str) -> float:
-        """Of the rounds' mean seconds per schedule."""
+        """Median over rounds of a side's mean seconds per schedule."""
         values = self.seconds[side]
         size = len(values) // ROUNDS
         return statistics.median(statistics.fmean(values[at : at + size]) for at in range(0, len(values), size))
@@ -61,7 +68,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Race:
-    """Seconds and tokens without and with racing; whether both find the same best; given up, of how many finalists."""
+    """Selection among finalists without (False) and with (True) early stopping.
+
+    Attributes:
+        seconds: seconds taken.
+        tokens: tokens scored.
+        same: whether both find the same best schedule.
+        given_up: finalists whose evaluation was stopped early.
+        count: number of finalists.
+    """
 
     seconds: dict[bool, float]
     tokens: dict[bool, int]
@@ -71,11 +86,11 @@ class Race:
 
 
 def local_walk(sites: Sequence[Site], base: Schedule, count: int, seed: int) -> list[Schedule]:
-    """What evolution, coordinate and sensitivity searches send: an incumbent with one or two blocks changed.
+    """Makes schedules as evolution, coordinate and sensitivity searches propose them: one or two blocks change.
 
-    The compressed sites of one block get a χ a quarter smaller, in every second step those of another block one a
-    quarter larger; blocks drawn evenly among those with a compressed site. Every fourth step becomes the incumbent. No
-    schedule comes twice.
+    Starting from an incumbent schedule, each step lowers χ by a quarter at the compressed sites of one block; every
+    second step also raises χ by a quarter in another block. Blocks are drawn uniformly among those with a compressed
+    site. Every fourth step becomes the incumbent. All schedules are different.
     """
     generator, found, incumbent = random.Random(seed), {base.digest: base}, base
     blocks = sorted({site.block for site in sites if not base[site.name].is_dense})
@@ -97,14 +112,17 @@ def local_walk(sites: Sequence[Site], base: Schedule, count: int, seed: int) -> 
 
 
 def global_draws(problem: Problem, count: int, seed: int, reach: int = 4) -> list[Schedule]:
-    """What REINFORCE sends: levels up to `reach` from the middle for every block and family; every block changes."""
+    """Makes schedules as REINFORCE proposes them: random levels up to `reach` from the middle; every block changes."""
     generator = random.Random(seed)
     levels = range(problem.middle - reach, problem.middle + reach + 1)
     return [problem.schedule([generator.choice(levels) for _ in range(problem.steps)]) for _ in range(count)]
 
 
 def alternate(sides: dict[str, Callable[[Schedule], Figures]], schedules: Sequence[Schedule]) -> dict[str, list[float]]:
-    """Seconds of each side for each schedule; every second schedule the sides go in reverse order. Equal scores."""
+    """Returns the seconds of each side for each schedule, and checks that the scores are equal.
+
+    The sides run in reverse order for every second schedule.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number, schedule in enumerate(schedules):
         kl = {}
@@ -119,7 +137,10 @@ def alternate(sides: dict[str, Callable[[Schedule], Figures]], schedules: Sequen
 
 
 def finalists(experiment: Experiment, problem: Problem, count: int) -> Race:
-    """Choose among draws near and far from the closed form, without and with racing; no hidden states carried over."""
+    """Selects among draws near to and far from the closed form, without and with early stopping.
+
+    Hidden states of one selection are not reused in the other.
+    """
     [sequences] = experiment.shards("selection")
     workload = Workload(sequences, torch.device("cpu"), 512, mixed=True)
     store = plain_store(experiment.loaded, experiment.sites)
@@ -143,7 +164,7 @@ def finalists(experiment: Experiment, problem: Problem, count: int) -> Race:
 
 
 def peak_memory(side: str, work: Work, schedules: Sequence[Schedule]) -> float:
-    """Most resident memory of a process that does nothing but score these schedules by one side, GB."""
+    """Peak resident memory, in GB, of a process that only scores these schedules by one side."""
     with tempfile.TemporaryDirectory() as temporary:
         task = Path(temporary) / "task.json"
         task.write_text(json.dumps({"work": work.to_json(), "schedules": [s.to_json() for s in schedules]}))
@@ -153,7 +174,7 @@ def peak_memory(side: str, work: Work, schedules: Sequence[Schedule]) -> float:
 
 
 def alone(side: str, task: Path) -> None:
-    """Score by one side only and print the peak of this process, bytes."""
+    """Scores schedules by one side only and prints the peak resident memory of this process, in bytes."""
     row = json.loads(task.read_text())
     score = SIDES[side](Work.from_json(row["work"]), task.parent)
     for schedule in row["schedules"]:
@@ -163,8 +184,8 @@ def alone(side: str, task: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="fewer schedules, no memory")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
+    parser.add_argument("--quick", action="store_true", help="use fewer schedules and measure no memory")
+    parser.add_argument("--write", action="store_true", help="write the tables to results/")
     parser.add_argument("--alone", nargs=2, metavar=("SIDE", "TASK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
@@ -191,7 +212,7 @@ def main() -> None:
         assert isinstance(ours, Ours)
         states, tokens = ours.evaluator.states, (ours.workload.tokens, ours.workload.padded_tokens)
         sides = {"swapping": swapping, "ours": ours}
-        alternate(sides, [problem.closed_form()])  # the start of the walk; warms everything up
+        alternate(sides, [problem.closed_form()])  # warms up all sides on the start of the walk
         timings = {}
         for stream, schedules in streams.items():
             before = states.blocks_skipped, states.blocks_run
@@ -215,7 +236,7 @@ def main() -> None:
 
 
 def equal(*sides: Sequence[Sequence[float]]) -> None:
-    """The sides' log-probabilities agree within the tolerance, and so does each item's likeliest choice."""
+    """Checks that the sides agree on log-probabilities within the tolerance and on each item's likeliest choice."""
     for other in sides[1:]:
         for one, two in zip(sides[0], other, strict=True):
             assert all(abs(x - y) <= TOLERANCE * abs(x) for x, y in zip(one, two, strict=True)), (one, two)
@@ -231,7 +252,7 @@ def page(
     tokens: tuple[int, int],
     streams: dict[str, list[Schedule]],
 ) -> tuple[str, list[Bar]]:
-    """The report and its bars; `parts` are those of the naive side, seconds."""
+    """Returns the report and its bars; `parts` are the seconds of the parts of the naive side."""
     names = {
         "local": "local: one or two blocks change",
         "global": "global: every block changes",
@@ -263,34 +284,40 @@ def page(
         Bar("c_over_b", ratio["both"], ">=", 3),
     ]
     count = {stream: len(timing.seconds["ours"]) for stream, timing in timings.items()}
-    missed = "".join(f" On the {stream} stream alone (c) over (b) misses 3." for stream in timings if ratio[stream] < 3)
-    winner = "the same" if race.same else "not the same"
+    missed = "".join(
+        f" On the {stream} stream alone, (c) is less than 3 times as fast as (b)."
+        for stream in timings
+        if ratio[stream] < 3
+    )
+    winner = "the same winner" if race.same else "different winners"
     bf16 = "has" if torch.cpu._is_avx512_bf16_supported() else "lacks"
     peaks = ", ".join(f"({letter}) {gb:.2f} GB" for letter, gb in zip("abc", memory.values(), strict=bool(memory)))
     sizes = [sum(not choice.is_dense for _, choice in schedule) for stream in streams.values() for schedule in stream]
-    body = f"""{work.describe()}; kept fraction {KEPT} by plain low rank,
-{min(sizes)} to {max(sizes)} of {len(streams["local"][0].choices)} sites compressed.{missed}
+    body = f"""Each schedule is scored on {work.describe()}. The kept fraction is {KEPT} with plain low rank;
+{min(sizes)} to {max(sizes)} of {len(streams["local"][0].choices)} sites are compressed.{missed}
 
 {markdown(header, rows)}
 
 * (a) loads the model ({parts["load"]:.1f} s), decomposes every site by `torch.linalg.svd` ({parts["decompose"]:.1f} s),
-  puts the factors in and calls `lm_eval.evaluate` on the items and the text ({parts["lm-eval"]:.1f} s): median of
-  {len(naively)}, parts of the last.
-* (b) gives every site a new module from cached factors; every choice is a padded row of its own with its whole context,
-  logits and log-probabilities at all positions, nothing reused.
-* (c) is `ModelEvaluator`: {tokens[0]:,} tokens a schedule ({tokens[1]:,} with padding).
-* (b) and (c) alternate over {count["local"]} local and {count["global"]} global schedules in one process; medians over
-  {ROUNDS} rounds of each stream. The bars are those of both streams in equal parts.
-* Equal scores: KL of (b) and (c) within a relative {TOLERANCE:g} for every schedule; so the log-probabilities of all
-  choices among (a), (b) and (c), and the same likeliest choices, for every schedule of (a).
-* All sides compute in float32; (c) would take bf16 where the hardware multiplies it; this machine {bf16} that.
+  inserts the factors and calls `lm_eval.evaluate` on the items and the text ({parts["lm-eval"]:.1f} s). Its speed is
+  the median of {len(naively)} schedules; the seconds of the parts are those of the last.
+* (b) gives every site a new module from cached factors. Every choice is a separate padded row with its whole context;
+  logits and log-probabilities are computed at all positions, and nothing is reused.
+* (c) is `ModelEvaluator` with {tokens[0]:,} tokens per schedule ({tokens[1]:,} with padding).
+* (b) and (c) alternate over {count["local"]} local and {count["global"]} global schedules in one process. Their speeds
+  are medians over {ROUNDS} rounds of each stream. The bars weigh both streams equally.
+* The scores are equal: the KL of (b) and (c) agrees within a relative {TOLERANCE:g} for every schedule, and for every
+  schedule of (a) the log-probabilities of all choices agree equally well among (a), (b) and (c), with the same
+  likeliest choices.
+* All sides compute in float32; (c) would use bf16 on hardware with bf16 multiplication, which this machine {bf16}.
 
-(c) choosing among the closed form and {race.count} finalists on the selection set, {winner} winner both times:
+(c) selects among the closed form and {race.count} finalists on the selection set, with and without early stopping
+("racing"); both find {winner}:
 
 {markdown(["finalists", "seconds", "tokens scored", "given up"], racing)}
 
-Most resident memory of a process that scores by one side only: {peaks or "not measured by --quick"}.
-Of that (c) may use {REUSE_BYTES // 2**20} MiB for hidden states.
+Peak resident memory of a process that scores by one side only: {peaks or "not measured by --quick"}.
+Of this, (c) may use {REUSE_BYTES // 2**20} MiB for hidden states.
 """
     return body, bars
 

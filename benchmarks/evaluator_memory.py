@@ -1,11 +1,11 @@
-"""Memory of evaluators on one machine: what each of several processes that share a model adds.
+"""Measures how much memory each additional evaluator process takes on one machine when all share one model.
 
     python -m benchmarks.evaluator_memory [--quick] [--write] [--model NAME ...] [--dtype NAME] [--processes N]
 
-The proportional set size of real processes (shared pages are divided among their users), without statistics and
-factors, which are memory-mapped too: each loads the model as `search.workers.remote_evaluator` does and makes one
-forward pass. Python with torch and transformers takes some 350 MB in every process, so that only a model of 1 GB or
-more can meet the bar.
+Memory is the proportional set size of real processes: shared pages are divided among the processes that use them. Each
+process loads the model as `search.workers.remote_evaluator` does and makes one forward pass. Statistics and factors,
+which are memory-mapped too, are not included. Python with torch and transformers takes about 350 MB in every process,
+so only a model of 1 GB or more can meet the bar.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 
 def memory(model: str, dtype: str, most: int) -> tuple[int, list[int]]:
-    """Bytes of the model, and of 1 to `most` evaluators together that have it in memory."""
+    """Returns the bytes of the model, and the total bytes of 1, 2, …, `most` evaluators that have it in memory."""
 
     def start(digest: str) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", _MEMORY, model, digest, dtype]
@@ -76,11 +76,11 @@ def memory(model: str, dtype: str, most: int) -> tuple[int, list[int]]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the default model only")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--model", nargs="+")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="measure the default model only")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--model", nargs="+", help="models (default: default and random:llama-3.2-1b)")
+    parser.add_argument("--dtype", default="bfloat16", help="torch dtype of the weights (default: bfloat16)")
+    parser.add_argument("--processes", type=int, default=3, help="largest number of evaluators (default: 3)")
     given = parser.parse_args()
     rows, bars = [], []
     for model in given.model or (["default"] if given.quick else ["default", "random:llama-3.2-1b"]):
@@ -94,7 +94,7 @@ def main() -> None:
         most = max((after - before) / size for before, after in pairwise(totals))
         bars.append(Bar(f"one more evaluator of {model}, in models", most, "<=", 0.35))
     header = ("model", "its MB", "evaluators", "MB together", "MB of the last", "in models")
-    body = f"In {given.dtype}.\n\n" + markdown(header, rows)
+    body = f"All weights are in {given.dtype}.\n\n" + markdown(header, rows)
     publish("benchmarks.evaluator_memory", "Memory of evaluators", body, bars, given.write)
 
 

@@ -1,6 +1,7 @@
-"""The ways to score a schedule that `benchmarks.evaluate` compares: as the literature's code, by swapping, and ours.
+"""Implements the three ways to score a schedule that `benchmarks.evaluate` compares, called sides.
 
-All three see the same schedules, items and texts. A side is made once and called with one schedule after the other.
+They are the literature's method, swapping of modules, and Chisel's evaluator. All sides score the same schedules on the
+same items and texts. A side is made once and then called with one schedule after the other.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from search.runtime.files import cache_folder
 
 __all__ = ["SIDES", "Figures", "Naive", "Ours", "Swapping", "Work", "plain_store"]
 
-_BATCH = 16  # rows in a forward pass of the padded sides
+_BATCH = 16  # rows per forward pass of the sides that pad
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a schedule is scored on: items as (context, continuations, answer), and token sequences."""
+    """Data on which a schedule is scored: items as (context, continuations, answer), and token sequences."""
 
     items: tuple[tuple[str, tuple[str, ...], int], ...]
     texts: tuple[tuple[int, ...], ...]
@@ -64,19 +65,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a side says of a schedule: mean KL per token in nats (NaN if it has none), log-probabilities per choice."""
+    """A side's score of a schedule: mean KL in nats per token (NaN if not computed), and log-probability per choice."""
 
     kl: float
     choices: tuple[tuple[float, ...], ...]
 
     @property
     def likeliest(self) -> tuple[int, ...]:
-        """Per item the likeliest continuation: what accuracy is made of."""
+        """Index of the likeliest continuation of every item, which decides accuracy."""
         return tuple(max(range(len(row)), key=row.__getitem__) for row in self.choices)
 
 
 def plain_store(loaded: LoadedModel, sites: Sequence[Site]) -> FactorStore:
-    """Factors in the plain metric, from the cache; no statistics are needed for them."""
+    """Makes a store of factors in the plain metric, which needs no statistics, backed by the user's cache."""
 
     def none() -> Any:
         raise AssertionError("the plain metric has no statistics")
@@ -86,7 +87,7 @@ def plain_store(loaded: LoadedModel, sites: Sequence[Site]) -> FactorStore:
 
 
 class Naive:
-    """Load the model, decompose every site by SVD, put the factors in, and call `lm_eval.evaluate`."""
+    """Loads the model, decomposes every site by SVD, inserts the factors, and calls `lm_eval.evaluate`."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -130,7 +131,7 @@ class Naive:
             self._tasks = TaskManager(include_path=str(folder), include_defaults=False).load(list(tasks))
 
     def __call__(self, schedule: Schedule) -> Figures:
-        """Leaves what the parts took in `seconds`."""
+        """Scores a schedule and stores the seconds of the parts in `seconds`; the KL is NaN."""
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -159,8 +160,11 @@ def _two_layers(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, chi: int) ->
 
 
 class Swapping:
-    """Every site gets a new module from the cached factors, every choice its own padded row with its whole context;
-    logits and log-probabilities at all positions."""
+    """Gives every site a new module from cached factors.
+
+    Every choice is a separate padded row with its whole context; logits and log-probabilities are computed at all
+    positions.
+    """
 
     def __init__(self, work: Work, folder: Path) -> None:
         loaded = load_model("default", "cpu")
@@ -194,7 +198,11 @@ class Swapping:
 
     @torch.inference_mode()
     def _compared(self, sums: list[float] | None = None) -> Any:
-        """Log-probabilities of the rows that count for KL; every row's log-probability from its first scored token."""
+        """Yields number and log-probabilities of the rows that count for the KL.
+
+        Args:
+            sums: if given, receives every row's log-probability from its first scored token on.
+        """
         for start in range(0, len(self._order), _BATCH):
             numbers = self._order[start : start + _BATCH]
             longest = max(len(self._rows[number][0]) for number in numbers)
@@ -213,7 +221,7 @@ class Swapping:
 
 
 class Ours:
-    """`search.evaluation.evaluator.ModelEvaluator` on one workload."""
+    """Runs `search.evaluation.evaluator.ModelEvaluator` on one workload."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         loaded = load_model("default", "cpu")
@@ -228,7 +236,7 @@ class Ours:
         return Figures(score.kl, ())
 
     def choices(self) -> tuple[tuple[float, ...], ...]:
-        """Log-probabilities per choice of the schedule called last, by another pass."""
+        """Log-probability per choice under the schedule called last, computed by another pass."""
         found = self.workload.continuations(self._model)
         return tuple(tuple(one.loglikelihood for one in of_item) for of_item in found)
 
@@ -242,7 +250,7 @@ SIDES: dict[str, Callable[[Work, Path], Callable[[Schedule], Figures]]] = {
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No progress bars and remarks from other people's libraries."""
+    """Silences progress bars and warnings of other libraries within the context."""
     logging.disable(logging.WARNING)
     try:
         with open(os.devnull, "w") as null, redirect_stderr(null):

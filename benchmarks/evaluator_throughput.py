@@ -1,9 +1,10 @@
-"""Throughput of real evaluators on one machine: trials a minute in this process, and in several of their own.
+"""Measures trials per minute of real evaluators on one machine, in this process and in processes of their own.
 
     python -m benchmarks.evaluator_throughput [--quick] [--write] [--model NAME] [--counts 1 2] [--trials N]
 
-The processors are divided among the evaluators. All score the same random schedules; the clock runs from when every
-evaluator has scored one to when the last score is back, so what starting them takes is told apart. Sides take turns.
+The processors are divided among the evaluators. All configurations score the same random schedules and take turns. The
+clock runs from the moment when every evaluator has scored one schedule until the last score is back; the start-up time
+is reported separately.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ IN_PROCESS = 0
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few trials, one round")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2], help="numbers of evaluators")
-    parser.add_argument("--trials", type=int, help="scored by each side in a round")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true", help="run few trials and one round")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--model", default="default", help="model, as for search.py")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2], help="numbers of evaluators (default: 1 2)")
+    parser.add_argument("--trials", type=int, help="schedules per configuration and round (default: 12; quick: 4)")
+    parser.add_argument("--rounds", type=int, help="rounds (default: 2; quick: 1)")
     given = parser.parse_args()
     trials, rounds = given.trials or (4 if given.quick else 12), given.rounds or (1 if given.quick else 2)
     config = Config.of({"model": given.model})
@@ -66,7 +67,7 @@ def main() -> None:
         name = "in this process" if count == IN_PROCESS else f"{count} of their own"
         speed, start = f"{60 * trials / median(scored):.1f}", f"{median(starts):.0f}"
         rows.append((name, cores // max(1, count), speed, f"{ratio:.2f}", start))
-    body = f"Scores of {trials} schedules of {loaded.model_id}, {rounds} rounds, {cores} cores:\n\n" + markdown(
+    body = f"Scoring {trials} schedules of {loaded.model_id} in {rounds} rounds on {cores} cores:\n\n" + markdown(
         ("evaluators", "threads each", "trials a minute", "times", "seconds to start"), rows
     )
     publish("benchmarks.evaluator_throughput", "Throughput of real evaluators", body, [], given.write)
@@ -75,7 +76,7 @@ def main() -> None:
 def measured(
     experiment: Experiment, anchor: Schedule, schedules: Sequence[Schedule], count: int
 ) -> tuple[float, float]:
-    """Seconds until all evaluators have scored once, and what the schedules take after that."""
+    """Returns the seconds until all evaluators have scored once, and the seconds that the schedules take after that."""
     start = time.perf_counter()
     with search_pool(experiment, anchor, print) as pool:
         warm = [anchor] * count

@@ -1,8 +1,8 @@
-"""The figures of docs/concepts.md and of the README, drawn from what is published in results/.
+"""Draws the figures of docs/concepts.md and the README from the files published in results/.
 
     python -m benchmarks.figures [--out docs/figures]
 
-No model is needed: bond dimensions and sensitivity traces are those of the published prior of the default job.
+No model is needed: the bond dimensions and sensitivity traces come from the published prior of the default job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLUE, _GREY = "#3b6ea8", "#555555"
 
 
 def mpo(figure: Any) -> None:
-    """A matrix, the same as an MPO of three cores, and as `lowrank`."""
+    """Draws a matrix, its MPO with three cores, and its `lowrank` MPO."""
     axes = figure.subplots(1, 3, width_ratios=(1, 2.4, 1.7))
     pictures = (
         ("W", [("", "out", "in")], []),
@@ -51,7 +51,7 @@ def mpo(figure: Any) -> None:
 
 
 def chi(figure: Any) -> None:
-    """What the published schedule keeps of every matrix."""
+    """Draws the kept fraction of every matrix in the published schedule."""
     prior = Prior.read(DEFAULT)
     blocks = sorted({site.block for site in prior.sites})
     families = list(dict.fromkeys(site.family for site in prior.sites))
@@ -68,7 +68,7 @@ def chi(figure: Any) -> None:
 
 
 def metric(figure: Any) -> None:
-    """Predicted KL of some matrices alone, by χ."""
+    """Draws the predicted KL over χ for some matrices, each compressed alone."""
     prior = Prior.read(DEFAULT)
     axes = figure.subplots()
     for family, block in _SHOWN:
@@ -89,7 +89,7 @@ FIGURES: Mapping[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
 
 
 def drawn(name: str) -> str:
-    """The SVG of one figure."""
+    """Returns one figure as SVG text."""
     from matplotlib.figure import Figure
 
     draw, size = FIGURES[name]

@@ -1,15 +1,16 @@
-"""Relative error on held-out activations of MPO fits, at equal parameters, for sites over depth and families.
+"""Compares MPO fits by their relative error on held-out activations at equal parameters, over depths and families.
 
     python -m benchmarks.fit_quality [--quick] [--write]
 
-All methods know the same calibration text and are judged by tr(E C Eᵀ) / tr(W C Wᵀ) with C from held-out text. At every
-kept fraction each has the largest χ that stores no more parameters:
+All methods use the same calibration text and are judged by tr(E C Eᵀ) / tr(W C Wᵀ) with C from held-out text. At every
+kept fraction, each method gets the largest χ that stores no more parameters:
 
-* sequential: sequential SVD of the weight into two or three cores, balanced legs.
-* whitened: truncated SVD in the metric of the calibration inputs, two full factors: optimal for its rank.
-* pivoted: the same without its gauge freedom.
+* sequential: sequential SVD of the weight into two or three cores with balanced legs.
+* whitened: truncated SVD in the metric of the calibration inputs with two full factors, which is optimal for its rank.
+* pivoted: the same without gauge freedom.
 * fitted: our fit in that metric, without gauge freedom, with two or three balanced legs or legs that follow the heads.
-* menu: of the last two, what menus take: the lowest error on calibration text, that of fits raised by their optimism.
+* menu: the pivoted or fitted option that a menu would take, which has the lowest error on calibration text after the
+  errors of fits are multiplied by their optimism.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MENU = ("pivoted", "fitted 2", "fitted 3", "fitted heads")
 
 
 def topologies(site: Site, heads: int | None) -> dict[str, tuple[str, str]]:
-    """Topology and metric of every method for a site; a method without fitting legs is left out."""
+    """Topology and metric of every method for a site; methods whose legs do not fit the site are left out."""
     balanced = {count: fitted_topologies(site, None, (count,)) for count in (2, 3)}
     named = {
         "sequential 2": ("mpo2", "plain"),
@@ -50,7 +51,7 @@ def topologies(site: Site, heads: int | None) -> dict[str, tuple[str, str]]:
 def errors_of_site(
     store: FactorStore, site: Site, weight: torch.Tensor, held_out: torch.Tensor, kept: float, heads: int | None
 ) -> tuple[dict[str, float], str]:
-    """Relative held-out error by method, and the method the menu picked."""
+    """Returns the relative held-out error by method, and the method that the menu picks."""
     weight, held_out = weight.double(), held_out.double()
     scale = float(((weight @ held_out) * weight).sum())
     errors, predicted = {}, {}
@@ -72,8 +73,8 @@ def errors_of_site(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="seven sites, two kept fractions")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
+    parser.add_argument("--quick", action="store_true", help="measure seven sites at two kept fractions")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
     arguments = parser.parse_args()
     config = Config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +84,7 @@ def main() -> None:
     blocks = [last // 2] if arguments.quick else [round(share * last) for share in (0.04, 0.25, 0.5, 0.75, 0.96)]
     fractions = (0.3, 0.6) if arguments.quick else (0.2, 0.4, 0.6, 0.8)
     chosen = [site for site in sites if site.block in blocks and not site.dense_because]
-    calibration = experiment.calibration.unweighted  # errors on held-out activations count tokens alike
+    calibration = experiment.calibration.unweighted  # errors on held-out activations weigh all tokens equally
     store = factor_store(loaded, sites, calibration, calibration.cache)
     text = experiment.splits.heldout_text
     batches = list(calibration_batches(loaded, text, config.seed))
@@ -97,7 +98,7 @@ def main() -> None:
         print(f"{site.name} after {time.perf_counter() - start:.0f} s", flush=True)
     body, bars = report(results, chosen, fractions)
     counts = (
-        f"{len(chosen)} sites of SmolLM2-135M-Instruct (blocks {', '.join(map(str, blocks))}); C from "
+        f"Measured on {len(chosen)} sites of SmolLM2-135M-Instruct (blocks {', '.join(map(str, blocks))}), with C from "
         f"{experiment.splits.calibration.tokens:,} calibration and {text.tokens:,} held-out tokens."
     )
     publish("benchmarks.fit_quality", "MPO fits on held-out activations", f"{counts}\n\n{body}", bars, arguments.write)
@@ -108,7 +109,7 @@ def report(
     sites: Sequence[Site],
     fractions: Sequence[float],
 ) -> tuple[str, list[Bar]]:
-    """Medians over sites, where a true MPO wins, and the bars."""
+    """Returns the report (medians over sites, and the sites where a true MPO wins) and the bars."""
 
     def ratios(over: str, under: str, kept: float | None = None) -> list[float]:
         return [
@@ -139,11 +140,11 @@ def report(
         picked = [how for (name, _), (_, how) in results.items() if name in names]
         by_family.append([family, len(picked), *(picked.count(method) for method in _MENU)])
     body = (
-        "Median relative error over the sites (in brackets how many have such legs):\n\n"
+        "Median relative error over the sites (in brackets the number of sites that the method fits):\n\n"
         + markdown(["method", *(f"kept {kept}" for kept in fractions)], medians)
-        + "\n\nWhat the menu picked, over sites and kept fractions:\n\n"
+        + "\n\nHow often the menu picked each method, over sites and kept fractions:\n\n"
         + markdown(["family", "cases", *_MENU], by_family)
-        + "\n\nWhere that was a true MPO, against `pivoted` on held-out text:\n\n"
+        + "\n\nThe cases in which the menu picked a true MPO, compared with `pivoted` on held-out text:\n\n"
         + markdown(["site", "kept", "picked", "pivoted", "menu", "lower by"], wins)
     )
     bars = [

@@ -1,12 +1,12 @@
-"""Does the best schedule before healing stay the best after it? Rank correlations over schedules of equal size.
+"""Measures whether the best schedule before healing is the best after it, by rank correlations at equal size.
 
     python -m benchmarks.heal_rank [--quick] [--write] [--schedules 13] [--tokens 24576] [--out DIR]
 
-The schedules are the closed-form allocation at kept 0.618 of the default model, the uniform one, the one that 200
-evaluations found (the published prior of 94 M parameters), and allocations with random weights on the predicted costs
-of every block and kind, weaker and stronger ones in turn. Each is measured as it is, after a repair where that is kept,
-and after healing on the same rows for the same number of tokens, on two held-out corpora. A schedule that is in --out
-is not healed again.
+The schedules are, for the default model at kept fraction 0.618, the closed-form allocation, the uniform one, the one
+that 200 evaluations found (the published prior of 94 M parameters), and closed-form allocations with random weights of
+varying spread on the predicted costs of every block and family. Each schedule is measured after decomposition, after
+repair if that is kept, and after healing on the same rows for the same number of tokens, on two held-out corpora. A
+schedule that is recorded in --out is not healed again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import Menu, Schedule, ScheduleApplier, lagrangian, to_schedule, uniform
 from search.config import Config
 from search.experiment.experiment import Experiment
-from search.healing.plan import Options
+from search.healing.plan import HealingOptions
 from search.healing.run import heal_experiment_
 from search.priors.format import Prior
 from search.priors.transfer import exact_schedule
@@ -35,7 +35,7 @@ from search.runtime.console import Console
 
 STATES = ("decomposed", "repaired", "healed")
 SEARCHED = RESULTS / "priors" / "smollm2-135m-instruct-94m.json"
-_SPREADS = (0.1, 0.2, 0.4, 0.8)  # standard deviation of the log weight of a block, and of a kind
+_SPREADS = (0.1, 0.2, 0.4, 0.8)  # standard deviations of the log weights of blocks and of families
 _RESAMPLES = 2000
 
 
@@ -47,12 +47,12 @@ class Outcome:
     kl: Mapping[str, Mapping[str, float]]
 
     def mean(self, state: str) -> float:
-        """Over the corpora."""
+        """Mean KL over the corpora in one state."""
         return float(np.mean(list(self.kl[state].values())))
 
 
 def schedules(menu: Menu, count: int) -> list[tuple[str, Schedule]]:
-    """Names and schedules of equal size, the same for the same menu."""
+    """Returns names and schedules of equal size; the same menu gives the same schedules."""
     target = math.floor(KEPT * menu.dense_parameters)
     found = [
         ("closed form", to_schedule(menu, lagrangian(menu, target))),
@@ -72,7 +72,7 @@ def schedules(menu: Menu, count: int) -> list[tuple[str, Schedule]]:
 
 
 def interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """95 % of the rank correlation when schedules are drawn again from these (bootstrap)."""
+    """95 % bootstrap confidence interval of the rank correlation; schedules are resampled with replacement."""
     generator, one, two = np.random.default_rng(0), np.asarray(first), np.asarray(second)
     drawn = [generator.integers(len(one), size=len(one)) for _ in range(_RESAMPLES)]
     low, high = np.nanpercentile([rank_correlation(one[each], two[each]) for each in drawn], [2.5, 97.5])
@@ -80,7 +80,10 @@ def interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, fl
 
 
 def correlations(outcomes: Sequence[Outcome]) -> str:
-    """Markdown: each state against being healed, over all schedules and over the better half before."""
+    """Returns a Markdown table of rank correlations with the healed KL, over all schedules and the better half.
+
+    The better half has the lower KL after decomposition.
+    """
     better = sorted(outcomes, key=lambda outcome: outcome.mean("decomposed"))[: (len(outcomes) + 1) // 2]
     rows: list[list[object]] = []
     for state in STATES[:-1]:
@@ -103,20 +106,20 @@ def correlations(outcomes: Sequence[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="four schedules, hardly healed")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--schedules", type=int)
-    parser.add_argument("--tokens", type=int, help="of healing, for every schedule")
-    parser.add_argument("--repair-tokens", type=int)
-    parser.add_argument("--heldout-tokens", type=int, help="of each corpus")
-    parser.add_argument("--out", help="folder that receives what was measured")
+    parser.add_argument("--quick", action="store_true", help="use four schedules and little healing")
+    parser.add_argument("--write", action="store_true", help="write the tables to results/")
+    parser.add_argument("--schedules", type=int, help="number of schedules (default: 13; quick: 4)")
+    parser.add_argument("--tokens", type=int, help="tokens of healing per schedule (default: 24576; quick: 2048)")
+    parser.add_argument("--repair-tokens", type=int, help="tokens for repair (default: 8192; quick: 512)")
+    parser.add_argument("--heldout-tokens", type=int, help="tokens of each corpus (default: 4096; quick: 512)")
+    parser.add_argument("--out", help="folder for measurements and weights (default: a new temporary folder)")
     arguments = parser.parse_args()
     quick = arguments.quick
     config = Config(target_kept=KEPT, repair_tokens=arguments.repair_tokens or (512 if quick else 8192))
     experiment = Experiment.open(config)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="heal-rank-"))
     folder.mkdir(parents=True, exist_ok=True)
-    options = Options(minutes=None, tokens=arguments.tokens or (2048 if quick else 24_576))
+    options = HealingOptions(minutes=None, tokens=arguments.tokens or (2048 if quick else 24_576))
     plan = options.plan(0, experiment.device)
     table = Table(experiment, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
     outcomes = []
@@ -140,9 +143,10 @@ def main() -> None:
     header = ["schedule", *(f"{state}, {corpus}" for state in STATES for corpus in CORPORA)]
     counts = " and ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
     body = (
-        f"SmolLM2-135M-Instruct at kept {KEPT} over the sites, KL in nats per token on {counts}; repaired on "
-        f"{config.repair_tokens:,} tokens, healed on {plan.tokens:,}. Ranks are those of the mean over both corpora, "
-        f"intervals 95 % over schedules.\n\n{correlations(outcomes)}\n\n{markdown(header, lines)}"
+        f"SmolLM2-135M-Instruct at kept fraction {KEPT} over the sites. KL is in nats per token on {counts}. Repair "
+        f"used {config.repair_tokens:,} tokens, healing {plan.tokens:,}. Ranks are those of the mean over both corpora; "
+        f"intervals are 95 % bootstrap intervals over schedules.\n\n{correlations(outcomes)}\n\n"
+        f"{markdown(header, lines)}"
     )
     kls = [[outcome.mean(state) for outcome in outcomes] for state in ("decomposed", "healed")]
     bars = [

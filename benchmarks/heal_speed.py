@@ -1,17 +1,23 @@
-"""Speed of healing the compressed model against full fine-tuning of the dense one, side by side.
+"""Compares the speed of healing the compressed model with that of full fine-tuning of the dense model.
 
     python -m benchmarks.heal_speed [--quick] [--write] [--kept 0.3 0.45 0.6 0.8] [--rounds 3]
 
-One step is a forward and a backward pass over the same rows and an AdamW step. Fine-tuning trains every parameter of
-the dense model on next tokens, with the logits over the whole vocabulary that its own loss makes. Healing on labels
-trains cores and norms on the same task; healing by distillation also computes what the dense model predicts, first with
-the dense model's forward pass and then, as in every later epoch, from targets that are kept; of the vocabulary it
-computes, as healing does, the targets and a sample of the others, and in a row of its own all. Schedules are uniform.
-The sides take turns; figures are medians of the rounds. Peak memory is that of a process of its own for every side.
+One step is a forward and a backward pass over the same rows and an AdamW step. The kinds of training are:
 
-On a GPU passes are larger, all tokens are computed, arithmetic is bfloat16, and blocks are replayed as CUDA graphs, as
-healing does there; fine-tuning is shown as it is usually done and with its blocks replayed too. Peak memory is what a
-side keeps, the dense model's parameters where it needs them, and what a step of it adds.
+* fine-tuning: trains every parameter of the dense model on next tokens, with logits over the whole vocabulary.
+* labels: heals cores and norms on the same next-token loss.
+* distill: heals toward the dense model's predictions, computed by its forward pass. Like healing itself, it computes
+  only the logits of the target tokens and of a sample of the other tokens.
+* distill, kept targets: the same with stored predictions, as in every epoch after the first.
+* distill, all tokens, kept targets: the same with the logits of all tokens.
+
+Schedules are uniform. The kinds take turns; figures are medians over the rounds. Peak memory is measured in a separate
+process for every kind.
+
+On a GPU, passes are larger, logits of all tokens are computed, arithmetic is bfloat16, and blocks are replayed as CUDA
+graphs, as healing does there. Fine-tuning is shown both as it is usually done and with replayed blocks. Peak memory is
+then the memory that a kind keeps, including the dense model's parameters if it needs them, plus that which one step
+adds.
 """
 
 from __future__ import annotations
@@ -46,7 +52,7 @@ _PLAN = HealingPlan(tokens=1)
 
 
 def compressed(dense: Any, kept: float) -> Any:
-    """Uniform pivoted low rank with factors of random entries: their values do not matter for speed."""
+    """Returns a uniform pivoted low-rank model with random factors, whose values do not matter for speed."""
     model = copy.deepcopy(dense)
     generator = torch.Generator().manual_seed(0)
     for site in discover_sites(model):
@@ -61,7 +67,7 @@ def compressed(dense: Any, kept: float) -> Any:
 
 
 class Side:
-    """One way of training, step by step."""
+    """One kind of training, which runs step by step."""
 
     def __init__(self, name: str, dense: Any, smaller: Any, rows: int, length: int) -> None:
         self.name, self.dense = name, dense
@@ -88,11 +94,11 @@ class Side:
             with self._autocast():
                 blocks = list(self.model.get_submodule(prefix))
                 self.replays.enter_context(replayed(self.model, blocks, self.ids))
-        self.step()  # makes what the optimizer keeps
+        self.step()  # allocates the optimizer's state
         self.kept = self._allocated() - before + (2 * dense.num_parameters() if name == "distill" else 0)
 
     def step(self) -> float:
-        """Seconds of one step."""
+        """Makes one step and returns its seconds."""
         start = time.perf_counter()
         with self._autocast():
             if self.name.startswith("fine-tuning"):
@@ -114,7 +120,7 @@ class Side:
         return time.perf_counter() - start
 
     def peak_gb(self) -> float:
-        """What this side alone takes on a GPU at most."""
+        """Peak GPU memory of this kind of training alone, in GB."""
         torch.cuda.reset_peak_memory_stats()
         before = self._allocated()
         self.step()
@@ -133,7 +139,7 @@ class Side:
 
 
 def peak(arguments: argparse.Namespace, side: str, kept: float) -> float:
-    """Gigabytes that one side alone takes at most, the dense model among them where it is needed."""
+    """Peak memory, in GB, of one kind of training in its own process, including the dense model if it is needed."""
     words = [sys.executable, "-m", "benchmarks.heal_speed", "--alone", side, "--kept", str(kept)]
     words += ["--model", arguments.model, "--rows", str(arguments.rows), "--length", str(arguments.length)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -142,13 +148,13 @@ def peak(arguments: argparse.Namespace, side: str, kept: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="two kept fractions, one round of small steps")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--kept", type=float, nargs="+")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--quick", action="store_true", help="use two kept fractions and one round of small steps")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--kept", type=float, nargs="+", help="kept fractions (default: 0.3 0.45 0.6 0.8)")
+    parser.add_argument("--rounds", type=int, help="rounds (default: 3; quick: 1)")
+    parser.add_argument("--model", default="default", help="model, as for search.py")
+    parser.add_argument("--rows", type=int, help="rows per step (default: 8; quick: 2; on a GPU: 32)")
+    parser.add_argument("--length", type=int, default=256, help="tokens per row (default: 256)")
     parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -182,9 +188,9 @@ def main() -> None:
                 least = 2.0 if kept == 0.3 else 1.0
                 bars.append(Bar(f"{name.replace(', ', '_').replace(' ', '_')}_speedup_{kept}", ratio, ">=", least))
     body = (
-        f"Training of {arguments.model} in steps of {arguments.rows} rows of {arguments.length} tokens; speed in "
-        "tokens per second, `times` over full fine-tuning of the dense model in the same rounds, peak memory in GB. "
-        "What the sides are stands in benchmarks/heal_speed.py.\n\n"
+        f"Training of {arguments.model} in steps of {arguments.rows} rows of {arguments.length} tokens. `times` is the "
+        "speed relative to full fine-tuning of the dense model in the same rounds. benchmarks/heal_speed.py explains "
+        "the kinds of training.\n\n"
         + markdown(["training", "kept", "tokens/s", "times", "peak GB"], rows)
     )
     publish("benchmarks.heal_speed", "Speed of healing", body, bars, arguments.write)

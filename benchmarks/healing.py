@@ -1,10 +1,11 @@
-"""What healing gives back: the default model at 94 M parameters, measured before and after on text and six benchmarks.
+"""Measures the default model at 94 M parameters before and after healing, on text and six benchmarks.
 
     python -m benchmarks.healing [--quick] [--write] [--minutes 30] [--out DIR]
 
-The schedule is the closed-form allocation at kept 0.618; it is decomposed, repaired without training, then healed. Rows
-are measured on two held-out corpora, encyclopedia articles and web pages, and on ARC-easy, PIQA, SciQ, HellaSwag, BoolQ
-and MMLU with the answers' texts. The weights stay in --out; a run that was interrupted continues with the same command.
+The schedule is the closed-form allocation at kept fraction 0.618. The model is decomposed, repaired without training,
+and then healed. Each state is measured on two held-out corpora, encyclopedia articles and web pages, and on ARC-easy,
+PIQA, SciQ, HellaSwag, BoolQ and MMLU with the answers' texts. The weights stay in --out; the same command continues an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -31,24 +32,26 @@ from search.evaluation.score import Score
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS
 from search.experiment.experiment import Experiment, workload_sequences
-from search.healing.plan import Options
+from search.healing.plan import HealingOptions
 from search.healing.run import heal_experiment_
 from search.runtime.console import Console
 
 KEPT = 0.618
 TASKS = ("arc_easy", "piqa", "sciq", "hellaswag", "boolq", "mmlu")
 CORPORA = {"web": 1, "encyclopedia": 2}
-"""By place among the sources of `search.data.prose.load_prose`."""
+"""Corpora with their index among the sources of `search.data.prose.load_prose`."""
 _SHORT = 30.0
-"""Minutes; a longer healing has a bar of its own and a table beside this one."""
+"""Minutes; longer healing has another bar and a separate table."""
 
 
 class Table:
-    """Measures the model as it stands on every corpus and task; the first row is the dense reference of all others.
+    """Measures the model's current state on every corpus and task; the first row is the dense reference of all others.
 
     Args:
-        tokens: of each corpus.
-        items: of each task.
+        experiment: the experiment whose model is measured; the model must be dense at first.
+        tokens: tokens of each corpus.
+        items: items of each task.
+        tasks: names of the tasks.
     """
 
     def __init__(self, experiment: Experiment, tokens: int, items: int = 0, tasks: Sequence[str] = TASKS) -> None:
@@ -73,7 +76,7 @@ class Table:
         self.dense = self._score(Schedule.dense(tuple(site.name for site in experiment.sites)))
 
     def score_as_is(self, schedule: Schedule) -> Score:
-        """Another row."""
+        """Measures the current state of the model as another row and returns its score."""
         model = self.experiment.loaded.model
         self.rows.append({name: workload.measure(model) for name, workload in self.workloads.items()})
         return self._score(schedule)
@@ -83,25 +86,25 @@ class Table:
         return Score(quality.state, quality, self.sizes.size(schedule), 0.0)
 
     def accuracy(self, row: int) -> float:
-        """Mean over the tasks."""
+        """Mean accuracy over the tasks in one row."""
         return fmean(self.rows[row][task].accuracy for task in TASKS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="one minute of healing, few items")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--quick", action="store_true", help="heal for one minute and use few items")
+    parser.add_argument("--write", action="store_true", help="write the tables to results/")
+    parser.add_argument("--minutes", type=float, help="minutes of healing (default: 30; quick: 1)")
     parser.add_argument("--rate", type=float, help="largest learning rate of the cores")
-    parser.add_argument("--batch-tokens", type=int)
-    parser.add_argument("--pass-tokens", type=int)
-    parser.add_argument("--data", default="text", help="as of search.py heal")
-    parser.add_argument("--text-tokens", type=int, help="as of search.py heal")
-    parser.add_argument("--heldout-tokens", type=int, help="of each corpus")
-    parser.add_argument("--items", type=int, help="of each task")
-    parser.add_argument("--calibration-tokens", type=int, help="of the statistics, as of search.py")
-    parser.add_argument("--repair-tokens", type=int, help="as of search.py")
-    parser.add_argument("--out", help="folder that receives the weights and what a later try continues from")
+    parser.add_argument("--batch-tokens", type=int, help="as for search.py heal")
+    parser.add_argument("--pass-tokens", type=int, help="as for search.py heal")
+    parser.add_argument("--data", default="text", help="as for search.py heal (default: text)")
+    parser.add_argument("--text-tokens", type=int, help="as for search.py heal")
+    parser.add_argument("--heldout-tokens", type=int, help="tokens of each corpus (default: 4096; quick: 512)")
+    parser.add_argument("--items", type=int, help="items of each task (default: 200; quick: 8)")
+    parser.add_argument("--calibration-tokens", type=int, help="calibration tokens, as for search.py")
+    parser.add_argument("--repair-tokens", type=int, help="as for search.py")
+    parser.add_argument("--out", help="folder for weights and training state (default: a new temporary folder)")
     arguments = parser.parse_args()
     quick = arguments.quick
     minutes = arguments.minutes or (1.0 if quick else 30.0)
@@ -119,13 +122,13 @@ def main() -> None:
         table.score_as_is(schedule)
         parameters = model_parameters(experiment.loaded.model)
     names = ("rate", "batch_tokens", "pass_tokens", "data", "text_tokens")
-    options = Options(minutes=minutes, **{name: getattr(arguments, name) for name in names})
+    options = HealingOptions(minutes=minutes, **{name: getattr(arguments, name) for name in names})
     plan = options.plan(0, experiment.device)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="healing-"))
     folder.mkdir(parents=True, exist_ok=True)
     with Console() as console:
         scores, healed = heal_experiment_(experiment, schedule, table, plan, options, folder, console)
-    sides = ["dense", "decomposed", *list(scores)[1:]]  # what is healed is named after whether it was repaired
+    sides = ["dense", "decomposed", *list(scores)[1:]]  # the names of the other rows tell whether repair was kept
     lines = []
     for number, (name, row) in enumerate(zip(sides, table.rows, strict=True)):
         cells: list[object] = [name]
@@ -142,11 +145,11 @@ def main() -> None:
     counts = ", ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
     planned = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items() if value is not None)
     body = (
-        f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept {KEPT} over the sites), {minutes:g} minutes of "
-        f"healing at {healed.tokens_per_second:.0f} tokens per second, with `--data {options.data}`; statistics of "
-        f"{config.calibration_tokens:,} tokens, repaired on {config.repair_tokens:,}. "
+        f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept fraction {KEPT} over the sites), healed for "
+        f"{minutes:g} minutes at {healed.tokens_per_second:.0f} tokens per second with `--data {options.data}`. The "
+        f"calibration statistics use {config.calibration_tokens:,} tokens, repair {config.repair_tokens:,}. "
         f"Measured on {counts}. Plan: {planned}.\n\n"
-        f"{markdown(header, lines)}\n\nOn the way, on search data:\n\n{curve}"
+        f"{markdown(header, lines)}\n\nCourse of the healing, measured on search data:\n\n{curve}"
     )
     first, last = table.rows[0]["encyclopedia"], table.rows[-1]["encyclopedia"]
     gpu = experiment.device.type == "cuda"
@@ -161,7 +164,7 @@ def main() -> None:
 
 
 def _allowed(minutes: float, gpu: bool) -> float:
-    """Largest perplexity over dense that is asked for."""
+    """Bar for the healed perplexity, as a multiple of the dense model's."""
     return 1.2 if gpu else 1.8 if minutes <= _SHORT else 1.42
 
 

@@ -1,12 +1,12 @@
-"""Tokens per second, time to the first token, and memory: a dense model against compressed ones.
+"""Compares tokens per second, time to the first token and memory of a dense model and compressed ones.
 
     python -m benchmarks.inference [--quick] [--write] [--folder DIR ...] [--kept 0.618]
 
-Without folders the compressed side is `pivoted-lowrank` of one kept fraction everywhere, with random numbers, since
-time does not depend on them; 0.618 over the sites of the default model leaves it 94 million parameters. `--folder`
-measures exported folders of the same model instead, quantized ones too. Sides take turns in one process for time. For
-memory each runs alone in a process of its own, which loads it as a user would; there the peak is that of prefill and
-decoding. On the processor, and on a GPU too where there is one, unless `--device` names one of them.
+Without folders, the compressed model is `pivoted-lowrank` with one kept fraction at every site and random weights,
+since time does not depend on them; 0.618 over the sites of the default model leaves 94 million parameters. `--folder`
+measures exported folders of the same model instead, which may be quantized. To measure time, the models take turns in
+one process. To measure memory, each model runs alone in its own process, which loads it as a user would; the peak is
+that of prefill and decoding. Runs on the CPU, and on a GPU too if there is one, unless `--device` names one of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LOADED = "loaded"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; `batches` are numbers of sequences at a time, each with its rounds."""
+    """Sizes of the measurements: batch sizes, prompt length in tokens, rounds per batch size, and decoding steps."""
 
     batches: tuple[int, ...] = (1, 8)
     prompt: int = 512
@@ -53,15 +53,15 @@ QUICK = Sizes(prompt=256, rounds=(3, 3), steps=12)
 
 
 def main() -> None:
-    """Measure, print, and write when told."""
+    """Measures and prints, and writes the report if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--kept", type=float, default=0.618)
-    parser.add_argument("--folder", action="append", default=[], type=Path)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default what the processor is fastest in")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default each there is")
+    parser.add_argument("--quick", action="store_true", help="use shorter prompts and fewer rounds")
+    parser.add_argument("--write", action="store_true", help="write the tables to results/")
+    parser.add_argument("--model", default="default", help="dense model, as for search.py")
+    parser.add_argument("--kept", type=float, default=0.618, help="kept fraction without --folder (default: 0.618)")
+    parser.add_argument("--folder", action="append", default=[], type=Path, help="exported folder; may be repeated")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype on the CPU (default: its fastest)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: all available)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
     sizes = QUICK if given.quick else Sizes()
@@ -108,7 +108,7 @@ def _export_random(model: str, kept: float, dtype: torch.dtype, folder: Path) ->
 
 
 def _sides(model: nn.Module, folders: Mapping[str, Path], dtype: torch.dtype) -> tuple[Modules, dict[str, Modules]]:
-    """The dense modules that some side replaces, and those of every folder under both plans."""
+    """Returns the dense modules that some side replaces, and the modules of every folder under both plans."""
     sides: dict[str, Modules] = {}
     device = next(model.parameters()).device
     for name, folder in folders.items():
@@ -154,7 +154,7 @@ def _timed(
 
 
 def _ratio(dense: Sequence[float], mine: Sequence[float]) -> float:
-    """How many times as fast as dense: median over rounds."""
+    """Speed relative to dense, median over rounds; above 1 is faster."""
     return median(other / own for other, own in zip(dense, mine, strict=True))
 
 
@@ -172,10 +172,10 @@ def _memory(given: argparse.Namespace, folders: Mapping[str, Path]) -> str:
 
 @torch.inference_mode()
 def _peak(name: str, sizes: Sizes, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of weights, of this process after loading, and at most during prefill and decoding of each batch size."""
+    """Returns the bytes of the weights, of this process after loading, and its peak during prefill and decoding."""
     model = load_for_use(name, "cpu").model.to(dtype)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to start a new peak
+        Path("/proc/self/clear_refs").write_text("5")  # makes the kernel reset the peak
     idle = resident()
     for batch in sizes.batches:
         prefill(model, {_LOADED: {}}, sizes.prompt, 1, torch.device("cpu"), batch)

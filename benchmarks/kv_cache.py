@@ -1,12 +1,12 @@
-"""The KV cache at long context: memory, speed, and how the KL to the dense model grows with position.
+"""Measures memory and speed of the KV cache at long context, and the KL to the dense model by position.
 
     python -m benchmarks.kv_cache [--quick] [--write] [--contexts 4096 8192] [--kept 0.618] [--texts 2]
 
-The default model, dense with a plain cache, and at the closed-form allocation with a plain one and with one of latents
-(`search.model.latent_cache`), which keeps χ numbers of k and v instead of all their outputs. Speed is that of a
-prefill of the whole context and of the steps after it; the sides take turns. The KL is that of one pass over held-out
-encyclopedia text, by position; which cache a pass uses does not change it, and by how much the logits of the steps
-differ is shown.
+Compares three sides, which take turns: the default model, dense with a plain cache; the same model at the closed-form
+allocation with a plain cache; and the latter with a cache of latents (`search.model.latent_cache`), which keeps χ
+numbers of k and v instead of all their outputs. Speed is measured for a prefill of the whole context and for the
+decoding steps after it. The KL by position comes from one pass over held-out encyclopedia text without a cache. The
+kind of cache should not change the logits; the table shows their largest difference over the decoding steps.
 """
 
 from __future__ import annotations
@@ -34,13 +34,23 @@ from search.healing.sharding import sharing_copy
 from search.model.latent_cache import cache_bytes, latent_cache, plain_cache
 
 _STEPS, _ROUNDS = 8, 3
-_PIECE = 512  # positions whose logits are there at once
-_RUN = 64  # positions
+_PIECE = 512  # positions whose logits are held in memory at once
+_RUN = 64  # positions averaged for one sample of the standard error
 
 
 @dataclass
 class Side:
-    """A model with one kind of cache, and what was measured of it at one context."""
+    """A model with one kind of cache, and its measurements at one context length.
+
+    Attributes:
+        name: name in the table.
+        model: the model.
+        latent: whether the cache holds latents.
+        bytes: bytes of the cache after the prefill.
+        prefill: seconds of every prefill.
+        step: seconds of every decoding step.
+        logits: logits of the last decoding steps, (1, steps, vocabulary).
+    """
 
     name: str
     model: Any
@@ -52,7 +62,7 @@ class Side:
 
     @torch.no_grad()
     def measure(self, ids: torch.Tensor) -> None:
-        """A prefill with all of `ids` (1, context + steps) but the steps, and the steps."""
+        """Runs a prefill of the context and then the decoding steps over `ids`, (1, context + steps)."""
         context = ids.shape[1] - _STEPS
         with latent_cache(self.model) if self.latent else nullcontext(plain_cache(self.model)) as cache:
             start = time.perf_counter()
@@ -69,7 +79,7 @@ class Side:
 
 @torch.no_grad()
 def divergences(dense: Any, model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """KL(dense‖model), nats, at every position of `ids` (1, positions)."""
+    """KL(dense‖model) in nats at every position of `ids`, (1, positions) -> (positions,)."""
     hidden = [each.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for each in (dense, model)]
     found = []
     for start in range(0, ids.shape[1], _PIECE):
@@ -82,9 +92,9 @@ def divergences(dense: Any, model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def by_position(kl: torch.Tensor) -> list[list[object]]:
-    """Mean and standard error over texts and positions, from one power of two to the next; `kl` is (texts, positions).
+    """Mean KL and its standard error by ranges of positions that double in length; `kl` is (texts, positions).
 
-    Neighbouring positions are not independent, so the error is that of means over runs of 64.
+    Neighbouring positions are not independent, so the standard error is taken over means of runs of 64 positions.
     """
     rows: list[list[object]] = []
     start, stop = 0, 4 * _RUN
@@ -98,28 +108,31 @@ def by_position(kl: torch.Tensor) -> list[list[object]]:
 
 
 def _texts(experiment: Experiment, length: int, count: int) -> list[torch.Tensor]:
-    """Held-out encyclopedia text, `count` pieces (1, length).
+    """Returns `count` pieces of held-out encyclopedia text, (1, length) each.
 
     Raises:
-        ValueError: there is not so much.
+        ValueError: the held-out text is shorter than `count` · `length` tokens.
     """
     heldout = regions(load_prose()[CORPORA["encyclopedia"]])[2]
     stream = [token for text in heldout for token in experiment.loaded.encode(text + "\n\n")]
     if len(stream) < length * count:
-        raise Refusal(f"there are {len(stream)} held-out tokens, and {length * count} are asked for")
+        raise Refusal(
+            f"--texts times the longest of --contexts must be at most {len(stream)} held-out tokens, "
+            f"got {length * count}"
+        )
     return [
         torch.tensor(stream[length * each : length * (each + 1)])[None].to(experiment.device) for each in range(count)
     ]
 
 
 def main() -> None:
-    """Measure, print, and write when told."""
+    """Measures and prints, and writes the report if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="one short context")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--contexts", type=int, nargs="+")
-    parser.add_argument("--kept", type=float, default=0.618)
-    parser.add_argument("--texts", type=int, help="of the longest context")
+    parser.add_argument("--quick", action="store_true", help="use one short context")
+    parser.add_argument("--write", action="store_true", help="write the tables to results/")
+    parser.add_argument("--contexts", type=int, nargs="+", help="context lengths in tokens (default: 4096 8192)")
+    parser.add_argument("--kept", type=float, default=0.618, help="kept fraction over the sites (default: 0.618)")
+    parser.add_argument("--texts", type=int, help="texts of the longest context for the KL (default: 2; quick: 1)")
     given = parser.parse_args()
     contexts: Sequence[int] = given.contexts or ([512] if given.quick else [4096, 8192])
     config = Config(target_kept=given.kept)
@@ -149,8 +162,8 @@ def main() -> None:
         parts.append(markdown(["position", "places", "KL, nats per token"], by_position(kl)))
     dtype = str(model.dtype).removeprefix("torch.")
     intro = (
-        f"SmolLM2-135M-Instruct, {dtype}, at kept {given.kept} over the sites by the closed form, neither repaired nor "
-        f"healed. {len(texts)} texts of {max(contexts):,} tokens; speeds are medians."
+        f"SmolLM2-135M-Instruct in {dtype} at kept fraction {given.kept} over the sites by the closed form, neither "
+        f"repaired nor healed. The KL is measured on {len(texts)} texts of {max(contexts):,} tokens; speeds are medians."
     )
     publish("benchmarks.kv_cache", "The KV cache at long context", "\n\n".join([intro, *parts]), [], given.write)
 

@@ -1,11 +1,11 @@
-"""How long compressed layers, and a model made of them, take against dense ones.
+"""Compares the latency of compressed layers, and of a model made of them, with that of dense ones.
 
     python -m benchmarks.layer_latency [--quick] [--write] [--model default] [--device auto]
 
-First each route of single layers over tokens and kept fraction, then a whole model of `pivoted-lowrank` layers at one
-kept fraction everywhere: prefill, and decoding with a key-value cache. All sides take turns in one process. The numbers
-in the layers are random, since time does not depend on them. On a GPU, if there is one, in bfloat16, and prompts in
-batches too: one of them leaves most of it idle.
+Measures a whole model of `pivoted-lowrank` layers with one kept fraction at every site, in prefill and in decoding with
+a KV cache, and then each route of single layers by number of tokens and kept fraction. Dense and compressed versions
+take turns in one process. The weights are random, since time does not depend on them. On a GPU, arithmetic is bfloat16,
+and batches of prompts are measured too, since a single prompt leaves most of a GPU idle.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from search.model.devices import resolve_device
 from search.model.loading import load_model
 
 SLOWEST, SPEEDUP = 1.05, 1.25
-_COLD = 1 << 26  # bytes of weights gone through, so that none is in a cache when its turn comes
+_COLD = 1 << 26  # bytes of weights used in turn, so that a layer's weights are not in a CPU cache when it runs
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """Sizes of the measurements: layer shapes, topologies with kept fractions, token counts, times and rounds."""
 
     shapes: tuple[tuple[int, int], ...] = ((576, 576), (1536, 576), (576, 1536), (2048, 2048))
     topologies: tuple[tuple[str, tuple[float, ...]], ...] = (
@@ -64,7 +64,7 @@ QUICK = Sizes(
 
 
 def layer_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
-    """One row per layer and route: time over the dense layer's for each token count."""
+    """Returns one row per layer and route with its time relative to the dense layer for each token count."""
     rows = []
     for out_features, in_features in sizes.shapes:
         for topology, kept_fractions in sizes.topologies:
@@ -84,7 +84,7 @@ def layer_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[l
 def layer_ratios(
     legs: Legs, chi: int, tokens: int, seconds: float, device: torch.device, dtype: torch.dtype
 ) -> dict[Route, float]:
-    """Median of time over the dense layer's in the same turn, for every route within six times of the best estimate."""
+    """Median time relative to the dense layer in the same turn, for routes with at most 6 times the best estimate."""
     estimates = modelled(legs, chi, tokens)
     ways = [route for route in routes(legs) if estimates[route] <= 6 * min(estimates.values())]
     copies = max(2, min(32, _COLD // (legs.parameters(chi) * dtype.itemsize)))
@@ -110,7 +110,7 @@ def layer_ratios(
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A whole model at one kept fraction: medians of milliseconds and of paired ratios, per kind of work."""
+    """A whole model at one kept fraction: medians of milliseconds and of paired time ratios, per kind of work."""
 
     kept: float
     optimize: str
@@ -120,7 +120,7 @@ class ModelRow:
 
 
 def model_rows(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[ModelRow]:
-    """Dense, memory and latency in turns, for every kept fraction."""
+    """Measures the model dense, planned for memory and planned for latency, in turns, at every kept fraction."""
     model = load_model(name, device, dtype).model
     sites = discover_sites(model)
     dense = {site.name: model.get_submodule(site.name) for site in sites}
@@ -150,13 +150,13 @@ def model_rows(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
 
 
 def compressed(site: Site, kept: float, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A layer of that site's shape."""
+    """Makes a random compressed layer with the shape of a site."""
     legs = resolve("pivoted-lowrank", site.out_features, site.in_features)
     return random_layer(legs, chi_at(legs, kept), dtype, device)
 
 
 def chi_at(legs: Legs, kept: float) -> int:
-    """The largest χ that keeps at most that fraction of the entries, at least 1."""
+    """The largest χ that keeps at most the fraction `kept` of the parameters, at least 1."""
     chis = range(1, max(legs.full_bonds) + 1)
     return max((chi for chi in chis if legs.parameters(chi) <= kept * legs.dense_parameters), default=1)
 
@@ -176,12 +176,12 @@ def body(name: str, rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], s
     ]
     return "\n\n".join(
         [
-            f"Model {name} with every matrix as `pivoted-lowrank` at one kept fraction. A ratio is the median over "
-            "rounds of the time over the dense model's in the same round: below 1 is faster. MB are of the compressed "
-            "matrices: stored, and held in memory.",
+            f"Model {name} with every matrix as `pivoted-lowrank` at one kept fraction. A ratio is the time relative to "
+            "the dense model in the same round, median over rounds; below 1 is faster. MB count the compressed matrices "
+            "as stored and as held in memory.",
             markdown([*header, "stored, MB", "resident, MB"], whole),
-            "Single layers: time over a dense layer's by route and number of tokens. A route is left out where its "
-            "estimated cost is more than six times the best.",
+            "Single layers: time relative to a dense layer by route and number of tokens. A route is left out if its "
+            "estimated cost is more than six times the lowest.",
             markdown(["layer, kept fraction", "χ", "route", *map(str, sizes.tokens)], layers),
         ]
     )
@@ -189,10 +189,10 @@ def body(name: str, rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="fewer layers and rounds, below five minutes on 2 cores")
-    parser.add_argument("--write", action="store_true", help="keep the tables as results/layer_latency.md")
-    parser.add_argument("--model", default="default", help="as of search.py")
-    parser.add_argument("--device", default="auto", help="as of search.py")
+    parser.add_argument("--quick", action="store_true", help="use fewer layers and rounds; below 5 minutes on 2 cores")
+    parser.add_argument("--write", action="store_true", help="write results/layer_latency.md")
+    parser.add_argument("--model", default="default", help="as for search.py")
+    parser.add_argument("--device", default="auto", help="as for search.py")
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else Sizes()
     device = resolve_device(arguments.device)

@@ -1,4 +1,4 @@
-"""A cluster of Ray on this machine, one node after the other by `ray start`, as docs/cluster.md does it on several."""
+"""Starts a Ray cluster on this machine, one node at a time with `ray start`, as docs/cluster.md does on several."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import psutil
 __all__ = ["RAY", "LocalCluster"]
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-_TRIES = 4  # Ray gives up when a node is not up in half a minute; a busy machine needs more
+_TRIES = 4  # Ray gives up if a node is not up after 30 s; a busy machine may need longer
 
 
 class LocalCluster:
-    """A head without room for evaluators while the context lasts, and the nodes that are added to it.
+    """Context manager for a cluster: a head node, by default without processors for evaluators, and the added nodes.
 
     Args:
-        processors: of the head.
-        home: the home folder of its processes, if it is to be another one.
+        processors: number of processors that the head offers, at least 0.
+        home: home folder of the cluster's processes; None keeps the user's.
 
     Attributes:
-        address: for `--ray-address`.
-        environment: for every process that joins it or submits a job to it.
-        nodes: those that were added and not killed.
+        address: address of the cluster for `--ray-address`.
+        environment: environment variables for every process that joins the cluster or submits a job to it.
+        nodes: nodes that were added and not killed.
     """
 
     def __init__(self, processors: int = 0, home: Path | None = None) -> None:
@@ -39,7 +39,7 @@ class LocalCluster:
         self.environment = {
             **os.environ,
             "HOME": str(home or Path.home()),
-            # A node is started from the environment of the project: the `python` of a job is its own.
+            # Puts this interpreter first, so that the `python` of a job is the one of this project.
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
@@ -52,7 +52,7 @@ class LocalCluster:
 
     def __enter__(self) -> LocalCluster:
         with ExitStack() as stack:
-            # Sockets lie in Ray's folder, and their names must be short.
+            # Ray puts its sockets into this folder, and their paths must be short.
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True))
             head = self._start(*self._flags.split(), "--include-dashboard=true", f"--temp-dir={folder}")
             stack.callback(_end, head)
@@ -67,11 +67,11 @@ class LocalCluster:
         self._stack.close()
 
     def add(self, processors: int) -> None:
-        """One more node."""
+        """Adds a node with this number of processors."""
         self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={processors}"))
 
     def kill(self, node: psutil.Process) -> None:
-        """SIGKILL to a node and everything that runs on it."""
+        """Sends SIGKILL to a node and to everything that runs on it."""
         self.nodes.remove(node)
         _end(node)
 
@@ -84,7 +84,7 @@ class LocalCluster:
             if any("Ray runtime started" in line for line in process.stdout):
                 return process
             _end(process)
-        raise RuntimeError(f"no node of Ray can be started in {_TRIES} tries")
+        raise RuntimeError(f"no Ray node could be started in {_TRIES} tries")
 
 
 def _end(process: psutil.Process) -> None:

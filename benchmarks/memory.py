@@ -1,4 +1,4 @@
-"""Resident memory of this process."""
+"""Reads the resident memory of this process from /proc."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ __all__ = ["peak_resident", "resident"]
 
 
 def resident() -> int:
-    """Bytes now.
+    """Current resident memory in bytes.
 
     Raises:
-        OSError: a system without /proc.
+        OSError: the system has no /proc.
     """
     return _status("VmRSS")
 
 
 def peak_resident() -> int:
-    """Most bytes so far of the program that runs. (`ru_maxrss` would include the process that started it.)
+    """Largest resident memory of this program so far, in bytes. (`ru_maxrss` would include the parent process.)
 
     Raises:
-        OSError: a system without /proc.
+        OSError: the system has no /proc.
     """
     return _status("VmHWM")
 

@@ -1,21 +1,23 @@
-"""KL of the whole model without healing, for every idea of the engine in turn, on the same held-out text.
+"""Measures the KL of the whole model without healing, adding the techniques of the engine one by one.
 
     python -m benchmarks.model_quality [--quick] [--write] [--kept 0.9 0.8 0.7 0.6 0.5] [--variants …]
 
-Every variant is the closed-form allocation over its menu, no search. In order, each with all before it unless said:
+All variants are measured on the same held-out text. Every variant uses the closed-form allocation over its menu and no
+search. In the following list, each variant includes all earlier ones unless it names another:
 
-* lowrank: two full factors a site, χ(out + in) parameters, C and G of tokens that count alike: the engine of the first
-  issue, the reference of the bars.
-* pivoted: the same matrices without their gauge freedom, χ(out + in − χ) parameters.
-* weighted: tokens weighted in C and G, see `compression.calibration.statistics`.
-* menu: the lower envelope with fitted MPOs of two cores (balanced legs, and legs that follow the heads).
-* corrected: costs of blocks and families weighed by what backward passes on search text say that they are worth in the
-  compressed model, what errors elsewhere add included: the gradient agent, six passes.
-* sequential: `menu`, with each site decomposed in the metric of the input that earlier compressed sites give it.
-* repaired: `sequential`, with every site solved for the dense model's output or residual stream first.
+* lowrank: two full factors per site, χ(out + in) parameters, with C and G in which all tokens count equally. This is
+  the reference of the bars.
+* pivoted: the same matrices without gauge freedom, χ(out + in − χ) parameters.
+* weighted: tokens are weighted in C and G, see `compression.calibration.statistics`.
+* menu: the lower envelope also contains fitted MPOs of two cores (balanced legs, and legs that follow the heads).
+* corrected: the costs of blocks and families are weighted by their measured worth in the compressed model, including
+  the effect of errors elsewhere. The gradient agent measures it with six backward passes on search text.
+* sequential: `menu`, with each site decomposed in the metric of the input that the earlier compressed sites give it.
+* repaired: `sequential`, with every site first solved to reproduce the dense model's output or residual stream.
 * complete: `repaired`, with the schedule of `corrected`.
 
-Held-out text is two corpora, prose and exam questions with their answers, scored apart. Nothing is tuned on it.
+The held-out text consists of two corpora, prose and exam questions with their answers, which are scored separately.
+Nothing is tuned on it.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ _PASSES = 6
 
 @dataclass(eq=False)
 class Bench:
-    """A subject with its menus and held-out workloads, each made when first asked for."""
+    """An experiment with its menus and held-out workloads; menus and schedules are made when first needed."""
 
     experiment: Experiment
     fitted_families: Sequence[str]
@@ -78,7 +80,7 @@ class Bench:
 
     @cached_property
     def unweighted(self) -> FactorStore:
-        """Factors in the metric of tokens that count alike."""
+        """Factors in the metric in which all tokens count equally."""
         experiment = self.experiment
         calibration = experiment.calibration.unweighted
         return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache)
@@ -107,7 +109,7 @@ class Bench:
 
     @contextmanager
     def compressed(self, variant: str, kept: float) -> Iterator[Schedule]:
-        """The model under a variant; dense again afterwards."""
+        """Compresses the model by a variant within the context, and makes it dense again afterwards."""
         model, schedule = self.experiment.loaded.model, self.schedule(variant, kept)
         if variant not in ("sequential", "repaired", "complete"):
             with ScheduleApplier(model, self.store(variant)) as applier:
@@ -126,7 +128,7 @@ class Bench:
             put_modules(model, taken)
 
     def corrected(self, kept: float) -> Schedule:
-        """What the gradient agent believes best after a few passes; made once."""
+        """The schedule that the gradient agent believes best after a few passes; computed once per kept fraction."""
         if kept not in self._corrected:
             problem = Problem.build(self.menu("menu"), kept, "block+family")
             agent = Gradient(
@@ -156,20 +158,20 @@ def _read(file: Path | None) -> dict[tuple[str, float], dict[str, Quality]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="two kept fractions, four variants, less text")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
+    parser.add_argument("--quick", action="store_true", help="use two kept fractions, four variants and less text")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
     parser.add_argument("--kept", type=float, nargs="+", help="kept fractions over the sites")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="which variants, lowrank always among them")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="variants to measure; lowrank is always added")
     parser.add_argument(
         "--fitted-families",
         nargs="*",
         default=["v"],
-        help="families whose menu has fits: where an MPO can win",
+        help="families whose menus contain fitted MPOs (default: v, where an MPO can win)",
     )
-    parser.add_argument("--measured", type=Path, help="keep figures in this file and reuse those it holds")
-    parser.add_argument("--only-measured", action="store_true", help="make the table of what --measured holds")
-    parser.add_argument("--heldout-tokens", type=int, default=4096)
-    parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens)
+    parser.add_argument("--measured", type=Path, help="keep figures in this file and reuse those in it")
+    parser.add_argument("--only-measured", action="store_true", help="measure nothing; use the figures in --measured")
+    parser.add_argument("--heldout-tokens", type=int, default=4096, help="held-out tokens (default: 4096)")
+    parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens, help="as for search.py")
     arguments = parser.parse_args()
     quick = arguments.quick
     fractions = arguments.kept or ([0.8, 0.5] if quick else [0.9, 0.8, 0.7, 0.6, 0.5])
@@ -225,12 +227,12 @@ def main() -> None:
     repaired = f"the first {config.repair_tokens:,}" if config.repair_tokens < text.calibration.tokens else "all"
     body = (
         "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
-        f"and in brackets its ratio to `lowrank` at the same kept fraction. Held-out: {counts} sequences; calibration "
-        f"{text.calibration.tokens:,} tokens, {repaired} for repair. The menu has "
-        f"fits for the families {', '.join(bench.fitted_families)}. What the variants are stands in "
-        "benchmarks/model_quality.py.\n\n"
+        f"and in brackets its ratio to `lowrank` at the same kept fraction. Held-out text: {counts} sequences. "
+        f"Calibration text: {text.calibration.tokens:,} tokens, {repaired} of them for repair. The menu has fitted "
+        f"MPOs for the families {', '.join(bench.fitted_families)}. benchmarks/model_quality.py explains the "
+        "variants.\n\n"
         + markdown(["variant", "corpus", *(f"kept {kept}" for kept in fractions)], rows)
-        + "\n\nDifference to `lowrank`, paired over sequences, ± one standard error:\n\n"
+        + "\n\nDifference from `lowrank`, paired over sequences, ± one standard error:\n\n"
         + markdown(["variant", "corpus", "kept", "nats per token"], errors)
     )
     bars = [

@@ -1,4 +1,4 @@
-"""What every benchmark ends with: a Markdown table with its origin, and one line per bar."""
+"""Writes the end of every benchmark: a Markdown report with its origin, and one line per bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RELATIONS = {"<=": operator.le, ">=": operator.ge}
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure and what it should be."""
+    """A measured figure and the inequality that it should satisfy."""
 
     name: str
     value: float
@@ -33,14 +33,14 @@ class Bar:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; every column but the first is aligned right."""
+    """Returns a Markdown table; every column except the first is right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def made_by(module: str) -> str:
-    """One sentence: command, commit, date and machine of this process."""
+    """Returns one sentence that names the command, commit, date and machine of this process."""
     import torch
 
     facts = environment()
@@ -56,13 +56,18 @@ def made_by(module: str) -> str:
 
 
 def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool, variant: str = "") -> None:
-    """Print a report and its bars; with `write` also keep it in results/, named after module, variant and GPU, if any.
+    """Prints a report and its bars and, if asked to, writes it to results/.
 
     Args:
-        variant: what tells this report from the module's usual one.
+        module: dotted name of the benchmark module, which names the file.
+        title: heading of the page.
+        body: Markdown between the heading and the bars.
+        bars: figures to compare with their thresholds.
+        write: whether to write results/MODULE-VARIANT-GPU.md, without the parts that are empty.
+        variant: distinguishes this report from the usual report of the module; empty for the usual one.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     lines = "\n".join(map(str, bars))
     page = f"# {title}\n\n{body}\n\n" + (f"```\n{lines}\n```\n\n" if bars else "") + f"{made_by(module)}\n"
@@ -79,5 +84,5 @@ def _gpus(facts: Mapping[str, object]) -> list[str]:
 
 
 def _slug(name: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" as "nvidia-h100-80gb-hbm3"."""
+    """Turns "NVIDIA H100 80GB HBM3" into "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

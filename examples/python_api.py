@@ -1,4 +1,4 @@
-"""The whole job from Python: profile, search, heal, export.
+"""Runs the whole job from Python: profile, search, heal, export.
 
 python -m examples.python_api        # the default model, small settings
 """
@@ -11,7 +11,7 @@ from search import api
 
 
 def main(model: str = "default", out: Path = Path("results/from-python"), minutes: float = 2.0) -> Path:
-    """Returns the folder that transformers loads after `import search.hf`."""
+    """Returns the folder of the healed model, which transformers can load after `import search.hf`."""
     given = {"model": model, "quick": True}
     sweep = api.profile([10, 50], [], tokens=256, out=str(out / "profile"), **given)
     print(sweep.sensitivity().groupby("family")["kl"].mean())
@@ -24,7 +24,7 @@ def main(model: str = "default", out: Path = Path("results/from-python"), minute
         out=str(out / "run"),
         **given,
     )
-    healed = api.heal(found.folder, api.Options(minutes=minutes))
+    healed = api.heal(found.folder, api.HealingOptions(minutes=minutes))
     print(*(f"{row['schedule']}: KL {row['kl']}" for row in healed.rows), sep="\n")
     return api.export(found.folder, out / "model", healed=healed.folder)
 

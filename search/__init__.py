@@ -1,4 +1,4 @@
-"""The composition root: command line, configuration, models, data, stages. Imports all, imported by none."""
+"""Composes the program: command line, configuration, models, data, pipeline. No other top-level package imports it."""
 
 from search.config import Config
 

@@ -20,8 +20,8 @@ from search.comparison import contest
 from search.config import Config
 from search.export.restore import RestoredRun
 from search.export.restore import restore as _restore
-from search.export.run import Form, export_run
-from search.healing.plan import Options
+from search.export.run import ExportForm, export_run
+from search.healing.plan import HealingOptions
 from search.healing.run import HealedRun, heal_folder
 from search.pipeline.finish import finish
 from search.pipeline.run import run as _run
@@ -33,10 +33,10 @@ from search.runtime.errors import DataUnavailable
 __all__ = [
     "Config",
     "DataUnavailable",
-    "Form",
+    "ExportForm",
     "HealedRun",
+    "HealingOptions",
     "OpenedRun",
-    "Options",
     "Refusal",
     "RestoredRun",
     "compare",
@@ -122,7 +122,7 @@ def compare(agents: Sequence[str], seeds: Sequence[int] = (0,), *, quiet: bool =
     return OpenedRun.of(folder)
 
 
-def heal(run: str | Path, options: Options | None = None, *, quiet: bool = False) -> HealedRun:
+def heal(run: str | Path, options: HealingOptions | None = None, *, quiet: bool = False) -> HealedRun:
     """Train the compressed model of a finished run towards the dense one; an interrupted healing continues.
 
     Args:
@@ -136,7 +136,7 @@ def heal(run: str | Path, options: Options | None = None, *, quiet: bool = False
         Refusal, DataUnavailable: no finished run, an option out of range, or text that cannot be had.
     """
     with _console(quiet) as console:
-        return heal_folder(Path(run), options or Options(), console)
+        return heal_folder(Path(run), options or HealingOptions(), console)
 
 
 def restore(
@@ -165,7 +165,7 @@ def restore(
 def export(
     run: str | Path,
     folder: str | Path,
-    form: Form | None = None,
+    form: ExportForm | None = None,
     *,
     healed: str | Path | None = None,
     quiet: bool = False,
@@ -185,7 +185,7 @@ def export(
         Refusal, DataUnavailable: as `restore`; a folder in use, or a form that the model cannot take.
     """
     with _console(quiet) as console:
-        export_run(Path(run), Path(folder), form or Form(), console, None if healed is None else Path(healed))
+        export_run(Path(run), Path(folder), form or ExportForm(), console, None if healed is None else Path(healed))
     return Path(folder)
 
 

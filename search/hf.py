@@ -1,15 +1,15 @@
-"""The transformers plug-in: `import search.hf`, and `from_pretrained` reads compressed folders, and saves them again.
+"""Plug-in for transformers: after `import search.hf`, `from_pretrained` and `save_pretrained` handle compressed folders.
 
-A compressed folder is an ordinary one whose config.json says in `quantization_config` which modules stand in the place
-of dense ones (see `compression.layers.skeleton`). The architecture and its `model_type` stay what they were.
+A compressed folder is an ordinary model folder whose config.json lists, in `quantization_config`, the compressed modules
+that replace dense ones (see `compression.layers.skeleton`). The architecture and its `model_type` do not change.
 
-A process that lacks this plug-in must not fill the missing dense weights with random numbers, which transformers does
-for a method that it does not know. So every compressed matrix has beside its tensors an empty one under the name of the
-dense weight: whoever expects the dense weight finds a wrong shape and raises. That also guards what `save_pretrained`
-and Trainer write, and needs no file name of its own. Each tensor's sha256 stands in the header of its file; names,
-shapes and checksums are verified before any tensor is used.
+Without this plug-in, transformers would warn about the unknown method and fill the missing dense weights with random
+numbers. To prevent that, the folder stores, for every compressed matrix, an empty tensor under the name of the dense
+weight: a process that expects the dense weight finds a wrong shape and raises. This also protects the folders that
+`save_pretrained` and Trainer write, and needs no special file name. The header of each weight file holds the sha256 of
+every tensor; names, shapes and checksums are verified before any tensor is used.
 
-This module, with what it uses of `compression`, also stands beside the weights as one file: see
+A copy of this module and of the parts of `compression` that it uses is exported beside the weights as one file: see
 `search.export.standalone`.
 """
 
@@ -37,25 +37,27 @@ from compression.refusal import Refusal
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register"]
 
 METHOD, FORMAT = "chisel", 1
-"""The name of the method in config.json, and the number of the newest format that this code reads."""
+"""Name of the quantization method in config.json, and number of the newest format that this code reads."""
 
-_CHECKSUMS = "chisel_sha256"  # in the header of a weight file: JSON of every tensor's checksum
+_CHECKSUMS = "chisel_sha256"  # key in the header of a weight file; its value is JSON: tensor name to checksum
 
 
 class ChiselConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What config.json says of a compressed model.
+    """The `quantization_config` of a compressed model in config.json.
 
     Args:
-        modules: see `compression.layers.skeleton.describe`.
-        format: of the folder, at least 1.
+        modules: description of the compressed modules, see `compression.layers.skeleton.describe`.
+        format: format number of the folder, at least 1.
 
     Raises:
-        ValueError: a format that this code does not know, or modules that are no mapping.
+        ValueError: this code does not know the format, or `modules` is not a mapping.
     """
 
     def __init__(self, modules: Mapping[str, Any] | None = None, format: int = FORMAT, **other: Any) -> None:
         if type(format) is not int or not 1 <= format <= FORMAT:
-            raise Refusal(f"this model has format {format!r}, and this code reads 1 to {FORMAT}; get a newer one")
+            raise Refusal(
+                f"this model has format {format!r}, and this code reads formats 1 to {FORMAT}; get a newer Chisel"
+            )
         if not isinstance(modules, Mapping):
             raise Refusal(f"quantization_config.modules must be a mapping of compressed modules, got {modules!r}")
         self.quant_method = METHOD
@@ -64,14 +66,14 @@ class ChiselConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts compressed modules in place before weights are loaded, and checks these."""
+    """Inserts the compressed modules before the weights are loaded, and verifies the weight files."""
 
     is_trainable = True
     is_qat_trainable = True
     is_compileable = True
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` works."""
+        """Return whether `save_pretrained` works; it does."""
         return True
 
     def _process_model_before_weight_loading(
@@ -90,7 +92,7 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` writes; the description in the configuration is brought up to date."""
+        """Return the tensors and the file header that `save_pretrained` writes; updates the module description."""
         self.quantization_config.modules = describe(model)
         if not model.is_remote_code():
             vars(model.config).pop("auto_map", None)  # no code is written beside the weights
@@ -107,16 +109,16 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def register(replace: bool = True) -> None:
-    """Make transformers know the method in this process; without `replace`, only if it does not know it yet."""
+    """Register the method with transformers in this process; without `replace`, only if it is not registered yet."""
     if replace or METHOD not in AUTO_QUANTIZER_MAPPING:
         AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ChiselConfig
         AUTO_QUANTIZER_MAPPING[METHOD] = ChiselQuantizer
 
 
 def lora_layers() -> dict[type, type]:
-    """For `LoraConfig(…)._register_custom_module(…)`: what PEFT puts around a compressed layer.
+    """Return the LoRA layer class for each compressed layer class, for `LoraConfig(…)._register_custom_module(…)`.
 
-    An adapter cannot be merged into cores without changing their bonds, so merging raises; train and save it as it is.
+    Merging an adapter into cores would change their bond dimensions, so it raises; save the adapter separately.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -134,21 +136,21 @@ def lora_layers() -> dict[type, type]:
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that the files must hold; a tied one stands in them under one name."""
+    """Return the shape of every tensor that the files must hold; tied tensors are stored under one name only."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: tuple(values.shape) for name, values in model.state_dict().items() if name not in tied}
 
 
 def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], placeholders: set[str]) -> None:
-    """Refuse files whose tensors are not exactly the expected ones, or not those that were written.
+    """Refuse weight files whose tensors are not exactly the expected ones, or have changed since they were written.
 
     Raises:
-        ValueError: with the file or tensor.
+        ValueError: a tensor is missing, unexpected or damaged; the message names the file or the tensor.
     """
     missing = set(expected)
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise Refusal(f"{file} is not safetensors; a pickle can run code when read and is never opened")
+            raise Refusal(f"{file} is not safetensors; pickle files can run code when read and are never opened")
         try:
             with safe_open(file, "pt") as tensors:
                 checksums = json.loads((tensors.metadata() or {})[_CHECKSUMS])
@@ -156,18 +158,18 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
                     values = tensors.get_tensor(name)
                     if name not in placeholders and tuple(values.shape) != expected.get(name):
                         wanted = expected.get(name, "no such tensor")
-                        raise Refusal(f"{file}: {name} has shape {tuple(values.shape)}, the model wants {wanted}")
+                        raise Refusal(f"{file}: {name} has shape {tuple(values.shape)}, the model needs {wanted}")
                     if checksums.get(name) != _checksum(name, values):
                         raise Refusal(f"{file}: {name} is damaged, its checksum differs")
                     missing.discard(name)
         except (SafetensorError, KeyError, AttributeError, json.JSONDecodeError) as error:
-            raise Refusal(f"{file} is cut, damaged or without checksums: {error}") from error
+            raise Refusal(f"{file} is truncated, damaged or without checksums: {error}") from error
     if missing:
         raise Refusal(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")
 
 
 def _checksum(name: str, values: torch.Tensor) -> str:
-    """sha256 over name, type, shape and bytes."""
+    """Return the sha256 over the name, dtype, shape and bytes of a tensor, in hex."""
     digest = hashlib.sha256(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
     digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -40,11 +40,11 @@ def run(words: list[str]) -> int:
         folder = Path(given["out"] or Path(given["run"]) / given["format"])
         healed = Path(given["healed"]) if given["healed"] else None
         with shown:
-            from search.export.run import Form, export_run
+            from search.export.run import ExportForm, export_run
             from search.runtime.run_folder import holding, refuse_used
 
             refuse_used(folder)
-            form = Form(given["format"], given["dtype"], given["quantize"], given["state"], given["device"])
+            form = ExportForm(given["format"], given["dtype"], given["quantize"], given["state"], given["device"])
             with holding(folder):
                 print(export_run(Path(given["run"]), folder, form, shown, healed))
     except BaseException as error:

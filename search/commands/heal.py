@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
     given = parse(_parser(), words)
     try:
         from search.export.heal_folder import heal_export
-        from search.healing.plan import Options
+        from search.healing.plan import HealingOptions
         from search.healing.run import heal_folder
         from search.model.loading import is_compressed
         from search.runtime.distributed import Processes
@@ -46,7 +46,7 @@ def run(words: list[str]) -> int:
         first = Processes.is_first()
         shown = Console(quiet=given["quiet"] or not first)
         source = Path(given["run"])
-        options = Options(**{key: value for key, value in given.items() if key not in ("quiet", "run", "model")})
+        options = HealingOptions(**{key: value for key, value in given.items() if key not in ("quiet", "run", "model")})
         exported = is_compressed(source)
         with shown:
             if exported:

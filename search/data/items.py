@@ -1,6 +1,6 @@
-"""Multiple-choice items: reading them from data packages and JSONL files, and rendering them as prompts.
+"""Defines multiple-choice items and draws samples of them that are stratified by subject.
 
-Knows the data sets' layouts and lm-eval's stock prompt templates; nothing of tokens, models, or which item is for what.
+Knows the content of items; does not know tokens, models, or which item is used for what.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Item:
     """One multiple-choice question.
 
     Attributes:
-        question: the question, or the beginning that the choices continue.
+        question: the question, or the beginning of a text that the choices continue.
         choices: 2 to 26 answers.
-        answer: index of the correct one.
-        subject: what it is about, "" if unknown.
-        passage: text that supports the question, "" if none.
+        answer: index of the correct choice, from 0.
+        subject: subject of the question; "" if unknown.
+        passage: text that the question refers to; "" if none.
     """
 
     question: str
@@ -38,42 +38,43 @@ class Item:
         if not self.question.strip():
             raise Refusal("question must not be empty")
         if not 2 <= len(self.choices) <= 26 or not all(choice.strip() for choice in self.choices):
-            raise Refusal(f"choices must be 2 to 26 texts that are not empty, got {list(self.choices)!r:.80}")
+            raise Refusal(f"choices must be 2 to 26 non-empty texts, got {list(self.choices)!r:.80}")
         if not 0 <= self.answer < len(self.choices):
             raise Refusal(f"answer must be an index from 0 to {len(self.choices) - 1}, got {self.answer}")
 
     @cached_property
     def digest(self) -> str:
-        """Identity for keeping splits apart, in hex: sha256 over passage and question without case and spacing.
+        """Identity for keeping splits apart: sha256 in hex over passage and question, ignoring case and spacing.
 
-        The choices do not count: the same question with other choices gives away as much.
+        The choices do not enter, because the same question with other choices leaks just as much.
         """
         return hashlib.sha256(" ".join(f"{self.passage} {self.question}".lower().split()).encode()).hexdigest()
 
 
 class Sampled(Protocol):
-    """Anything that can be sampled by subject."""
+    """Anything that `stratified` can sample by subject."""
 
     @property
     def digest(self) -> str:
-        """Identity."""
+        """Identity of the content."""
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What tells two with the same digest apart."""
+        """Choices, which distinguish two items with the same digest."""
 
     @property
     def subject(self) -> str:
-        """What it is about."""
+        """Subject, by which the sample is stratified."""
 
 
 _Sampled = TypeVar("_Sampled", bound=Sampled)
 
 
 def stratified(items: Sequence[_Sampled], count: int, seed: int) -> tuple[_Sampled, ...]:
-    """At most `count` items, every subject in proportion, in a seeded order.
+    """Return at most `count` items, with every subject in proportion, in an order that depends on the seed.
 
-    Depends on the items' content and the seed only, not on their order. A larger count begins with a smaller one's.
+    The sample depends only on the items' content and the seed, not on the order of `items`. The sample for a smaller
+    count is a prefix of the one for a larger count.
     """
     subjects: dict[str, list[tuple[str, _Sampled]]] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""Finds text that shares a run of words with what is reported, and leaves it out."""
+"""Removes training texts that share a run of words with the texts and items that are reported on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Shingles", "reported_texts", "without_overlap"]
 
 _REPORTED = ("arc_easy", "hellaswag", "piqa", "sciq", "boolq")
 _WORDS = 13
-"""As in the overlap analysis of GPT-3 (Brown et al. 2020, appendix C)."""
+"""Length of a run in words, as in the overlap analysis of GPT-3 (Brown et al. 2020, appendix C)."""
 _FEWEST = 6
-"""A shorter text, such as "What is the capital of France?", says nothing about where it comes from."""
+"""Shorter texts, such as "Who wrote Hamlet?", are ignored, because an equal text can come from anywhere."""
 
 
 class Shingles:
-    """Runs of thirteen words that occur in some texts, case, punctuation and spacing aside; whole texts if shorter.
+    """An index of runs of 13 words in a set of texts, ignoring case, punctuation and spacing.
 
-    Of the texts every thirteenth run is kept, of what is compared with them all are looked up, so that 25 equal words
-    in a row are always found.
+    A text of fewer than 13 words is indexed whole. Of longer texts only runs that start at every 13th word are
+    indexed, while every run of a compared text is looked up; 25 equal words in a row are therefore always found.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -36,7 +36,7 @@ class Shingles:
                     self._known.setdefault(size, set()).add(hash(tuple(words[start : start + size])))
 
     def meet(self, text: str) -> bool:
-        """Whether `text` has a run in common with them."""
+        """Return whether `text` has a run in common with the indexed texts."""
         words = _words(text)
         return any(
             hash(tuple(words[start : start + size])) in known
@@ -46,10 +46,11 @@ class Shingles:
 
 
 def reported_texts(items: Iterable[Item] = (), heldout: Sequence[str] = ()) -> Iterator[str]:
-    """Everything that any table of this project reports on: held-out prose and the items of every report benchmark.
+    """Yield every text that this project reports on: held-out prose and the items of all reported benchmarks.
 
     Args:
-        items, heldout: more of it, of a proxy or corpus of the user's.
+        items: further items, from a proxy of the user.
+        heldout: further held-out texts, from a corpus of the user.
     """
     for documents in load_prose():
         yield from regions(documents)[2]
@@ -61,10 +62,10 @@ def reported_texts(items: Iterable[Item] = (), heldout: Sequence[str] = ()) -> I
 def without_overlap(
     documents: Iterable[Document], reported: Shingles, characters: int | None = None
 ) -> tuple[list[Document], int]:
-    """The documents that share no run of words with what is reported, and how many before the last of them did.
+    """Return the documents that share no run of words with reported texts, and the number of documents removed.
 
     Args:
-        characters: stop once there are so many; what comes later is not looked at.
+        characters: stop after this many characters are kept, and ignore the remaining documents; None reads them all.
     """
     kept: list[Document] = []
     left_out = seen = 0

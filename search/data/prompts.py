@@ -1,4 +1,4 @@
-"""Items as prompts: the letter form and the answer-text form, as lm-eval writes them."""
+"""Renders items as prompts, in the letter form or the answer-text form, as lm-eval does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ __all__ = ["Prompt", "forms", "render"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """An item as a prompt: each continuation follows the context as it stands, leading space included."""
+    """An item as a prompt; context + continuation is the text to score, the leading space of continuations included.
+
+    Attributes:
+        context: text before the answer.
+        continuations: one text per choice.
+        answer: index of the correct continuation, from 0.
+    """
 
     context: str
     continuations: tuple[str, ...]
@@ -20,25 +26,25 @@ class Prompt:
 
 
 def forms(proxy: str) -> tuple[str, ...]:
-    """The prompt forms of a proxy, the default first.
+    """Return the prompt forms of a proxy, the default first.
 
-    "letter" asks for A, B, …; it is there where the correct answer has no fixed place among the choices and these are
-    answers rather than endings.
+    The form "letter" asks for A, B, …. It exists only if the position of the correct answer varies and the choices are
+    answers rather than endings of a text.
     """
     return ("answer",) if proxy in ("sciq", "piqa", "hellaswag", "boolq") else ("answer", "letter")
 
 
 def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Prompt:
-    """An item as lm-eval 0.4 prompts it without examples, continuations by " " as there.
+    """Render an item as the zero-shot prompt of lm-eval 0.4; as there, a space precedes each continuation.
 
     Args:
         item: the item.
-        proxy: one of `PROXIES`; anything else (a JSONL file) is rendered as mmlu.
-        form: "answer", the choices' texts (tasks `mmlu_continuation`, `arc_easy`, `sciq`, `piqa`, `hellaswag`), or
-            "letter", the choices lettered in the context (task `mmlu`).
+        proxy: one of `PROXIES` or "boolq"; anything else, such as a JSONL file, is rendered as mmlu.
+        form: "answer", in which the continuations are the choices' texts (tasks `mmlu_continuation`, `arc_easy`, `sciq`,
+            `piqa`, `hellaswag`), or "letter", in which the context lists lettered choices (task `mmlu`).
 
     Raises:
-        ValueError: a form that the proxy does not have.
+        ValueError: the proxy does not have this form.
     """
     if form not in forms(proxy):
         raise Refusal(f"form must be {' or '.join(forms(proxy))} for {proxy}, got {form!r}")

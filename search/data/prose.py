@@ -1,4 +1,4 @@
-"""Prose of the data packages and the regions it is divided into."""
+"""Reads the prose of the data packages and divides it into regions for calibration, search and held-out text."""
 
 from __future__ import annotations
 
@@ -16,28 +16,32 @@ _PACKAGE = "exllamav2"
 _FOLDER = "exllamav2/conversion/standard_cal_data"
 _SHARES = (0.7, 0.1, 0.2)
 _SHORTEST = 80
-"""Lines below this many characters are headings and lists, not prose."""
+"""Fewest characters of a line of prose; shorter lines are headings and lists."""
 _ASCII = 0.95
-"""Lines with a smaller share of ASCII characters are other languages or formulas."""
+"""Least share of ASCII characters in a line of prose; other lines are foreign languages or formulas."""
 
 
 def long_text(encode: Encode, tokens: int) -> tuple[int, ...]:
-    """The first `tokens` tokens of the search prose of the largest source, one document after the other.
+    """Return the first `tokens` tokens of the search text of the largest prose source, its documents concatenated.
+
+    Args:
+        encode: text to token ids, without special tokens.
+        tokens: number of tokens.
 
     Raises:
-        ValueError: there are not so many.
-        DataUnavailable: the data packages cannot be had.
+        ValueError: the search text has fewer tokens.
+        DataUnavailable: the data packages cannot be obtained.
     """
     found: list[int] = []
     for document in regions(load_prose()[-1])[1]:
         found += encode(document + "\n\n")
         if len(found) >= tokens:
             return tuple(found[:tokens])
-    raise Refusal(f"context must be at most {len(found)}, the tokens of search text there are, got {tokens}")
+    raise Refusal(f"context must be at most {len(found)}, the number of tokens of search text, got {tokens}")
 
 
 def regions(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Contiguous documents for calibration, search and held-out text, 70, 10 and 20 % of the characters."""
+    """Divide documents, in order, into calibration (70 % of the characters), search (10 %) and held-out (20 %)."""
     total = sum(map(len, documents))
     parts: tuple[list[str], list[str], list[str]] = ([], [], [])
     seen = 0
@@ -49,10 +53,10 @@ def regions(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...],
 
 
 def load_prose() -> tuple[tuple[str, ...], ...]:
-    """Documents of the three prose sources, the smallest source first, without repeated paragraphs.
+    """Return the documents of the three prose sources, the smallest source first, without repeated paragraphs.
 
     Raises:
-        DataUnavailable: the data packages cannot be had.
+        DataUnavailable: the data packages cannot be obtained.
     """
     package = next(package for package in read_requirements() if package.name == _PACKAGE)
     seen: set[str] = set()
@@ -65,7 +69,7 @@ def load_prose() -> tuple[tuple[str, ...], ...]:
 
 
 def _document(text: str, seen: set[str]) -> str:
-    """The paragraphs of a document that are English prose and were not `seen` anywhere before."""
+    """Return the paragraphs of a document that are English prose and not yet `seen`, and add them to `seen`."""
     kept = []
     for line in text.split("\n"):
         prose = len(line) >= _SHORTEST and sum(map(str.isascii, line)) >= _ASCII * len(line)
@@ -76,5 +80,5 @@ def _document(text: str, seen: set[str]) -> str:
 
 
 def text_digest(text: str) -> str:
-    """sha256 of a text, in hex."""
+    """Return the sha256 of a text in hex, ignoring case and spacing."""
     return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()

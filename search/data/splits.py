@@ -1,14 +1,14 @@
-"""Splits: which text and which items calibrate, search, and report, so that nothing searched on is ever reported.
+"""Splits text and items into those for calibration, for search and for reports, which never overlap.
 
-Knows the sources and how they are divided; nothing of models beyond a tokenizer's encode function.
+Knows the sources and how they are divided; of a model, it knows only the tokenizer's encode function.
 
-* Prose is English documents without repeated paragraphs. Of Wikipedia articles and web pages the first 70 % are for
-  calibration, the next 10 % for search, the last 20 % held out; a few long technical articles that nothing marks off
-  from each other are for calibration only.
-* Exam text is questions with their correct answers. For calibration it comes from MMLU's dev and validation items that
-  do not occur in test, half of them by hash; the other half are the search items of MMLU. Held-out exam text and MMLU's
-  report items come from test.
-* Any other proxy's items are halved by hash into search and report items.
+* Prose consists of English documents without repeated paragraphs. The first 70 % of the Wikipedia articles and of the
+  web pages are for calibration, the next 10 % for search, and the last 20 % are held out. A few long technical articles,
+  which no separator divides, are for calibration only.
+* Exam text consists of questions with their correct answers. Of MMLU's dev and validation items that do not occur in
+  test, one half by hash is for calibration; the other half are MMLU's search items. Held-out exam text and MMLU's report
+  items come from test.
+* The items of every other proxy are divided by hash into one half for search and one half for reports.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Text:
     """Tokenized text for one purpose.
 
     Attributes:
-        prose: chunks of running text.
-        exam: one question with its correct answer each.
-        sources: digests of the documents and items that it was made of.
+        prose: token ids of chunks of running text.
+        exam: token ids of questions, each with its correct answer.
+        sources: digests of the paragraphs and items from which the text was made.
     """
 
     prose: tuple[tuple[int, ...], ...]
@@ -42,28 +42,32 @@ class Text:
 
     @property
     def chunks(self) -> tuple[tuple[int, ...], ...]:
-        """All sequences, prose first."""
+        """All token sequences, prose first."""
         return self.prose + self.exam
 
     @property
     def labelled(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The same, each behind the name of its corpus, "prose" or "exam"."""
+        """All token sequences as pairs (corpus, tokens), where the corpus is "prose" or "exam"."""
         return tuple(("prose", chunk) for chunk in self.prose) + tuple(("exam", chunk) for chunk in self.exam)
 
     @property
     def tokens(self) -> int:
-        """How many tokens in all."""
+        """Total number of tokens."""
         return sum(map(len, self.chunks))
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the token sequences, in hex."""
+        """sha256 over the token sequences in hex."""
         return hashlib.sha256(repr(self.chunks).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Everything a run reads, by purpose. Calibration and search are searched on, held-out and report are reported."""
+    """All text and items of a run, by purpose.
+
+    The search may use calibration text, search text and search items; only held-out text and report items are reported
+    on. Making an instance raises ValueError if the two groups overlap.
+    """
 
     calibration: Text
     search_text: Text
@@ -81,15 +85,19 @@ class Splits:
 
 
 def assert_disjoint(searched: dict[str, frozenset[str]], reported: dict[str, frozenset[str]]) -> None:
-    """Refuse any digest that was searched on and is reported.
+    """Refuse splits that share a digest between search and reports.
+
+    Args:
+        searched: digests by split name, of everything that the search may use.
+        reported: digests by split name, of everything that is reported on.
 
     Raises:
-        ValueError: an overlap, with its size and the two splits' names.
+        ValueError: two splits overlap; the message names them and the size of the overlap.
     """
     for name, digests in searched.items():
         for other, others in reported.items():
             if common := len(digests & others):
-                raise Refusal(f"{name} and {other} must not overlap, but share {common} of {len(others)}")
+                raise Refusal(f"{name} and {other} must not overlap, but share {common} of {len(others)} texts")
 
 
 def build_splits(
@@ -106,18 +114,20 @@ def build_splits(
 ) -> Splits:
     """Read, divide and tokenize the data packages.
 
-    Calibration and held-out text are half prose, half exam text, or more prose where the questions end sooner; search
-    text is prose only, as the search items are exam text. Token counts are exact, item counts upper bounds.
+    Calibration and held-out text are half prose and half exam text, with more prose if there are too few questions.
+    Search text is prose only, since the search items are exam text. Token counts are exact, item counts upper bounds.
 
     Args:
         encode: text to token ids, without special tokens.
-        proxy: as for `items.load_proxy`.
-        chunk_tokens: longest sequence; a longer question is cut.
-        seed: picks items out of their pools; the pools themselves never change.
+        proxy: as for `search.data.datasets.load_proxy`.
+        calibration_tokens, search_text_tokens, heldout_tokens: number of tokens of each text.
+        search_items, report_items: largest number of items of each kind.
+        chunk_tokens: length of the longest sequence; longer questions are truncated.
+        seed: selects items from their pools; the pools themselves do not depend on it.
 
     Raises:
-        ValueError: an unknown proxy, more tokens asked for than there are, or an overlap between splits.
-        DataUnavailable: the data packages cannot be had.
+        ValueError: the proxy is unknown, more tokens are requested than exist, or splits overlap.
+        DataUnavailable: the data packages cannot be obtained.
     """
     test = load_mmlu("test")
     tested = {item.digest for item in test}
@@ -126,7 +136,7 @@ def build_splits(
     if proxy != "mmlu":
         search_pool, report_pool = halves(load_proxy(proxy))
     reported = stratified(report_pool, report_items, seed)
-    # Both are reported, but the same question twice would say less.
+    # Both are reported on; a question that occurs in both would add less information.
     heldout_exam = [item for item in test if item.digest not in {item.digest for item in reported}]
     calibration, searched, heldout = zip(*(regions(documents) for documents in load_prose()), strict=True)
     return Splits(
@@ -143,7 +153,7 @@ def build_splits(
 
 
 def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """Divide items by their digest into two parts of about the same size; equal questions stay together."""
+    """Divide items by digest into two parts of about equal size; equal questions end up in the same part."""
     parts: tuple[list[Item], list[Item]] = ([], [])
     for item in items:
         parts[int(item.digest[:8], 16) % 2].append(item)
@@ -151,7 +161,7 @@ def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
 
 
 def _text(encode: Encode, prose: Sequence[Sequence[str]], exam: Sequence[Item], tokens: int, chunk: int) -> Text:
-    """`tokens` tokens: half of `exam` as far as that reaches, the rest of `prose`, its sources in equal parts."""
+    """Return `tokens` tokens: up to half from `exam`, the rest in equal parts from the sources of `prose`."""
     digests = {text_digest(line) for documents in prose for document in documents for line in document.split("\n")}
     questions: list[tuple[int, ...]] = []
     left = tokens // 2
@@ -170,12 +180,14 @@ def _text(encode: Encode, prose: Sequence[Sequence[str]], exam: Sequence[Item], 
         chunks += taken
         left -= sum(map(len, taken))
     if left:
-        raise Refusal(f"asked for {tokens} tokens of text, but there are only {tokens - left}; ask for at most these")
+        raise Refusal(
+            f"asked for {tokens} tokens of text, but there are only {tokens - left}; ask for at most that many"
+        )
     return Text(tuple(chunks), tuple(questions), frozenset(digests))
 
 
 def _spread(encode: Encode, documents: Sequence[str], tokens: int, chunk: int) -> list[tuple[int, ...]]:
-    """At most `tokens` tokens in chunks that lie evenly spread over the documents, which follow one another."""
+    """Return at most `tokens` tokens in chunks that are evenly spaced over the concatenated documents."""
     stream = [token for document in documents for token in encode(document + "\n\n")]
     available, wanted = len(stream) // chunk, -(-tokens // chunk)
     count = min(available, wanted)

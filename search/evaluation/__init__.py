@@ -1,3 +1,3 @@
-"""A schedule becomes a score. Knows no data set, no model source and no configuration."""
+"""Turn schedules into scores. Does not know data sets, model sources or configurations."""
 
 __all__: list[str] = []

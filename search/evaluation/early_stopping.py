@@ -1,4 +1,4 @@
-"""Racing: when a schedule may be given up before it is measured to the end. Numbers only; knows no model."""
+"""Decide when to stop measuring a schedule that is clearly worse than a rival (racing). Knows numbers, no model."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from search.evaluation.quality import Quality, ratio_standard_error
 __all__ = ["LEVEL", "clearly_worse", "student_quantile"]
 
 LEVEL = 0.05
-"""Probability of giving up a schedule that is no worse than its rival."""
-_LEAST = 8  # sequences before a standard error is worth anything
+"""Probability bound of stopping early on a schedule that is no worse than its rival."""
+_LEAST = 8  # fewest sequences from which a standard error is reliable
 
 
 def clearly_worse(partial: Quality, rival: Quality, checks: int, level: float = LEVEL) -> bool:
-    """Whether a schedule measured on some sequences so far has a larger KL than a rival measured on all of them.
+    """Whether a partly measured schedule has a larger KL than a rival that was measured on all sequences.
 
-    A one-sided paired t-test: with d the difference of mean KL per token over the sequences seen by both (a ratio
-    estimate, sequences as units) and s its standard error, worse is
-    d − t(1 − level / looks, n − 1)·s > 0. By Bonferroni over the looks, a schedule that is no worse is given up with
-    probability at most `level`, as far as differences are near normal and the sequences seen are as good as drawn at
-    random from those the rival was measured on. No decision below 8 sequences.
+    This is a one-sided paired t-test. Let d be the difference of the mean KL per token over the n sequences measured
+    for both (a ratio estimate with sequences as units) and s its standard error. The schedule is clearly worse if
+    d − t(1 − level / checks, n − 1)·s > 0. By the Bonferroni correction over all checks, a schedule that is no worse is
+    stopped with probability at most `level`, provided that the differences are nearly normal and the sequences seen
+    are effectively a random sample of all sequences. With fewer than 8 sequences the answer is always False.
 
     Args:
-        partial: figures of the sequences seen so far, no tokens for the others.
-        rival: figures of all sequences.
-        checks: how often this is asked at most in one measurement, at least 1.
-        level: 0 < level < 1.
+        partial: quality on the sequences measured so far; the other sequences have a token count of 0.
+        rival: quality on all sequences.
+        checks: largest number of times that this test is applied in one measurement, at least 1.
+        level: bound on the error probability, 0 < level < 1.
 
     Raises:
-        ValueError: the rival was measured on other sequences, or not in full.
+        ValueError: the rival was measured on other sequences or not in full.
     """
     used = [number for number, count in enumerate(partial.tokens_by_sequence) if count]
     counts = [quality.tokens_by_sequence for quality in (partial, rival)]
     if rival.state != "ok" or any(counts[0][number] != counts[1][number] for number in used):
-        raise Refusal("a schedule can only race against one measured in full on the same workload")
+        raise Refusal("a schedule can only race against a rival that was measured in full on the same workload")
     if len(used) < _LEAST:
         return False
     tokens = torch.tensor(counts[0], dtype=torch.float64)[used]
@@ -48,9 +48,9 @@ def clearly_worse(partial: Quality, rival: Quality, checks: int, level: float = 
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t by its expansion in 1 / freedom (Abramowitz & Stegun 26.7.5).
+    """Quantile of Student's t distribution by its expansion in 1 / freedom (Abramowitz & Stegun 26.7.5).
 
-    Relative error below 0.1 % for a freedom of at least 7 and 0.5 < probability ≤ 0.999.
+    The relative error is below 0.1 % for at least 7 degrees of freedom and 0.5 < probability ≤ 0.999.
     """
     z = NormalDist().inv_cdf(probability)
     terms: tuple[float, ...] = (

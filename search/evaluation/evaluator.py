@@ -1,7 +1,7 @@
-"""Evaluators: schedules in, scores out, batch first. The only door to the model.
+"""Evaluate schedules: apply them to the model and measure scores. A search reaches the model only through an evaluator.
 
-Budget, replay of known scores and the journal stand around an evaluator in `search.trials.loop.run_agent`, the same for
-every agent; several evaluators at work at once are a pool, see `search.evaluation.pool`.
+`search.trials.loop.run_agent` handles the budget, the replay of known scores and the journal around an evaluator, in
+the same way for every agent. Several evaluators working at the same time form a pool, see `search.evaluation.pool`.
 """
 
 from __future__ import annotations
@@ -33,55 +33,61 @@ from search.evaluation.workload import RunForward, ShouldStop, Workload, is_out_
 __all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator"]
 
 REUSE_BYTES = 512 * 2**20
-"""Memory for hidden states, unless said otherwise."""
+"""Default memory limit for stored hidden states, in bytes."""
 Value = TypeVar("Value")
-_NO_ROOM = "even one row at a time; use fewer --search-text-tokens, fewer evaluators on the device, or a larger one"
+_NO_ROOM = "even one row at a time; use fewer --search-text-tokens, fewer evaluators on the device, or a larger device"
 
 
 class Evaluator(Protocol):
-    """Anything that scores schedules."""
+    """The interface of everything that scores schedules."""
 
     def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, repeat: int = 0) -> list[Score]:
-        """One score per schedule, in order. With a rival, a schedule clearly worse than it may be given up early.
+        """Score every schedule, in order.
 
-        Looks 0, 1, … at one schedule are on different workloads, as long as there are that many.
+        Args:
+            rival: a schedule that is clearly worse than this score may be measured only in part.
+            repeat: number of the evaluation of the same schedule: 0, 1, … use different workloads until all have been
+                used.
         """
 
     def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
-        """To first order, what KL does when a site of `schedule` alone takes its choice in `toward`, nats per token.
+        """First-order change of KL if one site alone switches from `schedule` to its choice in `toward`.
 
-        By name, for the sites where the two differ; nothing if the passes fail.
+        Returns:
+            The change in nats per token by site name, for the sites where the two schedules differ; empty if the
+            passes fail.
         """
 
 
 class ModelEvaluator:
-    """Scores schedules on one live model.
+    """Scores schedules on one model in memory.
 
-    With several workloads every look at a schedule is on one of them, picked by its digest and moved on by the number
-    of the look, so a search sees all their text at the price of one. What makes a workload easy or hard is taken out by
-    a control variate: the anchor is measured on all of them once, and its mean minus its value on the workload used is
-    added to the estimate.
+    With several workloads, each evaluation of a schedule uses one of them: the digest of the schedule selects the
+    first, and each repeat uses the next. A search thus covers the text of all workloads, while each evaluation costs
+    one. A control variate corrects for workloads that are easier or harder than average: the anchor is measured once
+    on all of them, and the mean of its values minus its value on the workload used is added to the estimate.
 
     Args:
-        model: the dense model; it follows one schedule after the other and is dense again after `close`.
-        store: its factors.
-        workloads: what is measured; referenced to the dense model here.
-        anchor: the schedule that all others are compared through; needed with two workloads or more.
-        reuse_bytes: limit of memory for hidden states that later schedules with the same first blocks start from, see
-            `search.evaluation.prefix_reuse.HiddenStates`; 0 computes every pass from the first block. Scores are the
-            same bit for bit.
-        packed: measure the tensors that a schedule stores; otherwise plain cores: the same function, quicker to swap.
-        repair: makes the dense model follow a schedule in place, repaired, and returns the modules it took out (as
-            `compression.decomposition.repair.repair_`); scores are then those of the repaired model, at many times the
-            price.
-        times: time fraction of a schedule.
+        model: the dense model. Schedules are applied to it in place; it is dense again after `close`.
+        store: the factors of its sites.
+        workloads: the workloads to measure on. The dense model is measured on them here, as their reference.
+        anchor: the schedule that the control variate is based on; required with two workloads or more.
+        reuse_bytes: memory limit in bytes for hidden states that later schedules with the same first blocks reuse, see
+            `search.evaluation.prefix_reuse.HiddenStates`; 0 computes every pass from the first block. Scores are equal
+            bit for bit either way.
+        packed: measure with the packed tensors that a schedule stores. Otherwise plain cores are used, which compute
+            the same function and are quicker to swap.
+        repair: applies a schedule to the dense model in place, repairs it, and returns the modules it replaced (see
+            `compression.decomposition.repair.repair_`). Scores are then those of the repaired model, at many times the
+            cost.
+        times: gives the time fraction of a schedule; without it `Score.time_fraction` is NaN.
 
     Attributes:
-        dense: score of the untouched model; its `kl` and `expected_accuracy` are means over the workloads.
-        states: the hidden states kept.
+        dense: score of the dense model; its `kl` and `expected_accuracy` are means over the workloads.
+        states: the stored hidden states.
 
     Raises:
-        ValueError: no workload, or several without an anchor; an anchor without finite figures.
+        ValueError: there is no workload, there are several without an anchor, or the anchor gives non-finite logits.
     """
 
     def __init__(
@@ -96,7 +102,9 @@ class ModelEvaluator:
         times: Callable[[Schedule], float] | None = None,
     ) -> None:
         if not workloads or (len(workloads) > 1 and anchor is None):
-            raise Refusal(f"{len(workloads)} workloads: one is needed, and an anchor schedule for more than one")
+            raise Refusal(
+                f"an evaluator needs one workload, or several and an anchor; got {len(workloads)} without anchor"
+            )
         self._model = model
         self._repair = repair
         self._times = times
@@ -118,24 +126,25 @@ class ModelEvaluator:
             self._controls = _controls(measured)
 
     def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, repeat: int = 0) -> list[Score]:
-        """One score per schedule, in order. An evaluation that raises is a failed score, never a number.
+        """Score every schedule, in order. An evaluation that raises gives a score in state "failed" without numbers.
 
         Args:
-            repeat: at least 0; from the number of workloads on they repeat.
-            rival: a full score of this evaluator. A schedule that lands on the same workload stops as soon as it is
-                clearly worse, see `search.evaluation.early_stopping.clearly_worse`; one that lands on another is
-                measured in full.
+            rival: a full score of this evaluator. A schedule evaluated on the same workload is stopped as soon as it is
+                clearly worse, see `search.evaluation.early_stopping.clearly_worse`; on another workload it is measured
+                in full.
+            repeat: selects the workload, at least 0, see the class; workloads recur after as many repeats as there are
+                workloads.
 
         Raises:
-            ValueError: a schedule that does not fit the model, or a rival that is no full score of this evaluator.
+            ValueError: a schedule does not fit the model, or the rival is not a full score of this evaluator.
         """
         return [self._evaluate(schedule, rival, repeat) for schedule in schedules]
 
     def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
         """See `Evaluator`. Costs about three evaluations: a backward pass, and the outputs of the other choices.
 
-        NaN everywhere where the passes give no numbers; nothing where they raise, as for want of memory: an agent takes
-        that for a pass that failed, and goes on.
+        All values are NaN if the passes give non-finite numbers. The result is empty if a pass raises, for example
+        when memory runs out; agents treat that as a failed pass and continue.
         """
         shard = self._shard(schedule, repeat)
         try:
@@ -153,13 +162,16 @@ class ModelEvaluator:
         return sums
 
     def score_as_is(self, schedule: Schedule) -> Score:
-        """Score of the model as it stands: after `close`, with its sites replaced by the caller as `schedule` says."""
+        """Score the model in its present state on the first workload.
+
+        Call this after `close`. The caller must have replaced the sites as `schedule` says.
+        """
         start = time.perf_counter()
         quality = self._workloads[0].measure(self._model)
         return Score(quality.state, quality, self._sizes.size(schedule), time.perf_counter() - start)
 
     def close(self) -> None:
-        """Give the model back dense, bit for bit, and the memory of hidden states."""
+        """Make the model dense again, bit for bit, and release the stored hidden states."""
         self.states.forget()
         self._applier.restore_()
 
@@ -198,7 +210,7 @@ class ModelEvaluator:
         return (int(schedule.digest[:8], 16) + repeat) % len(self._workloads)
 
     def _with_room(self, shard: int, work: Callable[[], Value]) -> Value:
-        """`work`, again with batches of half the size as often as it runs out of memory, down to single rows.
+        """Call `work`; whenever memory runs out, halve the batches and call it again, down to single rows.
 
         Smaller batches need a new reference, which differs from the old one by rounding only.
         """
@@ -209,7 +221,7 @@ class ModelEvaluator:
                 smaller = self._workloads[shard].halved() if is_out_of_memory(error) else None
                 if smaller is None:
                     raise
-            # Outside the handler, whose traceback holds on to tensors.
+            # This is outside the handler because the traceback of the exception keeps tensors alive.
             self._workloads[shard] = smaller
             self.states.forget()
             if torch.cuda.is_available():
@@ -220,7 +232,7 @@ class ModelEvaluator:
 
     @contextmanager
     def _following(self, schedule: Schedule) -> Iterator[RunForward]:
-        """The model follows `schedule`; gives the way to pass a batch through it."""
+        """Apply `schedule` to the model; yields the function that runs its forward passes."""
         if self._repair is not None and any(not choice.is_dense for _, choice in schedule):
             self._applier.restore_()
             taken = self._repair(schedule)
@@ -239,9 +251,9 @@ def _lost(rival: Quality, seen: Quality, checks: int) -> bool:
 
 
 def _controls(qualities: Sequence[Quality]) -> list[tuple[float, float]]:
-    """Of one schedule on every workload: its mean minus its value there, for KL and for expected accuracy."""
+    """Control variates: for each workload, the anchor's mean minus its value there, for KL and expected accuracy."""
     if any(quality.state != "ok" for quality in qualities):
-        raise Refusal("the anchor schedule gives NaN or infinite logits; nothing can be compared through it")
+        raise Refusal("the anchor schedule gives NaN or infinite logits, so different workloads cannot be compared")
     kl = [quality.kl for quality in qualities]
     correct = [quality.expected_accuracy for quality in qualities]
     return [(fmean(kl) - one, fmean(correct) - other) for one, other in zip(kl, correct, strict=True)]

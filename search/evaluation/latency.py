@@ -1,4 +1,4 @@
-"""Latency: how long a model takes under several sets of layers, measured in turns so that noise meets all alike."""
+"""Measure the latency of a model with several sets of layers, in alternation so that noise affects all sets equally."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _DENSE = "dense"
 
 @dataclass(frozen=True)
 class Latency:
-    """A compressed model against the dense one on this machine, batch 1.
+    """Latency and memory of a compressed model relative to the dense one on this machine, with batch size 1.
 
     Attributes:
-        optimize: what layers were planned for.
-        prefill_ratio: median over rounds of the time for a prompt over the dense model's in the same round.
-        decode_ratio: the same for one token after a prompt of 64.
-        prompt: tokens of the prompt.
-        stored_bytes: of the compressed matrices.
-        resident_bytes: of the same, with what their plans keep beside them.
+        optimize: what the execution plans of the layers optimize, "latency" or "memory".
+        prefill_ratio: time for a prompt divided by the dense model's in the same round, median over the rounds.
+        decode_ratio: the same ratio for one token after a prompt of 64 tokens.
+        prompt: number of tokens of the prompt.
+        stored_bytes: bytes of the compressed matrices.
+        resident_bytes: bytes of the compressed matrices and the additional tensors that their plans keep.
     """
 
     optimize: str
@@ -59,20 +59,23 @@ class Latency:
 
 
 def layer_costs() -> Path:
-    """Where this user's machine keeps the planner's measured costs."""
+    """The file in the user's cache that holds the planner's measured costs for this machine."""
     return cache_folder() / "layer-costs.json"
 
 
 def against_dense(
     model: Any, store: FactorStore, schedules: Mapping[str, Schedule], optimize: Optimize, costs: Path | None
 ) -> dict[str, Latency]:
-    """Time schedules, all in the same rounds; those that leave the model dense are left out.
-
-    The model is dense again afterwards.
+    """Measure schedules against the dense model, all in the same rounds; the model is dense again afterwards.
 
     Args:
-        costs: the planner's file of measured costs, see `compression.layers.planner.Planner`; for "latency" what it
-            does not know is measured, which takes a minute or two the first time, for "memory" it is estimated.
+        schedules: schedules by name; those that leave the whole model dense are skipped.
+        optimize: what the execution plans optimize, "latency" or "memory".
+        costs: the planner's file of measured costs, see `compression.layers.planner.Planner`. Costs missing from it are
+            measured for "latency", which takes a minute or two the first time, and estimated for "memory".
+
+    Returns:
+        Results by name of the schedule.
     """
     compressed = {side: one for side, one in schedules.items() if not all(choice.is_dense for _, choice in one)}
     names = {name for one in compressed.values() for name, choice in one if not choice.is_dense}
@@ -97,7 +100,7 @@ def against_dense(
 
 
 def _over_dense(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Median over rounds of each side's time over the dense one's in the same round."""
+    """Ratio of each side's time to the dense side's in the same round, median over the rounds."""
     return {
         side: median(mine / dense for mine, dense in zip(each, times[_DENSE], strict=True))
         for side, each in times.items()
@@ -107,7 +110,17 @@ def _over_dense(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def prefill(
     model: Any, sides: Mapping[str, Modules], tokens: int, rounds: int, device: torch.device, batch: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of one forward pass over prompts that fills a cache and gives their last tokens' logits."""
+    """Seconds of a forward pass over prompts that fills a KV cache and computes logits for the last token only.
+
+    Args:
+        sides: the sets of layers to compare, by name.
+        tokens: tokens per prompt.
+        rounds: measurements per side, after one warm-up round.
+        batch: number of prompts.
+
+    Returns:
+        The times of the rounds, by name of the side.
+    """
     ids = torch.randint(256, (batch, tokens), device=device)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
@@ -120,7 +133,7 @@ def prefill(
 def decode(
     model: Any, sides: Mapping[str, Modules], steps: int, device: torch.device, batch: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each step of one token a sequence after prompts of 64."""
+    """Seconds of each decoding step of one token per sequence after prompts of 64 tokens; otherwise as `prefill`."""
     prompt, token = (torch.randint(256, (batch, count), device=device) for count in (64, 1))
     put_modules(model, next(iter(sides.values())))
     filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
@@ -135,7 +148,7 @@ def decode(
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, to the end of what it started on the device."""
+    """Seconds that a call takes, including the work that it starts on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -146,6 +159,6 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _rotated(sides: Iterable[str], turn: int) -> list[str]:
-    """The sides with another one first each turn, so that none always runs after the same other."""
+    """The names of the sides, rotated so that each turn starts with another side."""
     names = list(sides)
     return names[turn % len(names) :] + names[: turn % len(names)]

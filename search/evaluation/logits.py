@@ -1,6 +1,6 @@
-"""Reading: logits where they are wanted and nowhere else, and what the dense model says there, kept small.
+"""Compute logits only at the positions that need them, and store the dense model's predictions compactly.
 
-Knows a causal language model with an output head; nothing of sequences or figures.
+Knows a causal language model with an output head; does not know sequences or metrics.
 """
 
 from __future__ import annotations
@@ -22,24 +22,35 @@ _SHORT_OF_MEMORY = ("cuda",)  # device types
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a forward pass gives at the predictions of a batch: logits, and the hidden states that the head was fed."""
+    """The result of a forward pass at the predictions of a batch.
+
+    Attributes:
+        logits: float32 (predictions, vocabulary).
+        hidden: input of the output head (predictions, hidden size).
+        head: the output head.
+    """
 
     logits: torch.Tensor
     hidden: torch.Tensor
     head: nn.Module
 
     def first(self, count: int) -> Reading:
-        """Of the first `count` predictions."""
+        """The reading of the first `count` predictions."""
         return Reading(self.logits[:count], self.hidden[:count], self.head)
 
 
 class Dense:
-    """What the dense model says of the compared predictions of a batch: probabilities p over the vocabulary.
+    """The dense model's probabilities p over the vocabulary at the compared predictions of a batch.
 
-    Where logits are W h, the mean of other logits under p needs no p: Σ_v p_v (W h)_v = (Wᵀ p)·h, and Wᵀ p is as small
-    as a hidden state h. In low precision rounding would not cancel: p is then made again from h on a GPU, where that
-    takes no time and memory is short, and kept elsewhere. It is also kept where the head does something else, and made
-    again when logits come from another head.
+    If logits are W h in float32, p need not be stored to average other logits W h' under it:
+    Σ_v p_v (W h')_v = (Wᵀ p)·h', and Wᵀ p is only as large as a hidden state. In lower precision the rounding errors of
+    the two sides would not cancel. Then p is recomputed from h on a GPU, where that costs little time and memory is
+    scarce, and stored on other devices. It is also stored if the head is not a plain linear map, and recomputed if the
+    logits to average come from another head.
+
+    Attributes:
+        choice: the likeliest token of each prediction.
+        negentropy: Σ_v p_v log p_v of each prediction, nats.
     """
 
     def __init__(self, reading: Reading) -> None:
@@ -53,14 +64,14 @@ class Dense:
             self._version, self._hidden = self._weight._version, reading.hidden
             if self._weight.dtype == torch.float32:
                 self._embedding = probability @ self._weight
-        # By the same arithmetic as in KL, so that rounding cancels and the dense model has a KL of exactly 0.
+        # Computed with the same arithmetic as the KL, so that rounding cancels and the dense model's KL is exactly 0.
         self.negentropy = self.mean(reading) - log_normalizer(reading.logits)
 
     def mean(self, reading: Reading) -> torch.Tensor:
         """Mean logit of another model under the dense probabilities, per prediction.
 
         Raises:
-            ValueError: the head of the dense model was written to since.
+            ValueError: the output head of the dense model was modified since the reference was taken.
         """
         if self._weight is None:
             return _dot(self._probability, reading.logits)
@@ -72,7 +83,7 @@ class Dense:
 
 
 def _plain_weight(reading: Reading) -> torch.Tensor | None:
-    """W if the logits are W h in float32, or in low precision on a device of `_SHORT_OF_MEMORY`."""
+    """W if the logits are W h in float32, or in lower precision on a device type of `_SHORT_OF_MEMORY`; else None."""
     if not isinstance(reading.head, nn.Linear) or "bias" in dict(reading.head.named_parameters()):
         return None
     weight, some = reading.head.weight, slice(0, 8)
@@ -85,7 +96,7 @@ def _plain_weight(reading: Reading) -> torch.Tensor | None:
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Row by row."""
+    """Dot products of corresponding rows."""
     result: torch.Tensor = torch.linalg.vecdot(first, second)
     return result
 
@@ -93,10 +104,12 @@ def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def read(
     model: nn.Module, inputs: Mapping[str, torch.Tensor], source: torch.Tensor, cache: object | None = None
 ) -> Reading:
-    """Of every prediction, in float32: the head is given only the positions that are read.
+    """Make a forward pass and read the logits, in float32, at `source`; the head computes no other positions.
 
     Args:
-        cache: keys and values of what precedes the inputs, which are appended to it; None keeps none.
+        inputs: keyword arguments of the model.
+        source: flat positions (batch × length) whose logits are read.
+        cache: KV cache of the tokens before the inputs; the inputs are appended to it. None uses no cache.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     fed: list[torch.Tensor] = []
@@ -114,6 +127,6 @@ def read(
 
 
 def log_normalizer(logits: torch.Tensor) -> torch.Tensor:
-    """log Σ exp of every row, a few rows at a time on the CPU so that intermediate values stay in its cache."""
+    """log Σ exp of every row; a few rows at a time on a CPU, so that intermediate values stay in its cache."""
     rows = _ROWS if logits.device.type == "cpu" else len(logits)
     return torch.cat([part.logsumexp(-1) for part in torch.split(logits, max(1, rows))])

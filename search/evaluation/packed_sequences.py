@@ -1,7 +1,7 @@
-"""Packing: texts and multiple-choice items as token sequences that share one forward pass.
+"""Pack texts and multiple-choice items into token sequences that share a forward pass.
 
-Knows tokens and positions; no model. The answer choices of an item follow their common prefix side by side, as branches
-that see the prefix and themselves only; several sequences lie in one row, and none sees another.
+The answer choices of an item follow their common prefix as branches; each branch attends only to the prefix and to
+itself. Several sequences share a row without attending to each other. Knows tokens and positions; does not know models.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Packed:
     """One packed sequence.
 
     Attributes:
-        tokens: prefix, then the branches one after the other.
-        prefix: length of the prefix; equal to the number of tokens for plain text.
-        branches: per branch (start, stop, first scored), positions in `tokens`.
+        tokens: tokens of the prefix, then of the branches one after the other.
+        prefix: length of the prefix; for plain text this is the number of tokens.
+        branches: (start, stop, first scored token) of each branch, as indices into `tokens`.
         answer: index of the correct branch, or None for text.
-        corpus: name of what a text is from, for figures of its own; empty for none.
+        corpus: name of the corpus of a text, which then has a perplexity of its own; empty for none.
     """
 
     tokens: tuple[int, ...]
@@ -39,19 +39,21 @@ class Packed:
 
 
 def packed_text(tokens: Sequence[int], corpus: str = "") -> Packed:
-    """Plain text: every token after the first is scored."""
+    """Pack plain text, in which every token after the first is scored."""
     return Packed(tuple(tokens), len(tokens), corpus=corpus)
 
 
 def packed_item(encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int) -> Packed:
-    """A multiple-choice item. Tokenized as lm-eval does: context and continuation together, cut at the length of the
-    context alone, spaces at the end of the context moved to the continuation.
+    """Pack a multiple-choice item, tokenized as in lm-eval.
+
+    Spaces at the end of the context are moved to the continuation. Context and continuation are encoded together and
+    split at the length of the encoded context.
 
     Raises:
-        ValueError: an empty context or continuation, or an answer that is no index of a continuation.
+        ValueError: the context or a continuation is empty, or `answer` is not the index of a continuation.
     """
     if not context.strip() or not all(continuations):
-        raise Refusal(f"an item needs a context and continuations that are not empty, got {context!r}")
+        raise Refusal(f"the context and continuations of an item must not be empty, got the context {context!r}")
     if not 0 <= answer < len(continuations):
         raise Refusal(f"answer must be an index below {len(continuations)}, got {answer}")
     spaces = context[len(context.rstrip()) :]
@@ -76,10 +78,10 @@ class Prediction:
 
     Attributes:
         source: flat position whose logits predict `target`.
-        target: the token.
+        target: the predicted token.
         owner: number of the sequence.
-        branch: global number of the branch it scores, -1 for none.
-        compared: whether it counts for KL and agreement: prefix and correct answer do.
+        branch: global number of the branch whose score includes this prediction, -1 for none.
+        compared: whether it counts for KL and agreement; tokens of the prefix and of the correct answer do.
     """
 
     source: int
@@ -90,7 +92,13 @@ class Prediction:
 
 
 def predictions(sequence: Packed, number: int, base: int, branches: range) -> list[Prediction]:
-    """All predictions of sequence `number`, which begins at flat position `base` and has these branch numbers."""
+    """All predictions of a sequence.
+
+    Args:
+        number: number of the sequence.
+        base: flat position of its first token.
+        branches: global numbers of its branches.
+    """
     tokens = sequence.tokens
     found = [Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(1, sequence.prefix)]
     for index, (start, stop, first) in enumerate(sequence.branches):
@@ -102,7 +110,7 @@ def predictions(sequence: Packed, number: int, base: int, branches: range) -> li
 
 
 def layout(sequence: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position ids (length,) and visibility (length, length): causal, branches blind to one another."""
+    """Position ids (length,) and attention mask (length, length): causal, with branches that cannot see each other."""
     length = len(sequence.tokens)
     positions, visible = torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril()
     for start, stop, _ in sequence.branches:
@@ -112,9 +120,11 @@ def layout(sequence: Packed) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:
-    """Sequence numbers by row, first fit by descending length. A row has room for `capacity` tokens or one sequence.
+    """Distribute sequences over rows, first fit by descending length; returns the sequence numbers of each row.
 
-    Short rows keep attention cheap: a row's sequences do not see each other, but the kernel computes all pairs.
+    A row holds up to `capacity` tokens, or one longer sequence. Short rows keep attention cheap: the sequences of a row
+    do not attend to each other, but the kernel computes all pairs of positions. Sequences of less than two tokens are
+    dropped, because they have nothing to predict.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -132,9 +142,10 @@ def pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:
 
 
 def mix(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """The same rows, long and short ones, many sequences and few, spread evenly over any beginning of the list.
+    """Reorder rows so that any first part of the list is a fair mixture of long, short, single and shared rows.
 
-    Row number n of the result lies at the fraction nφ mod 1, φ the golden ratio, of the rows in order.
+    Row n of the result comes from the fraction nφ mod 1 of the sorted rows, where φ is the golden ratio
+    (√5 − 1)/2.
     """
     ordered = sorted(rows, key=lambda row: (len(row) == 1, sum(lengths[number] for number in row)))
     golden = (math.sqrt(5) - 1) / 2
@@ -145,14 +156,16 @@ def mix(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
 def group(
     rows: list[list[int]], lengths: Sequence[int], batch_tokens: int, by_length: bool = True
 ) -> list[list[list[int]]]:
-    """Batches of successive rows, ordered by length or as given, at most `batch_tokens` padded tokens in each.
+    """Divide rows into batches of successive rows with at most `batch_tokens` tokens each, padding included.
 
-    Of all such divisions the one with the fewest padded tokens, a batch counting as 48 more: what its fixed costs are
-    worth.
+    The division minimizes the total number of tokens, padding included, plus 48 per batch for its fixed costs.
+
+    Args:
+        by_length: sort the rows by length first; otherwise keep their order.
     """
     ordered = sorted(rows, key=lambda row: sum(lengths[number] for number in row)) if by_length else rows
     sizes = [sum(lengths[number] for number in row) for row in ordered]
-    best = [(0, 0)]  # cost of the first rows, and where their last batch begins
+    best = [(0, 0)]  # for each number of first rows: their least cost, and the start of their last batch
     for stop in range(1, len(ordered) + 1):
         found: list[tuple[int, int]] = []
         longest = 0

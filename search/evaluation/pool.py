@@ -1,7 +1,8 @@
-"""Pools: jobs go in, results come out when they are there. What a search talks to, however many evaluators there are.
+"""Run evaluation jobs on a pool of one or more evaluators: the interface between a search and its evaluators.
 
-A pool may give results in any order; each carries the number its job was handed in with. With one evaluator results
-come in the order of the jobs, one at a time, so a search is the same whether that evaluator lives here or elsewhere.
+A pool may return results in any order; each result carries the number of its job. With one evaluator, results come one
+at a time in the order of the jobs, so a search gives the same result whether that evaluator runs in this process or in
+another.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ __all__ = ["Job", "Pool", "Result", "SerialPool", "measure"]
 
 @dataclass(frozen=True)
 class Job:
-    """One look at a schedule, with slopes toward `probe` if there is one; see `agents.Proposal`."""
+    """One evaluation of a schedule, with slopes toward `probe` if there is one; see `agents.Proposal`."""
 
     schedule: Schedule
     repeat: int = 0
     probe: Schedule | None = None
 
     def to_json(self) -> str:
-        """What travels to an evaluator in another process."""
+        """The form that is sent to an evaluator in another process."""
         probe = None if self.probe is None else self.probe.to_json()
         return json.dumps({"schedule": self.schedule.to_json(), "look": self.repeat, "probe": probe})
 
@@ -42,17 +43,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job.
+    """The result of a job.
 
     Attributes:
-        slopes: None if the job had no probe; empty where there is no score, or the passes failed.
+        score: score of the schedule.
+        slopes: slopes toward the probe; None if the job had no probe, empty if there is no score or the passes failed.
     """
 
     score: Score
     slopes: Mapping[str, float] | None = None
 
     def to_json(self) -> str:
-        """What travels back; figures of single sequences are left behind."""
+        """The form that is sent back, without the per-sequence values."""
         return json.dumps({"score": self.score.to_dict(), "slopes": self.slopes})
 
     @classmethod
@@ -63,21 +65,21 @@ class Result:
 
 
 class Pool(Protocol):
-    """Anything that carries out jobs."""
+    """The interface of everything that carries out jobs."""
 
     @property
     def dense(self) -> Score:
-        """Of the untouched model, see `search.evaluation.evaluator.ModelEvaluator`."""
+        """The score of the dense model, see `search.evaluation.evaluator.ModelEvaluator`."""
 
     @property
     def capacity(self) -> int:
-        """Jobs that keep it busy, at least 1. It takes more, but then they wait."""
+        """Number of jobs that keep the pool busy, at least 1; further jobs are accepted and wait."""
 
     def submit(self, number: int, job: Job) -> None:
-        """Hand in a job under a number that no other open job has."""
+        """Submit a job under a number that no other open job has."""
 
     def finished(self) -> tuple[int, Result]:
-        """The next result there is, waiting for it; each comes once.
+        """Wait for the next result and return it with the number of its job; each result is returned once.
 
         Raises:
             IndexError: no job is open.

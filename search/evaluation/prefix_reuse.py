@@ -1,7 +1,7 @@
-"""Reuse: hidden states between the blocks of a decoder, kept so that the next forward pass may start later.
+"""Store hidden states between the blocks of a decoder, so that a later forward pass can skip its first blocks.
 
-Two schedules that agree on the first blocks have the same hidden states behind them. Knows the list of blocks of a
-model and names for what precedes each; nothing of what the states mean or of scores.
+Two schedules that agree on the first blocks have the same hidden states after them. Knows the list of blocks of a model
+and a key for the choices up to each block; does not know the meaning of the states or scores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ Result = TypeVar("Result")
 
 
 def prefix_keys(schedule: Schedule, sites: Sequence[Site], blocks: int) -> list[bytes]:
-    """For every block a name of its choices and all before, (blocks,): equal names, equal hidden states behind it."""
+    """A key of the choices in each block and all blocks before it (blocks,).
+
+    Schedules with equal keys for a block have equal hidden states after it.
+    """
     choices: list[list[object]] = [[] for _ in range(blocks)]
     for site in sites:
         choice = schedule[site.name]
@@ -42,7 +45,7 @@ def prefix_keys(schedule: Schedule, sites: Sequence[Site], blocks: int) -> list[
 
 @dataclass(eq=False)
 class _Run:
-    """What one forward pass left behind: the output of blocks by prefix key."""
+    """The stored outputs of one forward pass, by prefix key of the block."""
 
     batch: Hashable
     outputs: dict[bytes, Any] = field(default_factory=dict)
@@ -50,33 +53,34 @@ class _Run:
 
 
 class HiddenStates:
-    """Outputs of the blocks of one model for batches seen before, least recently used runs dropped first.
+    """Stores block outputs of one model for the batches seen; least recently used passes are dropped first.
 
-    A pass skips all blocks whose prefix has been computed for its batch, by whatever earlier pass. The skipped blocks
-    return the kept output instead of running, so nothing is assumed about how the model calls them or what they return,
-    only that blocks talk to one another through what they return. `verify` tests that on the model at hand.
+    A pass skips the first blocks if an earlier pass stored their output for the same batch and the same choices. The
+    skipped blocks return the stored output instead of running. This assumes nothing about how the model calls its
+    blocks or what they return, only that a block influences others through its return value alone; `verify` tests that
+    on the model.
 
-    The limit has room for two runs over everything that is measured, the one to compare with and the current one. Where
-    it would not, the output of every k-th block is kept, with the least k that fits, and the pass starts at the last
-    kept one; where no k fits, nothing is.
+    All block outputs are stored if two passes over everything that is measured fit into the limit: the one to compare
+    with and the current one. Otherwise the output of every k-th block is stored, with the smallest k that fits, and a
+    pass starts after the last stored block. If no k fits, nothing is stored.
 
     Args:
-        model: holds its blocks in one `nn.ModuleList`, found through the names of the sites.
-        sites: of the model.
-        tokens: positions in all batches together, padding included.
-        limit: bytes of kept outputs, at least 0; 0 turns reuse off.
+        model: a model with its blocks in one `nn.ModuleList`, which is found through the names of the sites.
+        sites: the sites of the model.
+        tokens: number of positions in all batches together, padding included.
+        limit: most bytes of stored outputs, at least 0; 0 turns reuse off.
 
     Attributes:
         sites: as given.
-        blocks_skipped, blocks_run: over all passes so far.
+        blocks_skipped, blocks_run: numbers of blocks skipped and computed in all passes so far.
 
     Raises:
-        ValueError: a negative limit, or sites that lie in no common list of blocks.
+        ValueError: the limit is negative, or the sites do not lie in a common list of blocks.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], tokens: int, limit: int) -> None:
         if limit < 0:
-            raise Refusal(f"the limit of kept hidden states must be at least 0 bytes, got {limit}")
+            raise Refusal(f"the limit of stored hidden states must be at least 0 bytes, got {limit}")
         self._model = model
         self.sites = tuple(sites)
         self._list = _block_list(model, sites)
@@ -89,24 +93,24 @@ class HiddenStates:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the model has."""
+        """Number of blocks of the model."""
         return len(self._list)
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes kept now."""
+        """Bytes of the outputs stored now."""
         return sum(run.size for run in self._runs)
 
     def forget(self) -> None:
-        """Drop everything kept."""
+        """Drop all stored outputs."""
         self._runs.clear()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Changes of the model inside this context are the caller's, and named by prefix keys.
+        """Context in which the caller may change the model, as long as the prefix keys identify the changes.
 
-        If a module, parameter or buffer was replaced or written to, or a hook added or removed, since the last such
-        context, everything kept is dropped.
+        On entry, all stored outputs are dropped if the model was changed outside such a context: if a module,
+        parameter or buffer was replaced or modified, or a hook was added or removed.
         """
         if self._limit:
             seen = self._fingerprint()
@@ -123,10 +127,10 @@ class HiddenStates:
                 self._known = self._fingerprint()
 
     def verify(self) -> bool:
-        """Whether a pass that starts in the middle gives the logits of a whole pass, bit for bit, on a few tokens.
+        """Test on a few tokens whether a pass that skips blocks gives the same logits as a full pass, bit for bit.
 
-        If not (blocks that share more than their outputs, write into their input, or draw at random), reuse is turned
-        off.
+        Otherwise reuse is turned off. This happens if blocks share more than their outputs, modify their input in
+        place, or are random.
         """
         if not self._limit:
             return False
@@ -142,7 +146,7 @@ class HiddenStates:
         with torch.inference_mode():
             with self._recording(run, keys, lambda number, output: number == middle - 1):
                 whole = logits(ids)
-            logits(ids.flip(1))  # overwrites what a block may remember of the first pass besides its output
+            logits(ids.flip(1))  # overwrites any state that blocks keep from the first pass besides their output
             with self._skipping(middle, run.outputs[keys[middle - 1]]):
                 equal = torch.equal(logits(ids), whole)
         if not equal:
@@ -150,11 +154,11 @@ class HiddenStates:
         return equal
 
     def __call__(self, keys: Sequence[bytes], batch: Hashable, forward: Callable[[], Result]) -> Result:
-        """`forward()`, which is one pass of the model over `batch`, without the blocks whose output is known.
+        """Call `forward`, one pass of the model over `batch`, and skip the blocks whose output is stored.
 
         Args:
-            keys: of the schedule the model follows now, see `prefix_keys`.
-            batch: stands for the inputs; equal batches, equal inputs.
+            keys: prefix keys of the schedule applied to the model, see `prefix_keys`.
+            batch: identifies the inputs: equal batches must have equal inputs.
         """
         if not self._limit:
             return forward()
@@ -165,14 +169,14 @@ class HiddenStates:
             with self._skipping(start, output), self._recording(run, keys[start:], self._wanted, start):
                 result = forward()
         except BaseException:
-            self.forget()  # perhaps there was too little memory
+            self.forget()  # memory may have run out
             raise
         self.blocks_skipped += start
         self.blocks_run += self.blocks - start
         return result
 
     def _find(self, batch: Hashable, keys: Sequence[bytes]) -> tuple[int, Any]:
-        """How many blocks may be skipped, and what the last of them gives. Marks the run it comes from as used."""
+        """Number of blocks that can be skipped, and the output of the last of them; marks its pass as recently used."""
         for start in range(len(keys), 0, -1):
             for place, run in enumerate(self._runs):
                 if run.batch == batch and keys[start - 1] in run.outputs:
@@ -189,7 +193,7 @@ class HiddenStates:
 
     @contextmanager
     def _skipping(self, start: int, output: Any) -> Iterator[None]:
-        """The first `start` blocks return `output` at once."""
+        """Context in which the first `start` blocks return `output` without running."""
         skipped = list(self._list)[:start]
         own = [block.__dict__.get("forward") for block in skipped]
         try:
@@ -206,7 +210,7 @@ class HiddenStates:
     def _recording(
         self, run: _Run, keys: Sequence[bytes], wanted: Callable[[int, Any], bool], start: int = 0
     ) -> Iterator[None]:
-        """Every block from `start` on leaves its output in `run`, if wanted; `keys` begins with that block's."""
+        """Context in which blocks from `start` on store their wanted outputs in `run`; `keys` starts at that block."""
 
         def keep(number: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -226,7 +230,7 @@ class HiddenStates:
                 hook.remove()
 
     def _fingerprint(self) -> list[tuple[object, object]]:
-        """Every module with its hooks; every parameter and buffer with its version, which writing in place raises."""
+        """All modules with their hooks, and all parameters and buffers with the version that in-place writes raise."""
         modules = list(self._model.modules())
         tensors = chain.from_iterable((*module._parameters.values(), *module._buffers.values()) for module in modules)
         return [
@@ -239,11 +243,11 @@ def _block_list(model: nn.Module, sites: Sequence[Site]) -> nn.ModuleList:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and all(site.name.startswith(f"{name}.{site.block}.") for site in sites):
             return module
-    raise Refusal("the sites lie in no common nn.ModuleList of blocks")
+    raise Refusal("the sites must lie in a common nn.ModuleList of blocks, and the model has none that holds them all")
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors a block returns, alone or in a tuple."""
+    """The tensors that a block returns, either a single one or a tuple."""
     return [part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, torch.Tensor)]
 
 

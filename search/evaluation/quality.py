@@ -1,4 +1,4 @@
-"""Quality: the figures of a model on a workload, and how two of them are compared. Plain values; knows no model."""
+"""Hold the quality metrics of a model on a workload, and compare two of them. Plain values; does not know models."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["Difference", "Quality", "mean_standard_error", "paired_kl", "ratio_s
 
 @dataclass(frozen=True)
 class Quality:
-    """What a model does on a workload. Non-finite logits give state "nonfinite" and no number.
+    """The quality of a model on a workload. Non-finite logits give the state "nonfinite" and no numbers.
 
     Attributes:
-        state: "ok", "nonfinite", or "raced" for figures of the first sequences only, where a measurement was given up.
+        state: "ok"; "nonfinite"; or "raced" if the measurement was stopped early, with metrics of its first sequences.
         kl: mean over scored tokens of KL(dense ‖ model), nats per token.
-        kl_standard_error: of `kl`, over sequences as the sampling unit.
+        kl_standard_error: standard error of `kl`, with sequences as the sampling unit.
         perplexity: exp of the mean negative log-likelihood over the tokens of the texts.
         accuracy: share of items whose likeliest continuation (summed log-probability) is the correct one.
         expected_accuracy: mean probability of the correct continuation among the choices, P(correct).
         margin: mean log-probability of the correct continuation minus the best other one, nats.
         agreement: share of scored tokens where the likeliest next token is the dense model's.
-        items, tokens: how many were scored.
-        kl_by_sequence, tokens_by_sequence: sums and counts per sequence, for paired comparisons.
+        items, tokens: numbers of scored items and tokens.
+        kl_by_sequence, tokens_by_sequence: summed KL and number of scored tokens per sequence, for paired comparisons.
         correct_by_item: P(correct) per item, for paired comparisons.
-        perplexity_by_corpus: (corpus, perplexity) for every corpus that texts name.
+        perplexity_by_corpus: (corpus, perplexity) of every named corpus in the workload.
     """
 
     state: str = "nonfinite"
@@ -50,24 +50,24 @@ class Quality:
     perplexity_by_corpus: tuple[tuple[str, float], ...] = ()
 
     def scalars(self) -> dict[str, Any]:
-        """The single figures, without the per-sequence tuples."""
+        """The scalar values, without the tuples."""
         return {name: value for name, value in asdict(self).items() if not isinstance(value, tuple)}
 
     def to_row(self) -> dict[str, Any]:
-        """The same under the names that `search.reporting.tables` knows, with the perplexity of every corpus."""
+        """The scalar values and corpus perplexities, under the column names that `search.reporting.tables` uses."""
         corpora = {f"perplexity_{name}": value for name, value in self.perplexity_by_corpus}
         return {name.replace("standard_error", "stderr"): value for name, value in self.scalars().items()} | corpora
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two mean KLs on the same sequences, nats per token.
+    """The difference of two mean KLs on the same sequences, nats per token.
 
     Attributes:
-        value: first minus second.
-        standard_error: of `value`, sequences as the sampling unit; NaN for fewer than two.
-        relative: `value` over the second's KL; 0 where that is 0.
-        sequences: how many.
+        value: first KL minus second.
+        standard_error: standard error of `value`, with sequences as the sampling unit; NaN for fewer than two.
+        relative: `value` divided by the second KL; 0 if that is 0.
+        sequences: number of sequences.
     """
 
     value: float
@@ -77,13 +77,13 @@ class Difference:
 
 
 def paired_kl(first: Quality, second: Quality) -> Difference:
-    """KL of `first` minus KL of `second`, both measured on one workload.
+    """KL of `first` minus KL of `second`, both measured on the same workload.
 
     Raises:
         ValueError: either has no numbers, or they come from different workloads.
     """
     if first.state != "ok" or second.state != "ok" or first.tokens_by_sequence != second.tokens_by_sequence:
-        raise Refusal("two qualities can only be compared when both are numbers from the same workload")
+        raise Refusal("two qualities can only be compared if both have numbers from the same workload")
     used = [number for number, count in enumerate(first.tokens_by_sequence) if count]
     counts = torch.tensor(first.tokens_by_sequence, dtype=torch.float64)[used]
     sums = [torch.tensor(quality.kl_by_sequence, dtype=torch.float64)[used] for quality in (first, second)]
@@ -99,7 +99,7 @@ def mean_standard_error(values: torch.Tensor) -> float:
 
 
 def ratio_standard_error(sums: torch.Tensor, counts: torch.Tensor) -> float:
-    """Standard error of Σ sums / Σ counts with sequences as units (linearized ratio estimator)."""
+    """Standard error of Σ sums / Σ counts, with sequences as the sampling unit (linearized ratio estimator)."""
     if len(sums) < 2:
         return math.nan
     residual = sums - counts * (sums.sum() / counts.sum())

@@ -1,4 +1,4 @@
-"""What one evaluation of a schedule measured. Plain values."""
+"""Hold the result of one evaluation of a schedule. Plain values."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Score:
     """Everything measured about one schedule.
 
     Attributes:
-        state: "ok"; "nonfinite" when a logit was NaN or infinite; "failed" when the evaluation raised; "raced" when it
-            was given up for being clearly worse than a rival.
-        quality: figures of the workload; those of its first sequences in state "raced", which stand for no more than
-            that, and without numbers in other states but "ok".
+        state: "ok"; "nonfinite" if a logit was NaN or infinite; "failed" if the evaluation raised; "raced" if it was
+            stopped early because the schedule is clearly worse than a rival.
+        quality: quality on the workload. In state "raced" it covers only the first sequences and must not be compared
+            with full measurements; in the states "nonfinite" and "failed" it has no numbers.
         size: parameters, bytes, multiply-adds.
         seconds: wall time of this evaluation.
-        reason: why it failed, else empty.
-        shard: which of the evaluator's workloads it was measured on.
+        reason: why it failed, otherwise empty.
+        shard: index of the evaluator's workload that it was measured on.
         kl_control, expected_accuracy_control: control variates, see `ModelEvaluator`; 0 with one workload.
-        time_fraction: time of the sites after / before, see `search.evaluation.latency.SiteTimes`; NaN where it was
-        not asked for.
+        time_fraction: time of the sites after / before, see `search.evaluation.site_times.SiteTimes`; NaN unless time
+            counts in the reward.
     """
 
     state: str
@@ -43,12 +43,12 @@ class Score:
 
     @property
     def kl(self) -> float:
-        """KL(dense ‖ model), nats per token, estimated for all workloads together."""
+        """KL(dense ‖ model), nats per token, as an estimate over all workloads."""
         return self.quality.kl + self.kl_control
 
     @property
     def expected_accuracy(self) -> float:
-        """Mean P(correct) over the items, estimated for all workloads together."""
+        """Mean P(correct) over the items, as an estimate over all workloads."""
         return self.quality.expected_accuracy + self.expected_accuracy_control
 
     @property
@@ -62,20 +62,23 @@ class Score:
         return self.size.bytes_fraction
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row of single figures; NaN becomes None. `kl` and `expected_accuracy` are those of the workload."""
+        """One flat row of scalars; non-finite numbers become None.
+
+        `kl` and `expected_accuracy` are the values on the workload used, without the control variates.
+        """
         own = {name: getattr(self, name) for name in _OWN}
         row = own | {name: value for name, value in self.quality.scalars().items() if name != "state"}
         row |= asdict(self.size)
         return _plain(row)
 
     def to_row(self, schedule: str) -> dict[str, object]:
-        """The same as a row of a final table, see `Quality.to_row`."""
+        """The same values as a row of a final table, see `Quality.to_row`."""
         own = {name: getattr(self, name) for name in _OWN}
         return {"schedule": schedule, **_plain(self.quality.to_row() | own | asdict(self.size))}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Score:
-        """Inverse of `to_dict`; per-sequence figures are not kept."""
+        """Inverse of `to_dict`, except for the per-sequence values, which `to_dict` drops."""
 
         def pick(kind: type[Quality] | type[Size]) -> dict[str, Any]:
             known = {field.name for field in fields(kind)} & row.keys()
@@ -87,7 +90,7 @@ class Score:
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for numbers that are not finite."""
+    """Replace non-finite numbers by None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }

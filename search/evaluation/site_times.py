@@ -1,4 +1,4 @@
-"""The time of a schedule from measured times of its layers."""
+"""Estimate the running time of a schedule from measured times of single layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ __all__ = ["SiteTimes"]
 
 @dataclass(frozen=True, eq=False)
 class SiteTimes:
-    """Time of the sites under a schedule over that of the dense ones, from the planner's costs of single layers.
+    """Time of the sites under a schedule divided by their dense time, from the planner's costs of single layers.
 
-    The mean of two fractions, for a prompt of 512 tokens and for single tokens. In each, a dense site weighs by its
-    parameters, which single tokens take time to read and prompts to multiply. Attention, embeddings and whatever else
-    stays as it is are left out: they are in `Latency`.
+    The result is the mean of two fractions, one for a prompt of 512 tokens and one for single tokens. In each fraction
+    a site is weighted by its number of dense parameters, since its dense time is proportional to them: single tokens
+    are limited by reading the parameters, prompts by multiplying with them. Attention, embeddings and everything else
+    that a schedule does not change are excluded; `search.evaluation.latency.Latency` includes them.
     """
 
     sites: Sequence[Site]
@@ -35,11 +36,11 @@ class SiteTimes:
     device: torch.device
 
     def __call__(self, schedule: Schedule) -> float:
-        """The fraction, 1 for a dense schedule."""
+        """The time fraction of a schedule; 1 for the dense schedule."""
         return fmean(self._fraction(schedule, tokens) for tokens in (1, _PROMPT))
 
     def shares(self, options: SiteMenu) -> NDArray[np.float64]:
-        """What every option of a site adds to the fraction, (options,)."""
+        """The contribution of each option of a site to the time fraction (options,)."""
         site = options.site
         whole = site.parameters / sum(each.parameters for each in self.sites)
         return np.array(
@@ -51,7 +52,7 @@ class SiteTimes:
         return total / sum(site.parameters for site in self.sites)
 
     def _share(self, site: Site, choice: Choice, tokens: int) -> float:
-        """Of the dense site's time."""
+        """Time of a choice divided by that of the dense site, for a pass of `tokens` tokens."""
         if choice.is_dense:
             return 1.0
         legs = resolve(choice.topology, site.out_features, site.in_features)

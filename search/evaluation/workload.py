@@ -1,6 +1,6 @@
-"""Scoring: what one forward pass over a fixed workload says about a model, against the dense model.
+"""Measure the quality of a model against the dense model by one forward pass over a fixed set of texts and items.
 
-Knows a causal language model and its logits; nothing of schedules or files.
+Knows a causal language model and its logits; does not know schedules or files.
 """
 
 from __future__ import annotations
@@ -22,52 +22,52 @@ from search.evaluation.quality import Quality, mean_standard_error, ratio_standa
 __all__ = ["Continuation", "RunForward", "ShouldStop", "Workload", "is_out_of_memory", "loglikelihoods", "run_directly"]
 
 ShouldStop = Callable[[Quality, int], bool]
-"""Whether to give up, given the figures so far and how often it may be asked."""
+"""Decides whether to stop early, given the quality so far and the largest number of times that it may be called."""
 
 RunForward = Callable[[Hashable, Callable[[], Any]], Any]
-"""Makes a forward pass: given what stands for the inputs, and the pass."""
+"""Runs a forward pass, given an object that identifies the inputs and a function that makes the pass."""
 
 
 def run_directly(batch: Hashable, forward: Callable[[], Any]) -> Any:
-    """The pass as it is."""
+    """Run the whole forward pass without reuse."""
     return forward()
 
 
 @dataclass(eq=False)
 class _Batch:
-    """Rows of packed sequences, and where each prediction is read and what it is compared with.
+    """Rows of packed sequences, with the position and target of every prediction.
 
-    Predictions that count for KL and agreement (prefix and correct answer) come first, `compared` of them.
+    The first `compared` predictions count for KL and agreement; they belong to prefixes and correct answers.
     """
 
     inputs: dict[str, torch.Tensor]
     compared: int
-    source: torch.Tensor  # flat position whose logits predict …
-    target: torch.Tensor  # … this token
+    source: torch.Tensor  # flat position whose logits predict the target
+    target: torch.Tensor  # predicted token
     owner: torch.Tensor  # sequence number of each prediction
     branch: torch.Tensor  # global branch number of a scored continuation token, -1 elsewhere
     dense: Dense | None = None
 
 
 class Continuation(NamedTuple):
-    """Summed log-probability of a continuation, nats, and whether every token of it is the likeliest one."""
+    """Summed log-probability of a continuation, nats, and whether every token of it is the likeliest at its place."""
 
     loglikelihood: float
     greedy: bool
 
 
 class Workload:
-    """A fixed set of texts and items, tokenized, batched and referenced to the dense model once.
+    """A fixed set of texts and items, tokenized and batched once and compared with the dense model as reference.
 
     Args:
-        sequences: texts and items; at least one prediction among them.
-        device: where the model runs.
-        batch_tokens: upper limit of tokens in one forward pass, padding included; a longer sequence goes alone.
-        mixed: order the batches so that the first ones are like all of them, texts and items, short and long, at the
-            price of some padding. Without it rows of a length go together.
+        sequences: texts and items with at least one prediction among them.
+        device: device of the model.
+        batch_tokens: most tokens in one forward pass, padding included; a longer sequence forms a batch of its own.
+        mixed: order the batches so that the first ones represent all of them (texts and items, short and long), at the
+            cost of some padding. Otherwise rows of similar length are batched together.
 
     Raises:
-        ValueError: nothing to score.
+        ValueError: there is nothing to score.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Workload:
         self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
 
     def halved(self) -> Workload | None:
-        """The same in batches of half as many tokens, without a reference; None where every batch is one row."""
+        """The same workload in batches of half as many tokens, without a reference; None if every batch is one row."""
         rows = [len(batch.inputs["input_ids"]) for batch in self._batches]
         if max(rows) == 1:
             return None
@@ -93,22 +93,22 @@ class Workload:
 
     @property
     def has_reference(self) -> bool:
-        """Whether `reference` has been called."""
+        """Whether `reference` has been called successfully."""
         return all(batch.dense is not None for batch in self._batches)
 
     @property
     def tokens(self) -> int:
-        """Tokens that one pass feeds to the model, padding not counted."""
+        """Number of tokens that a pass over the workload feeds to the model, without padding."""
         return sum(len(sequence.tokens) for sequence in self.sequences)
 
     @property
     def padded_tokens(self) -> int:
-        """The same, padding counted."""
+        """Number of tokens that a pass over the workload feeds to the model, including padding."""
         return sum(batch.inputs["input_ids"].numel() for batch in self._batches)
 
     @torch.no_grad()
     def reference(self, model: nn.Module, run_forward: RunForward = run_directly) -> Quality:
-        """Take `model` as the dense reference and return its own quality (kl 0).
+        """Use `model` as the dense reference; returns its own quality, with a KL of 0.
 
         Args:
             run_forward: as for `measure`.
@@ -118,7 +118,7 @@ class Workload:
         """
         return self._pass(model, run_forward, self._refer)
 
-    @torch.no_grad()  # inference mode would end a sharded model
+    @torch.no_grad()  # a sharded model does not survive inference mode
     def measure(
         self,
         model: nn.Module,
@@ -128,14 +128,15 @@ class Workload:
         """Quality of `model` against the reference. Call `reference` first.
 
         Args:
-            run_forward: makes the forward pass of a batch, given something that stands for its inputs and the pass itself.
-            should_stop: asked after every batch but the last, with the figures of the sequences so far and how often it
-                may be asked. When it says yes, those figures are the result, in state "raced".
+            run_forward: runs the forward pass of a batch, given an object that identifies the inputs and a function
+                that makes the pass.
+            should_stop: called after every batch but the last, with the quality so far and the largest number of
+                calls. When it returns True, that quality is the result, in state "raced".
         """
         return self._pass(model, run_forward, should_stop=should_stop)
 
     def descend(self, model: nn.Module) -> None:
-        """Backward passes of the mean KL, nats per token, through `model`; the caller watches the gradients.
+        """Backpropagate the mean KL, nats per token, through `model`; the caller collects the gradients.
 
         Call `reference` first. Gradients must be enabled.
         """
@@ -148,7 +149,7 @@ class Workload:
 
     @torch.inference_mode()
     def continuations(self, model: nn.Module) -> list[list[Continuation]]:
-        """What the model says of every continuation of every item, in order; needs no reference."""
+        """Log-likelihoods of all continuations of all items, in order; needs no reference."""
         likelihoods, misses = (torch.zeros(int(self._branch_start[-1]), dtype=torch.float64) for _ in range(2))
         for batch in self._batches:
             scored = batch.branch >= 0
@@ -168,7 +169,7 @@ class Workload:
         before: Callable[[_Batch, Reading], None] | None = None,
         should_stop: ShouldStop | None = None,
     ) -> Quality:
-        """One forward pass over all batches; `before` sees what each gives before it is measured."""
+        """Make one forward pass over all batches; `before` is called with each reading before it is measured."""
         count = len(self.sequences)
         totals = {
             name: torch.zeros(count, dtype=torch.float64) for name in ("kl", "agree", "compared", "nll", "scored")
@@ -193,7 +194,7 @@ class Workload:
     def _refer(batch: _Batch, reading: Reading) -> None:
         compared = reading.first(batch.compared)
         if not torch.isfinite(compared.logits).all():
-            raise Refusal("the dense model gives NaN or infinite logits; nothing can be compared with it")
+            raise Refusal("the dense model gives NaN or infinite logits, so no model can be compared with it")
         batch.dense = Dense(compared)
 
     def _measure_batch(self, batch: _Batch, reading: Reading) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
@@ -268,7 +269,7 @@ class Workload:
         )
 
     def _of(self, corpus: str) -> torch.Tensor:
-        """Whether each sequence is of a corpus."""
+        """Whether each sequence belongs to the corpus (sequences,)."""
         return torch.tensor([sequence.corpus == corpus for sequence in self.sequences])
 
     def _batch(self, rows: list[list[int]], device: torch.device) -> _Batch:
@@ -307,14 +308,14 @@ def loglikelihoods(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or of this process: torch says the latter by a RuntimeError."""
+    """Whether GPU or main memory ran out; torch reports the latter as a RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Add `values` to `total[place]` on the CPU in float64; negative places are left out."""
+    """Add `values` to `total[place]` on the CPU in float64; negative places are skipped."""
     place, values = place.cpu(), values.cpu().double()
     return total.index_add_(0, place[place >= 0], values[place >= 0])
 
@@ -327,7 +328,7 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 def _perplexity(totals: dict[str, torch.Tensor], of: torch.Tensor) -> float:
-    """Over the tokens of the texts among some sequences; NaN where there are none."""
+    """Perplexity over the tokens of the texts among the sequences `of`; NaN if there are none."""
     count = float(totals["scored"][of].sum())
     if not count:
         return math.nan

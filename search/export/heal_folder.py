@@ -18,7 +18,7 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment, load
 from search.export.folder import export_model, footprint
 from search.export.model_card import model_card
-from search.healing.plan import Options, text_tokens
+from search.healing.plan import HealingOptions, text_tokens
 from search.healing.run import HealedRun, held, judge_of
 from search.healing.text import heal_text
 from search.healing.training import heal_
@@ -36,7 +36,7 @@ __all__ = ["heal_export"]
 _HEALED = "After the search, its cores and norms were trained for a while to match the outputs of the original."
 
 
-def heal_export(source: Path, dense: str, options: Options, console: Console) -> HealedRun:
+def heal_export(source: Path, dense: str, options: HealingOptions, console: Console) -> HealedRun:
     """Heal the model of an exported folder and export the result; continues an earlier attempt that was interrupted.
 
     Args:

@@ -18,7 +18,7 @@ from search.export.restore import RestoredRun, restore
 from search.runtime.console import Console
 from search.runtime.run_folder import PRIOR
 
-__all__ = ["Form", "export_run"]
+__all__ = ["ExportForm", "export_run"]
 
 _BITS = {
     "int8": "Everything is stored in 8 bits",
@@ -43,7 +43,7 @@ _AFTER = {
 
 
 @dataclass(frozen=True)
-class Form:
+class ExportForm:
     """The form in which a model is exported.
 
     Attributes:
@@ -64,7 +64,7 @@ class Form:
 def export_run(
     source: Path,
     folder: Path,
-    form: Form,
+    form: ExportForm,
     console: Console,
     healed: Path | None = None,
     opened: Experiment | None = None,

@@ -13,7 +13,7 @@ import torch
 
 from compression.refusal import Refusal
 
-__all__ = ["HealingPlan", "Options", "text_tokens"]
+__all__ = ["HealingOptions", "HealingPlan", "text_tokens"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ _ON_GPU = {"rate": 1e-4, "batch_tokens": 1 << 13, "pass_tokens": 1 << 14, "sampl
 
 
 @dataclass(frozen=True)
-class Options:
+class HealingOptions:
     """The healing options of the command line; None selects the default of `HealingPlan`."""
 
     minutes: float | None = 30.0
@@ -117,7 +117,7 @@ class Options:
         return HealingPlan(**given, seed=seed)
 
 
-def text_tokens(plan: HealingPlan, device: torch.device, options: Options) -> int:
+def text_tokens(plan: HealingPlan, device: torch.device, options: HealingOptions) -> int:
     """How many tokens of healing text to prepare.
 
     Without an explicit number, this is about as many as the plan can learn from, so that no row repeats while the

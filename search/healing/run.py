@@ -25,7 +25,7 @@ from search.config import Config, read_fields
 from search.evaluation.score import Score
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment, load
-from search.healing.plan import HealingPlan, Options, text_tokens
+from search.healing.plan import HealingOptions, HealingPlan, text_tokens
 from search.healing.repaired_start import UNFINISHED, referenced, started_
 from search.healing.rows import HealingText
 from search.healing.sharding import sharing_copy
@@ -68,7 +68,7 @@ class HealedRun:
     stopped: str
 
 
-def heal_folder(run: Path, options: Options, console: Console) -> HealedRun:
+def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedRun:
     """Heal the searched schedule of a finished run; continues an interrupted healing with the same settings.
 
     Processes started together by `accelerate launch` or torchrun share the work; only the first one writes files.
@@ -119,7 +119,7 @@ def heal_experiment_(
     schedule: Schedule,
     evaluator: Measures,
     plan: HealingPlan | None,
-    options: Options,
+    options: HealingOptions,
     folder: Path,
     console: Console,
     repaired: Path | None = None,
@@ -188,7 +188,7 @@ def _document(
     experiment: Experiment,
     schedule: Schedule,
     plan: HealingPlan,
-    options: Options,
+    options: HealingOptions,
     text: HealingText,
     healed: Healed,
     scores: Mapping[str, Score],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from search.benchmarking.run import BenchmarkRequest, benchmark
 from search.experiment.experiment import Experiment
-from search.export.run import Form, export_run
+from search.export.run import ExportForm, export_run
 from search.priors.format import Prior
 from search.reporting.run_report import REPORT, report
 from search.runtime.console import Console
@@ -61,4 +61,4 @@ def _exported(run: Path, experiment: Experiment, console: Console) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     if all(choice.is_dense for _, choice in Prior.read(run / PRIOR).schedule):
         return "nothing is compressed in the result, so that it is not exported"
-    return export_run(run, folder, Form(config.export, device=config.device), console, opened=experiment)
+    return export_run(run, folder, ExportForm(config.export, device=config.device), console, opened=experiment)

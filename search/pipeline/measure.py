@@ -13,7 +13,7 @@ from search.evaluation.latency import Latency
 from search.evaluation.quality import paired_kl
 from search.evaluation.score import Score
 from search.experiment.experiment import Experiment
-from search.healing.plan import Options
+from search.healing.plan import HealingOptions
 from search.healing.run import heal_experiment_, held
 from search.healing.state import HEALED, REPAIRED
 from search.runtime.console import Console
@@ -42,7 +42,7 @@ def measure(
         if untouched or all(choice.is_dense for _, choice in chosen):
             return scores
         evaluator.close()
-        options = Options(minutes=config.heal_minutes)
+        options = HealingOptions(minutes=config.heal_minutes)
         plan = options.plan(config.seed, experiment.device) if config.heal_minutes else None
         with held(healing) if plan else nullcontext():
             improved, healed = heal_experiment_(

@@ -1,3 +1,3 @@
-"""The JSON compression prior: format, versions, building, transfer to other models, text."""
+"""Implements the JSON compression prior: format, versions, building, transfer to other models, text output."""
 
 __all__: list[str] = []

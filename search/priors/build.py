@@ -1,6 +1,6 @@
-"""Making priors: the schedule of a run with everything the format of `search.priors.format` asks for.
+"""Builds priors: combines the schedule of a run with everything else that `search.priors.format` requires.
 
-Knows loaded models, menus and data; not how a prior is read.
+Knows loaded models, menus and data; does not know how a prior is read.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from search.runtime.provenance import environment
 
 __all__ = ["build_prior", "config_digest", "predicted_trace"]
 
-_LEVELS = tuple(level / 10 for level in range(1, 10))  # relative χ of a predicted trace
-_DIGITS = 6  # significant ones of predicted figures
+_LEVELS = tuple(level / 10 for level in range(1, 10))  # the χ of a predicted trace, relative to full χ
+_DIGITS = 6  # significant digits of predicted numbers
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
 
@@ -42,13 +42,13 @@ def build_prior(
     splits: Splits,
     traces: Mapping[str, Sensitivity] | None = None,
 ) -> Prior:
-    """The prior of a schedule.
+    """Return the prior of a schedule.
 
     Args:
-        menu: of the model, which must be dense as it stands; gives predicted traces and the closed form that offsets
-            are measured from.
-        rows: the table of the run, see `search.reporting.tables.SUMMARY_COLUMNS`.
-        traces: measured ones by site, in the place of predicted ones.
+        loaded: the model, which must be dense.
+        menu: the model's menu; yields predicted traces and the closed form that offsets are measured from.
+        rows: final table of the run, see `search.reporting.tables.SUMMARY_COLUMNS`.
+        traces: measured traces by site, which replace the predicted ones.
     """
     sites = [options.site for options in menu.sites]
     size = SizeModel(loaded.model, sites).size(schedule)
@@ -90,13 +90,13 @@ def build_prior(
 
 
 def config_digest(loaded: LoadedModel) -> str:
-    """sha256 over the configuration of a model: its architecture, without names of files, versions and types."""
+    """Return the sha256 of the architecture in a model's configuration, without file names, versions and dtypes."""
     own = {key: value for key, value in loaded.model.config.to_dict().items() if key not in _VOLATILE}
     return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def predicted_trace(options: SiteMenu) -> Sensitivity | None:
-    """Predicted KL of one site at a tenth to nine tenths of full χ; None where it can only stay dense."""
+    """Return the predicted KL of one site at 0.1 to 0.9 of full χ; None if the site can only stay dense."""
     chis = np.array([choice.chi for choice in options.choices if _nested(choice)])
     if not len(chis):
         return None
@@ -115,7 +115,7 @@ def _nested(choice: Choice) -> bool:
 
 
 def _indices(menu: Menu, schedule: Schedule) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Option of every site: its own, or where the menu has not got it, the largest that stores no more."""
+    """Return the menu index of every site's choice; if the menu lacks it, of the largest option that stores no more."""
     found = []
     for options in menu.sites:
         choice = schedule[options.site.name]

@@ -1,8 +1,8 @@
-"""The compression prior: a winning schedule with what it costs and where it comes from, as JSON that others can apply.
+"""Defines the file format of compression priors, version 2: its fields, strict reading, and writing for people.
 
-The format, version 2: what stands in a file, how it is read strictly and written for people. Knows no model and no run;
-`search.priors.build` makes priors, `search.priors.versions` knows older files, `search.priors.transfer` takes one to a
-model.
+A prior is a JSON file that holds a winning schedule, its scores and its provenance, so that others can apply it. Knows
+no models and no runs; `search.priors.build` makes priors, `search.priors.versions` converts older files, and
+`search.priors.transfer` applies a prior to a model.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 LARGEST_FILE = 64 << 20
-"""Bytes of a prior that is read: a model of 100 blocks cut into heads needs about a fifth of it."""
+"""Bytes of the largest prior that is read. A model of 100 blocks with a site per head needs about a fifth of this."""
 _PATH = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$"
 
 
 def _harmless(text: str) -> str:
-    """A name that is shown and compared, and could be part of a path in careless hands."""
+    """Refuse a name that is unsafe to print or, if someone builds a path from it, to use as a path."""
     if not text.isprintable() or ".." in text or "\\" in text or text.startswith(("/", "~")):
         raise Refusal("must be a printable name without '..', '\\' or a leading '/' or '~'")
     return text
@@ -59,26 +59,26 @@ class _Part(BaseModel):
 
 
 class ModelIdentity(_Part):
-    """Which model the prior was made for."""
+    """The model that a prior was made for."""
 
-    id: Name = Field(description="Hub id, or the name of a folder.")
-    digest: Digest = Field(description="sha256 over names, shapes, types and bytes of the parameters as loaded.")
+    id: Name = Field(description="Hub id, or name of the model's folder.")
+    digest: Digest = Field(description="sha256 over names, shapes, dtypes and bytes of the parameters as loaded.")
     config_digest: Digest | None = Field(
-        None, description="sha256 over the architecture's configuration, without names of files, versions and types."
+        None, description="sha256 over the architecture's configuration, without file names, versions and dtypes."
     )
-    license: Name = Field(description="Of the model's weights, as far as known.")
-    parameters: Positive | None = Field(None, description="Of the dense model, tied weights once.")
-    bytes: Positive | None = Field(None, description="Of those parameters in the precision they were loaded in.")
+    license: Name = Field(description="Licence of the model's weights, or unknown.")
+    parameters: Positive | None = Field(None, description="Parameters of the dense model, tied weights counted once.")
+    bytes: Positive | None = Field(None, description="Bytes of those parameters in the dtype they were loaded in.")
 
 
 class Sensitivity(_Part):
-    """What this site alone costs at several χ, everything else dense: KL to the dense model, nats per token."""
+    """KL to the dense model at several χ when only this site is compressed, in nats per token."""
 
     source: Literal["predicted", "measured"] = Field(
-        description="Predicted: the menu's ½·tr(G E C Eᵀ). Measured: `search.py profile`."
+        description="predicted: ½·tr(G E C Eᵀ) from the menu. measured: by `search.py profile`."
     )
-    chi: tuple[Positive, ...] = Field(min_length=1, description="Ascending.")
-    kl: tuple[float, ...] = Field(min_length=1, description="One for each χ.")
+    chi: tuple[Positive, ...] = Field(min_length=1, description="Bond dimensions, ascending.")
+    kl: tuple[float, ...] = Field(min_length=1, description="KL at each χ, nats per token.")
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
@@ -90,27 +90,28 @@ class Sensitivity(_Part):
 
 
 class PriorSite(_Part):
-    """One matrix: what it becomes. `chi`, `metric` and the legs are absent where it stays dense."""
+    """The choice for one matrix. `chi`, `metric` and the legs are absent if the matrix stays dense."""
 
     name: SitePath = Field(description="Qualified name of the module in the model.")
     block: Count = Field(description="Index of the block, from 0.")
     family: SitePath = Field(description="Kind of the matrix, such as q or down.")
-    shape: tuple[Positive, Positive] = Field(description="Outputs, inputs.")
+    shape: tuple[Positive, Positive] = Field(description="Number of outputs and of inputs.")
     topology: Annotated[str, Field(max_length=200)] = Field(
-        description="dense, lowrank, mpoN, or legs by name as in mpo:9.64x24.24; pivoted- before it drops the gauge."
+        description="dense, lowrank, mpoN, or explicit legs such as mpo:9.64x24.24; the prefix pivoted- means that the "
+        "gauge freedom is removed."
     )
     chi: Positive | None = Field(None, description="Bond dimension.")
     metric: Literal["plain", "input", "two-sided"] | None = Field(
-        None, description="Norm in which the matrix was fitted."
+        None, description="Norm in which the matrix was approximated."
     )
-    out_legs: tuple[Positive, ...] | None = Field(None, description="How the outputs are split, one leg a core.")
-    in_legs: tuple[Positive, ...] | None = Field(None, description="How the inputs are split, one leg a core.")
-    dense_because: Name | None = Field(None, description="Why it cannot be tensorized.")
-    parameters: Positive = Field(description="Entries that are stored.")
+    out_legs: tuple[Positive, ...] | None = Field(None, description="How the outputs are split, one leg per core.")
+    in_legs: tuple[Positive, ...] | None = Field(None, description="How the inputs are split, one leg per core.")
+    dense_because: Name | None = Field(None, description="Why the matrix cannot be tensorized.")
+    parameters: Positive = Field(description="Number of entries that are stored.")
     offset: float | None = Field(
         None,
-        description="Natural logarithm of how much dearer this matrix' cost had to be than predicted for the closed "
-        "form to agree; 0 where it does.",
+        description="Natural logarithm of the factor on the predicted cost of this matrix at which the closed form "
+        "chooses this χ; 0 where it does without a factor.",
     )
     sensitivity: Sensitivity | None = None
 
@@ -133,7 +134,7 @@ class PriorSite(_Part):
 
     @property
     def choice(self) -> Choice:
-        """What the site becomes."""
+        """The choice for this site."""
         if self.chi is None:
             return DENSE
         assert self.metric in METRICS
@@ -141,29 +142,29 @@ class PriorSite(_Part):
 
     @property
     def largest_chi(self) -> int:
-        """The largest χ that saves parameters; 0 where none does, or dense."""
+        """The largest χ that saves parameters; 0 if none does or the site is dense."""
         return 0 if self.chi is None else resolve(self.topology, *self.shape).break_even_chi
 
     @property
     def relative_chi(self) -> float:
-        """χ over the χ at which the topology is exact, at most 1; 1 for dense."""
+        """χ divided by the χ at which the topology is exact, in (0, 1]; 1 for dense."""
         if self.chi is None:
             return 1.0
         return min(1.0, self.chi / max(resolve(self.topology, *self.shape).full_bonds))
 
     @property
     def dense_parameters(self) -> int:
-        """Entries of the dense matrix."""
+        """Number of entries of the dense matrix."""
         return self.shape[0] * self.shape[1]
 
     @property
     def stored(self) -> int:
-        """Entries that the topology stores at its χ: what `parameters` must be."""
+        """Number of entries that the topology stores at this χ; `parameters` must equal it."""
         return self.dense_parameters if self.chi is None else resolve(self.topology, *self.shape).parameters(self.chi)
 
 
 class Estimate(_Part):
-    """A figure with its 95 % interval, absent where there is but one sample."""
+    """A value with its 95 % interval; the interval is absent if there is only one sample."""
 
     value: float
     low: float | None = None
@@ -171,28 +172,34 @@ class Estimate(_Part):
 
 
 class PriorScore(_Part):
-    """A row of the table the prior was published with. Figures are absent where the model gave none."""
+    """One row of the table that the prior was published with. Values that could not be measured are absent."""
 
     schedule: Name
     state: Name
     kept_fraction: Fraction = Field(description="Parameters after / before over the sites.")
-    model_kept_fraction: Fraction = Field(description="The same over the whole model, tied weights once.")
+    model_kept_fraction: Fraction = Field(
+        description="Parameters after / before over the whole model, tied weights counted once."
+    )
     bytes_fraction: Fraction = Field(description="Bytes after / before over the whole model.")
     parameters: Positive
     bytes: Positive
-    multiply_adds: Positive = Field(description="Per token over the sites.")
+    multiply_adds: Positive = Field(description="Multiply-adds per token over the sites.")
     kl: Estimate | None = Field(None, description="KL to the dense model, nats per token.")
     perplexity: Annotated[float, Field(ge=0)] | None = None
     accuracy: Estimate | None = None
     expected_accuracy: Estimate | None = Field(None, description="Mean probability of the correct answer.")
-    margin: float | None = Field(None, description="Log-probability of the correct answer over the best other one.")
-    agreement: float | None = Field(None, description="Share of tokens where the likeliest one is the dense model's.")
+    margin: float | None = Field(
+        None, description="Log-probability of the correct answer minus that of the best other answer."
+    )
+    agreement: float | None = Field(
+        None, description="Fraction of positions where the likeliest token equals that of the dense model."
+    )
     items: Count
     tokens: Count
 
 
 class PriorData(_Part):
-    """Digests of what was calibrated, searched and measured on."""
+    """Digests of the data used for calibration, search and measurement."""
 
     calibration: Digest
     search_text: Digest
@@ -202,11 +209,13 @@ class PriorData(_Part):
 
 
 class Origin(_Part):
-    """The prior that this one was made from."""
+    """The prior from which this one was made."""
 
     model: ModelIdentity
     schedule_digest: Digest
-    notes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field(description="How it was taken here.")
+    notes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field(
+        description="How the prior was transferred to this model."
+    )
 
 
 class Prior(_Part):
@@ -215,30 +224,35 @@ class Prior(_Part):
     format: Literal["chisel-prior"]
     version: Literal[2]
     model: ModelIdentity
-    target_kept: Annotated[float, Field(gt=0, le=1)] = Field(description="Kept fraction that was asked for.")
+    target_kept: Annotated[float, Field(gt=0, le=1)] = Field(description="Target of the kept fraction.")
     kept_fraction: Fraction = Field(description="Parameters after / before over the sites.")
-    model_kept_fraction: Fraction | None = Field(None, description="The same over the whole model, tied weights once.")
+    model_kept_fraction: Fraction | None = Field(
+        None, description="Parameters after / before over the whole model, tied weights counted once."
+    )
     bytes_fraction: Fraction | None = Field(None, description="Bytes after / before over the whole model.")
     schedule_digest: Digest | None = Field(
-        None, description="Identity of the schedule; null in a prior written by hand, whose scores then claim nothing."
+        None,
+        description="Digest of the schedule; null in a prior edited by hand, whose scores then belong to no schedule.",
     )
-    origin: Origin | None = Field(None, description="Where the schedule comes from, if not from a search here.")
-    seeds: Mapping[Name, Count] = Field(description="Of every generator of the run.")
+    origin: Origin | None = Field(
+        None, description="Prior that the schedule comes from, if it does not come from a search on this model."
+    )
+    seeds: Mapping[Name, Count] = Field(description="Seed of every random generator of the run.")
     sites: tuple[PriorSite, ...] = Field(min_length=1)
     scores: tuple[PriorScore, ...]
     data: PriorData
-    configuration: Mapping[str, JsonValue] = Field(description="The run's, by field.")
+    configuration: Mapping[str, JsonValue] = Field(description="Configuration of the run, by field.")
     environment: Mapping[str, JsonValue] = Field(description="Date, command, commit, machine and versions.")
 
     @classmethod
     def read(cls, path: Path, clamp: bool = False) -> Prior:
-        """A prior from a file, of this version or an earlier one.
+        """Read a prior of this version or an earlier one from a file.
 
         Args:
-            clamp: lower a χ above the largest that saves parameters to that; otherwise it is refused.
+            clamp: lower each χ to the largest one that saves parameters; otherwise a larger χ is refused.
 
         Raises:
-            ValueError: one line that names file, field, rule and value.
+            ValueError: the prior is refused; one line names file, field, rule and value.
         """
         document = read_object(path, "the prior", LARGEST_FILE)
         try:
@@ -258,21 +272,21 @@ class Prior(_Part):
 
     @property
     def blocks(self) -> int:
-        """Blocks of the model it was made for."""
+        """Number of blocks of the model that the prior was made for."""
         return 1 + max(site.block for site in self.sites)
 
     @property
     def was_repaired(self) -> bool:
-        """Whether its run ended with a repair that was kept: its table has a row of it then."""
+        """Whether the run kept its repair; its table then has the row "repaired"."""
         return any(score.schedule == "repaired" for score in self.scores)
 
     def to_json(self) -> str:
-        """The content of a file: keys in the order of the schema, absent values left out, short lists in one line."""
+        """Return the file content: keys in the order of the schema, no absent values, short lists on one line."""
         return pretty_json(self.model_dump(mode="json", exclude_none=True)) + "\n"
 
     @classmethod
     def published_schema(cls) -> str:
-        """The published JSON Schema."""
+        """Return the JSON Schema of the format as text; docs/prior.schema.json publishes it."""
         own = cls.model_json_schema()
         head = {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -282,7 +296,7 @@ class Prior(_Part):
         return json.dumps(head | {key: value for key, value in own.items() if key not in head}, indent=2) + "\n"
 
     def _checked(self, clamp: bool) -> Prior:
-        """What a schema cannot say: names once, χ within reach, and sums that are those of the sites."""
+        """Check what a schema cannot: unique names, χ that save parameters, and sums and a digest that match the sites."""
         for number, site in enumerate(self.sites):
             if site.chi is not None and site.chi > site.largest_chi and not clamp:
                 raise Refusal(
@@ -293,7 +307,7 @@ class Prior(_Part):
         if self.schedule_digest not in (None, schedule.digest):
             raise Refusal(
                 f"schedule_digest must be that of the sites, {schedule.digest[:12]}…, got {self.schedule_digest}; "
-                "a prior changed by hand has null there"
+                "set it to null in a prior edited by hand"
             )
         for number, site in enumerate(self.sites):
             if site.parameters != site.stored:
@@ -308,13 +322,13 @@ class Prior(_Part):
         if not any(high):
             return self
         sites = tuple(_lowered(site) if over else site for site, over in zip(self.sites, high, strict=True))
-        # What was measured and counted over the whole model is of the schedule that was not lowered.
+        # Scores and whole-model fractions belong to the schedule before the χ were lowered.
         gone: dict[str, Any] = dict(model_kept_fraction=None, bytes_fraction=None, schedule_digest=None, scores=())
         return self.model_copy(update={**gone, "sites": sites, "kept_fraction": _kept(sites)})
 
 
 def _lowered(site: PriorSite) -> PriorSite:
-    """A site whose χ saves nothing at the largest one that does; dense where none does."""
+    """Return the site at the largest χ that saves parameters; dense if there is none."""
     if site.largest_chi == 0:
         changed: dict[str, Any] = dict(topology="dense", chi=None, metric=None, out_legs=None, in_legs=None)
     else:
@@ -328,7 +342,7 @@ def _kept(sites: Sequence[PriorSite]) -> float:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first complaint of pydantic: field, rule, value."""
+    """Return the first error of pydantic as one line: field, rule, value."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     rule = re.sub(r"^(Value error, |Assertion failed, )", "", first["msg"])

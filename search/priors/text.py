@@ -1,4 +1,4 @@
-"""Priors for people: plain text with a bar a block, totals, and what differs between two. No colour, no terminal."""
+"""Prints priors as plain text: a bar per block, totals, and the differences between two priors. Uses no colours."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from search.reporting.tables import Column, text_table
 
 __all__ = ["bar", "diff_text", "show_text"]
 
-_BAR = 24  # characters of a full bar
+_BAR = 24  # width of a full bar in characters
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_MOST = 20  # sites that a difference lists
+_MOST = 20  # number of sites that `diff_text` lists
 
 
 def bar(fraction: float, width: int = _BAR) -> str:
-    """A bar of `width` characters filled to a fraction in [0, 1], in eighths of a character."""
+    """Return a bar of `width` characters, filled to a fraction in [0, 1] at a resolution of 1/8 character."""
     eighths = round(min(1.0, max(0.0, fraction)) * width * 8)
     full, rest = divmod(eighths, 8)
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
 def show_text(prior: Prior) -> str:
-    """A prior on one page: what it is for, kept fractions, a line a block, and its scores."""
+    """Return a prior on one page: model, kept fractions, one line per block, and scores."""
     families = _families(prior.sites)
     lines = [
         f"{prior.model.id}  {prior.model.digest[:12]}  kept {prior.kept_fraction:.4f} of the sites"
@@ -45,14 +45,14 @@ def show_text(prior: Prior) -> str:
     sources = sorted({site.sensitivity.source for site in prior.sites if site.sensitivity})
     lines += [
         "",
-        f"cells: χ, with d where dense ({dense} of {len(prior.sites)} sites), the last row kept fractions; "
+        f"cells: χ, or d for dense ({dense} of {len(prior.sites)} sites); last row: kept fractions; "
         f"sensitivity traces: {', '.join(sources) or 'none'}",
     ]
     return "\n".join(lines) + "\n" + (f"\n{_scores(prior.scores)}" if prior.scores else "")
 
 
 def diff_text(first: Prior, second: Prior) -> str:
-    """What differs between two priors: models, totals, and by block and site how χ moved."""
+    """Return the differences between two priors: models, totals, kept fraction by block, and χ by site."""
     lines = []
     for name in ("id", "digest", "config_digest"):
         before, after = getattr(first.model, name), getattr(second.model, name)
@@ -75,7 +75,7 @@ def diff_text(first: Prior, second: Prior) -> str:
         if name in after_sites and site.choice != after_sites[name].choice
     ]
     if changed:
-        lines += ["", f"{len(changed)} sites differ in what they become; kept fraction by block:"]
+        lines += ["", f"{len(changed)} sites differ in their choice; kept fraction by block:"]
         for block, of in groupby(sorted(changed, key=lambda pair: pair[0].block), key=lambda pair: pair[0].block):
             before, after = (_kept([site for site in prior.sites if site.block == block]) for prior in (first, second))
             lines.append(
@@ -83,7 +83,7 @@ def diff_text(first: Prior, second: Prior) -> str:
                 f"  {len(list(of))} sites"
             )
         far = sorted(changed, key=lambda pair: -abs(pair[1].relative_chi - pair[0].relative_chi))
-        lines += ["", f"the {min(_MOST, len(far))} that moved furthest:"]
+        lines += ["", f"the {min(_MOST, len(far))} sites whose relative χ changed most:"]
         lines += [f"  {old.name}: {_choice(old)} → {_choice(new)}" for old, new in far[:_MOST]]
     return "\n".join(lines) + "\n" if lines else "the same model and the same schedule\n"
 
@@ -97,7 +97,7 @@ def _kept(sites: Sequence[PriorSite]) -> float:
 
 
 def _cell(sites: Sequence[PriorSite], family: str) -> str:
-    """χ of a family in a block: of one site, or the mean where there are several."""
+    """Return the χ of a family in a block; the mean if the block has several sites of the family."""
     of = [site for site in sites if site.family == family]
     if not of:
         return f"{'-':>6}"

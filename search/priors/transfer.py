@@ -1,8 +1,8 @@
-"""Transfer: a prior taken to a model, the one it was made for or another.
+"""Transfers a prior to a model: the one it was made for or another one.
 
-Knows the prior's format and menus; no live model. On sites of the same names and shapes the schedule is the prior's
-own. Elsewhere every site has donors: the prior's sites of its family, at the two relative depths around its own; what
-they have is interpolated, and projected exactly onto a budget by the Lagrangian.
+Knows the format of priors and menus; needs no model in memory. If the sites have the same names and shapes, the
+schedule is that of the prior. Otherwise each site has donors: the prior's sites of the same family at the two nearest
+relative depths. The donors' values are interpolated, and the Lagrangian projects the result exactly onto the budget.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ __all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fit
 
 Rule = Literal["price", "chi"]
 RULES: dict[str, str] = {
-    "price": "how far the prior's prices depart from its closed form, on top of the target's own closed form",
-    "chi": "the prior's relative χ in the place of the target's closed form",
+    "price": "the prior's price offsets from its closed form, applied to the target's own closed form",
+    "chi": "the prior's relative χ instead of the target's closed form",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """A prior on a menu.
+    """A prior that was transferred to a menu.
 
     Attributes:
-        log_weights: of the costs of the sites, (sites,): where they are the closed form is the prior's schedule, as
-            near as the menu and the budget allow. For `envs.Problem.centred`.
-        notes: what was done, in sentences.
+        log_weights: logarithms of the factors on the sites' costs, shape (sites,). With them, the closed form is the
+            prior's schedule as closely as the menu and the budget allow. `envs.Problem.centred` takes them.
+        notes: sentences that say how the prior was transferred.
     """
 
     log_weights: NDArray[np.float64]
@@ -47,22 +47,22 @@ class Transfer:
 
 
 def fits(prior: Prior, sites: Sequence[Site]) -> bool:
-    """Whether the prior names these sites and no others, in these shapes."""
+    """Return whether the prior names exactly these sites, with the same shapes."""
     return {site.name: site.shape for site in prior.sites} == {
         site.name: (site.out_features, site.in_features) for site in sites
     }
 
 
 def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
-    """The prior's schedule for these sites, in their order.
+    """Return the prior's schedule in the order of the given sites.
 
     Raises:
-        ValueError: a site that is missing, unknown, of another shape, or that cannot be tensorized here.
+        ValueError: a site is missing from the prior or the model, has another shape, or cannot be tensorized here.
     """
     wanted = {site.name: site for site in prior.sites}
     for site in sites:
         if site.name not in wanted:
-            raise Refusal(f"sites: the prior lacks {site.name} of the model")
+            raise Refusal(f"sites: the prior lacks {site.name}, which the model has")
         own, shape = wanted.pop(site.name), (site.out_features, site.in_features)
         if own.shape != shape:
             raise Refusal(f"sites: {site.name} must have shape {shape} as in the model, got {own.shape}")
@@ -76,10 +76,10 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
 
 
 def check_families(prior: Prior, sites: Sequence[Site]) -> None:
-    """Refuse, before anything is calibrated, a prior that no site of a model can take anything from.
+    """Refuse a prior without donors for any site of a model, before anything is calibrated.
 
     Raises:
-        ValueError: no family in common among the sites that can be tensorized.
+        ValueError: the sites that can be tensorized have no family in common.
     """
     ours, theirs = {site.family for site in sites if not site.dense_because}, _donors(prior).keys()
     if not ours & theirs:
@@ -90,13 +90,14 @@ def check_families(prior: Prior, sites: Sequence[Site]) -> None:
 
 
 def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
-    """Weights that put a prior onto a menu, at whatever budget is spent there.
+    """Return the weights that transfer a prior to a menu; they hold for any budget.
 
     Args:
-        rule: see `RULES`, for a model of other sites; None takes the first one where the prior has offsets.
+        rule: how to transfer to a model with other sites, see `RULES`; None takes "price" if the prior has offsets,
+            else "chi".
 
     Raises:
-        ValueError: no family in common, or offsets asked for that the prior has not.
+        ValueError: the families have none in common, or `rule` is "price" and the prior has no offsets.
     """
     sites = [options.site for options in menu.sites]
     if fits(prior, sites):
@@ -121,7 +122,7 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
 
 
 def _donors(prior: Prior) -> dict[str, list[PriorSite]]:
-    """Sites of a prior that say something, by family."""
+    """Return the prior's sites that can be tensorized, by family."""
     donors: dict[str, list[PriorSite]] = defaultdict(list)
     for donor in prior.sites:
         if donor.dense_because is None:
@@ -130,12 +131,12 @@ def _donors(prior: Prior) -> dict[str, list[PriorSite]]:
 
 
 def _depth(block: int, blocks: int) -> float:
-    """Relative depth: 0 for the first block, 1 for the last; the middle where there is but one."""
+    """Return the relative depth of a block: 0 for the first, 1 for the last, 0.5 for an only block."""
     return block / (blocks - 1) if blocks > 1 else 0.5
 
 
 def _interpolated(donors: Sequence[PriorSite], blocks: int, depth: float, rule: Rule) -> float:
-    """The donors' offset or relative χ at a depth: linear between neighbours, the mean of several in one block."""
+    """Interpolate the donors' offset or relative χ linearly at a depth, from the means over each block."""
     by_depth: dict[float, list[float]] = defaultdict(list)
     for donor in donors:
         value = donor.relative_chi if rule == "chi" else donor.offset
@@ -146,7 +147,7 @@ def _interpolated(donors: Sequence[PriorSite], blocks: int, depth: float, rule: 
 
 
 def _by_chi(menu: Menu, wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Departures of the options whose relative χ is nearest to what is wanted; 0 where nothing is (NaN)."""
+    """Return the departures of the options whose relative χ is nearest to the wanted one; 0 where that is NaN."""
     known = ~np.isnan(wanted)
     indices = np.array(
         [
@@ -157,7 +158,7 @@ def _by_chi(menu: Menu, wanted: NDArray[np.float64]) -> NDArray[np.float64]:
     )
     if known.all():
         return departures(menu, indices)
-    # Sites without a donor spend what the closed form of the menu gives them beside the others.
+    # Sites without a donor get what the closed form of the whole menu gives them.
     part = Menu(tuple(options for options, given in zip(menu.sites, known, strict=True) if given))
     weights = np.zeros(len(wanted))
     weights[known] = departures(part, indices[known])
@@ -182,5 +183,5 @@ def _notes(prior: Prior, sites: Sequence[Site], served: NDArray[np.bool_], block
     ]
     if rest := [site for site, given in zip(sites, served, strict=True) if not given]:
         others = sorted({site.family for site in rest})
-        notes.append(f"{len(rest)} sites of {', '.join(others)} have no donor and stay with the closed form")
+        notes.append(f"{len(rest)} sites of {', '.join(others)} have no donor and keep the closed form")
     return tuple(notes)

@@ -1,6 +1,6 @@
-"""Versions of the prior's format: what an earlier one is called today, and a later one refused by name.
+"""Converts priors of earlier format versions to the current one, and refuses later versions.
 
-Plain values in, plain values out; what is not known is left in its place, for the reader to refuse.
+Takes and returns plain values. Unknown fields stay, so that the reader can refuse them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from compression.refusal import Refusal
 __all__ = ["FORMAT", "VERSION", "score_entry", "to_current"]
 
 FORMAT, VERSION = "chisel-prior", 2
-_QUANTILE = 1.96  # of the normal distribution, for intervals of 95 %
+_QUANTILE = 1.96  # 0.975 quantile of the normal distribution, for 95 % intervals
 _SIZES = ("kept_fraction", "model_kept_fraction", "bytes_fraction", "parameters", "bytes", "multiply_adds")
 _FIGURES = ("perplexity", "margin", "agreement")
 
 
 def to_current(document: Mapping[str, object]) -> dict[str, Any]:
-    """The same prior in the current version.
+    """Convert a prior to the current version.
 
     Raises:
-        ValueError: another format, or a version that is no whole number or newer than this program.
+        ValueError: the format is another one, or the version is not a whole number or is newer than this program.
     """
     if document.get("format") != FORMAT:
         raise Refusal(f"format must be {FORMAT!r}, got {document.get('format')!r:.80}")
@@ -30,13 +30,15 @@ def to_current(document: Mapping[str, object]) -> dict[str, Any]:
     if type(version) is not int or version < 1:
         raise Refusal(f"version must be a whole number of at least 1, got {version!r:.80}")
     if version > VERSION:
-        raise Refusal(f"version must be at most {VERSION}, which this program reads, got {version}; update it")
+        raise Refusal(
+            f"version must be at most {VERSION}, the newest that this program reads, got {version}; update Chisel"
+        )
     current = dict(document)
     return _from_version_1(current) if version == 1 else current
 
 
 def score_entry(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the final table, with standard errors beside its figures, as an entry of `scores` with intervals."""
+    """Convert a row of the final table, which has standard errors, to an entry of `scores`, which has intervals."""
     entry: dict[str, Any] = {"schedule": row["schedule"], "state": row["state"]}
     entry |= {name: row[name] for name in _SIZES}
     for name in ("kl", "accuracy", "expected_accuracy"):
@@ -54,8 +56,8 @@ def _estimate(value: float | None, error: float | None) -> dict[str, float] | No
 
 
 def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 had standard errors in the place of intervals, the seed in the configuration only, and no offsets,
-    traces or fractions of the whole model outside its table."""
+    """Convert version 1, which had standard errors instead of intervals, the seed in the configuration only, and no
+    offsets, no traces, and no whole-model fractions outside its table."""
     try:
         rows = document["scores"]
         document["scores"] = [score_entry(row) for row in rows]
@@ -65,5 +67,5 @@ def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
                 document["model_kept_fraction"] = row["model_kept_fraction"]
                 document["bytes_fraction"] = row["bytes_fraction"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"it is no prior of version 1, check {error}") from None
+        raise Refusal(f"it is not a prior of version 1; check {error}") from None
     return document | {"version": VERSION}

@@ -1,3 +1,3 @@
-"""One matrix compressed at a time: sweeps and sensitivity traces."""
+"""Measures the effect of compressing one matrix at a time: sweeps and sensitivity traces."""
 
 __all__: list[str] = []

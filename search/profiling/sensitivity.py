@@ -1,6 +1,7 @@
-"""Sensitivity: what single sites cost at a χ, everything else dense, and what a table of that says. NumPy values only.
+"""Analyses sensitivity tables: the KL that each single site costs at a given χ while everything else stays dense.
 
-Knows rows and figures; not how they are measured (`search.profiling.sweep`) or drawn (`search.reporting.heat_maps`).
+Knows rows and numbers; does not know how they are measured (`search.profiling.sweep`) or drawn
+(`search.reporting.heat_maps`).
 """
 
 from __future__ import annotations
@@ -32,25 +33,26 @@ __all__ = [
 ]
 
 TOLERABLE = 0.01
-"""Nats per token below which a site counts as one that tolerates a χ."""
+"""A site tolerates a χ if its KL there is at most this, in nats per token."""
 CACHED = ("k", "v")
-"""Families whose outputs fill the KV cache."""
-_LEAST = 1e-7  # measured KL is noise below; logarithms start here
+"""Families whose outputs are stored in the KV cache."""
+_LEAST = 1e-7  # below this, measured KL is noise; logarithms are taken of at least this
 _PERMUTATIONS = 10_000
-_NAMED = 5  # blocks that a summary lists at either end
+_NAMED = 5  # number of blocks that a summary lists at each end
 
 
 @dataclass(frozen=True)
 class Row:
-    """One site at one χ, all others dense.
+    """Measurement of one site at one χ with all other sites dense.
 
     Attributes:
-        relative_chi: χ over full χ.
-        kept_fraction: parameters after / before of this site.
-        predicted_kl: the menu's cost, nats per token.
-        kl, kl_standard_error: measured, nats per token; NaN where the state is not "ok".
-        expected_accuracy: P(correct).
-        state: of the score.
+        relative_chi: χ divided by the full χ, in (0, 1].
+        kept_fraction: parameters of this site after / before compression.
+        predicted_kl: KL that the menu predicts, in nats per token.
+        kl, kl_standard_error: measured KL and its standard error, in nats per token; NaN unless the state is "ok".
+        expected_accuracy: mean probability of the correct answer, P(correct).
+        state: state of the score, "ok" or the kind of failure.
+        seconds: duration of the measurement.
     """
 
     site: str
@@ -70,15 +72,15 @@ class Row:
 
 
 def rows_text(rows: Iterable[Row]) -> str:
-    """The content of sensitivity.csv, by block, site and χ; figures as exact as they are."""
+    """Return the content of sensitivity.csv: rows sorted by block, site and χ, numbers at full precision."""
     return csv_text([asdict(row) for row in sorted(rows, key=lambda row: (row.block, row.site, row.chi))])
 
 
 def parse_rows(text: str) -> list[Row]:
-    """Inverse of `rows_text`.
+    """Read what `rows_text` wrote.
 
     Raises:
-        ValueError: other columns, or a figure that is none.
+        ValueError: the columns differ from those of `Row`, or a cell is not a number where one is expected.
     """
     kinds = get_type_hints(Row)
     records = parse_records(text)
@@ -100,7 +102,7 @@ def parse_rows(text: str) -> list[Row]:
 def rank_correlation(
     first: Sequence[float] | NDArray[np.float64], second: Sequence[float] | NDArray[np.float64]
 ) -> float:
-    """Spearman's ρ: the correlation of ranks, equal values sharing their mean rank; NaN where either is constant."""
+    """Return Spearman's ρ, the correlation of ranks with ties at their mean rank; NaN if either input is constant."""
     ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second)]
     centred = [one - one.mean() for one in ranks]
     scale = math.sqrt(float((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
@@ -108,7 +110,10 @@ def rank_correlation(
 
 
 def block_by_family(rows: Sequence[Row]) -> tuple[list[int], list[str], NDArray[np.float64]]:
-    """Geometric mean of KL over χ and sites, (blocks, families); NaN where nothing was measured."""
+    """Return blocks, families, and the geometric mean of KL over χ and sites, shape (blocks, families).
+
+    A cell is NaN if nothing was measured there.
+    """
     blocks, families = sorted({row.block for row in rows}), list(dict.fromkeys(row.family for row in rows))
     logs: Mapping[tuple[int, str], list[float]] = defaultdict(list)
     for row in rows:
@@ -121,7 +126,7 @@ def block_by_family(rows: Sequence[Row]) -> tuple[list[int], list[str], NDArray[
 
 
 def block_by_chi(rows: Sequence[Row]) -> tuple[list[int], list[int], NDArray[np.float64]]:
-    """Sum over the sites of a block of KL, (blocks, χ), at each χ that was measured at every site."""
+    """Return blocks, the χ that were measured at every site, and the sum of KL over a block's sites, (blocks, χ)."""
     counts: dict[int, set[str]] = defaultdict(set)
     for row in rows:
         counts[row.chi].add(row.site)
@@ -136,7 +141,7 @@ def block_by_chi(rows: Sequence[Row]) -> tuple[list[int], list[int], NDArray[np.
 
 
 def traces(rows: Iterable[Row]) -> dict[str, Sensitivity]:
-    """Measured traces by site, for a prior; points without a score are left out."""
+    """Return measured sensitivity traces by site, for a prior; measurements that failed are left out."""
     by_site: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.chi):
         if row.state == "ok":
@@ -148,10 +153,12 @@ def traces(rows: Iterable[Row]) -> dict[str, Sensitivity]:
 
 
 def summary(rows: Sequence[Row], model: str, context: int | None = None) -> str:
-    """What the table says, in a page: the menu's ranks, fragile and tolerant blocks, and whether depth matters.
+    """Summarize a table on one page: rank correlation with the menu, fragile and tolerant blocks, effect of depth.
 
     Args:
-        context: length of the text they were measured on, if they are of k and v for the sake of the cache.
+        model: name of the model.
+        context: length in tokens of the text that was measured, if the sweep covered the sites that fill the KV cache
+            only; None otherwise.
     """
     used = [row for row in rows if row.state == "ok"]
     if not used:
@@ -159,7 +166,7 @@ def summary(rows: Sequence[Row], model: str, context: int | None = None) -> str:
     lines = [
         f"Sensitivity of {model}: {len(rows)} measurements, {len({row.site for row in rows})} sites, one at a time.",
         "",
-        "Rank correlation (Spearman) of the menu's predicted KL with the measured KL:",
+        "Rank correlation (Spearman) between the KL that the menu predicts and the measured KL:",
         f"  all      {_correlation(used):6.3f}  ({len(used)} points; measured / predicted, median {_ratio(used):.2f})",
     ]
     for family in dict.fromkeys(row.family for row in used):
@@ -169,12 +176,12 @@ def summary(rows: Sequence[Row], model: str, context: int | None = None) -> str:
         lines += ["", *_cache(used, context)]
     blocks, chis, table = block_by_chi(used)
     if not chis or len(blocks) < 2:
-        return "\n".join([*lines, "", "No χ was measured at every site: blocks are not compared."]) + "\n"
+        return "\n".join([*lines, "", "No χ was measured at every site, so blocks are not compared."]) + "\n"
     fragility = np.exp(np.log(np.maximum(table, _LEAST)).mean(axis=1))
     order = np.argsort(-fragility, kind="stable")
     lines += [
         "",
-        f"Blocks by the KL of their sites together, geometric mean over χ = {', '.join(map(str, chis))}:",
+        f"Blocks by the summed KL of their sites, geometric mean over χ = {', '.join(map(str, chis))}:",
         "  most fragile:  " + _list(blocks, fragility, order[:_NAMED]),
         "  least fragile: " + _list(blocks, fragility, order[::-1][:_NAMED]),
         "",
@@ -186,10 +193,11 @@ def summary(rows: Sequence[Row], model: str, context: int | None = None) -> str:
 
 
 def _cache(rows: Sequence[Row], context: int) -> list[str]:
-    """What the cache keeps where latents stand in it, family by family, and what that costs."""
+    """Report, by family, the share of the KV cache that remains when it stores latents, and the KL that this costs."""
     lines = [
-        f"Of the KV cache, on a text of {context} tokens; a low-rank site keeps χ numbers a position instead of all",
-        "its outputs (generate --latent-cache). KL, nats a token: what sites cost one by one, summed over blocks.",
+        f"KV cache, measured on a text of {context} tokens. For a low-rank site the cache stores χ numbers per",
+        "position instead of all outputs (generate --latent-cache). KL is that of single sites in nats per token,",
+        "summed over blocks.",
     ]
     for family in CACHED:
         of = [row for row in rows if row.family == family]
@@ -216,7 +224,7 @@ def _tolerance(rows: Sequence[Row], blocks: Sequence[int], chi: int, kl: NDArray
 
 
 def _depth(fragility: NDArray[np.float64]) -> list[str]:
-    """Whether early blocks are the fragile ones, by rank correlation with depth and a permutation test."""
+    """Report whether fragility changes with depth, by rank correlation and a permutation test."""
     count = len(fragility)
     depth = np.arange(count, dtype=np.float64)
     rho = rank_correlation(depth, fragility)
@@ -229,9 +237,9 @@ def _depth(fragility: NDArray[np.float64]) -> list[str]:
     if p >= 0.05:
         verdict = "Here fragility has no clear trend with depth"
     else:
-        verdict = "Here early blocks are the fragile ones" if rho < 0 else "Here late blocks are the fragile ones"
+        verdict = "Here early blocks are more fragile" if rho < 0 else "Here late blocks are more fragile"
     return [
-        "CompactifAI and its reproduction report that early blocks are the fragile ones.",
+        "CompactifAI and its reproduction report that early blocks are more fragile.",
         f"{verdict}: rank correlation of fragility with depth {rho:+.2f} (permutation test, p = {p:.4f}); geometric "
         f"means of the first, middle and last third of the blocks {means[0]:.4f}, {means[1]:.4f} and {means[2]:.4f}. "
         f"The first block costs {fragility[0] / np.median(fragility):.1f} times the median block, the last one "
@@ -252,6 +260,6 @@ def _ratio(rows: Sequence[Row]) -> float:
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 0, ties at their mean."""
+    """Return ranks from 0, with ties at their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[place]

@@ -1,13 +1,13 @@
-"""Profile: what every site costs by itself at several χ, measured beside the menu's prediction.
+"""Profiles a model: measures the KL that each site costs by itself at several χ, beside the menu's prediction.
 
-One schedule a measurement: one site at one χ, all others dense, on some of the search data. Knows the order of a
-sweep and what its folder receives; `search.profiling.sensitivity` knows what the table says.
+Each measurement evaluates one schedule on part of the search data: one site at one χ, all others dense. Knows the order
+of a sweep and the contents of its folder; `search.profiling.sensitivity` knows how to analyse the table.
 
-The hidden states below the changed block are those of the dense model and are not computed again
-(`search.evaluation.prefix_reuse`), so a sweep costs about half of its forward passes. It goes level by level and block
-by block: what an interrupted one leaves is whole levels, and the estimate of time left is fair, since late blocks are
-cheaper than early ones. Any number of evaluators share the measurements. sensitivity.csv is written whole after every
-few; a resumed sweep measures what is not in it.
+The hidden states before the changed block equal those of the dense model and are not computed again
+(`search.evaluation.prefix_reuse`), so a sweep costs about half of its forward passes. The order is level by level, and
+by block within a level. An interrupted sweep therefore leaves complete levels, and the estimate of the time left is
+unbiased although late blocks are cheaper than early ones. Any number of evaluators share the measurements.
+sensitivity.csv is rewritten after every few measurements; a resumed sweep measures what is missing from it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = ["CHI", "FRACTIONS", "PROFILE", "TABLE", "TOKENS", "Levels", "profile"
 CHI = tuple(range(10, 100, 10))
 FRACTIONS = (0.25, 0.5, 0.75)
 TOKENS = 512
-"""What a measurement reads, unless said otherwise: KL at thousands of places rather than few figures of each."""
+"""Default number of tokens per measurement: few, so that thousands of site and χ combinations can be measured."""
 PROFILE, TABLE, PARQUET, SWEEP_TABLE = "profile.json", "sensitivity.csv", "sensitivity.parquet", "summary.txt"
 _FORMAT = 1
 _UNSAVED = 7  # measurements that a killed sweep may lose
@@ -59,8 +59,8 @@ class Levels:
     """Bond dimensions of a sweep.
 
     Attributes:
-        chi: the same at every site.
-        fractions: of a site's full χ, above 0 and below 1.
+        chi: bond dimensions that are the same at every site, each at least 1.
+        fractions: bond dimensions as fractions of a site's full χ, each above 0 and below 1.
     """
 
     chi: tuple[int, ...] = CHI
@@ -75,7 +75,7 @@ class Levels:
             raise Refusal("chi or fractions must name a level, got none")
 
     def of(self, site: Site) -> list[int]:
-        """χ at one site by level, each once; a χ that saves nothing there is left out."""
+        """Return the χ of one site in the order of levels, without repetitions and without those that save nothing."""
         legs = resolve(_TOPOLOGY, site.out_features, site.in_features)
         wanted = [*self.chi, *(max(1, round(one * max(legs.full_bonds))) for one in self.fractions)]
         return [chi for chi in dict.fromkeys(wanted) if chi <= legs.break_even_chi]
@@ -84,17 +84,20 @@ class Levels:
 def profile(
     config: Config, levels: Levels | None, tokens: int | None, console: Console, context: int | None = None
 ) -> tuple[Path, str]:
-    """Measure what is missing of a sweep; returns its folder and the summary.
+    """Measure what is missing from a sweep.
 
     Args:
-        levels: None takes those of the sweep that is resumed, or the defaults.
-        tokens: what every measurement reads, at most; None as for `levels`.
-        context: measure the sites that fill the KV cache only, k and v, on one text of so many tokens; None as for
+        levels: bond dimensions to measure; None takes those of the sweep that is resumed, or the defaults.
+        tokens: maximum number of tokens per measurement; None as for `levels`.
+        context: measure only the sites that fill the KV cache, k and v, on one text of this many tokens; None as for
             `levels`.
 
+    Returns:
+        The folder of the sweep and the summary.
+
     Raises:
-        ValueError: refused input, and the folder of a sweep over another model or other data.
-        DataUnavailable: data or model cannot be had.
+        ValueError: the input is refused, or the folder holds a sweep over another model or other data.
+        DataUnavailable: the data or the model cannot be obtained.
     """
     for name, value in (("tokens", tokens), ("context", context)):
         if value is not None and value < 64:
@@ -133,10 +136,10 @@ def profile(
 
 
 def read_profile(folder: Path, model_digest: str) -> list[Row]:
-    """The rows of a sweep.
+    """Return the rows of a sweep.
 
     Raises:
-        ValueError: no sweep there, or one of another model.
+        ValueError: the folder holds no sweep, or one of another model.
     """
     document, rows = _read(folder)
     if document["fingerprint"].get("model") != model_digest:
@@ -148,13 +151,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         document = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
         if document["format"] != _FORMAT:
-            raise Refusal(f"its format is {document['format']}, and {_FORMAT} is wanted")
+            raise Refusal(f"its format must be {_FORMAT}, got {document['format']}")
         rows = parse_rows((folder / TABLE).read_text(encoding="utf-8")) if (folder / TABLE).exists() else []
         _levels(document)
         if type(document["tokens"]) is not int or not isinstance(document["fingerprint"], dict):
-            raise Refusal("its tokens or its fingerprint are not what they must be")
+            raise Refusal("its tokens must be a whole number and its fingerprint an object")
         if type(document.get("context")) not in (int, type(None)):
-            raise Refusal("its context is not what it must be")
+            raise Refusal("its context must be a whole number or null")
         return {**document, "model": str(document["model"])}, rows
     except FileNotFoundError:
         raise Refusal(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}") from None
@@ -163,7 +166,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _levels(document: Mapping[str, Any]) -> Levels:
-    """Those of a sweep that is resumed, else the defaults."""
+    """Return the levels of the sweep that is resumed, or the defaults if there is none."""
     if not document:
         return Levels()
     return Levels(tuple(document["levels"]["chi"]), tuple(document["levels"]["fractions"]))
@@ -175,16 +178,16 @@ def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping
 
 
 def _check_context(experiment: Experiment, context: int) -> None:
-    """Raises ValueError where the model has fewer positions, or nothing that fills a cache by the name of k or v."""
+    """Refuse a context that is longer than the model allows, and a model without sites of the families k and v."""
     if not any(site.family in CACHED for site in experiment.sites):
-        raise Refusal(f"context needs matrices of the kinds {' and '.join(CACHED)}, and this model has none")
+        raise Refusal(f"context needs matrices of the families {' and '.join(CACHED)}, and this model has none")
     most = getattr(experiment.loaded.model.config.get_text_config(), "max_position_embeddings", context)
     if context > most:
-        raise Refusal(f"context must be at most {most}, what the model has positions for, got {context}")
+        raise Refusal(f"context must be at most {most}, the number of positions of the model, got {context}")
 
 
 def _fingerprint(experiment: Experiment, data: Sequence[Packed]) -> dict[str, object]:
-    """Everything that decides a figure of the table, as plain JSON values."""
+    """Return everything that determines the numbers in the table, as plain JSON values."""
     return {
         "model": experiment.loaded.digest,
         "statistics": experiment.calibration.key,
@@ -202,7 +205,7 @@ def _sweep(
     pool: Pool,
     console: Console,
 ) -> list[Row]:
-    """Measure what is wanted and not in `rows`; returns all rows, those wanted first and in their order."""
+    """Measure everything in `wanted` that is not in `rows`; return all rows, the wanted ones first and in order."""
     found = {(row.site, row.chi): row for row in rows}
     missing = [(site, chi) for site, chi in wanted if (site.name, chi) not in found]
     places = {(site.name, chi): place for place, (site, chi) in enumerate(wanted)}
@@ -233,7 +236,7 @@ def _sweep(
 
 
 def _order(sites: Sequence[Site], levels: Levels) -> Iterator[tuple[Site, int]]:
-    """Level by level, and in each by block."""
+    """Yield sites with their χ level by level, and by block within a level."""
     chis = {site.name: levels.of(site) for site in sites if not site.dense_because}
     for level in range(max(map(len, chis.values()), default=0)):
         for site in sorted(sites, key=lambda site: site.block):
@@ -247,7 +250,7 @@ def _alone(sites: Sequence[Site], changed: Site, chi: int) -> Schedule:
 
 
 def _costs(experiment: Experiment, site: Site) -> dict[int, float]:
-    """Predicted KL of a site by χ."""
+    """Return the predicted KL of a site by χ, in nats per token."""
     spectrum = experiment.store.factors(site.name, _TOPOLOGY, _METRIC).spectrum.numpy()
     options = nested_options(_TOPOLOGY, _METRIC, np.asarray(spectrum, dtype=np.float64), site)
     return {option.choice.chi: option.cost for option in options}
@@ -290,14 +293,14 @@ def _document(
 
 
 def _publish(folder: RunFolder, rows: Sequence[Row], text: str) -> None:
-    """What is made of the table when the sweep is complete."""
+    """Write the files that are derived from the complete table: parquet, summary and heat maps."""
     folder.write_bytes(PARQUET, parquet_bytes([asdict(row) for row in parse_rows(rows_text(rows))]))
     folder.write_text(SWEEP_TABLE, text)
     blocks, families, table = block_by_family(rows)
     unit = "KL, nats per token"
-    drawn = draw_heat_map(table, blocks, families, "one site alone, geometric mean over χ", "family", unit)
+    drawn = draw_heat_map(table, blocks, families, "one site compressed, geometric mean over χ", "family", unit)
     folder.write_text("plots/block-family.svg", drawn)
     blocks, chis, table = block_by_chi(rows)
     if chis:
-        drawn = draw_heat_map(table, blocks, chis, "sites one at a time, summed over the block", "χ", unit)
+        drawn = draw_heat_map(table, blocks, chis, "one site compressed at a time, summed over the block", "χ", unit)
         folder.write_text("plots/block-chi.svg", drawn)

@@ -24,17 +24,21 @@ _LARGEST_FILE = 1 << 26  # bytes of a JSON file
 class OpenedRun:
     """The folder of a search, a sweep (`profile`) or a comparison (`compare`).
 
-    Every method raises Refusal, one line, if the run has no such table or a file is broken.
+    Every method raises a one-line Refusal if the run has no such table or if a file is damaged.
 
     Attributes:
-        folder: where everything is.
+        folder: path of the folder.
     """
 
     folder: Path
 
     @classmethod
     def of(cls, folder: Path) -> OpenedRun:
-        """Raises Refusal for a folder that no command of this project has written."""
+        """Open a folder.
+
+        Raises:
+            Refusal: no command of this project has written the folder.
+        """
         if not (folder / CONFIG).is_file():
             raise Refusal(f"a run, a sweep or a comparison has a {CONFIG}, and {folder} has none")
         return cls(folder)
@@ -57,7 +61,7 @@ class OpenedRun:
     def table(self) -> pd.DataFrame:
         """The final table: one row per schedule (dense, uniform, closed form, searched, repaired, healed).
 
-        KL is in nats per token, sizes in parameters and bytes, prefill and decode as speed over the dense model.
+        KL is in nats per token, sizes in parameters and bytes, prefill and decode in times relative to the dense model.
         """
         return pd.DataFrame(self.summary["rows"])
 

@@ -161,8 +161,8 @@ def _chi_map(run: Run) -> Section | None:
         {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "parameters")} for site in sites
     ]
     text = (
-        "χ of every matrix in the chosen schedule. Rows are blocks, columns are families; a darker matrix keeps a larger "
-        "fraction of its parameters."
+        "χ of every matrix in the chosen schedule. Rows are blocks, columns are families; a darker matrix keeps a "
+        "larger fraction of its parameters."
     )
     return Section("Bond dimensions", text, heat_map(rows, families, strength, label), data)
 
@@ -202,8 +202,8 @@ def _front(run: Run) -> Section | None:
     }
     data = [{"of": kind, "name": name, "x": x, "kl": y} for kind, of in points.items() for name, (x, y) in of.items()]
     text = (
-        "KL against the number of parameters. A variant of uniform is left out if its KL is more than twice that of every "
-        "other schedule."
+        "KL against the number of parameters. A variant of uniform is left out if its KL is more than twice the "
+        "largest of the other schedules."
     )
     figure = scatter_chart(points, "million parameters", "KL, nats per token")
     return Section("Quality and size", text, figure, data)

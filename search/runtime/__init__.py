@@ -1,3 +1,3 @@
-"""Files, locks, signals, the console and provenance. Imports nothing else of the project."""
+"""Handles files, locks, signals, console output and provenance. Imports no other package of `search`."""
 
 __all__: list[str] = []

@@ -1,7 +1,7 @@
-"""Checkpoints: tensors and a state on disk, whole or absent, of which the newest that verifies is taken up again.
+"""Saves checkpoints, each complete or absent on disk, and loads the newest one whose checksum matches.
 
-Knows safetensors and JSON files; not what they mean. The JSON is written last and holds the sha256 of the tensors, so a
-crash at any point leaves the checkpoint before it.
+Knows safetensors and JSON files; does not know what they mean. The JSON file is written last and holds the sha256 of
+the tensor file, so a crash at any point leaves the previous checkpoint intact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Taken = TypeVar("Taken")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One moment of a training: tensors by name, and everything else as JSON values."""
+    """The state of a training at one step: tensors by name, and everything else as JSON values."""
 
     step: int
     tensors: Mapping[str, torch.Tensor]
@@ -37,16 +37,16 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The newest two checkpoints of one training, in a folder that is made when first needed."""
+    """The newest two checkpoints of one training, in a folder that is created by the first `save`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write one and remove all but it and the one before it; later ones are of no use once it is written.
+        """Write a checkpoint, then remove all others except its predecessor; checkpoints of later steps are obsolete.
 
         Raises:
-            OSError: the disk is full or not writable; earlier checkpoints are left as they are.
+            OSError: the disk is full or not writable; earlier checkpoints stay as they are.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors, record = self._files(checkpoint.step)
@@ -65,11 +65,11 @@ class Checkpoints:
     def newest(
         self, take: Callable[[Checkpoint], Taken], tell: Callable[[str], None] = lambda text: None
     ) -> Taken | None:
-        """What `take` makes of the newest one that can be used, or None.
+        """Load the newest usable checkpoint and return the result of `take`; None if no checkpoint is usable.
 
         Args:
-            take: raises ValueError, and changes nothing, for one that lacks something.
-            tell: hears of every one that is not whole or was not taken.
+            take: uses a checkpoint; must raise ValueError and change nothing if the checkpoint does not fit.
+            tell: called with one line for every checkpoint that is damaged or that `take` refused.
         """
         for step in reversed(self._steps()):
             tensors, record = self._files(step)
@@ -80,11 +80,11 @@ class Checkpoints:
                 return take(Checkpoint(step, load_file(tensors), content["state"]))
             except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                tell(f"checkpoint {record.name} cannot be used ({reason}); the one before it is tried")
+                tell(f"checkpoint {record.name} cannot be used ({reason}); trying the previous one")
         return None
 
     def _steps(self) -> list[int]:
-        """Ascending."""
+        """Return the steps of all checkpoints in ascending order."""
         names = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.json"))
         return sorted(int(name) for name in names if name.isdigit())
 

@@ -1,6 +1,7 @@
-"""What a person sees while a run goes on: stage, count, best so far, time left.
+"""Shows the progress of a run: stage, count, best result so far, time left.
 
-A bar on a terminal, plain lines elsewhere, nothing when quiet. Knows no model and no trial; is told numbers and text.
+Draws a progress bar on a terminal, prints plain lines elsewhere, and prints nothing when quiet. Receives numbers and
+text; knows no models and no trials.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["Console", "Stage", "duration"]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words of at most two units: "8 s", "2 min 05 s", "1 h 20 min". Negative counts as 0."""
+    """Format seconds with at most two units: "8 s", "2 min 05 s", "1 h 20 min". Negative values count as 0."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -30,13 +31,13 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-    """The place all progress goes to. Use as a context manager, so that the terminal is left in order.
+    """Prints all progress of a run. Use it as a context manager, so that the terminal is restored at the end.
 
     Args:
         stream: where to write; standard error by default, so that standard output holds results only.
-        quiet: say nothing at all.
-        live: redraw a bar in place; by default exactly if `stream` is a terminal.
-        clock: seconds since some moment, rising.
+        quiet: print nothing.
+        live: redraw a bar in place; by default only if `stream` is a terminal.
+        clock: returns monotonic time in seconds.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Console:
         self.quiet = quiet
         self.clock = clock
         self.folder: Path | None = None
-        """The run folder once the run has one, for the hint on how to resume."""
+        """The run folder, once the run has one; the hint on how to resume names it."""
         terminal = self.stream.isatty() and os.environ.get("TERM", "") != "dumb"
         self._progress: Progress | None = None
         if not quiet and (terminal if live is None else live):
@@ -72,12 +73,12 @@ class Console:
             self._progress.stop()
 
     def opened(self, folder: Path) -> None:
-        """Tell where the run is kept; from here on an interrupted run can be resumed."""
+        """Print the path of the run folder; from here on, an interrupted run can be resumed."""
         self.folder = folder
         self.note(f"run folder: {folder}")
 
     def note(self, text: str) -> None:
-        """One line for the person, above the bar if there is one."""
+        """Print one line, above the bar if there is one."""
         if self.quiet:
             return
         if self._progress is not None:
@@ -86,19 +87,20 @@ class Console:
             print(text, file=self.stream, flush=True)
 
     def stage(self, name: str, total: int | None = None, unit: str = "", done: int = 0, every: float = 10.0) -> Stage:
-        """A stage of the run, to be entered with `with`.
+        """Return a stage of the run, which is a context manager.
 
         Args:
-            name: one word: "calibrate", "search".
-            total: how many `unit`s there are, at least 0; None if unknown, then no time left is told.
-            done: how many were finished before this run, when resuming; they do not enter the estimate of time left.
-            every: without a bar, print at most one line in so many seconds; 0 prints a line at every advance.
+            name: one word, such as "calibrate" or "search".
+            total: number of units of work, at least 0; None if unknown, and then no time left is shown.
+            unit: name of the units, such as "trials".
+            done: number of units that an earlier session finished; the estimate of the time left ignores them.
+            every: without a bar, print at most one line in this many seconds; 0 prints a line at every advance.
         """
         return Stage(self, name, total, unit, done, every)
 
 
 class Stage:
-    """Progress through one stage; made by `Console.stage`."""
+    """Progress of one stage; `Console.stage` makes it."""
 
     def __init__(self, console: Console, name: str, total: int | None, unit: str, done: int, every: float) -> None:
         self._console, self._name, self._total, self._unit, self._every = console, name, total, unit, every
@@ -115,7 +117,7 @@ class Stage:
         return self
 
     def advance(self, count: int = 1, detail: str = "") -> None:
-        """Another `count` units are finished; `detail` ("best KL 0.41") is said beside it until told otherwise."""
+        """Count `count` more units as finished; `detail`, such as "best KL 0.41", is shown until it is replaced."""
         self._done += count
         self._detail = detail or self._detail
         progress, now = self._console._progress, self._console.clock()

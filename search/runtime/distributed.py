@@ -1,7 +1,7 @@
-"""Processes: several of them train one model on shares of every batch, as `accelerate launch` starts them.
+"""Coordinates several processes that train one model, each on its share of every batch (`accelerate launch`).
 
-Knows torch.distributed and what the launcher leaves in the environment; nothing of models. Started any other way there
-is one process, and everything here does nothing.
+Knows torch.distributed and the environment variables that the launcher sets; knows no models. Without the launcher
+there is one process, and everything here does nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import distributed
 
 __all__ = ["Processes"]
 
-_PATIENCE = timedelta(hours=3)  # for what the first process does alone, such as a repair
+_PATIENCE = timedelta(hours=3)  # how long the others wait for work of the first process alone, such as a repair
 
 
 class Processes:
-    """This process among those that train together.
+    """The group of processes that train together, as seen from this process.
 
     Attributes:
-        rank, count: this one's number from 0, and how many there are.
-        sharded: whether the launcher asked for models to be sharded (`accelerate launch --use_fsdp`).
+        rank: index of this process, from 0.
+        count: number of processes.
+        sharded: whether the launcher asked for sharded models (`accelerate launch --use_fsdp`).
     """
 
     def __init__(self) -> None:
@@ -41,28 +42,28 @@ class Processes:
 
     @staticmethod
     def wanted() -> int:
-        """How many processes the launcher has started; 1 without one."""
+        """Return how many processes the launcher has started; 1 without a launcher."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @staticmethod
     def place() -> int:
-        """This one's number on its machine, from 0."""
+        """Return the index of this process on its machine, from 0."""
         return int(os.environ.get("LOCAL_RANK", "0"))
 
     @staticmethod
     def is_first() -> bool:
-        """Whether this is the one that talks and writes; known before any of them has met."""
+        """Return whether this process is the one that prints and writes files; works before the group is set up."""
         return Processes.wanted() < 2 or os.environ.get("RANK", "0") == "0"
 
     @staticmethod
     def end() -> None:
-        """Part from the others, if they have met."""
+        """Leave the process group, if there is one."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process runs this while the others wait, then they do."""
+        """Let the first process run the block while the others wait; then the others run it."""
         if self.count > 1 and self.rank:
             distributed.barrier()
         yield
@@ -70,13 +71,13 @@ class Processes:
             distributed.barrier()
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all processes."""
+        """Replace each tensor, in place, by its sum over all processes."""
         if self.count > 1:
             for tensor in tensors:
                 distributed.all_reduce(tensor)
 
     def of_first(self, value: float) -> float:
-        """What the first process has, so that all decide alike."""
+        """Return the value that the first process passes, so that all processes decide alike."""
         if self.count == 1:
             return value
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"

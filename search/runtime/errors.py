@@ -1,4 +1,4 @@
-"""Exceptions that more than one package raises."""
+"""Defines exceptions that more than one package raises."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["DataUnavailable", "EvaluatorsLost"]
 
 
 class DataUnavailable(RuntimeError):
-    """Data cannot be had; the message is one sentence that says why, and the next step."""
+    """Data cannot be obtained; the message is one sentence that gives the reason and the next step."""
 
 
 class EvaluatorsLost(Exception):

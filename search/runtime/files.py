@@ -1,4 +1,4 @@
-"""Files written whole, their digests, and where caches live."""
+"""Writes files atomically, computes their digests, and locates the cache folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ __all__ = ["cache_folder", "file_digest", "finite", "unwritable", "write_whole"]
 
 
 def write_whole(target: Path, content: bytes | str) -> Path:
-    """Write a file whole and make its folder, see `replace_file`; an interrupt waits until the file is written."""
+    """Write a file atomically and create its folder (see `replace_file`); an interrupt waits until it is written.
+
+    Returns:
+        `target`.
+    """
     with shield():
         return replace_file(target, content)
 
 
 def finite(value: object) -> object:
-    """The same value with every NaN or infinite float, at any depth, replaced by None."""
+    """Return the value with every NaN or infinite float, at any depth, replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -33,10 +37,10 @@ def finite(value: object) -> object:
 
 
 def cache_folder() -> Path:
-    """The user's cache, made if missing.
+    """Return the user's cache folder, which is created if it is missing: CHISEL_CACHE, or ~/.cache/chisel.
 
     Raises:
-        DataUnavailable: it cannot be made.
+        DataUnavailable: the folder cannot be created.
     """
     folder = Path(os.environ.get("CHISEL_CACHE") or "~/.cache/chisel").expanduser().absolute()
     try:
@@ -47,11 +51,11 @@ def cache_folder() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
+    """Return the sha256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unwritable(folder: Path, error: OSError) -> DataUnavailable:
-    """What to raise for a cache folder that cannot be written."""
+    """Return the exception to raise for a cache folder that cannot be written."""
     return DataUnavailable(f"cannot write {folder} ({error.strerror}); name another folder in CHISEL_CACHE")

@@ -1,4 +1,4 @@
-"""JSON written for people: short values on one line."""
+"""Formats JSON for people, with short lists on one line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 
 __all__ = ["pretty_json"]
 
-_WIDTH = 120  # characters of a line in which a list of numbers still stands as one
+_WIDTH = 120  # longest line, in characters, that still holds a whole list
 
 
 def pretty_json(value: object, indent: str = "") -> str:
-    """JSON with two spaces a level, in which a list of plain values that fits stands in one line."""
+    """Return JSON indented by two spaces per level, with each list of plain values on one line if it fits."""
     flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
     inner = indent + "  "
     nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, dict | list) for x in value))

@@ -1,4 +1,4 @@
-"""What a run was made with: command, commit, versions, processor, GPUs."""
+"""Records how a run was made: command, commit, package versions, processor, GPUs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PACKAGES = ("gguf", "gymnasium", "numpy", "optuna", "pyarrow", "safetensors", "
 
 
 def environment() -> dict[str, object]:
-    """What this process runs on and with: time (UTC), command, commit, interpreter, machine, threads, versions."""
+    """Return the time (UTC), command, commit, interpreter, machine, number of threads and versions of this process."""
     torch = sys.modules.get("torch")
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # set by python -m
     program = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
     return {
         "date": now(),
@@ -37,7 +37,7 @@ def environment() -> dict[str, object]:
 
 
 def now() -> str:
-    """The time in UTC, to the second, in ISO 8601."""
+    """Return the current time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -49,7 +49,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the sources, with "+" behind it if files differ from it; None outside a git checkout."""
+    """Return the commit of the sources, with "+" appended if tracked files differ from it; None outside git."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
         run = [

@@ -1,6 +1,6 @@
-"""A run folder: one owner at a time, files that are whole or absent, and a note of what the run was made with.
+"""Manages run folders: a lock for one owner at a time, and files that are complete or absent.
 
-Takes plain values and writes them. Knows no model, no trial and no agent.
+Takes plain values and writes them. Knows no models, no trials and no agents.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ TRIALS = "trials.csv"
 RESULTS = Path("results")
 _LOCK = ".lock"
 _HOLDER = ".holder.json"
-_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `write_whole` names what it has not finished
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of the temporary files of `write_whole`
 
 
 class RunFolder:
-    """A locked folder, of a run or of a healing; use as a context manager, leaving it releases the lock.
+    """The locked folder of a run or a healing. Use it as a context manager; leaving it releases the lock.
 
-    That of a run comes from `RunFolder.open`, `RunFolder.new` or `RunFolder.resume`.
+    For a run, call `RunFolder.open`, `RunFolder.new` or `RunFolder.resume`.
 
     Attributes:
-        path: of the folder; made if absent.
+        path: path of the folder; created if missing.
 
     Raises:
-        ValueError: it cannot be made or written, or is in use by another process, which is named.
+        ValueError: the folder cannot be created or written, or another process, which the message names, uses it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,14 +78,14 @@ class RunFolder:
 
     @classmethod
     def new(cls, out: str | None, agent: str, model: str, seed: int) -> Self:
-        """The folder of a new run.
+        """Create the folder of a new run.
 
         Args:
-            out: the folder; made if absent, refused unless empty. None makes results/<date>-<agent>-<model>-<seed>
-                below the working directory, with a number behind it if that exists.
+            out: path of the folder; created if missing, refused unless empty. None creates
+                results/<date>-<agent>-<model>-<seed> in the working directory, with a number appended if that exists.
 
         Raises:
-            ValueError: not a folder, not empty, not writable, or in use by another process, which is named.
+            ValueError: `out` is not a folder, not empty, not writable, or in use by another process, which is named.
         """
         if out is not None:
             path = Path(out).absolute()
@@ -100,10 +100,11 @@ class RunFolder:
 
     @classmethod
     def resume(cls, run: str) -> Self:
-        """The folder of an earlier run, to continue it.
+        """Open the folder of an earlier run to continue it.
 
         Raises:
-            ValueError: no folder, no config.json in it, not writable, or in use by another process, which is named.
+            ValueError: there is no such folder, it has no config.json, is not writable, or is in use by another
+                process, which is named.
         """
         path = Path(run).absolute()
         if not (path / CONFIG).is_file():
@@ -112,7 +113,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, resume: str | None, out: str | None, agent: str, model: str, seed: int) -> Self:
-        """The folder of an earlier run if one is to be continued, else that of a new one; as those two do."""
+        """Call `RunFolder.resume` if `resume` names an earlier run, else `RunFolder.new`."""
         return cls.resume(resume) if resume else cls.new(out, agent, model, seed)
 
     def __enter__(self) -> Self:
@@ -126,39 +127,39 @@ class RunFolder:
         return self.path / name
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file whole, see `write_whole`; returns its path."""
+        """Write a text file atomically (see `write_whole`) and return its path."""
         return write_whole(self.path / name, text)
 
     def write_bytes(self, name: str, content: bytes) -> Path:
-        """The same for other files than text."""
+        """Write a binary file atomically (see `write_whole`) and return its path."""
         return write_whole(self.path / name, content)
 
     def write_json(self, name: str, value: Mapping[str, object] | Sequence[object]) -> Path:
-        """Write a JSON file whole. Numbers that are not finite become null: JSON has no other word for them."""
+        """Write a JSON file atomically and return its path. Non-finite numbers become null, as JSON has no NaN."""
         return self.write_text(name, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def holding(path: Path) -> AbstractContextManager[object]:
-    """The lock of the run folder that a file or folder is to be written into; nothing where that is no run folder."""
+    """Return the lock of the run folder that contains `path`; a context without a lock if that is no run folder."""
     run = path.absolute().parent
     return RunFolder(run) if (run / ENVIRONMENT).is_file() else nullcontext()
 
 
 def refuse_held(path: Path) -> None:
-    """Refuse a folder that another process is writing into; nothing is made or left in it.
+    """Refuse a folder that another process is writing to; the folder itself does not change.
 
     Raises:
-        ValueError: who holds it.
+        ValueError: another process holds the folder; the message names it.
     """
     if (path / _LOCK).exists():
         _locked(path).release()
 
 
 def refuse_used(path: Path) -> None:
-    """Refuse a folder that is in use or holds anything; one that does not exist yet is fine.
+    """Refuse a folder that is in use or not empty; a folder that does not exist yet is accepted.
 
     Raises:
-        ValueError: it is no folder, who holds it, or what it holds.
+        ValueError: the path is not a folder, another process holds it, or it contains files.
     """
     if not path.exists():
         return
@@ -172,13 +173,13 @@ def refuse_used(path: Path) -> None:
 
 
 def contents(path: Path) -> list[str]:
-    """Names of what a folder holds, without what a killed owner leaves: its lock, and files it had not finished."""
+    """Return the sorted names in a folder, without what a killed owner leaves behind: its lock and unfinished files."""
     names = sorted(entry.name for entry in path.iterdir())
     return [name for name in names if name not in (_LOCK, _HOLDER) and not _UNFINISHED.fullmatch(name)]
 
 
 def _locked(path: Path) -> FileLock:
-    """The lock of a folder, which is made if absent; the errors are those of `RunFolder`."""
+    """Create a folder if it is missing and lock it; raises the errors of `RunFolder`."""
     lock = FileLock(path / _LOCK)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: the first ends the run cleanly after the write under way, the second ends it at once.
+"""Handles Ctrl-C and SIGTERM: the first one ends the run cleanly after the current write, the second one at once.
 
-Knows signals only. A write that must not be cut stands inside `with shield():`.
+Knows signals only. Code that must not be interrupted, such as a write, belongs inside `with shield():`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import FrameType
 __all__ = ["INTERRUPTED", "guarded", "shield"]
 
 INTERRUPTED = 130
-"""Exit code of a run ended by Ctrl-C or SIGTERM."""
+"""Exit code of a run that was ended by Ctrl-C or SIGTERM."""
 
 
 class _State:
@@ -36,9 +36,9 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM raise KeyboardInterrupt once; another signal exits with 130 at once.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt once; a second signal exits with code 130 immediately.
 
-    Does nothing outside the main thread, where Python delivers no signals.
+    Does nothing in other threads than the main one, since Python delivers signals to the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -54,7 +54,7 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def shield() -> Iterator[None]:
-    """Hold a first interrupt back until the end of the block. May be nested."""
+    """Delay a first interrupt until the end of the block, or of the outermost block if nested."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,6 @@
-"""Curves for TensorBoard, where it is installed: `tensorboard --logdir RUN` shows a search or a healing as it goes.
+"""Writes curves for TensorBoard, if it is installed; `tensorboard --logdir RUN` then shows a search or healing live.
 
-Knows names, numbers and a folder. What is written here is for looking only; nothing reads it again.
+Knows names, numbers and a folder. The curves are for viewing only; no other part of Chisel reads them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 __all__ = ["CURVES", "Curves", "curves"]
 
 CURVES = "tensorboard"
-"""Folder of them in the folder of a run."""
+"""Name of the subfolder of a run folder that holds the curves."""
 
 
 class Curves:
-    """Draws points; without a writer it does nothing, and when the disk is full it ends without harm."""
+    """Draws points. Does nothing without a writer, and stops drawing without an error when the disk is full."""
 
     def __init__(self, writer: Any = None) -> None:
         self._writer = writer
 
     def draw(self, step: int, values: Mapping[str, float]) -> None:
-        """One point of every named curve at a step; what is no number is left out."""
+        """Add one point at `step` to every named curve; values that are not finite are left out."""
         for name, value in values.items():
             if self._writer is not None and math.isfinite(value):
                 self._guarded(self._writer.add_scalar, name, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write buffered points and close the writer."""
         if self._writer is not None:
             self._guarded(self._writer.close)
             self._writer = None
@@ -44,7 +44,7 @@ class Curves:
 
 @contextmanager
 def curves(folder: Path | None) -> Iterator[Curves]:
-    """For the folder of a run; a continued run adds to what is there. None draws nothing."""
+    """Yield curves for the folder of a run; a continued run appends to existing curves. None draws nothing."""
     drawn = Curves()
     if folder is not None:
         with suppress(ImportError, OSError):

@@ -127,8 +127,8 @@ def test_actions_are_legal_and_lead_to_the_schedule(name, granularity):
 
 @every_agent
 def test_failures_do_not_stop_an_agent(name):
-    problem, budget = toy(16), affordable(name, 60)
-    for rewards in ([math.nan] * 60, [-30.0] * 60, [-math.inf, 0.1, 0.2] * 20):
+    problem, budget = toy(16), affordable(name, 36)
+    for rewards in ([math.nan] * 36, [-30.0] * 36, [-math.inf, 0.1, 0.2] * 12):
         told = run(name, problem, budget=budget, rewards=rewards)
         assert len(told) == (budget if name in SEARCHERS else len(told) if name in UNSEEDED else 1)
 

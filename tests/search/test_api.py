@@ -47,9 +47,9 @@ def test_a_job_runs_and_its_tables_are_data_frames(tmp_path: Path) -> None:
 
     restored = api.restore(tmp_path / "run", device="cpu", quiet=True)
     assert restored.state == "repaired"
-    folder = api.export(tmp_path / "run", tmp_path / "small", api.Form(dtype="float32"), quiet=True)
+    folder = api.export(tmp_path / "run", tmp_path / "small", api.ExportForm(dtype="float32"), quiet=True)
     assert (folder / "config.json").is_file()
-    healed = api.heal(tmp_path / "run", api.Options(minutes=0.01), quiet=True)
+    healed = api.heal(tmp_path / "run", api.HealingOptions(minutes=0.01), quiet=True)
     assert [row["schedule"] for row in healed.rows] == ["dense", "repaired", "healed"]
     assert run.healing(healed.folder.name)["kl"].iloc[0] > 0
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from search.data import packages
+from search.evaluation import latency
 from search.healing import repaired_start
 
 SUBJECTS = ("anatomy", "high_school_us_history", "virology")
@@ -187,6 +188,7 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The data packages replaced by hand-made ones, an empty cache, and an index that cannot be reached.
 
     What repair does for a random model is noise, by which no run shall differ from another: it is kept there, always.
+    Schedules are timed on a short prompt and few steps, since no test depends on how fast a tiny model is.
     """
     wheels = tmp_path / "wheels"
     wanted = [
@@ -199,6 +201,8 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setattr(repaired_start, "repair_did_harm", lambda after, before: False)
+    for name, fewer in (("_PROMPT", 64), ("_ROUNDS", 1), ("_STEPS", 2)):
+        monkeypatch.setattr(latency, name, fewer)
     return wheels
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compression import DENSE, Choice, Menu, Site, SiteMenu, dense_menu, lagrangian
-from compression.allocation import knapsack
+from compression.allocation.knapsack import knapsack
 from compression.allocation.menu import Option, envelope, nested_options
 
 

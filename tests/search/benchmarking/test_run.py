@@ -281,7 +281,7 @@ def test_the_item_of_a_row_is_that_of_the_proxies() -> None:
         ([], "at least one model"),
         (["random:tiny-llama", "--task", "boolq"], "the nearest is --tasks"),
         (["{folder}/prior.json"], "cannot use the prior"),
-        (["random:tiny-llama", "--out", "{folder}"], "neither"),
+        (["random:tiny-llama", "--out", "{folder}"], "new or empty folder"),
     ],
 )
 @pytest.mark.usefixtures("fake_data")

@@ -25,7 +25,7 @@ from search.config import Config
 from search.evaluation.quality import Quality
 from search.export.restore import restore
 from search.healing import run as healing_run
-from search.healing.plan import Options
+from search.healing.plan import HealingOptions
 from search.healing.repaired_start import repair_did_harm
 from search.healing.run import held
 from search.healing.sharding import sharing_copy
@@ -45,7 +45,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "a run é", tmp_path / "out"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0)) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian")) == cli.DONE
     command = ["heal", str(run), "--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
     assert cli.main([*command, "--quiet"]) == cli.DONE
     state = json.loads((out / "healing.json").read_text())
@@ -85,7 +85,7 @@ def test_an_interrupted_healing_holds_its_folder_and_tells_the_command_that_goes
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "a run", tmp_path / "healed é"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0)) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian")) == cli.DONE
     command = ["heal", str(run), "--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
 
     def interrupt(*_: Any) -> str:
@@ -141,7 +141,7 @@ def test_of_processes_that_heal_together_only_the_first_takes_the_lock(
 @pytest.mark.usefixtures("fake_data")
 def test_an_exported_folder_is_healed_into_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, exported, out = (tmp_path / name for name in ("run", "exported", "exported and healed"))
-    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0, target_kept=0.4)) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", target_kept=0.4)) == cli.DONE
     form = ["--state", "searched", "--dtype", "float32", "--quiet"]
     assert cli.main(["export", str(run), "--out", str(exported), *form]) == cli.DONE
     training = ["--data", "sampled", "--tokens", "6000", "--row-tokens", "32", "--batch-tokens", "256"]
@@ -166,7 +166,7 @@ def test_repaired_weights_that_lack_something_are_said_and_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0)) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian")) == cli.DONE
     command = ["heal", str(run), "--tokens", "128", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
 
     def interrupted(*_: object) -> None:
@@ -192,14 +192,14 @@ def test_layers_are_not_made_without_the_bias_that_their_site_has() -> None:
     model = load_model("random:tiny-gpt2", "cpu").model
     sites = discover_sites(model)
     dense, tensors = Schedule.dense(tuple(site.name for site in sites)), site_tensors(model, sites)
-    with pytest.raises(ValueError, match=f"do not fit {sites[0].name}: its bias is missing"):
+    with pytest.raises(ValueError, match=f"do not fit {sites[0].name}: only one of the two has a bias"):
         load_sites_(model, sites, dense, {name: each for name, each in tensors.items() if not name.endswith("bias")})
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "there is no"),
+        ([], "does not exist"),
         (["--minutes", "-1"], "minutes must be above 0, got -1"),
         (["--loss", "love"], "invalid choice"),
     ],
@@ -241,8 +241,8 @@ def test_a_repair_is_worse_when_it_is_so_beyond_a_standard_error(
 
 
 def test_a_gpu_takes_larger_steps_unless_told_otherwise() -> None:
-    small, large = (Options(minutes=1.0).plan(0, torch.device(name)) for name in ("cpu", "cuda"))
+    small, large = (HealingOptions(minutes=1.0).plan(0, torch.device(name)) for name in ("cpu", "cuda"))
     assert large.batch_tokens > small.batch_tokens
-    assert Options(minutes=1.0, batch_tokens=64, rate=0.5).plan(3, torch.device("cuda")) == replace(
+    assert HealingOptions(minutes=1.0, batch_tokens=64, rate=0.5).plan(3, torch.device("cuda")) == replace(
         large, batch_tokens=64, rate=0.5, seed=3
     )

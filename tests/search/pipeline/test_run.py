@@ -17,7 +17,7 @@ import optuna
 import pytest
 import torch
 from fake_data import fake_data, jsonl
-from small_run import NAMES, SMALL, words
+from small_run import HEAL, HEALED, NAMES, SMALL, words
 from torch import nn
 
 from agents import SavedPolicy
@@ -76,9 +76,9 @@ def run(folder: Path, **changes: object) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("fake_data")
 def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    document = run(tmp_path / "run")
+    document = run(tmp_path / "run", **HEAL)
     rows = document["rows"]
-    assert [row["schedule"] for row in rows] == NAMES
+    assert [row["schedule"] for row in rows] == HEALED
     assert all(row.keys() >= KEYS for row in rows)
     assert all(row["items"] == 6 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
@@ -104,12 +104,12 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
     assert [title for title in ("Bond dimensions", "The search", "Speed") if f"<h2>{title}" not in page] == []
     assert len(trials(tmp_path / "run")) == 6
     out, _ = capsys.readouterr()
-    assert all(name in out for name in NAMES)
+    assert all(name in out for name in HEALED)
 
 
 @pytest.mark.usefixtures("fake_data")
 def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
-    document = run(tmp_path / "run")
+    document = run(tmp_path / "run", budget=2)
     prior = json.loads((tmp_path / "run" / "prior.json").read_text())
     searched = document["rows"][-2]
     choices = [
@@ -131,8 +131,8 @@ def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fake_data")
 def test_heads_are_compressed_one_by_one_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = run(tmp_path / "whole", budget=2)["rows"]
-    assert cli.main([*words(out=tmp_path / "run", budget=2), "--per-head"]) == cli.DONE
+    whole = run(tmp_path / "whole", budget=0, agent="lagrangian", repair_tokens=0)["rows"]
+    assert cli.main([*words(out=tmp_path / "run", budget=1), "--per-head"]) == cli.DONE
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
     sites = json.loads((tmp_path / "run" / "prior.json").read_text())["sites"]
     assert len(sites) == 3 * (4 + 2 + 2 + 4 + 3)
@@ -158,15 +158,16 @@ def test_an_attention_head_can_be_one_decision(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("agent", ["reinforce", "ppo"])
 def test_a_search_starts_from_what_an_earlier_one_learned(tmp_path: Path, agent: str) -> None:
-    run(tmp_path / "first", agent=agent)
+    run(tmp_path / "first", agent=agent, budget=2)
     learned = SavedPolicy.read(tmp_path / "first")
     # A policy that has gone far, so that it can be told from the closed form.
     key = "bias" if agent == "reinforce" else "action_net.linear.weight"
     far = learned.arrays[key].copy()
     far.reshape(-1)[-2:] = 1.0
     replace(learned, arrays={**learned.arrays, key: far}).write(tmp_path / "first")
-    run(tmp_path / "second", agent=agent, target_kept=0.8, policy=tmp_path / "first", budget=1)
-    run(tmp_path / "plain", agent=agent, target_kept=0.8, budget=1)
+    other = dict(agent=agent, target_kept=0.8, budget=1, repair_tokens=0)
+    run(tmp_path / "second", policy=tmp_path / "first", **other)
+    run(tmp_path / "plain", **other)
     assert trials(tmp_path / "second") != trials(tmp_path / "plain")
     again = SavedPolicy.read(tmp_path / "second")
     assert again.target_kept == 0.8
@@ -198,7 +199,7 @@ def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_writte
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("goal", ["memory", "latency"])
 def test_the_searched_schedule_is_timed_against_the_dense_model(tmp_path: Path, goal: str) -> None:
-    document = run(tmp_path / "run", budget=2, optimize=goal)
+    document = run(tmp_path / "run", budget=0, agent="lagrangian", optimize=goal, **HEAL)
     latency = document["latency"]
     assert latency["optimize"] == goal
     assert min(latency["prefill_ratio"], latency["decode_ratio"]) > 0
@@ -208,15 +209,15 @@ def test_the_searched_schedule_is_timed_against_the_dense_model(tmp_path: Path, 
     assert min(timed["uniform"], timed["lagrangian"]) > 0
     assert timed["dense"] is timed["uniform-plain"] is None
     table = list(csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines()))
-    assert [line["schedule"] for line in table] == NAMES
+    assert [line["schedule"] for line in table] == HEALED
     assert float(table[-1]["decode_ratio"]) == latency["decode_ratio"]
 
 
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("model", ["random:tiny-gpt2", "random:tiny-qwen2"])
 def test_other_architectures_run_too(tmp_path: Path, model: str) -> None:
-    rows = run(tmp_path / "run", model=model, budget=2)["rows"]
-    assert [row["schedule"] for row in rows] == NAMES
+    rows = run(tmp_path / "run", model=model, budget=2, **HEAL)["rows"]
+    assert [row["schedule"] for row in rows] == HEALED
     assert rows[-1]["kl"] <= rows[1]["kl"]
 
 
@@ -232,7 +233,7 @@ def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytes
         return loaded
 
     monkeypatch.setattr(experiment, "load_model", remember)
-    run(tmp_path / "run", budget=2)
+    run(tmp_path / "run", budget=2, **HEAL)
     [(model, before)] = seen
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -242,7 +243,7 @@ def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.usefixtures("fake_data")
 def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(tmp_path / name, seed=seed)
+        run(tmp_path / name, seed=seed, budget=4, repair_tokens=0)
     assert trials(tmp_path / "a") == trials(tmp_path / "b")
     assert trials(tmp_path / "a") != trials(tmp_path / "c")
 
@@ -251,12 +252,12 @@ def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: P
 def test_a_damaged_cache_is_said_and_the_trials_are_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path / "a", budget=2, heal_minutes=0)
+    run(tmp_path / "a", budget=2)
     files = list((tmp_path / "cache" / "factors").rglob("*.safetensors"))
     for file in files:
         file.write_bytes(file.read_bytes()[:50])
     capsys.readouterr()
-    assert cli.main(words(out=tmp_path / "b", budget=2, heal_minutes=0)[:-1]) == cli.DONE
+    assert cli.main(words(out=tmp_path / "b", budget=2)[:-1]) == cli.DONE
     assert capsys.readouterr().err.count("is damaged; set aside and rebuilt\n") == len(files) > 0
     assert trials(tmp_path / "a") == trials(tmp_path / "b")
 
@@ -266,7 +267,7 @@ def test_a_damaged_cache_is_said_and_the_trials_are_the_same(
 def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     agent: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(tmp_path / "whole", agent=agent, budget=budget, heal_minutes=0)  # minutes are never the same twice
+    whole = run(tmp_path / "whole", agent=agent, budget=budget)
     evaluate, calls = ModelEvaluator.evaluate, []
 
     def stop_at_the_fourth(self: ModelEvaluator, schedules: Any, **how: Any) -> Any:
@@ -276,7 +277,7 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
         return evaluate(self, schedules, **how)
 
     monkeypatch.setattr(ModelEvaluator, "evaluate", stop_at_the_fourth)
-    assert cli.main(words(out=tmp_path / "cut", agent=agent, budget=budget, heal_minutes=0)) == 130
+    assert cli.main(words(out=tmp_path / "cut", agent=agent, budget=budget)) == 130
     assert "--resume" in capsys.readouterr().err
     assert len(trials(tmp_path / "cut")) == 3
     monkeypatch.setattr(ModelEvaluator, "evaluate", evaluate)
@@ -309,7 +310,7 @@ def test_a_failed_trial_stays_failed_when_the_run_is_resumed(tmp_path: Path, mon
 
 @pytest.mark.usefixtures("fake_data")
 def test_bfloat16_runs_too(tmp_path: Path) -> None:
-    rows = run(tmp_path / "run", budget=2, dtype="bfloat16")["rows"]
+    rows = run(tmp_path / "run", budget=2, dtype="bfloat16", **HEAL)["rows"]
     single = rows[0]["parameters"] * 2
     assert rows[0]["bytes"] == single
     assert rows[4]["kl"] < rows[1]["kl"]
@@ -319,7 +320,7 @@ def test_bfloat16_runs_too(tmp_path: Path) -> None:
 def test_a_run_keeps_its_number_type_on_a_machine_that_would_take_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begun = run(tmp_path / "run", agent="random", budget=2, heal_minutes=0)
+    begun = run(tmp_path / "run", agent="random", budget=2)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert cli.main(["--resume", str(tmp_path / "run"), "--budget", "3"]) == cli.DONE
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"][0]["bytes"] == begun["rows"][0]["bytes"]
@@ -385,10 +386,10 @@ def test_a_run_whose_repair_gives_no_numbers_is_not_healed_and_ends_with_its_tab
         return taken
 
     monkeypatch.setattr(experiment.Experiment, "repair_", poisoned)
-    assert cli.main(words(out=tmp_path / "run", budget=2)[:-1]) == cli.DONE
+    assert cli.main(words(out=tmp_path / "run", budget=0, agent="lagrangian", **HEAL)[:-1]) == cli.DONE
     assert "healing stopped: the model gives NaN or infinite logits" in capsys.readouterr().err
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
-    assert [row["schedule"] for row in rows] == NAMES
+    assert [row["schedule"] for row in rows] == HEALED
     assert [row["kl"] for row in rows[-2:]] == [None, None]
 
 
@@ -491,7 +492,7 @@ def test_resuming_with_another_model_or_other_questions_is_refused_and_the_folde
     loaded.tokenizer.save_pretrained(tmp_path / "model")
     loaded.model.save_pretrained(tmp_path / "model")
     questions = exam(tmp_path / "exam.jsonl", "What")
-    run(folder, agent="random", budget=2, model=tmp_path / "model", proxy=questions, heal_minutes=0)
+    run(folder, agent="random", budget=2, model=tmp_path / "model", proxy=questions)
     before = files(folder)
 
     def refused() -> str:
@@ -601,7 +602,7 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("search.pipeline.finish.TASKS", ("arc_easy", "boolq"))
-    ends = dict(out=tmp_path / "run", budget=0, agent="lagrangian", benchmark_items=2, export="hf")
+    ends = dict(out=tmp_path / "run", budget=0, agent="lagrangian", benchmark_items=2, export="hf", **HEAL)
     loads: list[str] = []
     load = experiment.load_model
     monkeypatch.setattr(experiment, "load_model", lambda name, *how: loads.append(name) or load(name, *how))
@@ -637,11 +638,11 @@ def test_a_repair_that_does_harm_is_left_out(
     monkeypatch.setattr(experiment.Experiment, "repair_", harmful)
     monkeypatch.setattr(repaired_start, "repair_did_harm", repair_did_harm)
     run = tmp_path / "run"
-    loud = [word for word in words(out=run, budget=0, agent="lagrangian") if word != "--quiet"]
+    loud = [word for word in words(out=run, budget=0, agent="lagrangian", **HEAL) if word != "--quiet"]
     assert cli.main(loud) == cli.DONE
     assert "repair is discarded" in capsys.readouterr().err
     rows = {row["schedule"]: row for row in json.loads((run / "summary.json").read_text())["rows"]}
-    assert list(rows) == [name for name in NAMES if name != "repaired"]
+    assert list(rows) == [name for name in HEALED if name != "repaired"]
     assert cli.main(["--resume", str(run), "--heal-minutes", "0", "--quiet"]) == cli.DONE
     outcome = restore(run, Console(quiet=True), "cpu", reference=True)
     assert outcome.state == "searched"
@@ -654,8 +655,8 @@ def test_a_repair_that_does_harm_is_left_out(
 @pytest.mark.usefixtures("fake_data")
 def test_without_repair_it_is_healed_as_it_was_decomposed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian", repair_tokens=0)) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", repair_tokens=0, **HEAL)) == cli.DONE
     document = json.loads((run / "healed" / "healing.json").read_text())
     assert [row["schedule"] for row in document["rows"]] == ["dense", "searched", "healed"]
     names = [row["schedule"] for row in json.loads((run / "summary.json").read_text())["rows"]]
-    assert names == [name for name in NAMES if name != "repaired"]
+    assert names == [name for name in HEALED if name != "repaired"]

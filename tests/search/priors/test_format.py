@@ -173,7 +173,7 @@ def test_a_prior_written_by_hand_needs_no_digest(tmp_path: Path) -> None:
     ("sites", "message"),
     [
         (SITES[:-1], "the model has no blocks.2.down; the nearest is blocks.0.down"),
-        ((*SITES, Site("blocks.3.q", 3, "q", 12, 8)), "the prior lacks blocks.3.q of the model"),
+        ((*SITES, Site("blocks.3.q", 3, "q", 12, 8)), "the prior lacks blocks.3.q, which the model has"),
         ((Site("blocks.0.q", 0, "q", 12, 9), *SITES[1:]), r"blocks.0.q must have shape \(12, 9\) as in the model"),
         ((Site("blocks.0.q", 0, "q", 12, 8, "shared"), *SITES[1:]), "blocks.0.q must stay dense here: shared"),
     ],

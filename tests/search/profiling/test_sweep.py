@@ -228,8 +228,8 @@ def test_tables_sum_over_a_block_and_average_over_chi() -> None:
 @pytest.mark.parametrize(
     ("fragility", "verdict"),
     [
-        ([2.0**-block for block in range(12)], "Here early blocks are the fragile ones"),
-        ([2.0**block for block in range(12)], "Here late blocks are the fragile ones"),
+        ([2.0**-block for block in range(12)], "Here early blocks are more fragile"),
+        ([2.0**block for block in range(12)], "Here late blocks are more fragile"),
         ([1.0, 2.0] * 6, "Here fragility has no clear trend with depth"),
     ],
 )

@@ -89,7 +89,7 @@ def test_the_command_started_by_accelerate_heals_like_one_process(
     data_for_processes(tmp_path, monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = tmp_path / "a run"
-    search = [sys.executable, "search.py", *words(out=run, budget=0, agent="lagrangian", heal_minutes=0)]
+    search = [sys.executable, "search.py", *words(out=run, budget=0, agent="lagrangian")]
     subprocess.run(search, cwd=ROOT, check=True, capture_output=True, timeout=300)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--dynamo_backend=no"]
     launch += ["--mixed_precision=no", "--num_processes=2", f"--main_process_port={free_port()}"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_data import fake_data
-from small_run import words
+from small_run import HEAL, words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from search import cli
@@ -25,7 +25,7 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.mark.usefixtures("fake_data")
 def test_a_run_leaves_the_curves_of_its_search_and_of_its_healing(tmp_path: Path) -> None:
-    assert cli.main(words(out=str(tmp_path / "run"))) == 0
+    assert cli.main(words(out=str(tmp_path / "run"), **HEAL)) == 0
     found = read(tmp_path / "run")
     assert [step for step, _ in found["search/KL"]] == list(range(6))
     assert found.keys() == {"search/reward", "search/KL", "search/kept"}
