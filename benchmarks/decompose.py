@@ -325,9 +325,9 @@ def main() -> None:
         f"within {100 * TOLERANCE:g} % of the smallest count as equal. `svd` is the peers' default, which computes the "
         "whole spectrum whatever the cap; `svd:eig` and the randomized methods are the best that they offer, with the "
         f"fewest power iterations out of {', '.join(map(str, ITERATIONS))} that reach equal error. tensorly's "
-        "`symeig_svd` forms the Gram matrix of the larger side and is left out. Memory is the peak of the process minus "
-        "its memory before the matrix was made, so it includes the matrix. Spectra: `power` falls as i^-½, `flat` is "
-        "Gaussian."
+        "`symeig_svd` forms the Gram matrix of the larger side and is left out. Memory is the peak of the process "
+        "minus its memory before the matrix was made, so it includes the matrix. Spectra: `power` falls as i^-½, "
+        "`flat` is Gaussian."
     )
     bars = [
         Bar("capped-speed-over-default-svd", min(findings.over_default), ">=", 5),

@@ -144,8 +144,8 @@ def main() -> None:
     counts = " and ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
     body = (
         f"SmolLM2-135M-Instruct at kept fraction {KEPT} over the sites. KL is in nats per token on {counts}. Repair "
-        f"used {config.repair_tokens:,} tokens, healing {plan.tokens:,}. Ranks are those of the mean over both corpora; "
-        f"intervals are 95 % bootstrap intervals over schedules.\n\n{correlations(outcomes)}\n\n"
+        f"used {config.repair_tokens:,} tokens, healing {plan.tokens:,}. Ranks are those of the mean over both "
+        f"corpora; intervals are 95 % bootstrap intervals over schedules.\n\n{correlations(outcomes)}\n\n"
         f"{markdown(header, lines)}"
     )
     kls = [[outcome.mean(state) for outcome in outcomes] for state in ("decomposed", "healed")]

@@ -190,8 +190,7 @@ def main() -> None:
     body = (
         f"Training of {arguments.model} in steps of {arguments.rows} rows of {arguments.length} tokens. `times` is the "
         "speed relative to full fine-tuning of the dense model in the same rounds. benchmarks/heal_speed.py explains "
-        "the kinds of training.\n\n"
-        + markdown(["training", "kept", "tokens/s", "times", "peak GB"], rows)
+        "the kinds of training.\n\n" + markdown(["training", "kept", "tokens/s", "times", "peak GB"], rows)
     )
     publish("benchmarks.heal_speed", "Speed of healing", body, bars, arguments.write)
 

@@ -159,7 +159,7 @@ def main() -> None:
         Bar("accuracy_over_dense", table.accuracy(-1) / table.accuracy(0), ">=", 0.97 if gpu else 0.93),
     ]
     variant = "" if minutes <= _SHORT else f"{minutes:g}-minutes"
-    publish("benchmarks.healing", "What healing gives back", body, bars, arguments.write, variant)
+    publish("benchmarks.healing", "Quality before and after healing", body, bars, arguments.write, variant)
     print(f"weights: {folder}")
 
 

@@ -163,7 +163,8 @@ def main() -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     intro = (
         f"SmolLM2-135M-Instruct in {dtype} at kept fraction {given.kept} over the sites by the closed form, neither "
-        f"repaired nor healed. The KL is measured on {len(texts)} texts of {max(contexts):,} tokens; speeds are medians."
+        f"repaired nor healed. The KL is measured on {len(texts)} texts of {max(contexts):,} tokens. Speeds are "
+        "medians."
     )
     publish("benchmarks.kv_cache", "The KV cache at long context", "\n\n".join([intro, *parts]), [], given.write)
 

@@ -84,7 +84,7 @@ def layer_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[l
 def layer_ratios(
     legs: Legs, chi: int, tokens: int, seconds: float, device: torch.device, dtype: torch.dtype
 ) -> dict[Route, float]:
-    """Median time relative to the dense layer in the same turn, for routes with at most 6 times the best estimate."""
+    """Median time relative to the dense layer in the same turn, for routes within 6 times the lowest estimate."""
     estimates = modelled(legs, chi, tokens)
     ways = [route for route in routes(legs) if estimates[route] <= 6 * min(estimates.values())]
     copies = max(2, min(32, _COLD // (legs.parameters(chi) * dtype.itemsize)))
@@ -176,9 +176,9 @@ def body(name: str, rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], s
     ]
     return "\n\n".join(
         [
-            f"Model {name} with every matrix as `pivoted-lowrank` at one kept fraction. A ratio is the time relative to "
-            "the dense model in the same round, median over rounds; below 1 is faster. MB count the compressed matrices "
-            "as stored and as held in memory.",
+            f"Model {name} with every matrix as `pivoted-lowrank` at one kept fraction. A ratio is the time relative "
+            "to the dense model in the same round, median over rounds; below 1 is faster. MB count the compressed "
+            "matrices as stored and as held in memory.",
             markdown([*header, "stored, MB", "resident, MB"], whole),
             "Single layers: time relative to a dense layer by route and number of tokens. A route is left out if its "
             "estimated cost is more than six times the lowest.",

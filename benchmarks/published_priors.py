@@ -1,12 +1,12 @@
-"""Priors of the default model at fixed model sizes, and the table of what they cost.
+"""Makes priors of the default model at fixed model sizes, and a table of their quality.
 
     python -m benchmarks.published_priors [--quick] [--write] [--sizes 120 107 94] [--agent NAME --budget N]
 
-One run of `python search.py` for each size in millions of parameters, tied weights once; its prior is kept as
-results/priors/NAME-SIZEm.json with `--write`. The table is made from the priors alone, so that one of them can be made
-again, or searched longer, by itself. Runs that stand in `--runs` are not repeated.
+Makes one run of `python search.py` for each size in millions of parameters, with tied weights counted once. With
+`--write`, the prior of the run is written to results/priors/NAME-SIZEm.json. The table is made from the prior files
+alone, so a single prior can be made again, for example with a longer search. Runs found in `--runs` are not repeated.
 
-`--quick` takes the closed form at the smallest size and writes nothing over published priors.
+`--quick` uses the closed form at the smallest size and does not overwrite published priors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def kept_at(size: int, config: Config) -> float:
 
 
 def make(size: int, config: Config, folder: Path) -> Prior:
-    """The prior of one size, from a finished run in `folder` or a new one."""
+    """Returns the prior of one size, from a finished run in `folder` or from a new or resumed run."""
     if not (folder / PRIOR).exists():
         known = {"resume": str(folder)} if (folder / "config.json").exists() else {"out": str(folder)}
         target = kept_at(size, config)
@@ -49,7 +49,7 @@ def make(size: int, config: Config, folder: Path) -> Prior:
 
 
 def table(priors: Sequence[Prior]) -> str:
-    """Markdown: a row for each prior and schedule of its run."""
+    """Returns a Markdown table with a row for each prior and each schedule of its run."""
     rows = []
     for prior in sorted(priors, key=lambda prior: -prior.kept_fraction):
         known = (prior.configuration[name] for name in ("agent", "budget") if name in prior.configuration)
@@ -84,7 +84,7 @@ def _estimate(estimate: Estimate | None) -> str:
 
 
 def bars(prior: Prior) -> list[Bar]:
-    """That a search never makes it worse, and that the closed form is worth having."""
+    """Bars: the search is no worse than the closed form, and the closed form is clearly better than uniform."""
     kl = {score.schedule: score.kl.value for score in prior.scores if score.kl is not None}
     size = round(next(score.parameters for score in prior.scores if score.schedule == "searched") / 1e6)
     return [
@@ -95,13 +95,13 @@ def bars(prior: Prior) -> list[Bar]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--agent", default="gradient")
-    parser.add_argument("--budget", type=int, default=200)
-    parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens)
-    parser.add_argument("--runs", type=Path, default=RESULTS / "published-runs", help="where run folders are kept")
+    parser.add_argument("--quick", action="store_true", help="use the closed form at the smallest size only")
+    parser.add_argument("--write", action="store_true", help="write the priors and the table to results/")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="sizes in millions of parameters")
+    parser.add_argument("--agent", default="gradient", help="agent (default: gradient)")
+    parser.add_argument("--budget", type=int, default=200, help="evaluations per search (default: 200)")
+    parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens, help="as for search.py")
+    parser.add_argument("--runs", type=Path, default=RESULTS / "published-runs", help="folder that keeps the runs")
     given = parser.parse_args()
     values: dict[str, Any] = {"agent": given.agent, "budget": given.budget, "repair_tokens": given.repair_tokens}
     values |= {"heal_minutes": 0.0, "benchmark_items": 0, "export": "none"}  # a prior is a schedule
@@ -119,8 +119,8 @@ def main() -> None:
             (PRIORS / f"{name}-{size}m.json").write_text(made[size].to_json(), encoding="utf-8")
     standing = [Prior.read(path) for path in sorted(PRIORS.glob("*m.json"))] if given.write else list(made.values())
     body = (
-        "What a published prior costs on held-out text and questions, no training; `repaired` is of the same size. "
-        "KL is to the dense model.\n\n" + table(standing)
+        "Quality of the published priors on held-out text and questions, without training. `repaired` has the same "
+        "size as `searched`. KL is to the dense model.\n\n" + table(standing)
     )
     found = [bar for prior in standing for bar in bars(prior)]
     publish("benchmarks.published_priors", "Published priors", body, found, given.write and not given.quick)

@@ -1,16 +1,18 @@
-"""Held-out KL over bytes: int4 alone, χ alone, and both chosen together by bytes.
+"""Measures held-out KL over bytes for int4 alone, χ alone, and both chosen together by bytes.
 
     python -m benchmarks.quantized_front [--quick] [--write]
 
-Three sizes are those of int4 alone with the embedding in 16, 8 and 4 bits. At each, χ alone keeps 16 bits and spends
-the same bytes by the closed form; both chooses for every site between dense and χ in 16, 8 and 4 bits by predicted cost
-(see `compression.allocation.byte_menu`), with the embedding in 8, 8 and 4 bits. What a model loses is not what its
-sites are predicted to lose one by one, and for rounding the ratio is another one than for truncation: both are
-measured once on search text, and predictions of rounding are multiplied by their quotient. A fourth point of both has
-93 % less bytes than the dense model in float32. No search, repair or healing. Bytes are those of all tensors. The
-default model was published in 4 bits and 32 numbers a group, so that int4 loses less on it than on a model of 16 bits.
+The three sizes are those of int4 alone with the embedding in 16, 8 and 4 bits. At each size, "χ alone" keeps 16 bits
+and spends the same bytes by the closed form. "both" chooses for every site between dense and χ in 16, 8 and 4 bits by
+predicted cost (see `compression.allocation.byte_menu`), with the embedding in 8, 8 and 4 bits. A fourth point of "both"
+has 93 % fewer bytes than the dense model in float32.
 
-`--quick` rounds to nearest and measures little text; otherwise errors of rounding are fed back in the metric.
+The KL of the model differs from the sum of the costs predicted for single sites, by one ratio for rounding and another
+for truncation. Both ratios are measured once on search text, and predictions of rounding are multiplied by their
+quotient. There is no search, repair or healing. Bytes count all tensors. The default model was published in 4 bits with
+32 numbers per group, so int4 loses less on it than on a model published in 16 bits.
+
+`--quick` rounds to nearest and measures little text; otherwise rounding errors are fed back in the metric.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from search.model.devices import resolve_device
 
 _HEADLINE = 0.93
 _ENDS = (16, 8, 4)
-_PROBE = 0.5  # kept fraction at which a rounded low rank is measured
-_TRUNCATED = 0.9  # kept fraction at which the loss by truncation is measured
+_PROBE = 0.5  # kept fraction at which the rounding error of low rank is measured
+_TRUNCATED = 0.9  # kept fraction at which the KL of truncation is measured
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Point:
 
 @dataclass(eq=False)
 class Front:
-    """The dense model with what points are made of."""
+    """Makes and measures the points of the front from the dense model of an experiment."""
 
     experiment: Experiment
     feedback: bool
@@ -74,16 +76,16 @@ class Front:
         self.float32 = footprint(self.model).float32
 
     def spectrum(self, site: Site) -> np.ndarray:
-        """Of the whitened matrix."""
+        """Singular values of the whitened matrix of a site."""
         return self.experiment.store.factors(site.name, "lowrank", "two-sided").spectrum.double().numpy()
 
     def moment(self, name: str) -> torch.Tensor | None:
-        """What rounding is done in the metric of."""
+        """Input moment of a site in whose metric rounding errors are fed back; None rounds to nearest."""
         known = self.feedback and any(site.name == name for site in self.sites)
         return shrink(self.statistics.input(name), SHRINKAGE) if known else None
 
     def noise(self, site: Site) -> dict[int, Noise]:
-        """Measured costs of rounding one site, as `changed` rounds it."""
+        """Measures the costs of rounding one site as `changed` rounds it, by number of bits."""
         dense = self.model.get_submodule(site.name)
         weight = dense_weight(dense)
         whitening = Whitening.of(self.statistics.input(site.name), self.statistics.gradient(site.name), SHRINKAGE)
@@ -104,7 +106,7 @@ class Front:
 
     @contextmanager
     def changed(self, choices: Mapping[str, Choice], bits: Mapping[str, int], ends_bits: int) -> Iterator[None]:
-        """The model with sites as chosen and rounded, and the embedding and head rounded; dense again afterwards."""
+        """Compresses and rounds the sites, embedding and head within the context; restores the dense model after it."""
         names = [*(site.name for site in self.sites), *ends(self.model)]
         taken = {name: self.model.get_submodule(name) for name in names}
         applier = ScheduleApplier(self.model, self.experiment.store, packed=True)
@@ -120,7 +122,7 @@ class Front:
             put_modules(self.model, taken)
 
     def measure(self, way: str, choices: Mapping[str, Choice], bits: Mapping[str, int], ends_bits: int) -> Point:
-        """A point, also printed."""
+        """Measures a point, prints it and adds it to the front."""
         with self.changed(choices, bits, ends_bits):
             point = Point(way, ends_bits, self.bytes(), self.workload.measure(self.model))
         self.points.append(point)
@@ -128,14 +130,14 @@ class Front:
         return point
 
     def bytes(self) -> int:
-        """Of the model as it stands, numbers that are not packed counted at two bytes."""
+        """Bytes of the model's current tensors; floating-point numbers that are not packed count two bytes each."""
         tensors = {values.data_ptr(): values for values in self.model.state_dict().values()}
         return sum(
             values.numel() * (2 if values.is_floating_point() else values.element_size()) for values in tensors.values()
         )
 
     def rate(self, noises: Mapping[str, Mapping[int, Noise]]) -> float:
-        """How many times more KL rounding to 4 bits costs per predicted nat than truncation does, on search text."""
+        """Ratio of the KL per predicted nat of rounding to 4 bits to that of truncation, measured on search text."""
         workload = Workload(
             [one for shard in self.experiment.shards("search") for one in shard], self.experiment.device
         )
@@ -148,11 +150,11 @@ class Front:
         for predicted, chosen, bits in ((rounded, {}, dict.fromkeys(noises, 4)), (truncated, choices, {})):
             with self.changed(chosen, bits, PLAIN):
                 ratios.append(workload.measure(self.model).kl / predicted)
-        print(f"KL of search text over predicted: {ratios[0]:.3f} rounded, {ratios[1]:.3f} truncated", flush=True)
+        print(f"KL on search text over predicted: {ratios[0]:.3f} rounded, {ratios[1]:.3f} truncated", flush=True)
         return ratios[0] / ratios[1]
 
     def allocated(self, way: str, menus: Sequence[ByteMenu], budget: int, ends_bits: int) -> Point:
-        """The closed form over menus, spending `budget` bytes on the whole model."""
+        """Measures the closed form over the menus with `budget` bytes for the whole model."""
         with self.changed({}, {}, ends_bits):
             fixed = self.bytes() - sum(2 * site.parameters for site in self.sites)
         choices, bits, _ = _closed_form(menus, budget - fixed)
@@ -160,7 +162,7 @@ class Front:
 
 
 def _closed_form(menus: Sequence[ByteMenu], room: int) -> tuple[dict[str, Choice], dict[str, int], float]:
-    """What the Lagrangian picks for `room` bytes, by site, with how many bits, and the predicted cost of all."""
+    """Returns the closed form's choices and bits by site for `room` bytes, and their total predicted cost."""
     picked = list(zip(menus, lagrangian(Menu(tuple(each.menu for each in menus)), room), strict=True))
     choices = {each.menu.site.name: each.menu.choices[i] for each, i in picked}
     bits = {each.menu.site.name: each.bits[i] for each, i in picked}
@@ -168,11 +170,11 @@ def _closed_form(menus: Sequence[ByteMenu], room: int) -> tuple[dict[str, Choice
 
 
 def main() -> None:
-    """Measure, print, and write when told."""
+    """Measures and prints, and writes the report and the plot if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--quick", action="store_true", help="round to nearest and measure little text")
+    parser.add_argument("--write", action="store_true", help="write the table and the plot to results/")
+    parser.add_argument("--model", default="default", help="model, as for search.py")
     given = parser.parse_args()
     sizes = {"heldout_tokens": 1024, "report_items": 8} if given.quick else {}
     config = Config.of({"model": given.model, **sizes})
@@ -246,7 +248,7 @@ def _plot(points: Sequence[Point], path: Path) -> None:
     for way in dict.fromkeys(point.way for point in points):
         mine = sorted((point.bytes / 1e6, point.quality.kl) for point in points if point.way == way)
         axes.plot(*zip(*mine, strict=True), marker="o", label=way)
-    axes.set(xlabel="MB of all tensors", ylabel="held-out KL, nats a token", yscale="log")
+    axes.set(xlabel="MB of all tensors", ylabel="held-out KL, nats per token", yscale="log")
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
 

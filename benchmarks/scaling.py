@@ -1,12 +1,12 @@
-"""How the search scales with the number of evaluators: simulated ones of two seconds.
+"""Measures how the search scales with the number of evaluators, with simulated evaluators of two seconds.
 
     python -m benchmarks.scaling [--quick] [--write] [--seconds S] [--most N] [--agents LIST]
 
-Simulated evaluators take their time on the clock and none of the processor: `Timed` is a pool like any other, so agent,
-journal and search run as they always do, and the clock tells what they cost. Efficiency is the time that evaluators
-spent evaluating over what they could have spent, start and end of the search left out as filling and draining. What
-the driver takes of the processor is told apart from what the agent takes to think, which differs by agent and grows
-with the trials it has seen; both count in the efficiency.
+A simulated evaluator takes wall time but no CPU time. `Timed` is a pool like any other, so agent, journal and search
+run as usual and the clock shows their cost. Efficiency is the time that evaluators spent evaluating over the time that
+they could have spent, without the filling at the start and the draining at the end of the search. The CPU time of the
+driver is reported separately from that of the agent, which differs by agent and grows with the number of trials. Both
+reduce the efficiency.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ BLOCKS = 30
 
 @dataclass
 class Timed:
-    """A pool of evaluators that each take `seconds` a trial; the score is the toy's."""
+    """A pool of evaluators that each take `seconds` per trial; the scores come from the toy."""
 
     problem: Problem
     capacity: int
     seconds: float
-    own: float = 0.0  # processor seconds of the toy, which are not the driver's
+    own: float = 0.0  # CPU seconds of the toy, which do not count for the driver
     spans: list[tuple[float, float]] = field(default_factory=list)  # begin and end of every evaluation
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Timed:
         self.dense = self._score(self.problem.closed_form())
 
     def submit(self, number: int, job: Job) -> None:
-        """See `search.evaluation.pool.Pool`. Speeds differ by up to a tenth, so results may overtake each other."""
+        """See `search.evaluation.pool.Pool`. Durations differ by up to 10 %, so results may overtake each other."""
         now = time.perf_counter()
         spread = 1 + 0.1 * (int(job.schedule.digest[:4], 16) / 0xFFFF - 0.5)
         self.spans.append((now, now + spread * self.seconds))
@@ -76,7 +76,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one simulated search: share of their time that evaluators were busy, processor ms a trial."""
+    """Figures of one simulated search: efficiency, CPU ms per trial of driver and agent, and number of trials."""
 
     efficiency: float
     driver: float
@@ -85,7 +85,7 @@ class Figures:
 
 
 class Clocked:
-    """An agent that counts the processor seconds it takes."""
+    """Wraps an agent and counts the CPU seconds of its methods."""
 
     def __init__(self, agent: agents.Agent) -> None:
         self._agent, self.seconds = agent, 0.0
@@ -106,7 +106,7 @@ class Clocked:
 
 
 def simulate(name: str, count: int, seconds: float, rounds: int) -> Figures:
-    """A search by one agent on `count` evaluators, so many trials each."""
+    """Runs a search by one agent on `count` evaluators, with `rounds` trials per evaluator."""
     problem = Problem.build(toy_menu(BLOCKS), 0.5)
     budget = rounds * count
     pool = Timed(problem, count, seconds)
@@ -117,7 +117,7 @@ def simulate(name: str, count: int, seconds: float, rounds: int) -> Figures:
         trials = run_agent(agent, budget, pool, Reward(), journal)
         spent = time.process_time() - start
         journal.close()
-    # From the moment when all evaluators have work to the one when the last trial is handed out.
+    # The time from the moment when all evaluators have work until the last trial is handed out.
     first, last = pool.spans[count - 1][0], pool.spans[-1][0]
     busy = sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in pool.spans)
     driver, thinking = (1e3 * seconds / len(trials) for seconds in (spent - pool.own - agent.seconds, agent.seconds))
@@ -127,11 +127,11 @@ def simulate(name: str, count: int, seconds: float, rounds: int) -> Figures:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--most", type=int, default=256)
-    parser.add_argument("--agents", default="random,reinforce,evolution,optuna-tpe")
+    parser.add_argument("--quick", action="store_true", help="use two agents and two numbers of evaluators")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per evaluation (default: 2)")
+    parser.add_argument("--most", type=int, default=256, help="largest number of evaluators (default: 256)")
+    parser.add_argument("--agents", default="random,reinforce,evolution,optuna-tpe", help="agents, comma-separated")
     given = parser.parse_args()
     names = given.agents.split(",")[: 2 if given.quick else None]
     counts = [count for count in ((16, 64) if given.quick else (1, 4, 16, 64, 256)) if count <= given.most]
@@ -144,7 +144,7 @@ def main() -> None:
         if count == 64:
             bars.append(Bar(f"efficiency of 64 simulated evaluators, {name}", got.efficiency, ">=", 0.9))
             bars.append(Bar(f"driver ms a trial, {name}", got.driver, "<=", 5.0))
-    body = f"Simulated evaluators of {given.seconds:g} s, {BLOCKS} decisions a schedule; so many trials together:\n\n"
+    body = f"Simulated evaluators take {given.seconds:g} s per trial, for schedules of {BLOCKS} blocks:\n\n"
     body += markdown(("agent", "evaluators", "trials", "efficiency", "driver ms/trial", "agent ms/trial"), rows)
     publish(MODULE, "Scaling with the number of evaluators", body, bars, given.write)
 

@@ -1,11 +1,11 @@
-"""Cost on other calibration text of decompositions in moments shrunk more or less: is the constant 0.01 a good one?
+"""Compares the constant shrinkage of the second moments, 0.01, with other values, judged on other calibration text.
 
     python -m benchmarks.shrinkage [--quick] [--write] [--every 5]
 
-The calibration batches are dealt into two halves, each with token-weighted moments of its own. A site is decomposed in
-the metric of one half, shrunk, truncated to a kept fraction, and its error E is judged by ½·tr(G E C Eᵀ) with the
-moments of the other half, not shrunk; then the other way round. The same with half of each half, to see where the best
-shrinkage goes as tokens grow: what a run shrinks is of twice as many as a half. No other text is used.
+The calibration batches are divided into two halves, each with its own token-weighted moments. A site is decomposed in
+the shrunk metric of one half and truncated to a kept fraction. Its error E is judged by ½·tr(G E C Eᵀ) with the
+unshrunk moments of the other half. Then the halves change roles. The same is done with half of each half, to show how
+the best shrinkage changes with the number of tokens; a real run has twice the tokens of a half. No other text is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from search.experiment.experiment import Experiment, load
 SHRINKAGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 KEPT = (0.8, 0.5)
 SIDES = ("both", "input", "output")
-"""What is shrunk by the value tried; the other side is shrunk by the constant."""
+"""The sides that are shrunk by the tried value; the other side is shrunk by the constant."""
 Moments = tuple[torch.Tensor, torch.Tensor]
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -42,16 +42,17 @@ def held_out_costs(
     shrinkages: Sequence[tuple[float, float]],
     chis: Sequence[int],
 ) -> np.ndarray:
-    """½·tr(G E C Eᵀ) in the `unknown` moments of what truncation in the `known` ones, shrunk, leaves.
+    """Computes ½·tr(G E C Eᵀ) with the `unknown` moments, for the error E of truncation in the shrunk `known` moments.
 
     Args:
-        weight: (out, in).
-        known, unknown: C (in, in) and G (out, out).
-        shrinkages: of C and of G.
-        chis: bond dimensions.
+        weight: W, (out, in).
+        known: C (in, in) and G (out, out) in which the matrix is decomposed.
+        unknown: C (in, in) and G (out, out) by which the error is judged.
+        shrinkages: pairs of the shrinkages of C and G.
+        chis: bond dimensions to truncate to.
 
     Returns:
-        float64, (shrinkages, χ).
+        Costs in nats per token, float64, (shrinkages, χ).
     """
     weight = weight.double()
     inputs = {value: Whitening.of(known[0], None, value).input for value in {pair[0] for pair in shrinkages}}
@@ -68,13 +69,16 @@ def held_out_costs(
 
 
 def against(costs: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Sum of `costs` over that of `reference`, both by site, and the standard error of their paired difference."""
+    """Ratio of the sum of `costs` to that of `reference`, (sites,) each, and the standard error of the ratio.
+
+    The standard error is that of the paired difference over sites.
+    """
     difference = (costs - reference) / reference.sum()
     return 1 + float(difference.sum()), math.sqrt(len(difference)) * float(difference.std(ddof=1))
 
 
 def trials(sides: Sequence[str]) -> dict[tuple[str, float], tuple[float, float]]:
-    """Shrinkages of C and of G by what is shrunk and the value tried."""
+    """Shrinkages of C and G by side and tried value."""
     return {
         (side, value): (SHRINKAGE if side == "output" else value, SHRINKAGE if side == "input" else value)
         for side in sides
@@ -83,7 +87,7 @@ def trials(sides: Sequence[str]) -> dict[tuple[str, float], tuple[float, float]]
 
 
 def weighted(model: torch.nn.Module, sites: Sequence[Site], batches: Batches, seed: int) -> Statistics:
-    """Moments with the weights that the same batches give."""
+    """Moments weighted with the token weights that a first pass over the same batches gives."""
     device, first = batches[0][0].device, None
     for _ in range(2):
         first = collect(model, sites, batches, torch.Generator(device).manual_seed(seed), first=first)
@@ -94,7 +98,7 @@ def weighted(model: torch.nn.Module, sites: Sequence[Site], batches: Batches, se
 def measure(
     model: torch.nn.Module, sites: Sequence[Site], known: Statistics, unknown: Statistics, sides: Sequence[str]
 ) -> dict[tuple[str, float], np.ndarray]:
-    """Costs (sites, kept fractions) by what is shrunk and the value tried."""
+    """Costs (sites, kept fractions) by side and tried value."""
     tried = trials(sides)
     distinct = sorted(set(tried.values()))
     found = []
@@ -109,16 +113,16 @@ def measure(
 
 
 def ratios(costs: Mapping[tuple[str, float], np.ndarray]) -> str:
-    """Cost over that of the constant, both sides shrunk, by value and kept fraction: what is known so far."""
+    """Formats costs relative to the constant's, with both sides shrunk, by value and kept fraction, for progress."""
     totals = {value: costs["both", value].sum(0) / costs["both", SHRINKAGE].sum(0) for value in SHRINKAGES}
     return ", ".join(f"{value}: {' '.join(f'{each:.3f}' for each in total)}" for value, total in totals.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="4,096 tokens, every 10th site, both sides, no quarters")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--every", type=int, default=5, help="take every so manieth site")
+    parser.add_argument("--quick", action="store_true", help="use 4,096 tokens, every 10th site, and no quarters")
+    parser.add_argument("--write", action="store_true", help="write the tables to results/")
+    parser.add_argument("--every", type=int, default=5, help="measure one site in every N (default: 5)")
     arguments = parser.parse_args()
     config = Config(calibration_tokens=4096) if arguments.quick else Config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,14 +146,15 @@ def main() -> None:
         )
     body, bars = report(results)
     counts = (
-        f"{len(chosen)} of {len(sites)} sites of SmolLM2-135M-Instruct, `pivoted-lowrank`; {text.tokens:,} calibration "
-        f"tokens in {len(batches)} batches, {halves[0].tokens:,} and {halves[1].tokens:,} in the halves."
+        f"Measured on {len(chosen)} of {len(sites)} sites of SmolLM2-135M-Instruct with `pivoted-lowrank` and "
+        f"{text.tokens:,} calibration tokens in {len(batches)} batches, {halves[0].tokens:,} and "
+        f"{halves[1].tokens:,} of them in the halves."
     )
     publish("benchmarks.shrinkage", "Shrinkage of the second moments", f"{counts}\n\n{body}", bars, arguments.write)
 
 
 def report(results: Mapping[str, Sequence[Mapping[tuple[str, float], np.ndarray]]]) -> tuple[str, list[Bar]]:
-    """The tables, one a kept fraction, what they say, and a bar for the best value of each column."""
+    """Returns a table per kept fraction with the best values in words, and a bar for the best value of each column."""
     columns = {f"half, {side}": ("half", side) for side in SIDES if (side, SHRINKAGE) in results["half"][0]}
     if results["quarter"]:
         columns["quarter, both"] = ("quarter", "both")
@@ -168,18 +173,20 @@ def report(results: Mapping[str, Sequence[Mapping[tuple[str, float], np.ndarray]
             for row, value in enumerate(SHRINKAGES)
         ]
         table = markdown(["shrinkage", *columns, "half, both, median of sites"], rows)
-        title = f"Kept {kept}, cost over that with {SHRINKAGE}, ± one standard error of their difference over sites:"
+        title = f"Kept {kept}: cost relative to that with {SHRINKAGE}, ± one standard error over sites, paired:"
         blocks.append(f"{title}\n\n{table}")
         for header, found in cells.items():
             best = min(range(len(SHRINKAGES)), key=lambda row: found[row][0])
             ratio, error = found[best]
-            verdict = "the constant" if SHRINKAGES[best] == SHRINKAGE else f"{ratio - 1:+.1%} ± {error:.1%} to it"
+            constant = f"{ratio - 1:+.1%} ± {error:.1%} in cost relative to the constant"
+            verdict = "which is the constant" if SHRINKAGES[best] == SHRINKAGE else constant
             words.append(f"* kept {kept}, {header}: {SHRINKAGES[best]} is best, {verdict}.")
             bars.append(Bar(f"best_over_constant_{header.replace(', ', '_')}_{kept}", ratio, ">=", 0.99))
     explained = (
-        "Moments of a half or a quarter of the calibration text, judged by the other half; `input` and `output`: only "
-        f"that side is shrunk by the value in the row, the other by {SHRINKAGE}. Costs are summed over sites and "
-        "directions, which is what a schedule pays; the median over sites counts small costs as much. What is best:"
+        "The moments come from a half or a quarter of the calibration text and are judged by the other half. In the "
+        "columns `input` and `output`, only that side is shrunk by the value in the row, the other by "
+        f"{SHRINKAGE}. Costs are summed over sites and over both roles of the halves, as a schedule sums them; the "
+        "median over sites gives small costs the same weight as large ones. The best values are:"
     )
     return "\n\n".join([explained, "\n".join(words), *blocks]), bars
 

@@ -1,11 +1,11 @@
-"""Memory of statistics and decomposition block by block: by arithmetic, and measured under a limit set for the process.
+"""Predicts and measures the memory of statistics and decomposition block by block, under a limit on the process.
 
     python -m benchmarks.streaming [--model random:llama-3.2-1b] [--limit 0.7] [--tokens 512] [--decompose 4] [--write]
 
-Two processes get the same RLIMIT_DATA, which on Linux counts all private writable memory, and which a process cannot
-exceed: allocation fails. One loads the whole model and is expected to fail. The other streams it: second moments of
-every site over random tokens, and `lowrank` factors in the two-sided metric, up to a cap on χ, written to a factor
-cache. Weights are random in the public shape of the model, float32.
+Two processes get the same RLIMIT_DATA. On Linux this limits all private writable memory of a process; allocations
+beyond it fail. One process loads the whole model and is expected to fail. The other streams the model: it collects the
+second moments of every site over random tokens, and writes `lowrank` factors in the two-sided metric, up to a cap on χ,
+to a factor cache. The weights are random float32 numbers in the public shape of the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LLAMA_70B = BlockShape(8192, 28672, 1024, 80, 128256, tied=False, bytes_per_weig
 
 
 def shape(name: str, bytes_per_weight: int) -> BlockShape:
-    """Of a random model, from its configuration."""
+    """Returns the block shape of a random model from its configuration."""
     fields = SHAPES[name]
     head = fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     return BlockShape(
@@ -49,12 +49,12 @@ def shape(name: str, bytes_per_weight: int) -> BlockShape:
 
 
 def gigabytes(count: float) -> str:
-    """With two digits."""
+    """Formats bytes as GB with two decimals."""
     return f"{count / 1e9:.2f}"
 
 
 def arithmetic() -> str:
-    """Predicted bytes of every shape as a table."""
+    """Returns a Markdown table of the predicted bytes of every shape."""
     rows = []
     cases = [(name.removeprefix("random:"), shape(name, 4), 65536) for name in SHAPES]
     cases += [("llama-2-7b", shape("random:llama-2-7b", 2), 65536), ("llama-3-70b", LLAMA_70B, 65536)]
@@ -74,7 +74,7 @@ def arithmetic() -> str:
 
 
 def whole(name: str) -> dict[str, object]:
-    """Try to have all weights in memory."""
+    """Tries to load all weights into memory; reports the refusal or the peak."""
     try:
         load_model(name, "cpu", torch.float32)
     except (RuntimeError, MemoryError) as error:
@@ -83,7 +83,7 @@ def whole(name: str) -> dict[str, object]:
 
 
 def streamed(name: str, tokens: int, chi: int, decompose: int) -> dict[str, object]:
-    """Statistics of every block and factors of the first `decompose`."""
+    """Collects the statistics of every block, decomposes the first `decompose` blocks, and reports memory and time."""
     before, start = peak_resident(), time.perf_counter()
     times: list[float] = []
 
@@ -120,7 +120,7 @@ def streamed(name: str, tokens: int, chi: int, decompose: int) -> dict[str, obje
 
 
 def child(arguments: argparse.Namespace, part: str, limit: int) -> dict[str, object]:
-    """One part in a process of its own under a limit of `limit` bytes."""
+    """Runs one part in its own process under a limit of `limit` bytes and returns its report."""
     command = [sys.executable, "-m", "benchmarks.streaming", "--part", part, "--limit-bytes", str(limit)]
     for option in ("model", "tokens", "chi", "decompose"):
         command += [f"--{option}", str(getattr(arguments, option))]
@@ -131,13 +131,13 @@ def child(arguments: argparse.Namespace, part: str, limit: int) -> dict[str, obj
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description="memory of statistics and decomposition block by block")
-    parser.add_argument("--model", default="random:llama-3.2-1b", choices=list(SHAPES))
-    parser.add_argument("--limit", type=float, default=0.7, help="memory allowed, as a fraction of the whole model")
-    parser.add_argument("--tokens", type=int, default=512, help="of calibration text")
-    parser.add_argument("--chi", type=int, default=128, help="cap on χ")
-    parser.add_argument("--decompose", type=int, default=4, help="how many blocks to decompose")
-    parser.add_argument("--quick", action="store_true", help="256 tokens, one block")
+    parser = argparse.ArgumentParser(description="Measure memory of statistics and decomposition block by block.")
+    parser.add_argument("--model", default="random:llama-3.2-1b", choices=list(SHAPES), help="random model to stream")
+    parser.add_argument("--limit", type=float, default=0.7, help="memory limit, as a fraction of the whole model")
+    parser.add_argument("--tokens", type=int, default=512, help="random calibration tokens (default: 512)")
+    parser.add_argument("--chi", type=int, default=128, help="cap on χ (default: 128)")
+    parser.add_argument("--decompose", type=int, default=4, help="number of blocks to decompose (default: 4)")
+    parser.add_argument("--quick", action="store_true", help="use 256 tokens and decompose one block")
     parser.add_argument("--write", action="store_true", help="write results/streaming.md")
     parser.add_argument("--part", choices=["whole", "streamed"], help=argparse.SUPPRESS)
     parser.add_argument("--limit-bytes", type=int, help=argparse.SUPPRESS)
@@ -158,7 +158,8 @@ def main() -> None:
     found = child(arguments, "streamed", limit)
     peak, libraries = float(str(found["peak"])), float(str(found["libraries"]))
     lines = [
-        "By arithmetic, in GB, for 65,536 tokens in batches of 1,024 and rows of 256, over what the libraries take:",
+        "Predicted memory in GB, in addition to that of the libraries, for 65,536 tokens in batches of 1,024 and rows "
+        "of 256:",
         arithmetic(),
         f"Measured on `{arguments.model}` in float32 ({gigabytes(subject.model_bytes)} GB) with {arguments.tokens} "
         f"random tokens, χ up to {arguments.chi}, under RLIMIT_DATA of {gigabytes(limit)} GB, {arguments.limit:.0%} of "

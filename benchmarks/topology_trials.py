@@ -1,17 +1,21 @@
-"""What other topologies than low rank and two-core MPOs would do, at equal parameters, on held-out statistics.
+"""Compares further topologies with low rank at equal parameters, by their predicted cost on held-out statistics.
 
     python -m benchmarks.topology_trials [--quick] [--write] [--kept 0.4]
 
-The cost is ½·tr(G E C Eᵀ) with G and C of held-out text, over that of `pivoted-lowrank`; everything is fitted on
-calibration text. All are stored without gauge freedom.
+The cost is ½·tr(G E C Eᵀ) with G and C of held-out text, relative to that of `pivoted-lowrank`. Everything is fitted on
+calibration text and stored without gauge freedom.
 
-* heads: one `pivoted-lowrank` per attention head, χ of each by the Lagrangian over the heads of the matrix.
-* mpo2: two balanced legs a side.
-* shuffled, ordered: the same after a random permutation of rows and columns, and after sorting both along the leading
-  singular vectors, so that alike rows lie in one leg; 4 bytes a row and column for the order are not counted.
-* sum: `pivoted-lowrank` with half of the parameters plus mpo2 with the rest, fitted in turn to what the other leaves.
-* mpo3: three balanced legs a side, one χ. Adapted: its two bonds shifted against each other at equal parameters,
-  the best of five after a look of 20 products each, then fitted on.
+* heads: one `pivoted-lowrank` per attention head; the Lagrangian over the heads of a matrix sets the χ of each.
+* mpo2: two balanced legs per side.
+* shuffled: mpo2 after a random permutation of rows and columns. The 4 bytes per row and column for the order are not
+  counted.
+* ordered: mpo2 after sorting rows and columns along the leading singular vectors, so that similar rows share a leg. The
+  order is not counted either.
+* sum: `pivoted-lowrank` with half of the parameters plus mpo2 with the rest, each fitted in turn to the residual of the
+  other.
+* mpo3: three balanced legs per side with the same χ at both bonds.
+* mpo3 adapted: mpo3 with two different χ at equal parameters, the best of five pairs after a short fit of 20 products
+  each, then fitted fully.
 """
 
 from __future__ import annotations
@@ -47,19 +51,19 @@ from search.experiment.experiment import Experiment, load
 from search.model.architecture import head_size
 
 VARIANTS = ("heads", "mpo2", "shuffled", "ordered", "sum", "mpo3", "mpo3 adapted")
-_ROUNDS = 3  # of the two parts of a sum
-_GLANCE = 20
+_ROUNDS = 3  # alternating fits of the two parts of a sum
+_GLANCE = 20  # products of a short fit
 
 
 class Trial:
-    """One matrix W (out, in), its calibration metric, and a number of parameters."""
+    """One matrix W (out, in) with its calibration metric and its number of parameters to keep."""
 
     def __init__(self, site: Site, weight: torch.Tensor, gradient: torch.Tensor, inputs: torch.Tensor, kept: float):
         self.site, self.weight, self.parameters = site, weight.double(), int(kept * site.parameters)
         self.gradient, self.inputs = shrink(gradient, SHRINKAGE), shrink(inputs, SHRINKAGE)
 
     def low_rank(self, weight: torch.Tensor, parameters: int) -> torch.Tensor:
-        """The best matrix of the rank that `parameters` allow, in the metric."""
+        """Returns the best approximation, in the metric, of the rank that `parameters` allow."""
         chi = resolve("pivoted-lowrank", *weight.shape).largest_chi(parameters)
         cores, _ = lowrank_cores(weight, self._whitening(), chi)
         return contract([core[..., :chi] if n == 0 else core[:chi] for n, core in enumerate(cores)])
@@ -67,7 +71,7 @@ class Trial:
     def mpo(
         self, weight: torch.Tensor, legs: Legs, parameters: int, orders: tuple[torch.Tensor, ...] = ()
     ) -> torch.Tensor:
-        """A fit of `legs` to `weight`, after reordering rows and columns."""
+        """Returns the fit of an MPO with these legs to `weight`, with rows and columns in the given orders."""
         rows, columns = orders or (torch.arange(weight.shape[0]), torch.arange(weight.shape[1]))
         cores = fit(
             weight[rows][:, columns][None],
@@ -83,7 +87,7 @@ class Trial:
         return result
 
     def variant(self, name: str, heads: int | None) -> torch.Tensor | None:
-        """The compressed matrix; None where the matrix has no such legs."""
+        """Returns the matrix compressed by a variant, or None if the variant does not apply to the matrix."""
         names = fitted_topologies(self.site, None, (3 if "mpo3" in name else 2,))
         if not names:
             return None
@@ -114,7 +118,7 @@ class Trial:
                 return self.adapted(legs)
 
     def heads(self, size: int | None) -> torch.Tensor | None:
-        """See the module."""
+        """Returns the variant `heads` for heads of `size`, or None for matrices without several heads."""
         along = self.site.family != "o"
         side = self.weight.shape[0 if along else 1]
         if self.site.family not in ("q", "k", "v", "o") or not size or side % size or side == size:
@@ -138,7 +142,7 @@ class Trial:
         return torch.cat(made, 0 if along else 1)
 
     def adapted(self, legs: Legs) -> torch.Tensor:
-        """See the module."""
+        """Returns the variant `mpo3 adapted`."""
         chi, trials = legs.largest_chi(self.parameters), []
         for shift in (0.6, 0.8, 1.0, 1.25, 1.6):
             first = min(round(chi * shift), legs.full_bonds[0])
@@ -146,8 +150,8 @@ class Trial:
             if fitting:
                 trials.append((first, fitting[-1]))
         metrics = self.gradient[None], self.inputs[None]
-        shards = {bonds: fit(self.weight[None], *metrics, legs, bonds, _GLANCE).cost for bonds in dict.fromkeys(trials)}
-        best = min(shards, key=lambda bonds: float(shards[bonds]))
+        costs = {bonds: fit(self.weight[None], *metrics, legs, bonds, _GLANCE).cost for bonds in dict.fromkeys(trials)}
+        best = min(costs, key=lambda bonds: float(costs[bonds]))
         return contract([core[0].double() for core in fit(self.weight[None], *metrics, legs, best, 150, 3e-3).cores])
 
     def _size(self, legs: Legs, first: int, second: int) -> bool:
@@ -160,22 +164,22 @@ class Trial:
 
 
 def _ordered(vectors: torch.Tensor, legs: tuple[int, ...]) -> torch.Tensor:
-    """Indices sorted by the first vector into groups, and in every group by the second."""
+    """Indices sorted into groups by the first vector, and within each group by the second."""
     groups = vectors[0].argsort().reshape(legs[0], -1)
     return torch.cat([group[vectors[1][group].argsort()] for group in groups])
 
 
 def cost(matrix: torch.Tensor, dense: torch.Tensor, metric: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """½·tr(G E C Eᵀ) in nats per token, G and C given in this order."""
+    """Computes ½·tr(G E C Eᵀ) in nats per token for the error E of `matrix`; `metric` is (G, C)."""
     error = dense.double() - matrix
     return 0.5 * float(((metric[0] @ error @ metric[1]) * error).sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="one block")
-    parser.add_argument("--write", action="store_true", help="keep the table in results/")
-    parser.add_argument("--kept", type=float, default=0.4, help="fraction of the entries of a matrix")
+    parser.add_argument("--quick", action="store_true", help="measure one block")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--kept", type=float, default=0.4, help="kept fraction of every matrix (default: 0.4)")
     arguments = parser.parse_args()
     config, device = Config(heldout_tokens=6144), torch.device("cpu")
     loaded, sites = load(config, device)
@@ -204,9 +208,10 @@ def main() -> None:
     rows.append(["median", "", *(f"{median(values):.2f}" if values else "" for values in columns.values())])
     rows.append(["lowest", "", *(f"{np.min(values):.2f}" if values else "" for values in columns.values())])
     body = (
-        f"SmolLM2-135M-Instruct, kept {arguments.kept:g} of every matrix; statistics of {calibration.tokens:,} "
-        f"calibration and {held_out.tokens:,} held-out tokens. Predicted cost in nats per token of `pivoted-lowrank`, "
-        "and the ratio of the others to it. What the variants are stands in benchmarks/topology_trials.py.\n\n"
+        f"SmolLM2-135M-Instruct at kept fraction {arguments.kept:g} of every matrix, with statistics of "
+        f"{calibration.tokens:,} calibration and {held_out.tokens:,} held-out tokens. The table shows the predicted "
+        "cost of `pivoted-lowrank` in nats per token, and the costs of the other variants relative to it. "
+        "benchmarks/topology_trials.py explains the variants.\n\n"
         + markdown(["site", "pivoted-lowrank", *VARIANTS], rows)
     )
     publish("benchmarks.topology_trials", "Other topologies", body, [], arguments.write)

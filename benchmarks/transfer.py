@@ -1,15 +1,16 @@
-"""Does a prior found on one model save evaluations, or quality, on another?
+"""Measures whether a prior found on one model saves evaluations or improves quality on another.
 
     python -m benchmarks.transfer [--quick] [--write] [--models A B] [--budget 60] [--seeds 0 1 2] [--target-kept 0.8]
         [--rules price chi]
 
-Both ways between two models, by default the default model and Gemma 3 270M. For each: a cold search, from the closed
-form; a warm one with the same agent, budget, seed and data, from the prior that the cold search of the other left;
-and what that prior costs without any evaluation, by either rule of `search.priors.transfer`. Held-out KL of all, and
-at which trial the warm search first had a trial as good as the cold search's best, both by the KL that trials saw.
+Priors are transferred both ways between two models, by default the default model and Gemma 3 270M. For each direction
+the benchmark makes a cold search, which starts from the closed form, and a warm search with the same agent, budget,
+seed and data, which starts from the prior of the other model's cold search. It also measures that prior without any
+evaluation, transferred by each rule of `search.priors.transfer` ("bare"). It reports the held-out KL of all, and the
+first trial of the warm search that is as good as the best trial of the cold search, both by the KL measured in trials.
 
-Every search stands in a folder of its own under `--runs`, and one that is there is not repeated. `--quick` takes two
-tiny random models: it shows that everything works, and nothing about priors.
+Every search has its own folder under `--runs`; a finished search found there is not repeated. `--quick` uses two tiny
+random models; it shows that the code works, and nothing about priors.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ QUICK |= dict(heldout_tokens=600, report_items=6, budget=8)
 
 
 class Figure(NamedTuple):
-    """Held-out KL, nats per token, its standard error over sequences, and how many tokens it is of."""
+    """Held-out KL in nats per token, its standard error over sequences, and the number of tokens."""
 
     value: float
     error: float
@@ -52,11 +53,18 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One direction and seed; trials are counted from 1.
+    """Result of one direction and seed; trials are counted from 1.
 
     Attributes:
-        bare: of the prior without any evaluation, by rule.
-        reached: the first warm trial that was as good as the best cold one; NaN if none was.
+        source: model on which the prior was found.
+        target: model on which the searches were made.
+        seed: seed of the searches.
+        closed_form: KL of the closed form on the target.
+        bare: KL of the prior without any evaluation, by rule.
+        cold: KL found by the cold search.
+        warm: KL found by the warm search.
+        cold_best_at: number of the cold search's best trial.
+        reached: number of the first warm trial as good as the best cold trial; NaN if there is none.
     """
 
     source: str
@@ -71,7 +79,7 @@ class Outcome:
 
 
 def search(config: Config, folder: Path) -> dict[str, Any]:
-    """The summary of a run, made or continued if need be."""
+    """Returns the summary of the run in `folder`; starts or resumes the run if it is not finished."""
     if not (folder / SUMMARY).exists():
         known = {"resume": str(folder)} if (folder / "config.json").exists() else {"out": str(folder)}
         with Console() as console:
@@ -81,7 +89,7 @@ def search(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def applied(config: Config, prior: Path, rule: Rule, folder: Path) -> Figure:
-    """Of a prior transferred without an evaluation."""
+    """Held-out KL of a prior transferred by a rule without any evaluation."""
     if not (folder / SUMMARY).exists():
         values = config.model_dump(exclude={"out", "resume", "prior"})
         with Console() as console:
@@ -92,27 +100,27 @@ def applied(config: Config, prior: Path, rule: Rule, folder: Path) -> Figure:
 
 
 def held_out(document: dict[str, Any], schedule: str) -> Figure:
-    """Of a row of a summary; NaN where it has none."""
+    """Held-out KL in one row of a summary; NaN if the row has none."""
     [row] = [row for row in document["rows"] if row["schedule"] == schedule]
     value, error = (math.nan if row[name] is None else float(row[name]) for name in ("kl", "kl_stderr"))
     return Figure(value, error, row["tokens"])
 
 
 def trial_kl(folder: Path) -> list[float]:
-    """KL of the trials in order, with the control variate, as rewards see it; infinite for a failed one."""
+    """KL of the trials in order, with the control variate as in rewards; infinite for a failed trial."""
     rows = sorted(read_records(folder / TRIALS), key=lambda row: int(row["trial"]))
     return [float(row["kl"]) + float(row["kl_control"] or 0) if row["kl"] else math.inf for row in rows]
 
 
 def first_as_good(values: Sequence[float], bound: float) -> float:
-    """How many of `values` it takes until one is at most `bound`; NaN if none is."""
+    """Position, counted from 1, of the first of `values` that is at most `bound`; NaN if there is none."""
     return next((float(count) for count, value in enumerate(values, 1) if value <= bound), math.nan)
 
 
 def outcome(
     configs: dict[str, Config], source: str, target: str, seed: int, runs: Path, rules: Sequence[Rule]
 ) -> Outcome:
-    """One direction: cold searches of both models, then the warm one and the bare prior on the target."""
+    """Measures one direction: cold searches of both models, then the warm search and the bare prior on the target."""
 
     def folder(kind: str, model: str) -> Path:
         return runs / f"{kind}-{model}-{seed}"
@@ -141,7 +149,7 @@ def outcome(
 
 
 def report(outcomes: Sequence[Outcome], budget: int) -> tuple[str, list[Bar]]:
-    """The table, and a bar each way: the warm search is at least as good as the cold one."""
+    """Returns the report, and one bar per direction: the warm search is at least as good as the cold one."""
     header = ("prior of, on", "seed", "closed form", *(f"bare, by {rule}" for rule in outcomes[0].bare), "cold", "warm")
     rows = [
         (
@@ -158,10 +166,11 @@ def report(outcomes: Sequence[Outcome], budget: int) -> tuple[str, list[Bar]]:
     ]
     tokens = " and ".join(f"{one.closed_form.tokens:,} tokens of {one.target}" for one in outcomes[:2])
     text = (
-        f"Held-out KL to the dense model on {tokens}, nats per token, ± a standard error over sequences, which all "
-        f"columns share, so that differences are known better; {budget} evaluations a search. The last columns: which "
-        "trial of the cold search was its best, and which of the warm one first was as good, by the KL that trials "
-        f"saw; one that takes slopes, as all of `gradient` do, counts for {SLOPES_COST} evaluations.\n\n"
+        f"Held-out KL to the dense model on {tokens}, in nats per token, ± one standard error over sequences. All "
+        "columns share the sequences, so their differences are more precise than these errors. Each search has "
+        f"{budget} evaluations; a trial with slopes, as `gradient` makes them, counts as {SLOPES_COST}. The last two "
+        "columns give the number of the cold search's best trial, and of the first trial of the warm search that was "
+        "as good, by the KL measured in trials.\n\n"
     )
     bars = []
     for way in dict.fromkeys((one.source, one.target) for one in outcomes):
@@ -173,18 +182,18 @@ def report(outcomes: Sequence[Outcome], budget: int) -> tuple[str, list[Bar]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--models", nargs=2, metavar=("A", "B"))
-    parser.add_argument("--agent", default=Config().agent)
-    parser.add_argument("--budget", type=int, default=60)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--target-kept", type=float, default=0.8)
-    parser.add_argument("--runs", type=Path, default=RESULTS / "transfer-runs", help="where run folders are kept")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="by which a bare prior is moved")
+    parser.add_argument("--quick", action="store_true", help="use two tiny random models and one seed")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--models", nargs=2, metavar=("A", "B"), help="models (default: default and Gemma 3 270M)")
+    parser.add_argument("--agent", default=Config().agent, help="agent, as for search.py")
+    parser.add_argument("--budget", type=int, default=60, help="evaluations per search (default: 60)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument("--target-kept", type=float, default=0.8, help="as for search.py (default: 0.8)")
+    parser.add_argument("--runs", type=Path, default=RESULTS / "transfer-runs", help="folder that keeps the runs")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="rules to transfer bare priors")
     given = parser.parse_args()
     values: dict[str, Any] = dict(agent=given.agent, budget=given.budget, target_kept=given.target_kept)
-    values |= {"repair_tokens": 0, "heal_minutes": 0}  # which hide what allocation is worth
+    values |= {"repair_tokens": 0, "heal_minutes": 0}  # repair and healing would mask differences in allocation
     if given.quick:
         models, seeds, values = ["random:tiny-llama", "random:tiny-qwen2"], [0], values | QUICK
     else:

@@ -2,5 +2,5 @@
 
 import lazy_loader
 
-# The names stand in __init__.pyi; each is imported when it is first used, so that `import compression` loads no torch.
+# __init__.pyi lists the names. Each is imported on first use, so `import compression` does not load torch.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,7 +1,7 @@
-"""`Refusal`: the exception for input that is refused, with the nearest valid name for its message.
+"""Defines `Refusal`, the exception for rejected input, and finds the nearest valid name to suggest in its message.
 
-Every package raises it for a value that a person can correct. Any other exception is a fault of this project. Knows
-nothing of the values.
+Every package raises it for a value that the user can correct. Any other exception is a bug in this project. Does not
+know what the values mean.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ __all__ = ["Refusal", "nearest", "similarity"]
 
 
 class Refusal(ValueError):
-    """Input that is refused. Its message is one line: the rule, the offending value and the nearest valid choice."""
+    """Rejects an input. Its message is one line: the rule, the offending value and the nearest valid choice."""
 
 
 def nearest(value: str, names: Iterable[str]) -> str:
-    """The name most similar to `value`; ties go to the first in the alphabet."""
+    """Returns the name most similar to `value`; ties go to the alphabetically first."""
     return max(sorted(names), key=lambda name: similarity(value, name))
 
 
 def similarity(one: str, other: str) -> float:
-    """How alike two names are without regard to case: difflib's ratio, from 0 to 1 for equal ones."""
+    """Returns difflib's similarity ratio of two names, ignoring case: 0 for nothing in common, 1 for equal names."""
     return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()

@@ -1,7 +1,7 @@
-"""Schedules: for every site, dense or a topology with its bond dimension.
+"""Defines schedules, which state for every site whether it stays dense or which topology and bond dimension it takes.
 
-Immutable values with one canonical JSON form whose hash is the identity of a schedule everywhere. Knows no model and no
-tensor.
+Schedules are immutable and have one canonical JSON form. The hash of that form identifies a schedule everywhere. Knows
+site names; does not know models or tensors.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ METRICS = ("none", "plain", "input", "two-sided")
 
 @dataclass(frozen=True)
 class Choice:
-    """What one site becomes.
+    """States the form that one site takes.
 
     Attributes:
-        topology: "dense", "lowrank", or "mpoN" for N balanced legs (see `compression.numerics.legs.resolve`).
+        topology: "dense", or a topology name such as "lowrank", "pivoted-lowrank" or "mpoN" for N balanced legs (see
+            `compression.numerics.legs.resolve`).
         chi: bond dimension, at least 1; 0 for dense.
-        metric: the norm in which the cores were fitted: "plain" (Frobenius), "input" (input second moment C),
+        metric: the norm in which the cores are fitted: "plain" (Frobenius), "input" (input second moment C) or
             "two-sided" (C and the output-gradient second moment G); "none" for dense.
     """
 
@@ -51,14 +52,14 @@ DENSE = Choice("dense", 0, "none")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Pairs (site name, choice), one for every site of a model, in discovery order."""
+    """Holds pairs (site name, choice), one for every site of a model, in discovery order."""
 
     choices: tuple[tuple[str, Choice], ...]
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.choices]
         if len(set(names)) != len(names):
-            raise Refusal("a schedule names every site once; a name is repeated")
+            raise Refusal("a schedule must name every site once, but a name is repeated")
 
     def __iter__(self) -> Iterator[tuple[str, Choice]]:
         return iter(self.choices)
@@ -72,17 +73,17 @@ class Schedule:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the canonical JSON, 64 hexadecimal digits."""
+        """SHA-256 of the canonical JSON, 64 hexadecimal digits."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Canonical JSON: one list [name, topology, chi, metric] per site, no spaces."""
+        """Returns the canonical JSON: one list [name, topology, chi, metric] per site, without spaces."""
         rows = [[name, choice.topology, choice.chi, choice.metric] for name, choice in self.choices]
         return json.dumps(rows, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Inverse of `to_json`. Raises ValueError on anything else."""
+        """Returns the schedule that `to_json` wrote. Raises ValueError for any other text."""
         rows = json.loads(text)
         if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 4 for row in rows):
             raise Refusal("a schedule is a list of [name, topology, chi, metric] rows")
@@ -90,5 +91,5 @@ class Schedule:
 
     @classmethod
     def dense(cls, names: tuple[str, ...]) -> Schedule:
-        """The schedule that changes nothing."""
+        """Returns the schedule that keeps every site dense."""
         return cls(tuple((name, DENSE) for name in names))

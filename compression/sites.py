@@ -1,8 +1,8 @@
-"""Sites: which weight matrices of a model may be tensorized, and which stay dense and why.
+"""Finds the weight matrices of a model that may be tensorized, and states why the others stay dense.
 
-Knows the module tree of a torch model, nothing of transformers, schedules or factors. Families are discovered from the
-module names inside the repeated block, not hard-coded; embeddings and the output head lie outside the blocks and stay
-dense.
+Knows the module tree of a torch model; does not know transformers, schedules or factors. Families are discovered from
+the module names inside the repeated block, not hard-coded. Embeddings and the output head lie outside the blocks and
+stay dense.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Site:
-    """One weight matrix W of shape (out_features, in_features) inside block `block` (from 0).
+    """Describes one weight matrix W of shape (out_features, in_features) inside block `block` (counted from 0).
+
+    A tensor of more than two axes is described with its last axis as `in_features` and the others multiplied together.
 
     Attributes:
-        dense_because: why the matrix cannot be tensorized; it then stays dense and counts as dense. Empty for one that
-            can. A tensor of more than two axes counts with its last one as `in_features`.
+        dense_because: why the matrix cannot be tensorized; it then stays dense and counts as dense. Empty if the
+            matrix can be tensorized.
     """
 
     name: str
@@ -50,13 +52,20 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """Entries of the dense matrix; a bias is never tensorized and not counted."""
+        """Number of entries of the dense matrix. A bias is never tensorized and is not counted."""
         return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A parameter of two axes or more inside a block: its path there, and whether it is the weight of a linear map."""
+    """Describes a parameter of two or more axes inside a block.
+
+    Attributes:
+        path: name of the parameter within the block.
+        values: the parameter as (…, in); a view, transposed if the module stores it transposed.
+        parameter: the parameter as stored.
+        linear: whether it is the weight of a linear map.
+    """
 
     path: str
     values: torch.Tensor
@@ -65,20 +74,21 @@ class _Matrix:
 
 
 def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, ...]:
-    """Sites of `model` in module order.
+    """Returns the sites of `model` in module order.
 
-    The blocks are the `nn.ModuleList` of the tree whose linear maps hold the most parameters, the longest if several
-    do. Every parameter of two axes or more inside a block is a site; a weight shared by two places counts once. What
-    can be tensorized is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2) that nothing else
-    uses and that two factors of rank 1 make smaller; the others say in `dense_because` why they stay dense.
+    The blocks are the `nn.ModuleList` whose linear maps hold the most parameters; if several lists tie, the longest.
+    Every parameter of two or more axes inside a block is a site; a weight shared by two places counts once. A site can
+    be tensorized if it is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2), nothing else
+    uses it, and two factors of rank 1 have fewer entries than it. The other sites state in `dense_because` why they
+    stay dense.
 
     Args:
-        shapes_only: do not look at values, so that a model on the meta device will do; whoever loads them calls
-            `check_weight`.
+        shapes_only: skip the check of the values, which also allows a model on the meta device. The code that loads the
+            values must then call `check_weight`.
 
     Raises:
-        ValueError: the model has no such list; or, by name, a matrix as `check_weight`, or a linear map that holds no
-            matrix of its shape.
+        ValueError: the model has no list of blocks; `check_weight` rejects a matrix; or a linear map holds no matrix of
+            its shape. The last two messages name the site.
     """
     prefix, blocks = find_blocks(model)
     users: dict[int, list[str]] = defaultdict(list)
@@ -100,7 +110,7 @@ def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, .
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and value of the list of blocks of a dense model.
+    """Returns the name and value of the list of blocks of a dense model.
 
     Raises:
         ValueError: the model has no list of modules that hold linear maps.
@@ -118,11 +128,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> None:
-    """Refuse a weight that cannot be decomposed, by the name of its site.
+    """Reject a weight that cannot be decomposed. The message names the site.
 
     Raises:
-        ValueError: it has NaN or infinite entries or is on the meta device, unless `shapes_only`; it is empty, or not
-            of a floating-point type that matrices are stored in.
+        ValueError: the weight is empty or not of a supported floating-point type; or, unless `shapes_only`, it is on
+            the meta device or has NaN or infinite entries.
     """
     if weight.dtype not in _FLOATING:
         wanted, got = ", ".join(map(_short, _FLOATING)), _short(weight.dtype)
@@ -138,30 +148,31 @@ def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> 
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear module as (out, in), whatever way the module stores it. A view, not a copy."""
+    """Returns the weight of a linear module as (out, in), even if the module stores it transposed. A view, not a copy.
+    """
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in their places by qualified name."""
+    """Replace modules of `model` by qualified name."""
     for name, module in modules.items():
         model.set_submodule(name, module)
 
 
 def model_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, tied weights counted once."""
+    """Returns the number of parameters of the whole model, tied weights counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters of the whole model at their stored precision, tied weights counted once."""
+    """Returns the bytes of all parameters of the model at their stored precision, tied weights counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:
-    """Every parameter of two axes or more in a block, checked; `prefix` is the name of the block."""
+    """Yields every parameter of two or more axes in a block, checked. `prefix` is the name of the block."""
     for path, module in block.named_modules():
         if _is_linear(module):
             weight = module.weight
@@ -184,7 +195,7 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
 
 
 def _lacks_matrix(module: nn.Module, own: Sequence[torch.Tensor]) -> bool:
-    """Whether a module states the shape of a linear map but neither it nor a part of it holds such a matrix."""
+    """Whether a module states the shape of a linear map but neither it nor its submodules hold such a matrix."""
     shape = {getattr(module, "out_features", None), getattr(module, "in_features", None)}
     if None in shape or any(set(values.shape) == shape for values in own):
         return False
@@ -214,7 +225,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _families(paths: list[str]) -> dict[str, str]:
-    """Shortest telling name per path: the leaf without `_proj`, or the whole path where leaves repeat in a block."""
+    """Returns the family name of each path: its last part without `_proj`, or the whole path if that part repeats."""
     without_index = {path: re.sub(r"\.\d+(?=\.|$)", "", path) for path in paths}
     leaves = Counter(name.rsplit(".", 1)[-1] for name in set(without_index.values()))
     families = {}

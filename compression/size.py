@@ -1,6 +1,6 @@
-"""Size: what a schedule leaves of a model, in parameters, bytes and multiply-adds.
+"""Computes how large a model is under a schedule, in parameters, bytes and multiply-adds.
 
-Integers from shapes; no tensor is touched.
+Works on integers from shapes; reads no tensor values.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["Size", "SizeModel", "choice_multiply_adds", "choice_parameters"]
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a model under a schedule.
+    """Holds the size of a model under a schedule.
 
     Attributes:
         kept_fraction: parameters after / before over the sites, in (0, 1].
-        model_kept_fraction: the same over the whole model, tied weights counted once.
+        model_kept_fraction: parameters after / before over the whole model, tied weights counted once.
         bytes_fraction: bytes after / before over the whole model.
-        parameters: of the whole model, tied weights counted once.
-        bytes: of those parameters at the precision the model is stored in, and of the row places of pivoted cores.
-        multiply_adds: per token over the sites, each in the order its layer would contract it.
+        parameters: parameters of the whole model, tied weights counted once.
+        bytes: bytes of those parameters at the model's stored precision, plus the row indices of pivoted cores.
+        multiply_adds: multiply-adds per token summed over the sites, each computed in the cheapest way.
     """
 
     kept_fraction: float
@@ -39,7 +39,7 @@ class Size:
 
 
 class SizeModel:
-    """Sizes of schedules of one model."""
+    """Computes the sizes of one model's schedules."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         self._sites = tuple(sites)
@@ -52,7 +52,7 @@ class SizeModel:
         }
 
     def size(self, schedule: Schedule) -> Size:
-        """Size of the model under `schedule`, which must name every site."""
+        """Returns the size of the model under `schedule`, which must name every site."""
         before_sites = sum(site.parameters for site in self._sites)
         saved_at = {site.name: site.parameters - choice_parameters(site, schedule[site.name]) for site in self._sites}
         saved = sum(saved_at.values())
@@ -78,15 +78,15 @@ def _index_entries(site: Site, choice: Choice) -> int:
 
 
 def choice_parameters(site: Site, choice: Choice) -> int:
-    """Parameters of one site under a choice."""
+    """Returns the number of parameters of one site under a choice."""
     if choice.is_dense:
         return site.parameters
     return resolve(choice.topology, site.out_features, site.in_features).parameters(choice.chi)
 
 
 def choice_multiply_adds(site: Site, choice: Choice) -> int:
-    """Multiply-adds per token of one site: of the contraction, or of the dense product if that is less (the matrix is
-    then rebuilt once per batch, which is not counted)."""
+    """Returns the multiply-adds per token of one site: those of the contraction or of the dense product, whichever is
+    less. The dense product requires rebuilding the matrix once per batch, which is not counted."""
     if choice.is_dense:
         return site.parameters
     return min(site.parameters, resolve(choice.topology, site.out_features, site.in_features).multiply_adds(choice.chi))

@@ -1,13 +1,13 @@
-"""Plug-in for transformers: after `import search.hf`, `from_pretrained` and `save_pretrained` handle compressed folders.
+"""Extends transformers: after `import search.hf`, `from_pretrained` and `save_pretrained` handle compressed folders.
 
-A compressed folder is an ordinary model folder whose config.json lists, in `quantization_config`, the compressed modules
-that replace dense ones (see `compression.layers.skeleton`). The architecture and its `model_type` do not change.
+A compressed folder is an ordinary model folder whose config.json lists, in `quantization_config`, the compressed
+modules that replace dense ones (see `compression.layers.skeleton`). The architecture and `model_type` do not change.
 
-Without this plug-in, transformers would warn about the unknown method and fill the missing dense weights with random
-numbers. To prevent that, the folder stores, for every compressed matrix, an empty tensor under the name of the dense
-weight: a process that expects the dense weight finds a wrong shape and raises. This also protects the folders that
-`save_pretrained` and Trainer write, and needs no special file name. The header of each weight file holds the sha256 of
-every tensor; names, shapes and checksums are verified before any tensor is used.
+In a process without this plug-in, transformers does not know the method and would fill the missing dense weights with
+random numbers. To prevent that, the folder stores, for every compressed matrix, an empty tensor under the name of the
+dense weight: a process that expects the dense weight finds a wrong shape and raises. This also protects the folders
+that `save_pretrained` and Trainer write, and needs no special file name. The header of each weight file holds the
+sha256 of every tensor; names, shapes and checksums are verified before any tensor is used.
 
 A copy of this module and of the parts of `compression` that it uses is exported beside the weights as one file: see
 `search.export.standalone`.

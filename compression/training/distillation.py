@@ -1,14 +1,14 @@
-"""Distillation losses that never hold the matrix of all tokens by the whole vocabulary.
+"""Computes distillation losses without ever holding the logits of all tokens over the whole vocabulary.
 
-Tensors in, tensors out. What is to be learned at a position is a `Targets` row: the log-probabilities of the k
-likeliest tokens; all others together are one more outcome, the rest. The loss is the KL divergence between the two
-distributions of k + 1 outcomes: a lower bound of the KL over the vocabulary, equal to it when k is its size. A label is
-the case k = 1 with probability 1, where the KL is the cross-entropy.
+Takes tensors and returns tensors. The target at a position is a row of `Targets`: the log-probabilities of the k
+likeliest tokens. All other tokens together form one more outcome, the rest. The loss is the KL divergence between the
+two distributions over these k + 1 outcomes. It is a lower bound of the KL over the vocabulary, and equals it when k is
+the size of the vocabulary. A label is the case k = 1 with probability 1, where the KL is the cross-entropy.
 
-The output head is frozen in healing, so that the gradient with respect to its inputs is all that is needed of it. It is
-computed in the forward pass, a few rows at a time, as Liger (Hsu et al. 2024) does; memory is that of a few rows.
-Optionally the normalizer is estimated: exact over all tokens that are among the k likeliest anywhere in the rows at
-hand, and by a uniform sample of the others, each counting for many (importance sampling).
+Healing freezes the output head, so only the gradient with respect to the inputs of the head is needed. It is computed
+in the forward pass, a few rows at a time, as Liger (Hsu et al. 2024) does, and needs memory for these rows only.
+Optionally the softmax normalizer is estimated: it is summed exactly over all tokens that are among the k likeliest
+anywhere in the current rows, and from a uniform sample of the other tokens, weighted up (importance sampling).
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from compression.refusal import Refusal
 __all__ = ["Head", "Targets", "divergence", "labels", "likeliest"]
 
 _ROWS = 256
-"""Rows of logits at a time, at least."""
+"""Smallest number of rows of logits computed at a time."""
 _ROOM = {"cpu": 2**28, "cuda": 2**30}
-"""Bytes of float32 logits over the whole vocabulary at a time, by device: products want many rows."""
+"""Bytes of float32 logits computed at a time, by device. Matrix products are more efficient with many rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The frozen linear map from hidden states to logits: W (vocabulary, width), b (vocabulary,) or None."""
+    """Maps hidden states to logits, frozen: W (vocabulary, width), b (vocabulary,) or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits (rows, vocabulary)."""
+        """Returns float32 logits (rows, vocabulary) of `hidden` (rows, width)."""
         hidden, weight = hidden.to(self.weight.dtype), self.weight
         if not (weight.is_cuda and weight.dtype == torch.bfloat16):
             return functional.linear(hidden, weight, self.bias).float()
-        # Sums are float32 inside: taken as they are, a logit of 20 is not rounded to the nearest eighth.
+        # The product accumulates in float32; keeping that result avoids rounding a logit of 20 to the nearest eighth.
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         return logits if self.bias is None else logits.add_(self.bias)
 
     def only(self, tokens: torch.Tensor) -> Head:
-        """The head of some tokens."""
+        """Returns the head restricted to some tokens (n,)."""
         return Head(self.weight[tokens], None if self.bias is None else self.bias[tokens])
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What is to be predicted at T positions.
+    """Holds the distributions to learn at T positions.
 
     Attributes:
-        tokens: int64 (T, k), distinct in a row.
-        logs: float32 (T, k), their log-probabilities; what is missing to 1 is the rest's.
+        tokens: int64 (T, k), distinct within a row.
+        logs: float32 (T, k), log-probabilities of `tokens`. The remaining probability belongs to the rest.
     """
 
     tokens: torch.Tensor
@@ -72,13 +72,13 @@ class Targets:
 
 
 def labels(tokens: torch.Tensor) -> Targets:
-    """Known next tokens (T,) as targets."""
+    """Returns targets that give known next tokens (T,) probability 1."""
     return Targets(tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device))
 
 
 @torch.no_grad()
 def likeliest(hidden: torch.Tensor, head: Head, count: int) -> Targets:
-    """The targets that a model gives whose head reads `hidden` (T, width): its `count` likeliest tokens.
+    """Returns the `count` likeliest tokens at each position, for a model whose head reads `hidden` (T, width).
 
     Raises:
         ValueError: the logits are not finite.
@@ -99,13 +99,13 @@ def likeliest(hidden: torch.Tensor, head: Head, count: int) -> Targets:
 def divergence(
     hidden: torch.Tensor, head: Head, targets: Targets, sample: int = 0, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Sum over rows of KL(targets ‖ softmax(head(hidden))), nats, differentiable with respect to `hidden`.
+    """Returns the sum over rows of KL(targets ‖ softmax(head(hidden))) in nats, differentiable in `hidden`.
 
     Args:
         hidden: (T, width).
-        targets: of the same T positions.
-        sample: how many tokens stand for those that are nobody's target; 0 computes all logits, as is done where there
-            are no more others than that.
+        targets: targets at the same T positions.
+        sample: number of sampled tokens that represent all tokens which are no target in the current rows. 0 computes
+            all logits, which also happens if there are at most `sample` such tokens.
         generator: draws the sample; on the device of `hidden`.
     """
     result: torch.Tensor = _Divergence.apply(hidden, head, targets, sample, generator)  # type: ignore[no-untyped-call]
@@ -139,8 +139,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def _divergence_(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Sum of the divergences of all rows; the logits become its gradient with respect to them."""
-    # In place, with one exponential of every logit: the matrix is large, and passes over it are what this costs.
+    """Returns the sum of the divergences of all rows, and overwrites the logits with its gradient."""
+    # Works in place and takes one exponential of every logit: the matrix is large and passes over it dominate the cost.
     largest = logits.amax(-1, keepdim=True)
     chosen = logits.gather(1, targets.tokens) - largest
     normalizer = logits.sub_(largest).exp_().sum(-1, keepdim=True)
@@ -150,7 +150,8 @@ def _divergence_(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     rest, left = ((1 - one.sum(1, keepdim=True)).clamp_min(0) for one in (wanted, given))
     left = left.clamp_min(tiny)
     value = (wanted * (targets.logs - chosen)).sum() + (rest * (rest.clamp_min(tiny) / left).log()).sum()
-    # Of q_j for a token of the rest, with its share of the rest's mass as probability wanted; a sum of 0 over all j.
+    # The gradient for a token j of the rest is q_j − rest·q_j / left, since the rest's wanted probability is shared in
+    # proportion to q_j. The gradients of a row sum to 0.
     logits.mul_((1 - rest / left) / normalizer)
     logits.scatter_(1, targets.tokens, given - wanted)
     return value
@@ -158,8 +159,13 @@ def _divergence_(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Shortlist:
-    """Tokens to compute, the sampled ones last; where in it each of the wanted is; ln of how many a sampled one counts
-    for."""
+    """Lists the tokens whose logits are computed.
+
+    Attributes:
+        tokens: the target tokens, then the sampled ones.
+        places: position in `tokens` of every target, shaped as the targets.
+        weight: natural logarithm of the number of tokens that each sampled token represents.
+    """
 
     tokens: torch.Tensor
     places: torch.Tensor
@@ -169,7 +175,7 @@ class _Shortlist:
 def _shortlist(
     wanted: torch.Tensor, vocabulary: int, sample: int, generator: torch.Generator | None
 ) -> _Shortlist | None:
-    """All that are wanted and a sample of the others; None if there are no more others than `sample`."""
+    """Returns all target tokens and a sample of the others; None if there are at most `sample` others."""
     place = torch.full((vocabulary,), -1, device=wanted.device)
     place[wanted.flatten()] = 0
     exact, others = (place == 0).nonzero()[:, 0], (place < 0).nonzero()[:, 0]
@@ -181,7 +187,8 @@ def _shortlist(
 
 
 def _slices(count: int, head: Head, sampled: bool = False) -> Iterator[slice]:
-    """Pieces of `count` rows; where logits are sampled a processor takes few, whose shortlist is shorter."""
+    """Yields slices of `count` rows. With sampling, a CPU takes few rows at a time, because their shortlist is shorter.
+    """
     device, size = head.weight.device.type, _ROWS
     if device != "cpu" or not sampled:
         size = max(size, _ROOM.get(device, _ROOM["cuda"]) // (4 * len(head.weight)))

@@ -1,8 +1,9 @@
-"""Gates: a factor for every output of a tensorized layer, learned in healing and absorbed by its cores afterwards.
+"""Adds gates, trainable factors on the outputs of tensorized layers, and multiplies them into the cores after healing.
 
-Knows `MPOLinear` modules in a module tree. The gate of a layer is 1 + g per leg, ∏ₖ (1 + gₖ[oₖ]) for the output
-(o₁, o₂, …): with `lowrank` a factor for every row of the matrix. It starts at 1, and since each leg belongs to one
-core, the gated matrix is an MPO of the same bonds, so that healing with gates changes no size.
+Knows `MPOLinear` modules in a module tree; does not know losses or training. The gate of output (o₁, o₂, …) is the
+product over output legs ∏ₖ (1 + gₖ[oₖ]); with `lowrank` it is one factor per row of the matrix. All gₖ start at 0, so
+all gates start at 1. Each leg belongs to one core, so the gated matrix is an MPO with the same bonds, and healing with
+gates does not change the size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _HOOK = "_gate_hook"
 
 
 def add_gates_(model: nn.Module) -> None:
-    """Give every `MPOLinear` a gate, in place: one parameter `gate_K` (out leg K,) of zeros for every core."""
+    """Give every `MPOLinear` a gate in place: for every core K one parameter `gate_K` of zeros, shape (out leg K,)."""
     for layer in _layers(model):
         like = next(layer.parameters())
         for number, leg in enumerate(layer.legs.out_legs):
@@ -32,7 +33,7 @@ def add_gates_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def absorb_gates_(model: nn.Module) -> None:
-    """Multiply every gate into its cores and take it away, in place; a model without gates stays as it is."""
+    """Multiply every gate into its cores and remove it, in place. A model without gates is not changed."""
     for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, MPOLinear)]:
         if not hasattr(layer, _HOOK):
             continue
@@ -46,7 +47,7 @@ def _layers(model: nn.Module) -> list[MPOLinear]:
 
 
 def _factors(layer: MPOLinear) -> list[torch.Tensor]:
-    """1 + gₖ for every core."""
+    """Returns 1 + gₖ for every core k."""
     return [1 + layer.get_parameter(f"{_GATE}{number}") for number in range(len(layer.legs.out_legs))]
 
 

@@ -1,8 +1,8 @@
-"""Replay: the blocks of a model recorded as CUDA graphs, for passes of one shape that are made thousands of times.
+"""Records the blocks of a model as CUDA graphs, for thousands of passes of the same shape.
 
-Knows the module tree of a torch model whose blocks are called with tensors and constants. A block of factors is some
-hundred small kernels, forth and back, which a processor starts more slowly than a GPU ends them; a graph starts them
-all at once.
+Knows the module tree of a torch model whose blocks are called with tensors and constants; does not know losses. The
+forward and backward pass of a factorized block launches about a hundred small kernels. A CPU launches them more slowly
+than a GPU finishes them; a graph launches them all at once.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ def replayed(
     input_ids: torch.Tensor,
     record: Recorder = torch.cuda.make_graphed_callables,
 ) -> Iterator[None]:
-    """While inside, passes shaped like this one replay the blocks; any other runs them as ever.
+    """Inside the context, passes with the shape of `input_ids` replay the recorded blocks; other passes run normally.
 
-    To be entered as the passes are made: under the same autocast, without its cache, and with gradients or without.
-    Until it is left, parameters may be written but not replaced, and gradients have to be set to zero, not to None: a
-    gradient that is None takes over the memory that the next replay writes to.
+    Enter the context under the conditions of the passes: the same autocast, with its weight cache disabled, and the
+    same gradient mode. Inside it, parameters may be overwritten but not replaced, and gradients must be set to zero,
+    not to None: a gradient that is None would take over the memory that the next replay writes to.
 
     Args:
-        blocks: of the model, in the order they run.
-        input_ids: (rows, length), of any tokens.
-        record: makes a function of tensors out of each module and sample arguments for it.
+        blocks: blocks of the model, in the order they run.
+        input_ids: (rows, length), any tokens; only the shape matters.
+        record: turns each module and its sample arguments into a function of tensors.
 
     Raises:
-        RuntimeError: a block does what a graph cannot hold, such as waiting for a number, or is not run just once a
-            pass, or memory ran out.
+        RuntimeError: a block does something that a graph cannot record, such as reading a value back to the CPU; or
+            does not run exactly once per pass; or memory ran out.
     """
     calls = _calls(model, blocks, input_ids)
     if [call.block for call in calls] != list(blocks):
-        raise RuntimeError("blocks are not run once each, in their order")
-    # Gradients are added up on another stream than blocks were recorded on, which torch would remark on.
+        raise RuntimeError("each block must run exactly once per pass, in the given order")
+    # Gradients accumulate on another stream than the one the blocks were recorded on; torch would warn about it.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     functions = record(tuple(calls), tuple(call.samples for call in calls))
     for parameter in model.parameters():
@@ -64,12 +64,12 @@ def replayed(
 
 
 class _Call(nn.Module):
-    """A block as a function of tensors, all else that it was called with being fixed."""
+    """Wraps a block as a function of its tensor arguments; its other arguments are fixed to the recorded ones."""
 
     def __init__(self, block: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
         self.block = block
-        self.training = block.training  # not train(), which would set those of modules inside
+        self.training = block.training  # not train(), which would also change the submodules
         self._plain, self._spec = block.forward, spec
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._given = [isinstance(leaf, torch.Tensor) for leaf in leaves]
@@ -88,7 +88,7 @@ class _Call(nn.Module):
         return self._plain(*arguments, **keywords)
 
     def dispatcher(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands in for the block's forward pass: `function` for calls like the recorded one."""
+        """Returns a forward function that uses `function` for calls like the recorded one and the block otherwise."""
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
             leaves, spec = pytree.tree_flatten((arguments, keywords))
@@ -113,7 +113,7 @@ class _Call(nn.Module):
 
 
 def _calls(model: nn.Module, blocks: Sequence[nn.Module], input_ids: torch.Tensor) -> list[_Call]:
-    """What each block is called with in one pass."""
+    """Runs one pass and returns the calls of the blocks, in the order they happened."""
     calls: list[_Call] = []
 
     def watch(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""What healing trains: cores, norms and biases; everything else stays frozen.
+"""Selects the parameters that healing trains: cores, norms and biases. Everything else stays frozen.
 
-Knows the module tree of a torch model. The stored form of an `MPOLinear` is trained as it is, so that the size of a
-model never changes.
+Knows the module tree of a torch model; does not know losses or optimizers. Healing trains an `MPOLinear` in its stored
+form, so the size of the model does not change.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["captured_head_input", "frozen", "put_parameters", "trainable_"]
 
 
 def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    """Ask for gradients of everything that is healed, in place, in `dtype`.
+    """Replace the parameters that healing trains by trainable copies in `dtype`, in place; freeze all others.
 
-    Cores of every `MPOLinear`, and every vector of the model: norms and biases. Each becomes a parameter of its own, so
-    that another model which shares the tensors is not changed.
+    Healing trains the cores of every `MPOLinear` and every vector of the model (norms and biases). The copies keep
+    another model that shares the tensors unchanged.
 
     Returns:
-        the new parameters by name; `put_parameters` with the ones from before takes it back.
+        The new parameters by name. To undo the change, call `put_parameters` with the original ones.
 
     Raises:
         ValueError: the model has no `MPOLinear`.
@@ -51,7 +51,7 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Put parameters in their places by name; returns the ones that were there."""
+    """Replace parameters of `model` by name; returns the previous ones."""
     before = {}
     for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
@@ -64,16 +64,19 @@ def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 def frozen(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The same values in the type that the rest of the model has, without gradients."""
+    """Returns copies of `parameters` without gradients, in the type of the model's other parameters."""
     dtype = next((p.dtype for name, p in model.named_parameters() if name not in parameters), torch.float32)
     return {name: nn.Parameter(p.detach().to(dtype), requires_grad=False) for name, p in parameters.items()}
 
 
 @contextmanager
 def captured_head_input(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """While inside, what the output head is fed is caught, (batch, length, width) a pass, and the head sees one row.
+    """Inside the context, records the input of the output head, (batch, length, width) per pass.
 
-    Logits of all tokens over the whole vocabulary are thereby never made.
+    The head itself receives a single position, so the logits of all tokens over the whole vocabulary are never formed.
+
+    Yields:
+        A list to which every pass appends its input.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     caught: list[torch.Tensor] = []

@@ -73,7 +73,7 @@ def read_conversations(source: str, tokenizer: Any) -> list[Document]:
         for number, record in enumerate(islice(records, _MOST), 1)
     ]
     if not documents:
-        raise Refusal(f"data {source!r} contains no conversation")
+        raise Refusal(f"data {source!r} holds no conversation")
     return documents
 
 
@@ -109,7 +109,7 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
     while turns and turns[-1][0] != "assistant":
         turns.pop()
     if not any(role == "assistant" and text.strip() for role, text in turns):
-        raise Refusal(f"{where}: has no answer to learn from")
+        raise Refusal(f"{where}: holds no answer to learn from")
     return turns
 
 

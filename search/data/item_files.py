@@ -34,7 +34,7 @@ def load_jsonl(path: Path) -> tuple[Item, ...]:
     except UnicodeDecodeError as error:
         raise Refusal(f"{path}: must be UTF-8 text, but byte {error.start} is not") from error
     if not items:
-        raise Refusal(f"{path}: contains no item")
+        raise Refusal(f"{path}: holds no item")
     return tuple(items)
 
 

@@ -40,8 +40,8 @@ def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Prompt:
     Args:
         item: the item.
         proxy: one of `PROXIES` or "boolq"; anything else, such as a JSONL file, is rendered as mmlu.
-        form: "answer", in which the continuations are the choices' texts (tasks `mmlu_continuation`, `arc_easy`, `sciq`,
-            `piqa`, `hellaswag`), or "letter", in which the context lists lettered choices (task `mmlu`).
+        form: "answer", in which the continuations are the texts of the choices (tasks `mmlu_continuation`, `arc_easy`,
+            `sciq`, `piqa`, `hellaswag`), or "letter", in which the context lists lettered choices (task `mmlu`).
 
     Raises:
         ValueError: the proxy does not have this form.

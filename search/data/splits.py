@@ -3,11 +3,11 @@
 Knows the sources and how they are divided; of a model, it knows only the tokenizer's encode function.
 
 * Prose consists of English documents without repeated paragraphs. The first 70 % of the Wikipedia articles and of the
-  web pages are for calibration, the next 10 % for search, and the last 20 % are held out. A few long technical articles,
-  which no separator divides, are for calibration only.
+  web pages are for calibration, the next 10 % for search, and the last 20 % are held out. A few long technical
+  articles, which no separator divides, are for calibration only.
 * Exam text consists of questions with their correct answers. Of MMLU's dev and validation items that do not occur in
-  test, one half by hash is for calibration; the other half are MMLU's search items. Held-out exam text and MMLU's report
-  items come from test.
+  test, one half by hash is for calibration; the other half are MMLU's search items. Held-out exam text and MMLU's
+  report items come from test.
 * The items of every other proxy are divided by hash into one half for search and one half for reports.
 """
 

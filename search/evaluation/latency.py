@@ -91,8 +91,11 @@ def against_dense(
             applier.apply_(schedule)
             planned[side] = planner.plan_(model)
             sides[side] = {name: model.get_submodule(name) for name in names}
-        prefilled = _over_dense(prefill(model, sides, prompt, _ROUNDS, device))
-        decoded = _over_dense(decode(model, sides, _STEPS, device))
+        try:
+            prefilled = _over_dense(prefill(model, sides, prompt, _ROUNDS, device))
+            decoded = _over_dense(decode(model, sides, _STEPS, device))
+        finally:
+            put_modules(model, sides[_DENSE])  # the applier does not know which side was timed last
     return {
         side: Latency(optimize, prefilled[side], decoded[side], prompt, of.stored_bytes, of.resident_bytes)
         for side, of in planned.items()

@@ -1,3 +1,3 @@
-"""The model, data and statistics of one run, opened together."""
+"""Open the model, data and statistics of a run together."""
 
 __all__: list[str] = []

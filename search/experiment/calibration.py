@@ -1,7 +1,7 @@
-"""Stages: calibration, factors and workloads of a loaded model.
+"""Compute the calibration statistics and factors of a loaded model.
 
-Composes engine and data. Knows no flag, no agent and no file of a run folder; `search.experiment.experiment` holds
-what they make.
+Combines the compression package with the search data. Does not know flags, agents or the files of a run folder.
+`search.experiment.experiment` holds the results.
 """
 
 from __future__ import annotations
@@ -24,19 +24,27 @@ from search.model.loading import LoadedModel
 __all__ = ["CHUNK_TOKENS", "SHRINKAGE", "Calibration", "calibration_batches", "factor_store"]
 
 CHUNK_TOKENS = 256
-"""Longest text sequence: attention over longer ones costs time and says little more about the weights."""
+"""Longest text sequence in tokens: attention over longer ones costs time and improves the statistics little."""
 _CALIBRATION_BATCH = 1024
 SHRINKAGE = 0.01
-"""Of the second moments, see `compression.numerics.whitening.shrink`; on search text a little better than 0.003."""
+"""Shrinkage of the second moments, see `compression.numerics.whitening.shrink`; slightly better on search text than
+0.003."""
 
 
 @dataclass
 class Calibration:
-    """Second moments of a model on a text: from the cache, or streamed when first asked for.
+    """Second moments of a model on the calibration text, read from the cache or collected at the first call.
 
     Attributes:
-        weighted: whether tokens are, see `compression.calibration.statistics`; if not, these are the moments of K-FAC.
-        key: identity of the statistics: model, sites, text, seed.
+        loaded: the dense model and its tokenizer.
+        sites: the sites to collect for.
+        text: the calibration text.
+        seed: seed of the order of the batches and of the random draws.
+        cache: cache of the statistics.
+        progress: called with the number of tokens processed so far.
+        weighted: whether tokens are weighted, see `compression.calibration.statistics`. Without weights these are the
+            moments of K-FAC.
+        key: cache key of the statistics, a digest of model, sites, text and seed.
     """
 
     loaded: LoadedModel
@@ -57,7 +65,7 @@ class Calibration:
         )
 
     def __call__(self) -> Statistics:
-        """The statistics; kept until `release`."""
+        """The statistics, which stay in memory until `release`."""
         if self._statistics is None:
             bundle = self.cache.get_or_build(self.key, lambda: self._collect().to_bundle())
             self._statistics = Statistics.from_bundle(bundle)
@@ -65,11 +73,11 @@ class Calibration:
 
     @cached_property
     def unweighted(self) -> Calibration:
-        """The same with tokens that count alike: the first of two passes."""
+        """The calibration with equal weights for all tokens: the first of the two passes."""
         return dataclasses.replace(self, weighted=False, _statistics=None)
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Release the memory of the statistics."""
         self._statistics = self.unweighted._statistics = None
 
     def _collect(self) -> Statistics:
@@ -83,7 +91,7 @@ class Calibration:
 def factor_store(
     loaded: LoadedModel, sites: Sequence[Site], calibration: Calibration, cache: FactorCache
 ) -> FactorStore:
-    """Factors of the sites of a dense model."""
+    """The factor store for the sites of a dense model."""
     weights = {
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
@@ -91,9 +99,9 @@ def factor_store(
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(input_ids, mask) batches in a seeded order, every row full but the last ones.
+    """Batches (input_ids, mask) of calibration text, from a seeded shuffle sorted by descending row length.
 
-    Questions follow one another in a row as sentences do in prose: full rows waste nothing on padding.
+    Questions are concatenated and cut into rows of `CHUNK_TOKENS` tokens, so that almost no row needs padding.
     """
     device, separator = loaded.model.device, loaded.encode("\n\n")
     stream = [token for question in text.exam for token in (*question, *separator)]

@@ -1,6 +1,6 @@
-"""Subject: what a run works on. A loaded model, its sites, data and factors, and evaluators on each part of the data.
+"""Hold everything a run works on: a loaded model, its sites, data and factors, and evaluators on each part of the data.
 
-Knows how the search data are dealt; not in which order anything happens.
+Knows how the search data are divided; does not know the order of the stages of a run.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from search.runtime.files import cache_folder
 
 __all__ = ["Experiment", "Extract", "load", "smallest_parameters", "workload_sequences"]
 
-_SELECTION = 4  # the selection set is this many times what a trial sees
+_SELECTION = 4  # the selection set is this many times as large as a shard
 _BATCH = 1024  # tokens in one forward pass
-_RACING_BATCH = 512  # tokens between two looks at whether a finalist is worth going on with
+_RACING_BATCH = 512  # tokens between two early-stopping checks of a finalist
 
 
 @dataclass(frozen=True)
 class Extract:
-    """Some of the search data, in the place of its shards.
+    """A part of the search data that an evaluator uses instead of the shards.
 
     Attributes:
-        tokens: texts and questions of all shards in turn, at most so many tokens.
-        context: one text of so many tokens and no question instead.
+        tokens: most tokens of the extract, which alternates texts and questions from all shards.
+        context: if given, the extract is instead a single text of this many tokens, without questions.
     """
 
     tokens: int
@@ -65,7 +65,17 @@ class Extract:
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """See the module."""
+    """The opened model of a run with its data and statistics.
+
+    Attributes:
+        config: configuration of the run.
+        loaded: the model, dense except while an evaluator or a healing changes it.
+        sites: the sites of the model.
+        splits: the data, divided into calibration, search and held-out parts.
+        calibration: the calibration statistics, collected at first use.
+        store: the factors of the sites.
+        device: device of the model.
+    """
 
     config: Config
     loaded: LoadedModel
@@ -84,13 +94,13 @@ class Experiment:
         device: torch.device,
         warn: Callable[[str], None] = warnings.warn,
     ) -> Experiment:
-        """Read and divide the data for a loaded model; nothing is computed yet.
+        """Read and divide the data for a loaded model, without computing anything yet.
 
         Args:
-            warn: hears of damaged files in the cache.
+            warn: called with a message if a file in the cache is damaged.
 
         Raises:
-            ValueError, DataUnavailable: as `search.data.splits.build_splits`.
+            ValueError, DataUnavailable: as for `search.data.splits.build_splits`.
         """
         parts = config.search_shards + _SELECTION
         splits = build_splits(
@@ -110,16 +120,21 @@ class Experiment:
 
     @classmethod
     def open(cls, config: Config) -> Experiment:
-        """The model that a configuration names, on its device, with its data.
+        """Open the experiment of a configuration: load the model onto its device and read the data.
 
         Raises:
-            ValueError, DataUnavailable: as `load` and `of`.
+            ValueError, DataUnavailable: as for `load` and `of`.
         """
         device = resolve_device(config.device)
         return cls.of(config, *load(config, device), device)
 
     def shards(self, part: str) -> list[list[Packed]]:
-        """What is scored: "search" in trials, by shard, "selection" among finalists, "heldout" in the final table."""
+        """The packed sequences of one part of the data, by shard.
+
+        Args:
+            part: "search" for trials, one list per shard; "selection" for the choice among finalists, one list;
+                "heldout" for the final table, one list.
+        """
         config, splits = self.config, self.splits
         if part == "heldout":
             dealt = [(splits.report_items, splits.heldout_text.labelled)]
@@ -135,13 +150,17 @@ class Experiment:
         return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
 
     def extract(self, wanted: Extract) -> list[Packed]:
-        """Raises ValueError where the search text is shorter than the context that is wanted."""
+        """The packed sequences of an extract.
+
+        Raises:
+            ValueError: the search text is shorter than the requested context.
+        """
         if wanted.context:
             return [packed_text(long_text(self.loaded.encode, wanted.context))]
         return self.mixture(wanted.tokens)
 
     def mixture(self, tokens: int) -> list[Packed]:
-        """Texts and questions of the search shards in turn, as many as `tokens` allow and at least one of each."""
+        """Texts and questions of the search shards in alternation, up to `tokens` tokens but at least one of each."""
         every = [sequence for shard in self.shards("search") for sequence in shard]
         texts, items = ([one for one in every if bool(one.branches) == scored] for scored in (False, True))
         taken: list[Packed] = []
@@ -152,7 +171,10 @@ class Experiment:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What scores in a search are of, beside the configuration: plain JSON values."""
+        """Digests of the model and data, as plain JSON values.
+
+        With the configuration they identify what a score was measured on.
+        """
         return {
             "model": self.loaded.digest,
             "statistics": self.calibration.key,
@@ -169,9 +191,13 @@ class Experiment:
         extract: Extract | None = None,
         reuse_bytes: int = REUSE_BYTES,
     ) -> Iterator[ModelEvaluator]:
-        """An evaluator on one part of the data, or on an extract of it; the model is dense again afterwards.
+        """Context with an evaluator on one part of the data or on an extract; the model is dense again afterwards.
 
-        What is reported is measured on the tensors that are stored. `reuse_bytes` as for `ModelEvaluator`.
+        Args:
+            part: as for `shards`. On "heldout", scores are measured with the packed tensors that a schedule stores.
+            anchor: as for `ModelEvaluator`.
+            extract: the data to use instead of the shards of `part`.
+            reuse_bytes: as for `ModelEvaluator`.
         """
         config, reported = self.config, part == "heldout"
         racing = part == "selection"
@@ -197,16 +223,19 @@ class Experiment:
     def repair_(
         self, schedule: Schedule, tokens: int, progress: Callable[[int], None] = lambda done: None
     ) -> Mapping[str, nn.Module]:
-        """Make the dense model follow `schedule`, repaired on calibration text; returns the modules it took out.
+        """Apply `schedule` to the dense model and repair it on calibration text; returns the modules it replaced.
 
-        See `compression.decomposition.repair.repair_`. The statistics it needs stay in memory until
-        `calibration.release`.
+        See `compression.decomposition.repair.repair_`. The statistics stay in memory until `calibration.release`.
+
+        Args:
+            tokens: number of calibration tokens to repair with.
+            progress: as for `compression.decomposition.repair.repair_`.
         """
         statistics, batches = self.calibration(), self.repair_batches(tokens)
         return repair_(self.loaded.model, self.sites, schedule, statistics, batches, SHRINKAGE, progress=progress)
 
     def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The first calibration batches, `tokens` or what there is, in the order they were collected in."""
+        """The first calibration batches with `tokens` tokens or slightly more, in the order of the calibration."""
         batches, seen = [], 0
         for ids, mask in calibration_batches(self.loaded, self.splits.calibration, self.config.seed):
             if seen >= tokens:
@@ -216,7 +245,11 @@ class Experiment:
         return batches
 
     def menu(self, progress: Callable[[int], None] = lambda done: None) -> Menu:
-        """What sites choose from; where time counts in the reward, what is aligned in memory and worth its time."""
+        """The menu of options per site.
+
+        If time counts in the reward (`latency_weight` above 0), the menu contains only options that are aligned in
+        memory and worth their time.
+        """
         menu, weight = self.store.menu(progress=progress), self.config.latency_weight
         if not weight:
             return menu
@@ -224,12 +257,12 @@ class Experiment:
         return worth_their_time(menu, [weight * times.shares(options) for options in menu.sites])
 
     def times(self) -> SiteTimes:
-        """Time fractions of schedules on this machine."""
+        """The function that estimates the time fraction of a schedule on this machine."""
         planner = Planner(self.config.optimize, layer_costs())
         return SiteTimes(self.sites, planner, self.loaded.model.dtype, self.device)
 
     def seconds_per_token(self) -> float:
-        """Of a forward pass of the dense model here and now, from one short text."""
+        """Seconds per token of a forward pass of the dense model, measured now on one short batch."""
         ids = torch.ones(2, CHUNK_TOKENS, dtype=torch.long, device=self.device)
         times = []
         with torch.inference_mode():
@@ -243,12 +276,15 @@ class Experiment:
 def load(
     config: Config, device: torch.device, loaded: LoadedModel | None = None
 ) -> tuple[LoadedModel, tuple[Site, ...]]:
-    """The model and its sites; `loaded` is the model if it is there already.
+    """Load the model of a configuration and find its sites.
+
+    Args:
+        loaded: the model, if it is already in memory.
 
     Raises:
-        ValueError: as `search.model.loading.load_model` and `compression.sites.discover_sites`, a target below what χ
-            = 1 everywhere keeps, or heads asked for that are not there.
-        DataUnavailable: as `search.model.loading.load_model`.
+        ValueError: as for `search.model.loading.load_model` and `compression.sites.discover_sites`; the target is below
+            the kept fraction with χ = 1 everywhere; or `per_head` is set for a model without several heads.
+        DataUnavailable: as for `search.model.loading.load_model`.
     """
     loaded = loaded or load_model(config.model, device, working_dtype(config.dtype, device))
     sites = discover_sites(loaded.model)
@@ -259,14 +295,14 @@ def load(
     smallest = smallest_parameters(sites) / sum(site.parameters for site in sites)
     if config.target_kept < smallest:
         raise Refusal(
-            f"target_kept must be at least {smallest:.4f}, what χ = 1 everywhere keeps of this model, "
+            f"target_kept must be at least {smallest:.4f}, the fraction that this model keeps with χ = 1 everywhere, "
             f"got {config.target_kept}"
         )
     return loaded, sites
 
 
 def smallest_parameters(sites: Sequence[Site]) -> int:
-    """Entries of all sites at `lowrank` with χ = 1, or dense where that is less."""
+    """Parameters of all sites together at pivoted `lowrank` with χ = 1, or dense if that is fewer."""
     return sum(
         site.parameters
         if site.dense_because
@@ -278,9 +314,14 @@ def smallest_parameters(sites: Sequence[Site]) -> int:
 def workload_sequences(
     loaded: LoadedModel, items: Iterable[Item], proxy: str, form: str, text: Iterable[tuple[str, Sequence[int]]]
 ) -> list[Packed]:
-    """Items rendered and packed, then texts, (corpus, tokens) each.
+    """Render and pack items, followed by texts.
 
-    Items longer than the model's context are left out.
+    Items longer than the model's context are dropped; texts are cut to it.
+
+    Args:
+        proxy: name of the proxy, which determines the prompt.
+        form: form of the prompt, see `search.data.prompts.render`.
+        text: (corpus, tokens) pairs.
     """
     limit = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
     packed = []

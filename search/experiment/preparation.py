@@ -1,6 +1,6 @@
-"""What comes before the work of a command: refuse early, count what stays dense, collect the statistics.
+"""Prepare the work of a command: check the disk space, list the sites that stay dense, collect the statistics.
 
-Knows configurations, subjects and the cache; no run folder but whether one may be written to.
+Knows experiments and the cache; does not know run folders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["calibrate", "check_space", "stays_dense"]
 
 
 def calibrate(experiment: Experiment, console: Console) -> None:
-    """Collect the statistics, unless the cache has them."""
+    """Collect the calibration statistics unless the cache has them."""
     calibration = experiment.calibration
     for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
         if calibration.cache.has(calibration.key):
@@ -28,7 +28,7 @@ def calibrate(experiment: Experiment, console: Console) -> None:
 
 
 def _advancing(stage: Stage) -> Callable[[int], None]:
-    """Turns how much is done in all into how much has come to it."""
+    """Convert cumulative counts into the increments that `stage.advance` expects."""
     seen = 0
 
     def progress(done: int) -> None:
@@ -40,12 +40,16 @@ def _advancing(stage: Stage) -> Callable[[int], None]:
 
 
 def stays_dense(sites: Sequence[Site]) -> dict[str, str]:
-    """Why, by name, of every site that cannot be tensorized."""
+    """The reason why a site cannot be tensorized, by name, for all such sites."""
     return {site.name: site.dense_because for site in sites if site.dense_because}
 
 
 def check_space(experiment: Experiment) -> None:
-    """Refuse to start building a cache that the disk cannot hold: moments of two passes, three sets of factors."""
+    """Check that the disk can hold the cache: the moments of two passes and three sets of factors.
+
+    Raises:
+        OSError: the free disk space is too small (ENOSPC).
+    """
     cache = experiment.calibration.cache
     if cache.root is None or cache.has(experiment.calibration.key):
         return

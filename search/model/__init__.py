@@ -1,3 +1,3 @@
-"""A name becomes a model in memory: sources, loading, architecture, devices, caches, chat."""
+"""Turn a model name into a model in memory: sources, loading, architecture, devices, KV caches, chat."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""What a model is made of: an empty model of its shape, the decoder without its head, the size of a head."""
+"""Build models from their architecture alone, without stored weights, and read the size of an attention head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["bare_model", "empty_model", "head_size", "shaped_model"]
 
 
 def head_size(model: Any) -> int | None:
-    """Features of one attention head by the configuration of a model; None where it has no heads."""
+    """Features of one attention head according to the configuration of a model; None if it has no heads."""
     config = model.config
     heads = getattr(config, "num_attention_heads", None)
     named = getattr(config, "head_dim", None)
@@ -26,10 +26,11 @@ def head_size(model: Any) -> int | None:
 
 
 def empty_model(source: Source) -> Any:
-    """The architecture of a model with its buffers, but parameters without memory (on the meta device), ties kept.
+    """A model with its buffers in memory, its parameters on the meta device, and its tied parameters tied.
 
     Raises:
-        ValueError: a GGUF file, whose weights cannot be read one by one, or a config that transformers refuses.
+        ValueError: the source is a GGUF file, whose weights cannot be read separately, or transformers refuses the
+            config.
     """
     if source.gguf is not None:
         raise Refusal(f"model {source.name!r} is a GGUF file, which cannot be read block by block; use safetensors")
@@ -40,14 +41,14 @@ def empty_model(source: Source) -> Any:
             else:
                 config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
             model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except Exception as error:  # as in `_read`
+    except Exception as error:  # for the reason given in `read_pretrained`
         raise Refusal(f"model {source.name!r} has a config that cannot be used: {error}") from error
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
 
 def bare_model(model: Any) -> Any:
-    """The dense architecture of a model, all on the meta device, ties kept; the model may be compressed."""
+    """The dense architecture of a model, which may be compressed, on the meta device with its ties."""
     config = type(model.config).from_dict({**model.config.to_dict(), "quantization_config": None})
     with torch.device("meta"):
         bare = type(model)(config)
@@ -56,7 +57,7 @@ def bare_model(model: Any) -> Any:
 
 
 def shaped_model(name: str, dtype: torch.dtype) -> Any:
-    """A random model in a public shape, its parameters drawn one by one."""
+    """A random model with the shape of a public one; each parameter is drawn separately."""
     model = empty_model(Source(name, name, "none"))
     for path, parameter in list(model.named_parameters()):
         owner, _, leaf = path.rpartition(".")

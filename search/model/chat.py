@@ -1,6 +1,6 @@
-"""Chat: a model, compressed or not, answers prompts word by word.
+"""Chat with a model, compressed or not: answer prompts and stream the text.
 
-Knows models, their tokenizers and text; where prompts come from and where answers go is its caller's business.
+Knows models, their tokenizers and text; does not know where prompts come from or where answers go.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ __all__ = ["Chat", "Spoken"]
 
 @dataclass
 class Chat:
-    """A conversation.
+    """A conversation with a model.
 
     Attributes:
-        tokens: an answer is at most this long.
-        temperature: 0 always takes the likeliest token; otherwise tokens are drawn at this temperature.
-        latent: keep latents instead of keys and values, see `search.model.latent_cache`.
-        turns: what was said, as chat templates want it.
+        loaded: the model and its tokenizer.
+        tokens: most tokens of an answer.
+        temperature: 0 always takes the likeliest token; otherwise tokens are sampled at this temperature.
+        latent: whether the KV cache stores latents instead of keys and values, see `search.model.latent_cache`.
+        turns: the conversation so far, in the format of chat templates.
     """
 
     loaded: LoadedModel
@@ -37,9 +38,9 @@ class Chat:
 
     @torch.inference_mode()
     def answer(self, prompt: str, say: Callable[[str], None]) -> str:
-        """The answer to a prompt, in the light of earlier turns; `say` is given its pieces as they come.
+        """Answer a prompt, given the earlier turns; `say` is called with each piece of the answer as it is generated.
 
-        A model without a chat template just goes on with the prompt, and forgets it.
+        A model without a chat template continues the prompt, and does not remember it for the next one.
         """
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         if tokenizer.chat_template:
@@ -70,9 +71,9 @@ class Chat:
 
 
 class Spoken:
-    """What transformers' `generate` takes as streamer: turns tokens into text as far as it is certain.
+    """A streamer for transformers' `generate` that decodes tokens and passes on the new text.
 
-    The last character of a text waits while it may be half of one that the next token completes.
+    A last character that is incomplete is held back until the next tokens complete it.
     """
 
     def __init__(self, decode: Callable[..., str], say: Callable[[str], None]) -> None:
@@ -82,7 +83,7 @@ class Spoken:
         self.text = ""
 
     def put(self, tokens: torch.Tensor) -> None:
-        """New tokens of the one sequence; the first call brings the prompt."""
+        """Receive new tokens of the sequence; the first call gives the prompt, which is ignored."""
         if not self._prompted:
             self._prompted = True
             return
@@ -90,7 +91,7 @@ class Spoken:
         self._tell(self._text().rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def end(self) -> None:
-        """No more tokens come."""
+        """Pass on the remaining text; called after the last token."""
         self._tell(self._text())
 
     def _text(self) -> str:

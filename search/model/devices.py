@@ -1,4 +1,4 @@
-"""The device and number type that a model is computed on."""
+"""Choose the device and dtype for a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DEVICES = ("auto", "cpu", "cuda")
 def resolve_device(device: str = "auto") -> torch.device:
     """The device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:n".
 
-    Processes that train together get a GPU each, as far as there are enough, where no number is named.
+    Without a number, processes that train together are distributed over the GPUs, one each if there are enough.
 
     Raises:
-        ValueError: another word, or a GPU that is not there, with the nearest valid choice.
+        ValueError: the word is unknown or the GPU does not exist; the message names the nearest valid choice.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
@@ -40,7 +40,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def working_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """The number type of that name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    """The dtype of this name; "auto" is bfloat16 if the hardware supports its arithmetic, otherwise float32."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype

@@ -1,4 +1,4 @@
-"""Key-value caches of transformers: new ones, and cut back to fewer positions."""
+"""Create KV caches of transformers and reduce them to fewer positions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["keep_positions", "new_cache"]
 
 
 def new_cache(model: Any) -> Any:
-    """An empty cache of keys and values for one row; a forward pass appends to it in place."""
+    """An empty KV cache; a forward pass appends to it in place."""
     return transformers.DynamicCache(config=model.config)
 
 
 def keep_positions(cache: Any, kept: torch.Tensor) -> None:
-    """Drop everything from a cache but these positions, in place."""
+    """Drop all positions of a cache except those with the indices `kept`, in place."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]

@@ -1,11 +1,11 @@
-"""A KV cache of latents: where k and v are low rank, χ numbers of each stand in it instead of all their outputs.
+"""Store latents instead of keys and values in a KV cache: χ numbers per token and layer if k or v has low rank.
 
-Knows transformers' cache and attention modules with `k_proj`, `v_proj` and rotary positions. A pivoted low-rank layer
-copies χ of its outputs from the latent, and all others follow from those
-(`compression.layers.mpo_linear.MPOLinear.latent`). So the cache keeps these χ outputs, of k before its rotation, and
-each pass computes keys and values of all positions from them, one block at a time: less memory for more arithmetic, as
-in multi-head latent attention (DeepSeek-V2, 2024) without the absorption of factors. Layers of any other form are kept
-whole.
+A pivoted low-rank layer copies χ of its outputs from the latent, and all others follow from those
+(`compression.layers.mpo_linear.MPOLinear.latent`). The cache therefore stores only these χ outputs, for k before the
+rotary embedding. Each pass recomputes the keys and values of all positions from them, one block at a time. This trades
+arithmetic for memory, as multi-head latent attention does (DeepSeek-V2, 2024), but without absorbing the factors into
+other weights. The outputs of layers of any other form are stored in full. Knows transformers' caches and attention
+modules with `k_proj`, `v_proj` and rotary positions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from compression.refusal import Refusal
 
 __all__ = ["LatentCache", "cache_bytes", "latent_cache", "plain_cache"]
 
-_PROBE = 6  # tokens of the pass that shows whether a model can do with it
-_TOLERANCE = 0.02  # of the largest logit, in the arithmetic of bfloat16
+_PROBE = 6  # tokens in each of the two passes that test whether a model works with the cache
+_TOLERANCE = 0.02  # largest error relative to the largest logit; allows for bfloat16 arithmetic
 
 
 class LatentCache(Cache):  # type: ignore[misc]
-    """What `latent_cache` yields: a cache of one layer a block.
+    """A KV cache of latents with one layer per block; create it with `latent_cache`.
 
     Attributes:
-        active: whether the pass that is being made uses it.
+        active: whether the current forward pass uses this cache.
     """
 
     def __init__(self, model: Any) -> None:
@@ -63,19 +63,19 @@ class LatentCache(Cache):  # type: ignore[misc]
         return self._rotation
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """As its base; positions go with their rows."""
+        """As in the base class; also reorders the stored positions."""
         super().reorder_cache(beam_idx)
         if self._positions is not None and len(self._positions) > 1:
             self._positions = self._positions.index_select(0, beam_idx)
 
     def crop(self, *arguments: Any) -> None:
-        """As its base; positions go with their columns."""
+        """As in the base class; also crops the stored positions."""
         super().crop(*arguments)
         if self._positions is not None:
             self._positions = self._positions[:, : self.get_seq_length()]
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -88,13 +88,16 @@ class LatentCache(Cache):  # type: ignore[misc]
             parts = [keywords["position_ids"] if "position_ids" in keywords else rest[0]]
             if self._positions is not None:
                 parts.insert(0, self._positions)
-            rows = max(map(len, parts))  # one row stands for all where they agree
+            rows = max(map(len, parts))  # a single row of positions applies to the whole batch
             self._positions = torch.cat([part.expand(rows, -1) for part in parts], dim=1)
             self._rotation = module.forward(hidden, self._positions)
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
-    """Keys before their rotation and values of one block, (batch, 1, positions, χ or all)."""
+    """Latents (or full outputs) of k, before the rotary embedding, and of v in one block.
+
+    Each is stored as (batch, 1, positions, χ or all outputs).
+    """
 
     def __init__(self, attention: Any, cache: LatentCache) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self._caught: torch.Tensor | None = None
 
     def catch(self, module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
-        """What k gives, before anything else is done to it."""
+        """Forward hook that stores the output of `k_proj`."""
         if self.cache.active:
             self._caught = output
 
@@ -128,10 +131,11 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
 
 @contextmanager
 def latent_cache(model: Any) -> Iterator[LatentCache]:
-    """A fresh cache for passes of `model`, given to them as `past_key_values`.
+    """Context with a new latent cache for `model`, to be passed as `past_key_values`.
 
     Raises:
-        ValueError: the model's attention is none that it can stand in for: it makes other logits than a plain cache.
+        ValueError: the cache does not support the attention of the model: its modules are not of the expected form, or
+            logits differ from those with a plain cache.
     """
     with _opened(model) as probe:
         _check(model, probe)
@@ -140,12 +144,12 @@ def latent_cache(model: Any) -> Iterator[LatentCache]:
 
 
 def plain_cache(model: Any) -> Cache:
-    """The cache that a model has by default."""
+    """The default KV cache of a model."""
     return DynamicCache(config=model.config)
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values, or of what stands for them."""
+    """Bytes of the stored keys and values or latents."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -167,7 +171,7 @@ def _check(model: Any, cache: LatentCache) -> None:
         model(input_ids=ids[:, :_PROBE], past_key_values=each, use_cache=True)
         found.append(model(input_ids=ids[:, _PROBE:], past_key_values=each, use_cache=True).logits.float())
     if not float((found[0] - found[1]).abs().max()) <= _TOLERANCE * float(found[1].abs().max()):
-        raise Refusal("a latent cache cannot stand in for the attention of this model: its logits differ")
+        raise Refusal("a latent cache does not work with the attention of this model: its logits differ")
 
 
 def _kept(projection: nn.Module, outputs: torch.Tensor) -> torch.Tensor:

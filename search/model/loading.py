@@ -1,8 +1,8 @@
-"""Models: from a name to a dense causal language model in memory, ready to be read and compressed.
+"""Load a causal language model by name.
 
 Knows the packaged default model, random models for tests and measurements, local folders and hub ids, and which weight
-files are safe to open; nothing of sites or schedules. Pickled weights and code that comes with a model are never opened
-or run.
+files are safe to open; does not know sites or schedules. Never opens pickled weights and never runs code that comes
+with a model.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class LoadedModel:
     Attributes:
         model: the causal language model on its device.
         tokenizer: its tokenizer.
-        model_id: name for people and files: a hub id, or the name of a folder.
-        digest: sha256 over names, shapes, types and bytes of the parameters as loaded.
-        license: SPDX-like name where known, otherwise "unknown".
+        model_id: name for display and in files: a hub id or the name of a folder.
+        digest: SHA-256 of names, dtypes, shapes and bytes of the parameters as loaded.
+        license: SPDX-like name if known, otherwise "unknown".
     """
 
     model: Any
@@ -45,16 +45,21 @@ class LoadedModel:
     license: str
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands: no special tokens added, no length limit."""
+        """Token ids of a text, without special tokens or a length limit."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a dense model for reading; `name` as for `locate`, `device` as for `resolve_device`.
+    """Load a dense model in evaluation mode, without gradients.
+
+    Args:
+        name: as for `search.model.sources.locate`.
+        device: as for `resolve_device`, or a torch device.
+        dtype: dtype that the parameters are converted to.
 
     Raises:
-        ValueError: as `locate` and `resolve_device`; weights that are missing, misshapen or unreadable.
-        DataUnavailable: as `locate`.
+        ValueError: as for `locate` and `resolve_device`; or weights are missing, misshapen or unreadable.
+        DataUnavailable: as for `locate`.
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
     source = locate(name)
@@ -69,16 +74,19 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
 
 
 def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
-    """Load any model to run it, a compressed folder too; in the type it is stored in.
+    """Load a dense or compressed model in order to run it.
+
+    A compressed folder is loaded in its stored dtype, a dense model in bfloat16 on a GPU and in float32 on a CPU.
 
     Raises:
-        ValueError, DataUnavailable: as `load_model`; a compressed folder that does not verify.
+        ValueError: as for `load_model`; or a compressed folder fails its verification.
+        DataUnavailable: as for `load_model`.
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
     source = locate(name)
     if source.folder is None or not is_compressed(source.folder):
         return load_model(name, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
-    import search.hf  # noqa: F401 (makes transformers know compressed folders)
+    import search.hf  # noqa: F401 (registers compressed folders with transformers)
 
     with quiet_transformers():
         try:
@@ -91,7 +99,7 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder is one that `search.py export` wrote in its own form."""
+    """Whether a folder holds a compressed model that `search.py export` wrote in the "chisel" format."""
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
@@ -100,20 +108,21 @@ def is_compressed(folder: Path) -> bool:
 
 
 def can_be_assembled(name: str) -> bool:
-    """Whether `assemble` knows how: not for a GGUF file."""
+    """Whether `assemble` supports this model, which it does unless the model is a GGUF file."""
     return locate(name).gguf is None
 
 
 def assemble(name: str, device: torch.device, parameters: Mapping[str, torch.Tensor], digest: str) -> LoadedModel:
-    """The model that `load_model` gives, around parameters that are there already, such as memory-mapped ones.
+    """The same model as from `load_model`, built from given parameters, which may be memory-mapped.
 
     Args:
         name: as for `locate`; not a GGUF file.
-        parameters: all of them by name, of one type, tied ones once.
-        digest: of the parameters, see `model_digest`; taken as given.
+        device: the device of the model.
+        parameters: all parameters by name, all of the same dtype; tied parameters occur once.
+        digest: digest of the parameters, see `model_digest`; it is not checked.
 
     Raises:
-        ValueError, DataUnavailable: as `load_model`.
+        ValueError, DataUnavailable: as for `load_model`.
     """
     source = locate(name)
     model = empty_model(source)
@@ -128,7 +137,7 @@ def assemble(name: str, device: torch.device, parameters: Mapping[str, torch.Ten
 
 
 def model_digest(model: torch.nn.Module) -> str:
-    """sha256 over name, type, shape and bytes of every parameter, tied ones once, in hex."""
+    """SHA-256 of the name, dtype, shape and bytes of every parameter, in hex; tied parameters count once."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().cpu().contiguous()

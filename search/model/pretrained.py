@@ -1,4 +1,4 @@
-"""A folder or GGUF file becomes a transformers model and tokenizer."""
+"""Load a transformers model and tokenizer from a folder or GGUF file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ __all__ = ["Source", "quiet_transformers", "read_pretrained", "read_tokenizer", 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model will be read from: `folder` holds safetensors, or `gguf` in it; both None for a random model."""
+    """The location of a model's files.
+
+    Attributes:
+        name: name as the user gave it.
+        model_id: name for display and in files.
+        license: SPDX-like name, "unknown", or "none" for a random model.
+        folder: folder with safetensors or a GGUF file; None for a random model.
+        gguf: name of the GGUF file in `folder`; None for safetensors.
+    """
 
     name: str
     model_id: str
@@ -29,7 +37,11 @@ class Source:
 
 
 def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer from safetensors or a GGUF file, dense and complete."""
+    """Load a dense model and its tokenizer from safetensors or a GGUF file.
+
+    Raises:
+        ValueError: the files cannot be loaded, weights are missing or misshapen, or the safetensors are quantized.
+    """
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
     if source.gguf is not None:
@@ -40,7 +52,7 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
             source.folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **where, **weights
         )
         tokenizer = read_tokenizer(source.folder, **where)
-    except Exception as error:  # whatever a foreign file makes the libraries raise, it is the file that is refused
+    except Exception as error:  # an unknown file can make the libraries raise anything; all of it refuses the file
         raise unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
         raise Refusal(
@@ -61,7 +73,7 @@ def unusable(source: Source, error: Exception) -> Refusal:
 
 
 def read_tokenizer(folder: Path | None, **where: Any) -> Any:
-    """The tokenizer of a folder or GGUF file; runs no code from it."""
+    """Load the tokenizer of a folder or GGUF file without running code from it."""
     return transformers.AutoTokenizer.from_pretrained(
         folder, **{"local_files_only": True, "trust_remote_code": False, **where}
     )
@@ -69,13 +81,13 @@ def read_tokenizer(folder: Path | None, **where: Any) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers without progress bars and remarks; what fails still raises."""
+    """Suppress progress bars and log messages of transformers; exceptions still propagate."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar asks nobody
+        with redirect_stderr(io.StringIO()):  # the progress bar of the GGUF reader ignores the setting
             yield
     finally:
         logging.set_verbosity(verbosity)

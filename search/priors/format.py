@@ -296,7 +296,7 @@ class Prior(_Part):
         return json.dumps(head | {key: value for key, value in own.items() if key not in head}, indent=2) + "\n"
 
     def _checked(self, clamp: bool) -> Prior:
-        """Check what a schema cannot: unique names, χ that save parameters, and sums and a digest that match the sites."""
+        """Check what a schema cannot: unique names, χ that save parameters, sums and a digest that match the sites."""
         for number, site in enumerate(self.sites):
             if site.chi is not None and site.chi > site.largest_chi and not clamp:
                 raise Refusal(

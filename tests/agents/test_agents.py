@@ -161,7 +161,7 @@ def test_the_ask_tell_contract_is_enforced(name):
     (proposal,) = agent.ask(1)
     with pytest.raises(ValueError, match="one reward"):
         agent.tell([proposal], [])
-    with pytest.raises(ValueError, match="not asked for"):
+    with pytest.raises(ValueError, match="never asked for"):
         agent.tell([agents.Proposal(toy_menu_dense(), None)], [0.0])
     agent.tell([proposal], [0.0])
     with pytest.raises(ValueError, match="told before"):

@@ -22,7 +22,7 @@ SMALL = {
 }
 NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired"]
 HEALED = [*NAMES, "healed"]
-HEAL = {"heal_minutes": 0.005}
+HEAL = {"heal_minutes": 0.01}
 
 
 def words(**changes: object) -> list[str]:

@@ -47,7 +47,7 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys, mo
     assert (run / "hf" / "prior.json").read_bytes() == (run / "prior.json").read_bytes()
 
     assert cli.main([*command, "--format", "dense", "--out", str(tmp_path / "dense")]) == cli.DONE
-    assert "not the size" in capsys.readouterr().out
+    assert "the size of the original" in capsys.readouterr().out
     with torch.no_grad():
         dense = load_for_use(str(tmp_path / "dense"), "cpu").model(ids).logits
     torch.testing.assert_close(dense, expected, rtol=1e-3, atol=1e-3)

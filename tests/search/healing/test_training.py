@@ -225,6 +225,8 @@ def test_passes_become_smaller_when_memory_runs_out_and_the_result_stays(monkeyp
         results.append((parameters(model), told))
     (wanted, nothing), (found, told) = results
     assert not nothing
-    assert [line.split("; ")[1] for line in told] == [f"passes of {size} tokens from here on" for size in (80, 40)]
+    assert [line.split("; ")[1] for line in told] == [
+        f"training continues with passes of {size} tokens" for size in (80, 40)
+    ]
     for name, values in wanted.items():
         torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-5)

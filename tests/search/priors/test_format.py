@@ -105,7 +105,7 @@ REFUSED = [
     ("unknown field", changed("sites.0.rank", 3), "sites.0.rank is not a field of version 2"),
     ("missing field", changed("model", ...), "model is missing"),
     ("no digest", changed("model.digest", "xyz"), "model.digest: must match pattern"),
-    ("newer", changed("version", 3), "version must be at most 2, which this program reads, got 3"),
+    ("newer", changed("version", 3), "version must be at most 2, the newest that this program reads, got 3"),
     ("older than any", changed("version", 0), "version must be a whole number of at least 1, got 0"),
     ("version text", changed("version", "2"), "version must be a whole number of at least 1, got '2'"),
     ("other format", changed("format", "gguf"), "format must be 'chisel-prior', got 'gguf'"),

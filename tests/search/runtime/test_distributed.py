@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,14 @@ import torch
 from fake_data import data_for_processes
 from safetensors.torch import load_file
 from small_run import words
+from tiny_healing import PLAN, heal, subject
+
+from search import cli
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
+TOKENS = (480, 960)
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` leaves it
 SCRIPT = """
 import sys
@@ -30,7 +37,7 @@ def end(self):
     print(f"SHARE {{sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held):.3f}}", flush=True)
     ended(self)
 Sharding.end = end
-for tokens in (480, 960):
+for tokens in {tokens}:
     dense, model, text, judge = subject()
     heal(model, dense, text, judge, replace(PLAN, tokens=tokens), Path({folder!r}))
     print(f"KL {{judge.measure(model).kl:.8f}}", flush=True)
@@ -68,14 +75,20 @@ def told(script: Path, count: int, **environment: str) -> dict[str, list[float]]
 
 
 def test_two_processes_heal_like_one(tmp_path: Path) -> None:
-    found = {}
-    for name, count, environment in (("one", 1, {}), ("two", 2, {}), ("sharded", 2, SHARDED)):
+    found, alone = {}, []
+    for tokens in TOKENS:
+        dense, model, text, judge = subject()
+        heal(model, dense, text, judge, replace(PLAN, tokens=tokens), tmp_path / "one")
+        alone.append(judge.measure(model).kl)
+    for name, environment in (("two", {}), ("sharded", SHARDED)):
         script = tmp_path / f"{name}.py"
         script.write_text(
-            SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests" / "support"), folder=str(tmp_path / name))
+            SCRIPT.format(
+                root=str(ROOT), tests=str(ROOT / "tests" / "support"), folder=str(tmp_path / name), tokens=TOKENS
+            )
         )
-        found[name] = told(script, count, **environment)
-    first, second = found["one"]["KL"]
+        found[name] = told(script, 2, **environment)
+    first, second = alone
     assert second < first
     for name in ("two", "sharded"):
         assert found[name]["KL"] == pytest.approx([first, second] * 2, rel=1e-3)
@@ -89,15 +102,15 @@ def test_the_command_started_by_accelerate_heals_like_one_process(
     data_for_processes(tmp_path, monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = tmp_path / "a run"
-    search = [sys.executable, "search.py", *words(out=run, budget=0, agent="lagrangian")]
-    subprocess.run(search, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", dtype="float32")) == cli.DONE
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--dynamo_backend=no"]
     launch += ["--mixed_precision=no", "--num_processes=2", f"--main_process_port={free_port()}"]
-    heal = ["search.py", "heal", str(run), "--tokens=300", "--row-tokens=32", "--batch-tokens=64", "--quiet", "--out"]
-    found = {}
-    for name, start, more in (("one", [sys.executable], {}), ("two", launch, {}), ("sharded", launch, SHARDED)):
+    command = ["heal", str(run), "--tokens=300", "--row-tokens=32", "--batch-tokens=64", "--quiet", "--out"]
+    assert cli.main([*command, str(tmp_path / "one")]) == cli.DONE
+    found = {"one": load_file(tmp_path / "one" / "weights.safetensors")}
+    for name, more in (("two", {}), ("sharded", SHARDED)):
         done = subprocess.run(
-            [*start, *heal, str(tmp_path / name)],
+            [*launch, "search.py", *command, str(tmp_path / name)],
             cwd=ROOT,
             env={**os.environ, **more},
             capture_output=True,

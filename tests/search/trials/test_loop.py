@@ -111,7 +111,7 @@ def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: P
 
 @pytest.mark.parametrize("name", [*SEARCHERS, *ONE_BY_ONE, "lagrangian"])
 def test_a_search_cut_anywhere_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
-    budget = 22 if name == "optuna-gp" else 40
+    budget = 22 if name == "optuna-gp" else 28
     problem = toy()
     search(tmp_path / "whole.db", name, Late(problem, 5), problem, budget, shards=2)
     for stop in (3, 9, 14):  # each continues the one before

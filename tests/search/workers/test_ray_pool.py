@@ -37,6 +37,7 @@ from search.runtime.errors import EvaluatorsLost
 from search.workers.pools import check_evaluators, search_pool
 from search.workers.remote_evaluator import portable_fields
 
+pytestmark = pytest.mark.slow
 VALUES: dict[str, object] = {
     "model": "random:tiny-llama",
     "device": "cpu",
@@ -134,11 +135,11 @@ def test_several_evaluators_give_the_scores_and_slopes_of_the_one_in_this_proces
     assert expected[len(jobs) - 1].slopes
 
 
-@pytest.mark.parametrize("more", [["--tokens", "200"], ["--context", "100"]])
+@pytest.mark.parametrize("more", [["--tokens", "200", "--chi", "6"], ["--context", "100", "--chi", "2,6"]])
 def test_a_sweep_is_the_same_however_many_evaluators_share_it(ray_here: Any, tmp_path: Path, more: list[str]) -> None:
     sizes = {name: value for name, value in VALUES.items() if name != "target_kept"}
     flags = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = ["profile", *flags, *more, "--chi", "2,6", "--fractions", "none", "--quiet"]
+    command = ["profile", *flags, *more, "--fractions", "none", "--quiet"]
     assert cli.main([*command, "--out", str(tmp_path / "one")]) == cli.DONE
     assert cli.main([*command, "--out", str(tmp_path / "two"), "--evaluators", "2"]) == cli.DONE
     one, two = (
