@@ -26,7 +26,7 @@ Follower = Callable[[ProblemLike, AgentContext], Agent]
 
 @dataclass(frozen=True)
 class GuidedSettings:
-    """What can be tuned."""
+    """Settings of the combination."""
 
     lead: float = 0.5  # share of the budget for the gradient agent, which gains little after 100 evaluations
     follower: Follower = Reinforce  # makes the agent that gets the rest of the budget; it must propose episodes

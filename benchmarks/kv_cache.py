@@ -117,8 +117,8 @@ def _texts(experiment: Experiment, length: int, count: int) -> list[torch.Tensor
     stream = [token for text in heldout for token in experiment.loaded.encode(text + "\n\n")]
     if len(stream) < length * count:
         raise Refusal(
-            f"--texts times the longest of --contexts must be at most {len(stream)} held-out tokens, "
-            f"got {length * count}"
+            f"the texts must fit into {len(stream)} held-out tokens, got {length * count}; "
+            "use fewer --texts or shorter --contexts"
         )
     return [
         torch.tensor(stream[length * each : length * (each + 1)])[None].to(experiment.device) for each in range(count)

@@ -148,8 +148,7 @@ def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> 
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """Returns the weight of a linear module as (out, in), even if the module stores it transposed. A view, not a copy.
-    """
+    """Returns the weight of a linear module as (out, in), whichever way the module stores it. A view, not a copy."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight if isinstance(module, nn.Linear) else weight.T

@@ -1,4 +1,4 @@
-"""The decision problem of a bond-dimension search: groups, ladder, projection, reward, Gymnasium environment."""
+"""Defines the decision problem of a bond-dimension search and its Gymnasium environment."""
 
 from gymnasium.envs.registration import register
 

@@ -1,6 +1,6 @@
-"""BondDimensionEnv: the search for bond dimensions as a Gymnasium environment.
+"""Exposes the search for bond dimensions as a Gymnasium environment, `BondDimensionEnv`.
 
-Knows the problem, a reward and a callable that scores schedules; never sees a model.
+Knows the problem, a reward and a callable that scores schedules; does not know models.
 """
 
 from __future__ import annotations
@@ -22,68 +22,69 @@ __all__ = ["BondDimensionEnv"]
 
 
 class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
-    """Choose how many parameters every group of a model's weight matrices keeps, so that the whole meets a target.
+    """Decide how many parameters each group of a model's weight matrices keeps, so that the whole model meets a target.
 
     ## Episode
-    One step per group (block, family, site or head, see `envs.problem.Problem.build`), in the order of
-    `problem.groups`. The episode terminates after the last group; it is never truncated. There is no randomness: the
-    same actions end in the same schedule, and `reset(seed=...)` seeds only the action space's own generator in the
-    usual way. One episode costs one evaluation.
+    An episode has one step per group (block, family, site or head, see `envs.problem.Problem.build`), in the order of
+    `problem.groups`. It terminates after the last group and is never truncated. There is no randomness: the same
+    actions always give the same schedule, and `reset(seed=...)` only seeds the generator of the action space. One
+    episode costs one evaluation.
 
     ## Action
-    `Discrete(levels)`. Level l below the last is a rung of a ladder of log-price offsets: it multiplies the predicted
-    costs of the group by exp(offsets[l]) before the menu's Lagrangian distributes the parameters over all sites, so a
-    higher rung means a larger share of parameters for the group (`problem.share(step, level)` says how large), spread
-    best over its sites. The middle rung has offset 0; all-middle is the closed-form allocation. The last level keeps
-    the whole group dense. After the last step the actions are projected exactly: the schedule keeps at most the target,
-    and at least the target less one step of χ.
+    `Discrete(levels)`. Every level l except the last is a rung of a ladder of log-price offsets. It multiplies the
+    predicted costs of the group by exp(offsets[l]); then the Lagrangian allocation distributes the parameters over all
+    sites. A higher rung gives the group a larger share of the parameters (`problem.share(step, level)` returns it),
+    distributed optimally over its sites. The middle rung has offset 0; choosing it in every step gives the closed-form
+    allocation. The last level keeps the whole group dense. After the last step the actions are projected exactly: the
+    schedule keeps at most the target, and at least the target minus one step of χ.
 
-    Only dense can be illegal: when it would leave no room for the rest even at the smallest χ. `action_masks()` tells.
-    An illegal action is replaced by the nearest legal one, the highest rung; `info["actions"]` lists what was really
-    taken.
+    Only the dense level can be illegal, namely if it would leave too few parameters for the other groups even at their
+    smallest χ. `action_masks()` returns the legal levels. An illegal action is replaced by the nearest legal one, the
+    highest rung; `info["actions"]` lists the actions actually taken.
 
     ## Observation
-    `Box` of float32, one entry each for
+    `Box` of float32 with these entries:
 
     | entry | meaning | least | most |
     |---|---|---|---|
     | 0 | steps taken so far, as a fraction of all steps | 0 | 1 |
     | 1 | whether the group is a family (1) or lies inside one block (0) | 0 | 1 |
-    | 2 | mean depth of the group's sites, first block 0, last block 1 | 0 | 1 |
-    | 3 | parameters of the group, as a fraction of all sites' | 0 | 1 |
-    | 4 | predicted cost of the group in the closed form, as a fraction of all groups' of its kind | 0 | 1 |
-    | 5 | parameters the group keeps in the closed form, as a fraction of its own | 0 | 1 |
-    | 6 | what that fraction gains when the offset goes from the lowest rung to the highest | 0 | 1 |
-    | 7 | budget left beside the groups forced dense and the smallest options, as a fraction of the whole | 0 | 1 |
+    | 2 | mean depth of the group's sites, where the first block has 0 and the last block 1 | 0 | 1 |
+    | 3 | parameters of the group, as a fraction of the parameters of all sites | 0 | 1 |
+    | 4 | predicted cost of the group in the closed form, as a fraction of that of all groups of its kind | 0 | 1 |
+    | 5 | parameters the group keeps in the closed form, as a fraction of its dense parameters | 0 | 1 |
+    | 6 | increase of that fraction from the lowest rung to the highest | 0 | 1 |
+    | 7 | free budget left after the groups forced dense, as a fraction of the free budget at the start | 0 | 1 |
     | 8 | offset of the previous step, as a fraction of the highest; 1 if dense, 0 at the first step | -1 | 1 |
-    | 9 | mean of those fractions over the steps so far | -1 | 1 |
+    | 9 | mean of that fraction over the steps so far | -1 | 1 |
     | 10 | steps forced dense so far, as a fraction of all steps | 0 | 1 |
     | 11 | whether dense is a legal level now | 0 | 1 |
 
-    After the last step the entries 1 to 6 and 11 are 0.
+    The free budget is the target minus the parameters of the smallest options. After the last step the entries 1 to 6
+    and 11 are 0.
 
     ## Reward
-    0 until the last step, then what `envs.reward.Reward` says, by default
+    The reward is 0 until the last step. The last step's reward is that of `envs.reward.Reward`, by default
 
         −KL + 0.1·(expected accuracy − dense expected accuracy) + (1 − kept fraction)
 
-    and never below the floor (−30), which is also the reward of a failed or non-finite evaluation; bytes and time can
-    be given a weight.
-    The last step's info holds `schedule`, `score` and `actions`.
+    It is never below the floor (−30), which is also the reward of a failed or non-finite evaluation. Bytes and time can
+    be given a weight. The last step's info holds `schedule`, `score` and `actions`.
 
     ## One-shot variant
-    With `one_shot=True` an episode is one step: the action is `MultiDiscrete` with one level per group, the observation
-    is the first one of the sequential episode, illegal levels are replaced from the first group on, and
-    `action_masks()` is the concatenation of the masks of all groups with no other group dense.
+    With `one_shot=True` an episode has a single step: the action is `MultiDiscrete` with one level per group, and the
+    observation is the first one of the sequential episode. Illegal levels are replaced in the order of the groups.
+    `action_masks()` concatenates the masks of all groups, each as if no other group were dense.
 
     ## Version history
     * v0: first version.
 
     Args:
-        problem: steps, levels and projection; a toy of three blocks when None.
-        evaluate: scores of schedules, in order; the toy's when None. Give both or neither.
-        reward: from a score; `Reward()` when None.
-        one_shot: see above.
+        problem: defines the steps, the levels and the projection; None uses a toy problem of three blocks.
+        evaluate: returns the scores of schedules, in order; None uses the toy evaluator. Give `problem` and `evaluate`
+            together or neither.
+        reward: maps a score to a reward; None uses `Reward()`.
+        one_shot: whether an episode is a single step, see above.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
@@ -114,16 +115,16 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode. `options` is not used."""
+        """Start an episode. `options` is not used."""
         super().reset(seed=seed)
         self._taken = []
         return self.problem.observation(()), {}
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Take one level, or with `one_shot` all of them.
+        """Choose the level of the next group, or with `one_shot` the levels of all groups.
 
         Raises:
-            ValueError: a level outside the ladder, or a step after the end of the episode.
+            ValueError: a level is outside the action space, or the episode has ended.
         """
         if len(self._taken) == self.problem.steps:
             raise Refusal("the episode has ended: call reset() before step()")
@@ -139,7 +140,10 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
         return observation, float(self.reward(score)), True, False, info
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Legal levels, (levels,), now; all legal after the end. With `one_shot` (steps·levels,), see the class."""
+        """Returns which levels are legal at this step, (levels,); all are after the end of the episode.
+
+        With `one_shot` the shape is (steps·levels,), see the class.
+        """
         if not self.one_shot:
             return self.problem.mask(self._taken)
         return np.concatenate([self.problem.mask((self.problem.middle,) * step) for step in range(self.problem.steps)])

@@ -1,4 +1,4 @@
-"""Groups: which sites one step of an episode decides about. Reads the names, blocks and families of sites only."""
+"""Groups sites into the steps of an episode. Knows the names, blocks and families of sites; nothing else of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ GRANULARITIES = ("block", "family", "block+family", "site", "head")
 
 @dataclass(frozen=True)
 class Group:
-    """The sites one step decides about: indices into the menu, and a name such as "block_07" or "family_down".
+    """Names the sites that one step decides about. A site whose menu offers only dense belongs to no group.
 
-    A site whose menu has no option but dense is in no group.
+    Attributes:
+        name: for example "block_07" or "family_down".
+        sites: indices into the menu.
     """
 
     name: str
@@ -26,15 +28,14 @@ class Group:
 
 
 def group_sites(menu: Menu, granularity: str) -> tuple[Group, ...]:
-    """The groups of a menu: one per block, per family, per block and then per family, per site, or per attention head.
+    """Returns the groups of a menu: per block, per family, per block and then per family, per site, or per head.
 
-    Heads are found where `compression.layers.heads.split_heads_` cut the attention matrices. The group of a head, such
-    as "block_07_head_02", holds its part of every matrix. Where several heads read the same keys and values,
-    these and all that read them are one group. What belongs to no head is one group of its block, such as
-    "block_07_other".
+    Heads exist if `compression.layers.heads.split_heads_` has split the attention matrices. The group of a head, such
+    as "block_07_head_02", contains its part of every attention matrix. Query heads that share keys and values form one
+    group together with them. The remaining sites of a block form one group, such as "block_07_other".
 
     Raises:
-        ValueError: no such granularity, or no heads where they are asked for.
+        ValueError: the granularity is unknown, or it is "head" and the menu has no heads.
     """
     if granularity not in GRANULARITIES:
         raise Refusal(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
@@ -44,7 +45,7 @@ def group_sites(menu: Menu, granularity: str) -> tuple[Group, ...]:
         return tuple(Group(sites[index].name, (index,)) for index in free)
     heads = _heads(sites) if granularity == "head" else {}
     if granularity == "head" and not heads:
-        raise Refusal("granularity head needs attention matrices cut into heads (per_head), and there are none")
+        raise Refusal("granularity head needs attention matrices split into heads (per_head), and there are none")
     groups: list[Group] = []
     for kind in granularity.split("+"):
         keys: dict[str, list[int]] = {}
@@ -60,11 +61,12 @@ def group_sites(menu: Menu, granularity: str) -> tuple[Group, ...]:
 
 
 def _heads(sites: Sequence[Site]) -> dict[int, int]:
-    """The head within its attention module of every site that is part of one, by index.
+    """Returns the number of the head within its attention module, by index of every site that is part of a head.
 
-    Parts are named by their number behind the matrix they were cut from. The last matrix of a module reads the heads
-    and has as many parts as there are; the others make them. A single maker of more parts holds queries, then keys,
-    then values. Fewer keys and values than queries are shared by queries next to each other.
+    A part is named by its matrix followed by its number. The last matrix of an attention module reads the heads (o) and
+    has one part per head; the other matrices produce them (q, k, v). If a single matrix produces them and has more
+    parts, these are the queries, then the keys, then the values. If there are fewer keys and values than queries,
+    neighbouring queries share them.
     """
     modules: dict[str, dict[str, list[int]]] = {}
     for index, site in enumerate(sites):

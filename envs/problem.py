@@ -1,7 +1,7 @@
-"""Problem: the decision problem of a bond-dimension search, without a model and without a reward.
+"""Defines the decision problem of a bond-dimension search, without a model and without a reward.
 
-NumPy values only. It knows the menu, the target and how sites are grouped into steps; it turns actions into schedules
-that meet the target exactly, and partial episodes into observations. It does not know what a schedule scores.
+Uses NumPy only. Knows the menu, the target and the grouping of sites into steps; turns actions into schedules that meet
+the target exactly, and partial episodes into observations. Does not know the scores of schedules.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from envs.groups import Group, group_sites
 
 __all__ = ["LEVELS", "OBSERVATION", "REACH", "Problem"]
 
-LEVELS = 16  # rungs of the ladder and dense
+LEVELS = 16  # number of rungs of the ladder, plus one for dense
 REACH = 1.4  # offset of the highest rung, in log price
-_PROBE = 0.08  # of a site's dense parameters
+_PROBE = 0.08  # step of `Problem.probe`, as a fraction of a site's dense parameters
 
-#: What the entries of an observation mean, in order: (name, least, most).
+#: Entries of an observation, in order: (meaning, least, most). The docstring of `BondDimensionEnv` lists them too.
 OBSERVATION: tuple[tuple[str, float, float], ...] = (
     ("steps taken so far, as a fraction of all steps", 0.0, 1.0),
     ("whether the group is a family (1) or lies inside one block (0)", 0.0, 1.0),
-    ("mean depth of the group's sites, first block 0, last block 1", 0.0, 1.0),
-    ("parameters of the group, as a fraction of all sites'", 0.0, 1.0),
-    ("predicted cost of the group in the closed form, as a fraction of all groups' of its kind", 0.0, 1.0),
-    ("parameters the group keeps in the closed form, as a fraction of its own", 0.0, 1.0),
-    ("what that fraction gains when the offset goes from the lowest rung to the highest", 0.0, 1.0),
-    ("budget left beside the groups forced dense and the smallest options, as a fraction of the whole", 0.0, 1.0),
+    ("mean depth of the group's sites, where the first block has 0 and the last block 1", 0.0, 1.0),
+    ("parameters of the group, as a fraction of the parameters of all sites", 0.0, 1.0),
+    ("predicted cost of the group in the closed form, as a fraction of that of all groups of its kind", 0.0, 1.0),
+    ("parameters the group keeps in the closed form, as a fraction of its dense parameters", 0.0, 1.0),
+    ("increase of that fraction from the lowest rung to the highest", 0.0, 1.0),
+    ("free budget left after the groups forced dense, as a fraction of the free budget at the start", 0.0, 1.0),
     ("offset of the previous step, as a fraction of the highest; 1 if dense, 0 at the first step", -1.0, 1.0),
-    ("mean of those fractions over the steps so far", -1.0, 1.0),
+    ("mean of that fraction over the steps so far", -1.0, 1.0),
     ("steps forced dense so far, as a fraction of all steps", 0.0, 1.0),
     ("whether dense is a legal level now", 0.0, 1.0),
 )
@@ -47,16 +47,21 @@ OBSERVATION: tuple[tuple[str, float, float], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Steps, levels and the exact projection onto the target.
+    """Defines the steps, the levels and the exact projection onto the target.
 
-    Level l < levels − 1 weighs the predicted costs of the step's sites by exp(offsets[l]) against all others; the
-    middle level has offset 0, so the all-middle actions are the closed-form allocation. The last level keeps every site
-    of the step dense. A site in several groups adds up their offsets. Adding one constant to the offsets of all sites
-    changes no schedule.
+    Every level l except the last multiplies the predicted costs of the step's sites by exp(offsets[l]). The middle
+    level has offset 0, so choosing it in every step gives the closed-form allocation. The last level keeps every site
+    of the step dense. If a site belongs to several groups, their offsets add up. Adding the same constant to the
+    offsets of all sites does not change the schedule.
 
     Attributes:
+        menu: options of every site.
+        target_kept: parameters after / before over the sites of the menu, in (0, 1].
+        target_parameters: largest number of parameters that a schedule may keep.
+        groups: sites that each step decides about, in order.
         offsets: (levels,), ascending, symmetric around 0, the last one +inf for dense.
-        base: log weights of the sites' costs at offset 0, (sites,); zero unless made by `around` or `centred`.
+        frontier: tables of the parameters and costs of every site over the price.
+        base: log weights of the sites' costs at offset 0, (sites,); zero unless set by `around` or `centred`.
     """
 
     menu: Menu
@@ -71,20 +76,21 @@ class Problem:
     def build(
         cls, menu: Menu, target_kept: float, granularity: str = "block", levels: int = LEVELS, reach: float = REACH
     ) -> Problem:
-        """Group the sites of `menu` and place the ladder.
+        """Returns a problem that groups the sites of `menu` and spaces the rungs evenly.
 
         Args:
             target_kept: parameters after / before over the sites of the menu, 0 < target_kept ≤ 1.
             granularity: "block", "family", "site", "block+family" (a step per block, then a step per family), or "head"
                 (see `envs.groups.group_sites`).
-            levels: rungs of the ladder, an odd number of at least 3, plus one for dense.
+            levels: number of levels of a step: an odd number of at least 3 rungs, plus one for dense.
             reach: offset of the highest rung, in log price, 0 < reach < 3.
 
         Raises:
-            ValueError: a value outside its range, a target below what the smallest options keep, or no heads to group.
+            ValueError: a value is outside its range, the smallest options already exceed the target, no site has an
+                option besides dense, or there are no heads to group.
         """
         if all(len(site.choices) == 1 for site in menu.sites):
-            raise Refusal("the menu has no site with an option beside dense")
+            raise Refusal("the menu has no site with an option besides dense")
         target = _target(menu, target_kept)
         if levels < 4 or levels % 2:
             raise Refusal(
@@ -107,12 +113,12 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        """Actions in one episode: the number of groups."""
+        """Number of actions in one episode, which is the number of groups."""
         return len(self.groups)
 
     @property
     def levels(self) -> int:
-        """Levels a step can choose from, dense included."""
+        """Number of levels of a step, including dense."""
         return len(self.offsets)
 
     @property
@@ -122,29 +128,29 @@ class Problem:
 
     @property
     def middle(self) -> int:
-        """The level of offset 0."""
+        """The level with offset 0."""
         return self.levels // 2 - 1
 
     @property
     def dense_level(self) -> int:
-        """The last level."""
+        """The last level, which keeps the group dense."""
         return self.levels - 1
 
     def at(self, target_kept: float) -> Problem:
-        """The same groups and ladder with another target; raises ValueError as `build` does."""
+        """Returns the problem with another target and the same groups and ladder. Raises ValueError as `build` does."""
         target = _target(self.menu, target_kept)
         frontier = Frontier.build(self.menu, target)
         return replace(self, target_kept=target_kept, target_parameters=target, frontier=frontier)
 
     def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Problem:
-        """The same problem with `weighted(…)` in the place of the closed form; raises ValueError as that does."""
+        """Returns the problem whose closed form is `weighted(offsets, residuals)`; raises ValueError as that does."""
         return replace(self, base=self._log_weights(offsets, residuals))
 
     def centred(self, log_weights: NDArray[np.float64]) -> Problem:
-        """The same problem with the costs of the sites weighed by exp(log_weights), (sites,), in its closed form.
+        """Returns the problem whose closed form multiplies the costs of the sites by exp(log_weights), (sites,).
 
         Raises:
-            ValueError: not one finite number per site.
+            ValueError: `log_weights` is not one finite number per site.
         """
         weights = np.asarray(log_weights, dtype=np.float64)
         if weights.shape != self.base.shape or not np.isfinite(weights).all():
@@ -152,27 +158,28 @@ class Problem:
         return replace(self, base=self.base + weights)
 
     def kept(self, schedule: Schedule) -> float:
-        """Kept fraction of a schedule of options of the menu."""
+        """Returns the kept fraction of a schedule, all of whose choices must be options of the menu."""
         return self.menu.parameters(self._indices(schedule)) / self.menu.dense_parameters
 
     def closed_form(self) -> Schedule:
-        """The Lagrangian over all sites, weighed by `base`: the schedule of the all-middle actions."""
+        """Returns the schedule of all-middle actions: the Lagrangian allocation with the log weights `base`."""
         return self.schedule((self.middle,) * self.steps)
 
     def knapsack(self) -> Schedule:
-        """The least predicted cost that the target allows, exactly; see `compression.allocation.knapsack`."""
+        """Returns the schedule of least predicted cost that meets the target; see `compression.allocation.knapsack`."""
         return to_schedule(self.menu, knapsack(self.menu, self.target_parameters).indices)
 
     def uniform(self) -> Schedule:
-        """The same kept fraction at every site."""
+        """Returns the schedule with the same kept fraction at every site."""
         return to_schedule(self.menu, uniform(self.menu, self.target_parameters))
 
     def schedule(self, actions: Sequence[int]) -> Schedule:
-        """Project actions, one level per step, onto the target: kept ≤ target, within one step of χ.
+        """Project actions, one level per step, onto the target: the schedule keeps at most the target, and at least the
+        target minus one step of χ.
 
         Raises:
-            ValueError: not one level per step, a level outside the ladder, or more dense groups than the target has
-                room for.
+            ValueError: there is not one level per step, a level is out of range, or the target is too small for the
+                groups chosen dense.
         """
         levels = self._levels(actions)
         if levels.shape != (self.steps,):
@@ -187,19 +194,22 @@ class Problem:
         )
 
     def weighted(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> Schedule:
-        """The projection of offsets (steps,) that need not be rungs; no group is forced dense.
+        """Project offsets (steps,), which need not be rungs, onto the target. No group is forced dense.
 
         Args:
             residuals: (sites,), added to the log weights of single sites.
 
         Raises:
-            ValueError: not one finite offset per step, or residual per site.
+            ValueError: there is not one finite offset per step, or not one finite residual per site.
         """
         weights = self._log_weights(offsets, residuals)
         return to_schedule(self.menu, lagrangian(self.menu, self.target_parameters, weights))
 
     def probe(self, schedule: Schedule) -> Schedule:
-        """Each site about 8 % of its dense parameters larger, short of dense; a dense one as much smaller."""
+        """Returns a schedule in which each site is larger by about 8 % of its dense parameters, but not dense.
+
+        Sites that are dense in `schedule` are smaller by as much.
+        """
         near = []
         for site, now in zip(self.menu.sites, self._indices(schedule), strict=True):
             step = _PROBE * site.parameters[-1]
@@ -214,15 +224,16 @@ class Problem:
     def gains(
         self, schedule: Schedule, probe: Schedule, slopes: Mapping[str, float]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What the step from `schedule` to `probe` is worth at each site, measured and predicted, (sites,) each.
+        """Returns the measured and the predicted gain of the step from `schedule` to `probe` at each site, (sites,).
 
-        In nats per token to first order. Where a step adds parameters its worth is −slope, predicted twice the fall in
-        cost: the cost is quadratic in the error, and to first order twice of what there is can be had. A dense site has
-        no error of its own and no predicted slope; there the worth is that of staying dense, twice the predicted rise
-        in cost, plus twice the measured slope, which holds what the other sites' errors add.
+        Gains are in nats per token, to first order. If the step adds parameters, the measured gain is −slope and the
+        predicted gain is twice the decrease in cost: the cost is quadratic in the error, so its first-order change is
+        twice its actual change. A dense site has no error of its own, hence no predicted slope. For it the gain is that
+        of staying dense: predicted as twice the increase in cost, and measured as that plus twice the measured slope,
+        which contains the interaction with the errors of the other sites.
 
         Args:
-            slopes: first-order change of KL by site; a site that is missing counts as 0.
+            slopes: first-order change of the KL by site; a missing site counts as 0.
         """
         measured, predicted = np.zeros(len(self.menu.sites)), np.zeros(len(self.menu.sites))
         pairs = zip(self._indices(schedule), self._indices(probe), strict=True)
@@ -233,10 +244,10 @@ class Problem:
         return measured, predicted
 
     def mask(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Legal levels at the step after `prefix`, (steps taken,) -> (levels,); axes before those are kept.
+        """Returns which levels are legal at the step after `prefix`, (steps taken,) -> (levels,).
 
-        Only dense can be illegal: when the groups already dense, this one, and the smallest options elsewhere exceed
-        the target.
+        Leading axes are kept. Only dense can be illegal, namely if the groups already dense, this group, and the
+        smallest options of all other sites together exceed the target.
         """
         levels = self._levels(prefix)
         *many, step = levels.shape
@@ -246,24 +257,24 @@ class Problem:
         return legal
 
     def legalise(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """The actions with the highest rung wherever dense is illegal, (steps taken,); axes before those are kept.
+        """Returns the actions with every illegal dense replaced by the highest rung, (…, steps taken).
 
-        Steps are taken in order, so a dense that is replaced leaves room for the dense of a later step.
+        Steps are handled in order: replacing a dense leaves room for a later step to be dense.
         """
         legal = self._levels(actions).copy()
         if not legal.size:
             return legal
         rows = legal.reshape(-1, legal.shape[-1])
-        # If even the last step could be dense beside all that are, none of those is one too many.
+        # If the last step may be dense in addition to all dense steps before it, these are all legal.
         doubtful = ~self.mask(rows[:, :-1])[:, -1]
         for row, step in np.argwhere((rows == self.dense_level) & doubtful[:, None]):
             rows[row, step] -= not self.mask(rows[row, :step])[-1]
         return legal
 
     def observation(self, prefix: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """What the step after `prefix` can see, as `OBSERVATION` lists it, (steps taken,) -> (entries,).
+        """Returns the observation at the step after `prefix`, (steps taken,) -> (entries,), see `OBSERVATION`.
 
-        Axes before those are kept. Entries of the group are 0 after the last step.
+        Leading axes are kept. The entries about the group are 0 after the last step.
         """
         levels = self._levels(prefix)
         *many, step = levels.shape
@@ -284,9 +295,10 @@ class Problem:
         return np.clip(seen, -1.0, 1.0).astype(np.float32)
 
     def share(self, step: int, level: int) -> float:
-        """What a level means: the fraction of its parameters the step's group keeps there at the closed-form price.
+        """Returns the fraction of its parameters that the step's group keeps at a level, at the closed-form price.
 
-        In [0, 1], never less at a higher level, 1 for dense; the projection then moves the price for all groups alike.
+        The fraction lies in [0, 1], never decreases with the level, and is 1 for dense. The later projection changes
+        the price by the same factor for all groups.
         """
         sites = np.array(self.groups[step].sites)
         if level == self.dense_level:
@@ -295,10 +307,10 @@ class Problem:
         return self.frontier.kept(sites, offsets) / float(self._largest[sites].sum())
 
     def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Predicted KL of every group, (n, steps) in nats per token, for n complete episodes (n, steps).
+        """Predict the KL of every group, (n, steps) in nats per token, for n complete episodes of actions (n, steps).
 
-        From the tables of the frontier, without building a schedule, so it is cheap enough to look ahead with; it
-        agrees with the cost of `schedule(actions)` up to the width of a table cell and a step of χ.
+        Uses the tables of the frontier without building a schedule, so it is cheap enough for lookahead. It agrees with
+        the cost of `schedule(actions)` up to the width of a table cell and one step of χ.
         """
         levels = np.atleast_2d(np.asarray(actions, dtype=np.int64))
         dense = levels == self.dense_level
@@ -307,7 +319,7 @@ class Problem:
 
     @cached_property
     def membership(self) -> NDArray[np.float64]:
-        """1 where a site (row) belongs to a step (column)."""
+        """Membership matrix, (sites, steps): 1 where a site belongs to the group of a step, else 0."""
         matrix = np.zeros((len(self.menu.sites), self.steps))
         for step, group in enumerate(self.groups):
             matrix[list(group.sites), step] = 1.0
@@ -377,7 +389,7 @@ def _finite(name: str, values: NDArray[np.float64], count: int) -> NDArray[np.fl
 
 
 def _target(menu: Menu, target_kept: float) -> int:
-    """Parameters that may be kept."""
+    """Returns the largest number of parameters that may be kept."""
     if not 0 < target_kept <= 1:
         raise Refusal(f"target_kept must lie in (0, 1], got {target_kept}")
     target = math.floor(target_kept * menu.dense_parameters + 1e-6)

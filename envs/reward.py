@@ -1,4 +1,4 @@
-"""Reward: one number from a score. Pure arithmetic; knows nothing of models, schedules or agents."""
+"""Computes the reward of a score. Knows scores only; does not know models, schedules or agents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Reward", "ScoreLike"]
 
 
 class ScoreLike(Protocol):
-    """The part of an evaluator's score a reward reads."""
+    """Describes the attributes of a score that a reward reads."""
 
     @property
     def kl(self) -> float:
@@ -32,29 +32,30 @@ class ScoreLike(Protocol):
 
     @property
     def time_fraction(self) -> float:
-        """Time of the tensorizable sites after / before; NaN where nobody asked for it."""
+        """Time of the tensorizable sites after / before; NaN if it was not requested."""
 
     @property
     def state(self) -> str:
-        """ "ok", or why there is no number."""
+        """Either "ok" or the reason why there is no score."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What a score is worth: a weighted sum of
+    """Computes the reward as a weighted sum:
 
-    | weight | of | default |
+    | weight | term | default |
     |---|---|---|
     | kl_weight | −KL, nats per token | 1 |
-    | correct_weight | expected accuracy − the dense model's, −1 to 1 | 0.1 |
+    | correct_weight | expected accuracy − expected accuracy of the dense model, −1 to 1 | 0.1 |
     | compression_weight | 1 − kept fraction | 1 |
     | bytes_weight | 1 − bytes fraction | 0 |
     | latency_weight | 1 − time fraction | 0 |
 
-    Never below `floor`, which is also the reward of a score whose state is not "ok" or whose reward is not finite. A
-    term of weight 0 is not looked at. Since the target is met by projection the compression term is all but constant
-    within one search; it makes rewards of different targets comparable. Bytes and time are not: schedules of one kept
-    fraction differ in both. Continuous measures only: hard accuracy on some hundred items is noise.
+    The reward is never below `floor`, which is also the reward of a score whose state is not "ok" or whose sum is not
+    finite. A term with weight 0 is not read. The projection makes every schedule meet the target, so the compression
+    term is nearly constant within one search; it makes rewards at different targets comparable. Bytes and time do vary
+    within a search, because schedules with the same kept fraction differ in both. All terms are continuous measures:
+    the fraction of correct answers over a few hundred items would be too noisy.
     """
 
     kl_weight: float = 1.0
@@ -73,7 +74,7 @@ class Reward:
             raise Refusal(f"floor must be finite, got {self.floor}")
 
     def __call__(self, score: ScoreLike) -> float:
-        """The reward of `score`, finite, at least `floor`."""
+        """Returns the reward of `score`, finite and at least `floor`."""
         if score.state != "ok":
             return self.floor
         terms = (

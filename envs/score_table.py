@@ -1,4 +1,4 @@
-"""ScoreTable: scores of schedules kept in a JSON file, so that none is measured twice. Knows no model and no reward."""
+"""Keeps scores of schedules in a JSON file, so that no schedule is measured twice. Does not know models or rewards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ScoreTable", "TabledScore"]
 
 @dataclass(frozen=True)
 class TabledScore:
-    """What a table keeps of a score; see `envs.reward.ScoreLike`."""
+    """Holds the attributes of a score that a table stores; see `envs.reward.ScoreLike`."""
 
     kl: float
     expected_accuracy: float
@@ -31,7 +31,7 @@ class TabledScore:
 
     @classmethod
     def of(cls, score: ScoreLike) -> TabledScore:
-        """The part of any score that a reward reads."""
+        """Returns the attributes of any score that a reward reads."""
         return cls(
             score.kl,
             score.expected_accuracy,
@@ -43,14 +43,18 @@ class TabledScore:
 
 
 class ScoreTable:
-    """An evaluator in front of another one: what is in the table is looked up, the rest measured and entered.
+    """Wraps an evaluator: looks up scores in the table, and measures and adds the missing ones.
 
     Attributes:
-        measured: schedules that the evaluator behind was asked for.
+        measured: number of schedules that the wrapped evaluator has measured.
     """
 
     def __init__(self, evaluate: Callable[[Sequence[Schedule]], Sequence[ScoreLike]], path: Path) -> None:
-        """Reads `path` if there is such a file. It belongs to one evaluator: name it after the model and its data.
+        """Read the table at `path` if the file exists.
+
+        Args:
+            evaluate: measures schedules and returns their scores in order.
+            path: JSON file of scores. It is valid for one evaluator only, so name it after the model and its data.
 
         Raises:
             ValueError: the file is not a table of scores.
@@ -65,13 +69,13 @@ class ScoreTable:
             rows: Any = parse(path.read_text(encoding="utf-8"))
             self._scores = {digest: _read(row) for digest, row in rows.items()}
         except (ValueError, TypeError, AttributeError):
-            raise Refusal(f"{path} is no table of scores; remove it, or name another file") from None
+            raise Refusal(f"{path} is not a table of scores; remove it or give another file") from None
 
     def __len__(self) -> int:
         return len(self._scores)
 
     def __call__(self, schedules: Sequence[Schedule]) -> list[TabledScore]:
-        """Scores in the order of `schedules`; new ones are measured in one batch, each once."""
+        """Returns scores in the order of `schedules`; measures each new schedule once, all in one batch."""
         new = {schedule.digest: schedule for schedule in schedules if schedule.digest not in self._scores}
         if new:
             self.measured += len(new)
@@ -81,7 +85,7 @@ class ScoreTable:
         return [self._scores[schedule.digest] for schedule in schedules]
 
     def save(self) -> None:
-        """Write what did not fail: digest -> figures by name; null where there is none.
+        """Write all scores except failed ones: schedule digest -> numbers by name, null where not finite.
 
         After a crash at any point the file has either its old or its new content.
         """

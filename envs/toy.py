@@ -1,7 +1,7 @@
-"""Toy: a menu of a few blocks and an evaluator whose optimum is found by exhaustion. No model behind it.
+"""Provides a toy problem: a menu of a few blocks and an evaluator whose optimum can be found by exhaustion.
 
-The true cost departs from the predicted one as in a real network: blocks matter more or less than predicted, and the
-errors of two blocks add up or cancel, so the closed form is good but not the best.
+Uses no model. The true cost deviates from the predicted one as in a real network: blocks matter more or less than
+predicted, and the errors of two blocks add up or cancel. The closed form is therefore good but not optimal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WIDTH = 64
 
 @dataclass(frozen=True)
 class ToyScore:
-    """A score of the toy; `expected_accuracy` falls with the KL from 0.3 towards chance, 0.25."""
+    """Holds a score of the toy. `expected_accuracy` falls with increasing KL from 0.3 towards chance, 0.25."""
 
     kl: float
     expected_accuracy: float
@@ -35,20 +35,23 @@ class ToyScore:
 
     @property
     def bytes_fraction(self) -> float:
-        """The toy is nothing but its sites."""
+        """Bytes after / before; equals the kept fraction, because the toy consists of its sites only."""
         return self.kept_fraction
 
     @property
     def time_fraction(self) -> float:
-        """Its time is multiply-adds."""
+        """Time after / before; equals the kept fraction, because the time is taken to be the multiply-adds."""
         return self.kept_fraction
 
 
 def toy_menu(blocks: int = 3, heads: int = 0) -> Menu:
-    """Two square sites a block, `lowrank` at every second χ, costs that decay with χ at rates of their own.
+    """Returns a menu with two square sites per block, `lowrank` at every second χ, and costs that decay with χ.
+
+    The rate of decay differs between sites.
 
     Args:
-        heads: if not 0, attention is in parts: as many that make heads, and as many that read them.
+        blocks: number of blocks, at least 1.
+        heads: if not 0, attention is split into `heads` sites that produce heads and `heads` sites that read them.
     """
     if blocks < 1:
         raise Refusal(f"blocks must be at least 1, got {blocks}")
@@ -72,9 +75,10 @@ def toy_menu(blocks: int = 3, heads: int = 0) -> Menu:
 
 @dataclass(frozen=True, eq=False)
 class ToyEvaluator:
-    """KL = Σ_b w_b·c_b + Σ_{b<b'} s·√(c_b·c_b'), where c_b is the predicted cost of block b.
+    """Scores schedules by KL = Σ_b w_b·c_b + Σ_{b<b'} ±s·√(c_b·c_b'), where c_b is the predicted cost of block b.
 
-    The weights w_b cycle through `weights`, the sign of `interaction` s alternates with the distance of the blocks.
+    The weights w_b cycle through `weights`. The magnitude s is `interaction`; the sign is + at odd distances of the two
+    blocks and − at even ones.
     """
 
     menu: Menu
@@ -82,14 +86,15 @@ class ToyEvaluator:
     interaction: float = 0.3
 
     def __call__(self, schedules: Sequence[Schedule]) -> list[ToyScore]:
-        """Scores in the order of `schedules`."""
+        """Returns scores in the order of `schedules`."""
         return [self._score(schedule) for schedule in schedules]
 
     def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
-        """First-order changes of the KL as a model's would be: twice what a site's move brings, without its own cost.
+        """Returns first-order changes of the KL by site, with the properties that those of a model have.
 
-        The KL of a model is quadratic in the errors. Moving a site that has an error, the slope is about twice the
-        change; moving a dense one, it holds what the errors of other sites add and nothing of its own.
+        The KL of a model is quadratic in the errors. If the site that moves has an error already, the slope is about
+        twice the change of the KL. If the site is dense, the slope contains only the interaction with the errors of
+        other sites and not the cost of the site's own error.
         """
         base, found = self._score(schedule).kl, {}
         for site in self.menu.sites:
@@ -121,7 +126,10 @@ def best_by_exhaustion(
     evaluate: Callable[[Sequence[Schedule]], Sequence[ScoreLike]],
     reward: Callable[[ScoreLike], float],
 ) -> tuple[Schedule, float]:
-    """The schedule of highest reward over all legal actions, and its reward: at most levels^steps evaluations."""
+    """Returns the schedule of highest reward over all legal actions, and its reward.
+
+    Needs at most levels^steps evaluations.
+    """
     best: tuple[Schedule, float] | None = None
     for actions in itertools.product(range(problem.levels), repeat=problem.steps):
         if all(problem.mask(actions[:step])[level] for step, level in enumerate(actions)):

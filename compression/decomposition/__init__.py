@@ -1,3 +1,3 @@
-"""Factors of weights, applying a schedule to a model, and repair."""
+"""Decomposes weights into factors, applies schedules to a model, and repairs compressed sites."""
 
 __all__: list[str] = []

@@ -1,7 +1,7 @@
-"""Applying a schedule to a live model, by difference, and taking it back bit for bit.
+"""Applies schedules to a model in memory and restores the dense model bit for bit.
 
-Knows the module tree and the factor store. Only sites whose choice differs from the last applied one are touched; the
-original modules are kept as they are and put back, never copied.
+Knows the module tree and the factor store; does not know how factors are made. Replaces only the sites whose choice
+differs from the schedule applied before. The original modules are kept, not copied, and are put back unchanged.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ __all__ = ["ScheduleApplier"]
 
 
 class ScheduleApplier:
-    """Holds a model and swaps its sites. Use as a context manager to be sure the dense model is restored.
+    """Replaces the sites of a model by the layers of a schedule.
+
+    Use it as a context manager to make sure that the dense model is restored.
 
     Args:
-        model: the dense model; changed in place by `apply_`.
-        store: factors of its sites.
-        packed: hold what a schedule stores, in tensors of its own: pivoted topologies pivoted, and no other number.
-            Otherwise layers are plain cores, views into the decomposition: the same matrices, quick to swap.
-        planner: gives every new layer its plan; by default layers keep nothing beside their cores.
+        model: the dense model; `apply_` changes it in place.
+        store: provides the factors of the sites.
+        packed: whether layers hold exactly what the schedule stores, in tensors of their own, with pivoted topologies
+            in pivoted form. Otherwise layers hold plain cores that are views into the decomposition; these represent
+            the same matrices and are quicker to swap.
+        planner: sets the plan of every new layer; with None layers keep nothing in memory besides their cores.
     """
 
     def __init__(
@@ -46,11 +49,11 @@ class ScheduleApplier:
         self._current: dict[str, Choice] = dict.fromkeys((site.name for site in store.sites), DENSE)
 
     def apply_(self, schedule: Schedule) -> list[str]:
-        """Make the model follow `schedule`; returns the names of the sites that changed.
+        """Change the model to `schedule`; returns the names of the sites that changed.
 
         Raises:
-            ValueError: the schedule names an unknown site, leaves one out, or asks for a χ that no decomposition has or
-                for one at a site that stays dense; the model is then unchanged.
+            ValueError: the schedule names an unknown site, omits a site, asks for a χ above the largest that saves
+                parameters, or compresses a site that must stay dense. The model is then unchanged.
         """
         wanted = dict(schedule.choices)
         if wanted.keys() != self._current.keys():
@@ -64,7 +67,7 @@ class ScheduleApplier:
         return changed
 
     def restore_(self) -> None:
-        """Put every original module back."""
+        """Restore the dense model by putting back every original module."""
         self.apply_(Schedule.dense(tuple(self._current)))
 
     def __enter__(self) -> ScheduleApplier:
@@ -76,7 +79,7 @@ class ScheduleApplier:
         self.restore_()
 
     def module(self, name: str, choice: Choice) -> nn.Module:
-        """What stands in the place of a site under a choice: the original, or a new layer."""
+        """Returns the module of a site under a choice: the original module, or a new layer."""
         if choice.is_dense:
             return self._dense[name]
         cores = self._store.cores(name, choice)

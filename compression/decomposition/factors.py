@@ -1,6 +1,7 @@
-"""Factors: the decomposition of every site, made once per topology and metric, serving every χ.
+"""Decomposes every site, once per topology and metric for all χ, or by one fit per χ.
 
-Composes whitening, sequential SVD and the cache; knows weights and statistics, not the model they came from.
+Combines whitening, sequential SVD, fits and the cache. Knows weights and statistics; does not know the model they come
+from.
 """
 
 from __future__ import annotations
@@ -26,33 +27,33 @@ from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 
 __all__ = ["OPTIMISM", "FactorStore", "Factors", "is_nested", "lowrank_cores"]
 
-_FORMAT = 2  # part of every cache key; raise it when the numbers a decomposition gives change
+_FORMAT = 2  # part of every cache key; increase it when decompositions change numerically
 _EVALUATIONS, _GLANCE, _TOLERANCE = 150, 20, 3e-3
-"""Products a fit may spend, those of a first look at whether it may come to something, and when a fit has converged."""
+"""Evaluations of a full fit, evaluations of a short trial fit, and the tolerance at which a fit has converged."""
 _FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65)
-"""Kept fractions a topology is fitted at in a menu; at the others only if it is worth it at the first."""
+"""Kept fractions at which a menu fits a topology: the first one, and the grid only if the first fit is good enough."""
 _HOPEFUL, _WORTH = 1.5, 1.05
-"""Largest cost, in costs of `lowrank` at equal parameters, that a first look and a fit may have."""
+"""Largest acceptable costs of a trial fit and of a full fit, relative to `lowrank` with as many parameters."""
 
 OPTIMISM = 1.15
-"""What a fit costs on other text over what it costs on its calibration text, in units of the same ratio of `lowrank`.
+"""Factor by which the cost of a fit grows from its calibration text to other text, relative to that of `lowrank`.
 
-Free to follow the moments in more ways, a fit also follows their noise: on search text, with 24k calibration tokens,
-fits of k, v and down lost 1.02 to 1.2 times what low rank lost. Menus multiply by it, so that a fit is offered only
-where it wins beyond that.
+A fit has more freedom to follow the moments than `lowrank`, and therefore also follows their noise. On search text,
+with 24k calibration tokens, the loss of fits of k, v and down relative to low rank was 1.02 to 1.2 times what the
+calibration text predicted. Menus multiply the cost of a fit by this factor, so a fit is offered only if it wins by more
+than that.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Cores of one site, and what they cost.
+    """Holds the cores of one site and the values that determine their cost.
 
     Attributes:
-        cores: axes (left, out, in, right), float32. Of a decomposition, as far as it saves parameters: slice the bonds
-            for a smaller χ. Of a fit, for its own χ only.
-        spectrum: singular values in the metric, float64, descending, full length; with a cap on χ as far as they are
-            known, and then the norm of all beyond them as one value. Of a fit, that norm alone: the root of twice its
-            cost.
+        cores: axes (left, out, in, right), float32. A decomposition has bonds up to the largest χ that saves
+            parameters; slice them for a smaller χ. The cores of a fit are valid for its own χ only.
+        spectrum: singular values in the metric, float64, descending. With a cap on χ: the known values, followed by one
+            value that is the norm of all others. For a fit: a single value, the square root of twice its cost.
     """
 
     cores: list[torch.Tensor]
@@ -60,17 +61,16 @@ class Factors:
 
 
 class FactorStore:
-    """Decompositions of the sites of one model, built on demand and cached.
+    """Builds decompositions of the sites of one model on demand and caches them.
 
     Args:
-        sites: the sites.
-        weights: dense matrix (out, in) per site name; of sites that stay dense none is needed.
-        statistics: gives the second moments when a decomposition in a metric has to be built; not called when
-            everything asked for is in the cache.
-        statistics_key: identity of those statistics (model, text, seed).
+        sites: the sites of the model.
+        weights: dense matrix (out, in) by site name; not needed for sites that must stay dense.
+        statistics: returns the second moments. Called only if a decomposition in a metric is not cached.
+        statistics_key: identifies these statistics (model, text, seed).
         shrinkage: see `compression.numerics.whitening.shrink`.
-        cache: where decompositions are kept.
-        max_chi: decompose no further than this χ; None means as far as it saves parameters.
+        cache: stores the decompositions.
+        max_chi: largest χ to decompose to; None means the largest χ that saves parameters.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class FactorStore:
         self._memory: dict[_Key, Factors] = {}
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0) -> Factors:
-        """The decomposition of one site, or its fit at one χ.
+        """Returns the decomposition of one site, or its fit at one χ.
 
         Args:
-            chi: what is fitted; of no effect where one decomposition serves every χ (see `is_nested`).
+            chi: χ of the fit; ignored if one decomposition serves every χ (see `is_nested`).
 
         Raises:
-            ValueError: unknown topology or metric.
+            ValueError: the topology or metric is unknown, or a fit is requested without a χ.
         """
         return self._factors(_Key.of(name, topology, metric, chi))
 
@@ -112,11 +112,13 @@ class FactorStore:
         return self._memory[key]
 
     def cores(self, name: str, choice: Choice) -> list[torch.Tensor]:
-        """The cores of one site at the χ of `choice`, without gauge fixing: views into a decomposition, or a fit.
+        """Returns the cores of one site at the χ of `choice`, without gauge fixing.
+
+        They are views into a decomposition or into a fit.
 
         Raises:
-            ValueError: a site that stays dense, a topology that never saves parameters at this shape, or χ above the
-                largest that does.
+            ValueError: the site must stay dense, no χ of the topology saves parameters at this shape, or χ exceeds the
+                largest one that does.
         """
         site = self._site[name]
         if site.dense_because:
@@ -137,11 +139,14 @@ class FactorStore:
         fitted: Mapping[str, Sequence[str]] | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Menu:
-        """Menus of all sites: the lower envelope of dense, `topology` at every χ, and fits. Builds what is not cached.
+        """Returns the menus of all sites: the lower envelope of dense, `topology` at every χ, and fits.
+
+        Decompositions and fits that are not cached are built.
 
         Args:
             topology: `lowrank` or `pivoted-lowrank`.
-            fitted: by site name, topologies that are fitted at several χ where a first fit comes close to `topology`.
+            fitted: topologies to fit, by site name. Each is fitted at several χ if a first fit comes close to
+                `topology`.
             progress: called with the number of sites done.
         """
         menus = []
@@ -158,7 +163,7 @@ class FactorStore:
         return Menu(tuple(menus))
 
     def _fitted_options(self, site: Site, topology: str, metric: str, nested: Sequence[Option]) -> list[Option]:
-        """`topology` at the kept fractions of the grid, or at one only where that shows it is not worth more."""
+        """Returns `topology` fitted at every kept fraction of the grid; stops early if the first fit is too costly."""
         legs = resolve(topology, site.out_features, site.in_features)
         sizes = [
             resolve(option.choice.topology, site.out_features, site.in_features).parameters(option.choice.chi)
@@ -231,7 +236,7 @@ class FactorStore:
         return Whitening.of(*self._moments(name, metric), self._shrinkage)
 
     def _moments(self, name: str, metric: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """C and G of a site as far as the metric has them."""
+        """Returns C and G of a site; None for those that the metric does not use."""
         if metric == "plain":
             return None, None
         if metric not in ("input", "two-sided"):
@@ -244,15 +249,15 @@ class FactorStore:
 def lowrank_cores(
     weight: torch.Tensor, whitening: Whitening, max_chi: int | None
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Cores (1, out, 1, χ) and (χ, 1, in, 1) of `lowrank` in a metric, and the spectrum of the whitened matrix.
+    """Returns the cores (1, out, 1, χ) and (χ, 1, in, 1) of `lowrank` in a metric, and the whitened matrix's spectrum.
 
-    Float64; slicing the bond gives the best matrix of every smaller rank.
+    All are float64. Slicing the bond gives the best matrix of every smaller rank.
     """
     white = whitening.apply(weight).float()
     cores, spectra = decompose(white, resolve("lowrank", *white.shape), max_chi)
     left = whitening.undo_left(cores[0][0, :, 0, :].double())
     right = whitening.undo_right(cores[1][:, 0, :, 0].double())
-    # Every pair of a column and a row gets equal norms, whatever the metric, so that float16 holds both.
+    # Give each column and its row equal norms, whatever the metric, so that both stay within the range of float16.
     share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     left, right = left * share, right / share.where(share > 0, 1)[:, None]
     return [left[None, :, None, :], right[:, None, :, None]], spectra[0].closed()
@@ -265,7 +270,10 @@ def is_nested(topology: str, metric: str) -> bool:
 
 @dataclass(frozen=True)
 class _Key:
-    """What is kept once: χ is 0 where one decomposition serves every χ, and gauge fixing changes no matrix."""
+    """Identifies a decomposition or fit. χ is 0 if one decomposition serves every χ.
+
+    The topology is without "pivoted-", because gauge fixing does not change the matrix.
+    """
 
     name: str
     topology: str
@@ -277,5 +285,5 @@ class _Key:
     def of(cls, name: str, topology: str, metric: str, chi: int, evaluations: int = _EVALUATIONS) -> _Key:
         nested = is_nested(topology, metric)
         if not nested and chi < 1:
-            raise Refusal(f"site {name}: {topology} in the {metric} metric is fitted for one χ, got {chi}")
+            raise Refusal(f"site {name}: {topology} in the {metric} metric must be fitted for a χ ≥ 1, got {chi}")
         return cls(name, topology.removeprefix("pivoted-"), metric, 0 if nested else chi, evaluations)

@@ -1,22 +1,22 @@
-"""Repair: the sites of a schedule fitted one after another to what earlier ones have become, without training.
+"""Repairs a compressed model without training: fits each site to the inputs that the already compressed sites produce.
 
-Knows a model of consecutive blocks, token batches and statistics; no file.
+Knows a model of consecutive blocks, token batches and statistics; does not know files.
 
-Decomposing every site for itself assumes that its input stays what it was. Here the blocks are walked in order and in
-a block the groups of sites that read the same input. Each group sees the input x̂ that the already compressed sites give
-it, and aims at what the dense model has at that place: its own output W x, or, where it writes to the residual stream,
-the stream of the dense model behind it, so that it makes up for what the stream has lost before. Both are linear least
-squares with the solution
+Decomposing every site by itself assumes that its input does not change. Repair instead visits the blocks in order, and
+within a block the groups of sites that read the same input. A group receives the input x̂ that the already compressed
+sites produce, and is fitted to the values of the dense model at the same point. The target is the output W x of the
+dense site, or, for a site that writes to the residual stream, the dense model's stream after that site; such a site
+also compensates for earlier errors in the stream. Both are linear least-squares problems with the solution
 
     W* = W + α·E[(y − W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ·I)⁻¹,    y the target.
 
-Most of the residual y − W x̂ cannot be told from x̂, and from a limited text a correction learns noise. The ridge λ and
-the share α in [0, 1] are therefore those with which a correction from one half of the sequences helps most on the
-other half, in the metric of the gradient moment G; a site without a correction that helps keeps W. W* is then
-decomposed in the metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], C being that of the dense input x from the statistics: they
-are of more text, and weight its tokens, and where little deviates the moment of x̂ alone does harm. A site that stays
-dense takes W* itself: repaired at no parameter. Matching dense outputs from compressed inputs goes back to the
-layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
+Most of the residual y − W x̂ cannot be predicted from x̂, and a correction from little text learns noise. Therefore the
+ridge λ and the share α in [0, 1] are chosen so that a correction from one half of the sequences helps most on the other
+half, in the metric of the gradient moment G. If no correction helps, the site keeps W. W* is then decomposed in the
+metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], where C, the moment of the dense input x, comes from the statistics. These use
+more text and weight its tokens; using the moment of x̂ alone does harm where x̂ deviates little from x. A site that
+stays dense takes W* itself, which repairs it without adding parameters. Matching dense outputs from compressed inputs
+goes back to the layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["repair_"]
 
 _FOLDS = 2
 _RIDGES = (0.003, 0.03, 0.3)
-"""In units of the mean of the diagonal of E[x̂ x̂ᵀ]."""
+"""Values of λ that are tried, in units of the mean of the diagonal of E[x̂ x̂ᵀ]."""
 
 
 @torch.no_grad()
@@ -59,33 +59,35 @@ def repair_(
     correct: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Mapping[str, nn.Module]:
-    """Compress `model` in place along `schedule`, block by block.
+    """Compress `model` in place according to `schedule`, block by block, with repair.
 
     Args:
-        model: dense; maps `input_ids` and `attention_mask` to logits, without gradients.
-        statistics: of the dense model.
-        batches: (input_ids, mask) as for `compression.calibration.statistics.collect`, two sequences or more; their
-            hidden states stay in memory twice, in float32. All tokens count alike.
-        shrinkage: of the moments, see `compression.numerics.whitening.shrink`.
-        correct: whether W is replaced by W*; if not, W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
+        model: the dense model; maps `input_ids` and `attention_mask` to logits, without gradients.
+        sites: the sites of the model.
+        schedule: the choice of every site.
+        statistics: second moments of the dense model.
+        batches: (input_ids, mask) pairs as for `compression.calibration.statistics.collect`, with at least two
+            sequences. Memory holds their hidden states twice, in float32. All tokens have equal weight.
+        shrinkage: shrinkage of the moments, see `compression.numerics.whitening.shrink`.
+        correct: whether W is replaced by W*. Otherwise W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
             calibration).
         progress: called with the number of blocks done.
 
     Returns:
-        The modules that were taken out, by site name; putting them back restores the dense model. On an error they are
-        put back.
+        The replaced modules by site name; putting them back restores the dense model. After an error they are put back
+        already.
 
     Raises:
-        ValueError: a site is compressed already, there are fewer than two sequences, or a fit does (see
+        ValueError: a site is already compressed, there are fewer than two sequences, or a fit fails (see
             `compression.numerics.fit`).
     """
     if sum(len(ids) for ids, _ in batches) < _FOLDS:
-        raise Refusal(f"repair needs {_FOLDS} sequences of calibration text or more")
+        raise Refusal(f"repair needs at least {_FOLDS} sequences of calibration text")
     free = [site for site in sites if not site.dense_because]
     masks = [mask for _, mask in batches]
     taken = {site.name: model.get_submodule(site.name) for site in free}
     if compressed := [name for name, module in taken.items() if isinstance(module, MPOLinear)]:
-        raise Refusal(f"site {compressed[0]} is compressed already; repair starts from the dense model")
+        raise Refusal(f"site {compressed[0]} is already compressed; repair must start from the dense model")
     numbers = range(min(site.block for site in sites), 1 + max(site.block for site in sites))
     prefix = sites[0].name.split(f".{sites[0].block}.")[0]
     blocks, first = record_blocks(model, [f"{prefix}.{number}" for number in numbers], batches)
@@ -114,11 +116,11 @@ def repair_(
 
 
 def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """What is added to W (out, in), see the module.
+    """Returns the correction W* − W (out, in), see the module.
 
     Args:
-        inputs: E[x̂ x̂ᵀ] (folds, in, in), of each half its share of the whole mean.
-        cross: E[(y − W x̂) x̂ᵀ] (folds, out, in), likewise.
+        inputs: E[x̂ x̂ᵀ] (folds, in, in), split into the contributions of the two halves, which add up to the mean.
+        cross: E[(y − W x̂) x̂ᵀ] (folds, out, in), split in the same way.
         gradient: G (out, out).
     """
 
@@ -128,7 +130,7 @@ def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tenso
         answer: torch.Tensor = torch.linalg.solve(damped, other.mT).mT
         return answer
 
-    # What a correction is worth needs few digits: float32.
+    # Judging a correction needs few digits, so float32 is enough.
     gradient, seen, missing = gradient.float(), inputs.float(), cross.float()
     best, result = 0.0, torch.zeros_like(cross[0])
     for ridge in _RIDGES:
@@ -154,7 +156,7 @@ def _compressed(
     site: Site,
     shrinkage: float,
 ) -> nn.Module:
-    """The layer that stands for `weight` (out, in) under a choice, in its stored form."""
+    """Returns the layer that represents `weight` (out, in) under a choice, in its stored form."""
     old_weight, bias = old.weight, _bias(old)
     assert isinstance(old_weight, torch.Tensor)
     if choice.is_dense:
@@ -180,7 +182,7 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
 
 
 def _groups(sites: Sequence[Site], statistics: Statistics) -> list[list[Site]]:
-    """Sites by the input they share, in the order they run."""
+    """Groups sites that read the same input, in the order they run."""
     groups: dict[str, list[Site]] = {}
     for site in sites:
         groups.setdefault(statistics.input_of[site.name], []).append(site)
@@ -188,12 +190,12 @@ def _groups(sites: Sequence[Site], statistics: Statistics) -> list[list[Site]]:
 
 
 class _Targets:
-    """What the dense block has at every site, and the moments of a group of the compressed one against it.
+    """Records the values of a dense block at every site, and computes moments of the compressed block relative to them.
 
-    Without `correct` only what the compressed block reads.
+    Without `correct`, only the inputs of the compressed block are used.
 
     Attributes:
-        outputs: hidden states behind the dense block, with `correct`.
+        outputs: hidden states after the dense block; meaningful only with `correct`.
     """
 
     def __init__(
@@ -207,7 +209,8 @@ class _Targets:
         self._block, self._groups, self._masks = block, groups, masks
         self._streams: list[list[torch.Tensor] | None] = [None] * len(groups)
         self._inputs: list[list[torch.Tensor]] = []
-        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []  # stream and input of a last group that writes to it
+        # By batch, if the last group writes to the stream: the stream before it, and its input.
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.outputs = states
         if not correct:
             return
@@ -225,12 +228,12 @@ class _Targets:
     def moments(
         self, number: int, states: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Of one group, whose earlier groups are compressed already.
+        """Computes the moments of one group after all earlier groups have been compressed.
 
         Returns:
-            E[x̂ x̂ᵀ] (folds, in, in); with `correct`, E[(x̂ − x)(x̂ − x)ᵀ] (in, in) and E[(y − W x̂) x̂ᵀ] (folds, out, in)
-            of each site; float64. With folds, of every half of the sequences its share, so that the sum over folds is
-            the mean over all tokens.
+            E[x̂ x̂ᵀ] (folds, in, in); with `correct`, also E[(x̂ − x)(x̂ − x)ᵀ] (in, in) and E[(y − W x̂) x̂ᵀ]
+            (folds, out, in) of each site; all float64. The folds are the contributions of the two halves of the
+            sequences, so their sum is the mean over all tokens.
         """
         group, streams = self._groups[number], self._streams[number]
         inputs = cross = mean = drift = torch.zeros(0)
@@ -247,7 +250,7 @@ class _Targets:
             folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
             sequences += len(mask)
             tokens += int(mask.sum())
-            aim = None  # what x̂ᵀ is multiplied with besides itself: x, or what the residual stream lacks
+            aim = None  # factor of x̂ᵀ in the cross moment: x, or the target minus the stream before the site
             if self._inputs:
                 aim = self._inputs[number][batch] if streams is None else streams[batch] - before
             if batch == 0:
@@ -273,7 +276,7 @@ class _Targets:
     def _missing(
         self, site: Site, writes: bool, inputs: torch.Tensor, cross: torch.Tensor, mean: torch.Tensor
     ) -> torch.Tensor:
-        """E[(y − W x̂) x̂ᵀ] of a site, from E[x x̂ᵀ], or from E[y x̂ᵀ] and E[x̂] where it writes to the stream."""
+        """Returns E[(y − W x̂) x̂ᵀ] of a site: from E[x x̂ᵀ], or, if it writes to the stream, from E[y x̂ᵀ] and E[x̂]."""
         weight, bias = self._weights[site.name], self._biases[site.name]
         if not writes:
             return weight @ (cross - inputs)
@@ -281,7 +284,7 @@ class _Targets:
         return cross - weight @ inputs - shift
 
     def advance(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The hidden states behind the block, all of whose groups are compressed by now."""
+        """Returns the hidden states after the block, once all its groups are compressed."""
         if not self._before:
             return self._block.run(states)
         last = self._block.model.get_submodule(self._groups[-1][0].name)
@@ -292,7 +295,7 @@ class _Targets:
         return [site for group in self._groups[number + 1 :] for site in group]
 
     def _writes(self, number: int, hidden: torch.Tensor) -> bool:
-        """Whether the output of a site is added to the stream as it is, tried out by adding something to it."""
+        """Whether the site's output is added to the stream unchanged; tests it by adding a constant to that output."""
         site = self._groups[number][0]
         if len(self._groups[number]) > 1 or site.out_features != hidden.shape[-1]:
             return False

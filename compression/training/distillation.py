@@ -187,8 +187,7 @@ def _shortlist(
 
 
 def _slices(count: int, head: Head, sampled: bool = False) -> Iterator[slice]:
-    """Yields slices of `count` rows. With sampling, a CPU takes few rows at a time, because their shortlist is shorter.
-    """
+    """Yields slices of `count` rows. With sampling, a CPU takes few rows at a time, as their shortlist is shorter."""
     device, size = head.weight.device.type, _ROWS
     if device != "cpu" or not sampled:
         size = max(size, _ROOM.get(device, _ROOM["cuda"]) // (4 * len(head.weight)))

@@ -128,10 +128,8 @@ def _document(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
         asked = _templated(turns[: count - 1], tokenizer, True)
         answered = _templated(turns[:count], tokenizer, False)
         if not asked.startswith(written) or not answered.startswith(asked):
-            asked, answered = (
-                written,
-                _templated(turns[:count], tokenizer, False),
-            )  # the template rewrites earlier turns
+            # The template rewrites earlier turns.
+            asked, answered = written, _templated(turns[:count], tokenizer, False)
         parts += [(asked[len(written) :], False), (answered[len(asked) :], True)]
         written = answered
     return Document(tuple(part for part in parts if part[0]))

@@ -303,7 +303,7 @@ class Prior(_Part):
                     f"sites.{number}.chi of {site.name} must be at most {site.largest_chi}, above which "
                     f"{site.topology} saves nothing, got {site.chi}; search.py apply --clamp lowers it"
                 )
-        schedule = self.schedule  # raises for a name that is repeated
+        schedule = self.schedule  # raises Refusal if a name is repeated
         if self.schedule_digest not in (None, schedule.digest):
             raise Refusal(
                 f"schedule_digest must be that of the sites, {schedule.digest[:12]}…, got {self.schedule_digest}; "

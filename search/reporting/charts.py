@@ -15,7 +15,7 @@ __all__ = ["SERIES", "heat_map", "line_chart", "scatter_chart"]
 SERIES = 6
 """Number of colours before they repeat."""
 
-_WIDTH, _HEIGHT = 380, 240  # of the drawing; a phone shows it about 1:1, so letters keep their size
+_WIDTH, _HEIGHT = 380, 240  # size of the drawing; a phone shows it about 1:1, so letters stay legible
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 36
 _CELL = 17  # height of a heat map's row
 

@@ -65,5 +65,5 @@ def test_every_site_with_a_choice_belongs_to_one_group(name):
 
 def test_heads_that_were_not_cut_are_refused():
     sites = discover_sites(load_model("random:tiny-llama", "cpu").model)
-    with pytest.raises(ValueError, match="granularity head needs attention matrices cut into heads"):
+    with pytest.raises(ValueError, match="granularity head needs attention matrices split into heads"):
         group_sites(menu_of(sites), "head")

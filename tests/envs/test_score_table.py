@@ -60,5 +60,5 @@ def test_a_reward_reads_every_figure_it_may_weigh(problem, tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"kl": "x"}}', '{"a": {"kl": 1}}', '{"a": [1, 2]}'])
 def test_a_file_that_is_no_table_is_refused(content, tmp_path):
     (tmp_path / "scores.json").write_text(content)
-    with pytest.raises(ValueError, match="is no table of scores"):
+    with pytest.raises(ValueError, match="is not a table of scores"):
         ScoreTable(lambda schedules: [], tmp_path / "scores.json")

@@ -415,7 +415,7 @@ def test_a_menu_in_which_everything_stays_dense_is_no_problem_to_solve() -> None
     dense = model(1, 1)
     menu = store_of(dense).menu()
     assert to_schedule(menu, lagrangian(menu, menu.dense_parameters)) == Schedule.dense(tuple(reasons(dense)))
-    with pytest.raises(ValueError, match="no site with an option beside dense"):
+    with pytest.raises(ValueError, match="no site with an option besides dense"):
         Problem.build(menu, 1.0)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from compression.layers import planner
 from search.data import packages
 from search.evaluation import latency
 from search.healing import repaired_start
@@ -188,7 +189,8 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The data packages replaced by hand-made ones, an empty cache, and an index that cannot be reached.
 
     What repair does for a random model is noise, by which no run shall differ from another: it is kept there, always.
-    Schedules are timed on a short prompt and few steps, since no test depends on how fast a tiny model is.
+    Schedules are timed on a short prompt and few steps, and layers on two copies each: no test depends on how fast a
+    tiny model is.
     """
     wheels = tmp_path / "wheels"
     wanted = [
@@ -203,6 +205,7 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(repaired_start, "repair_did_harm", lambda after, before: False)
     for name, fewer in (("_PROMPT", 64), ("_ROUNDS", 1), ("_STEPS", 2)):
         monkeypatch.setattr(latency, name, fewer)
+    monkeypatch.setattr(planner, "_COLD", 0)
     return wheels
 
 

@@ -101,7 +101,7 @@ def test_blocks_that_are_not_run_once_each_in_order_are_refused() -> None:
     _, model, text, _ = subject()
     blocks = list(model.get_submodule("model.layers"))
     with (
-        pytest.raises(RuntimeError, match="once each"),
+        pytest.raises(RuntimeError, match="exactly once"),
         replayed(model, blocks[::-1], text.tokens[:2].long(), Recorder()),
     ):
         pass

@@ -158,7 +158,7 @@ def test_an_attention_head_can_be_one_decision(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("agent", ["reinforce", "ppo"])
 def test_a_search_starts_from_what_an_earlier_one_learned(tmp_path: Path, agent: str) -> None:
-    run(tmp_path / "first", agent=agent, budget=2)
+    run(tmp_path / "first", agent=agent)
     learned = SavedPolicy.read(tmp_path / "first")
     # A policy that has gone far, so that it can be told from the closed form.
     key = "bias" if agent == "reinforce" else "action_net.linear.weight"
@@ -193,7 +193,7 @@ def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_writte
         assert not (tmp_path / "other").exists()
     (tmp_path / "first" / "policy.safetensors").write_bytes(b"cut")
     assert cli.main(words(out=tmp_path / "other", policy=tmp_path / "first")) == cli.REFUSED
-    assert "policy.safetensors is cut" in capsys.readouterr().err
+    assert "policy.safetensors is truncated" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake_data")
