@@ -140,7 +140,7 @@ def main() -> None:
     header = ["model", *(f"{corpus} {figure}" for corpus in CORPORA for figure in ("KL", "ppl")), *TASKS, "mean"]
     curve = markdown(
         ["tokens", "minutes", "KL", "perplexity"],
-        [[f"{x.tokens:,}", f"{x.seconds / 60:.1f}", f"{x.kl:.3f}", f"{x.perplexity:.1f}"] for x in healed.shards],
+        [[f"{x.tokens:,}", f"{x.seconds / 60:.1f}", f"{x.kl:.3f}", f"{x.perplexity:.1f}"] for x in healed.measurements],
     )
     counts = ", ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
     planned = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items() if value is not None)

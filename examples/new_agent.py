@@ -21,19 +21,19 @@ class HillClimb:
 
     name = "examples.new_agent:HillClimb"
 
-    def __init__(self, task: ProblemLike, context: AgentContext) -> None:
-        self._task, self._ledger = task, Ledger(context)
+    def __init__(self, problem: ProblemLike, context: AgentContext) -> None:
+        self._problem, self._ledger = problem, Ledger(context)
         self._generator = np.random.default_rng(context.seed)
-        self._best, self._reward = (task.middle,) * task.steps, -np.inf
+        self._best, self._reward = (problem.middle,) * problem.steps, -np.inf
 
     def ask(self, count: int) -> list[Proposal]:
         """See `agents.Agent`."""
         for _ in range(100 if self._ledger.left else 0):
             actions = list(self._best)
             if np.isfinite(self._reward):
-                step = int(self._generator.integers(self._task.steps))
-                actions[step] = int(np.clip(actions[step] + self._generator.choice([-1, 1]), 0, 2 * self._task.middle))
-            proposal = Proposal(self._task.schedule(actions), tuple(actions))
+                step = int(self._generator.integers(self._problem.steps))
+                actions[step] = int(np.clip(actions[step] + self._generator.choice([-1, 1]), 0, 2 * self._problem.middle))
+            proposal = Proposal(self._problem.schedule(actions), tuple(actions))
             if self._ledger.add(proposal):
                 return [proposal]
         return []

@@ -1,3 +1,3 @@
-"""Second moments, slopes and block-by-block streaming from a forward and backward pass."""
+"""Measures second moments and slopes in forward and backward passes, of a whole model or block by block."""
 
 __all__: list[str] = []

@@ -1,6 +1,7 @@
-"""Blocks: one block of a live model run by itself, on hidden states that its caller keeps.
+"""Runs single blocks of a model on hidden states that the caller holds.
 
-Knows a model whose blocks pass hidden states from one to the next as their first argument, and token batches.
+Knows a model whose blocks pass hidden states from one to the next as their first argument, and token batches; does not
+know schedules or statistics.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block with the arguments it is called with, besides its hidden states, on every batch."""
+    """Holds one block and, for every batch, the arguments it is called with besides its hidden states."""
 
     model: nn.Module
     name: str
     calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 
     def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states behind the block for those before it."""
+        """Returns the hidden states after the block, given those before it."""
         arguments, keywords = self.calls[batch]
         with self.arithmetic():
             output = self.model.get_submodule(self.name)(hidden, *arguments, **keywords)
@@ -38,17 +39,17 @@ class Block:
         return result
 
     def arithmetic(self) -> AbstractContextManager[object]:
-        """Matrix products in the parameters' precision, whatever that of the hidden states."""
+        """Returns a context in which matrix products use the precision of the parameters, not of the hidden states."""
         weight = next(self.model.parameters())
         reduced = weight.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(weight.device.type, weight.dtype) if reduced else nullcontext()
 
     def run(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """`forward` of every batch."""
+        """Returns the result of `forward` for every batch."""
         return [self.forward(batch, hidden) for batch, hidden in enumerate(states)]
 
     def input_of(self, site: Site, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What reaches a site; the rest of the block is not run."""
+        """Returns the input of a site; the block runs only up to that site."""
 
         def stop(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             raise _Reached(arguments[0])
@@ -64,7 +65,7 @@ class Block:
 
     @contextmanager
     def caught(self, site: Site) -> Iterator[list[torch.Tensor]]:
-        """The inputs that reach a site, one for every run meanwhile."""
+        """Inside the context, records the inputs of a site: the list grows by one with every run of the block."""
         inputs: list[torch.Tensor] = []
         module = self.model.get_submodule(site.name)
         handle = module.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
@@ -75,7 +76,7 @@ class Block:
 
     @contextmanager
     def silent(self, sites: Sequence[Site]) -> Iterator[None]:
-        """The block with the outputs of some sites replaced by zero."""
+        """Inside the context, the outputs of some sites are replaced by zero."""
         kept = {site.name: self.model.get_submodule(site.name) for site in sites}
         put_modules(self.model, {site.name: _Zero(site.out_features) for site in sites})
         try:
@@ -85,7 +86,7 @@ class Block:
 
 
 class _Reached(Exception):
-    """Ends a forward pass whose rest is not needed."""
+    """Stops a forward pass once the activations are known."""
 
     def __init__(self, activations: torch.Tensor) -> None:
         super().__init__()
@@ -104,15 +105,15 @@ class _Zero(nn.Module):
 def record_blocks(
     model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
 ) -> tuple[list[Block], list[torch.Tensor]]:
-    """The named blocks, in the order they run, and the hidden states before the first one by batch, in float32.
+    """Returns the named blocks, in the order they run, and the float32 hidden states before the first one, by batch.
 
-    In the precision of the parameters, activations of thousands would round away what others differ by.
-    After one run of a single token the blocks do nothing while the batches pass.
+    In a 16-bit precision, activations in the thousands would round away the differences between small ones. The blocks
+    compute only for one run of a single token; while the batches pass they only record their arguments.
     """
     modules = [model.get_submodule(name) for name in names]
     calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = [[] for _ in names]
     states: list[torch.Tensor] = []
-    wrapped: list[bool] = []  # whether a block gives a tuple
+    wrapped: list[bool] = []  # whether each block returns a tuple
 
     def recorder(number: int) -> Callable[..., object]:
         def forward(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> object:

@@ -1,6 +1,6 @@
-"""Slopes: to first order, what a loss does when one site of a model becomes another matrix.
+"""Measures slopes: the first-order change of a loss when the matrix of one site is replaced by another one.
 
-Knows modules and a backward pass that the caller makes; no schedule, no menu and no loss.
+Knows modules and a backward pass that the caller runs; does not know schedules, menus or losses.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ __all__ = ["watch_slopes"]
 def watch_slopes(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
     """Collects ⟨∂loss/∂W, W' − W⟩ for every named site, over all backward passes inside the context.
 
-    With x the inputs of a site, y = W x its outputs and g the loss's gradient there, that is Σ g·(W' x − y) over all
-    positions: one more product a site, and no gradient of a matrix is ever formed.
+    With inputs x of a site, outputs y = W x and the gradient g of the loss with respect to y, the slope is
+    Σ g·(W' x − y) over all positions. This costs one more product per site and forms no gradient of a matrix.
 
     Args:
-        model: called with gradients enabled inside; none of its parameters needs one.
-        others: by site name, what would take its place, a module with the same shapes.
+        model: call it inside the context, where gradients are enabled. Its parameters receive no gradients.
+        others: the replacement of each site, by site name; a module with the same shapes.
 
-    Returns:
-        The sums by name, growing with every backward pass; 0 for a site that no loss depends on.
+    Yields:
+        The sums by site name, which grow with every backward pass; 0 for a site that no loss depends on.
     """
     sums = dict.fromkeys(others, 0.0)
 

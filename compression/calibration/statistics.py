@@ -1,17 +1,18 @@
-"""Statistics: second moments of what flows into and back out of every site, streamed over calibration text.
+"""Collects second moments of the inputs and output gradients of every site over calibration text.
 
-With x the input of a site and g the gradient, with respect to its output, of the log-likelihood of a token sampled from
-the model itself, the Fisher information of its weight is the mean of (g xᵀ) ⊗ (g xᵀ), and the KL that an error E costs
-is near ½ of the mean of (gᵀ E x)². C and G are its Kronecker factors: ½·tr(G E C Eᵀ) predicts the cost.
+Let x be the input of a site and g the gradient, with respect to the site's output, of the log-likelihood of a token
+sampled from the model itself. Then the Fisher information of the weight is the mean of (g xᵀ) ⊗ (g xᵀ), and an error E
+of the weight costs a KL of about ½ of the mean of (gᵀ E x)². C and G are the Kronecker factors of the Fisher
+information: ½·tr(G E C Eᵀ) predicts the cost.
 
-Were x and g independent, C = mean of x xᵀ and G = mean of g gᵀ would do (Martens & Grosse 2015). They are not: a token
-whose x is huge may hardly matter. Given such moments of a first pass, a second one counts each token in C by gᵀG⁻¹g and
-in G by xᵀC⁻¹x, over their means in a batch: a step of the flip-flop iteration for a Kronecker covariance (Dutilleul
-1999) but for the scale. The text must be the same: on other text than the moments are of, gradients have tails so heavy
-that a few tokens would count for all.
+If x and g were independent, C = mean of x xᵀ and G = mean of g gᵀ would suffice (Martens & Grosse 2015). They are not:
+a token whose x is huge may hardly matter. Given such moments from a first pass, a second pass weights each token in C
+by gᵀG⁻¹g and in G by xᵀC⁻¹x, each divided by its mean over the batch. Except for the scale this is one step of the
+flip-flop iteration for a Kronecker covariance (Dutilleul 1999). Both passes must use the same text: on other text the
+gradients have such heavy tails that a few tokens would outweigh all others.
 
-Knows torch modules and token batches; no tokenizer, no file. One forward and one backward pass per batch, no weight
-gradients.
+Knows torch modules and token batches; does not know tokenizers or files. Each batch takes one forward and one backward
+pass, without weight gradients.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from compression.storage.factor_cache import Bundle
 
 __all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
 
-_SKETCH = 64  # random directions in which xᵀC⁻¹x is estimated, with a relative standard error of √(2/64)
-_SHRINKAGE = 0.003  # of the moments that weights are made of
+_SKETCH = 64  # number of random directions that estimate xᵀC⁻¹x, with a relative standard error of √(2/64)
+_SHRINKAGE = 0.003  # shrinkage of the first pass's moments before they weight the tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Second moments of every site, float32, symmetric positive semidefinite.
+    """Holds the second moments of every site, float32, symmetric positive semidefinite.
 
     Attributes:
         inputs: C (in, in) by site name.
-        input_of: the first site that reads the same input, by site name; q, k and v share one.
+        input_of: by site name, the first site that reads the same input; q, k and v share their input.
         gradients: G (out, out) by site name.
-        tokens: number of tokens averaged over.
+        tokens: number of tokens that the moments average over.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -53,22 +54,22 @@ class Statistics:
     tokens: int
 
     def input(self, name: str) -> torch.Tensor:
-        """C (in, in) of a site. Raises ValueError if it was not collected or is not finite."""
+        """Returns C (in, in) of a site. Raises ValueError if it was not collected or is not finite."""
         return _checked(name, "inputs", self.inputs.get(name))
 
     def gradient(self, name: str) -> torch.Tensor:
-        """G (out, out) of a site. Raises ValueError if it was not collected or is not finite."""
+        """Returns G (out, out) of a site. Raises ValueError if it was not collected or is not finite."""
         return _checked(name, "gradients", self.gradients.get(name))
 
     def to_bundle(self) -> Bundle:
-        """As named tensors with metadata, for the cache."""
+        """Returns the statistics as named tensors with metadata, for the cache."""
         tensors = {f"input/{name}": moment for name, moment in self.inputs.items()}
         tensors |= {f"gradient/{name}": moment for name, moment in self.gradients.items()}
         return Bundle(tensors, {"input_of": json.dumps(dict(self.input_of)), "tokens": str(self.tokens)})
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Statistics:
-        """Inverse of `to_bundle`."""
+        """Returns the statistics that `to_bundle` wrote."""
         table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}}
         for key, moment in bundle.tensors.items():
             kind, name = key.split("/", 1)
@@ -85,20 +86,22 @@ def collect(
     progress: Callable[[int], None] = lambda tokens: None,
     first: Statistics | None = None,
 ) -> Statistics:
-    """Stream C and G of every site that can be tensorized.
+    """Collect C and G of every site that can be tensorized.
 
     Args:
         model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary); has
             `get_input_embeddings()`. Its parameters must not require gradients.
-        batches: (input_ids, mask) pairs, each (batch, length), int64 and bool, on the model's device; masked-out
-            positions (right padding) count nowhere.
+        sites: the sites of the model.
+        batches: (input_ids, mask) pairs, each (batch, length), int64 and bool, on the model's device. Masked-out
+            positions (right padding) are ignored.
         generator: draws the sampled tokens; on the model's device.
         progress: called with the number of tokens done after each batch.
-        first: of an earlier pass over the same batches, to weight tokens by; None counts all alike.
+        first: statistics of an earlier pass over the same batches, which weight the tokens; None weights all tokens
+            equally.
 
     Raises:
-        ValueError: no token at all; or, by name, a site whose statistics are not finite, that the text never reaches,
-            that the prediction does not depend on, or that does not read one row a token.
+        ValueError: there is no token; or the statistics of a site are not finite, the text never reaches the site, the
+            prediction does not depend on it, or it does not read one row per token. The message names the site.
     """
     accumulator = MomentAccumulator(model, sites, first)
     with accumulator:
@@ -111,7 +114,15 @@ def collect(
 
 
 def sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Gradient of Σ −log p(sampled token) with respect to the logits: softmax minus one-hot, zero where masked out."""
+    """Returns the gradient of Σ −log p(sampled token) with respect to the logits.
+
+    It is the softmax minus the one-hot vector of the sampled token, and zero where masked out.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        mask: (batch, length), bool.
+        generator: draws one token per position; on the device of `logits`.
+    """
     gradient = torch.softmax(logits.float(), dim=-1)
     cumulative = gradient.cumsum(-1)
     uniform = torch.rand(logits.shape[:-1], generator=generator, device=logits.device)
@@ -122,10 +133,14 @@ def sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.
 
 
 class MomentAccumulator:
-    """Hooks on the sites of a model while it runs forward and backward; sums of outer products.
+    """Sums outer products at the sites of a model with hooks, while the model runs forward and backward.
+
+    Use it as a context manager; call `expect` before every batch, `count` after it, and `result` at the end.
 
     Args:
-        first: moments to weight tokens by, see the module.
+        model: the model, or a part of it that finds its sites by name.
+        sites: the sites; those that must stay dense are skipped.
+        first: moments that weight the tokens, see the module; None weights all tokens equally.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], first: Statistics | None = None) -> None:
@@ -133,11 +148,12 @@ class MomentAccumulator:
         self.sites = [site for site in sites if not site.dense_because]
         self.tokens = 0
         self._mask = torch.empty(0)
-        self._full = False  # whether the mask leaves nothing out
+        self._full = False  # whether the mask contains every position
         self._inputs: dict[str, torch.Tensor] = {}
         self._gradients: dict[str, torch.Tensor] = {}
         self._input_of: dict[str, str] = {}  # site -> site whose input it shares
-        self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # site -> of C⁻¹ (in, 64) and G⁻¹ (out, 64)
+        # By site, the sketches of C⁻¹ (in, 64) and G⁻¹ (out, 64).
+        self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if first is not None:
             for site in self.sites:
                 device = next(model.get_submodule(site.name).parameters()).device
@@ -147,11 +163,11 @@ class MomentAccumulator:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def expect(self, mask: torch.Tensor) -> None:
-        """Before a batch: which of its positions count, bool (batch, length)."""
+        """Set which positions of the next batch count, bool (batch, length)."""
         self._mask, self._full = mask, bool(mask.all())
 
     def count(self) -> int:
-        """After a batch has run backward: tokens so far."""
+        """Count the tokens of a batch after its backward pass; returns the number of tokens so far."""
         self.tokens, self._last = self.tokens + int(self._mask.sum()), None
         return self.tokens
 
@@ -185,7 +201,7 @@ class MomentAccumulator:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if not args or args[0].shape[:-1].numel() != self._mask.numel():
                 read = f"shape {tuple(args[0].shape)}" if args else "a keyword argument"
-                raise Refusal(f"site {name}: must read one row a token to be calibrated, reads {read}")
+                raise Refusal(f"site {name}: must read one row per token to be calibrated, reads {read}")
             if not output.requires_grad:
                 raise _not_differentiable(name)
             shared = self._last is not None and self._last[1] is args[0]
@@ -210,7 +226,7 @@ class MomentAccumulator:
 
 
 def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:
-    """The moment of a site, if it is there and finite."""
+    """Returns the moment of a site; raises ValueError if it is missing or not finite."""
     if moment is None:
         raise Refusal(f"site {name}: no second moment of its {kind} was collected")
     if not torch.isfinite(moment).all():
@@ -223,7 +239,7 @@ def _not_differentiable(name: str) -> Refusal:
 
 
 def _sketch(moment: torch.Tensor) -> torch.Tensor:
-    """P (d, 64) with E‖Pᵀx‖² = xᵀM⁻¹x / d over the random directions, for a moment M (d, d)."""
+    """Returns random P (d, 64) with E‖Pᵀx‖² = xᵀM⁻¹x / d in expectation over P, for a moment M (d, d)."""
     size, generator = len(moment), torch.Generator(device=moment.device).manual_seed(0)
     factor = torch.linalg.cholesky(shrink(moment, _SHRINKAGE))
     directions = torch.randn(size, _SKETCH, generator=generator, device=moment.device, dtype=factor.dtype)
@@ -233,7 +249,7 @@ def _sketch(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(rows: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
-    """xᵀM⁻¹x / d, near enough, for every row x (n, d), over its mean."""
+    """Returns an estimate of xᵀM⁻¹x for every row x (n, d), divided by its mean over the rows."""
     result: torch.Tensor = (rows @ sketch).square().sum(1)
     weights: torch.Tensor = result / result.mean().clamp_min(torch.finfo(result.dtype).tiny)
     return weights
@@ -250,7 +266,7 @@ def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor, weights: torch.Ten
 
 
 def _mirror_upper_(total: torch.Tensor) -> torch.Tensor:
-    """Make a matrix whose upper triangle is filled symmetric; returns it."""
+    """Copy the upper triangle of a matrix to its lower one, in place; returns the matrix."""
     upper = total.triu(1)
     mirrored: torch.Tensor = total.triu_().add_(upper.T)
     return mirrored

@@ -1,12 +1,13 @@
-"""Streaming: statistics of a model too large for memory, one block at a time, and what to do with them at each block.
+"""Collects statistics of a model too large for memory, one block at a time, and hands them to a callback per block.
 
-Forward block by block over all calibration batches, with the hidden states at the borders of blocks kept on disk; then
-the head and the gradient of sampled tokens; then backward block by block, each run again with gradients from the input
-it had. Every block is loaded twice and never beside another one. The second moments are those of
-`compression.calibration.statistics.collect` with tokens that count alike, by the same code.
+The forward pass runs block by block over all calibration batches and keeps the hidden states between blocks on disk.
+Then the head computes the gradient of sampled tokens. The backward pass runs block by block from the last, and runs
+each block again with gradients on its stored input. Every block is loaded twice, and only one block is in memory at a
+time. The second moments are those of `compression.calibration.statistics.collect` with equally weighted tokens, and are
+computed by the same code.
 
-Knows torch modules and token batches; where a block's weights come from and how it is called is the business of the
-`BlockwiseModel` it is given.
+Knows torch modules and token batches; does not know where a block's weights come from or how a block is called, which
+is up to the given `BlockwiseModel`.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class BlockwiseModel(Protocol):
-    """A causal language model that loads its parts when asked for them. Parameters require no gradients.
+    """Describes a causal language model that loads its parts on request. Its parameters require no gradients.
 
     Attributes:
         prefix: qualified name of the list of blocks; block i of the whole model is `prefix.i`.
         sites: the sites of the whole model.
-        blocks: how many blocks there are.
+        blocks: number of blocks.
     """
 
     prefix: str
@@ -45,16 +46,22 @@ class BlockwiseModel(Protocol):
     blocks: int
 
     def embedding(self) -> AbstractContextManager[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """(input_ids, mask) → the input of block 0 (batch, length, width); the weights go when the context ends."""
+        """Returns a context with a function (input_ids, mask) → input of block 0 (batch, length, width).
+
+        The weights are freed when the context ends.
+        """
 
     def block(self, index: int) -> nn.Module:
-        """Block `index` with its weights, in evaluation mode; the caller holds the only reference."""
+        """Returns block `index` with its weights, in evaluation mode. The caller holds the only reference."""
 
     def run(self, index: int, block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The output of a block for its input, differentiable."""
+        """Returns the output of a block for its input, differentiable."""
 
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """(output of the last block, mask) → logits, differentiable; the weights go when the context ends."""
+        """Returns a context with a differentiable function (output of the last block, mask) → logits.
+
+        The weights are freed when the context ends.
+        """
 
 
 def stream(
@@ -65,20 +72,21 @@ def stream(
     scratch: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Give the statistics of every block to `visit`, last block first.
+    """Collect the statistics of every block and pass them to `visit`, last block first.
 
     Args:
-        batches: as for `compression.calibration.statistics.collect`; the order of rows, not how they are batched,
-            decides which tokens are sampled, as long as batches of equal length are split.
+        model: loads the blocks.
+        batches: batches as for `compression.calibration.statistics.collect`. Splitting or merging batches of equal
+            length does not change which tokens are sampled; the order of the rows does.
         generator: draws the sampled tokens; on the model's device.
-        visit: called with a block, its sites and their statistics; what it keeps stays in memory.
-        scratch: where the hidden states lie meanwhile, 1 + blocks times the size of the last hidden layer over all
-            tokens; None is the system's folder for temporary files. Everything is removed at the end.
-        progress: called with the number of block passes done, of 2·blocks.
+        visit: called with a block, its sites and their statistics. Anything it keeps stays in memory.
+        scratch: folder for the hidden states, which take (1 + blocks) × tokens × width numbers; None means the system's
+            folder for temporary files. All files are removed at the end.
+        progress: called with the number of block passes done, out of 2·blocks.
 
     Raises:
-        ValueError: no token at all, or a statistic is not finite.
-        OSError: the scratch folder cannot be written, or is full.
+        ValueError: there is no token, or a statistic is not finite.
+        OSError: the scratch folder cannot be written or is full.
     """
     with tempfile.TemporaryDirectory(dir=scratch, prefix="chisel-borders-") as folder:
         borders = _Borders(Path(folder))
@@ -97,7 +105,7 @@ def stream(
 def _forward(
     model: BlockwiseModel, batches: Sequence[Batch], borders: _Borders, progress: Callable[[int], None]
 ) -> None:
-    """Hidden states at every border: 0 before the first block, `model.blocks` after the last."""
+    """Store the hidden states at every border: 0 before the first block, `model.blocks` after the last."""
     with model.embedding() as embed:
         for number, (input_ids, mask) in enumerate(batches):
             borders.put(0, number, embed(input_ids, mask))
@@ -110,7 +118,7 @@ def _forward(
 
 
 def _turn(model: BlockwiseModel, batches: Sequence[Batch], borders: _Borders, generator: torch.Generator) -> None:
-    """The last hidden states replaced by the gradients that reach them; one row of logits in memory at a time."""
+    """Replace the last hidden states on disk by their gradients. Memory holds one row of logits at a time."""
     last = model.blocks
     with model.head() as head:
         for number, (_, mask) in enumerate(batches):
@@ -133,7 +141,7 @@ def _backward(
     batches: Sequence[Batch],
     borders: _Borders,
 ) -> Statistics:
-    """Statistics of one block; its inputs on disk are replaced by the gradients that reach them."""
+    """Returns the statistics of one block, and replaces its inputs on disk by their gradients."""
     accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites)
     with accumulator:
         for number, (_, mask) in enumerate(batches):
@@ -149,7 +157,7 @@ def _backward(
 
 
 class _Named(nn.Module):
-    """A block that answers to the qualified names of the whole model."""
+    """Wraps a block so that its submodules are found by their qualified names in the whole model."""
 
     def __init__(self, block: nn.Module, prefix: str) -> None:
         super().__init__()
@@ -165,7 +173,7 @@ class _Named(nn.Module):
 
 
 class _Borders:
-    """Hidden states by border and batch, one safetensors file each."""
+    """Stores hidden states by border between blocks and by batch, one safetensors file each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -187,11 +195,15 @@ class _Borders:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A decoder with gated MLP: what the memory of streaming it depends on.
+    """Holds the shape of a decoder with gated MLP, which determines the memory needed to stream it.
 
     Attributes:
-        key_value: outputs of k and of v together are twice this.
-        tied: whether the head is the embedding.
+        hidden: width of the hidden states.
+        mlp: width of the gate and up outputs.
+        key_value: number of output features of k, equal to that of v.
+        blocks: number of blocks.
+        vocabulary: number of tokens in the vocabulary.
+        tied: whether the head shares its matrix with the embedding.
         bytes_per_weight: 4 for float32, 2 for bfloat16.
     """
 
@@ -212,29 +224,29 @@ class BlockShape:
 
     @property
     def block_bytes(self) -> int:
-        """Weights of one block, norms left out."""
+        """Bytes of the weights of one block, without norms."""
         return self.bytes_per_weight * sum(out * into for out, into in self.shapes)
 
     @property
     def table_bytes(self) -> int:
-        """Weights of the embedding."""
+        """Bytes of the weights of the embedding."""
         return self.bytes_per_weight * self.vocabulary * self.hidden
 
     @property
     def model_bytes(self) -> int:
-        """Weights of the whole model, norms and biases left out."""
+        """Bytes of the weights of the whole model, without norms and biases."""
         return self.blocks * self.block_bytes + (1 if self.tied else 2) * self.table_bytes
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of the phases of `stream` with a two-sided `lowrank` decomposition of every site.
+    """Holds the bytes needed by the phases of `stream`, with a two-sided `lowrank` decomposition of every site.
 
     Attributes:
-        ends: embedding or head with one row of logits, its softmax, cumulative sum and gradients in float32.
+        ends: the embedding or head with one row of logits, its softmax, cumulative sum and gradients in float32.
         collecting: a block, its moments, and the activations of one batch with their gradients.
         decomposing: a block, its moments, and the float64 workspace of its largest site.
-        scratch: hidden states on disk.
+        scratch: the hidden states on disk.
     """
 
     ends: int
@@ -244,19 +256,23 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """Bytes of memory over those of the libraries."""
+        """Largest memory of any phase in bytes, in addition to the memory of the libraries."""
         return max(self.ends, self.collecting, self.decomposing)
 
 
 def footprint(shape: BlockShape, tokens: int, batch_tokens: int, row_tokens: int) -> Footprint:
-    """What streaming a model needs, from its shape.
+    """Computes from the shape of a model the memory and disk space that streaming it needs.
 
     Args:
-        tokens: of the calibration text; `batch_tokens` of one batch, `row_tokens` of one row.
+        shape: the shape of the model.
+        tokens: number of tokens of the calibration text.
+        batch_tokens: number of tokens of one batch.
+        row_tokens: number of tokens of one row of a batch.
     """
     moments = 4 * sum(out**2 + into**2 for out, into in shape.shapes)
     row = row_tokens * shape.vocabulary
-    widths = 12 * shape.hidden + 6 * shape.mlp + 4 * shape.key_value  # kept for the backward pass, and its gradients
+    # Numbers per token that the backward pass keeps, and their gradients.
+    widths = 12 * shape.hidden + 6 * shape.mlp + 4 * shape.key_value
     return Footprint(
         ends=shape.table_bytes + row * (4 * 4 + 2 * shape.bytes_per_weight),
         collecting=shape.block_bytes + moments + batch_tokens * widths * shape.bytes_per_weight,
@@ -266,8 +282,9 @@ def footprint(shape: BlockShape, tokens: int, batch_tokens: int, row_tokens: int
 
 
 def _workspace(out: int, into: int) -> int:
-    """Bytes that decomposing one site in the two-sided metric needs: two Cholesky factors and, over them, the larger of
+    """Returns the bytes that decomposing one site in the two-sided metric needs.
 
-    a third square while factorizing, and the matrix in float64 three times while whitening.
+    These are two Cholesky factors, plus the larger of a third square matrix while factorizing and three float64 copies
+    of the weight while whitening.
     """
     return 8 * (out**2 + into**2) + max(8 * max(out, into) ** 2, 3 * 8 * out * into)

@@ -38,10 +38,9 @@ _HOPEFUL, _WORTH = 1.5, 1.05
 OPTIMISM = 1.15
 """Factor by which the cost of a fit grows from its calibration text to other text, relative to that of `lowrank`.
 
-A fit has more freedom to follow the moments than `lowrank`, and therefore also follows their noise. On search text,
-with 24k calibration tokens, the loss of fits of k, v and down relative to low rank was 1.02 to 1.2 times what the
-calibration text predicted. Menus multiply the cost of a fit by this factor, so a fit is offered only if it wins by more
-than that.
+A fit has more freedom to follow the moments than `lowrank`, and therefore also follows their noise. From 24k
+calibration tokens to search text, the cost of fits of k, v and down grew 1.02 to 1.2 times as much as that of low rank.
+Menus multiply the cost of a fit by this factor, so a fit is offered only if it wins by more than that.
 """
 
 

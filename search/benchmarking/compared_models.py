@@ -29,7 +29,7 @@ from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model, model_digest
 from search.priors.format import Prior
 from search.runtime.console import Console
-from search.runtime.run_folder import CONFIG, PRIOR
+from search.runtime.run_folder import CONFIG, PRIOR, STUDY
 
 __all__ = ["SCHEDULES", "ComparedModel", "compared_models"]
 
@@ -102,7 +102,7 @@ def _compared_model(
         prior = Prior.read(path)
         config = _config(prior.configuration)
     else:
-        if path.is_dir() and (path / "study.db").exists():
+        if path.is_dir() and (path / STUDY).exists():
             raise Refusal(f"the run {word!r} is not finished, it has no {PRIOR}; continue it with --resume")
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 

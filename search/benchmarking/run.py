@@ -31,7 +31,7 @@ from search.reporting.tables import Column, text_table
 from search.runtime.console import Console
 from search.runtime.files import cache_folder, finite, write_whole
 from search.runtime.provenance import environment
-from search.runtime.run_folder import CONFIG, RESULTS, RunFolder, contents, refuse_held
+from search.runtime.run_folder import CONFIG, RESULTS, STUDY, RunFolder, contents, refuse_held
 
 __all__ = ["BENCHMARKS", "BenchmarkRequest", "Result", "benchmark"]
 
@@ -141,14 +141,14 @@ def benchmark(request: BenchmarkRequest, console: Console, opened: Experiment | 
     refuse_held(path)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
-    field = compared_models(request.models, request.schedules, device, console, opened)
+    compared = compared_models(request.models, request.schedules, device, console, opened)
     with console.stage("items"):
-        searched = always_searched().union(*(one.searched for one in field))
+        searched = always_searched().union(*(one.searched for one in compared))
         selections = [select(task, request.samples, request.seed, searched, request.source) for task in tasks]
     with RunFolder(path) as folder:
         console.note(f"output folder: {path}")
         bench = _Bench(folder, request, selections, console)
-        for one in field:
+        for one in compared:
             bench.measure(one)
     return bench.result()
 
@@ -164,8 +164,8 @@ class _Bench:
         self._exams: dict[str, Any] = {}
         self._before = {_key(outcome): outcome for outcome in _earlier(folder / f"{BENCHMARKS}.json")}
 
-    def measure(self, contestant: ComparedModel) -> None:
-        for name, loaded in zip(contestant.names, contestant.models(), strict=True):
+    def measure(self, model: ComparedModel) -> None:
+        for name, loaded in zip(model.names, model.models(), strict=True):
             for selection in self._selections:
                 self._outcomes.append(self._outcome(name, loaded, selection))
                 self._write()
@@ -272,7 +272,7 @@ def _folder(request: BenchmarkRequest) -> Path:
             raise Refusal(f"out must be a new or empty folder or the folder of a run or benchmark, but {path} is not")
         return path
     runs = [Path(word).absolute() for word in request.models if (Path(word) / CONFIG).is_file()]
-    runs = [path for path in runs if (path / "study.db").is_file()]
+    runs = [path for path in runs if (path / STUDY).is_file()]
     if len(runs) == 1 == len(request.models):
         return runs[0]
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(request.models[0]).name)[:60].strip("-.") or "model"

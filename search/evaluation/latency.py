@@ -22,11 +22,13 @@ from compression.schedule import Schedule
 from compression.sites import put_modules
 from search.runtime.files import cache_folder
 
-__all__ = ["Latency", "Modules", "against_dense", "decode", "layer_costs", "prefill", "timed"]
+__all__ = ["PROMPT", "Latency", "Modules", "against_dense", "decode", "layer_costs", "prefill", "timed"]
 
 Modules = Mapping[str, nn.Module]
 
-_PROMPT, _ROUNDS, _STEPS = 512, 5, 24
+PROMPT = 512
+"""Tokens of the prompt that a prefill is timed with."""
+_ROUNDS, _STEPS = 5, 24
 _DENSE = "dense"
 
 
@@ -82,7 +84,7 @@ def against_dense(
     if not names:
         return {}
     device = next(model.parameters()).device
-    prompt = min(_PROMPT, getattr(model.config, "max_position_embeddings", None) or _PROMPT)
+    prompt = min(PROMPT, getattr(model.config, "max_position_embeddings", None) or PROMPT)
     planner = Planner(optimize, costs, measure=optimize == "latency")
     sides = {_DENSE: {name: model.get_submodule(name) for name in names}}
     with torch.no_grad(), ScheduleApplier(model, store, packed=True) as applier:

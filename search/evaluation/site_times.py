@@ -15,7 +15,7 @@ from compression.layers.planner import Planner
 from compression.numerics.legs import resolve
 from compression.schedule import Choice, Schedule
 from compression.sites import Site
-from search.evaluation.latency import _PROMPT
+from search.evaluation.latency import PROMPT
 
 __all__ = ["SiteTimes"]
 
@@ -37,14 +37,14 @@ class SiteTimes:
 
     def __call__(self, schedule: Schedule) -> float:
         """The time fraction of a schedule; 1 for the dense schedule."""
-        return fmean(self._fraction(schedule, tokens) for tokens in (1, _PROMPT))
+        return fmean(self._fraction(schedule, tokens) for tokens in (1, PROMPT))
 
     def shares(self, options: SiteMenu) -> NDArray[np.float64]:
         """The contribution of each option of a site to the time fraction (options,)."""
         site = options.site
         whole = site.parameters / sum(each.parameters for each in self.sites)
         return np.array(
-            [whole * fmean(self._share(site, choice, tokens) for tokens in (1, _PROMPT)) for choice in options.choices]
+            [whole * fmean(self._share(site, choice, tokens) for tokens in (1, PROMPT)) for choice in options.choices]
         )
 
     def _fraction(self, schedule: Schedule, tokens: int) -> float:

@@ -9,9 +9,9 @@ import torch
 from search.healing.rows import HealingText
 from search.model.loading import LoadedModel
 
-__all__ = ["sampled_rows"]
+__all__ = ["SAMPLED_TOKENS", "sampled_rows"]
 
-_SAMPLED_TOKENS = 100_000
+SAMPLED_TOKENS = 100_000
 _SAMPLED_AT_ONCE = 64  # rows on a CPU; a GPU takes as long for a thousand rows as for one, see `_rows_at_once`
 _MOST_AT_ONCE = 8192
 _BEGINNING = 16  # tokens of other text that a sampled row continues

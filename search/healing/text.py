@@ -31,7 +31,7 @@ from search.data.packages import members, open_member, read_requirements
 from search.data.prose import load_prose, regions
 from search.data.splits import halves
 from search.healing.rows import HealingText, pack_rows
-from search.healing.sampled_text import _SAMPLED_TOKENS, sampled_rows
+from search.healing.sampled_text import SAMPLED_TOKENS, sampled_rows
 from search.model.loading import LoadedModel
 
 __all__ = ["default_documents", "heal_text"]
@@ -92,7 +92,7 @@ def _from_one_source(
     loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None, before: list[torch.Tensor]
 ) -> HealingText:
     if source == "sampled":
-        return sampled_rows(loaded, length, seed, tokens or _SAMPLED_TOKENS, torch.cat(before) if before else None)
+        return sampled_rows(loaded, length, seed, tokens or SAMPLED_TOKENS, torch.cat(before) if before else None)
     documents = default_documents() if source == "text" else read_conversations(source, loaded.tokenizer)
     random.Random(seed).shuffle(documents)
     most = None if tokens is None else 8 * (tokens + length)

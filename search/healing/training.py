@@ -354,12 +354,12 @@ class _Healing:
 
     def _resume(self) -> None:
         found = None if self.checkpoints is None else self.checkpoints.newest(self._complete, self.warn)
-        if found is None:
+        if found is None or self.checkpoints is None:
             return
         if found.state.get("identity") != self.identity:
             raise Refusal(
-                "the checkpoints in this folder belong to a healing with other text, seed or settings; delete them or "
-                "use another folder"
+                f"the checkpoints in {self.checkpoints.folder} belong to a healing with other text, seed or settings; "
+                "delete that folder, or heal into another one with --out"
             )
         for name, tensor in self._tensors().items():
             tensor.copy_(like(found.tensors[name], tensor))

@@ -261,9 +261,9 @@ class Sub(nn.Module):
         (lambda inner, x: x + 0 * inner(x).detach(), "no gradient of the prediction reaches it"),
         (
             lambda inner, x: inner(x.flatten(0, 1)[:7]).sum() + x,
-            r"one row a token to be calibrated, reads shape \(7, 12\)",
+            r"one row per token to be calibrated, reads shape \(7, 12\)",
         ),
-        (lambda inner, x: inner(input=x), "one row a token to be calibrated, reads a keyword argument"),
+        (lambda inner, x: inner(input=x), "one row per token to be calibrated, reads a keyword argument"),
     ],
 )
 def test_a_linear_map_that_cannot_be_calibrated_is_refused_by_name(

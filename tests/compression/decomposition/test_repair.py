@@ -115,7 +115,7 @@ def test_a_model_that_is_compressed_already_is_refused() -> None:
     model, sites, statistics, batches = subject("random:tiny-llama")
     schedule = uniform_schedule(sites, "lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites)))
     repair_(model, sites, schedule, statistics, batches, 0.003, correct=False)
-    with pytest.raises(ValueError, match=f"site {sites[0].name} is compressed already"):
+    with pytest.raises(ValueError, match=f"site {sites[0].name} is already compressed"):
         repair_(model, sites, schedule, statistics, batches, 0.003)
 
 

@@ -18,6 +18,7 @@ from search.model.devices import resolve_device
 from search.model.loading import LoadedModel, load_model, model_digest
 from search.model.sources import locate
 from search.runtime.errors import DataUnavailable
+from search.runtime.files import file_digest
 
 TINY = ("random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2")
 
@@ -194,7 +195,7 @@ def test_the_unpacked_default_is_made_once_and_again_when_damaged(
         loaded = load_model("random:tiny-llama", "cpu")
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        (folder / "sha256").write_text(loading.file_digest(folder / "model.safetensors"))
+        (folder / "sha256").write_text(file_digest(folder / "model.safetensors"))
         return folder
 
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
