@@ -11,9 +11,12 @@ ARGS ?= --agent gradient --budget 200
 PYTHON ?=
 # What is wanted and what is pinned; a stamp older than these is made again.
 INPUTS := pyproject.toml constraints.txt
+# One worker per processor, each with one thread (tests/conftest.py). Tests of one group share what is costly to set up;
+# the others go to whichever worker is free, the longest first.
+IN_PARALLEL := -n logical --dist loadgroup --no-loadscope-reorder
 BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage
 
-.PHONY: help setup setup-dev search test check docs bench format clean
+.PHONY: help setup setup-dev search test test-fast check docs bench format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,7 +29,10 @@ search: $(VENV)/.run-stamp  ## run the search: make search ARGS="--budget 20"
 	@$(BIN)/python search.py $(ARGS)
 
 test: $(VENV)/.dev-stamp  ## the whole test suite, the end-to-end job included; make test ARGS="-m 'not e2e'"
-	@$(BIN)/python -m pytest $(if $(filter-out file,$(origin ARGS)),$(ARGS))
+	@$(BIN)/python -m pytest $(IN_PARALLEL) $(if $(filter-out file,$(origin ARGS)),$(ARGS))
+
+test-fast: $(VENV)/.dev-stamp  ## every test that is not marked slow, in minutes
+	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(if $(filter-out file,$(origin ARGS)),$(ARGS))
 
 check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts
 	@$(BIN)/python -m ruff format --check .

@@ -90,311 +90,155 @@ AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "e
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
 
 
-def _field(default: object, group: str, rule: str, about: str, metavar: str = "N", **limits: Any) -> Any:
-    """A field with the rule quoted in its error messages, and the group and placeholder it has in the help."""
+def _field(group: str, default: object, rule: str, metavar: str = "N", **limits: Any) -> Any:
+    """A field with the group and placeholder it has in the help, and the rule that its error messages quote."""
     extra: dict[str, JsonValue] = {"group": group, "rule": rule, "metavar": metavar}
-    return Field(default, description=about, json_schema_extra=extra, **limits)
+    return Field(default, json_schema_extra=extra, **limits)
 
 
-def _weight(default: float, of: str) -> Any:
-    """A weight of the reward."""
-    return _field(
-        default,
-        "reward",
-        "a number from 0 to 1000",
-        f"Weight in the reward of {of}.",
-        "WEIGHT",
-        ge=0.0,
-        le=1000.0,
-    )
+def _whole(group: str, default: int | None, least: int, most: int) -> Any:
+    return _field(group, default, f"a whole number from {least} to {most}", ge=least, le=most)
+
+
+def _weight(default: float) -> Any:
+    return _field("reward", default, "a number from 0 to 1000", "WEIGHT", ge=0.0, le=1000.0)
+
+
+def _name(group: str, default: str, names: Iterable[str], metavar: str = "NAME") -> Any:
+    return _field(group, default, _one_of(names), metavar)
+
+
+def _flag(group: str) -> Any:
+    return _field(group, False, "true or false")
 
 
 def _one_of(names: Iterable[str]) -> str:
     return "one of " + ", ".join(names)
 
 
+_DATA = "model and data"
+_MOST = 100_000_000  # tokens
+_DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"
+_ADDRESS = r"^(auto|[^\s:/]+(:[0-9]{1,5})?)$"
+_COUNT = r"^(auto|[1-9][0-9]{0,3})$"
+_POLICY = "a folder with policy.json and policy.safetensors in it, such as that of an earlier run"
+
+
 class Config(BaseModel):
-    """Everything that defines a run; fields have the names of the flags. `Config.of(values)` gives one-line errors."""
+    """Everything that defines a run. Fields have the names of the flags, and the sentence below a field is its help.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    `Config.of(values)` refuses in one line.
+    """
 
-    agent: str = _field(
-        "gradient",
-        "search",
-        f"{_one_of(AGENTS)}, or module:Class of your own",
-        "Who proposes schedules; knapsack, lagrangian and uniform need no search.",
-        "NAME",
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
-    budget: int = _field(
-        200,
-        "search",
-        "a whole number of at least 0",
-        "How many schedules are evaluated; 0 measures the baselines only.",
-        ge=0,
-        le=10_000_000,
-    )
-    target_kept: float = _field(
-        0.8,
-        "search",
-        "a number above 0 and at most 1",
-        "Fraction of the parameters of the compressible matrices that is kept.",
-        "FRACTION",
-        gt=0.0,
-        le=1.0,
-    )
-    granularity: Granularity = _field(
-        "block+family",
-        "search",
-        _one_of(GRANULARITIES),
-        "What one decision of the agent covers: a layer, a kind of matrix, one matrix, an attention head (with "
-        "--per-head), or layer and kind together.",
-        "KIND",
-    )
-    seed: int = _field(
-        0,
-        "search",
-        "a whole number from 0 to 4294967295",
-        "Start of every random generator; the same seed gives the same trials on the same machine.",
-        ge=0,
-        lt=2**32,
-    )
-    policy: str | None = _field(
-        None,
-        "search",
-        "a folder with policy.json and policy.safetensors in it, such as that of an earlier run",
-        "What an earlier run of the same agent on the same model learned, at this or another target; the search starts "
-        "from it.",
-        "RUN",
-        min_length=1,
-    )
-    prior: str | None = _field(
-        None,
-        "search",
-        "an existing prior.json",
-        "A compression prior, of this or another model, that the search starts from in the place of the closed form.",
-        "FILE",
-        min_length=1,
-    )
-    kl_weight: float = _weight(1.0, "lost nats per token")
-    correct_weight: float = _weight(0.1, "gained probability of the correct answer, as a fraction")
-    compression_weight: float = _weight(1.0, "saved parameters, as a fraction of the compressible matrices'")
-    bytes_weight: float = _weight(0.0, "saved bytes, as a fraction of the model's")
-    latency_weight: float = _weight(
-        0.0, "saved time of the compressible matrices, as a fraction; measures layers on this machine once"
-    )
-    reward_repair_tokens: int = _field(
-        0,
-        "reward",
-        "a whole number from 0 to 100000000",
-        "Score every schedule after a repair on this many tokens of calibration text; each trial then takes minutes on "
-        "a processor. 0 scores it as it is.",
-        ge=0,
-        le=100_000_000,
-    )
+
+    agent: str = _field("search", "gradient", f"{_one_of(AGENTS)}, or module:Class of your own", "NAME")
+    """The agent that proposes schedules; knapsack, lagrangian and uniform compute theirs without a search."""
+    budget: int = _whole("search", 200, 0, 10_000_000)
+    """Evaluations that the search may use; 0 measures only the baselines."""
+    target_kept: float = _field("search", 0.8, "a number above 0 and at most 1", "FRACTION", gt=0.0, le=1.0)
+    """Fraction of the parameters of the compressible matrices to keep."""
+    granularity: Granularity = _name("search", "block+family", GRANULARITIES, "KIND")
+    """What each action of the agent covers: a block, a family of matrices, one matrix (site), an attention head (with
+    --per-head), or a block and a family together."""
+    seed: int = _whole("search", 0, 0, 2**32 - 1)
+    """Seed of all random generators; the same seed gives the same trials on the same machine."""
+    policy: str | None = _field("search", None, _POLICY, "RUN", min_length=1)
+    """Start from the policy that an earlier run of the same agent learned on the same model, at any target."""
+    prior: str | None = _field("search", None, "an existing prior.json", "FILE", min_length=1)
+    """Start from a compression prior, of this or another model, instead of the closed form."""
+
+    kl_weight: float = _weight(1.0)
+    """Reward lost per nat per token of KL to the dense model."""
+    correct_weight: float = _weight(0.1)
+    """Reward gained per unit of probability of the correct answer."""
+    compression_weight: float = _weight(1.0)
+    """Reward gained for saved parameters, as a fraction of those of the compressible matrices."""
+    bytes_weight: float = _weight(0.0)
+    """Reward gained for saved bytes, as a fraction of those of the model."""
+    latency_weight: float = _weight(0.0)
+    """Reward gained for saved time in the compressible matrices, as a fraction; layers are timed here once."""
+    reward_repair_tokens: int = _whole("reward", 0, 0, _MOST)
+    """Repair every schedule on this many tokens of calibration text before it is scored, which takes minutes per trial
+    on a CPU; 0 scores schedules without repair."""
+
     model: str = _field(
-        "default",
-        "model and data",
-        "a hub id, a local folder, or default",
-        "Which model: default (SmolLM2-135M-Instruct, fetched once), a local folder, or a hub id.",
-        "MODEL",
-        min_length=1,
-        max_length=4096,
+        _DATA, "default", "a hub id, a local folder, or default", "MODEL", min_length=1, max_length=4096
     )
-    proxy: str = _field(
-        "mmlu",
-        "model and data",
-        _one_of(PROXIES) + ", or an existing .jsonl file",
-        'Questions used to measure quality: a name, or a .jsonl file of {"question", "choices", "answer"} lines.',
-        "NAME",
-    )
-    proxy_form: ProxyForm = _field(
-        "answer",
-        "model and data",
-        _one_of(PROXY_FORMS),
-        "How a question is scored: by the text of its answers, or by the letters A to D.",
-        "FORM",
-    )
-    per_head: bool = _field(
-        False,
-        "model and data",
-        "true or false",
-        "Cut attention matrices into their heads, so that every head is compressed by itself; slower, for analysis.",
-    )
-    device: str = _field(
-        "auto",
-        "model and data",
-        "auto, cpu, cuda or cuda:N",
-        "Where the model runs; auto takes a GPU if there is one.",
-        "DEVICE",
-        pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$",
-    )
-    dtype: Dtype = _field(
-        "auto",
-        "model and data",
-        _one_of(DTYPES),
-        "Number type of the model's parameters; auto takes bfloat16 where the hardware multiplies it, else float32. A "
-        "run keeps its own, whichever machine continues it.",
-        "NAME",
-    )
-    threads: int | None = _field(
-        None,
-        "model and data",
-        "a whole number from 1 to 1024",
-        "Processor threads to use; left out, all that PyTorch finds.",
-        ge=1,
-        le=1024,
-    )
-    evaluators: str | None = _field(
-        None,
-        "evaluators",
-        "a whole number from 1 to 9999, or auto",
-        "Processes that score schedules at the same time; auto takes as many as the GPUs, or else the processors, have "
-        "room for. Left out, one in this process, or auto with --ray-address.",
-        "N",
-        pattern=r"^(auto|[1-9][0-9]{0,3})$",
-    )
-    gpus_per_evaluator: float | None = _field(
-        None,
-        "evaluators",
-        "a number above 0 and at most 64",
-        "GPUs that one of these processes takes, such as 0.25 for four on a GPU; left out, 1 where the model runs on a "
-        "GPU.",
-        "N",
-        gt=0.0,
-        le=64.0,
-    )
+    """Model to compress: default (SmolLM2-135M-Instruct, downloaded once), a local folder, or a hub id."""
+    proxy: str = _field(_DATA, "mmlu", f"{_one_of(PROXIES)}, or an existing .jsonl file", "NAME")
+    """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines."""
+    proxy_form: ProxyForm = _name(_DATA, "answer", PROXY_FORMS, "FORM")
+    """How a question is scored: by the text of its answers, or by the letters A to D."""
+    per_head: bool = _flag(_DATA)
+    """Split attention matrices by head and compress every head by itself; slower, meant for analysis."""
+    device: str = _field(_DATA, "auto", "auto, cpu, cuda or cuda:N", "DEVICE", pattern=_DEVICE)
+    """Device of the model; auto uses a GPU if there is one."""
+    dtype: Dtype = _name(_DATA, "auto", DTYPES)
+    """Data type of the model's parameters; auto uses bfloat16 where the hardware multiplies it and float32 elsewhere. A
+    resumed run keeps its data type on every machine."""
+    threads: int | None = _whole(_DATA, None, 1, 1024)
+    """CPU threads to use. Default: as many as PyTorch chooses."""
+
+    evaluators: str | None = _field("evaluators", None, "a whole number from 1 to 9999, or auto", pattern=_COUNT)
+    """Processes that score schedules at the same time; auto starts one per GPU, or as many as the CPU cores allow.
+    Needs ray. Default: one, inside this process; auto with --ray-address."""
+    gpus_per_evaluator: float | None = _field("evaluators", None, "a number above 0 and at most 64", gt=0.0, le=64.0)
+    """GPUs per evaluator, for example 0.25 for four evaluators on one GPU. Default: 1 if the model runs on a GPU."""
     ray_address: str | None = _field(
-        None,
-        "evaluators",
-        "auto, or HOST or HOST:PORT of a Ray cluster",
-        "Where these processes run: on a Ray cluster, auto being the one this machine belongs to; left out, here.",
-        "ADDRESS",
-        pattern=r"^(auto|[^\s:/]+(:[0-9]{1,5})?)$",
-        max_length=300,
+        "evaluators", None, "auto, or HOST or HOST:PORT of a Ray cluster", "ADDRESS", pattern=_ADDRESS, max_length=300
     )
-    trial_timeout: float | None = _field(
-        None,
-        "evaluators",
-        "a number of seconds above 0",
-        "Give up a trial after this many seconds and replace the process that it ran in; left out, never.",
-        "SECONDS",
-        gt=0.0,
-        le=1e9,
-    )
-    optimize: OptimizeFor = _field(
-        "memory",
-        "output",
-        _one_of(OPTIMIZE),
-        "What the compressed layers are timed for: memory keeps only what is stored, latency also keeps merged or "
-        "padded weights where that is faster.",
-        "GOAL",
-    )
-    benchmark_items: int = _field(
-        25,
-        "output",
-        "0, or a whole number from 2 to 100000",
-        "Items of each of eight benchmarks on which the run's models are measured at the end; 0 leaves that out. The "
-        "command benchmark does it later, with more items and other benchmarks.",
-        ge=0,
-        le=100_000,
-    )
-    export: Export = _field(
-        "hf",
-        "output",
-        _one_of(EXPORTS),
-        "In which form the resulting model is written into the run's folder. The command export does it later.",
-        "FORM",
-    )
+    """Ray cluster that runs the evaluators; auto is the cluster that this machine belongs to. Default: this machine."""
+    trial_timeout: float | None = _field("evaluators", None, "a number of seconds above 0", "SECONDS", gt=0.0, le=1e9)
+    """Seconds after which a trial is given up and its process replaced. Default: no limit."""
+
+    optimize: OptimizeFor = _name("output", "memory", OPTIMIZE, "GOAL")
+    """What compressed layers are optimized for: memory keeps only the stored cores, latency may also keep merged or
+    padded weights where these are faster."""
+    benchmark_items: int = _field("output", 25, "0, or a whole number from 2 to 100000", ge=0, le=100_000)
+    """Items of each of eight benchmarks that the models of the run are measured on at the end; 0 skips the benchmarks.
+    The command benchmark measures later, on more items and other tasks."""
+    export: Export = _name("output", "hf", EXPORTS, "FORM")
+    """Format in which the result is exported into the run folder. The command export does it later."""
+
     quick: bool = _field(
+        "sizes",
         False,
-        "sizes",
         "true or false",
-        f"A small run to see everything work ({', '.join(f'{n}={v}' for n, v in QUICK.items())}); "
-        "flags given explicitly stay as given.",
+        description=f"A small run to see everything work ({', '.join(f'{n}={v}' for n, v in QUICK.items())}); "
+        "flags that are given keep their values.",
     )
-    calibration_tokens: int = _field(
-        24576,
-        "sizes",
-        "a whole number from 512 to 100000000",
-        "Tokens of text, half of it exam questions, from which the statistics of every matrix are collected.",
-        ge=512,
-        le=100_000_000,
-    )
-    repair_tokens: int = _field(
-        24576,
-        "sizes",
-        "a whole number from 0 to 100000000",
-        "Tokens of that text with which the searched schedule is repaired, block by block, without training, "
-        "unless that does harm; 0 leaves it as it is.",
-        ge=0,
-        le=100_000_000,
-    )
-    heal_minutes: float = _field(
-        4.0,
-        "sizes",
-        "a number from 0 to 100000",
-        "Minutes for which the result is then trained towards the dense model; 0 leaves that out. The command "
-        "heal does it later, and longer.",
-        "MINUTES",
-        ge=0,
-        le=100_000,
-    )
-    search_items: int = _field(
-        4,
-        "sizes",
-        "a whole number from 1 to 1000000",
-        "Questions one trial is scored on; none of them is ever reported on.",
-        ge=1,
-        le=1_000_000,
-    )
-    search_text_tokens: int = _field(
-        256,
-        "sizes",
-        "a whole number from 64 to 100000000",
-        "Tokens of prose one trial is scored on.",
-        ge=64,
-        le=100_000_000,
-    )
-    search_shards: int = _field(
-        6,
-        "sizes",
-        "a whole number from 1 to 1000",
-        "Into how many sets of that size trials are spread by chance, so that a search fits no single one.",
-        ge=1,
-        le=1000,
-    )
-    heldout_tokens: int = _field(
-        3072,
-        "sizes",
-        "a whole number from 64 to 100000000",
-        "Tokens of text for the final table; never seen in calibration or search.",
-        ge=64,
-        le=100_000_000,
-    )
-    report_items: int = _field(
-        32,
-        "sizes",
-        "a whole number from 1 to 1000000",
-        "Questions for the final table; never seen in calibration or search.",
-        ge=1,
-        le=1_000_000,
-    )
-    out: str | None = _field(
-        None,
-        "output",
-        "a new or empty folder",
-        "Folder of the run; left out, a new one under results/.",
-        "DIR",
-        min_length=1,
-    )
+    calibration_tokens: int = _whole("sizes", 24576, 512, _MOST)
+    """Tokens of calibration text, half of it exam questions, that the statistics are collected from."""
+    repair_tokens: int = _whole("sizes", 24576, 0, _MOST)
+    """Tokens of calibration text that the searched schedule is repaired on, without training. Repair is discarded if it
+    raises the KL on the selection text; 0 skips it."""
+    heal_minutes: float = _field("sizes", 4.0, "a number from 0 to 100000", "MINUTES", ge=0, le=100_000)
+    """Minutes of training of the result towards the dense model; 0 skips healing. The command heal does it later, and
+    longer."""
+    search_items: int = _whole("sizes", 4, 1, 1_000_000)
+    """Questions per trial; none of them is ever reported on."""
+    search_text_tokens: int = _whole("sizes", 256, 64, _MOST)
+    """Tokens of prose per trial."""
+    search_shards: int = _whole("sizes", 6, 1, 1000)
+    """Shards of the search data. Each trial reads one of them, so that a search does not overfit a single set."""
+    heldout_tokens: int = _whole("sizes", 3072, 64, _MOST)
+    """Tokens of held-out text for the final table, never used in calibration or search."""
+    report_items: int = _whole("sizes", 32, 1, 1_000_000)
+    """Questions for the final table, never used in calibration or search."""
+
+    out: str | None = _field("output", None, "a new or empty folder", "DIR", min_length=1)
+    """Folder of the run. Default: a new folder below results/."""
     resume: str | None = _field(
-        None,
         "output",
+        None,
         "the folder of an earlier run",
-        "Continue an interrupted run; its configuration is read from its folder and only --budget may change, "
-        f"and not with {', '.join(PLANNERS)}, which plan with it.",
         "RUN",
         min_length=1,
+        description="Continue an interrupted run with the configuration in its folder. Only --budget may change, "
+        f"and not with {', '.join(PLANNERS)}, which plan with their budget.",
     )
 
     @model_validator(mode="before")

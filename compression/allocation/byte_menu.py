@@ -1,8 +1,9 @@
-"""Menus by bytes: per site, every χ and the dense matrix in 16, 8 or 4 bits a number, so that bytes decide.
+"""Builds menus by bytes: for every site, each χ and the dense matrix with 16, 8 or 4 bits per number.
 
-NumPy values only. The predicted cost of an option is what truncation costs (see `compression.allocation.menu`) plus
-what rounding costs, ½·tr(G E C Eᵀ) of an actual rounding error E, measured by the caller: of the dense matrix for
-itself, and at one χ for all, where it is counted per unit of what that χ retains of the whitened matrix.
+Uses NumPy only; does not know weights. The predicted cost of an option is the cost of truncation (see
+`compression.allocation.menu`) plus the cost of rounding, ½·tr(G E C Eᵀ) for the rounding error E. The caller measures
+the cost of rounding for the dense matrix, and for one χ on behalf of all: there it is expressed per unit of
+½·tr(G Ŵ C Ŵᵀ), and scales with what each χ retains of the whitened matrix.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"
 
 @dataclass(frozen=True)
 class Noise:
-    """What rounding to some number of bits costs at one site.
+    """Holds the cost of rounding to some number of bits at one site.
 
     Attributes:
-        dense: ½·tr(G E C Eᵀ) of the rounded dense matrix.
-        share: the same of a rounded low rank, over ½·tr(G Ŵ C Ŵᵀ) of the low rank itself.
+        dense: ½·tr(G E C Eᵀ) for the rounding error E of the dense matrix, in nats per token.
+        share: ½·tr(G E C Eᵀ) for the rounding error E of a low-rank matrix Ŵ, divided by ½·tr(G Ŵ C Ŵᵀ).
     """
 
     dense: float
@@ -40,11 +41,11 @@ class Noise:
 
 @dataclass(frozen=True, eq=False)
 class ByteMenu:
-    """Options of one site by ascending bytes.
+    """Lists the options of one site in ascending order of bytes.
 
     Attributes:
-        menu: with bytes in the place of parameters; the last option is dense in 16 bits.
-        bits: of every option: 16, 8 or 4.
+        menu: the options, with bytes instead of parameters; the last option is dense with 16 bits.
+        bits: bits per number of every option: 16, 8 or 4.
     """
 
     menu: SiteMenu
@@ -52,7 +53,7 @@ class ByteMenu:
 
 
 def choice_bytes(site: Site, choice: Choice, bits: int, group: int) -> int:
-    """Bytes of a site as it is stored: numbers, scales, and 4 for every row place."""
+    """Returns the bytes of a site as it is stored: numbers, scales, and 4 bytes for every row index."""
     stored: tuple[tuple[int, int], ...]
     if choice.is_dense:
         stored = ((site.out_features, site.in_features),)
@@ -67,12 +68,14 @@ def choice_bytes(site: Site, choice: Choice, bits: int, group: int) -> int:
 def byte_menu(
     site: Site, spectrum: NDArray[np.float64], noise: Mapping[int, Noise], group: int, tensorized: bool = True
 ) -> ByteMenu:
-    """The options that no other one beats in bytes and cost.
+    """Returns the menu of options that no other option beats in both bytes and cost.
 
     Args:
+        site: the site.
         spectrum: singular values of the whitened matrix, descending.
-        noise: by bits; what is not in it is not offered. 16 bits cost nothing.
-        tensorized: whether χ is offered, or the dense matrix only.
+        noise: cost of rounding, by bits. Bits that are missing are not offered, except 16, which costs nothing.
+        group: numbers in a row that share a scale.
+        tensorized: whether to offer χ; otherwise only the dense matrix is offered.
     """
     energy = 0.5 * np.cumsum(np.square(spectrum))
     last = resolve(_TOPOLOGY, site.out_features, site.in_features).break_even_chi if tensorized else 0

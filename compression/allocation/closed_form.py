@@ -1,7 +1,8 @@
-"""Allocation: one option per site under a parameter budget, from predicted costs alone.
+"""Allocates a parameter budget: chooses one option per site from predicted costs alone.
 
-NumPy only. `lagrangian` minimises the weighted sum of predicted costs over the lower convex hulls of the menus;
-`uniform` gives every site the same kept fraction. Both return option indices; `to_schedule` turns them into a schedule.
+Uses NumPy only; does not know models. `lagrangian` minimises the weighted sum of predicted costs over the lower convex
+hulls of the menus; `uniform` gives every site the same kept fraction. Both return option indices, which `to_schedule`
+turns into a schedule.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ __all__ = ["lagrangian", "log_price", "lower_hull", "to_schedule", "uniform", "u
 
 @dataclass(frozen=True, eq=False)
 class _Segments:
-    """Edges of all convex hulls, pooled: raising `site` to option `end` adds `parameters` and saves `gain`."""
+    """Lists the edges of the convex hulls of all sites.
+
+    Attributes:
+        site: site of each edge.
+        end: option at the upper end of each edge.
+        parameters: parameters that moving along the edge adds.
+        log_slope: natural logarithm of the decrease in cost per added parameter.
+    """
 
     site: NDArray[np.int64]
     end: NDArray[np.int64]
@@ -42,19 +50,21 @@ def lagrangian(
     log_weights: NDArray[np.float64] | None = None,
     dense: frozenset[int] = frozenset(),
 ) -> NDArray[np.int64]:
-    """Option index per site that minimises Σ_s exp(log_weights[s])·cost_s subject to Σ_s parameters_s ≤ target.
+    """Returns the options, one index per site, that minimise Σ_s exp(log_weights[s])·cost_s within the budget.
 
-    Hull edges are bought in descending order of weighted gain per parameter, which is the Lagrangian solution at the
-    price of the last edge bought; what is left of the budget is spent on further options, hull or not, while one fits.
-    Adding a constant to all weights changes nothing.
+    The budget requires Σ_s parameters_s ≤ target_parameters. Hull edges are bought in descending order of weighted gain
+    per parameter, which gives the Lagrangian solution at the price of the last edge bought. The rest of the budget is
+    spent on further options, on the hull or not, as long as one fits. Adding a constant to all log weights does not
+    change the result.
 
     Args:
+        menu: options of every site.
         target_parameters: budget over all sites, in matrix entries.
-        log_weights: natural logarithm of a factor on each site's cost; None means all equal.
+        log_weights: natural logarithm of the factor on each site's cost, (sites,); None weights all sites equally.
         dense: indices of sites that must stay dense.
 
     Raises:
-        ValueError: the budget is below what the smallest options (and `dense`) need.
+        ValueError: the smallest options, with the sites in `dense` dense, exceed the budget.
     """
     segments = _segments_of.get(menu) or _segments_of.setdefault(menu, _pool(menu))
     indices = np.zeros(len(menu.sites), dtype=np.int64)
@@ -77,8 +87,11 @@ def lagrangian(
 
 
 def log_price(menu: Menu, target_parameters: int) -> float:
-    """Natural logarithm of the price at which `lagrangian` stops: nats per parameter, between the last edge it buys in
-    order and the next one; 0 where no site has a choice."""
+    """Returns the natural logarithm of the price, in nats per parameter, at which `lagrangian` stops.
+
+    The price lies between the slopes of the last edge bought in order and of the next one. Returns 0 if no site has a
+    choice.
+    """
     segments = _segments_of.get(menu) or _segments_of.setdefault(menu, _pool(menu))
     if not len(segments.site):
         return 0.0
@@ -89,20 +102,25 @@ def log_price(menu: Menu, target_parameters: int) -> float:
 
 
 def uniform(menu: Menu, target_parameters: int) -> NDArray[np.int64]:
-    """Option index per site at one kept fraction for all: the largest option below it, and never dense below 1.
+    """Returns the option index per site at the same kept fraction for all sites.
+
+    Each site takes its largest option within that fraction, which is never dense if the fraction is below 1. Parameters
+    left over buy the next option for single sites, in order.
 
     Raises:
-        ValueError: the budget is below what the smallest options need.
+        ValueError: the smallest options exceed the budget.
     """
     sizes = [site.parameters for site in menu.sites]
     return np.array(_uniform(sizes, target_parameters), dtype=np.int64)
 
 
 def uniform_schedule(sites: Sequence[Site], topology: str, metric: str, target_parameters: int) -> Schedule:
-    """Every site in one topology at one kept fraction; a site that no χ of it makes smaller stays dense.
+    """Returns a schedule with one topology and the same kept fraction at every site.
+
+    A site stays dense if it must, or if no χ of the topology saves parameters.
 
     Raises:
-        ValueError: an unknown topology, or a budget below what χ = 1 needs.
+        ValueError: the topology is unknown, or χ = 1 everywhere exceeds the budget.
     """
     sizes = []
     for site in sites:
@@ -119,7 +137,7 @@ def uniform_schedule(sites: Sequence[Site], topology: str, metric: str, target_p
 
 
 def _uniform(sizes: Sequence[NDArray[np.int64]], target: int) -> list[int]:
-    """Largest option per site within the common fraction; what is left pays for single further steps, in order."""
+    """Returns the largest option per site within the common fraction; the rest buys single steps, in site order."""
     smallest, dense = sum(int(size[0]) for size in sizes), sum(int(size[-1]) for size in sizes)
     if target < smallest:
         raise Refusal(f"{target} parameters cannot be met: the smallest options need {smallest}")
@@ -132,7 +150,7 @@ def _uniform(sizes: Sequence[NDArray[np.int64]], target: int) -> list[int]:
 
 
 def to_schedule(menu: Menu, indices: NDArray[np.int64]) -> Schedule:
-    """The schedule that takes option `indices[s]` at site s."""
+    """Returns the schedule that takes option `indices[s]` at site s."""
     return Schedule(
         tuple((site.site.name, site.choices[index]) for site, index in zip(menu.sites, indices, strict=True))
     )
@@ -158,7 +176,7 @@ def _pool(menu: Menu) -> _Segments:
 
 
 def lower_hull(options: SiteMenu) -> list[int]:
-    """Indices of the options on the lower convex hull of cost over parameters, until the cost falls no further."""
+    """Returns the options on the lower convex hull of cost over parameters, up to the one of least cost."""
     hull = convex_hull(options.parameters, options.cost)
     return hull[: 1 + int(np.argmin(options.cost[hull]))]
 
@@ -166,7 +184,7 @@ def lower_hull(options: SiteMenu) -> list[int]:
 def _spend_rest(
     menu: Menu, indices: NDArray[np.int64], left: int, order: NDArray[np.int64], segments: _Segments
 ) -> None:
-    """Buy further edges in order while one fits; then sites whose edge did not fit go as far as the rest reaches."""
+    """Buy further edges in order as long as one fits; then spend the rest on the sites whose next edge did not fit."""
     cheapest = int(segments.parameters.min(initial=1))
     blocked: list[int] = []
     for edge in order:

@@ -1,18 +1,19 @@
-"""Knapsack: the option per site of least total predicted cost under a parameter budget, with proof.
+"""Finds the option per site that minimises the total predicted cost under a parameter budget, with a proven bound.
 
-NumPy only. Costs need not be convex: where `compression.allocation.closed_form.lagrangian` buys edges of the lower
-convex hulls and leaves the last parameters to chance, this solves the multiple-choice knapsack problem itself.
+Uses NumPy only. Costs need not be convex: `compression.allocation.closed_form.lagrangian` buys edges of the lower
+convex hulls and may spend the last parameters suboptimally, while this module solves the multiple-choice knapsack
+problem itself.
 
 The multiplier λ of the linear relaxation (Sinha & Zoltners 1979) gives every option the reduced cost
 
-    r = cost + λ·parameters − min over the site's options of the same,   r ≥ 0,
+    r = cost + λ·parameters − min over the site's options of (cost + λ·parameters),   r ≥ 0.
 
-and a choice of options costs exactly `floor` + Σ r + λ·(parameters left over), where `floor` bounds every choice from
-below. Hence an option, or a partial choice, whose reduced cost exceeds the gap between the best choice known and
-`floor` is in no better one (Dyer, Kayal & Walker 1984; Pisinger 1995). The sites that keep several options are dealt
-to two halves. Dynamic programming lists each half's partial choices that none with as few parameters undercuts, and
-the best pair is found by bisection, as Horowitz & Sahni (1974) do. A first run with few partial choices makes the gap
-small, the next one needs hardly more.
+An allocation costs exactly `floor` + Σ r + λ·(parameters left over), where `floor` is a lower bound of every
+allocation. Hence an option or partial allocation whose reduced cost exceeds the gap between the best known allocation
+and `floor` cannot be part of a better one (Dyer, Kayal & Walker 1984; Pisinger 1995). The sites with several remaining
+options are split into two halves. For each half, dynamic programming lists the undominated partial allocations, and the
+best pair is found by bisection (Horowitz & Sahni 1974). A first run with few partial allocations makes the gap small,
+so later runs need few as well.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from compression.refusal import Refusal
 
 __all__ = ["Allocation", "knapsack"]
 
-_LIMIT = 1 << 17  # partial choices of a half; beyond it the answer may be inexact, and says by how much
-_FIRST = 1 << 10  # of the first run
-_GROWTH = 4  # from run to run
+_LIMIT = 1 << 17  # largest number of partial allocations per half; if it is reached the result may be inexact
+_FIRST = 1 << 10  # that number in the first run
+_GROWTH = 4  # factor by which it grows from run to run
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -38,9 +39,12 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """Option index per site, (sites,), with its predicted cost and what no allocation costs less than, in nats.
+    """Holds an allocation. It is optimal, up to rounding, if `bound == cost`.
 
-    `bound == cost` says that the allocation is optimal, to rounding.
+    Attributes:
+        indices: option index per site, (sites,).
+        cost: predicted cost of the allocation, nats per token.
+        bound: lower bound of the predicted cost of every allocation within the budget, nats per token.
     """
 
     indices: Integers
@@ -50,20 +54,20 @@ class Allocation:
 
 @dataclass(frozen=True, eq=False)
 class _Half:
-    """Partial choices over some sites, ascending in `parameters` and descending in `cost`.
+    """Lists partial allocations over some sites, ascending in `parameters` and descending in `cost`.
 
-    Both are relative to the choice of the relaxation. Step s of the trail holds, per choice, the row it came from in
-    step s − 1 and the option it took.
+    Both are relative to the allocation of the relaxation. Step s of the trail holds, for every partial allocation, its
+    row in step s − 1 and the option it takes.
     """
 
     sites: Integers
     parameters: Integers
     cost: Floats
     trail: tuple[tuple[NDArray[np.int32], NDArray[np.int32]], ...]
-    dropped: float  # least reduced cost of what the limit cut off; infinite if nothing
+    dropped: float  # least reduced cost of the partial allocations dropped by the limit; infinite if there are none
 
     def options(self, row: int) -> Integers:
-        """What a partial choice takes at each of `sites`."""
+        """Returns the options that a partial allocation takes at `sites`."""
         taken = []
         for origin, option in reversed(self.trail):
             taken.append(option[row])
@@ -72,16 +76,17 @@ class _Half:
 
 
 def knapsack(menu: Menu, target_parameters: int, tolerance: float = 0.0, limit: int = _LIMIT) -> Allocation:
-    """The allocation of least predicted cost with at most `target_parameters`.
+    """Returns the allocation of least predicted cost with at most `target_parameters`.
 
     Args:
+        menu: options of every site.
         target_parameters: budget over all sites, in matrix entries.
-        tolerance: stop as soon as cost ≤ (1 + tolerance)·bound, at least 0.
-        limit: partial choices per half, at least 1. Where more are needed those of least reduced cost are kept, and the
-            answer is the best one found with the bound that the others leave.
+        tolerance: stop as soon as cost ≤ (1 + tolerance)·bound; at least 0.
+        limit: largest number of partial allocations per half, at least 1. If more are needed, those of least reduced
+            cost are kept; the result is then the best allocation found, with the bound that still holds.
 
     Raises:
-        ValueError: the budget is below what the smallest options need, or a tolerance or limit outside its range.
+        ValueError: the smallest options exceed the budget, or `tolerance` or `limit` is out of range.
     """
     if tolerance < 0 or limit < 1:
         raise Refusal(f"tolerance must be at least 0 and limit at least 1, got {tolerance} and {limit}")
@@ -101,7 +106,7 @@ def knapsack(menu: Menu, target_parameters: int, tolerance: float = 0.0, limit: 
     while menu.cost(best) > (1 + tolerance) * bound:
         gap = menu.cost(best) - floor
         several = np.flatnonzero((reduced <= gap).sum(axis=1) > 1)
-        # Sites whose second-best option costs most come first: few partial choices survive them.
+        # Sites whose second-best option costs most come first, because few partial allocations survive them.
         second = np.sort(reduced[several], axis=1)[:, 1]
         several = several[np.argsort(-second, kind="stable")]
         left, right = (_half(several[part::2], relative, reduced, price, gap, run) for part in (0, 1))
@@ -118,7 +123,7 @@ def knapsack(menu: Menu, target_parameters: int, tolerance: float = 0.0, limit: 
 
 
 def _padded(menu: Menu) -> tuple[Integers, Floats]:
-    """Parameters and cost of all options, (sites, most options); what a site lacks costs infinitely much."""
+    """Returns the parameters and costs of all options, (sites, most options); missing options have infinite cost."""
     shape = len(menu.sites), max(len(site.choices) for site in menu.sites)
     parameters, cost = np.zeros(shape, dtype=np.int64), np.full(shape, np.inf)
     for row, site in enumerate(menu.sites):
@@ -128,7 +133,7 @@ def _padded(menu: Menu) -> tuple[Integers, Floats]:
 
 
 def _price(parameters: Integers, cost: Floats, target: int) -> float:
-    """Least λ, to rounding, at which the options of least cost + λ·parameters meet the target."""
+    """Returns the least λ, up to rounding, at which the options of least cost + λ·parameters meet the target."""
     rows = np.arange(len(cost))
 
     def fits(price: float) -> bool:
@@ -136,7 +141,7 @@ def _price(parameters: Integers, cost: Floats, target: int) -> float:
 
     if fits(0.0):
         return 0.0
-    # At the upper end one parameter less outweighs all that a site can cost.
+    # At the upper end, saving one parameter outweighs the largest possible cost of a site.
     low, high = 0.0, 2.0 * float(cost[np.isfinite(cost)].max())
     while not fits(high):
         high *= 2.0
@@ -149,7 +154,7 @@ def _price(parameters: Integers, cost: Floats, target: int) -> float:
 
 
 def _half(sites: Integers, relative: Integers, reduced: Floats, price: float, gap: float, limit: int) -> _Half:
-    """Partial choices over `sites` of reduced cost ≤ gap that no other undercuts, the `limit` least of them."""
+    """Returns the undominated partial allocations over `sites` with reduced cost ≤ gap, at most the `limit` cheapest."""
     parameters, cost, dropped = np.zeros(1, dtype=np.int64), np.zeros(1), np.inf
     trail = []
     for site in sites:
@@ -172,7 +177,7 @@ def _half(sites: Integers, relative: Integers, reduced: Floats, price: float, ga
 
 
 def _best_pair(left: _Half, right: _Half, spare: int) -> tuple[int, int]:
-    """Rows of the two partial choices of least cost that together add at most `spare` parameters."""
+    """Returns the rows of the cheapest pair of partial allocations that together add at most `spare` parameters."""
     partner = np.searchsorted(right.parameters, spare - left.parameters, side="right") - 1
     cost = np.where(partner >= 0, left.cost + right.cost[partner], np.inf)
     row = int(np.argmin(cost))

@@ -1,6 +1,6 @@
-"""Menus: per site, the options to choose from, with what each costs in parameters, arithmetic and predicted quality.
+"""Defines menus: the options of every site, each with its parameters, multiply-adds and predicted loss of quality.
 
-NumPy values only; where the predicted costs come from is the business of `compression.decomposition.factors`.
+Uses NumPy only. Does not know where the predicted costs come from; `compression.decomposition.factors` provides them.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ __all__ = [
     "worth_their_time",
 ]
 
-_FEWEST = 8  # options of a site
+_FEWEST = 8  # smallest number of options that `aligned` leaves a site
 
 
 @dataclass(frozen=True, eq=False)
 class SiteMenu:
-    """Options of one site in ascending order of parameters; the last one is dense with cost 0.
+    """Lists the options of one site in ascending order of parameters; the last one is dense with cost 0.
 
     Attributes:
+        site: the site.
         choices: the options.
-        parameters: entries stored, int64, strictly ascending.
+        parameters: number of stored entries of every option, int64, strictly ascending.
         cost: predicted KL to the dense model in nats per token, float64, never negative.
-        multiply_adds: per token, int64, when the cores are contracted with the activations.
+        multiply_adds: multiply-adds per token of every option, int64, computed in the cheapest way.
     """
 
     site: Site
@@ -62,38 +63,38 @@ class SiteMenu:
 
 @dataclass(frozen=True, eq=False)
 class Menu:
-    """The menus of all sites of a model, in discovery order."""
+    """Holds the menus of all sites of a model, in discovery order."""
 
     sites: tuple[SiteMenu, ...]
 
     @cached_property
     def dense_parameters(self) -> int:
-        """Entries of all sites when everything stays dense."""
+        """Number of entries of all sites if every site stays dense."""
         return sum(int(menu.parameters[-1]) for menu in self.sites)
 
     @cached_property
     def smallest_parameters(self) -> int:
-        """Entries of all sites when every site takes its smallest option."""
+        """Number of entries of all sites if every site takes its smallest option."""
         return sum(int(menu.parameters[0]) for menu in self.sites)
 
     def parameters(self, indices: NDArray[np.int64]) -> int:
-        """Entries of all sites under one option index per site."""
+        """Returns the number of entries of all sites, given one option index per site."""
         return sum(int(menu.parameters[index]) for menu, index in zip(self.sites, indices, strict=True))
 
     def cost(self, indices: NDArray[np.int64]) -> float:
-        """Sum of the predicted costs under one option index per site, in nats per token."""
+        """Returns the sum of the predicted costs in nats per token, given one option index per site."""
         return sum(float(menu.cost[index]) for menu, index in zip(self.sites, indices, strict=True))
 
 
 def dense_menu(site: Site) -> SiteMenu:
-    """Menu of a site that can only stay dense."""
+    """Returns the menu of a site that must stay dense."""
     size = np.array([site.parameters], dtype=np.int64)
     return SiteMenu(site, (DENSE,), parameters=size, cost=np.zeros(1), multiply_adds=size)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A choice for one site with its predicted cost in nats per token."""
+    """Holds a choice for one site with its predicted cost in nats per token."""
 
     choice: Choice
     cost: float
@@ -102,13 +103,16 @@ class Option:
 def nested_options(
     topology: str, metric: str, spectrum: NDArray[np.float64], site: Site, max_chi: int | None = None
 ) -> list[Option]:
-    """`topology` at every χ that saves parameters, where one decomposition serves them all.
+    """Returns options of `topology` at every χ that saves parameters, where one decomposition serves every χ.
 
     Args:
-        spectrum: singular values of the whitened matrix, descending. The cost of χ is ½ Σ_{i>χ} σ_i², which is
-            ½·tr(G E C Eᵀ) when the matrix was whitened by C and G: the second-order KL of the error E under the
-            Kronecker-factored Fisher metric (Martens & Grosse 2015, eq. 3).
-        max_chi: largest χ offered, at most what `spectrum` tells apart.
+        topology: a topology name.
+        metric: the metric of the decomposition.
+        spectrum: singular values of the whitened matrix, descending. The cost of χ is ½ Σ_{i>χ} σ_i². If the matrix was
+            whitened by C and G, this is ½·tr(G E C Eᵀ), the second-order KL of the error E under the Kronecker-factored
+            Fisher metric (Martens & Grosse 2015, eq. 3).
+        site: the site.
+        max_chi: largest χ to offer; must not exceed the number of known singular values.
     """
     legs = resolve(topology, site.out_features, site.in_features)
     tail = 0.5 * np.append(np.cumsum(np.square(spectrum[::-1]))[::-1], 0.0)
@@ -117,7 +121,7 @@ def nested_options(
 
 
 def envelope(site: Site, options: Iterable[Option]) -> SiteMenu:
-    """Menu of the options that no other one beats: dense, and each that costs less than all with as few parameters."""
+    """Returns the menu of undominated options: dense, and every option cheaper than all options that are not larger."""
     options = tuple(options)
     names = {option.choice.topology for option in options}
     legs = {name: resolve(name, site.out_features, site.in_features) for name in names}
@@ -139,14 +143,15 @@ def envelope(site: Site, options: Iterable[Option]) -> SiteMenu:
 
 
 def worth_their_time(menu: Menu, burdens: Sequence[NDArray[np.float64]]) -> Menu:
-    """The menu without options that no price of a parameter makes best once every option bears a burden too.
+    """Returns the menu without the options that are not optimal at any price once a burden is added to every cost.
 
-    What is left are, per site, the vertices of the lower convex hull of cost plus burden over parameters, and always
-    the first and the last option. Costs stay what they are: an allocation over the thinner menu needs to know nothing
-    of time, and hardly loses on one over both (a large burden leaves dense and few χ, where a factor pays).
+    For each site the remaining options are the vertices of the lower convex hull of cost plus burden over parameters,
+    and always the first and the last option. Their costs do not change, so an allocation over the smaller menu need not
+    know the burden, and loses little compared with an allocation over both. A large burden, such as time, leaves dense
+    and the few χ at which a factor pays.
 
     Args:
-        burdens: per site, what each option costs besides quality, in the unit of the costs.
+        burdens: per site, an additional cost of every option, in the unit of the costs.
     """
     sites = []
     for options, burden in zip(menu.sites, burdens, strict=True):
@@ -156,9 +161,9 @@ def worth_their_time(menu: Menu, burdens: Sequence[NDArray[np.float64]]) -> Menu
 
 
 def aligned(menu: Menu, entries: int) -> Menu:
-    """The menu without bond dimensions that are no multiple of `entries`, whose products take longer for their size.
+    """Returns the menu without bond dimensions that are not multiples of `entries`, whose products are slow.
 
-    The first and the last option of a site stay, and so do all of a site that would keep less than eight.
+    The first and the last option of a site stay. A site that would keep fewer than eight options keeps all.
     """
     sites = []
     for options in menu.sites:
@@ -175,7 +180,7 @@ def _only(options: SiteMenu, kept: list[int]) -> SiteMenu:
 
 
 def convex_hull(x: NDArray[np.int64], y: NDArray[np.float64]) -> list[int]:
-    """Indices of the vertices of the lower convex hull of y over x, ascending in x as x is."""
+    """Returns the indices of the vertices of the lower convex hull of y over x. `x` must ascend."""
     hull: list[int] = []
     for index in range(len(x)):
         while len(hull) >= 2 and (y[index] - y[hull[-2]]) * (x[hull[-1]] - x[hull[-2]]) <= (

@@ -1,9 +1,9 @@
-"""Frontier: what every site keeps and costs at every price of a parameter.
+"""Tabulates how many parameters every site keeps, and at what predicted cost, over the price of a parameter.
 
-NumPy only. A price λ (nats per parameter) decides each site alone: the option with the least cost + λ·parameters.
-Tabulated once on a grid of log prices, so that the outcome of thousands of allocations can be forecast without running
-one. Forecasts are features and explanations; schedules always come from the exact
-`compression.allocation.closed_form.lagrangian`.
+Uses NumPy only; does not know models. A price λ (nats per parameter) determines the option of each site independently:
+the one with the least cost + λ·parameters. The table over a grid of log prices predicts the outcome of thousands of
+allocations without running one. These predictions serve as features and explanations only; schedules always come from
+the exact `compression.allocation.closed_form.lagrangian`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from compression.allocation.menu import Menu
 
 __all__ = ["Frontier"]
 
-_SPAN = 5.0  # the grid reaches this far, in log price, to both sides of the closed-form price
-_CELLS = 500
-_HALVINGS = 12  # of the grid: 10 / 2^12 is finer than a cell
+_SPAN = 5.0  # extent of the grid on both sides of the closed-form price, in log price
+_CELLS = 500  # number of grid points
+_HALVINGS = 12  # number of bisection steps; 10 / 2^12 is finer than a cell
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Tables over (sites, grid cells), prices ascending.
+    """Holds tables of shape (sites, cells), with ascending prices.
 
     Attributes:
-        log_price: logarithm of the closed-form price λ*: the dearest at which the whole menu still meets the target, to
-            1e-9.
-        parameters: parameters of the option each site takes at a price.
+        target_parameters: target of the allocation.
+        log_price: natural logarithm of the closed-form price λ*, the least price at which the whole menu meets the
+            target, to 1e-9.
+        grid: log prices of the cells, (cells,).
+        parameters: parameters of the option that each site takes at a price.
         cost: predicted KL of that option, nats per token.
     """
 
@@ -41,7 +43,7 @@ class Frontier:
 
     @classmethod
     def build(cls, menu: Menu, target_parameters: int) -> Frontier:
-        """Tabulate `menu` around the price at which it keeps `target_parameters`."""
+        """Returns the tables of `menu` around the price at which it keeps `target_parameters`."""
         most = max(len(site.choices) for site in menu.sites)
         parameters = np.zeros((len(menu.sites), most))
         cost = np.full((len(menu.sites), most), np.inf)
@@ -76,15 +78,15 @@ class Frontier:
         )
 
     def kept(self, sites: NDArray[np.int64], offsets: NDArray[np.float64]) -> float:
-        """Parameters that `sites` keep together when their costs weigh exp(offsets) at the closed-form price."""
+        """Returns the parameters that `sites` keep in total at the closed-form price, with costs times exp(offsets)."""
         return float(self.parameters[sites, self._cell(self.log_price - offsets)].sum())
 
     def costs(self, log_weights: NDArray[np.float64], dense: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Predicted KL of every site, (n, sites) in nats per token, at the price that meets the target.
+        """Returns the predicted KL of every site, (n, sites) in nats per token, at the price that meets the target.
 
         Args:
-            log_weights: (n, sites), n allocations at once.
-            dense: (n, sites), sites that stay dense at cost 0.
+            log_weights: log weights of n allocations, (n, sites).
+            dense: which sites stay dense, at cost 0, (n, sites).
         """
         sites = np.arange(log_weights.shape[1])
         full = self.parameters.max(axis=1)

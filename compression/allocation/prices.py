@@ -1,9 +1,9 @@
-"""Prices: what a parameter is worth at an allocation, and how far a schedule departs from the closed form.
+"""Expresses how far a schedule departs from the closed form, as log weights on the predicted costs of the sites.
 
-NumPy only. At the closed form every site stands where its predicted cost falls by one common price per further
-parameter. A schedule that is not the closed form stands there too once each site's cost is multiplied by a factor of
-its own; the natural logarithms of these factors describe the schedule in a way that another budget, or another model,
-can follow. They are the log weights of `compression.allocation.closed_form.lagrangian`.
+Uses NumPy only; does not know models. In the closed form, one further parameter lowers the predicted cost by the same
+amount, the price, at every site. Any other schedule also has this property once each site's cost is multiplied by its
+own factor. The natural logarithms of these factors describe the schedule in a form that can be applied to another
+budget or another model. They are the log weights of `compression.allocation.closed_form.lagrangian`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from compression.allocation.menu import Menu
 
 __all__ = ["departures"]
 
-_INSIDE = 1e-6  # log price by which a departure enters its interval, so that no two edges tie at its end
+_INSIDE = 1e-6  # distance of a departure from the end of its interval, in log price; avoids ties between edges
 
 
 def departures(menu: Menu, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The log weights nearest to 0, (sites,), at which the Lagrangian gives option `indices[s]` to site s.
+    """Returns the log weights nearest to 0, (sites,), at which `lagrangian` gives option `indices[s]` to site s.
 
-    They are relative to the closed form that spends as much: a site that has the same option there has 0. Exact for
-    options on the lower convex hulls of the menus; one above its hull is taken for the hull edge that passes under it.
+    The weights are relative to the closed form with as many parameters: a site with the same option there has weight 0.
+    They are exact for options on the lower convex hulls of the menus. An option above its hull is represented by the
+    hull edge below it.
     """
     spent = menu.parameters(indices)
     price, agreed = log_price(menu, spent), lagrangian(menu, spent) == indices
@@ -35,7 +36,7 @@ def departures(menu: Menu, indices: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _nearest(low: float, high: float, price: float) -> float:
-    """The point of [price − high, price − low] nearest to 0, a little inside."""
+    """Returns the point of [price − high, price − low] nearest to 0, slightly inside the interval."""
     start, stop = price - high, price - low
     if start <= 0 <= stop:
         return 0.0
@@ -44,7 +45,7 @@ def _nearest(low: float, high: float, price: float) -> float:
 
 
 def _interval(menu: Menu, site: int, index: int) -> tuple[float, float]:
-    """Log slopes of cost per parameter behind and before an option: (of the next hull edge, of the last one)."""
+    """Returns the log slopes of cost per parameter around an option: of the next hull edge and of the previous one."""
     options = menu.sites[site]
     hull = lower_hull(options)
     slopes = [

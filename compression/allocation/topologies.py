@@ -1,6 +1,6 @@
-"""Topologies worth fitting to a site: which legs to try.
+"""Lists the topologies that are worth fitting to a site.
 
-Names only; knows no weight. What they are worth is measured in benchmarks/fit_quality.py.
+Knows shapes and names; does not know weights. benchmarks/fit_quality.py measures how good these topologies are.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ __all__ = ["fitted_topologies", "head_legs"]
 
 
 def fitted_topologies(site: Site, head_size: int | None = None, cores: tuple[int, ...] = (2,)) -> tuple[str, ...]:
-    """Names of the MPOs to fit beside `lowrank`: balanced legs, and for an attention matrix legs that follow its heads.
+    """Returns names of the MPOs to fit in addition to `lowrank`: balanced legs and, in attention, legs along the heads.
+
+    A dimension without two proper factors gives fewer names or none, because an MPO with legs of 1 is `lowrank` again.
 
     Args:
-        head_size: features of one attention head; None if the model has none.
-        cores: numbers of cores.
-
-    A site whose dimensions have no two proper factors gives fewer, or none: an MPO with legs of 1 is `lowrank` again.
+        site: the site.
+        head_size: features of one attention head; None if the model has no heads.
+        cores: numbers of cores to try.
     """
     names = []
     for count in cores:
@@ -32,9 +33,9 @@ def fitted_topologies(site: Site, head_size: int | None = None, cores: tuple[int
 
 
 def head_legs(site: Site, head_size: int) -> Legs | None:
-    """Legs heads × head size on every side of an attention matrix that consists of whole heads, else balanced ones.
+    """Returns legs heads × head size for an attention matrix; a side that is not made of several heads is balanced.
 
-    None for a matrix outside attention, or one of whose sides is a single head.
+    Returns None for a matrix outside attention, or if a leg would be 1.
     """
     if "attn" not in site.name and "attention" not in site.name:
         return None

@@ -107,8 +107,8 @@ def record_blocks(
 ) -> tuple[list[Block], list[torch.Tensor]]:
     """Returns the named blocks, in the order they run, and the float32 hidden states before the first one, by batch.
 
-    In a 16-bit precision, activations in the thousands would round away the differences between small ones. The blocks
-    compute only for one run of a single token; while the batches pass they only record their arguments.
+    In 16-bit precision, the rounding errors of activations in the thousands would exceed the differences of interest.
+    The blocks compute only in a first run with a single token; while the batches pass they only record their arguments.
     """
     modules = [model.get_submodule(name) for name in names]
     calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = [[] for _ in names]

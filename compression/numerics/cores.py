@@ -1,11 +1,12 @@
-"""MPO numerics on arrays: sequential SVD, truncation, contraction, error.
+"""Decomposes matrices into MPO cores by sequential SVD, truncates and contracts cores, and bounds the error.
 
-Tensors in, tensors out; knows no module, file or device. The axes of core k are always (left, out, in, right).
+Takes tensors and returns tensors; does not know modules, files or devices. The axes of core k are always (left, out,
+in, right).
 
-Cores come out left-canonical in the Schmidt gauge of every bond: core k = U_{k-1}ᵀ U_k, U_k the left singular vectors
-of the matrix cut at bond k. Slicing all bonds to χ is then a truncation by nested projectors, so one decomposition
-serves every χ, with squared error at most the sum over bonds of the discarded squared singular values (Oseledets 2011,
-theorem 2.2). How the SVD of a cut is computed is the business of `compression.numerics.truncated_svd`.
+Decomposed cores are left-canonical in the Schmidt gauge of every bond: core k = U_{k-1}ᵀ U_k, where U_k are the left
+singular vectors of the matrix cut at bond k. Slicing all bonds to χ is therefore a truncation by nested projectors, and
+one decomposition serves every χ. Its squared error is at most the sum over bonds of the discarded squared singular
+values (Oseledets 2011, theorem 2.2). `compression.numerics.truncated_svd` computes the SVD of a cut.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ __all__ = ["contract", "contract_with", "decompose", "truncate", "truncation_err
 def decompose(
     matrix: torch.Tensor, legs: Legs, max_chi: int | None = None
 ) -> tuple[list[torch.Tensor], list[Spectrum]]:
-    """Sequential SVD of `matrix` (out, in).
+    """Compute the sequential SVD of `matrix` (out, in).
 
     Args:
-        matrix: finite, floating point; float64 and float32 are computed in their own precision, less in float32.
-        legs: the splitting; its products are the shape of `matrix`.
-        max_chi: no bond is kept larger than this; None keeps every bond full, which is exact. A cap well below full
-            is several times faster and then gives the leading part of each spectrum and what lies beyond it.
+        matrix: finite, floating point. Float64 is computed in float64, all other types in float32.
+        legs: how both dimensions are split; the products of the legs must be the shape of `matrix`.
+        max_chi: largest bond that is kept; None keeps every bond full, which is exact. A cap well below full is several
+            times faster; each spectrum then has its leading values and the norm of the rest.
 
     Returns:
-        The cores, each (left, out, in, right), and the spectrum of every inner bond before the cut at `max_chi` (from
-        the second bond on it is the spectrum of the matrix already truncated at earlier bonds).
+        The cores, each (left, out, in, right), and the spectrum of every inner bond before the truncation to `max_chi`.
+        From the second bond on it is the spectrum of the matrix already truncated at earlier bonds.
 
     Raises:
         ValueError: the shape does not fit the legs, or an entry is not finite.
@@ -60,7 +61,10 @@ def decompose(
 
 
 def truncate(cores: Sequence[torch.Tensor], chi: int | Sequence[int]) -> list[torch.Tensor]:
-    """The cores with every inner bond sliced to at most `chi`, one for all or one per bond. Views, not copies."""
+    """Returns the cores with every inner bond sliced to at most `chi`, one value for all bonds or one per bond.
+
+    The results are views, not copies. Raises ValueError if a χ is below 1 or there is not one per bond.
+    """
     inner = [chi] * (len(cores) - 1) if isinstance(chi, int) else list(chi)
     if len(inner) != len(cores) - 1 or min(inner, default=1) < 1:
         raise Refusal(f"chi must be at least 1, one for all bonds or one for each, got {chi}")
@@ -69,12 +73,12 @@ def truncate(cores: Sequence[torch.Tensor], chi: int | Sequence[int]) -> list[to
 
 
 def truncation_error_bound(spectra: Sequence[Spectrum], chi: int) -> float:
-    """Upper bound of ‖W − Ŵ‖_F at bond dimension χ, in the norm the cores were computed in (equality for two cores)."""
+    """Returns an upper bound of ‖W − Ŵ‖_F at bond dimension χ, in the norm used for the cores; exact for two cores."""
     return sqrt(sum(spectrum.discarded(chi) for spectrum in spectra))
 
 
 def contract(cores: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The dense matrix (out, in) of an MPO."""
+    """Returns the dense matrix (out, in) of an MPO."""
     result = cores[0].squeeze(0)  # (out, in, right)
     for core in cores[1:]:
         result = torch.einsum("oia,apjb->opijb", result, core)
@@ -83,11 +87,11 @@ def contract(cores: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def contract_with(cores: Sequence[torch.Tensor], activations: torch.Tensor, last_first: bool) -> torch.Tensor:
-    """Ŵ x for activations of shape (tokens, in) without forming Ŵ; returns (tokens, out).
+    """Computes Ŵ x for activations of shape (tokens, in) without forming Ŵ; returns (tokens, out).
 
     Args:
-        last_first: contract from the last core back instead of from the first one on; equal result, other cost (see
-            `Legs.multiply_adds_from`).
+        last_first: whether to start at the last core instead of the first one. The result is the same, the cost differs
+            (see `Legs.multiply_adds_from`).
     """
     tokens, inputs = activations.shape
     outputs = prod([core.shape[1] for core in cores])

@@ -1,20 +1,20 @@
-"""Fits: the MPO of given legs and χ that minimises the predicted cost ½·tr(G E C Eᵀ), E = W − Ŵ, for several sites.
+"""Fits MPOs of given legs and χ that minimise the predicted cost ½·tr(G E C Eᵀ), E = W − Ŵ, for several sites at once.
 
-Tensors in, tensors out; every tensor has a leading site axis b, and sites of one call share shapes. Runs where its
-arguments lie.
+Takes tensors and returns tensors. Every tensor has a leading site axis b, and the sites of one call share shapes. Runs
+on the device of its arguments.
 
-The problem has no closed form once an MPO differs from `lowrank`, and it is badly conditioned. Three changes of
-coordinates make it well behaved:
+The problem has no closed form for an MPO other than `lowrank`, and it is badly conditioned. Three steps make it well
+behaved:
 
-* Per leg, the partial traces G_k and C_k of the metric; in the coordinates of their Cholesky factors (R_k and L_k) the
-  Kronecker products ⊗G_k and ⊗C_k are the identity, and what is left of G and C is a correction.
-* In these coordinates the sequential SVD is optimal but for the correction: the start.
-* Every core enters as X_k, the centre of the mixed-canonical form (Vidal 2003), and the MPO is X₁ Λ₁⁻¹ X₂ Λ₂⁻¹ … X_N
-  with the starting spectra Λ_k: a small change of any X_k then changes Ŵ by a tensor of the same norm.
+* Whiten each leg by the Cholesky factors R_k and L_k of the partial traces G_k and C_k of the metric. In these
+  coordinates the Kronecker products ⊗G_k and ⊗C_k are the identity, and the rest of G and C is a correction.
+* Start from the sequential SVD in these coordinates, which is optimal except for the correction.
+* Represent every core by X_k, the centre of the mixed-canonical form (Vidal 2003), so the MPO is X₁ Λ₁⁻¹ X₂ Λ₂⁻¹ … X_N
+  with the spectra Λ_k of the start. A small change of any X_k then changes Ŵ by a tensor of the same norm.
 
-All cores are then improved together by L-BFGS (Nocedal & Wright 2006, algorithm 7.4), one product G D C each time. On
-matrices of SmolLM2-135M this reached in 100 evaluations what alternating least squares with inner conjugate gradients
-and Riemannian conjugate gradients reach in 300 to 400.
+L-BFGS (Nocedal & Wright 2006, algorithm 7.4) then improves all cores together, with one product G E C per evaluation.
+On matrices of SmolLM2-135M, 100 evaluations reached the cost that alternating least squares with inner conjugate
+gradients, and Riemannian conjugate gradients, reached in 300 to 400.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from compression.refusal import Refusal
 
 __all__ = ["Fit", "fit"]
 
-_MEMORY = 20
-_ARMIJO = 1e-4
-_WINDOW = 10
-_FLOOR = 1e-3  # Λ is not taken smaller than this times its largest value
+_MEMORY = 20  # number of steps that L-BFGS remembers
+_ARMIJO = 1e-4  # constant of the sufficient-decrease condition
+_WINDOW = 10  # number of accepted steps over which convergence is judged
+_FLOOR = 1e-3  # lower limit of the values of Λ, relative to the largest one
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Fitted cores and how the fit went.
+    """Holds fitted cores and the outcome of the fit.
 
     Attributes:
         cores: axes (site, left, out, in, right), float32.
         cost: ½·tr(G E C Eᵀ) of each site, float64.
-        start: the same of the sequential SVD in Kronecker-whitened coordinates the fit began with.
-        evaluations: products G D C spent.
-        converged: whether the last 10 accepted steps together lowered a site's cost by less than the tolerance.
+        start: the same cost of the start, which is the sequential SVD in Kronecker-whitened coordinates.
+        evaluations: number of products G E C computed.
+        converged: for each site, whether the last 10 accepted steps together lowered its cost by less than the
+            tolerance.
     """
 
     cores: list[torch.Tensor]
@@ -70,13 +71,13 @@ def fit(
         weights: W (b, out, in).
         gradients: G (b, out, out), symmetric positive definite.
         inputs: C (b, in, in), symmetric positive definite.
-        legs: the splitting.
-        chi: cap of every bond, or one per bond, at least 1.
-        max_evaluations: when to stop at the latest.
-        tolerance: relative decrease over 10 steps below which a site counts as converged, above 0.
+        legs: how both dimensions are split.
+        chi: largest size of every bond, or one per bond; at least 1.
+        max_evaluations: largest number of evaluations.
+        tolerance: relative decrease of the cost over 10 steps below which a site counts as converged, above 0.
 
     Raises:
-        ValueError: shapes that do not fit, or an entry that is not finite.
+        ValueError: the shapes do not fit, or an entry is not finite.
     """
     count, out_features, in_features = weights.shape
     if gradients.shape != (count, out_features, out_features) or inputs.shape != (count, in_features, in_features):
@@ -111,7 +112,7 @@ def fit(
 
 @dataclass(frozen=True, eq=False)
 class _Leg:
-    """Cholesky factor of one leg's share of a metric, and its inverse."""
+    """Holds the Cholesky factor of one leg's part of a metric, and the inverse of that factor."""
 
     factor: torch.Tensor
     inverse: torch.Tensor
@@ -119,13 +120,13 @@ class _Leg:
 
 @dataclass(frozen=True, eq=False)
 class _LegMetric:
-    """A metric (b, d, d) approximated by a Kronecker product over legs."""
+    """Approximates a metric (b, d, d) by a Kronecker product over legs."""
 
     legs: list[_Leg]
 
     @classmethod
     def of(cls, metric: torch.Tensor, sizes: Sequence[int]) -> _LegMetric:
-        """Partial traces, scaled so that the product has the trace of the metric."""
+        """Returns the partial traces of a metric, scaled so that their product has the trace of the metric."""
         count, dimension = metric.shape[:2]
         trace = metric.diagonal(dim1=1, dim2=2).sum(1)
         legs, before = [], 1
@@ -141,17 +142,17 @@ class _LegMetric:
         return cls(legs)
 
     def whiten_rows(self, matrix: torch.Tensor) -> torch.Tensor:
-        """(⊗ factor)ᵀ · matrix."""
+        """Returns (⊗ factor)ᵀ · matrix."""
         return _along_rows(matrix, [leg.factor.mT for leg in self.legs])
 
     def correct(self, metric: torch.Tensor) -> torch.Tensor:
-        """The metric in these coordinates: the identity if it is the Kronecker product."""
+        """Returns a metric in whitened coordinates; it is the identity if the metric is the Kronecker product."""
         inverses = [leg.inverse for leg in self.legs]
         return _along_rows(_along_rows(metric, inverses).mT, inverses)
 
 
 def _along_rows(matrix: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(⊗ factors) · matrix, one leg of the row index at a time."""
+    """Returns (⊗ factors) · matrix, computed one leg of the row index at a time."""
     shape, before = matrix.shape, 1
     for factor in factors:
         size = factor.shape[1]
@@ -163,7 +164,14 @@ def _along_rows(matrix: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """½·tr(G E C Eᵀ) as a function of the cores, in whitened coordinates."""
+    """Evaluates ½·tr(G E C Eᵀ) as a function of the cores, in whitened coordinates.
+
+    Attributes:
+        target: W (b, out, in).
+        left: G (b, out, out).
+        right: C (b, in, in).
+        legs: how both dimensions are split.
+    """
 
     target: torch.Tensor
     left: torch.Tensor
@@ -173,7 +181,7 @@ class _Problem:
     def evaluate(
         self, flat: torch.Tensor, shapes: Sequence[torch.Size], inverse: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cost (b,) float64 and gradient (b, variables) at the variables, flattened per site."""
+        """Returns the cost (b,) float64 and the gradient (b, variables) at variables flattened per site."""
         flat = flat.detach().requires_grad_()
         with torch.enable_grad():
             matrix = _contract(_split(flat, shapes), inverse)
@@ -191,7 +199,11 @@ def _minimise(
     max_evaluations: int,
     tolerance: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor, int, torch.Tensor]:
-    """L-BFGS with backtracking, every site with steps of its own; returns variables, first cost, evaluations, state."""
+    """Minimise by L-BFGS with backtracking, with an individual step length per site.
+
+    Returns:
+        The variables, the cost of the start, the number of evaluations, and which sites have converged.
+    """
     shapes = [variable.shape for variable in variables]
     inverse = [scale.float() for scale in inverse]
     point = torch.cat([variable.float().flatten(1) for variable in variables], 1)
@@ -231,7 +243,7 @@ def _minimise(
 def _two_loop(
     gradient: torch.Tensor, history: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], first: torch.Tensor
 ) -> torch.Tensor:
-    """The inverse Hessian of the history times the gradient."""
+    """Returns the L-BFGS approximation of the inverse Hessian times the gradient."""
     result, weights = gradient, []
     for change, curvature, inverse in reversed(history):
         weight = inverse * torch.linalg.vecdot(change, result)
@@ -249,7 +261,10 @@ def _two_loop(
 
 
 def _start(white: torch.Tensor, legs: Legs, chi: int | Sequence[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Cores (b, …) of the sequential SVD of each matrix at χ, and the spectrum (b, χ) of every bond, kept off zero."""
+    """Returns the cores (b, …) of the sequential SVD of each matrix at χ, and the spectrum (b, χ) of every bond.
+
+    The values of a spectrum are raised to at least 1e-3 of the largest one.
+    """
     largest = chi if isinstance(chi, int) else max(chi)
     parts = [decompose(matrix.float(), legs, largest) for matrix in white]
     cores = [torch.stack(group) for group in zip(*(truncate(cores, chi) for cores, _ in parts), strict=True)]
@@ -262,7 +277,7 @@ def _start(white: torch.Tensor, legs: Legs, chi: int | Sequence[int]) -> tuple[l
 
 
 def _contract(cores: Sequence[torch.Tensor], inverse: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The matrices (b, out, in) of cores (b, left, out, in, right) with the diagonals `inverse` (b, bond) between."""
+    """Contracts cores (b, left, out, in, right), with diagonals `inverse` (b, bond) between them, to (b, out, in)."""
     result = cores[0].squeeze(1)  # (b, out, in, right)
     for core, scale in zip(cores[1:], inverse, strict=True):
         b, out_leg, in_leg, bond = result.shape
@@ -279,7 +294,7 @@ def _split(flat: torch.Tensor, shapes: Sequence[torch.Size]) -> list[torch.Tenso
 
 
 def _largest(metric: torch.Tensor) -> torch.Tensor:
-    """Largest eigenvalue of each metric, from 10 power iterations."""
+    """Returns the largest eigenvalue of each metric, estimated by 10 power iterations."""
     vector = metric.sum(2, keepdim=True)
     tiny = torch.finfo(vector.dtype).tiny
     for _ in range(10):
@@ -289,5 +304,5 @@ def _largest(metric: torch.Tensor) -> torch.Tensor:
 
 
 def _one(cores: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A bond of size 1 with value 1."""
+    """Returns the diagonal of a bond of size 1 with value 1, (b, 1)."""
     return torch.ones(cores[0].shape[0], 1, dtype=cores[0].dtype, device=cores[0].device)

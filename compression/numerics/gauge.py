@@ -1,10 +1,11 @@
-"""Gauge fixing: an MPO without its redundant parameters.
+"""Removes the redundant parameters of an MPO by fixing its gauge.
 
-Tensors in, tensors out. Every bond of an MPO carries a gauge freedom: a core may be multiplied by an invertible χ × χ
-matrix and its neighbour by the inverse. The freedom is worth χ² parameters a bond, so the MPOs of bond dimensions r_k
-form a manifold of dimension Σ_k r_{k-1}·o_k·i_k·r_k − Σ_k r_k² (Holtz, Rohwedder & Schneider 2012, theorem 14). Here it
-is spent on making χ rows of each core's left unfolding (left·out·in, right) the identity: those rows need not be
-stored. The represented matrix is unchanged. For two cores this is an interpolative decomposition (Cheng et al. 2005).
+Takes tensors and returns tensors. Every bond of an MPO has a gauge freedom: multiplying a core by an invertible χ × χ
+matrix and its neighbour by the inverse does not change the represented matrix. This freedom makes χ² parameters per
+bond redundant, so the MPOs with bond dimensions r_k form a manifold of dimension Σ_k r_{k-1}·o_k·i_k·r_k − Σ_k r_k²
+(Holtz, Rohwedder & Schneider 2012, theorem 14). Here the gauge is chosen so that χ rows of each core's left unfolding
+(left·out·in, right) form the identity; these rows need not be stored. For two cores this is an interpolative
+decomposition (Cheng et al. 2005).
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from compression.refusal import Refusal
 
 __all__ = ["PivotedCore", "pivot", "stored", "unpivot"]
 
-_GROWTH = 1.5  # entries of a tail are at most this large in magnitude
-_SWAPS = 200
+_GROWTH = 1.5  # largest magnitude of the entries of a tail
+_SWAPS = 200  # largest number of swaps of rows
 
 
 @dataclass(frozen=True, eq=False)
 class PivotedCore:
-    """A core whose left unfolding has an identity among its rows.
+    """Holds a core whose left unfolding contains the identity among its rows.
 
     Attributes:
-        tail: the other rows, (left·out·in − right, right).
+        tail: the remaining rows, (left·out·in − right, right).
         order: int64 (left·out·in,): row r of the unfolding is row order[r] of the identity with the tail below it.
         shape: (left, out, in, right).
     """
@@ -37,20 +38,20 @@ class PivotedCore:
     shape: tuple[int, int, int, int]
 
     def expand(self) -> torch.Tensor:
-        """The core, axes (left, out, in, right)."""
+        """Returns the plain core, axes (left, out, in, right)."""
         identity = torch.eye(self.shape[3], dtype=self.tail.dtype, device=self.tail.device)
         return torch.cat([identity, self.tail])[self.order].reshape(self.shape)
 
 
 def pivot(cores: Sequence[torch.Tensor]) -> tuple[list[PivotedCore], torch.Tensor]:
-    """All cores but the last with an identity in them, and the last core, which takes up what they gave away.
+    """Returns all cores but the last in pivoted form, and the last core, which absorbs the factors removed from them.
 
-    Rows are picked by Gaussian elimination with partial pivoting and improved by swaps until no entry of a tail exceeds
-    1.5 in magnitude (Goreinov et al. 2010) or 200 swaps were made; computed in float64, returned in the type of the
+    Rows are chosen by Gaussian elimination with partial pivoting and improved by swaps until no entry of a tail exceeds
+    1.5 in magnitude (Goreinov et al. 2010) or 200 swaps have been made. Computes in float64 and returns the type of the
     cores.
 
     Raises:
-        ValueError: a left unfolding has fewer rows than columns, so that its bond is larger than any matrix needs.
+        ValueError: a left unfolding has fewer rows than columns, so its bond is larger than any matrix needs.
     """
     pivoted: list[PivotedCore] = []
     carry = torch.ones(1, 1, dtype=torch.float64, device=cores[0].device)
@@ -59,7 +60,9 @@ def pivot(cores: Sequence[torch.Tensor]) -> tuple[list[PivotedCore], torch.Tenso
         unfolding = full.reshape(-1, full.shape[3])
         rows, bond = unfolding.shape
         if rows < bond:
-            raise Refusal(f"a bond of {bond} needs a core with as many rows to its left, got {tuple(core.shape)}")
+            raise Refusal(
+                f"a bond of {bond} needs a left core with at least {bond} rows, got shape {tuple(core.shape)}"
+            )
         chosen, tail = _dominant_rows(unfolding)
         rest = torch.ones(rows, dtype=torch.bool, device=core.device)
         rest[chosen] = False
@@ -74,7 +77,7 @@ def pivot(cores: Sequence[torch.Tensor]) -> tuple[list[PivotedCore], torch.Tenso
 
 
 def stored(cores: Sequence[torch.Tensor], pivoted: bool) -> list[torch.Tensor | PivotedCore]:
-    """The form in which cores are stored, in tensors of its own: pivoted, or plain copies."""
+    """Returns the cores in the form in which they are stored, as new tensors: pivoted, or plain copies."""
     if not pivoted:
         return [core.clone(memory_format=torch.contiguous_format) for core in cores]
     front, last = pivot(cores)
@@ -82,15 +85,15 @@ def stored(cores: Sequence[torch.Tensor], pivoted: bool) -> list[torch.Tensor | 
 
 
 def unpivot(pivoted: Sequence[PivotedCore], last: torch.Tensor) -> list[torch.Tensor]:
-    """The cores as they are contracted; inverse of `pivot` up to the gauge."""
+    """Returns the plain cores; the inverse of `pivot` up to the gauge."""
     return [*(core.expand() for core in pivoted), last]
 
 
 def _dominant_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """χ rows of a (rows, χ) matrix in which the others have small coefficients, and those coefficients.
+    """Returns χ rows of a (rows, χ) matrix that express the others with small coefficients, and those coefficients.
 
-    A matrix of deficient rank is given a full one by noise at rounding level: the coefficients of directions that do
-    not occur are then arbitrary and harmless.
+    Noise at rounding level makes a rank-deficient matrix full-rank. The coefficients of directions that do not occur
+    are then arbitrary and harmless.
     """
     rows, bond = matrix.shape
     scale = matrix.norm() * torch.finfo(matrix.dtype).eps

@@ -1,11 +1,12 @@
-"""Group-wise integers for matrices: 8 or 4 bits a number, one float16 scale a group of neighbours in a row.
+"""Quantizes matrices to integers of 8 or 4 bits, with one float16 scale per group of neighbours in a row.
 
-Tensors in, tensors out. Value = (code − 2^(bits−1)) · scale. torchao quantizes `nn.Linear` only, its int4 needs a GPU
-package, and MPO cores are no linear layers; so packing is ours, and plain torch unpacks it on any device.
+Takes tensors and returns tensors; does not know modules. A value is (code − 2^(bits−1)) · scale. This project packs
+integers itself, and unpacks them with plain torch on any device, because torchao quantizes only `nn.Linear`, its int4
+needs a GPU package, and MPO cores are not linear layers.
 
-Rounding is done in the metric of the input: scales are searched for the least error weighted by the diagonal of the
-input moment C, and with a moment at hand the error of every column is made up for by the columns not yet rounded (GPTQ,
-Frantar et al. 2022), which minimizes tr(E C Eᵀ).
+Rounding uses the input moment C if it is given: scales minimise the error weighted by the diagonal of C, and the
+columns not yet rounded compensate for the rounding error of each column (GPTQ, Frantar et al. 2022), which reduces
+tr(E C Eᵀ).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from compression.refusal import Refusal
 __all__ = ["BITS", "Codes", "dequantize", "packed_bytes", "quantize"]
 
 BITS = (8, 4)
-_SHRINK = (1.0, 0.92, 0.85, 0.78, 0.7)  # scales tried, in parts of the one that reaches the largest entry
-_DAMPING = 0.01  # of the mean of the diagonal of C, added to it
+_SHRINK = (1.0, 0.92, 0.85, 0.78, 0.7)  # scales tried, relative to the one that reaches the largest entry
+_DAMPING = 0.01  # added to the diagonal of C, relative to its mean
 
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A quantized (rows, columns) matrix.
+    """Holds a quantized (rows, columns) matrix.
 
     Attributes:
-        codes: uint8 (rows, ⌈columns·bits/8⌉); of 4 bits the even column is in the low half.
+        codes: uint8 (rows, ⌈columns·bits/8⌉). With 4 bits, the low half of a byte holds the even column.
         scales: float16 (rows, ⌈columns/group⌉).
     """
 
@@ -37,24 +38,24 @@ class Codes:
 
 
 def packed_bytes(rows: int, columns: int, bits: int, group: int) -> int:
-    """Bytes of codes and scales."""
+    """Returns the bytes of the codes and scales of a quantized (rows, columns) matrix."""
     return rows * (-(-columns * bits // 8) + 2 * -(-columns // group))
 
 
 def quantize(matrix: torch.Tensor, bits: int, group: int, moment: torch.Tensor | None = None) -> Codes:
-    """Round a matrix.
+    """Quantize a matrix.
 
     Args:
         matrix: (rows, columns), finite.
-        bits: 8 or 4.
-        group: numbers in a row that share a scale, at least 1; the last group of a row may be smaller.
-        moment: C (columns, columns) of what the matrix is multiplied with; None rounds to nearest.
+        bits: bits per number, 8 or 4.
+        group: number of neighbours in a row that share a scale, at least 1. The last group of a row may be smaller.
+        moment: second moment C (columns, columns) of the inputs of the matrix; None rounds to nearest.
 
     Raises:
-        ValueError: other bits or group, or a matrix that is not finite.
+        ValueError: `bits` or `group` is out of range, or the matrix is not finite.
     """
     if bits not in BITS or group < 1:
-        raise Refusal(f"bits must be 8 or 4 and a group at least 1, got {bits} and {group}")
+        raise Refusal(f"bits must be 8 or 4 and group at least 1, got {bits} and {group}")
     if not torch.isfinite(matrix).all():
         raise Refusal("a matrix with NaN or infinite entries cannot be quantized")
     rest = matrix.detach().float().clone()
@@ -84,7 +85,7 @@ def quantize(matrix: torch.Tensor, bits: int, group: int, moment: torch.Tensor |
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int, group: int) -> torch.Tensor:
-    """The matrix (rows, columns), or the rows of one that `codes` and `scales` are of, in the type of `scales`."""
+    """Returns the matrix (rows, columns) in the type of `scales`. `codes` and `scales` may be selected rows."""
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :columns]
     whole = columns // group * group
@@ -105,9 +106,10 @@ def _values(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
 
 
 def _scale(part: torch.Tensor, bits: int, importance: torch.Tensor) -> torch.Tensor:
-    """Scale (rows,) of least weighted error; its sign lets the largest entry use the extra negative code."""
+    """Returns the scales (rows,) of least weighted error. Their sign maps the largest entry to a negative code, which
+    reaches one further than the positive codes."""
     largest = part.gather(1, part.abs().argmax(1, keepdim=True))[:, 0]
-    # Never zero, nor so small that float16 loses it.
+    # Keep scales away from zero and within the range of float16.
     top = (-largest / (1 << (bits - 1))).half().float()
     top = torch.where(top.abs() < 1e-7, torch.full_like(top, 1e-7), top).half().float()
     best, chosen = torch.full_like(top, torch.inf), top
@@ -121,7 +123,7 @@ def _scale(part: torch.Tensor, bits: int, importance: torch.Tensor) -> torch.Ten
 
 
 def _feedback(moment: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of C, float32: row k says how later columns make up for column k."""
+    """Returns the upper Cholesky factor of C⁻¹, float32. Row k states how later columns compensate for column k."""
     damped = moment.double().clone()
     mean = damped.diagonal().mean().clamp_min(1e-12)
     damped.diagonal().add_(_DAMPING * mean)

@@ -1,8 +1,9 @@
-"""y = P [I; T] B x: the product with a matrix whose left factor holds an identity, which is copied instead of computed.
+"""Computes y = P [I; T] B x, the product with a matrix whose left factor contains an identity, by copying those rows.
 
-Tensors in, tensors out. T is (out − χ, χ), B is (χ, in), and P puts the rows in order: χ·(in + out − χ) multiply-adds
-per token. Putting in order costs no arithmetic but memory traffic, and on a CPU that decides: without gradients the
-unordered rows are therefore computed in place, piece by piece, in a scratch buffer that stays mapped and cached.
+Takes tensors and returns tensors. T is (out − χ, χ), B is (χ, in), and P permutes the rows; the product takes
+χ·(in + out − χ) multiply-adds per token. The permutation costs memory traffic and no arithmetic, and memory traffic
+limits a CPU. Without gradients, the unordered rows are therefore computed piece by piece in a reused scratch buffer,
+which stays mapped and in the CPU cache.
 """
 
 from __future__ import annotations
@@ -15,23 +16,28 @@ from torch.nn.functional import linear
 __all__ = ["ALIGNED", "padded", "pivoted_product", "row_order", "unfolding"]
 
 ALIGNED = 16
-"""Entries: matrix products are up to a sixth slower where rows of float32 do not start on cache lines."""
+"""Float32 entries per cache line. Matrix products are up to a sixth slower if rows do not start on cache lines."""
 
-_FEW = 32  # tokens
-_PIECE = {True: 512, False: 2048}  # tokens, of transposed and of plain products: each as many as pay
+_FEW = 32  # number of tokens from which the scratch buffer pays
+_PIECE = {True: 512, False: 2048}  # best number of tokens per piece, for transposed and for plain products
 _scratch = threading.local()
 
 
 def padded(entries: int) -> int:
-    """Rounded up to whole cache lines of float32."""
+    """Returns `entries` rounded up to whole cache lines of float32."""
     return -(-entries // ALIGNED) * ALIGNED
 
 
 def row_order(places: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row of P [I; T] is, int64 (rows,): in [I; T] as it stands, and with χ rounded up to 16 before T.
+    """Returns the positions of the rows of P [I; T] in two layouts, int64 (rows,) each.
+
+    The first are positions in [I; T]. The second are positions in [I; padding; T], where the padding rounds χ up to a
+    multiple of 16.
 
     Args:
-        places: (χ,) integers, the row that each row of I becomes; the rows of T fill the others in ascending order.
+        places: (χ,) integers, the row of the result that each row of I becomes. The rows of T fill the other rows in
+            ascending order.
+        rows: number of rows of the result.
     """
     chosen, chi = places.long(), len(places)
     rest = torch.ones(rows, dtype=torch.int64, device=places.device).index_fill(0, chosen, 0)
@@ -41,7 +47,7 @@ def row_order(places: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def unfolding(tail: torch.Tensor, order: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """P [I; T], (rows, χ)."""
+    """Returns P [I; T], (rows, χ); `order` comes from `row_order`."""
     identity = torch.eye(tail.shape[1], dtype=tail.dtype, device=tail.device)
     return torch.cat((identity, tail)).index_select(0, order[0])
 
@@ -53,17 +59,18 @@ def pivoted_product(
     order: tuple[torch.Tensor, torch.Tensor],
     transposed: bool,
 ) -> torch.Tensor:
-    """(…, in) to (…, out).
+    """Maps activations (…, in) to outputs (…, out).
 
     Args:
-        last: B.
-        tail: T.
-        order: from `row_order`.
-        transposed: compute with one output after the other in memory instead of one token after the other. The result
-            is laid out the same.
+        activations: x, (…, in).
+        last: B, (χ, in).
+        tail: T, (out − χ, χ).
+        order: result of `row_order`.
+        transposed: whether intermediate results are stored output by output instead of token by token. The layout of
+            the result is the same.
     """
     tokens, inputs = activations.numel() // last.shape[1], last.shape[1]
-    # One token meets 200 layers one after the other: each operation that is not made, and each question, counts.
+    # A single token passes about 200 layers in sequence, so every operation and every check here counts.
     if tokens == 1 and activations.dtype == last.dtype:
         copied = torch.mv(last, activations.reshape(-1))
         result = torch.cat((copied, torch.mv(tail, copied))).index_select(0, order[0])
@@ -78,7 +85,7 @@ def pivoted_product(
     else:
         copied = linear(activations, last)
         unordered = torch.cat((copied, linear(copied, tail)), dim=-1)
-    # Not index_select: the gradient of that takes four times as long.
+    # Not index_select: its gradient takes four times as long.
     return unordered.gather(-1, order[0].expand(*unordered.shape[:-1], -1))
 
 
@@ -89,7 +96,7 @@ def _by_pieces(
     below = padded(chi)
     result = activations.new_empty(tokens, len(order))
     width, piece = below + padded(len(tail)), min(tokens, _PIECE[transposed])
-    # An odd number of cache lines from row to row, so that a column does not fall into a few cache sets only.
+    # An odd number of cache lines per row distributes the entries of a column over all cache sets.
     stride = padded(piece) | ALIGNED if transposed else width
     buffer = _buffer(width * stride if transposed else piece * stride, activations)
     for start in range(0, tokens, piece):
@@ -110,7 +117,7 @@ def _by_pieces(
 
 
 def _in_place(activations: torch.Tensor, last: torch.Tensor, tail: torch.Tensor) -> bool:
-    """Whether plain CPU tensors are multiplied here and now, without a graph of gradients or of a compiler."""
+    """Whether these are plain CPU tensors of one type, multiplied eagerly and without gradients."""
     return (
         not torch.compiler.is_compiling()
         and type(activations) is torch.Tensor
@@ -122,7 +129,7 @@ def _in_place(activations: torch.Tensor, last: torch.Tensor, tail: torch.Tensor)
 
 
 def _buffer(entries: int, like: torch.Tensor) -> torch.Tensor:
-    """Scratch of this thread, at least that many entries; contents undefined."""
+    """Returns this thread's scratch buffer with at least `entries` entries; its contents are undefined."""
     buffer: torch.Tensor | None = getattr(_scratch, str(like.dtype), None)
     if buffer is None or len(buffer) < entries:
         with torch.inference_mode(False):

@@ -1,17 +1,18 @@
-"""Truncated singular value decomposition for every χ up to a cap, by the cheapest of three methods.
+"""Computes truncated singular value decompositions for every χ up to a cap, by the cheapest of three methods.
 
-Tensors in, tensors out, on any device; knows no legs, module or file. The methods, with p the smaller side:
+Takes tensors on any device and returns tensors; does not know legs, modules or files. Let p be the smaller side:
 
-* `svd`: LAPACK's. For float64 input whose whole spectrum is asked for, where a Gram matrix would lose half the digits.
-* `gram`: eigenvectors of the p × p Gram matrix accumulated in float64. Products of float32 numbers are exact there, so
-  singular values are resolved down to 1e-8 of the largest: finer than a float32 SVD, which resolves 1e-7.
-* `subspace`: for χ well below p, subspace iteration from a random start (Halko, Martinsson & Tropp 2011, algorithm
-  4.4) with Chebyshev filters between the Rayleigh–Ritz steps (Zhou & Saad 2007), which like block Krylov methods
-  (Musco & Musco 2015) needs the square root of the steps that powers need. Steps are taken on the matrix, or on its
-  Gram matrix where that costs less.
+* `svd` is LAPACK's SVD. It is used for float64 input whose whole spectrum is requested, because a Gram matrix would
+  lose half the digits.
+* `gram` computes eigenvectors of the p × p Gram matrix, accumulated in float64. Products of float32 numbers are exact
+  in float64, so singular values are resolved down to 1e-8 of the largest one. A float32 SVD resolves only 1e-7.
+* `subspace` is used for χ well below p. It is subspace iteration from a random start (Halko, Martinsson & Tropp 2011,
+  algorithm 4.4) with Chebyshev filters between the Rayleigh–Ritz steps (Zhou & Saad 2007). Like block Krylov methods
+  (Musco & Musco 2015) it needs only about the square root of the number of steps of plain power iteration. It applies
+  the matrix, or its Gram matrix if that is cheaper.
 
-The left factor is orthonormal and the right one is its product with the matrix, so whatever the method found, the
-squared error is ‖W‖² − ‖right‖²: an equality that needs no second pass, accurate to rounding of the working precision
+The left factor is orthonormal and the right factor is its transpose times the matrix. For every method the squared
+error is therefore exactly ‖W‖² − ‖right‖² and needs no second pass; it is accurate to rounding in the working precision
 times ‖W‖².
 """
 
@@ -31,51 +32,52 @@ __all__ = ["Spectrum", "TruncatedSVD", "choose_method", "truncated_svd"]
 Method = Literal["svd", "gram", "subspace"]
 
 _SMALL = 512
-"""Below this smaller side the whole spectrum costs little more than a part of it."""
+"""If the smaller side is at most this, the whole spectrum costs little more than a part of it."""
 _SHARE = 0.3
-"""From this share of the spectrum on, the whole of it costs no more than a part."""
+"""If χ exceeds this fraction of the smaller side, the whole spectrum costs no more than a part of it."""
 _GAIN = 5e-3
-"""Iteration stops once a round lowers the squared error by less than this part of it."""
+"""The iteration stops once a round lowers the squared error by less than this fraction of it."""
 _RESOLVED = 1e-4
-"""Below this part of ‖W‖² a squared error is left to the Gram matrix: rounding in float32 is a thousandth of it."""
+"""If the squared error is below this fraction of ‖W‖², `gram` is used; float32 rounding is a thousandth of that."""
 _ROUNDS = 12
-"""Rounds before the iteration is given up for the Gram matrix; three to five are usual."""
+"""Number of rounds after which the iteration gives up and `gram` is used; three to five are usual."""
 _GROWTH = 1e6
-"""Largest ratio by which one filter may magnify one wanted direction over another: float32 tells 1e7 apart."""
+"""Largest ratio by which one filter may amplify one wanted direction over another; float32 resolves ratios of 1e7."""
 _DEGREE = 6
 """Largest degree of a filter."""
 _BLOCK = 1024
+"""Number of columns that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Singular values as far as they are known, and how much lies beyond them.
+    """Holds the known singular values of a matrix and the norm of the remaining ones.
 
     Attributes:
         values: float64, descending, not negative.
-        residual: squared Frobenius norm of what `values` leave out; 0 if they are all.
+        residual: sum of the squares of all singular values not in `values`; 0 if there are none.
     """
 
     values: torch.Tensor
     residual: float
 
     def discarded(self, chi: int) -> float:
-        """Squared Frobenius error of keeping `chi` values, 0 ≤ χ ≤ len(values)."""
+        """Returns the squared Frobenius error of keeping `chi` values, 0 ≤ χ ≤ len(values)."""
         return float(self.values[chi:].square().sum()) + self.residual
 
     def closed(self) -> torch.Tensor:
-        """`values` and one more that stands for all beyond them, so that tail sums of squares are errors."""
+        """Returns `values`, followed by the root of `residual` if it is not 0, so tail sums of squares are errors."""
         return torch.cat([self.values, self.values.new_tensor([sqrt(self.residual)])]) if self.residual else self.values
 
 
 @dataclass(frozen=True, eq=False)
 class TruncatedSVD:
-    """W ≈ left · right.
+    """Holds factors with W ≈ left · right.
 
     Attributes:
         left: (m, k), orthonormal columns, leading first.
-        right: (k, n), leftᵀ W: rows of descending norm, the singular values.
-        spectrum: at least k values.
+        right: (k, n), equal to leftᵀ W. The norms of its rows are the singular values, descending.
+        spectrum: spectrum of W, with at least k values.
     """
 
     left: torch.Tensor
@@ -84,7 +86,7 @@ class TruncatedSVD:
 
 
 def choose_method(rows: int, columns: int, chi: int, dtype: torch.dtype) -> Method:
-    """The method for χ = `chi` of a matrix (rows, columns)."""
+    """Returns the cheapest method for the leading `chi` singular triplets of a matrix (rows, columns)."""
     small = min(rows, columns)
     if small > _SMALL and chi <= _SHARE * small:
         return "subspace"
@@ -94,24 +96,23 @@ def choose_method(rows: int, columns: int, chi: int, dtype: torch.dtype) -> Meth
 def truncated_svd(
     matrix: torch.Tensor, chi: int | None = None, *, method: Method | None = None, seed: int = 0
 ) -> TruncatedSVD:
-    """Leading `chi` singular triplets, serving every smaller χ by slicing.
+    """Compute the leading `chi` singular triplets. Slice them for a smaller χ.
 
     Args:
-        matrix: (m, n), finite; float64 and float32 are computed in their own precision, less in float32.
-        chi: how many, at least 1; None or more than min(m, n) means all.
-        method: None takes `choose_method`'s.
-        seed: of the random start of `subspace`; the same gives the same result on one machine.
+        matrix: (m, n), finite. Float64 is computed in float64, all other types in float32.
+        chi: number of triplets, at least 1; None or more than min(m, n) means all.
+        method: the method; None uses `choose_method`.
+        seed: seed of the random start of `subspace`. The same seed gives the same result on the same machine.
 
     Returns:
-        Factors in the precision of the computation. The spectrum is whole with `svd` and `gram`; with `subspace` it
-        has χ values, each at most the true one, and iteration has stopped at a gain in squared error below 0.5 % of
-        it in one round.
+        Factors in the precision of the computation. With `svd` and `gram` the spectrum is complete. With `subspace` it
+        has χ values, none larger than the true one; the last round lowered the squared error by less than 0.5 %.
 
     Raises:
-        ValueError: not a matrix of at least one entry, χ below 1, or an entry that is not finite.
+        ValueError: `matrix` is not a matrix with at least one entry, χ is below 1, or an entry is not finite.
     """
     if matrix.ndim != 2 or matrix.numel() == 0:
-        raise Refusal(f"a matrix with rows and columns is needed, got shape {tuple(matrix.shape)}")
+        raise Refusal(f"expected a matrix with rows and columns, got shape {tuple(matrix.shape)}")
     if chi is not None and chi < 1:
         raise Refusal(f"chi must be at least 1, got {chi}")
     if matrix.dtype not in (torch.float32, torch.float64):
@@ -125,7 +126,7 @@ def truncated_svd(
     if chosen == "svd":
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return TruncatedSVD(left[:, :keep], values[:keep, None] * right[:keep], Spectrum(values.double(), 0.0))
-    # From here on `wide` has the smaller side first.
+    # `wide` has the smaller side first.
     tall = rows > columns
     wide = matrix.T if tall else matrix
     basis = None
@@ -141,8 +142,8 @@ def truncated_svd(
 
 
 def _from_gram(wide: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor, Spectrum]:
-    """Left vectors (p, keep), their product with `wide`, and the whole spectrum."""
-    # The result takes the place of the Gram matrix: column by column, as LAPACK wants it, no copy of it is made.
+    """Returns the left vectors (p, keep), their product with `wide`, and the whole spectrum."""
+    # The result overwrites the Gram matrix; the transpose has the column order that LAPACK needs to avoid a copy.
     vectors, squares = _gram(wide, torch.float64).mT, torch.empty(0, dtype=torch.float64, device=wide.device)
     torch.linalg.eigh(vectors, out=(squares, vectors))
     left = vectors[:, -keep:].flip(1).to(wide.dtype)
@@ -153,7 +154,7 @@ def _from_gram(wide: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tenso
 def _from_basis(
     wide: torch.Tensor, keep: int, basis: torch.Tensor, energy: float
 ) -> tuple[torch.Tensor, torch.Tensor, Spectrum]:
-    """The best of rank `keep` inside an orthonormal basis (p, l)."""
+    """Returns the best approximation of rank `keep` within the span of an orthonormal basis (p, l)."""
     projected = basis.T @ wide
     squares, vectors = torch.linalg.eigh(_gram(projected, torch.float64))
     rotation = vectors[:, -keep:].flip(1).to(wide.dtype)
@@ -163,9 +164,10 @@ def _from_basis(
 
 
 def _turned(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From W ᵀ ≈ left · right, left orthonormal, to W ≈ left' · right', left' orthonormal, column by column the same.
+    """Turns Wᵀ ≈ left · right, left orthonormal, into W ≈ left' · right', left' orthonormal, triplet by triplet.
 
-    The columns of right.T are orthogonal already, but for rounding: too little so for values far below the largest.
+    The columns of right.T are orthogonal except for rounding, which is too large for values far below the largest one;
+    then a QR decomposition makes them orthonormal.
     """
     norms = torch.linalg.vector_norm(right, dim=1)
     if float(norms.min()) > 1e-2 * float(norms.max()):
@@ -176,10 +178,14 @@ def _turned(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _dominant_subspace(wide: torch.Tensor, keep: int, energy: float, generator: torch.Generator) -> torch.Tensor | None:
-    """Orthonormal (p, l), l ≥ keep, that holds the leading left vectors; None if the iteration does not settle."""
+    """Returns an orthonormal basis (p, l), l ≥ keep, whose span contains the leading left vectors.
+
+    Returns None if the iteration does not converge or the squared error is too small for its precision.
+    """
     rows, columns = wide.shape
     width = min(rows, keep + max(16, keep // 8))
-    # One application to the matrix costs 4·p·n·l, to its Gram matrix 2·p²·l after 1.25·p²·n; about ten are made.
+    # Applying the matrix and its transpose costs 4·p·n·l. Applying the Gram matrix costs 2·p²·l, after 1.25·p²·n to
+    # form it. About ten applications are needed.
     gram: torch.Tensor | None = None
     if rows * (1.25 * columns + 20 * width) < 40 * columns * width:
         gram = _gram(wide, wide.dtype)
@@ -196,7 +202,7 @@ def _dominant_subspace(wide: torch.Tensor, keep: int, energy: float, generator: 
                 return None
             if gram is None or float(ritz[-keep]) > 10 * eps * float(ritz[-1]):
                 return basis
-            # Rounding of the Gram matrix hides the last directions; the matrix itself shows them.
+            # Rounding of the Gram matrix hides the last directions; the matrix itself resolves them.
             gram, apply = None, lambda x: wide @ (wide.T @ x)
         rotation = vectors.flip(1).to(wide.dtype)
         largest = float(ritz[-1])
@@ -212,11 +218,16 @@ def _filtered(
     largest: float,
     cut: float,
 ) -> torch.Tensor:
-    """Chebyshev polynomial of the operator on `basis`: at most 1 below `cut`, growing fast above; columns scaled to 1.
+    """Applies a Chebyshev polynomial of an operator to `basis` and scales the columns to norm 1.
+
+    On eigenvalues below `cut` the polynomial is at most 1 in magnitude; above, it grows fast.
 
     Args:
+        apply: the operator, symmetric positive semidefinite.
+        basis: (p, l).
         image: the operator applied to `basis`.
-        largest: its largest eigenvalue, which limits the degree.
+        largest: largest eigenvalue of the operator, which limits the degree.
+        cut: upper end of the eigenvalues to suppress.
     """
     degree = max(1, min(_DEGREE, int(log(_GROWTH) / acosh(max(2 * largest / cut - 1, 1 + 1e-6)))))
     half = cut / 2
@@ -228,7 +239,7 @@ def _filtered(
 
 
 def _gram(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """W Wᵀ (p, p) accumulated in `dtype` over blocks of columns; only the upper block triangle is multiplied."""
+    """Returns W Wᵀ (p, p), accumulated in `dtype` over blocks of columns. Multiplies only the upper block triangle."""
     rows, columns = wide.shape
     total = torch.zeros(rows, rows, dtype=dtype, device=wide.device)
     panel = max(128, -(-rows // 8))
@@ -245,7 +256,7 @@ def _gram(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _energy(matrix: torch.Tensor) -> float:
-    """Squared Frobenius norm, summed in float64."""
+    """Returns the squared Frobenius norm, summed in float64."""
     step = max(1, _BLOCK * _BLOCK // matrix.shape[1])
     return sum(float(matrix[row : row + step].double().square().sum()) for row in range(0, matrix.shape[0], step))
 

@@ -1,7 +1,7 @@
-"""The factor cache: named tensors on disk under content-derived keys, shared by every process of a machine.
+"""Caches named tensors on disk under keys derived from content, shared by all processes of a machine.
 
-Knows safetensors files and checksums; not what the tensors mean. Files are memory-mapped, so evaluators share the page
-cache and a slice costs nothing. A file that does not match the checksum in its name is set aside and rebuilt.
+Knows safetensors files and checksums; does not know what the tensors mean. Files are memory-mapped, so evaluators share
+the page cache and slicing copies nothing. A file that does not match the checksum in its name is set aside and rebuilt.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ __all__ = ["Bundle", "FactorCache", "cache_key"]
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """Named tensors with text metadata: the unit of the cache."""
+    """Holds named tensors with text metadata, the unit of the cache."""
 
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def cache_key(**parts: object) -> str:
-    """sha256 over the canonical JSON of everything that determines a cached value, 64 hexadecimal digits."""
+    """Returns the SHA-256 of the canonical JSON of all that determines a cached value, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class FactorCache:
-    """Bundles by key below `root`. Safe against concurrent writers: each writes a temporary file and renames it.
+    """Stores bundles by key below `root`. Concurrent writers are safe: each writes a temporary file and renames it.
 
     Args:
-        root: a folder, made when first needed; None keeps nothing on disk.
-        warn: hears of damaged files; left out, they are Python warnings.
+        root: folder of the cache, created on first use; None stores nothing on disk.
+        warn: called with a message for every damaged file; the default issues a Python warning.
     """
 
     def __init__(self, root: Path | None, warn: Callable[[str], None] = warnings.warn) -> None:
@@ -49,7 +49,7 @@ class FactorCache:
         self._tell = warn
 
     def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
-        """The bundle of `key`, from disk if a file is there and intact, else built and stored.
+        """Returns the bundle of `key`: from disk if an intact file exists, else built and stored.
 
         Raises:
             OSError: the disk is full or not writable; no partial file is left.
@@ -62,11 +62,14 @@ class FactorCache:
         return bundle
 
     def has(self, key: str) -> bool:
-        """Whether a file of `key` is there; `load` tells whether it is intact."""
+        """Whether a file of `key` exists. Only `load` checks that it is intact."""
         return self.root is not None and any(self._folder(key).glob(f"{key}.*.safetensors"))
 
     def load(self, key: str) -> Bundle | None:
-        """The bundle of `key`, or None if it is not cached. A damaged file counts as absent and is said once."""
+        """Returns the bundle of `key`, or None if it is not cached.
+
+        A damaged file counts as not cached; it is renamed, so it is reported only once.
+        """
         if self.root is None:
             return None
         for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
@@ -78,7 +81,7 @@ class FactorCache:
         return None
 
     def store(self, key: str, bundle: Bundle) -> None:
-        """Write the bundle of `key`; the file appears whole or not at all."""
+        """Write the bundle of `key`; the complete file appears at once, or no file does."""
         if self.root is None:
             return
         folder = self._folder(key)
@@ -93,7 +96,7 @@ class FactorCache:
 
 
 def _read(path: Path) -> Bundle:
-    """Raises ValueError or SafetensorError for a file that is not what its name says, or no safetensors."""
+    """Read a file; raises ValueError if its checksum differs, SafetensorError if it is not a safetensors file."""
     if _digest(path) != path.name.split(".")[1]:
         raise Refusal("its checksum differs")
     with safe_open(path, framework="pt") as file:

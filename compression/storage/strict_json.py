@@ -1,4 +1,7 @@
-"""Strict JSON: files from strangers, read whole or refused in one line. Knows no field of any of them."""
+"""Reads untrusted JSON files strictly: either the whole file is valid, or one line says why not.
+
+Knows JSON; does not know the fields of any file.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ __all__ = ["parse", "read_object"]
 
 
 def parse(text: str) -> object:
-    """The value in a JSON text.
+    """Returns the value in a JSON text.
 
     Raises:
-        Refusal: one line: not JSON, nested too deeply, a key twice, or a number that is not finite.
+        Refusal: the text is not JSON, is nested too deeply, repeats a key, or has a number that is not finite. The
+            message is one line.
     """
     try:
         value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
@@ -27,14 +31,16 @@ def parse(text: str) -> object:
 
 
 def read_object(path: Path, what: str, largest: int) -> dict[str, object]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Args:
-        what: names the kind of file in messages: "the configuration".
-        largest: bytes that the file may have; no more are read.
+        path: the file.
+        what: the kind of file, for messages, such as "the configuration".
+        largest: largest allowed size of the file in bytes.
 
     Raises:
-        Refusal: one line: not a readable file, larger, not UTF-8, no JSON object, or as `parse`.
+        Refusal: the file is not readable, too large, not UTF-8 or not a JSON object, or `parse` rejects it. The message
+            is one line.
     """
     try:
         if path.exists() and not path.is_file():
@@ -49,7 +55,7 @@ def read_object(path: Path, what: str, largest: int) -> dict[str, object]:
     except ValueError as error:
         raise Refusal(f"cannot use {what} {path}: {error}") from None
     if not isinstance(values, dict):
-        raise Refusal(f"cannot use {what} {path}: a JSON object is wanted, got {type(values).__name__}")
+        raise Refusal(f"cannot use {what} {path}: expected a JSON object, got {type(values).__name__}")
     return values
 
 

@@ -1,6 +1,6 @@
-"""Tensor files: safetensors that appear whole or not at all, and a full disk said as Python says it.
+"""Writes safetensors files atomically, and raises system errors such as a full disk as Python's OSError.
 
-Knows files and what libraries written in Rust say when the system refuses them; not what the tensors mean.
+Knows files and the error messages of libraries written in Rust; does not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ __all__ = ["new_tensor_file", "system_errors"]
 def new_tensor_file(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[Path]:
-    """A file of these tensors at `path`, to be moved to its place inside; what is still there afterwards is removed.
+    """Write tensors to a temporary file `path`, which the body of the context moves to its final place.
+
+    A file still at `path` when the context ends is removed.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -37,7 +39,11 @@ def new_tensor_file(
 
 @contextmanager
 def system_errors(place: Path) -> Iterator[None]:
-    """An error of the system that a library tells in words only, as the OSError it was; `place` is where it writes."""
+    """Turn an exception that names a system error only in its text into an OSError.
+
+    Args:
+        place: the folder that is written to, for the message.
+    """
     try:
         yield
     except Exception as error:

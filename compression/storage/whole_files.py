@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Knows paths and bytes; does not know what a file means."""
+"""Writes files atomically: a file appears complete or not at all. Knows paths and bytes, not what a file means."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["replace_file", "replacing"]
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` to write to; it replaces `target` on leaving, or is removed after an error.
+    """Yields a temporary file in the folder of `target`, which replaces `target` at the end or is removed on an error.
 
     After a crash at any point `target` has either its old or its new content.
 
@@ -35,7 +35,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def replace_file(target: Path, content: bytes | str) -> Path:
-    """Write a file whole, as `replacing` does, and make its folder; returns `target`."""
+    """Write a file atomically, as `replacing` does, and create its folder; returns `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

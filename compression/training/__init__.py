@@ -1,3 +1,3 @@
-"""Training through factors: losses, gates, trainable cores, replayed CUDA graphs."""
+"""Supports training of factors: losses, gates, trainable cores, replayed CUDA graphs."""
 
 __all__: list[str] = []

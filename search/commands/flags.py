@@ -36,7 +36,7 @@ def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
         title = str(extra["group"])
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        flag, about = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
+        flag, about = "--" + name.replace("_", "-"), " ".join((field.description or "").split()).replace("%", "%%")
         if field.annotation is bool:
             groups[title].add_argument(flag, action="store_true", dest=name, help=about)
             continue

@@ -18,6 +18,7 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment, load
 from search.export.folder import export_model, footprint
 from search.export.model_card import model_card
+from search.export.run import CHANGES
 from search.healing.plan import HealingOptions, text_tokens
 from search.healing.run import HealedRun, held, judge_of
 from search.healing.text import heal_text
@@ -32,8 +33,6 @@ from search.runtime.run_folder import PRIOR, refuse_held, refuse_used
 from search.runtime.tensorboard import curves
 
 __all__ = ["heal_export"]
-
-_HEALED = "After the search, its cores and norms were trained for a while to match the outputs of the original."
 
 
 def heal_export(source: Path, dense: str, options: HealingOptions, console: Console) -> HealedRun:
@@ -89,7 +88,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
 
 def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
     document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}."
-    card = model_card(folder.name, "hf", document, {}, "healed", size, [_HEALED], rows)
+    card = model_card(folder.name, "hf", document, {}, "healed", size, [CHANGES["healed"]], rows)
     export_model(model, tokenizer, folder, card, [prior])
 
 

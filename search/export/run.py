@@ -18,7 +18,7 @@ from search.export.restore import RestoredRun, restore
 from search.runtime.console import Console
 from search.runtime.run_folder import PRIOR
 
-__all__ = ["ExportForm", "export_run"]
+__all__ = ["CHANGES", "ExportForm", "export_run"]
 
 _BITS = {
     "int8": "Everything is stored in 8 bits",
@@ -26,12 +26,13 @@ _BITS = {
     "mixed": "Embeddings, head and dense matrices are stored in 4 bits",
 }
 
-_CHANGES = {
+CHANGES = {
     "healed": "After the search, its cores and norms were trained for a while to match the outputs of the original.",
     "repaired": "After the search, each compressed matrix was solved again, block by block, so that its outputs match "
     "those of the original; nothing was trained.",
     "searched": "After the search, the model was neither repaired nor trained.",
 }
+"""What happened to the model after the search, by the state that is exported; a sentence of the model card."""
 
 _AFTER = {
     "hf": "load it with: import search.hf; AutoModelForCausalLM.from_pretrained({folder!r}), "
@@ -87,7 +88,7 @@ def export_run(
     loaded = restored.experiment.loaded
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
-    changes = [_CHANGES[restored.state]]
+    changes = [CHANGES[restored.state]]
     measured = []
     if quantized:
         measured = [_quantized(restored, form.quantize, console)]

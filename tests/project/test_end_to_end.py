@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "search.py"), "--quick", "--budget", "6", "--out", str(tmp_path / "a run é")]
     done = subprocess.run(

@@ -90,10 +90,10 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
             ["--agent", "reinforc"],
             f"--agent must be one of {', '.join(AGENTS)}, or module:Class of your own, got 'reinforc'",
         ),
-        (["--budget", "-1"], "--budget must be a whole number of at least 0, got -1"),
+        (["--budget", "-1"], "--budget must be a whole number from 0 to 10000000, got -1"),
         (["--benchmark-items", "1"], "--benchmark-items must be 0, or a whole number from 2 to 100000, got 1"),
-        (["--budget", "ten"], "--budget must be a whole number of at least 0, got 'ten'"),
-        (["--budget", "1.5"], "--budget must be a whole number of at least 0, got '1.5'"),
+        (["--budget", "ten"], "--budget must be a whole number from 0 to 10000000, got 'ten'"),
+        (["--budget", "1.5"], "--budget must be a whole number from 0 to 10000000, got '1.5'"),
         (["--target-kept", "0"], "--target-kept must be a number above 0 and at most 1, got 0.0"),
         (["--target-kept", "nan"], "--target-kept must be a number above 0 and at most 1, got nan"),
         (["--target-kept", "1.2"], "--target-kept must be a number above 0 and at most 1, got 1.2"),
@@ -272,4 +272,4 @@ def test_the_script_beside_the_package_is_the_same_command():
         [sys.executable, str(ROOT / "search.py"), "--budget", "-1"], capture_output=True, text=True, timeout=60
     )
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == "search.py: --budget must be a whole number of at least 0, got -1\n"
+    assert run.stderr == "search.py: --budget must be a whole number from 0 to 10000000, got -1\n"

@@ -17,7 +17,7 @@ def test_defaults_are_the_default_job():
     [
         ("agent", "reinforc", "the nearest is reinforce"),
         ("agent", 3, "one of bandit"),
-        ("budget", -1, "a whole number of at least 0, got -1"),
+        ("budget", -1, "a whole number from 0 to 10000000, got -1"),
         ("budget", "ten", "got 'ten'"),
         ("budget", True, "got True"),
         ("budget", 1.5, "got 1.5"),
@@ -115,7 +115,7 @@ def test_definition_leaves_out_what_a_resumed_run_may_change():
     [
         (b'{"seed": 1, "seed": 2}', "the key 'seed' occurs twice"),
         (b'{"target_kept": NaN}', "NaN is not allowed"),
-        (b"[1]", "a JSON object is wanted, got list"),
+        (b"[1]", "expected a JSON object, got list"),
         (b"budget = 3", "cannot use the configuration"),
         (b'{"a":' * 100_000, "cannot use the configuration"),
         (b" " * ((1 << 20) + 1), "larger than 1048576 bytes"),

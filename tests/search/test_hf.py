@@ -80,41 +80,54 @@ def test_heads_of_their_own_too(tmp_path):
     assert_same_logits(logits(load(tmp_path / "out")), logits(loaded.model))
 
 
-def test_without_this_project_the_code_beside_the_weights_reads_them(original, folder, tmp_path):
-    code = """
+ELSEWHERE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from safetensors.torch import save_file
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-model.save_pretrained(sys.argv[2])
-again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+folder, ours, again, logits = sys.argv[1:]
+for each in (folder, ours):
+    try:
+        AutoModelForCausalLM.from_pretrained(each)
+    except RuntimeError:
+        print("refused")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+first = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+first.save_pretrained(again)
+second = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 ids = torch.arange(40).reshape(2, 20)
 with torch.no_grad():
-    logits = [each(ids, attention_mask=torch.ones_like(ids)).logits for each in (model, again)]
+    found = [each(ids, attention_mask=torch.ones_like(ids)).logits for each in (first, second)]
 assert not any(name.split(".")[0] in ("search", "compression") for name in sys.modules)
-save_file({"first": logits[0], "again": logits[1]}, sys.argv[3])
+save_file({"first": found[0], "again": found[1]}, logits)
+from lm_eval.models.huggingface import HFLM
+model = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", batch_size=1)
+print("score", model.loglikelihood_rolling.__name__, type(model.model).__name__, model.max_length)
 """
-    ran = alone(code, folder, tmp_path / "again", tmp_path / "logits.safetensors")
-    assert ran.returncode == 0, ran.stderr
-    saved = load_file(tmp_path / "logits.safetensors")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder, tmp_path_factory):
+    """What one process without this project makes of the folder, and the logits it finds."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    load(folder).save_pretrained(place / "ours")
+    ran = alone(ELSEWHERE, folder, place / "ours", place / "again", place / "logits.safetensors")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran, load_file(place / "logits.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("elsewhere")
+def test_without_this_project_the_code_beside_the_weights_reads_them(original, elsewhere):
+    _, saved = elsewhere
     assert_same_logits(saved["first"], logits(original.model))
     assert_same_logits(saved["again"], logits(original.model))
 
 
-def test_without_project_or_trust_loading_is_an_error(folder, tmp_path):
-    load(folder).save_pretrained(tmp_path / "again")
-    code = """
-import sys
-from transformers import AutoModelForCausalLM
-for folder in sys.argv[1:]:
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-    except RuntimeError:
-        print("refused")
-"""
-    ran = alone(code, folder, tmp_path / "again")
-    assert ran.stdout.split() == ["refused", "refused"]
+@pytest.mark.slow
+@pytest.mark.xdist_group("elsewhere")
+def test_without_project_or_trust_loading_is_an_error(elsewhere):
+    ran, _ = elsewhere
+    assert ran.stdout.split()[:3] == ["refused", "refused", "score"]
     assert ran.stderr.count("q_proj.weight") >= 2
 
 
@@ -201,15 +214,10 @@ def test_lora_learns_beside_the_cores_and_refuses_to_merge(folder):
         adapted.merge_and_unload()
 
 
-def test_lm_eval_reads_the_folder_with_the_code_beside_the_weights(folder):
-    code = """
-import sys
-from lm_eval.models.huggingface import HFLM
-model = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu", batch_size=1)
-print("score", model.loglikelihood_rolling.__name__, type(model.model).__name__, model.max_length)
-"""
-    ran = alone(code, folder)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+@pytest.mark.slow
+@pytest.mark.xdist_group("elsewhere")
+def test_lm_eval_reads_the_folder_with_the_code_beside_the_weights(elsewhere):
+    ran, _ = elsewhere
     assert "LlamaForCausalLM" in ran.stdout
 
 

@@ -203,7 +203,7 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setattr(repaired_start, "repair_did_harm", lambda after, before: False)
-    for name, fewer in (("_PROMPT", 64), ("_ROUNDS", 1), ("_STEPS", 2)):
+    for name, fewer in (("PROMPT", 64), ("_ROUNDS", 1), ("_STEPS", 2)):
         monkeypatch.setattr(latency, name, fewer)
     monkeypatch.setattr(planner, "_COLD", 0)
     return wheels

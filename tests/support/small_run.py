@@ -16,6 +16,7 @@ SMALL = {
     "search_text_tokens": 128,
     "heldout_tokens": 600,
     "report_items": 6,
+    "repair_tokens": 512,
     "heal_minutes": 0,
     "benchmark_items": 0,
     "export": "none",

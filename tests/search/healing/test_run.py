@@ -148,7 +148,7 @@ def test_an_exported_folder_is_healed_into_another(tmp_path: Path, capsys: pytes
     command = ["heal", str(exported), "--out", str(out), *training, "--rate", "1e-4", "--quiet"]
     capsys.readouterr()
     assert cli.main([*command, "--model", "random:tiny-gpt2"]) == cli.REFUSED
-    assert "name that with --model" in capsys.readouterr().err
+    assert "pass the former with --model" in capsys.readouterr().err
     whole = [*command, "--model", "random:tiny-llama"]
     assert cli.main(whole) == cli.DONE
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]

@@ -73,7 +73,7 @@ REFUSED = [
     ("not JSON", "χ = 3", "Expecting value"),
     ("cut", UNFINISHED, "cannot use the prior"),
     ("empty", "", "Expecting value"),
-    ("a list", "[]", "a JSON object is wanted"),
+    ("a list", "[]", "expected a JSON object"),
     ("key twice", TWICE, "the key 'format' occurs twice"),
     ("NaN", json.dumps(document()).replace("0.125", "NaN"), "NaN is not allowed"),
     ("Infinity", json.dumps(document()).replace("0.125", "-Infinity"), "-Infinity is not allowed"),
