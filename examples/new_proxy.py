@@ -3,7 +3,7 @@
     python -m examples.new_proxy exam.csv exam.jsonl      # columns: question, right, wrong_1, wrong_2, …
     python search.py --proxy exam.jsonl
 
-`benchmark` reads the same format. The hash of the question picks the position of the right choice, so that the position
+`--proxy` of a search reads this format. The hash of the question picks the position of the right choice, so that the position
 reveals nothing. Chisel splits the items by hash into a half for the search and a half for the final report.
 """
 

@@ -1,6 +1,6 @@
-"""The command line: picks the command, keeps libraries quiet, turns what escapes into an exit code.
+"""The command line: picks the command, silences libraries, and returns its exit code.
 
-Imports no model library: what works is imported by the command that needs it, so that `--help` and refusals are quick.
+Imports no model library. Each command imports what it needs when it runs, so that `--help` and refusals are quick.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else REFUSED
     except BrokenPipeError:
-        # The reader of our output is gone; keep Python from complaining about it once more at exit.
+        # The reader of our output is gone; without this, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURES
 
 
 def _quiet_libraries() -> None:
-    """Keep the talk of libraries off the terminal, before they are imported. PYTHONWARNINGS brings warnings back."""
+    """Silence libraries before they are imported. PYTHONWARNINGS shows their warnings again."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",

@@ -154,7 +154,7 @@ def _price(parameters: Integers, cost: Floats, target: int) -> float:
 
 
 def _half(sites: Integers, relative: Integers, reduced: Floats, price: float, gap: float, limit: int) -> _Half:
-    """Returns the undominated partial allocations over `sites` with reduced cost ≤ gap, at most the `limit` cheapest."""
+    """Returns the undominated partial allocations over `sites` of reduced cost ≤ gap, at most the `limit` cheapest."""
     parameters, cost, dropped = np.zeros(1, dtype=np.int64), np.zeros(1), np.inf
     trail = []
     for site in sites:

@@ -1,7 +1,7 @@
-"""Heads: attention matrices taken apart into one matrix per head, so that heads are sites of their own.
+"""Splits attention matrices into one matrix per head, so that every head has its own sites.
 
-Knows torch modules only. A matrix that makes heads (q, k, v) is cut along its output, the one that reads them (o) along
-its input; every part is an ordinary linear layer, found, profiled and compressed like any other.
+Knows torch modules only. A matrix that produces heads (q, k, v) is split along its output, the one that reads them (o)
+along its input. Every part is an ordinary linear layer, which is found, profiled and compressed like any other.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["HeadLinear", "split_heads_"]
 
 
 class HeadLinear(nn.ModuleList):
-    """A linear map in parts of equal size: parts of its output side by side, or the sum over parts of its input.
+    """Computes a linear map in parts of equal size: concatenates parts of the output, or adds up parts of the input.
 
     Args:
         weight: (out, in).
         bias: (out,) or None.
-        size: features of a part; divides the side that is cut.
-        along_output: which side that is.
+        size: features of a part; must divide the side that is split.
+        along_output: whether the output is split; otherwise the input is.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, size: int, along_output: bool) -> None:
@@ -38,7 +38,7 @@ class HeadLinear(nn.ModuleList):
         self.along_output = along_output
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        """(…, in) to (…, out)."""
+        """Maps (…, in) to (…, out)."""
         if self.along_output:
             return torch.cat([part(activations) for part in self], dim=-1)
         pieces = torch.split(activations, self.size, dim=-1)
@@ -49,16 +49,18 @@ class HeadLinear(nn.ModuleList):
 
 
 def split_heads_(model: nn.Module, sites: Iterable[Site], size: int) -> list[str]:
-    """Cut every attention matrix of several whole heads into its heads, in place; the model computes the same.
+    """Split every attention matrix that consists of several whole heads into its heads, in place.
 
-    In each attention module the last matrix reads the heads, the others make them.
+    The model computes the same as before. In each attention module the last matrix is taken to read the heads, the
+    others to produce them.
 
     Args:
-        sites: of the model; those whose name has "attn" or "attention" in it are looked at.
+        model: changed in place.
+        sites: sites of the model. Only those with "attn" or "attention" in their name are considered.
         size: features of a head.
 
     Returns:
-        Names of the matrices that were cut; the sites of the model have to be discovered again.
+        The names of the matrices that were split. Call `discover_sites` again afterwards.
     """
     attention: dict[str, list[Site]] = {}
     for site in sites:

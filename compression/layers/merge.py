@@ -1,6 +1,6 @@
-"""Merging: compressed modules turned back into the dense ones they stand for.
+"""Merges compressed modules into dense ones.
 
-Knows torch modules only. The result computes what the compressed model computes and is as large as the dense one was.
+Knows torch modules only. The result computes the same as the compressed model and is as large as the dense model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ _COMPRESSED = (MPOLinear, HeadLinear, PackedMPO, PackedLinear, PackedEmbedding)
 
 @torch.no_grad()
 def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
-    """Put a dense module in the place of every compressed one, and of linear ones that are none in `skeleton`.
+    """Replace every compressed module by a dense one, and every linear layer whose type differs in `skeleton`.
 
     Args:
-        skeleton: the dense model, without values: gives every module its type, so that a weight which the architecture
-            stores transposed is stored so again.
-        only: the name of a module; empty for all.
+        model: changed in place.
+        skeleton: the dense model without values. It gives every module its type, so a weight that the architecture
+            stores transposed is stored transposed again.
+        only: the name of a single module to replace; empty for all.
 
     Returns:
-        Names of the modules that were put in.
+        The names of the replaced modules.
     """
     names: list[str] = []
     for name, module in list(model.named_modules()):
@@ -42,7 +43,7 @@ def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
 
 
 def dense_layer(module: nn.Module, skeleton: nn.Module) -> nn.Module:
-    """The dense module, of the type and names of `skeleton`, that computes what a compressed or linear one does."""
+    """Fills `skeleton`, a dense module, so that it computes the same as a compressed or linear one; returns it."""
     weight, bias = _values(module)
     weight = weight if isinstance(skeleton, nn.Linear | nn.Embedding) else weight.T
     skeleton.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
@@ -52,7 +53,7 @@ def dense_layer(module: nn.Module, skeleton: nn.Module) -> nn.Module:
 
 
 def _values(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight (out, in) and bias."""
+    """Returns the weight (out, in) and bias of a compressed or linear module."""
     if isinstance(module, HeadLinear):
         weights, biases = zip(*(_values(part) for part in module), strict=True)
         if module.along_output:

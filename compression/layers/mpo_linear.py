@@ -1,8 +1,8 @@
-"""`MPOLinear`: a linear layer whose matrix is held as MPO cores.
+"""Defines `MPOLinear`, a linear layer whose matrix is stored as MPO cores.
 
-Knows tensors and modules; not where the cores came from, nor what a route costs here (see
-`compression.layers.planner`). It does not subclass `nn.Linear`, so that tools which rewrite linear layers by type
-leave it alone instead of losing the cores.
+Knows tensors and modules; does not know where the cores come from or what a route costs on this machine (see
+`compression.layers.planner`). It does not subclass `nn.Linear`, so tools that replace linear layers by type do not
+touch it and the cores are not lost.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _Value = TypeVar("_Value")
 
 
 class _Kept(NamedTuple):
-    """Something derived from stored tensors, and by what to see whether they are still the same."""
+    """Holds a value derived from stored tensors, and what is needed to check that these have not changed."""
 
     value: Any
     # Parameters or buffers, the name in them, the tensor, its address and version.
     sources: list[tuple[dict[str, Any], str, torch.Tensor, int, int]]
-    storages: list[torch.Tensor]  # hold the memory, so that equal addresses mean the same memory
+    storages: list[torch.Tensor]  # keep the memory alive, so that equal addresses mean the same memory
 
     def holds(self) -> bool:
-        """Whether the tensors it was derived from are those stored now, unwritten since and without gradients."""
+        """Whether the source tensors are still the stored ones, have not been written to, and need no gradients."""
         for holder, key, source, address, version in self.sources:
             if holder[key] is not source or source._version != version or source.data_ptr() != address:
                 return False
@@ -47,24 +47,27 @@ class _Kept(NamedTuple):
 
 
 class MPOLinear(nn.Module):
-    """y = Ŵ x + b with Ŵ (out, in) given by cores (left, out, in, right).
+    """Computes y = Ŵ x + b with Ŵ (out, in) given by cores (left, out, in, right).
 
-    Stored are plain cores, `core_0` …, or the pivoted form: for every core but the last the rows beside its identity,
-    `tail_0` …, and the places of the identity's rows, `places_0` … (int32); the last core is plain. Nothing else is in
-    the state dict. All parameters are made without gradients; ask for them with `requires_grad_`.
+    The state dict contains the bias, if any, and either plain cores `core_0`, … or the pivoted form. The pivoted form
+    has, for every core but the last, the rows other than its identity, `tail_0`, …, and the row indices of the
+    identity, `places_0`, … (int32); the last core is plain. All parameters are created without gradients; enable them
+    with `requires_grad_`.
 
-    Every route of its plan gives the same matrix. What a route keeps beside the stored tensors is made when first
-    needed, made again when a stored tensor has changed, and not used at all while one requires gradients. A compiled
-    graph notices all of this but writes into a core that does not require gradients; call `prepare` after those.
+    Every route of the plan uses the same matrix. Tensors that a route keeps in addition to the stored ones are built on
+    first use, rebuilt after a stored tensor has changed, and not used while a stored tensor requires gradients. A
+    compiled graph detects all of this except writes into a core that does not require gradients; call `prepare` after
+    such writes.
 
     Args:
-        cores: two or more, neighbouring bonds equal, 1 at both ends. Plain tensors are kept as given (views stay
-            views). If any is a `PivotedCore`, all but the last must be.
-        bias: shape (out,) or None.
-        plan: which route for how many tokens; by default the one that keeps nothing else, by estimated cost.
+        cores: at least two cores. Neighbouring bonds must be equal, and 1 at both ends. Plain tensors are kept as given
+            (views stay views). If any core is a `PivotedCore`, all but the last must be.
+        bias: (out,) or None.
+        plan: the route for every number of tokens; None uses the routes of least estimated cost that keep nothing
+            besides the stored tensors.
 
     Raises:
-        ValueError: bonds that do not match, a last core that is pivoted, or one before it that is not while others are.
+        ValueError: bonds do not match, or some cores are pivoted but not exactly all except the last.
     """
 
     def __init__(
@@ -74,10 +77,10 @@ class MPOLinear(nn.Module):
         bonds = [(core.shape[0], core.shape[3]) for core in cores]
         matched = all(left[1] == right[0] for left, right in pairwise(bonds))
         if len(cores) < 2 or bonds[0][0] != 1 or bonds[-1][1] != 1 or not matched:
-            raise Refusal(f"bonds of two or more neighbouring cores must match and end in 1, got {bonds}")
+            raise Refusal(f"two or more cores are needed, whose bonds must match and end in 1, got bonds {bonds}")
         pivoted = [isinstance(core, PivotedCore) for core in cores]
         if any(pivoted) and pivoted != [True] * (len(cores) - 1) + [False]:
-            raise Refusal("every core but the last must be pivoted, or none")
+            raise Refusal("either all cores but the last must be pivoted, or none")
         for number, core in enumerate(cores):
             if isinstance(core, PivotedCore):
                 places, tail = _stored_form(core)
@@ -98,18 +101,18 @@ class MPOLinear(nn.Module):
         self.register_load_state_dict_post_hook(_prepare_after_loading)  # type: ignore[no-untyped-call]
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        """(…, in) to (…, out)."""
+        """Maps (…, in) to (…, out)."""
         tokens = activations.numel() // self.in_features
         if torch.is_grad_enabled() and tokens > 1 and self._is_trained():
             route = in_training(self.legs, self.chi, tokens, activations.is_cuda)
             if route is not None:
-                for stale in ("merged", "padded"):  # a compiled graph would not see that they are
+                for stale in ("merged", "padded"):  # a compiled graph would not notice that they are outdated
                     self._kept.pop(stale, None)
                 return self.run(activations, route)
         return self.run(activations, self._plan.route(tokens))
 
     def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
-        """`forward` by a route of `compression.layers.routes.routes(legs)`, whatever the plan says."""
+        """Computes `forward` by a given route of `compression.layers.routes.routes(legs)` instead of the plan's."""
         bias = self._parameters["bias"]
         if route == "merged":
             return functional.linear(activations, self._merged(), bias)
@@ -134,7 +137,7 @@ class MPOLinear(nn.Module):
 
     @property
     def plan(self) -> Plan:
-        """Which route is taken for how many tokens."""
+        """The route for every number of tokens."""
         return self._plan
 
     @plan.setter
@@ -143,7 +146,7 @@ class MPOLinear(nn.Module):
         self.prepare()
 
     def prepare(self) -> None:
-        """Make what the plan keeps beside the stored tensors, and drop anything else."""
+        """Rebuild the tensors that the plan keeps in addition to the stored ones, and drop all others."""
         self._kept.clear()
         if self._plan.used & {"pivoted", "transposed", "padded"}:
             self._order(0)
@@ -156,16 +159,16 @@ class MPOLinear(nn.Module):
 
     @property
     def has_latent(self) -> bool:
-        """Whether χ of the outputs determine all others: pivoted low rank."""
+        """Whether χ of the outputs determine all others, which is the case for pivoted low rank."""
         return self._lowrank and self.legs.pivoted
 
     def latent(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Those of the outputs that determine all others, (…, out) to (…, χ); with `has_latent` only."""
+        """Selects the outputs that determine all others, (…, out) to (…, χ). Requires `has_latent`."""
         places: torch.Tensor = self.get_buffer("places_0")
         return outputs.index_select(-1, places.long())
 
     def outputs(self, latent: torch.Tensor) -> torch.Tensor:
-        """All outputs from what `latent` kept of them, (…, χ) to (…, out)."""
+        """Computes all outputs from those that `latent` selected, (…, χ) to (…, out). Requires `has_latent`."""
         bias = self._parameters["bias"]
         copied = latent if bias is None else latent - self.latent(bias)
         unordered = torch.cat((copied, functional.linear(copied, self._factors()[1])), dim=-1)
@@ -179,13 +182,13 @@ class MPOLinear(nn.Module):
 
     @property
     def cores(self) -> list[torch.Tensor]:
-        """The plain cores (left, out, in, right), computed where they are stored pivoted."""
+        """The plain cores (left, out, in, right); computed on every access if they are stored pivoted."""
         last = len(self._shapes) - 1
         return [self._core(number) for number in range(last)] + [getattr(self, f"core_{last}")]
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense matrix (out, in), computed; for code that reads a layer's weight."""
+        """The dense matrix (out, in), computed on every access; for code that reads the weight of a layer."""
         if not (self._lowrank and self.legs.pivoted):
             return contract(self.cores)
         last, tail = self._factors()
@@ -193,7 +196,7 @@ class MPOLinear(nn.Module):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the stored tensors and of all that is kept beside them."""
+        """Bytes of the stored tensors and of all tensors kept in addition."""
         values = [kept.value for kept in self._kept.values()]
         kept = [tensor for value in values for tensor in ([value] if isinstance(value, torch.Tensor) else value)]
         own = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers(), *kept)}
@@ -216,7 +219,7 @@ class MPOLinear(nn.Module):
         return any(parameters[name].requires_grad for name in self._stored if name in parameters)
 
     def _core(self, number: int) -> torch.Tensor:
-        """Core `number`, not the last one, as a plain tensor."""
+        """Returns core `number`, which must not be the last one, as a plain tensor."""
         if not self.legs.pivoted:
             core: torch.Tensor = getattr(self, f"core_{number}")
             return core
@@ -227,12 +230,12 @@ class MPOLinear(nn.Module):
         return self._keep("merged", self._stored, lambda: self.weight.contiguous())
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """B and T of `pivoted_product`."""
+        """Returns B and T of `pivoted_product`."""
         parameters: Any = self._parameters
         return parameters["core_1"].view(self.chi, self.in_features), parameters["tail_0"]
 
     def _padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same with zeros that round χ up."""
+        """Returns B and T of `pivoted_product`, with zeros that round χ up to a multiple of 16."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
             last, tail = self._factors()
@@ -247,12 +250,12 @@ class MPOLinear(nn.Module):
         return [*inner, getattr(self, f"core_{last}")]
 
     def _order(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each row of core `number`'s left unfolding is, see `row_order`."""
+        """Returns the positions of the rows of core `number`'s left unfolding, see `row_order`."""
         name = f"places_{number}"
         return self._keep(name, (name,), lambda: row_order(getattr(self, name), prod(self._shapes[number][:3])))
 
     def _keep(self, name: str, stored: Sequence[str], make: Callable[[], _Value]) -> _Value:
-        """What `make` derives from the stored tensors of these names, kept until one of them changes."""
+        """Returns the result of `make`, which uses the named stored tensors; keeps it until one of them changes."""
         kept = self._kept.get(name)
         if torch.compiler.is_compiling():
             if any(getattr(self, key).requires_grad for key in stored):
@@ -264,10 +267,10 @@ class MPOLinear(nn.Module):
             return value
         self._kept.pop(name, None)
         tensors: list[torch.Tensor] = [getattr(self, key) for key in stored]
-        # An inference tensor does not count what is written to it.
+        # An inference tensor has no version counter, so writes to it would go unnoticed.
         if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
             return make()
-        # Outside inference mode even if called from within: what is kept may serve a call that needs gradients.
+        # Leave inference mode if called from within it: the value may later serve a call that needs gradients.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
         parameters: dict[str, Any] = self._parameters
@@ -285,7 +288,7 @@ def _prepare_after_loading(module: nn.Module, incompatible_keys: object) -> None
 
 
 def _stored_form(core: PivotedCore) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of the identity's rows (χ,) int32, and the tail with its rows in ascending order of their places."""
+    """Returns the row indices of the identity, (χ,) int32, and the tail with its rows in ascending order of index."""
     chi = core.shape[3]
     origin = core.order.argsort()
     return origin[:chi].to(torch.int32), core.tail[origin[chi:].argsort()]

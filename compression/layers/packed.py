@@ -1,7 +1,7 @@
-"""Packed modules: a linear layer, an embedding and an `MPOLinear` whose numbers are kept as group-wise integers.
+"""Defines packed modules: a linear layer, an embedding and an `MPOLinear` that store group-wise integers.
 
-Know tensors and modules. The integers stay packed in memory and are turned into numbers when used, in the type that the
-rest of the model computes in; nothing is kept beside them.
+Knows tensors and modules; does not know how numbers are rounded. The integers stay packed in memory and are unpacked on
+every use, in the type in which the rest of the model computes; no unpacked copy is kept.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["PackedEmbedding", "PackedLinear", "PackedMPO", "PackedMatrix"]
 
 
 class PackedMatrix(nn.Module):
-    """A (rows, columns) matrix of integers.
+    """Holds a (rows, columns) matrix as packed integers.
 
-    Scales are kept as the bits of float16 in int16, so that casting a model to another type leaves them as they are.
+    The bits of the float16 scales are stored as int16, so casting a model to another type does not change them.
     """
 
     codes: torch.Tensor
@@ -37,28 +37,29 @@ class PackedMatrix(nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=codes.codes.device), persistent=False)
 
     def matrix(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """(rows, columns) in a type, by default the model's."""
+        """Returns the matrix (rows, columns) in `dtype`, by default the type of the model."""
         scales = self.scales.view(torch.float16).to(self.like.dtype if dtype is None else dtype)
         return dequantize(self.codes, scales, self.columns, self.bits, self.group)
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        """(…, columns): some rows."""
+        """Returns the rows with the given numbers (…), (…, columns)."""
         scales = self.scales[numbers].view(torch.float16).to(self.like.dtype)
         return dequantize(self.codes[numbers], scales, self.columns, self.bits, self.group)
 
 
 class PackedLinear(nn.Module):
-    """y = W x + b with packed W.
+    """Computes y = W x + b with packed W.
 
     Args:
-        matrix: W (out, in); or the embedding whose matrix it shares, named `tied`, which is then kept there only.
+        matrix: W (out, in).
         bias: (out,) or None.
+        tied: name of the embedding that W belongs to; this layer then does not store W itself. Empty if not shared.
     """
 
     def __init__(self, matrix: PackedMatrix, bias: torch.Tensor | None = None, tied: str = "") -> None:
         super().__init__()
         self.tied = tied
-        self._shared = [matrix] if tied else []  # in a list: not a module of this one, hence not twice among tensors
+        self._shared = [matrix] if tied else []  # in a list, so it is no submodule and its tensors are not listed twice
         if not tied:
             self.packed = matrix
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -66,21 +67,21 @@ class PackedLinear(nn.Module):
 
     @property
     def stored(self) -> PackedMatrix:
-        """Where W is kept."""
+        """The packed matrix W."""
         return self._shared[0] if self.tied else self.packed
 
     @property
     def weight(self) -> torch.Tensor:
-        """W (out, in), computed."""
+        """W (out, in), unpacked on every access."""
         return self.stored.matrix()
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        """(…, in) to (…, out)."""
+        """Maps (…, in) to (…, out)."""
         return functional.linear(activations, self.stored.matrix(activations.dtype), self._parameters["bias"])
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a packed matrix by number."""
+    """Looks up rows of a packed matrix by number."""
 
     def __init__(self, matrix: PackedMatrix) -> None:
         super().__init__()
@@ -88,20 +89,22 @@ class PackedEmbedding(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The table, computed."""
+        """The table (rows, columns), unpacked on every access."""
         return self.packed.matrix()
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
-        """(…) integers to (…, columns)."""
+        """Maps integers (…) to rows (…, columns)."""
         return self.packed.rows(numbers)
 
 
 class PackedMPO(nn.Module):
-    """An `MPOLinear` whose cores are packed: each as the matrix of its last axis longer than one.
+    """Computes an `MPOLinear` with packed cores.
+
+    Each core is packed as a matrix whose columns are its last axis, or the one before if the last has length 1.
 
     Args:
-        layer: gives shapes and route; its numbers are not kept.
-        packed: by the name of each core or tail of `layer`.
+        layer: defines the shapes and the plan; moved to the meta device, so its values are not kept.
+        packed: packed cores and tails by their names in `layer`.
     """
 
     def __init__(self, layer: MPOLinear, packed: Mapping[str, PackedMatrix]) -> None:
@@ -113,13 +116,13 @@ class PackedMPO(nn.Module):
         for name in self._places:
             self.register_buffer(name, state[name])
         self.register_parameter("bias", layer._parameters["bias"])
-        self._layer = [layer.to(device="meta")]  # in a list: what it computes is wanted, not its tensors
+        self._layer = [layer.to(device="meta")]  # in a list, so it is no submodule and its tensors are not listed
         self.legs, self.bonds = layer.legs, layer.bonds
         self.out_features, self.in_features = layer.out_features, layer.in_features
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense matrix (out, in), computed."""
+        """The dense matrix (out, in), computed on every access."""
         first = next(iter(self.packed.values()))
         assert isinstance(first, PackedMatrix)
         columns = torch.eye(self.in_features, dtype=first.like.dtype, device=first.codes.device)
@@ -130,7 +133,7 @@ class PackedMPO(nn.Module):
         return result.T.contiguous()
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        """(…, in) to (…, out)."""
+        """Maps (…, in) to (…, out)."""
         tensors = {name: getattr(self, name) for name in self._places}
         for name, matrix in self.packed.items():
             assert isinstance(matrix, PackedMatrix)

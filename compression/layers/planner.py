@@ -1,7 +1,8 @@
-"""The planner: which route every MPO layer takes for how many tokens, from costs measured once per machine.
+"""Plans the route of every MPO layer for every number of tokens, from costs measured once per machine.
 
-Knows how to time a layer of given legs, χ, type and device, and a JSON file in which measured costs last; its caller
-says where. Weights are timed as a model meets them: not in the processor's cache, by going through many copies.
+Knows how to time a layer of given legs, χ, type and device, and how to store measured costs in a JSON file; does not
+know where that file lies, which the caller states. Timing cycles through many copies of the weights, so that they are
+not in the CPU cache, as in a real model.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from compression.storage.whole_files import replace_file
 __all__ = ["Planned", "Planner", "measured", "random_layer"]
 
 _FORMAT = 1
-_FREE = ("first", "last", "pivoted", "transposed", "rebuild")  # keep nothing: without one there is no plan for "memory"
+_FREE = ("first", "last", "pivoted", "transposed", "rebuild")  # routes that keep nothing; "memory" needs one of them
 _LARGEST_FILE = 1 << 24  # bytes
-_COLD = 1 << 26  # bytes of weights to go through so that none is in a cache when its turn comes
-_HOPELESS = 6.0  # routes estimated to cost more than this many times the best are not timed
-_SECONDS = 0.3  # spent on one layer and token count, about
+_COLD = 1 << 26  # bytes of weights to cycle through, so that none is in the CPU cache when it is used
+_HOPELESS = 6.0  # routes whose estimated cost exceeds the best one by this factor are not timed
+_SECONDS = 0.3  # approximate time spent on one layer and token count
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a planner did to a model.
+    """Summarizes the plans of a model's MPO layers.
 
     Attributes:
-        resident_bytes: of the MPO layers, what they keep beside the stored tensors included.
-        stored_bytes: of their stored tensors alone.
-        used: how many layers take each route for some token count.
+        resident_bytes: memory of the MPO layers in bytes, including what they keep besides the stored tensors.
+        stored_bytes: bytes of their stored tensors alone.
+        used: number of layers that take each route for some token count.
     """
 
     resident_bytes: int
@@ -56,18 +57,18 @@ class Planned:
 
 
 class Planner:
-    """Plans for MPO layers.
+    """Makes plans for MPO layers.
 
     Args:
-        optimize: "memory" keeps nothing resident but the stored tensors; "latency" also keeps merged or expanded
-            weights where a layer is faster with them, so that none is slower than dense.
-        file: JSON file of costs, made if missing; None measures anew in every process. A file that is torn, foreign or
-            not writable is not an error: it is replaced, or left.
+        optimize: "memory" keeps only the stored tensors in memory. "latency" also keeps merged or expanded weights if a
+            layer is faster with them, so no layer is slower than the dense one.
+        file: JSON file of costs, created if missing; None measures again in every process. A damaged file or one of
+            another format is replaced, and one that cannot be written is left as it is; neither is an error.
         tokens: token counts to plan for, at least one.
-        measure: whether to time what the file does not know; otherwise its cost is estimated.
+        measure: whether to measure costs that the file lacks; otherwise they are estimated.
 
     Raises:
-        ValueError: an unknown `optimize`, or no positive token counts.
+        ValueError: `optimize` is unknown, or `tokens` is empty or has a count below 1.
     """
 
     def __init__(
@@ -84,16 +85,17 @@ class Planner:
         self._costs: dict[str, dict[str, dict[Route, float]]] | None = None
 
     def plan(self, layer: MPOLinear) -> Plan:
-        """The plan for one layer, by the costs of a bond dimension like its own, see `_bucket`."""
+        """Returns the plan of one layer, from the costs of a representative χ close to its own (see `_bucket`)."""
         stored = layer.cores[-1]
         chi = _bucket(layer.legs, layer.chi)
         costs = {tokens: self._cost(layer.legs, chi, stored.dtype, stored.device, tokens) for tokens in self._tokens}
         return choose(costs, layer.legs, layer.chi, self._optimize)
 
     def share(self, legs: Legs, chi: int, dtype: torch.dtype, device: torch.device, tokens: int) -> float:
-        """Time of a layer by its best route over that of the dense matrix, both of the same measurement.
+        """Returns the time of a layer by its best route, divided by the time of the dense matrix.
 
-        That is one of a bond dimension like `chi`; estimates of both make up for the difference.
+        Both times come from one measurement at a representative χ close to `chi` (see `_bucket`); the ratio of the
+        estimates at the two χ corrects for the difference.
         """
         like = _bucket(legs, chi)
         costs, estimates = self._cost(legs, like, dtype, device, tokens), modelled(legs, like, tokens)
@@ -103,7 +105,7 @@ class Planner:
         return costs[best] / dense * modelled(legs, chi, tokens)[best] / estimates[best]
 
     def plan_(self, model: nn.Module) -> Planned:
-        """Give every MPO layer of a model its plan, and make what the plans keep."""
+        """Set the plan of every MPO layer of a model, and build the tensors that the plans keep."""
         resident, stored, used = 0, 0, Counter[Route]()
         for layer in model.modules():
             if isinstance(layer, MPOLinear):
@@ -134,9 +136,10 @@ class Planner:
 def measured(
     legs: Legs, chi: int, dtype: torch.dtype, device: torch.device, tokens: int, seconds: float = _SECONDS
 ) -> dict[Route, float]:
-    """Median seconds of a call by every route worth timing, taken in turns; about `seconds` are spent.
+    """Measures the median seconds of a call by every promising route, in turns, for about `seconds` in total.
 
-    Of the routes that keep nothing beside what is stored the best one always is.
+    The measured routes always include the one with the lowest estimate among those that keep nothing in addition to the
+    stored tensors.
     """
     estimates = modelled(legs, chi, tokens)
     limit = _HOPELESS * min(estimates.values())
@@ -164,7 +167,7 @@ def measured(
 
 
 def random_layer(legs: Legs, chi: int, dtype: torch.dtype, device: torch.device) -> MPOLinear:
-    """A layer whose numbers mean nothing, for timing: outputs are of the size of the inputs."""
+    """Returns a layer with random numbers for timing, scaled so that outputs are about as large as inputs."""
     cores: list[torch.Tensor | PivotedCore] = []
     for number, (left, right) in enumerate(pairwise(legs.bonds(chi))):
         out_leg, in_leg = legs.out_legs[number], legs.in_legs[number]
@@ -179,7 +182,7 @@ def random_layer(legs: Legs, chi: int, dtype: torch.dtype, device: torch.device)
 
 
 def _bucket(legs: Legs, chi: int) -> int:
-    """The χ that stands for this one in measurements: near a sixteenth of the full one, and aligned like it or not."""
+    """Returns the χ that represents `chi` in measurements: near a multiple of full χ / 16, and aligned like `chi`."""
     full = max(legs.full_bonds)
     near = round(round(16 * chi / full) * full / 16)
     if padded(chi) == chi:
@@ -194,7 +197,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _machine(device: torch.device) -> str:
-    """Version of torch and name of the processor that computes."""
+    """Returns the version of torch and the name of the CPU or GPU."""
     if device.type == "cuda":
         return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
@@ -205,7 +208,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _read(file: Path | None) -> dict[str, dict[str, dict[Route, float]]]:
-    """The costs in a file; nothing if it is missing, torn, too large, or not of this format."""
+    """Returns the costs in a file; nothing if it is missing, damaged, too large, or of another format."""
     try:
         if file is None or file.stat().st_size > _LARGEST_FILE:
             return {}
@@ -234,12 +237,12 @@ def _valid(costs: object) -> bool:
 
 
 def _write(file: Path | None, costs: Mapping[str, Mapping[str, Mapping[Route, float]]]) -> None:
-    """Add costs to a file, which appears whole or not at all; what other processes wrote meanwhile is kept."""
+    """Add costs to a file atomically; costs that other processes wrote in the meantime are kept."""
     if file is None:
         return
     merged = _read(file)
     for machine, entries in costs.items():
         merged.setdefault(machine, {}).update({key: dict(value) for key, value in entries.items()})
-    # A cache that cannot be kept costs time, not correctness.
+    # A cache that cannot be written costs time, not correctness.
     with suppress(OSError):
         replace_file(file, json.dumps({"format": _FORMAT, "seconds": merged}, indent=1))

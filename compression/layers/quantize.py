@@ -1,6 +1,6 @@
-"""Quantizing a model in place: its compressed layers, dense matrices, embeddings and head become packed integers.
+"""Quantizes a model in place: compressed layers, dense matrices, embeddings and head become packed integers.
 
-Knows the module tree and the moments of its inputs; which module gets how many bits is its caller's choice.
+Knows the module tree and the moments of the inputs; does not choose the bits of a module, which the caller does.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ def quantize_(
     group: int = GROUP,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Pack modules of `model` in place; a matrix that a linear layer shares with an embedding is stored once.
+    """Quantize modules of `model` in place. A matrix that a linear layer shares with an embedding is stored once.
 
     Args:
-        bits: 8 or 4 by the names of linear layers, `MPOLinear`s and embeddings.
-        moment: C (in, in) of what reaches a module, by its name; None where it is not known.
+        model: changed in place.
+        bits: bits per number, 8 or 4, by the name of a linear layer, `MPOLinear` or embedding.
+        moment: returns the input moment C (in, in) of a module by name, or None if it is not known.
         group: see `compression.numerics.group_integers.quantize`.
         progress: called with the number of modules done.
 
     Raises:
-        ValueError: a name of another kind of module, or as `compression.numerics.group_integers.quantize`.
+        ValueError: a name belongs to another kind of module, or `compression.numerics.group_integers.quantize` rejects
+            a value.
     """
     tables: dict[int, tuple[str, PackedMatrix]] = {}
     modules = {name: model.get_submodule(name) for name in bits}
@@ -61,13 +63,13 @@ def quantize_(
 
 @torch.no_grad()
 def packed(module: nn.Module, bits: int, group: int, moment: torch.Tensor | None) -> nn.Module:
-    """The packed module that stands for one.
+    """Returns the packed form of a module.
 
-    Of a `pivoted-lowrank` layer the last core is rounded first and the tail solved anew for what it has become, so that
-    the tail makes up for it; cores of other topologies are rounded one by one.
+    For a `pivoted-lowrank` layer with a known moment, the last core is rounded first; then the tail is solved again
+    with the rounded core, so it compensates for the rounding. Cores of other topologies are rounded independently.
 
     Raises:
-        ValueError: another kind of module, or as `compression.numerics.group_integers.quantize`.
+        ValueError: the module is of another kind, or `compression.numerics.group_integers.quantize` rejects a value.
     """
     if isinstance(module, nn.Embedding):
         return PackedEmbedding(_matrix(module.weight, bits, group, None, module.weight.dtype))
@@ -96,7 +98,7 @@ def _cores(layer: MPOLinear, bits: int, group: int, moment: torch.Tensor | None)
 def _matrix(
     values: torch.Tensor, bits: int, group: int, moment: torch.Tensor | None, dtype: torch.dtype
 ) -> PackedMatrix:
-    """A tensor as the matrix of its last axis longer than one, the others being rows."""
+    """Quantizes a tensor as a matrix. Its columns are the last axis, or the one before if the last has length 1."""
     flat = values.squeeze(-1) if values.ndim > 2 and values.shape[-1] == 1 else values
     flat = flat.reshape(-1, flat.shape[-1])
     return PackedMatrix(quantize(flat, bits, group, moment), flat.shape[1], bits, group, dtype)

@@ -1,6 +1,6 @@
-"""Layers from stored tensors: what a schedule says about a site and a state dict, made a module again.
+"""Rebuilds the layer of a site from its choice in a schedule and its state dict.
 
-Knows tensors and modules; no file.
+Knows tensors and modules; does not know files.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["rebuilt"]
 
 
 def rebuilt(choice: Choice, out_features: int, in_features: int, state: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The layer of a site whose `state_dict` was `state`, without gradients.
+    """Returns the layer of a site whose `state_dict` was `state`, without gradients.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of another shape than the choice says.
+        ValueError: a tensor is missing, unknown, or of another shape than the choice requires.
     """
     bias = state.get("bias")
     layer: nn.Module

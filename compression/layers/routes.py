@@ -1,15 +1,16 @@
-"""Routes: the equal ways to compute y = Ŵ x from MPO cores, which fit a layer, and estimates of what they cost.
+"""Lists the routes, the equivalent ways to compute y = Ŵ x from MPO cores, and estimates their costs.
 
-Integers in, names and seconds out; knows neither tensors nor devices. Measured costs are the business of
-`compression.layers.planner`.
+Knows integers only: shapes, bonds and token counts. Does not know tensors or devices; `compression.layers.planner`
+measures costs.
 
-    first, last   the cores are contracted with the activations, from the first core on or from the last one back
-    pivoted       `pivoted-lowrank` only: identity rows are copied, the others computed, and the outputs put in order
-    transposed    the same on transposed activations, so that whole rows are put in order
-    padded        as pivoted, with copies of the factors kept whose χ is rounded up to 16 by zeros: aligned rows
-    rebuild       Ŵ is formed for this call, then multiplied
-    expanded-*    as first or last, with the pivoted cores kept beside their stored form as plain cores
-    merged        Ŵ is formed once and kept
+    first, last   contract the cores with the activations, from the first core on or from the last one back
+    pivoted       `pivoted-lowrank` only: copy the identity rows, compute the others, and permute the outputs
+    transposed    as pivoted, on transposed activations, so that the permutation moves whole rows
+    padded        as pivoted, with kept copies of the factors whose χ is padded with zeros to a multiple of 16, so that
+                  rows are aligned
+    rebuild       form Ŵ for this call, then multiply
+    expanded-*    as first or last, with plain cores kept in addition to the stored pivoted cores
+    merged        form Ŵ once and keep it
 """
 
 from __future__ import annotations
@@ -48,29 +49,28 @@ _PLAIN: tuple[Route, ...] = ("first", "last", "rebuild", "merged")
 
 OPTIMIZE: tuple[str, ...] = get_args(Optimize)
 TOKENS = (1, 8, 64, 512)
-"""Token counts that plans are made for; every other count follows the one nearest to it in ratio."""
+"""Token counts for which plans are made. Every other count uses the route of the count nearest to it in ratio."""
 
-_WORTH = (
-    0.98  # a route that keeps more than the stored parameters must cost at most this share of the best that does not
-)
-# A few years old server core: seconds per operation, multiply-add, weight read, and activation moved.
+# A route that keeps more than the stored parameters must cost at most this fraction of the best one that does not.
+_WORTH = 0.98
+# Seconds per operation, multiply-add, weight read and activation moved, on a server core that is a few years old.
 _OPERATION, _MULTIPLY_ADD, _WEIGHT, _MOVE = 4e-6, 2e-11, 2e-10, 5e-10
-# Tokens for which products with one output after the other in memory are faster, and what share of the time they take.
+# Token counts for which transposed products are faster, and the fraction of the time that they take.
 _MIDDLING, _TRANSPOSED = range(16, 256), 0.85
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which route a layer takes for how many tokens.
+    """States the route of a layer for every number of tokens.
 
     Attributes:
-        steps: (tokens, route) ascending: the route for at most that many tokens; the last one has no upper end.
+        steps: pairs (tokens, route), ascending: the route for at most that many tokens. The last route has no limit.
     """
 
     steps: tuple[tuple[int, Route], ...]
 
     def route(self, tokens: int) -> Route:
-        """The route for a call with this many tokens, of all sequences together."""
+        """Returns the route of a call with this many tokens, summed over all sequences."""
         for limit, route in self.steps[:-1]:
             if tokens <= limit:
                 return route
@@ -78,19 +78,22 @@ class Plan:
 
     @property
     def used(self) -> frozenset[Route]:
-        """Every route that some token count takes."""
+        """All routes that some number of tokens takes."""
         return frozenset(route for _, route in self.steps)
 
 
 def routes(legs: Legs) -> tuple[Route, ...]:
-    """The routes that fit a topology. From the first core on, `lowrank` would only spread its input: not among them."""
+    """Returns the routes that a topology can take.
+
+    For `lowrank` this excludes contraction from the first core on, which would only enlarge the intermediate result.
+    """
     if is_lowrank(legs):
         return ("pivoted", "transposed", "padded", "rebuild", "expanded-last", "merged") if legs.pivoted else _PLAIN[1:]
     return ("first", "last", "rebuild", "expanded-first", "expanded-last", "merged") if legs.pivoted else _PLAIN
 
 
 def extra_entries(legs: Legs, chi: int, route: Route) -> int:
-    """Entries kept beside the stored parameters for a route."""
+    """Returns the number of entries that a route keeps in addition to the stored parameters."""
     if route == "merged":
         return legs.dense_parameters
     if route == "padded":
@@ -103,10 +106,10 @@ def extra_entries(legs: Legs, chi: int, route: Route) -> int:
 
 
 def choose(costs: Mapping[int, Mapping[Route, float]], legs: Legs, chi: int, optimize: Optimize) -> Plan:
-    """The cheapest route for each token count, from seconds per token count and route.
+    """Returns the plan with the cheapest route for each token count, from seconds per token count and route.
 
-    "memory" takes only routes that keep nothing beside the stored parameters. "latency" takes the others too where they
-    cost at most 0.98 of the best of those.
+    "memory" uses only routes that keep nothing in addition to the stored parameters. "latency" also uses the other
+    routes, if they cost at most 0.98 times the best of the former.
     """
     steps: list[tuple[int, Route]] = []
     for tokens, seconds in sorted(costs.items()):
@@ -121,11 +124,12 @@ def choose(costs: Mapping[int, Mapping[Route, float]], legs: Legs, chi: int, opt
 
 
 def in_training(legs: Legs, chi: int, tokens: int, gpu: bool) -> Route | None:
-    """The route that gradients ask for whatever the plan says, None if the plan's.
+    """Returns the route to use in training instead of the plan's, or None to follow the plan.
 
-    Where χ is small a pivoted low rank is trained through plain cores: χ² multiply-adds more a token, but no activation
-    is put in order, neither forwards nor backwards. A GPU forms the matrix where more tokens than χ share it: its
-    products are limited by traffic, and one with the matrix reads and writes fewer activations than two with factors.
+    On a CPU, a pivoted low-rank layer with small χ is trained through plain cores: this takes χ² more multiply-adds per
+    token, but permutes no activations in the forward and backward pass. On a GPU, the matrix is formed if there are
+    more tokens than χ: products are limited by memory traffic, and one product with the matrix reads and writes fewer
+    activations than two products with factors.
     """
     if gpu:
         return "rebuild" if tokens > chi else None
@@ -135,14 +139,14 @@ def in_training(legs: Legs, chi: int, tokens: int, gpu: bool) -> Route | None:
 
 @cache
 def modelled(legs: Legs, chi: int, tokens: int) -> Mapping[Route, float]:
-    """Estimated seconds of every route: operations, multiply-adds, weights read and activations moved, each at a fixed
-    price of a server core. Good enough to tell routes apart that differ several times; never more precise than that."""
+    """Estimates the seconds of every route from its operations, multiply-adds, weights read and activations moved, each
+    at a fixed price of a server core. The estimates only distinguish routes whose costs differ by several times."""
     return {route: _seconds(legs, chi, tokens, route) for route in routes(legs)}
 
 
 @cache
 def default_plan(legs: Legs, chi: int) -> Plan:
-    """What a layer does of which nothing was measured: the plan of "memory" by estimated costs."""
+    """Returns the plan of a layer without measured costs: the plan for "memory" by estimated costs."""
     return choose({tokens: modelled(legs, chi, tokens) for tokens in TOKENS}, legs, chi, "memory")
 
 
@@ -171,7 +175,7 @@ def _price(operations: int, multiply_adds: int, weights: int, moved: int) -> flo
 
 
 def _states(legs: Legs, chi: int, last_first: bool) -> list[int]:
-    """Entries per token of every intermediate result."""
+    """Returns the number of entries per token of every intermediate result."""
     bonds, count = legs.bonds(chi), len(legs.out_legs)
     sizes = []
     done, rest = 1, 1
@@ -185,5 +189,5 @@ def _states(legs: Legs, chi: int, last_first: bool) -> list[int]:
 
 
 def is_lowrank(legs: Legs) -> bool:
-    """Whether the left of two cores has all output legs and the right one all input legs."""
+    """Whether there are two cores, the left one with all output legs and the right one with all input legs."""
     return len(legs.out_legs) == 2 and legs.in_legs[0] == 1 and legs.out_legs[1] == 1

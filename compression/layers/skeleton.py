@@ -1,7 +1,7 @@
-"""Skeletons: what stands in the place of a model's dense matrices, as plain values, and such modules without weights.
+"""Describes the compressed modules of a model as plain values, and creates such modules without weights.
 
-Knows torch modules only. A folder of weights says by these values what its tensors belong to; what reads it puts the
-modules in place, on the meta device, before the tensors come.
+Knows torch modules only. A folder of weights stores these descriptions with its tensors. Its reader first puts the
+described modules into a model, on the meta device, and then loads the tensors.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from compression.sites import dense_weight
 __all__ = ["LARGEST", "describe", "empty_mpo", "put_skeleton_"]
 
 LARGEST = 1 << 20
-"""No bond and no size of a part may be larger."""
+"""Largest allowed bond, part size or group size in a description."""
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every compressed module of `model` by qualified name, those that hold others first.
+    """Returns a description of every compressed module of `model` by qualified name, containers before their parts.
 
     Returns:
-        For an `MPOLinear` {"kind": "mpo", "topology": see `compression.numerics.legs.leg_name`, "bonds": inner ones,
-        "bias"}; for a `HeadLinear` {"kind": "heads", "size", "along_output"}, its parts having names of their own;
-        for packed modules {"kind": "packed-mpo", "packed-linear" or "packed-embedding", "bits", "group"} with what the
-        plain ones have, and of a linear layer "tied": the embedding that holds its matrix, or an empty text.
+        * For an `MPOLinear`: {"kind": "mpo", "topology": see `compression.numerics.legs.leg_name`, "bonds": inner
+          bonds, "bias": whether it has one}.
+        * For a `HeadLinear`: {"kind": "heads", "size", "along_output"}. Its parts have their own descriptions.
+        * For packed modules: {"kind": "packed-mpo", "packed-linear" or "packed-embedding", "bits", "group"} and, for an
+          MPO, "topology", "bonds" and "bias". A packed linear layer has "bias" and "tied": the name of the embedding
+          that holds its matrix, or "".
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -58,10 +60,11 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put modules as described, without values, in the place of the dense ones of `model`.
+    """Replace dense modules of `model` by the described ones, without values.
 
     Raises:
-        ValueError: a description that is not as `describe` makes them, or does not fit the module at its name.
+        ValueError: a description does not have the form that `describe` returns, or does not fit the module of its
+            name.
     """
     makers: Mapping[str, Callable[..., nn.Module]] = {
         "mpo": _mpo,
@@ -70,7 +73,7 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
         "packed-linear": _packed_linear,
         "packed-embedding": _packed_embedding,
     }
-    # Parts after the whole, and who shares a matrix after who holds it.
+    # Containers before their parts, and layers that share a matrix after the embedding that holds it.
     for name in sorted(descriptions, key=lambda name: (bool(_get(descriptions[name], "tied")), name)):
         description = descriptions[name]
         try:
@@ -89,26 +92,26 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             else:
                 model.set_submodule(name, makers[kind](dense, shape, description))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise Refusal(f"compressed module {name}: {error} does not fit a matrix {shape}") from None
+            raise Refusal(f"compressed module {name} does not fit a matrix {shape}: {error}") from None
 
 
 def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> MPOLinear:
     legs, bonds = resolve(description["topology"], *shape), description["bonds"]
     inner = len(legs.out_legs) - 1
     if not isinstance(bonds, list) or len(bonds) != inner or not all(_is_size(bond) for bond in bonds):
-        raise Refusal(f"{inner} bonds of 1 to {LARGEST} are needed, and {bonds!r}")
+        raise Refusal(f"bonds must be {inner} integers of 1 to {LARGEST}, got {bonds!r}")
     return empty_mpo(legs, bonds, _empty_bias(description["bias"], shape[0], dense), dense_weight(dense).dtype)
 
 
 def empty_mpo(legs: Legs, bonds: Sequence[int], bias: torch.Tensor | None, dtype: torch.dtype) -> MPOLinear:
-    """A layer on the meta device with these inner bonds; raises ValueError for one that its core has no rows for."""
+    """Returns a layer on the meta device with these inner bonds; raises ValueError for a bond larger than needed."""
     cores: list[torch.Tensor | PivotedCore] = []
     for number, (left, right) in enumerate(pairwise([1, *bonds, 1])):
         core_shape = (left, legs.out_legs[number], legs.in_legs[number], right)
         rows = prod(core_shape[:3])
         if legs.pivoted and number < len(bonds):
             if rows < right:
-                raise Refusal(f"bond {right}")
+                raise Refusal(f"the bond after core {number} must be at most {rows}, got {right}")
             tail = torch.empty(rows - right, right, device="meta", dtype=dtype)
             cores.append(PivotedCore(tail, torch.empty(rows, device="meta", dtype=torch.int64), core_shape))
         else:
@@ -120,7 +123,7 @@ def _heads(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, A
     size, along_output = description["size"], description["along_output"]
     side = shape[0] if along_output is True else shape[1]
     if not _is_size(size) or type(along_output) is not bool or side % size:
-        raise Refusal(f"size {size!r}, along_output {along_output!r}")
+        raise Refusal(f"size must divide {side} and along_output be true or false, got {size!r} and {along_output!r}")
     bias = _empty_bias(getattr(dense, "bias", None) is not None, shape[0], dense)
     return HeadLinear(torch.empty(shape, device="meta", dtype=dense_weight(dense).dtype), bias, size, along_output)
 
@@ -143,7 +146,7 @@ def _packed_linear(dense: nn.Module, shape: tuple[int, ...], description: Mappin
 
 def _tied(dense: nn.Module, holder: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedLinear:
     if not isinstance(holder, PackedEmbedding) or holder.packed.columns != shape[1]:
-        raise Refusal(f"the matrix of {description['tied']}")
+        raise Refusal(f"tied must name a packed embedding with {shape[1]} columns, got {description['tied']!r}")
     return PackedLinear(holder.packed, _empty_bias(description["bias"], shape[0], dense), description["tied"])
 
 
@@ -155,7 +158,7 @@ def _packed_embedding(dense: nn.Module, shape: tuple[int, ...], description: Map
 def _empty_packed(rows: int, columns: int, dtype: torch.dtype, description: Mapping[str, Any]) -> PackedMatrix:
     bits, group = description["bits"], description["group"]
     if bits not in BITS or not _is_size(group):
-        raise Refusal(f"bits {bits!r} and group {group!r}")
+        raise Refusal(f"bits must be 8 or 4 and group 1 to {LARGEST}, got {bits!r} and {group!r}")
     codes = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8, device="meta")
     scales = torch.empty(rows, -(-columns // group), dtype=torch.float16, device="meta")
     return PackedMatrix(Codes(codes, scales), columns, bits, group, dtype)

@@ -51,4 +51,4 @@ def system_errors(place: Path) -> Iterator[None]:
         if told is None or isinstance(error, OSError):
             raise
         code = int(told[1])
-        raise OSError(code, f"{os.strerror(code)}, as {place} was written") from error
+        raise OSError(code, f"{os.strerror(code)} while {place} was written") from error

@@ -1,4 +1,4 @@
-"""Commands: one module for each, with `run(words) -> exit code`; `search.cli` imports the one it runs."""
+"""The commands, one module each with `run(words) -> exit code`. `search.cli` imports the one that it runs."""
 
 __all__ = ["COMMANDS"]
 
@@ -20,4 +20,4 @@ COMMANDS = (
     "report",
     "resume",
 )
-"""Names of the modules in `search.commands`; the first is meant where none is named."""
+"""Names of the modules in `search.commands`. The first one runs if no command is named."""

@@ -1,4 +1,4 @@
-"""`search.py apply`: a prior on a model, the one it was made for or another."""
+"""`search.py apply`: apply a prior to the model it was made for, or to another one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from search.runtime.console import Console
 __all__ = ["run"]
 
 _ABOUT = """\
-Apply a compression prior to a model. On the model it was made for its schedule is taken as it stands; to another model
-it is transferred by kind of matrix and relative depth, and projected onto the budget. Writes prior.json, schedule.json
-and a table of what the schedule costs, measured on held-out data."""
+Apply a compression prior to a model. On the model that it was made for, its schedule is used unchanged. For another
+model it is transferred by family of matrix and relative depth, and then scaled to the parameter budget. Writes
+prior.json, schedule.json and a table of what the schedule costs on held-out text."""
 
 _EXAMPLES = """\
 examples:
@@ -28,7 +28,7 @@ examples:
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     shown = Console(quiet=given.pop("quiet"))
     clamp, measure = given.pop("clamp"), not given.pop("no_measure")
@@ -71,21 +71,21 @@ def _parser() -> argparse.ArgumentParser:
         "--clamp",
         action="store_true",
         default=False,
-        help="Lower a χ above the largest that saves parameters, instead of refusing.",
+        help="Lower every χ that saves no parameters to the largest that does, instead of refusing the prior.",
     )
     own.add_argument(
         "--transfer",
         choices=("price", "chi"),
-        help="To another model: price keeps how far the prior departs from its closed form, chi its relative χ. "
-        "Default: price where the prior says it.",
+        help="How to transfer to another model: price keeps how far each matrix departs from the closed form, chi "
+        "keeps its relative χ. Default: price if the prior has it, else chi.",
     )
     own.add_argument(
-        "--no-measure", action="store_true", default=False, help="Write the schedule without measuring what it costs."
+        "--no-measure", action="store_true", default=False, help="Write the schedule without measuring its cost."
     )
     own.add_argument(
         "--profile",
         metavar="DIR",
-        help="A sweep over this model, whose measured traces go into the new prior.",
+        help="Folder of a sweep (profile) of this model; its measured sensitivity goes into the new prior.",
     )
     ignored = (name for name in IGNORED if name not in ("target_kept", "prior"))
     add_fields(parser, without=(*ignored, *EVALUATORS, "resume"))

@@ -1,4 +1,4 @@
-"""`search.py benchmark`: stock lm-eval tasks on one or several models."""
+"""`search.py benchmark`: measure one or several models on stock lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from search.runtime.console import Console
 __all__ = ["run"]
 
 _INTRODUCTION = """\
-Measure models on the usual benchmarks, with lm-eval's own prompts and metrics and our own forward passes. Models are
-run folders (dense, uniform and searched schedules), priors, model folders, hub ids, or default. The tasks' requests are
-built once for all of them, and every model is compared with the first, item by item. What is known is not measured
-again, so a run that was stopped goes on when it is started again with the same --out. Items that a search used are
-never among those measured."""
+Measure models on standard benchmarks with lm-eval's prompts and metrics. A model is a run folder (its dense, uniform
+and searched models are measured), a prior, a model folder, a hub id, or default. Every model is compared with the first
+one, item by item. Finished measurements are reused: an interrupted benchmark continues if it is started again with the
+same --out. Items that a search used are left out."""
 
 _EXAMPLES = """\
 tasks:
-  mmlu hellaswag boolq triviaqa gsm8k                               paper, what papers report
-  arc_easy arc_challenge piqa sciq winogrande mmlu_answer           small, what says something about small models
-  all                                                               both
-  TriviaQA is the 7,993 questions on Wikipedia; ARC and SciQ are the validation sets; GSM8K is lm-eval's gsm8k_cot with
-  its eight examples; mmlu_answer is MMLU scored by the answers' texts; everything else has no examples.
+  mmlu hellaswag boolq triviaqa gsm8k                               paper: the tasks that papers report
+  arc_easy arc_challenge piqa sciq winogrande mmlu_answer           small: tasks where small models score above chance
+  all                                                               all tasks of both groups
+  TriviaQA uses its 7,993 Wikipedia questions, ARC and SciQ their validation sets, and GSM8K is lm-eval's gsm8k_cot with
+  eight examples; mmlu_answer scores MMLU by the text of the answers. All other tasks are zero-shot.
 
 examples:
-  python search.py benchmark results/RUN                            a finished run: dense, uniform, searched, repaired
+  python search.py benchmark results/RUN                            the models of a finished run
   python search.py benchmark default ./my-llama --tasks small       two models
-  python search.py benchmark results/RUN --tasks paper --full       the five sets of papers, whole
-  python search.py benchmark prior.json --samples 50 --out DIR      a prior, 50 items a task
+  python search.py benchmark results/RUN --tasks paper --full       all items of the five tasks that papers report
+  python search.py benchmark prior.json --samples 50 --out DIR      a prior, on 50 items per task
 
-exit codes: 0 done, 2 refused (input, data or device that is not there), 4 a model gave no numbers, 130 interrupted"""
+exit codes: 0 done, 1 a fault of Chisel, 2 refused (bad input, or data or a device is missing), 4 a model gave NaN or
+infinite logits, 130 interrupted"""
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     shown = Console(quiet=given["quiet"])
     try:
@@ -63,7 +63,7 @@ def run(words: list[str]) -> int:
     print(json_text(result.document()) if given["json"] else f"\n{result.text()}\n{result.folder}")
     if result.nonfinite:
         complain(
-            f"finished, but {result.nonfinite} of {len(result.outcomes)} outcomes have no numbers: logits not finite"
+            f"finished, but {result.nonfinite} of {len(result.outcomes)} outcomes have no score: NaN or infinite logits"
         )
     return FAILURES if result.nonfinite else DONE
 
@@ -84,23 +84,33 @@ def _parser() -> argparse.ArgumentParser:
         usage="python search.py benchmark MODEL… [FLAGS]",
     )
     parser.add_argument(
-        "models", metavar="MODEL", nargs="*", help="Run folder, prior, model folder, hub id or default."
+        "models", metavar="MODEL", nargs="*", help="Run folder, prior, model folder, hub id, or default."
     )
     for flag, metavar, default, about in (
-        ("--tasks", "LIST", "all", "Tasks and groups with commas between."),
-        ("--samples", "N", "200", "Items of a task, by subject in proportion."),
-        ("--schedules", "LIST", "dense,uniform,searched,repaired", "Of a run: these, or lagrangian."),
-        ("--source", "NAME", "auto", "Where items come from: packages (pinned by hash), hub, or auto, in this order."),
-        ("--seed", "N", "0", "Of the sample."),
-        ("--device", "DEVICE", "auto", "auto, cpu, cuda or cuda:N."),
+        ("--tasks", "LIST", "all", "Comma-separated tasks and groups."),
+        ("--samples", "N", "200", "Items per task, sampled in proportion to its subjects."),
+        (
+            "--schedules",
+            "LIST",
+            "dense,uniform,searched,repaired",
+            "Models of a run to measure; lagrangian and healed are possible too.",
+        ),
+        (
+            "--source",
+            "NAME",
+            "auto",
+            "Source of the items: packages (pinned by hash), hub, or auto, which tries them in this order.",
+        ),
+        ("--seed", "N", "0", "Seed of the sample of items."),
+        ("--device", "DEVICE", "auto", "Device of the models: auto, cpu, cuda or cuda:N."),
     ):
         parser.add_argument(flag, metavar=metavar, default=default, help=f"{about} Default: %(default)s.")
-    parser.add_argument("--threads", metavar="N", help="Processor threads to use; left out, all.")
-    parser.add_argument("--out", metavar="DIR", help="Folder of the results; left out, that of the run, or a new one.")
+    parser.add_argument("--threads", metavar="N", help="CPU threads to use. Default: all.")
+    parser.add_argument("--out", metavar="DIR", help="Folder for the results. Default: the run folder, or a new one.")
     for flag, about in (
-        ("--full", "All items of every task."),
+        ("--full", "Measure all items of every task."),
         ("--json", "Print the result as JSON instead of tables."),
-        ("--quiet", "No progress; only the result and errors."),
+        ("--quiet", "Show no progress, only the result and errors."),
     ):
         parser.add_argument(flag, action="store_true", help=about)
     return parser

@@ -1,4 +1,4 @@
-"""`search.py compare`: agents at equal cost."""
+"""`search.py compare`: compare agents at equal cost."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from search.runtime.console import Console
 __all__ = ["COMPARED", "run"]
 
 COMPARED = ("reinforce", "random")
-"""Agents that are compared unless others are named."""
+"""The agents that are compared by default."""
 
 _COMPARISON = """\
-Compare agents at equal cost: each searches with every seed and the same budget on the same data; what they recommend
-along the way and at the end is measured on held-out text and questions that none of them saw. Writes a table, a plot
-and the figures behind them into the output folder. --resume continues a comparison, also with more agents or seeds."""
+Compare agents at equal cost. Each agent searches once per seed, with the same budget and the same data. The schedules
+that it recommends during the search and at its end are measured on held-out text and questions that no agent saw.
+Writes a table, a plot and their figures into the output folder. --resume continues a comparison and may add agents or
+seeds."""
 
 _COMPARISON_EXAMPLES = """\
 examples:
   python search.py compare --agents reinforce,evolution --budget 100 --out results/two
-  python search.py compare --agents random --resume results/two        one more agent in the same table"""
+  python search.py compare --agents random --resume results/two        add an agent to the same table"""
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     shown = Console(quiet=given.pop("quiet"))
     try:
@@ -55,13 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     contest = parser.add_argument_group("comparison")
     contest.add_argument(
-        "--agents", metavar="LIST", default=",".join(COMPARED), help="Names with commas between. Default: %(default)s."
+        "--agents",
+        metavar="LIST",
+        default=",".join(COMPARED),
+        help="Comma-separated names of agents. Default: %(default)s.",
     )
     contest.add_argument(
         "--seeds",
         metavar="LIST",
         default="0,1,2",
-        help="Of the agents; --seed is that of the data. Default: 0,1,2.",
+        help="Comma-separated seeds of the agents; --seed is the seed of the data. Default: 0,1,2.",
     )
     add_fields(parser, without=("agent", "policy", "prior", *AFTERWARDS))
     return parser

@@ -1,4 +1,4 @@
-"""`search.py completion`: a script that completes commands and flags in a shell."""
+"""`search.py completion`: print a script that completes commands and flags in a shell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ examples:
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     from search.commands import COMMANDS
     from search.commands.shell_scripts import SHELLS, parser_of, script, words_of
 

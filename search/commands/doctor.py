@@ -1,4 +1,4 @@
-"""`search.py doctor`: can this machine run the default job, and what to do where it cannot."""
+"""`search.py doctor`: check whether this machine can run the default job, and what to do if not."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["run"]
 
 _EXAMPLES = """\
 examples:
-  python search.py doctor                what is here, and what to do about what is not
-  python search.py doctor --json         the same for a program
+  python search.py doctor                show what is there and advise on what is missing
+  python search.py doctor --json         the same as JSON, for programs and fault reports
 
 exit codes: 0 the default job can run, 3 it cannot"""
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     parser = Parser(
         prog="search.py doctor",
-        description="Look at Python, libraries, devices, memory, disk, data and extras, without changing anything.",
+        description="Check Python, libraries, devices, memory, disk, data and extras. Nothing is changed.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="Print the findings as JSON instead of lines.")
+    parser.add_argument("--json", action="store_true", help="Print the findings as JSON.")
     given = parse(parser, words)
     try:
         from search.commands.machine_check import check_machine
@@ -45,7 +45,6 @@ def run(words: list[str]) -> int:
             print(f"{finding.state:<7}  {finding.name:<{width}}  {finding.found}")
             if finding.advice:
                 print(f"{'':<7}  {'':<{width}}  -> {finding.advice}")
-        print(
-            f"\n{'The default job can run.' if not problems else f'{problems} to mend before the default job can run.'}"
-        )
+        verdict = f"{problems} to solve before the default job can run." if problems else "The default job can run."
+        print(f"\n{verdict}")
     return PREFLIGHT if problems else DONE

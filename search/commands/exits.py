@@ -1,4 +1,4 @@
-"""Failures: one line on standard error and an exit code. Knows no command and no model library."""
+"""Turns an exception into one line on standard error and an exit code. Knows no command and no model library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ is missing; `doctor` found what keeps the job from running; stopped or finished 
 
 
 def resumed(folder: Path | None, *command: str) -> list[str]:
-    """Words that make a command go on in its folder; none while it has no folder yet."""
+    """The words of the command line that continues a run in its folder; empty while there is no folder yet."""
     return [*command, "--resume", str(folder)] if folder else []
 
 
@@ -44,7 +44,7 @@ def explain(error: BaseException, again: Sequence[str] = (), folder: Path | None
     if os.environ.get("CHISEL_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
         raise error
     command = shlex.join(["python", "search.py", *again])
-    resume = f"; once that is mended: {command}" if again else ""
+    resume = f"; after solving that, continue with: {command}" if again else ""
     if isinstance(error, KeyboardInterrupt):
         complain(f"interrupted; continue with: {command}" if again else "interrupted")
         return INTERRUPTED
@@ -82,13 +82,13 @@ def _logged(error: BaseException, folder: Path | None) -> str:
 
 
 def refuse(message: str) -> int:
-    """One line; returns the exit code of a refusal."""
+    """Print the refusal as one line; returns its exit code."""
     complain(message)
     return REFUSED
 
 
 def complain(message: str) -> None:
-    """One line on standard error. A message that starts with a field's name is shown with its flag."""
+    """Print one line on standard error. If a message starts with the name of a field, its flag is shown instead."""
     first, _, rest = message.partition(" ")
     if first in Config.model_fields and rest.startswith("must be"):
         message = f"--{first.replace('_', '-')} {rest}"

@@ -1,4 +1,4 @@
-"""`search.py export`: the result of a run as a folder that others load."""
+"""`search.py export`: write the result of a run as a folder that other programs load."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["run"]
 _ABOUT = """\
 Write the compressed model of a finished run as a folder.
 
-  hf          for transformers, small: after `import search.hf`, or with trust_remote_code=True and nothing of ours
-  dense       merged matrices for every tool (vLLM, llama.cpp's converter, Ollama): the quality of the compressed model,
-              but the size and the speed of the original
-  gguf-ready  dense in float16, checked for what llama.cpp's converter wants"""
+  hf          small; transformers loads it after `import search.hf`, or with trust_remote_code=True without Chisel
+  dense       merged matrices that every tool loads (vLLM, llama.cpp's converter, Ollama); it has the quality of the
+              compressed model, but the size and speed of the original
+  gguf-ready  dense in float16, checked against the requirements of llama.cpp's converter"""
 
 _FORMATS = EXPORTS[1:]
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -27,7 +27,7 @@ _QUANTIZE = ("none", "int8", "int4", "mixed")
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     shown = Console(quiet=given["quiet"])
     try:
@@ -71,18 +71,23 @@ def _parser() -> argparse.ArgumentParser:
         "--quantize",
         metavar="NAME",
         default="none",
-        help=f"One of {', '.join(_QUANTIZE)}: integers for all matrices; mixed leaves tensorized ones as they are "
-        "and stores the rest in 4 bits. The result is measured again. Default: none.",
+        help=f"One of {', '.join(_QUANTIZE)}. int8 and int4 store all matrices as integers; mixed keeps the cores as "
+        "they are and stores all other matrices in 4 bits. The quantized model is measured again. Default: none.",
     )
     parser.add_argument(
         "--state",
         metavar="NAME",
-        help="healed, repaired, or searched: as decomposed. Default: the first of these that the run has. Any run "
-        "can be exported repaired.",
+        help="State to export: healed, repaired, or searched (decomposed only). Default: the first of these that the "
+        "run has. Any run can be exported repaired.",
     )
     parser.add_argument(
-        "--healed", metavar="DIR", help="Folder that search.py heal wrote. Default: that of the run itself."
+        "--healed", metavar="DIR", help="Folder that search.py heal wrote. Default: the healing of the run itself."
     )
-    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:n. Default: auto.")
-    parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        help="Device that makes the model: auto, cpu, cuda or cuda:n. Default: auto.",
+    )
+    parser.add_argument("--quiet", action="store_true", help="Show no progress, only the result and errors.")
     return parser

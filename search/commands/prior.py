@@ -1,4 +1,4 @@
-"""`search.py prior`: priors printed, compared and checked; the published schema."""
+"""`search.py prior`: print, compare and check compression priors, and print their JSON Schema."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from search.commands.flags import Parser, parse
 __all__ = ["run"]
 
 _ACTIONS = {
-    "show": "print each: a bar per block, totals, scores",
-    "diff": "two of them: what differs",
-    "validate": "say of each whether it can be used",
+    "show": "print each file: a bar per block, totals and scores",
+    "diff": "compare two files",
+    "validate": "check whether each file can be used",
     "schema": "print the JSON Schema of the format",
 }
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     parser = _parser()
     names = [word for word in words if not word.startswith("-")]
     given = parse(parser, [word for word in words if word.startswith("-")])
@@ -53,7 +53,7 @@ def _act(action: str, files: list[Path], clamp: bool) -> int:
 
 
 def _validate(files: list[Path], clamp: bool) -> int:
-    """All files are looked at, whatever is wrong with the first."""
+    """Check all files, even if an earlier one is refused."""
     from search.priors.format import Prior
 
     code = DONE
@@ -71,13 +71,15 @@ def _validate(files: list[Path], clamp: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="search.py prior",
-        description="Look at compression priors.\n\n"
+        description="Print, compare and check compression priors.\n\n"
         + "\n".join(f"  prior {name:<9} {about}" for name, about in _ACTIONS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="python search.py prior show|diff|validate FILE...",
     )
     parser.add_argument(
-        "--clamp", action="store_true", help="Lower a χ above the largest that saves parameters, instead of refusing."
+        "--clamp",
+        action="store_true",
+        help="Lower every χ that saves no parameters to the largest that does, instead of refusing the prior.",
     )
     return parser

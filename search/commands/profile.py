@@ -1,4 +1,4 @@
-"""`search.py profile`: what every matrix costs by itself at several χ."""
+"""`search.py profile`: measure what every matrix costs alone at several χ."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["IGNORED", "levels_text", "run"]
 Number = TypeVar("Number", int, float)
 
 _ABOUT = """\
-Measure what every matrix costs by itself: one site at one χ, everything else dense, on the search data; beside it what
-the menu predicts. Writes sensitivity.csv and .parquet, heat maps and a summary. --resume continues a sweep, also with
-more levels."""
+Measure what every matrix costs alone: one site at one χ, all other sites dense, on the search data, next to the cost
+that the menu predicts. Writes sensitivity.csv, sensitivity.parquet, heat maps and a summary. --resume continues a sweep
+and may add levels."""
 
 _EXAMPLES = """\
 examples:
-  python search.py profile                                  every matrix, χ 10 to 90 and three fractions
+  python search.py profile                                  every matrix at χ 10 to 90 and three fractions
   python search.py profile --chi 10,50,90 --fractions none --out results/three
-  python search.py profile --per-head --chi 4:32:4          every attention head by itself
-  python search.py profile --context 4096 --chi none        k and v at long context, for the cache"""
+  python search.py profile --per-head --chi 4:32:4          every attention head alone
+  python search.py profile --context 4096 --chi none        k and v at a long context, for the KV cache"""
 
 IGNORED = (
     "agent",
@@ -43,11 +43,11 @@ IGNORED = (
     "reward_repair_tokens",
     *AFTERWARDS,
 )
-"""Fields of a run that a sweep has no use for."""
+"""Fields of `Config` that a sweep does not use."""
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     shown = Console(quiet=given.pop("quiet"))
     chi, fractions, tokens, context = (given.pop(name, None) for name in ("chi", "fractions", "tokens", "context"))
@@ -72,12 +72,12 @@ def run(words: list[str]) -> int:
 
 
 def levels_text(name: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Numbers with commas between, START:STOP:STEP with both ends for whole ones, or none.
+    """Parse comma-separated numbers, START:STOP:STEP for whole numbers (both ends included), or none.
 
     Raises:
         ValueError: anything else, naming `name`.
     """
-    rule = "numbers with commas between, START:STOP:STEP, or none"
+    rule = "comma-separated numbers, START:STOP:STEP, or none"
     if text == "none":
         return []
     try:
@@ -108,15 +108,17 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--fractions",
         metavar="LIST",
-        help="Bond dimensions as fractions of a matrix' full one, or none. Default: 0.25,0.5,0.75.",
+        help="Bond dimensions as fractions of the full χ of each matrix, or none. Default: 0.25,0.5,0.75.",
     )
     sweep.add_argument(
-        "--tokens", metavar="N", help="Tokens of the search texts and questions that a measurement reads. Default: 512."
+        "--tokens",
+        metavar="N",
+        help="Largest number of tokens of search text and questions per measurement. Default: 512.",
     )
     sweep.add_argument(
         "--context",
         metavar="N",
-        help="Measure k and v only, on one text of N tokens, and what latents would save of the KV cache.",
+        help="Measure only k and v, on one text of N tokens, and how much of the KV cache latents would save.",
     )
     add_fields(parser, without=IGNORED)
     return parser

@@ -1,4 +1,4 @@
-"""`search.py push`: upload an exported folder to the model hub. Nothing else of this program uploads anything."""
+"""`search.py push`: upload an exported folder to the model hub. No other command uploads anything."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["run"]
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     parser = Parser(
         prog="search.py push",
-        description="Upload an exported folder to the Hugging Face hub, with the account of `hf auth login`. Private "
-        "unless --public is given.",
+        description="Upload an exported folder to the Hugging Face hub with the account of `hf auth login`. The "
+        "repository is private unless --public is given.",
         allow_abbrev=False,
         usage="python search.py push DIR OWNER/NAME [--public]",
     )
-    parser.add_argument("folder", metavar="DIR", help="A folder that `search.py export` made.")
-    parser.add_argument("repository", metavar="OWNER/NAME", help="Made if it does not exist.")
-    parser.add_argument("--public", action="store_true", help="Everyone may see it.")
-    parser.add_argument("--quiet", action="store_true", help="No progress; only the result and errors.")
+    parser.add_argument("folder", metavar="DIR", help="Folder that `search.py export` wrote.")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="Repository; it is created if it does not exist.")
+    parser.add_argument("--public", action="store_true", help="Make the repository public.")
+    parser.add_argument("--quiet", action="store_true", help="Show no progress, only the result and errors.")
     given = parse(parser, words)
     try:
         with Console(quiet=given["quiet"]) as shown, shown.stage("push"):

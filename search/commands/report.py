@@ -1,4 +1,4 @@
-"""`search.py report`: the page of a run again, or of several beside each other."""
+"""`search.py report`: write the report page of a run, or one page that compares several runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from search.commands.flags import Parser, parse
 __all__ = ["run"]
 
 _ABOUT = """\
-Write report.html: one file with tables, χ map, curves and how everything was made, from what a run folder holds. With
-several runs, one page compares them."""
+Write report.html from the files of a run folder: tables, a map of χ, curves and provenance on one page. Several runs
+are compared on one page."""
 
 _EXAMPLES = """\
 examples:
@@ -21,7 +21,7 @@ examples:
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     folders = [Path(name) for name in given["runs"]]
     try:
@@ -49,5 +49,9 @@ def _parser() -> Parser:
         usage="python search.py report RUN [RUN ...] [--out FILE]",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="Folder of a finished run.")
-    parser.add_argument("--out", metavar="FILE", help="Where to. Default: report.html in the run folder, or here.")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="File to write. Default: report.html in the run folder; for several runs, in the working directory.",
+    )
     return parser

@@ -1,4 +1,4 @@
-"""`search.py resume`: an interrupted search goes on; the same as `search.py --resume`."""
+"""`search.py resume`: continue an interrupted search; the same as `search.py --resume`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["run"]
 
 _EXAMPLES = """\
 examples:
-  python search.py resume results/RUN                  go on with what is missing
-  python search.py resume results/RUN --budget 500     with more trials than it had"""
+  python search.py resume results/RUN                  continue an interrupted search
+  python search.py resume results/RUN --budget 500     continue with a larger budget"""
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     parser = Parser(
         prog="search.py resume",
-        description="Continue a search where it was interrupted, or with a larger budget, in its own folder.",
+        description="Continue a search in its own folder where it was interrupted, or with a larger budget.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

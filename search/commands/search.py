@@ -1,4 +1,4 @@
-"""`search.py`, or `search.py search`: the main job."""
+"""The main job: `search.py`, or `search.py search`."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from search.runtime.console import Console
 __all__ = ["add_flags", "run", "start"]
 
 _INTRODUCTION = """\
-Make a language model smaller: replace its weight matrices by products of thinner ones, and search how thin each
-may be. Loads the model, collects statistics on text, lets an agent propose schedules (how much every matrix keeps),
-measures each, and makes a table of the best one beside simple baselines.
+Make a language model smaller. Weight matrices are replaced by products of thinner matrices, and a search decides how
+thin each one may be. The job loads the model, collects statistics on text, lets an agent propose schedules (how much
+every matrix keeps), scores each schedule, and prints a table of the best one and of simple baselines of equal size.
 
-Then repairs and trains that one a little, measures all on a few items of eight benchmarks, and writes a folder to
-load. Started without any flag it takes a small model that it fetches itself, and some 45 minutes on two cores."""
+It then repairs the best schedule, trains it for a few minutes, measures all models on eight benchmarks, and exports the
+result as a folder to load. Without flags it compresses a small model that it downloads, in 45 minutes on two cores."""
 
 _EXAMPLES = """\
 examples:
   python search.py                                          the default job
-  python search.py --quick                                  everything once, small, in some ten minutes
-  python search.py --dry-run                                what would run, and how long, without running it
-  python search.py --target-kept 0.7 --budget 500           smaller result, longer search
+  python search.py --quick                                  a small run of everything, in about 15 minutes
+  python search.py --dry-run                                print what would run and how long it takes
+  python search.py --target-kept 0.7 --budget 500           a smaller result and a longer search
   python search.py --model ./my-llama --proxy exam.jsonl    your own model and questions
-  python search.py --evaluators 4                           four at once; --ray-address for a cluster
-  python search.py resume results/RUN                       continue after an interruption; also --resume
+  python search.py --evaluators 4                           four evaluators at once; --ray-address names a cluster
+  python search.py resume results/RUN                       continue after an interruption; same as --resume
 
 other commands:
-  python search.py apply --prior FILE                       a compression prior on this or another model
-  python search.py compare                                  several agents at equal cost, --help says how
-  python search.py heal results/RUN                         train the compressed model for a while, --help says how
-  python search.py report results/RUN                       one page with tables and figures, again or of several runs
-  python search.py benchmark results/RUN                    MMLU, HellaSwag and others on its models
-  python search.py profile                                  what every matrix costs by itself at several χ
-  python search.py prior show|diff|validate FILE...         look at compression priors
-  python search.py export RUN --format hf                   its result as a folder for transformers and other tools
-  python search.py generate DIR --prompt "Hello"            talk to a model; push DIR OWNER/NAME uploads one
-  python search.py data                                     only fetch the model and the texts of the default job
-  python search.py doctor                                   can this machine run it, and what to do if not
-  python search.py completion bash                          complete commands and flags in a shell
+  python search.py apply --prior FILE                       apply a compression prior to a model
+  python search.py compare                                  compare several agents at equal cost
+  python search.py heal results/RUN                         train the compressed model towards the dense one
+  python search.py report results/RUN                       write the report page of one or several runs
+  python search.py benchmark results/RUN                    measure its models on MMLU, HellaSwag and others
+  python search.py profile                                  measure what every matrix costs alone at several χ
+  python search.py prior show|diff|validate FILE...         print, compare or check compression priors
+  python search.py export RUN --format hf                   export the result for transformers and other tools
+  python search.py generate DIR --prompt "Hello"            talk to a model; push DIR OWNER/NAME uploads it
+  python search.py data                                     only download the model and texts of the default job
+  python search.py doctor                                   check whether this machine can run the job
+  python search.py completion bash                          print a script for shell completion
 
-exit codes: 0 done, 2 refused (input, data or device that is not there), 4 finished with failures, 130 interrupted"""
+exit codes: 0 done, 1 a fault of Chisel, 2 refused (bad input, or data or a device is missing), 4 stopped or finished
+with failures, 130 interrupted"""
 
 
 def run(words: list[str]) -> int:
-    """Returns the exit code."""
+    """Run the command; returns its exit code."""
     parser = Parser(
         prog="search.py",
         description=_INTRODUCTION,
@@ -64,7 +65,7 @@ def run(words: list[str]) -> int:
 
 
 def start(given: dict[str, Any]) -> int:
-    """The job as these flags say; returns the exit code."""
+    """Run the job with these flags; returns the exit code."""
     shown = Console(quiet=given.pop("quiet"))
     as_json, dry = given.pop("json"), given.pop("dry_run")
     try:
@@ -93,10 +94,10 @@ def start(given: dict[str, Any]) -> int:
 
 
 def add_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Flags, groups and help of `Config`'s fields, and of what concerns the command only."""
+    """Add a flag for every field of `Config`, and the flags that only this command has."""
     output = add_fields(parser, without)
     for flag, about in (
-        ("--dry-run", "Say what would run and stop."),
+        ("--dry-run", "Print what would run and how long it takes, then stop."),
         ("--json", "Print the result as JSON instead of a table."),
     ):
         output.add_argument(flag, action="store_true", default=False, help=about)

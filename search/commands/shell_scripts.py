@@ -1,6 +1,6 @@
-"""Shell completion: scripts for bash, zsh and fish, made from the commands' own parsers.
+"""Generates completion scripts for bash, zsh and fish from the parsers of the commands.
 
-Knows argparse and the three shells; nothing of what a command does.
+Knows argparse and the three shells; does not know what a command does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["SHELLS", "Flag", "parser_of", "script", "words_of"]
 SHELLS = ("bash", "zsh", "fish")
 
 PROGRAMS = ("chisel", "search.py")
-"""What the scripts complete: the installed program, and a checkout's script where it is started by its own name."""
+"""The programs that the scripts complete: the installed one, and search.py of a checkout if it is called by name."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One word that completes: a flag with its help and the names it takes, or a positional's name without dashes."""
+    """A word to complete: a flag with its help and its possible values, or the name of a positional argument."""
 
     word: str
     about: str
@@ -38,7 +38,7 @@ class _Found(BaseException):
 
 
 def parser_of(run: Callable[[list[str]], int]) -> argparse.ArgumentParser:
-    """The parser of a command: asked for its help, it is stopped before it prints any."""
+    """The parser of a command. The command is called with --help and stopped before it prints."""
 
     def stop(self: argparse.ArgumentParser, file: object = None) -> None:
         raise _Found(self)
@@ -51,11 +51,11 @@ def parser_of(run: Callable[[list[str]], int]) -> argparse.ArgumentParser:
         return found.parser
     finally:
         Parser.print_help = printing  # type: ignore[method-assign]
-    raise Refusal("a command must have a search.commands.flags.Parser that knows --help")
+    raise Refusal("a command must use search.commands.flags.Parser and have --help")
 
 
 def words_of(parser: argparse.ArgumentParser) -> list[Flag]:
-    """The long flags of a parser, and the names its positionals are limited to, in the order of its help."""
+    """The long flags of a parser and the possible values of its positional arguments, in the order of its help."""
     words = []
     for action in parser._actions:
         about = (action.help or "").partition(". ")[0].replace("%%", "%").rstrip(".")
@@ -67,12 +67,12 @@ def words_of(parser: argparse.ArgumentParser) -> list[Flag]:
 
 
 def script(shell: str, commands: Mapping[str, Sequence[Flag]], default: str) -> str:
-    """The script to be sourced by a shell.
+    """The script that a shell sources.
 
     Args:
         shell: one of `SHELLS`.
-        commands: what completes behind each command.
-        default: the command that is meant where none is named.
+        commands: the words to complete after each command.
+        default: the command that runs if none is named.
     """
     if shell == "fish":
         return _fish(commands, default)
@@ -85,7 +85,7 @@ def script(shell: str, commands: Mapping[str, Sequence[Flag]], default: str) -> 
 
 
 def _names(field: str) -> tuple[str, ...]:
-    """The names that a field of the configuration is limited to."""
+    """The possible values of a field of the configuration; none if any value is allowed."""
     info = Config.model_fields.get(field)
     extra = info.json_schema_extra if info is not None else None
     rule = str(extra["rule"]) if isinstance(extra, dict) else ""

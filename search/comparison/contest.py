@@ -1,12 +1,12 @@
-"""Contest: several agents and seeds, one budget, one set of data; what they recommend is measured on held-out data.
+"""Compares several agents and seeds with one budget on the same data, and measures their recommendations.
 
-Every search sees the same calibration, search and selection data; the seed is the agent's alone. Equal budgets are
-equal evaluated tokens, up to the size of the sets that a schedule's digest picks. What an agent believes best after a
-part of its budget is found by replaying its trials into a fresh agent, so that asking does not disturb it. No agent
-sees the held-out data, and no schedule is measured there twice.
+Every search uses the same calibration, search and selection data; only the agent's seed differs. Equal budgets mean
+equal evaluated tokens, up to the sizes of the shards that a schedule's digest selects. The recommendation after a part
+of the budget comes from a fresh agent that the recorded trials are replayed into, so that asking for it does not
+disturb the search. No agent sees the held-out data, and no schedule is measured there twice.
 
-Everything the table and the plot of `search.comparison.standings` need is in the folder's contest.json. A contest goes
-on from that file alone, so that a published one can be continued on another machine.
+contest.json in the folder holds everything that the table and the plot of `search.comparison.standings` need. A
+comparison continues from that file alone, also on another machine.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from search.workers.pools import search_pool
 __all__ = ["CURVE", "TABLE", "compare"]
 
 TABLE, CURVE = "table.md", "curve.svg"
-_PARTS = (0.25, 0.5, 1.0)  # of the budget, after which an agent is asked what it believes best
+_PARTS = (0.25, 0.5, 1.0)  # parts of the budget after which an agent is asked for its recommendation
 _FORMAT = 1
 
 
 def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console: Console) -> tuple[Path, str]:
-    """Run what is missing of a contest; returns its folder and the report as Markdown.
+    """Run the missing searches of a comparison; returns its folder and the report in Markdown.
 
     Args:
-        config: of every search; its agent is not used, and its seed is that of the data.
-        names: agents.
-        seeds: of the agents.
+        config: the configuration of every search; its agent is not used, and its seed is the seed of the data.
+        names: names of the agents.
+        seeds: seeds of the agents.
 
     Raises:
-        ValueError: refused input: an unknown agent, a seed twice, the folder of another contest, and what
-            `search.pipeline.run.run` refuses.
+        ValueError: an unknown agent, a seed given twice, the folder of another comparison, or as
+            `search.pipeline.run.run`.
         DataUnavailable: data or model cannot be had.
     """
     searches = _searches(config, names, seeds)
@@ -95,7 +95,7 @@ class _Contest:
     """Content of contest.json.
 
     Attributes:
-        schedules: those still to be chosen among or measured, by digest.
+        schedules: schedules that still have to be selected among or measured, by digest.
     """
 
     fingerprint: Mapping[str, object]
@@ -109,7 +109,7 @@ class _Contest:
         return not self.schedules and all(entry.selected for entry in self.entries.values())
 
     def note(self, schedule: Schedule) -> str:
-        """Enter a schedule to be chosen among, and measured if it is not yet; returns its digest."""
+        """Add a schedule to select among and, unless it is done, to measure; returns its digest."""
         self.schedules[schedule.digest] = schedule
         return schedule.digest
 
@@ -204,7 +204,7 @@ def _search(
     contest: _Contest,
     console: Console,
 ) -> Entry:
-    """One agent's search; it replays what its journal has."""
+    """Run one search; trials that its journal holds are replayed."""
     rows = [sum(len(row.tokens) for row in shard) for shard in experiment.shards("search")]
     reward = reward_of(config, pool.dense)
     journal = open_journal(
@@ -245,7 +245,7 @@ def _key(name: str, seed: int) -> str:
 
 
 def _shared(of: Mapping[str, object]) -> dict[str, object]:
-    """What all searches of a contest have in common, as plain JSON values."""
+    """The fingerprint that all searches of a comparison share, as plain JSON values."""
     plain: dict[str, Any] = json.loads(json.dumps(of))
     del plain["configuration"]["agent"]
     return plain

@@ -1,4 +1,4 @@
-"""Standings: what a contest's measurements say. Numbers in, a Markdown report and a plot out; knows no model."""
+"""Evaluates the measurements of a comparison: numbers in, a Markdown report and a plot out. Knows no model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from search.reporting.tables import Column, markdown_table
 
 __all__ = ["Contrast", "Entry", "Heldout", "Mark", "contrast", "plot", "report"]
 
-_QUANTILE = 1.96  # of the normal distribution: two-sided 95 %
+_QUANTILE = 1.96  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What an agent believed best after evaluations worth `tokens` tokens: the schedule of that digest.
+    """The digest of the schedule that an agent recommends after `evaluations` evaluations of `tokens` tokens.
 
-    A backward pass counts as the evaluations it is charged for, see `agents.Proposal.cost`.
+    A backward pass counts as the evaluations that it is charged for, see `agents.Proposal.cost`.
     """
 
     evaluations: int
@@ -34,14 +34,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Entry:
-    """One agent's search.
+    """One search by one agent.
 
     Attributes:
-        marks: ascending; the last one is after the whole budget.
-        finalists: digests of its last recommendations.
-        selected: digest of what a choice on the selection set made of them and the closed form; empty before it.
-        agent_seconds: that the agent itself took, evaluations left out.
-        evaluation_seconds: that the evaluations took.
+        marks: recommendations in ascending order of evaluations; the last one is after the whole budget.
+        finalists: digests of the last recommendations.
+        selected: digest of the schedule selected among them and the closed form on the selection text; empty before.
+        agent_seconds: time of the agent itself, without evaluations.
+        evaluation_seconds: time of the evaluations.
     """
 
     agent: str
@@ -61,13 +61,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Heldout:
-    """What a schedule does on the held-out data.
+    """The figures of a schedule on the held-out data.
 
     Attributes:
         kl: nats per token.
-        perplexity: of its texts.
-        expected_accuracy: mean P(correct) of its items.
-        kl_by_sequence, tokens_by_sequence: sums and counts.
+        perplexity: on the held-out text.
+        expected_accuracy: mean P(correct) on the items.
+        kl_by_sequence, tokens_by_sequence: sum of KL and number of tokens of every sequence.
     """
 
     kl: float
@@ -100,13 +100,13 @@ class Heldout:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference of two mean held-out KLs.
+    """The difference of two mean held-out KLs.
 
     Attributes:
-        value: first minus second, nats per token.
-        standard_error: of `value`, from sequences and seeds.
-        relative: `value` over the second's KL.
-        low, high: ends of the 95 % interval of `relative`.
+        value: the first minus the second, in nats per token.
+        standard_error: standard error of `value` over sequences and seeds.
+        relative: `value` divided by the second KL.
+        low, high: the 95 % interval of `relative`.
     """
 
     value: float
@@ -117,11 +117,11 @@ class Contrast:
 
 
 def contrast(first: Sequence[Heldout], second: Sequence[Heldout]) -> Contrast:
-    """Mean KL of some searches' schedules minus that of others', each one schedule per seed, on the same sequences.
+    """The mean KL of the schedules of `first` minus that of `second`, one schedule per seed, on the same sequences.
 
-    Variance: of the paired difference of the seeds' means over sequences (a ratio estimate, see
-    `search.evaluation.quality.ratio_standard_error`), plus that of either side's KL over its seeds, as far as it has
-    several. Both count what a seed does to single sequences, so the interval is rather too wide than too narrow.
+    The variance is that of the paired difference of the means over seeds across sequences (a ratio estimate, see
+    `search.evaluation.quality.ratio_standard_error`), plus the variance over the seeds of each side that has several.
+    The effect of a seed on single sequences is counted in both, so the interval is conservative.
     """
     counts = torch.tensor(first[0].tokens_by_sequence, dtype=torch.float64)
     used = counts > 0
@@ -137,7 +137,7 @@ def contrast(first: Sequence[Heldout], second: Sequence[Heldout]) -> Contrast:
 
 
 def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_form: str, title: str) -> str:
-    """The standings as Markdown: every agent against the closed form, and against the best agent."""
+    """The report in Markdown: every agent against the closed form and against the best agent."""
     base = heldout[closed_form]
     agents = _by_agent(entries)
     finals = {name: [heldout[entry.selected] for entry in of] for name, of in agents.items()}
@@ -174,11 +174,12 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
     used = [count for count in base.tokens_by_sequence if count]
     return (
         f"# Agents at equal cost: {title}\n\n"
-        f"Held-out KL to the dense model against the closed form's, {base.kl:.4f} nats per token (perplexity "
-        f"{base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no choice saw. "
-        "Columns `after N`: the schedule that an agent believes best when N evaluations are paid. Column `selected`: "
-        "what the choice among its last six and the closed form on the selection set makes of them, as a job ends. "
-        "Means over seeds with 95 % intervals, paired over sequences, seeds counted as a second source of chance.\n\n"
+        f"Held-out KL to the dense model, relative to that of the closed form, {base.kl:.4f} nats per token "
+        f"(perplexity {base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no "
+        "selection saw. Columns `after N` show the schedule that an agent recommends after N evaluations. Column "
+        "`selected` shows the schedule selected among its last six recommendations and the closed form on the "
+        "selection text, as at the end of a job. Values are means over seeds with 95 % intervals, paired over "
+        "sequences, with seeds as a second source of variance.\n\n"
         f"{markdown_table(rows, columns)}"
     )
 

@@ -1,7 +1,7 @@
-"""Application: a prior put onto a model, as it stands or transferred, with what that costs.
+"""Applies a prior to a model, unchanged or transferred, and measures the cost.
 
-`fit_prior` finds the schedule, `compress_` puts the modules in place, `apply` writes a folder. Exporting weights is not
-its business.
+`fit_prior` finds the schedule, `compress_` puts the compressed modules into the model, and `apply` writes a folder. It
+does not export weights.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def fit_prior(
     another kept fraction is asked for. Otherwise it is transferred and projected onto the kept fraction.
 
     Args:
-        target_kept: None takes the prior's.
+        target_kept: kept fraction to reach; None uses that of the prior.
         rule: see `search.priors.transfer.transfer`.
 
     Raises:
-        ValueError: the prior is of this model but its sites are not; no site fits; or a target out of reach.
+        ValueError: the prior names this model but other sites, no site fits, or the target is out of reach.
     """
     loaded = experiment.loaded
     same = prior.model.digest == loaded.digest
@@ -72,7 +72,7 @@ def fit_prior(
         else:
             notes = [f"the prior was made for {prior.model.id}, whose matrices have the same names and shapes"]
         if target_kept in (None, prior.target_kept):
-            return Applied(schedule, None, (*notes, "its schedule is taken as it stands"))
+            return Applied(schedule, None, (*notes, "its schedule is used unchanged"))
     else:
         check_families(prior, experiment.sites)
         notes = []
@@ -82,19 +82,19 @@ def fit_prior(
     problem = Problem.build(menu, target)
     projected = problem.centred(found.log_weights).closed_form()
     kept = problem.kept(projected)
-    notes += [*found.notes, f"projected from kept {prior.kept_fraction:.4f} onto {target}: {kept:.4f}"]
+    notes += [*found.notes, f"scaled from kept fraction {prior.kept_fraction:.4f} to the target {target}: {kept:.4f}"]
     return Applied(projected, menu, tuple(notes))
 
 
 def compress_(experiment: Experiment, schedule: Schedule) -> ScheduleApplier:
-    """Put the modules of a schedule into the model, in place, as stored; `restore_` of the result undoes it."""
+    """Put the modules of a schedule into the model in their stored form; `restore_` of the result undoes this."""
     applier = ScheduleApplier(experiment.loaded.model, experiment.store, packed=True)
     applier.apply_(schedule)
     return applier
 
 
 def made_menu(experiment: Experiment, console: Console) -> Menu:
-    """The menus of all sites, calibrated and decomposed where the cache has not got them."""
+    """The menus of all sites; calibration and decomposition run unless the cache has their results."""
     calibrate(experiment, console)
     with console.stage("decompose", len(experiment.sites), "matrices") as stage:
         return experiment.menu(lambda done: stage.advance(1))
@@ -109,11 +109,14 @@ def apply(
     measure: bool = True,
     profile: Path | None = None,
 ) -> tuple[Path, Sequence[Mapping[str, object]], tuple[str, ...]]:
-    """Fit, measure on held-out data and write; returns the folder, the rows of the table, and what was done.
+    """Fit a prior to a model, measure it on held-out data, and write a folder.
 
     Args:
-        measure: whether to; without, an exact application computes nothing.
-        profile: folder of a sweep over this model, whose measured traces go into the prior that is written.
+        measure: measure the schedule; without it, applying a prior to its own model computes nothing.
+        profile: folder of a sweep of this model; its measured traces go into the new prior.
+
+    Returns:
+        The folder, the rows of the table, and remarks on how the prior was fitted.
 
     Raises:
         ValueError: as `fit_prior`, `search.pipeline.run.run` and `search.profiling.sweep.read_profile`.
@@ -147,7 +150,7 @@ def apply(
 
 
 def _measured(experiment: Experiment, menu: Menu, schedule: Schedule, console: Console) -> list[dict[str, object]]:
-    """Rows on held-out data: dense, uniform and closed form at the same kept fraction, and the prior's."""
+    """Table rows on held-out data: dense, uniform and closed form at the prior's kept fraction, and the prior."""
     stored = sum(choice_parameters(options.site, schedule[options.site.name]) for options in menu.sites)
     problem = Problem.build(menu, stored / menu.dense_parameters)
     schedules = {"uniform": problem.uniform(), "lagrangian": problem.closed_form(), "prior": schedule}

@@ -1,4 +1,4 @@
-"""The schedules that every run is compared with."""
+"""The baseline schedules that every run is compared with."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["baseline_schedules"]
 
 
 def baseline_schedules(experiment: Experiment, console: Console) -> dict[str, Schedule]:
-    """Uniform χ: plain sequential-SVD MPO, input-whitened low rank, two-sided low rank; all at the target.
+    """Schedules of one χ everywhere at the target: plain sequential-SVD MPO, input-whitened and two-sided low rank.
 
-    One that cannot reach the target at these shapes, as MPOs of prime dimensions cannot, is left out with a remark.
+    A baseline that cannot reach the target with these shapes, such as an MPO of prime dimensions, is skipped with a
+    note.
     """
     target = math.floor(experiment.config.target_kept * sum(site.parameters for site in experiment.sites) + 1e-6)
     kinds = {
@@ -28,5 +29,5 @@ def baseline_schedules(experiment: Experiment, console: Console) -> dict[str, Sc
         try:
             baselines[name] = uniform_schedule(experiment.sites, topology, metric, target)
         except ValueError as error:
-            console.note(f"baseline {name} ({topology}, {metric}) is left out: {error}")
+            console.note(f"baseline {name} ({topology}, {metric}) is skipped: {error}")
     return baselines

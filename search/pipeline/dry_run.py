@@ -1,6 +1,6 @@
-"""A dry run: what a run would do and about how long it would take, without doing it.
+"""The dry run: what a run would do and roughly how long it would take.
 
-Knows the order of the pipeline's stages by what each of them costs in forward passes.
+Knows how many forward passes each stage of the pipeline costs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from search.trials.selection import FINALISTS
 
 __all__ = ["plan"]
 
-_BENCHMARK_TOKENS = 110  # of an item, in the mean over the tasks of `search.pipeline.finish`
-_REPAIR_PASSES = 6  # forward passes that repairing on a token costs, about
+_BENCHMARK_TOKENS = 110  # per item, averaged over the tasks of `search.pipeline.finish`
+_REPAIR_PASSES = 6  # forward passes per repaired token, roughly
 
 
 def plan(config: Config) -> Mapping[str, object]:
-    """What `search.pipeline.run.run` would do, without doing it: nothing is calibrated, evaluated or written.
+    """Describe what `search.pipeline.run.run` would do. Nothing is calibrated, evaluated or written.
 
     Raises:
         ValueError, DataUnavailable: as `search.pipeline.run.run`.

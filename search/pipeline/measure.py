@@ -1,4 +1,4 @@
-"""Measures the models of a run on held-out text and report items."""
+"""Measures the models of a run on held-out text and report items, and repairs and heals the selected one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ __all__ = ["against_closed_form", "measure", "speed"]
 def measure(
     experiment: Experiment, schedules: Mapping[str, Schedule], chosen: Schedule, folder: Path, console: Console
 ) -> dict[str, Score]:
-    """Scores for the final table, on held-out text and report items: dense, every schedule, and the chosen repaired
-    and healed; repaired and healed weights are written below the run folder `folder`."""
+    """Scores for the final table: the dense model, every schedule, and the chosen one repaired and healed.
+
+    Repaired and healed weights are written below the run folder `folder`.
+    """
     config, healing = experiment.config, folder / HEALED
-    if not config.heal_minutes:  # what a run healed that now ends without would be taken for its result
+    if not config.heal_minutes:  # weights of an earlier healing would be taken for the result
         shutil.rmtree(healing, ignore_errors=True)
     with experiment.evaluator("heldout") as evaluator:
         with console.stage("measure", len(schedules), "schedules") as stage:
@@ -54,7 +56,7 @@ def measure(
 
 
 def against_closed_form(scores: Mapping[str, Score], row: str) -> dict[str, object]:
-    """How far the held-out KL of a row's schedule lies from the closed form's, paired over sequences."""
+    """The held-out KL of a row minus that of the closed form, paired over sequences; empty if either is not finite."""
     one, closed = scores[row].quality, scores["lagrangian"].quality
     if one.state != "ok" or closed.state != "ok":
         return {}
@@ -62,6 +64,6 @@ def against_closed_form(scores: Mapping[str, Score], row: str) -> dict[str, obje
 
 
 def speed(row: str, latencies: Mapping[str, Latency]) -> dict[str, float]:
-    """Times over dense of a row of the table; repair and healing leave the shapes of the searched schedule."""
+    """Times of a row over those of the dense model. Repaired and healed models have the searched model's shapes."""
     found = latencies.get("searched" if row in ("repaired", "healed") else row)
     return {"prefill_ratio": found.prefill_ratio, "decode_ratio": found.decode_ratio} if found else {}

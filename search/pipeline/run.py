@@ -1,7 +1,6 @@
-"""The pipeline of a run: load, divide the data, calibrate, decompose, search, select, measure, write.
+"""The pipeline of a run: load, split the data, calibrate, decompose, search, select, measure, write.
 
-Knows the order of the stages and what a run folder receives; how a stage works stands in
-`search.experiment.calibration`.
+Knows the order of the stages and which files a run folder receives. Each stage is implemented in a module of its own.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class RunSummary:
 
 
 def run(config: Config, console: Console) -> RunSummary:
-    """Run everything; the run folder holds the results.
+    """Run the whole search and write its results into the run folder.
 
     Raises:
         ValueError: refused input.
@@ -76,7 +75,9 @@ def run(config: Config, console: Console) -> RunSummary:
     start.check(loaded, sites)
     if staying := stays_dense(sites):
         name, reason = next(iter(staying.items()))
-        console.note(f"{len(staying)} of {len(sites)} sites stay dense and count as dense, such as {name}: {reason}")
+        console.note(
+            f"{len(staying)} of {len(sites)} sites stay dense and are counted as dense, such as {name}: {reason}"
+        )
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     if config.resume is not None:
@@ -159,14 +160,14 @@ def _search(
     closed_form: Schedule,
     console: Console,
 ) -> tuple[list[Trial], Schedule]:
-    """Run the agent; returns its trials and the schedule selected from the best of them, the prior and the closed form.
+    """Run the agent; returns its trials and the schedule selected among its best, the prior and the closed form.
 
     Args:
-        problem: around the prior, if there is one; its own closed form is then the prior's schedule.
+        problem: centered on the prior if there is one; its own closed form is then the schedule of the prior.
     """
     config = experiment.config
     if not config.budget:
-        console.note("budget 0: nothing is searched, the baselines only are measured")
+        console.note("budget 0: no search, only the baselines are measured")
     agent = make_agent(config, problem, experiment, start)
     journal = open_journal(folder / STUDY, config, experiment, problem, start)
     try:

@@ -1,4 +1,4 @@
-"""Compares what a run was made of with what it is resumed with."""
+"""Compares the fingerprint of a stored search with that of the search that resumes it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["differences", "plain_values", "with_defaults"]
 
 
 def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping with what it lacks taken from `defaults`, inside the mappings that both have.
+    """A nested mapping whose missing entries are taken from `defaults`, inside the mappings that both have.
 
-    A fingerprint of an earlier version lacks the fields that came later.
+    The fingerprint of an earlier version lacks the fields that were added later.
     """
     filled = dict(known)
     for key, default in defaults.items():
@@ -25,7 +25,7 @@ def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:
-    """What differs between two nested mappings, one phrase for each leaf: "target_kept was 0.8, is 0.7"."""
+    """The differences between two nested mappings, one phrase per leaf: "target_kept was 0.8, is 0.7"."""
     found: list[str] = []
     for key in sorted({*known, *given}):
         before, after, name = known.get(key, "absent"), given.get(key, "absent"), f"{prefix}{key}"
@@ -37,7 +37,7 @@ def differences(known: Mapping[str, object], given: Mapping[str, object], prefix
 
 
 def plain_values(value: Mapping[str, object]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The mapping as JSON returns it: tuples become lists, and numbers that are not finite become None."""
     plain: dict[str, Any] = json.loads(json.dumps(finite(value), sort_keys=True))
     return plain
 

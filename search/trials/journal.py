@@ -1,7 +1,7 @@
-"""The journal of a search: an Optuna study in one SQLite file, written by one process, the truth about a run.
+"""The journal of a search: an Optuna study in one SQLite file that one process writes. It is the record of a run.
 
-Every record is one transaction, so a killed run leaves whole trials and none half done. Knows plain values only:
-digests, JSON text, numbers, states. optuna-dashboard opens the file.
+Every record is one transaction, so a killed run leaves only whole trials. Knows only plain values: digests, JSON text,
+numbers and states. optuna-dashboard opens the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from search.trials.fingerprints import differences, plain_values, with_defaults
 __all__ = ["Journal", "Record", "refuse_another", "stored_fingerprint"]
 
 _STUDY = "chisel"
-_SPACE = ("steps", "levels")  # what a fingerprint says of the decisions, known once the model is decomposed
+_SPACE = ("steps", "levels")  # parts of a fingerprint that are known only after the model is decomposed
 _DISK = {"FULL": errno.ENOSPC, "IOERR": errno.EIO, "READONLY": errno.EROFS}
 _COLUMNS = {
     "trials": ("number", "study_id", "state", "datetime_start", "datetime_complete"),
@@ -44,7 +44,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Record:
-    """One look at one schedule.
+    """One evaluation of one schedule.
 
     Attributes:
         number: position in the order of proposals, from 0.
@@ -53,13 +53,13 @@ class Record:
         actions: levels the agent chose, one for every step, in the order of the journal's `steps`; None for an agent
             without steps.
         score: measured figures by name; empty if there are none. None stands for a number that was not finite.
-        reward: what the agent was told; None unless `state` is "ok".
+        reward: the reward that the agent received; None unless `state` is "ok".
         state: "ok", "nonfinite" or "failed".
-        reason: why, unless "ok".
+        reason: why the trial has no score, unless `state` is "ok".
         seconds: wall time of the evaluation.
-        repeat: which set of data the schedule was measured on, see `agents.Proposal`.
-        slopes: by site, where the agent asked for them; else None.
-        asked: how often the agent had been asked when it was told of this one.
+        repeat: selects the shard that the schedule was scored on, see `agents.Proposal.repeat`.
+        slopes: by site, in nats per token; None if the agent did not ask for them.
+        asked: number of calls of `ask` before the agent was told this result.
     """
 
     number: int
@@ -77,7 +77,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What was evaluated."""
+        """The schedule and the shard that were evaluated."""
         return self.digest, self.repeat
 
 
@@ -85,15 +85,15 @@ class Journal:
     """Trials of one run, kept in `path`.
 
     Args:
-        path: the SQLite file; made if absent.
-        fingerprint: plain JSON values that define what is searched (space, data, model, reward, seed, agent). Stored
-            once; a journal of another fingerprint is refused.
+        path: the SQLite file; it is created if absent.
+        fingerprint: plain JSON values that define the search (space, data, model, reward, seed, agent). They are stored
+            once; a journal with another fingerprint is refused.
         steps: a name for every decision of the agent, as the dashboard shows it ("block_07").
         levels: number of levels of each decision, at least 1.
-        defaults: what a stored fingerprint counts as saying where it says nothing, see `with_defaults`.
+        defaults: values for fields that a stored fingerprint lacks, see `with_defaults`.
 
     Raises:
-        ValueError: the file is of another fingerprint (the message lists what differs) or is no journal.
+        ValueError: the file has another fingerprint (the message lists the differences) or is not a journal.
         OSError: the disk is full or fails.
     """
 
@@ -128,23 +128,23 @@ class Journal:
 
     @property
     def told(self) -> Sequence[Record]:
-        """All records in the order they were made: that of the results, and of what the agent was told."""
+        """All records in the order in which results arrived and the agent was told."""
         return list(self._records.values())
 
     def record(self, record: Record) -> None:
-        """Keep one trial; when this returns it is on disk. One kept already stays as it is.
+        """Store one trial; it is on disk when this returns. A stored trial is never changed.
 
         Raises:
-            ValueError: the number is taken by another schedule, an "ok" record without a reward or any other with one,
-                or actions that do not fit the steps.
-            OSError: the disk is full or fails; the trial is not kept.
+            ValueError: the number belongs to another schedule, an "ok" record has no reward or another record has one,
+                or the actions do not fit the steps.
+            OSError: the disk is full or fails; the trial is not stored.
         """
         kept = self._records.get(record.number)
         if kept is not None and kept.key != record.key:
-            was, now = (f"look {one.repeat} at schedule {one.digest[:12]}" for one in (kept, record))
+            was, now = (f"schedule {one.digest[:12]}, repeat {one.repeat}," for one in (kept, record))
             raise Refusal(
-                f"trial {record.number} of {self.path} is {was}, but the resumed search proposes {now}: "
-                "not the same code, seed or machine"
+                f"trial {record.number} of {self.path} is {was} but the resumed search proposes {now} "
+                "so code, seed or machine differ"
             )
         if kept is not None:
             return
@@ -154,7 +154,7 @@ class Journal:
             self._records[record.number] = record
 
     def rows(self) -> list[dict[str, object]]:
-        """A flat row for every trial, for trials.csv: number, state, reward, seconds, figures, levels, digest, look."""
+        """One flat row per trial for trials.csv: number, state, reward, seconds, figures, levels, digest, repeat."""
         figures = list(dict.fromkeys(name for record in self.records for name in record.score))
         return [
             {
@@ -172,17 +172,17 @@ class Journal:
         ]
 
     def close(self) -> None:
-        """Release the file; with everything in it and nothing beside it, unless another process reads it just then."""
+        """Close the file. All data is then in this one file, unless another process is reading it."""
         self._storage.remove_session()
         self._storage.engine.dispose()
         with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.path)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE")
 
     def _insert(self, rows: Mapping[str, Sequence[Sequence[object]]]) -> None:
-        """All rows of a trial in one transaction, in Optuna's tables and as Optuna writes them.
+        """Insert all rows of a trial into Optuna's tables in one transaction, in Optuna's format.
 
-        Optuna's own way asks the database a question or two for every parameter and attribute: fifty times the
-        time, more than many evaluators leave the one process that writes.
+        Optuna itself queries the database once or twice per parameter and attribute. That takes fifty times as long,
+        too long for the one writing process when many evaluators deliver results.
         """
         connection = self._storage.engine.raw_connection()
         try:
@@ -199,19 +199,20 @@ class Journal:
             connection.close()
 
     def _rows(self, record: Record) -> dict[str, list[tuple[object, ...]]]:
-        """What Optuna's tables take of a record: the trial's row, and those of other tables that refer to it."""
+        """The rows that a record becomes in Optuna's tables: that of the trial, and those that refer to it."""
         done = record.state == "ok"
         if record.state not in ("ok", "nonfinite", "failed"):
             raise Refusal(f"state must be ok, nonfinite or failed, got {record.state!r}")
         if done != (record.reward is not None and finite(record.reward) is not None):
             raise Refusal(
-                f"a trial has a finite reward exactly if it is ok, got {record.state!r} with {record.reward!r}"
+                f"a trial must have a finite reward if it is ok and none otherwise, got {record.state!r} and "
+                f"{record.reward!r}"
             )
         actions = record.actions
         if actions is not None and len(actions) != len(self.steps):
-            raise Refusal(f"one action for every step is wanted, {len(self.steps)} in all, got {len(actions)}")
+            raise Refusal(f"actions must be one per step, {len(self.steps)} in all, got {len(actions)}")
         if actions is not None and not all(0 <= action < self._levels for action in actions):
-            raise Refusal(f"actions are levels from 0 to {self._levels - 1}, got {list(actions)}")
+            raise Refusal(f"actions must be levels from 0 to {self._levels - 1}, got {list(actions)}")
         now = datetime.now(UTC).replace(tzinfo=None)
         attributes = {
             **{name: finite(value) for name, value in record.score.items()},
@@ -251,9 +252,9 @@ class Journal:
                 state=attrs["trial.state"],
                 reason=attrs["trial.reason"],
                 seconds=attrs["trial.seconds"],
-                repeat=attrs.get("trial.look", 0),  # not written before looks were counted
+                repeat=attrs.get("trial.look", 0),  # early versions did not write it
                 slopes=_numbers(attrs.get("trial.slopes")),
-                asked=attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this while one came after the other
+                asked=attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this one
             )
         except KeyError as missing:
             raise Refusal(
@@ -262,7 +263,7 @@ class Journal:
 
 
 def _numbers(values: Mapping[str, float | None] | None) -> Mapping[str, float] | None:
-    """Figures by name; None among them stands for one that was not finite."""
+    """Figures by name; NaN replaces None, which stands for a number that was not finite."""
     if values is None:
         return None
     return {name: math.nan if value is None else value for name, value in values.items()}
@@ -271,17 +272,18 @@ def _numbers(values: Mapping[str, float | None] | None) -> Mapping[str, float] |
 def refuse_another(
     path: Path, fingerprint: Mapping[str, object], defaults: Mapping[str, object] = MappingProxyType({})
 ) -> None:
-    """Refuse the journal of another search; writes nothing, and takes one that is not there yet.
+    """Refuse the journal of another search. Writes nothing, and accepts a journal that does not exist yet.
 
     Args:
-        fingerprint: as for `Journal`; before the model is decomposed without steps and levels, which then do not count.
+        fingerprint: as for `Journal`. Before the model is decomposed it lacks steps and levels; these are not compared
+            then.
         defaults: as for `Journal`.
 
     Raises:
         ValueError, OSError: as `Journal`.
     """
     if not _is_sqlite(path):
-        raise Refusal(f"{path} is not a journal: an SQLite file is wanted")
+        raise Refusal(f"{path} is not a journal: it must be an SQLite file")
     if (stored := stored_fingerprint(path)) is None:
         return
     plain = plain_values(fingerprint)
@@ -292,7 +294,7 @@ def refuse_another(
 
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """What SQLite says of a disk, below the names that Optuna and SQLAlchemy give it, as an OSError."""
+    """Raise disk errors of SQLite as OSError, also where Optuna and SQLAlchemy have wrapped them."""
     try:
         yield
     except Exception as error:
@@ -302,16 +304,16 @@ def _disk(path: Path) -> Iterator[None]:
         name = getattr(cause, "sqlite_errorname", "").removeprefix("SQLITE_").partition("_")[0]
         if name not in _DISK:
             raise
-        raise OSError(_DISK[name], f"{os.strerror(_DISK[name])}, as {path} was written") from error
+        raise OSError(_DISK[name], f"{os.strerror(_DISK[name])} while {path} was written") from error
 
 
 def _stamp(moment: datetime) -> str:
-    """A time as SQLAlchemy writes it into SQLite."""
+    """A time in the format that SQLAlchemy writes into SQLite."""
     return moment.strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 def stored_fingerprint(path: Path) -> dict[str, Any] | None:
-    """What a journal says that it is of; None where it is not there yet, or nothing is in it."""
+    """The fingerprint of a journal; None if the journal does not exist yet or is empty."""
     if not path.exists():
         return None
     table = "study_user_attributes"
@@ -325,7 +327,7 @@ def stored_fingerprint(path: Path) -> dict[str, Any] | None:
 
 
 def _is_sqlite(path: Path) -> bool:
-    """Whether SQLite may open it: absent, empty, or with SQLite's own first bytes."""
+    """Whether SQLite can open the file: it is absent, empty, or starts with SQLite's header."""
     if not path.exists():
         return True
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""Trials: a search by one agent on a subject, and the choice among what it recommends.
+"""The search loop: asks an agent for proposals, has them evaluated, records them and tells the agent the rewards.
 
-Composes agents, environment, evaluators and the journal; knows no run folder and no command.
+Composes agents, evaluators and the journal; knows no run folder and no command.
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ def run_agent(
     stage: Stage | None = None,
     drawn: Curves | None = None,
 ) -> list[Trial]:
-    """Ask, evaluate, journal, tell, until the budget is spent or the agent has finished; trials in the order proposed.
+    """Ask, evaluate, record and tell until the budget is spent or the agent has finished.
 
-    The agent is asked, one proposal at a time, whenever the pool has room, and told of every result when it comes: at
-    most `pool.capacity` - 1 others are on their way then. Every trial is on disk before the agent hears of it, with how
-    often it had been asked by then. Trials the journal holds already are told from it in that very order, so a resumed
-    search replays to where it stopped, whatever number of evaluators it had; what was under way is evaluated again.
+    The agent is asked for one proposal at a time, whenever the pool has room, and is told every result as it arrives;
+    at most `pool.capacity` - 1 other proposals are being evaluated then. Every trial is on disk before the agent is
+    told, together with the number of calls of `ask` so far. Trials that the journal already holds are told in the same
+    order between the same calls, so a resumed search replays exactly to where it stopped, for any number of
+    evaluators; proposals without a recorded result are evaluated again.
+
+    Returns:
+        The trials in the order of their proposals.
 
     Raises:
-        ValueError: the journal is not of this agent.
+        ValueError: the journal belongs to another agent.
     """
     trials: list[Trial] = []
     waiting: dict[int, Proposal] = {}
@@ -109,7 +113,7 @@ def _in_order(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """The `count` best by reward with a score, best first; ties go to the earlier trial."""
+    """The `count` scored trials with the highest reward, best first; ties go to the earlier trial."""
     scored = [trial for trial in trials if trial.score.state == "ok"]
     return sorted(scored, key=lambda trial: (-trial.reward, trial.number))[:count]
 
@@ -133,11 +137,11 @@ def _record(trial: Trial, slopes: Mapping[str, float] | None, asked: int) -> Rec
 
 
 def spent(journal: Journal) -> int:
-    """Evaluations that the trials of a journal were charged for."""
+    """Evaluations that the trials of a journal have used of the budget."""
     return sum(1 if record.slopes is None else agents.SLOPES_COST for record in journal.records)
 
 
 def describe(trials: Sequence[Trial]) -> str:
-    """The best so far, in a few words."""
+    """The best KL so far, in a few words."""
     best = best_trials(trials, 1)
     return f"best KL {best[0].score.kl:.4f}, first {trials[0].score.kl:.4f}" if best else "no score yet"

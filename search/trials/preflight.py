@@ -1,4 +1,4 @@
-"""Checks before anything is loaded."""
+"""Checks the configuration against files, devices and extras before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["preflight"]
 
 
 def preflight(config: Config) -> tuple[Config, torch.device, StartingPoint]:
-    """Refuse what can be refused before anything is loaded.
+    """Refuse everything that can be refused before anything is loaded.
 
     Returns:
-        The configuration with a number type in the place of "auto" (that of the run to continue, else this machine's),
-        the device to run on, and what the search starts from.
+        The configuration with "auto" replaced by a data type (that of the resumed run, otherwise this machine's), the
+        device to run on, and the starting point of the search.
     """
     if config.proxy_form not in forms(config.proxy):
         raise Refusal(

@@ -1,4 +1,4 @@
-"""Chooses what a search ends with, on text that no trial saw."""
+"""Selects the result of a search on selection text, which no trial reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from search.runtime.console import Stage
 __all__ = ["FINALISTS", "challengers", "select"]
 
 FINALISTS = 6
-"""Recommendations of an agent that meet the closed form on the selection set."""
+"""Number of an agent's recommendations that are compared with the closed form on the selection text."""
 
 
 def select(
@@ -24,14 +24,15 @@ def select(
     finalists: Sequence[Schedule],
     stage: Stage | None = None,
 ) -> Schedule:
-    """The finalist with the lowest KL on text and items that no trial saw, if it beats the closed form there.
+    """The finalist with the lowest KL on the selection text and items, if it beats the closed form there.
 
-    To beat it means a paired KL difference below minus one standard error; otherwise the closed form stays. A finalist
-    that is clearly worse than the best so far is not measured to the end, see `search.evaluation.early_stopping`.
+    A finalist beats the closed form if their paired KL difference is below minus one standard error; otherwise the
+    closed form is selected. The evaluation of a finalist stops early once it is clearly worse than the best so far,
+    see `search.evaluation.early_stopping`.
 
     Args:
-        evaluator: on the selection set.
-        reference: score of the closed form there.
+        evaluator: scores on the selection text and items.
+        reference: score of the closed form on the same data.
     """
     best, best_value = closed_form, math.inf
     rival = reference if reference.state == "ok" else None
@@ -47,6 +48,6 @@ def select(
 
 
 def challengers(closed_form: Schedule, finalists: Sequence[Schedule]) -> list[Schedule]:
-    """The finalists that differ from the closed form, each once."""
+    """The finalists that differ from the closed form, without duplicates."""
     different = {schedule.digest: schedule for schedule in finalists if schedule.digest != closed_form.digest}
     return list(different.values())

@@ -1,4 +1,4 @@
-"""Makes the agent, the reward and the journal of a search, and checks what is resumed."""
+"""Makes the agent, the reward and the journal of a search, and checks that a resumed search is the same one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["fingerprint", "fingerprint_defaults", "make_agent", "open_journal", 
 
 
 def reward_of(config: Config, dense: Score) -> Reward:
-    """The reward of a configuration, given what the dense model scores on the search set."""
+    """The reward of a configuration, given the dense model's score on the search data."""
     return replace(_weighted(config), dense_expected_accuracy=dense.expected_accuracy)
 
 
 def fingerprint(config: Config, experiment: Experiment, start: StartingPoint) -> dict[str, object]:
-    """Everything that decides what a trial is and scores; a resumed run must agree."""
+    """Everything that determines the trials and their scores; a resumed search must have the same."""
     return {
         "configuration": config.definition(),
         **experiment.identity,
@@ -34,7 +34,7 @@ def fingerprint(config: Config, experiment: Experiment, start: StartingPoint) ->
 
 
 def open_journal(path: Path, config: Config, experiment: Experiment, problem: Problem, start: StartingPoint) -> Journal:
-    """The journal of a search by `config.agent`; raises ValueError as `Journal` does."""
+    """Open the journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return Journal(path, fingerprint(config, experiment, start), problem.names, problem.levels, fingerprint_defaults())
 
@@ -45,7 +45,7 @@ def refuse_other_search(path: Path, config: Config, experiment: Experiment, star
 
 
 def fingerprint_defaults() -> dict[str, object]:
-    """What a fingerprint of an earlier version would say of fields that came later: a run without them had these."""
+    """Values of the fields that fingerprints of earlier versions lack: their runs behaved as with these."""
     names = Config.of({}).definition()
     return {
         "configuration": {name: Config.model_fields[name].default for name in names},
@@ -54,7 +54,7 @@ def fingerprint_defaults() -> dict[str, object]:
 
 
 def make_agent(config: Config, problem: Problem, experiment: Experiment, start: StartingPoint) -> Agent:
-    """`config.agent` on `problem`; raises ValueError as `agents.make` does."""
+    """Make `config.agent` for `problem`; raises ValueError as `agents.make` does."""
     context = agents.AgentContext(
         config.seed,
         config.budget,

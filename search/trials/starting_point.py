@@ -1,6 +1,6 @@
-"""Where a search starts: the closed form, a prior in its place, or a policy that an earlier search has learned.
+"""The starting point of a search: the closed form, a prior instead of it, or a policy that an earlier search learned.
 
-Both files are read once, before anything is loaded, and passed on. The prior's log weights become the base of the
+The files are read once, before anything is loaded, and passed on. The prior's log weights become the base of the
 problem (`envs.Problem.centred`), so every agent that searches around the closed form searches around the prior, with
 the same levels and at any target.
 """

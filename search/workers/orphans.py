@@ -1,9 +1,9 @@
-"""Guardian: a small process that outlives a killed one and ends what that has started and could not end any more.
+"""Ends the processes that a killed search leaves behind.
 
-Ray's own helpers may go on for ever when the process that started them gets SIGKILL. The guardian looks once a second
-which processes descend from this one, and waits on a pipe that the kernel closes when this one is gone, however it
-went; then it kills what is left of them. Linux; elsewhere it does nothing. Run as a script it imports nothing of this
-project.
+If the process that started Ray gets SIGKILL, Ray's helpers may run on forever. A small watcher process therefore lists
+the descendants of the search once a second and waits on a pipe, which the kernel closes when the search ends for any
+reason; it then kills the descendants that are left. Works on Linux and does nothing elsewhere. The watcher runs this
+file as a script, so the file imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from pathlib import Path
 __all__ = ["guarded_children"]
 
 _DONE = b"done"
-_GRACE = 5.0  # seconds in which processes may end by themselves
-_PERIOD = 1.0  # seconds between two looks
+_GRACE = 5.0  # seconds that processes have to end by themselves
+_PERIOD = 1.0  # seconds between two lists of descendants
 
 
 @contextmanager
 def guarded_children() -> Iterator[None]:
-    """Processes started inside do not outlive this one by more than some seconds, whatever becomes of it."""
+    """Processes started inside outlive this one by at most a few seconds, however it ends."""
     if not Path("/proc/self/stat").exists():
         yield
         return
     command = [sys.executable, str(Path(__file__).resolve()), str(os.getpid())]
-    # A session of its own: a Ctrl-C at the terminal is not meant for it.
-    guardian = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert guardian.stdin is not None
+    # It gets its own session, so that Ctrl-C at the terminal does not reach it.
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert watcher.stdin is not None
     try:
         yield
     finally:
-        with suppress(BrokenPipeError):  # somebody has killed the guardian
-            guardian.stdin.write(_DONE)
-            guardian.stdin.close()
-        guardian.wait()
+        with suppress(BrokenPipeError):  # the watcher was killed
+            watcher.stdin.write(_DONE)
+            watcher.stdin.close()
+        watcher.wait()
 
 
 class _Family:
-    """Processes that descend from one, as far as they were seen: their start times tell them from later namesakes."""
+    """The known descendants of a process. Start times distinguish them from later processes with the same number."""
 
     def __init__(self, root: int) -> None:
         self.root = root
         self.started: dict[int, int] = {}
 
-    def repeat(self) -> None:
-        """Take in who has come, and let go of who is gone."""
+    def refresh(self) -> None:
+        """Add new descendants and drop those that have ended."""
         every = dict(_processes())
         self.started = {pid: start for pid, start in self.started.items() if pid in every and every[pid][1] == start}
         while fresh := {
@@ -63,14 +63,14 @@ class _Family:
             self.started |= fresh
 
     def kill(self) -> None:
-        """Everyone who is left."""
+        """Kill all descendants that are left."""
         for pid in self.started:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
 
 def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
-    """Number, parent and start time of every process that runs; one that waits to be counted does not."""
+    """Number, parent and start time of every running process; zombies are left out."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
@@ -82,15 +82,15 @@ def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
 def _watch(root: int) -> None:
     family = _Family(root)
     while not select.select([sys.stdin], [], [], _PERIOD)[0]:
-        family.repeat()
+        family.refresh()
     if sys.stdin.buffer.read() == _DONE:
         return
     time.sleep(_GRACE)
-    family.repeat()
+    family.refresh()
     while family.started:
         family.kill()
         time.sleep(0.2)
-        family.repeat()
+        family.refresh()
 
 
 if __name__ == "__main__":

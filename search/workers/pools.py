@@ -1,6 +1,6 @@
-"""The pool that a configuration asks for: one evaluator in this process, or several in processes of their own.
+"""Opens the pool of evaluators that a configuration asks for: one in this process, or several in other processes.
 
-Knows that the latter need ray, and what of it has to be decided before ray is imported; nothing else of it.
+Sets what Ray reads at import time. Otherwise independent of Ray.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["check_evaluators", "search_pool"]
 
 
 def check_evaluators(config: Config) -> None:
-    """Refuse what needs ray where it is not installed.
+    """Refuse evaluators in other processes if ray is not installed.
 
     Raises:
-        ValueError: it names the flag and the extra that brings ray.
+        ValueError: names the flag and the extra that installs ray.
     """
     if config.in_process or importlib.util.find_spec("ray") is not None:
         return
@@ -36,15 +36,15 @@ def check_evaluators(config: Config) -> None:
 def search_pool(
     experiment: Experiment, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
 ) -> Iterator[Pool]:
-    """The pool that scores trials, as `experiment.config` says; statistics and factors must be in the cache.
+    """The pool that scores the trials of `experiment`; its statistics and factors must be in the cache.
 
     Args:
         anchor: see `search.evaluation.evaluator.ModelEvaluator`.
-        note: says a line to the person.
-        extract: what it reads, in the place of the shards of the search data.
+        note: shows one line to the user.
+        extract: data to score on instead of the shards of the search data.
 
     Raises:
-        ValueError: a cluster that cannot be reached or has no room, or an evaluator with another model or other data.
+        ValueError: the cluster cannot be reached or has no room, or an evaluator has another model or other data.
     """
     if experiment.config.in_process:
         with experiment.evaluator("search", anchor, extract) as evaluator:

@@ -1,4 +1,4 @@
-"""Ray itself: started here, where it listens on loopback only and ends with the search, or joined elsewhere."""
+"""Starts Ray on this machine, where it listens on loopback only and ends with the search, or joins a cluster."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from search.workers.orphans import guarded_children
 
 __all__ = ["cluster", "start_here"]
 
-_STARTS = 3  # times that Ray is started on this machine before it is given up
-_OBJECTS = 80 * 2**20  # bytes of Ray's object store on this machine, close to its least: only text goes through it
+_STARTS = 3  # attempts to start Ray on this machine
+_OBJECTS = 80 * 2**20  # bytes of Ray's object store here, close to the minimum: only text goes through it
 
 
 @contextmanager
 def cluster(config: Config, processors: int) -> Iterator[dict[str, float]]:
-    """Ray, initialized, and left so if it was; what the cluster has. The handlers of signals stay as they were.
+    """Initialize Ray, unless it already is, and yield the resources of the cluster. Signal handlers are kept.
 
     Args:
-        processors: that the evaluators want, where Ray is started here.
+        processors: CPUs that the evaluators need, if Ray is started here.
 
     Raises:
         ValueError: the cluster of `config.ray_address` cannot be joined.
-        EvaluatorsLost: Ray does not start here.
+        EvaluatorsLost: Ray cannot be started here.
     """
     if ray.is_initialized():
         yield _resources()
@@ -71,15 +71,15 @@ def _initialized(config: Config, processors: int) -> Iterator[None]:
 
 
 def start_here(**how: Any) -> None:
-    """Ray on this machine, listening on loopback only; again if it is not up after its own limit of half a minute.
+    """Start Ray on this machine, listening on loopback only; try again if it is not up within its limit of 30 seconds.
 
-    It has a token of its own, unless the environment names one, so that nothing is read or written in the home folder.
+    It gets a token of its own unless the environment names one, so that nothing in the home folder is read or written.
 
     Args:
-        how: for `ray.init`.
+        how: arguments of `ray.init`.
 
     Raises:
-        EvaluatorsLost: it did not start.
+        EvaluatorsLost: Ray did not start.
     """
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -88,7 +88,7 @@ def start_here(**how: Any) -> None:
             with _loopback():
                 ray.init(address="local", **how)
             return
-        except Exception as error:  # Ray raises just that
+        except Exception as error:  # Ray raises plain Exception
             ray.shutdown()
             if not left:
                 raise EvaluatorsLost(f"Ray cannot be started here: {str(error).splitlines()[0]}") from error
@@ -96,10 +96,10 @@ def start_here(**how: Any) -> None:
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """While Ray starts: the address of this machine is 127.0.0.1, so that none of its processes listens on another.
+    """Make Ray use 127.0.0.1 as the address of this machine while it starts, so that it listens on no other.
 
-    Ray has one switch for it, made for systems without clusters. The processes it starts read it from the environment,
-    this one has read it as ray was imported.
+    Ray has a switch for this, meant for systems without clusters. The processes that Ray starts read it from the
+    environment; this process read it when ray was imported.
     """
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     variable, switch = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
@@ -120,7 +120,7 @@ def _resources() -> dict[str, float]:
 
 
 def _sources() -> dict[str, Any] | None:
-    """The runtime environment that brings this checkout to other nodes; none where a submitted job has brought it."""
+    """The runtime environment that copies this checkout to other nodes; None if a submitted job has copied it."""
     root = Path(__file__).resolve().parents[2]
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not (root / "search.py").is_file():
         return None

@@ -1,9 +1,8 @@
-"""Evaluators as Ray actors: a pool whose workers may be killed, hang or run out of memory without loss of a trial.
+"""Evaluators as Ray actors: a pool whose workers may be killed, hang or run out of memory without losing a trial.
 
-Ray starts processes, finds room for them and says when one has died; nothing more is left to it. Jobs and results
-travel as JSON text. No actor is restarted by Ray, no call is tried again by Ray: the pool starts a fresh worker in the
-place of a dead one and hands its jobs out again, each at most twice. Knows workers by two methods, and of the search
-only what `ray_pool` puts together.
+Ray only starts processes, places them and reports dead ones. Jobs and results travel as JSON text. Ray restarts no
+actor and retries no call: the pool replaces a dead worker by a new one and hands its jobs out again, each at most
+twice. The pool knows workers by two methods; only `ray_pool` knows the search.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from search.workers.remote_evaluator import RemoteEvaluator, portable_fields
 
 __all__ = ["ModelWorker", "RayPool", "Worker", "ray_pool"]
 
-_PER_CALL = 8  # schedules in one call of a worker at most, when more wait than there are workers
-_TRIES = 2  # workers that one schedule may take with it
-_STILLBORN = 3  # workers that die in a row as they start, before any was ever ready
-_UNLUCKY = 30  # the same once one was: a cluster takes a while to miss a dead node, and sends workers there meanwhile
+_PER_CALL = 8  # largest number of schedules per call, when more wait than there are workers
+_TRIES = 2  # workers that may die of one schedule
+_STILLBORN = 3  # workers in a row that may die while starting, before any was ready
+_UNLUCKY = 30  # the same after one was: a cluster notices a dead node late and sends workers there until then
 _PAUSE = 1.0  # seconds between those
-_MEMORY_SHARE = 0.9  # of its part of a GPU that a worker may fill; the rest is for what is outside torch's allocator
+_MEMORY_SHARE = 0.9  # share of its part of a GPU that torch may fill; the rest is for memory outside its allocator
 _LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -49,18 +48,18 @@ _LOST = (
 
 
 class Worker(Protocol):
-    """What runs in a process of its own."""
+    """A worker that runs in a process of its own."""
 
     def ready(self) -> dict[str, Any]:
-        """Get ready; called first, and once. What it says must be the same of all workers of a pool."""
+        """Get ready; called once, first. All workers of a pool must return the same identity."""
 
     def work(self, jobs: list[str]) -> list[str]:
-        """The `Result` of every `Job`, in order, all as JSON."""
+        """The `Result` of every `Job` in order, all as JSON."""
 
 
 @dataclass(eq=False)
 class _Open:
-    """A job that has no result yet, and how many workers died of it alone."""
+    """A job without a result, and the number of workers that died while it was their only job."""
 
     number: int
     job: Job
@@ -70,7 +69,7 @@ class _Open:
 
 @dataclass(eq=False)
 class _Seat:
-    """A place for a worker: the actor that has it now, and what that is doing."""
+    """A slot for a worker: its current actor and the call in progress."""
 
     actor: Any
     call: Any
@@ -83,19 +82,19 @@ class RayPool:
     """See `search.evaluation.pool.Pool`. Ray must be initialized.
 
     Args:
-        start: starts one worker; returns the handle of its actor.
-        count: workers, at least 1.
-        failed: the score of a schedule that its workers died of, or that took too long, given the reason.
-        timeout: seconds after which a trial is given up and its worker killed; None waits for ever.
-        note: says a line to the person.
+        start: starts one worker and returns the handle of its actor.
+        count: number of workers, at least 1.
+        failed: makes the score of a schedule whose workers died or that took too long, from the reason.
+        timeout: seconds after which a trial is given up and its worker killed; None waits forever.
+        note: shows one line to the user.
 
     Attributes:
-        capacity: jobs that keep it busy: the number of workers.
-        said: what the workers say when they are ready.
+        capacity: number of jobs that keep the pool busy, which is the number of workers.
+        said: the values that workers return when they are ready.
 
     Raises:
-        ValueError: what a worker raised while it got ready.
-        EvaluatorsLost: workers die before any gets ready.
+        ValueError: raised by a worker while it got ready.
+        EvaluatorsLost: workers die before any is ready.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class RayPool:
 
     @property
     def dense(self) -> Score:
-        """See `search.evaluation.pool.Pool`; as the first worker measured it."""
+        """See `search.evaluation.pool.Pool`; the score that the first ready worker measured."""
         return Score.from_dict(self.said["dense"])
 
     def submit(self, number: int, job: Job) -> None:
@@ -136,7 +135,7 @@ class RayPool:
         self._hand_out()
 
     def finished(self) -> tuple[int, Result]:
-        """See `search.evaluation.pool.Pool`; dead workers are replaced meanwhile."""
+        """See `search.evaluation.pool.Pool`; replaces dead workers while it waits."""
         while not self._results:
             if not self._queue and not any(seat.jobs for seat in self._seats):
                 raise IndexError("no job is open")
@@ -151,12 +150,12 @@ class RayPool:
         self._seats.clear()
 
     def _fill(self) -> None:
-        """A fresh worker; it waits for room on the cluster if there is none."""
+        """Start a worker; it waits for room on the cluster if there is none."""
         actor = self._start()
         self._seats.append(_Seat(actor, actor.ready.remote()))
 
     def _hand_out(self) -> None:
-        """Give waiting jobs to idle workers: one each, more only where more wait than there are workers."""
+        """Give waiting jobs to idle workers: one each, or more if more jobs wait than there are workers."""
         for seat in self._seats:
             if not self._queue:
                 return
@@ -169,7 +168,7 @@ class RayPool:
                 seat.call = seat.actor.work.remote([one.job.to_json() for one in seat.jobs])
 
     def _wait(self) -> None:
-        """Until a worker has something to say, or has had too much time."""
+        """Wait until a worker has finished, died or exceeded its time."""
         seats = {seat.call: seat for seat in self._seats if seat.call is not None}
         now = time.monotonic()
         limits = [self._limit(seat) - now for seat in seats.values() if seat.jobs and self._timeout is not None]
@@ -201,16 +200,18 @@ class RayPool:
             self._results.append((one.number, Result.from_json(text)))
 
     def _greet(self, seat: _Seat, said: dict[str, Any]) -> None:
-        """A worker is ready; all must be of the same model and data."""
+        """Accept a worker that is ready; all must have the same model and data."""
         known, own = self.said.get("identity"), said.get("identity")
         if self.said and known != own:
-            raise Refusal(f"an evaluator has another model, other data or another precision: {own}, not {known}")
+            raise Refusal(
+                f"all evaluators must have the same model, data and precision, but one has {own}, not {known}"
+            )
         self.said = self.said or said
         self._stillborn = 0
         seat.ready = True
 
     def _died(self, seat: _Seat, reason: str) -> None:
-        """Replace a worker; what it had goes back to the front of the queue, or has failed for good."""
+        """Replace a dead worker; its jobs return to the front of the queue, or fail after their last try."""
         if not seat.ready:
             self._stillborn += 1
             most = _UNLUCKY if self.said else _STILLBORN
@@ -229,7 +230,7 @@ class RayPool:
         self._replace(seat)
 
     def _overdue(self, seat: _Seat) -> None:
-        """Kill a worker that takes too long; of several jobs nobody knows which one hangs, so each runs alone then."""
+        """Kill a worker that takes too long. It is unknown which of several jobs hangs, so each then runs alone."""
         if len(seat.jobs) == 1:
             self._fail(seat.jobs[0], f"took longer than --trial-timeout {self._timeout:g} seconds", seat)
         else:
@@ -249,7 +250,7 @@ class RayPool:
 
 
 class ModelWorker:
-    """An evaluator on a model of its own, see `search.workers.remote_evaluator`."""
+    """A worker with an evaluator of its own, see `search.workers.remote_evaluator`."""
 
     def __init__(
         self,
@@ -283,7 +284,7 @@ class ModelWorker:
 def ray_pool(
     experiment: Experiment, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
 ) -> Iterator[RayPool]:
-    """The evaluators of `experiment.config`, on its cluster or on one that is started here and ends with this context.
+    """The evaluators of `experiment.config`, on its cluster or on one that starts here and ends with this context.
 
     Args and errors: see `search.workers.pools.search_pool`.
     """
@@ -311,14 +312,17 @@ def ray_pool(
         pool = RayPool(lambda: actor.remote(*arguments), count, failed, config.trial_timeout, note)
         try:
             if (theirs := pool.said["identity"]) != experiment.identity:
-                raise Refusal(f"evaluators have another model or other data: {theirs}, not {experiment.identity}")
+                raise Refusal(
+                    f"evaluators must have the model and data of this process, but have {theirs}, not "
+                    f"{experiment.identity}"
+                )
             yield pool
         finally:
             pool.close()
 
 
 def _wanted(config: Config, gpus: float) -> int:
-    """Evaluators asked for on this machine."""
+    """Number of evaluators that the configuration asks for on this machine."""
     if config.evaluators != "auto":
         return int(config.evaluators or 1)
     if gpus:

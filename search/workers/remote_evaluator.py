@@ -1,7 +1,7 @@
-"""Node: what an evaluator in a process of its own sets up on its machine, from a configuration and nothing else.
+"""An evaluator in another process, which sets everything up on its machine from a configuration.
 
-The model's parameters are written to the cache once on every machine and memory-mapped by all of its evaluators, as the
-factors are, so one more evaluator costs little memory. What is missing is made by whoever comes first, behind a lock.
+The model's parameters are written to the cache once per machine and memory-mapped by all evaluators there, like the
+factors, so that one more evaluator costs little memory. The first evaluator creates what is missing, behind a lock.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["RemoteEvaluator", "portable_fields", "shared_model"]
 
 
 def portable_fields(config: Config) -> dict[str, Any]:
-    """Field values from which another process, in another folder, builds the evaluator of this configuration.
+    """Field values from which a process in another folder builds the evaluator of this configuration.
 
-    Time is measured by whoever reads the scores, so that all are measured on one machine.
+    They leave out the latency weight: latency is measured by the process that reads the scores, on one machine for all.
     """
     own = {"policy", "prior", "out", "resume", "quick", *EVALUATORS}
     values = config.model_dump(exclude=own) | {"latency_weight": 0.0}
@@ -40,13 +40,13 @@ def portable_fields(config: Config) -> dict[str, Any]:
 
 
 class RemoteEvaluator:
-    """An evaluator of trials and all it needs.
+    """An evaluator of trials with its model and data.
 
     Args:
         values: from `portable_fields`.
         anchor: see `search.evaluation.evaluator.ModelEvaluator`.
-        digest: of the model's parameters; under another one they are not shared, and the caller will refuse.
-        sharers: evaluators that share this machine's memory for hidden states, about.
+        digest: digest of the model's parameters. A model with another digest is not shared, and the caller refuses it.
+        sharers: approximate number of evaluators that share this machine's memory for hidden states.
         extract: see `search.workers.pools.search_pool`.
     """
 
@@ -71,14 +71,18 @@ class RemoteEvaluator:
         )
 
     def work(self, job: str) -> str:
-        """Carry out a `Job` in JSON; returns the `Result`."""
+        """Evaluate a `Job` given as JSON; returns the `Result` as JSON."""
         return measure(self.evaluator, Job.from_json(job)).to_json()
 
 
 def shared_model(
     name: str, device: torch.device, dtype: torch.dtype, digest: str, cache: FactorCache
 ) -> LoadedModel | None:
-    """The model around parameters in the cache, which are put there if they are not; None where it is another one."""
+    """The model with memory-mapped parameters from the cache, which are stored there first if they are missing.
+
+    Returns:
+        None if the model cannot be assembled from parameters; an unshared model if its digest differs.
+    """
     if not can_be_assembled(name):
         return None
     key = cache_key(kind="parameters", format=1, model=digest)

@@ -216,7 +216,7 @@ def test_a_moment_that_is_none_is_refused() -> None:
     moment[0, 2] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         shrink(moment, 0.1)
-    with pytest.raises(ValueError, match="negative diagonal, got -1"):
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
         shrink(torch.diag(torch.tensor([2.0, -1.0])), 0.1)
 
 

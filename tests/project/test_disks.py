@@ -16,7 +16,7 @@ from fake_data import data_for_processes
 from benchmarks.chaos import journal
 from search import cli
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("disks")]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(fi
     )
     assert codes == [*[0, 4, 0] * len(sizes), 0, 0, 0], said
     assert "Traceback" not in said
-    assert re.findall("No space left on device, as .*/(.*) was written", said)[::2] == ["start", "healed"]
+    assert re.findall("No space left on device while .*/(.*) was written", said)[::2] == ["start", "healed"]
 
 
 def test_an_export_leaves_nothing_where_the_disk_is_full_and_works_when_there_is_room(

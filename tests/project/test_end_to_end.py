@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "search.py"), "--quick", "--budget", "6", "--out", str(tmp_path / "a run é")]
+    small = ["--heal-minutes", "0.3", "--benchmark-items", "2"]
     done = subprocess.run(
-        [*command, "--json", "--calibration-tokens", "16384", "--repair-tokens", "8192"],
+        [*command, *small, "--json"],
         capture_output=True,
         text=True,
         timeout=2400,

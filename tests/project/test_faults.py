@@ -8,22 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import psutil
 import pytest
 from fake_data import data_for_processes
+from search_process import started
 
 from benchmarks.chaos import ROOT, SMALL, journal, rage
 from search import cli
 
 pytestmark = pytest.mark.slow
 TINY = [*SMALL.split()[:-2], "--model", "random:tiny-llama", "--repair-tokens", "0", "--quiet"]
-KILLS = 4
-
-
-def start(*words: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "search.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+KILLS = 3
 
 
 def test_a_driver_killed_again_and_again_loses_nothing_and_ends_as_if_it_had_not_been(
@@ -31,27 +29,33 @@ def test_a_driver_killed_again_and_again_loses_nothing_and_ends_as_if_it_had_not
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
     undisturbed, cut = tmp_path / "whole", tmp_path / "cut"
-    words = [*TINY, "--budget", "150"]  # so many that all kills come before the end on a fast machine too
-    assert start(*words, "--out", str(undisturbed)).wait(timeout=600) == 0
-    process, kills, chance = start(*words, "--out", str(cut)), 0, random.Random(5)
+    words = [*TINY, "--budget", "90"]  # so many that all kills come before the end on a fast machine too
+    assert ended(started(*words, "--out", str(undisturbed))) == cli.DONE
+    process, kills, chance = started(*words, "--out", str(cut)), 0, random.Random(5)
     seen: dict[int, list[tuple[object, ...]]] = {}
     more = chance.randint(0, 2)
-    while process.poll() is None and kills < KILLS:
+    while process.is_alive() and kills < KILLS:
         if (cut / "config.json").exists() and len(journal(cut / "study.db")) >= len(seen) + more:
             time.sleep(chance.uniform(0, 0.1))
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
             kills, more = kills + 1, chance.randint(0, 2)
             found = journal(cut / "study.db")
             assert all(found[number] == trial for number, trial in seen.items())
             seen = found
-            process = start("--resume", str(cut), "--quiet")
+            process = started("--resume", str(cut), "--quiet")
         time.sleep(0.01)
-    assert process.wait(timeout=600) == 0
+    assert ended(process) == cli.DONE
     assert kills == KILLS
-    ended = journal(undisturbed / "study.db")
-    assert len({reward for [(_, _, reward)] in ended.values()}) > 12
-    assert journal(cut / "study.db") == ended
+    found = journal(undisturbed / "study.db")
+    assert len({reward for [(_, _, reward)] in found.values()}) > 12
+    assert journal(cut / "study.db") == found
+
+
+def ended(process: ForkServerProcess) -> int | None:
+    """The exit code of a process when it has ended; None after ten minutes."""
+    process.join(600)
+    return process.exitcode
 
 
 def test_killed_drivers_and_evaluators_lose_and_repeat_no_trial_and_leave_no_process(

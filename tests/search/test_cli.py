@@ -235,7 +235,7 @@ def test_a_search_that_plans_with_its_budget_does_not_get_another_one(agent, pip
     code, line = refused(["--resume", str(tmp_path), "--budget", "8"], capsys)
     assert code == 2
     assert line.startswith(f"a search by {agent} plans with its budget")
-    assert f"(was 7, is 8); begin a new one where it ended: --prior {tmp_path}/prior.json" in line
+    assert f"(was 7, is 8); start a new search from its result: --prior {tmp_path}/prior.json" in line
     assert cli.main(["--resume", str(tmp_path), "--budget", "7", "--quiet"]) == cli.DONE
 
 

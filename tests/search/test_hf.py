@@ -291,9 +291,9 @@ def edited(path, change):
         (lambda said: said.update(modules=None), "must be a mapping"),
         (lambda said: said["modules"].update({"model.nowhere": {"kind": "mpo"}}), "no matrix of this name"),
         (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(kind="x"), "kind must be"),
-        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[0]), "1 bonds of 1 to"),
+        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[0]), "bonds must be 1 "),
         (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[9]), "has shape"),
-        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[2**40]), "1 bonds of 1 to"),
+        (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(bonds=[2**40]), "bonds must be 1 "),
         (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].pop("topology"), "does not fit"),
     ],
 )

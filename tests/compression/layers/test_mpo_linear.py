@@ -282,7 +282,7 @@ def test_what_is_no_chain_of_cores_is_refused() -> None:
     plain, pivoted = layer_of("mpo3"), layer_of("pivoted-mpo3")
     with pytest.raises(ValueError, match="must match and end in 1"):
         MPOLinear(plain.cores[:2])
-    with pytest.raises(ValueError, match="every core but the last"):
+    with pytest.raises(ValueError, match="all cores but the last must be pivoted"):
         MPOLinear([PivotedCore(pivoted.tail_0, torch.arange(32), (1, 4, 4, 7)), *plain.cores[1:]])
 
 

@@ -81,5 +81,5 @@ def test_named_legs_resolve_to_themselves() -> None:
     legs = resolve("pivoted-mpo:6.4x4.9", 24, 36)
     assert (legs.out_legs, legs.in_legs, legs.pivoted) == ((6, 4), (4, 9), True)
     assert leg_name(legs) == "pivoted-mpo:6.4x4.9"
-    with pytest.raises(ValueError, match="do not make"):
+    with pytest.raises(ValueError, match="must be 24 and 37"):
         resolve("mpo:6.4x4.9", 24, 37)

@@ -128,7 +128,7 @@ def test_a_schedule_that_is_measured_already_may_be_chosen_again(tmp_path: Path)
         (dict(agents="reinforce,renforce"), "the nearest is reinforce"),
         (dict(agents="random,random"), "agents must be one or more different values"),
         (dict(seeds="0,0"), "seeds must be one or more different values"),
-        (dict(seeds="0,x"), "seeds must be whole numbers"),
+        (dict(seeds="0,x"), "seeds must be comma-separated whole numbers"),
         (dict(seeds="-1"), "seed must be"),
         (dict(budget=2), "budget must be at least 4"),
     ],

@@ -53,7 +53,7 @@ def test_a_prior_is_exact_on_its_own_model_and_projected_onto_another(
     prior = searched(tmp_path / "run")
     made = Prior.read(prior)
     assert applied(prior, tmp_path / "same") == cli.DONE
-    assert "its schedule is taken as it stands" in capsys.readouterr().out
+    assert "its schedule is used unchanged" in capsys.readouterr().out
     again = Prior.read(tmp_path / "same" / "prior.json")
     assert again.schedule == made.schedule
     assert Schedule.from_json((tmp_path / "same" / "schedule.json").read_text()) == made.schedule
@@ -70,7 +70,7 @@ def test_a_prior_is_exact_on_its_own_model_and_projected_onto_another(
     assert applied(prior, tmp_path / "smaller", "--no-measure", target_kept=0.5) == cli.DONE
     smaller = Prior.read(tmp_path / "smaller" / "prior.json")
     assert 0.45 < smaller.kept_fraction <= 0.5
-    assert "projected from kept" in capsys.readouterr().out
+    assert "scaled from kept fraction" in capsys.readouterr().out
 
     # Another architecture that has the same kinds of matrices.
     assert applied(prior, tmp_path / "qwen", "--no-measure", model="random:tiny-qwen2") == cli.DONE

@@ -341,7 +341,7 @@ def test_budget_zero_measures_the_baselines_only_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([word for word in words(out=tmp_path / "run", budget=0) if word != "--quiet"]) == cli.DONE
-    assert "budget 0: nothing is searched, the baselines only are measured" in capsys.readouterr().err
+    assert "budget 0: no search, only the baselines are measured" in capsys.readouterr().err
     document = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert document["trials"] == 0
     rows = {row["schedule"]: row for row in document["rows"]}
@@ -553,7 +553,7 @@ def test_what_stays_dense_is_told_and_counted(
     flags = words(out=tmp_path / "run", budget=2)
     assert cli.main([flag for flag in flags if flag != "--quiet"]) == cli.DONE
     name, reason = "model.layers.0.mlp.up_proj", "shared by model.layers.0.mlp.up_proj and model.layers.1.mlp.up_proj"
-    assert f"1 of 20 sites stay dense and count as dense, such as {name}: {reason}" in capsys.readouterr().err
+    assert f"1 of 20 sites stay dense and are counted as dense, such as {name}: {reason}" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stays_dense"] == {name: reason}
     sites = {site["name"]: site for site in json.loads((tmp_path / "run" / "prior.json").read_text())["sites"]}
     assert sites[name]["dense_because"] == reason

@@ -160,8 +160,8 @@ def test_a_long_context_measures_what_fills_the_cache(tmp_path: Path, capsys: py
     [
         (dict(context="9"), "context must be a whole number of at least 64, got 9"),
         (dict(chi="0"), "chi must be whole numbers of at least 1, got 0"),
-        (dict(chi="ten"), "chi must be numbers with commas between, START:STOP:STEP, or none, got 'ten'"),
-        (dict(chi="90:10:10"), "chi must be numbers"),
+        (dict(chi="ten"), "chi must be comma-separated numbers, START:STOP:STEP, or none, got 'ten'"),
+        (dict(chi="90:10:10"), "chi must be comma-separated numbers"),
         (dict(fractions="1"), "fractions must lie between 0 and 1, got 1.0"),
         (dict(fractions="nan"), "fractions must lie between 0 and 1, got nan"),
         (dict(chi="none", fractions="none"), "chi or fractions must name a level"),

@@ -155,11 +155,11 @@ def test_a_trial_without_a_figure_is_a_failed_trial_never_a_number(tmp_path, sta
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"reward": float("nan")}, "finite reward exactly if it is ok"),
-        ({"reward": None}, "finite reward exactly if it is ok"),
-        ({"state": "failed"}, "finite reward exactly if it is ok"),
+        ({"reward": float("nan")}, "must have a finite reward if it is ok"),
+        ({"reward": None}, "must have a finite reward if it is ok"),
+        ({"state": "failed"}, "must have a finite reward if it is ok"),
         ({"state": "fine"}, "state must be ok, nonfinite or failed, got 'fine'"),
-        ({"actions": (1,)}, "one action for every step"),
+        ({"actions": (1,)}, "actions must be one per step"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_refused(tmp_path, changes, words):
@@ -187,7 +187,7 @@ def test_a_repeated_trial_is_kept_once_and_a_different_one_refused(tmp_path):
     one.record(record(0))
     one.record(record(0, seconds=99.0))
     assert len(one.records) == len(one._study.trials) == 1
-    with pytest.raises(ValueError, match="not the same code, seed or machine"):
+    with pytest.raises(ValueError, match="code, seed or machine differ"):
         one.record(record(0, digest="another"))
     one.close()
 

@@ -37,7 +37,7 @@ from search.runtime.errors import EvaluatorsLost
 from search.workers.pools import check_evaluators, search_pool
 from search.workers.remote_evaluator import portable_fields
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 VALUES: dict[str, object] = {
     "model": "random:tiny-llama",
     "device": "cpu",
