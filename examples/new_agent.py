@@ -32,7 +32,8 @@ class HillClimb:
             actions = list(self._best)
             if np.isfinite(self._reward):
                 step = int(self._generator.integers(self._problem.steps))
-                actions[step] = int(np.clip(actions[step] + self._generator.choice([-1, 1]), 0, 2 * self._problem.middle))
+                level = actions[step] + self._generator.choice([-1, 1])
+                actions[step] = int(np.clip(level, 0, self._problem.levels - 2))  # the last level is dense
             proposal = Proposal(self._problem.schedule(actions), tuple(actions))
             if self._ledger.add(proposal):
                 return [proposal]

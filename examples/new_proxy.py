@@ -3,8 +3,8 @@
     python -m examples.new_proxy exam.csv exam.jsonl      # columns: question, right, wrong_1, wrong_2, …
     python search.py --proxy exam.jsonl
 
-`--proxy` of a search reads this format. The hash of the question picks the position of the right choice, so that the position
-reveals nothing. Chisel splits the items by hash into a half for the search and a half for the final report.
+The hash of the question picks the position of the right choice, so that the position reveals nothing. Chisel splits the
+items by hash into a half for the search and a half for the final report.
 """
 
 from __future__ import annotations
