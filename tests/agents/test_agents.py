@@ -63,7 +63,10 @@ def known(name, counts=(10,)):
     return run(name, toy(), counts=counts)
 
 
-every_agent = pytest.mark.parametrize("name", agents.NAMES)
+# Searches with a Gaussian process take seconds.
+every_agent = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "optuna-gp" else name for name in agents.NAMES]
+)
 
 
 @every_agent

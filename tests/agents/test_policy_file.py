@@ -58,6 +58,7 @@ def test_a_continued_policy_starts_where_the_other_ended(saved):
 
 
 @every_learner
+@pytest.mark.slow
 def test_what_was_learned_at_one_target_helps_at_another(name):
     start = trained(name, toy(0.5), 80).saved_policy()
     task = toy(0.7)

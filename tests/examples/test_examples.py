@@ -57,6 +57,7 @@ def test_an_agent_of_ones_own_climbs() -> None:
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_it_is_named_on_the_command_line_and_resumed(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     words = ["--quick", "--model", "random:tiny-llama", "--device", "cpu", "--quiet", "--repair-tokens", "0"]
@@ -107,6 +108,7 @@ def test_a_topology_is_a_name_and_costs_what_its_fit_leaves(capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_the_whole_job_runs_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = python_api.main("random:tiny-llama", tmp_path / "out", minutes=0.02)
     assert (folder / "config.json").is_file()

@@ -49,6 +49,7 @@ def test_an_earlier_run_is_reported_and_its_prior_is_valid(earlier: Path, capsys
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_an_earlier_run_goes_on_with_every_trial_kept(earlier: Path) -> None:
     before, summary = trials(earlier), json.loads((earlier / "summary.json").read_text(encoding="utf-8"))
     was = Prior.read(earlier / "prior.json")

@@ -146,6 +146,7 @@ def test_other_types_are_a_matter_of_to_and_of_loading(folder):
         loaded.half()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same(folder):
     model = load(folder).requires_grad_(False)
     before = logits(model)

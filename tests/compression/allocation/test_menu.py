@@ -53,6 +53,7 @@ def test_topologies_follow_the_dimensions_and_the_heads_of_attention() -> None:
     assert fitted_topologies(SITE, None, (3,)) == ("pivoted-mpo:4.3.2x4.3.2",)
 
 
+@pytest.mark.slow
 def test_a_menu_with_fits_is_never_worse_than_without() -> None:
     loaded = load_model("random:tiny-llama", torch.device("cpu"), torch.float32)
     sites = [site for site in discover_sites(loaded.model) if site.block == 0]

@@ -51,6 +51,7 @@ def test_a_dense_schedule_needs_no_repair_and_the_taken_modules_restore_the_mode
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("topology", ["pivoted-lowrank", "pivoted-mpo2"])
+@pytest.mark.slow
 def test_repair_lowers_the_divergence_from_the_dense_model_at_equal_parameters(name: str, topology: str) -> None:
     model, sites, statistics, batches = subject(name)
     with torch.no_grad():

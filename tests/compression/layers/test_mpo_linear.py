@@ -223,6 +223,7 @@ def test_resident_bytes_are_the_stored_ones_and_what_the_route_keeps(topology: s
 
 
 @pytest.mark.parametrize("topology", ["lowrank", "pivoted-lowrank", "pivoted-mpo3"])
+@pytest.mark.slow
 def test_a_compiled_layer_is_one_graph_and_follows_a_load(topology: str) -> None:
     torch.compiler.reset()
     ways = routes(resolve(topology, OUT, IN))

@@ -75,6 +75,7 @@ def tiny() -> LoadedModel:
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_every_figure_of_every_item_is_that_of_lm_eval(tiny: LoadedModel, tmp_path: Path) -> None:
     selections = [chosen(name) for name in TASKS]
     theirs = lm_eval_samples(selections, HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=2), tmp_path)

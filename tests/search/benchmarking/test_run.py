@@ -109,6 +109,7 @@ def test_a_stopped_run_tells_the_command_that_asks_only_what_is_missing(
     assert len(written(tmp_path / "out")["outcomes"]) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_before_a_model_is_loaded_and_what_a_killed_run_left_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_model_without_finite_logits_gets_no_figure(
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_run_is_measured_with_its_schedules(tmp_path: Path, asked: list[int]) -> None:
     run = tmp_path / "run"
     assert cli.main([*RUN.split(), "--out", str(run)]) == 0
@@ -188,6 +190,7 @@ def test_a_run_is_measured_with_its_schedules(tmp_path: Path, asked: list[int]) 
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_searched_items_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     assert cli.main([*RUN.split(), "--out", str(run)]) == 0

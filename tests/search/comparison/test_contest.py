@@ -71,6 +71,7 @@ def test_every_agent_and_seed_ends_in_the_table_with_equal_cost(
     assert (tmp_path / "run" / CURVE).read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_a_contest_that_was_stopped_ends_like_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_contest_that_was_stopped_ends_like_an_undisturbed_one(
     assert contest(tmp_path / "cut") == whole
 
 
+@pytest.mark.slow
 def test_backward_passes_are_paid_for(tmp_path: Path) -> None:
     (entry,) = compared(tmp_path / "run", agents="gradient", seeds="0", budget=16)["entries"]
     assert [mark["evaluations"] for mark in entry["marks"]] == [4, 8, 16]
@@ -102,6 +104,7 @@ def test_backward_passes_are_paid_for(tmp_path: Path) -> None:
     assert first < 0.4 * last
 
 
+@pytest.mark.slow
 def test_a_published_contest_takes_one_more_agent_without_searching_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_published_contest_takes_one_more_agent_without_searching_again(
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_measured_already_may_be_chosen_again(tmp_path: Path) -> None:
     compared(tmp_path / "run", agents="random", seeds="0", budget=4)
     words_again = ["compare", "--resume", str(tmp_path / "run"), "--quiet"]

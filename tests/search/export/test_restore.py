@@ -22,6 +22,7 @@ SIZES = "--search-items 4 --search-shards 1 --search-text-tokens 64 --heldout-to
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     assert cli.main([*FLAGS.split(), *SIZES.split(), "--quiet", "--out", str(run)]) == cli.DONE
@@ -63,6 +64,7 @@ def test_a_run_is_exported_as_it_was_measured_in_every_form(tmp_path, capsys, mo
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_repaired_weights_that_are_damaged_or_of_other_settings_are_made_again(tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert cli.main([*FLAGS.split(), *SIZES.split(), "--quiet", "--out", str(run)]) == cli.DONE
@@ -83,6 +85,7 @@ def test_repaired_weights_that_are_damaged_or_of_other_settings_are_made_again(t
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_repair_that_was_left_out_is_had_on_demand_and_a_healing_is_not(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(repaired_start, "repair_did_harm", lambda after, before: True)
     run = tmp_path / "run"

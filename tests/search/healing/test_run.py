@@ -41,6 +41,7 @@ __all__ = ["fake_data"]
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_an_interrupted_healing_holds_its_folder_and_tells_the_command_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +141,7 @@ def test_of_processes_that_heal_together_only_the_first_takes_the_lock(
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_an_exported_folder_is_healed_into_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, exported, out = (tmp_path / name for name in ("run", "exported", "exported and healed"))
     assert cli.main(words(out=run, budget=0, agent="lagrangian", target_kept=0.4)) == cli.DONE
@@ -162,6 +165,7 @@ def test_an_exported_folder_is_healed_into_another(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_repaired_weights_that_lack_something_are_said_and_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

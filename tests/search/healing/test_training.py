@@ -76,6 +76,7 @@ def test_the_newest_checkpoint_that_verifies_is_used_and_said(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("lost", ["optimizer/", "best/", "model/", "optimizer/model.norm.weight/exp_avg"])
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_something_is_passed_over_like_a_damaged_one(
     lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +151,7 @@ def test_gradients_may_be_added_up_over_passes_and_activations_computed_twice() 
 
 
 @pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2"])
+@pytest.mark.slow
 def test_gates_are_learned_and_absorbed_without_a_trace(name: str) -> None:
     dense, model, text, judge = subject(name)
     before = {path: tensor.shape for path, tensor in model.state_dict().items()}

@@ -162,6 +162,7 @@ _CONVERSATIONS = "from search.data.conversations import read_conversations as re
         (["-c", _CONVERSATIONS], 1, r"(?s).*DataUnavailable: data .* the hub cannot be reached; give a .* file\n"),
     ],
 )
+@pytest.mark.slow
 def test_a_hub_that_says_nothing_is_not_waited_for(words: list[str], code: int, said: str) -> None:
     root = Path(loading.__file__).parents[2]
     done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=100, check=False)

@@ -47,6 +47,7 @@ def applied(prior: Path, folder: Path, *more: str, **changes: object) -> int:
     return cli.main(["apply", *given, *more, "--quiet"])
 
 
+@pytest.mark.slow
 def test_a_prior_is_exact_on_its_own_model_and_projected_onto_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_prior_that_lacks_a_site_of_its_own_model_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_search_starts_from_a_prior_and_a_resumed_one_insists_on_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,7 @@ def row(block: int, chi: int, kl: float, family: str = "q", predicted: float | N
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_sweep_measures_every_site_at_every_level_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_sweep_measures_every_site_at_every_level_once(
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_where_it_was_and_takes_more_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_takes_more_levels(
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_long_context_measures_what_fills_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     assert cli.main(words(out=folder, context="96", chi="2,4", fractions="none")) == cli.DONE

@@ -209,6 +209,7 @@ def test_a_page_or_a_model_is_not_written_into_a_run_that_another_command_holds(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_a_browser_shows_it_on_a_phone_without_complaint(run, scheme):
     page = run() / "report.html"
     page.write_text(report([page.parent]), encoding="utf-8")

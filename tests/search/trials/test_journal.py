@@ -241,6 +241,7 @@ for number in range(len(journal.records), 10_000):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_loses_no_acknowledged_trial_and_leaves_none_running(tmp_path):
     path, acknowledged = tmp_path / "study.db", -1
     for wanted in (3, 17):

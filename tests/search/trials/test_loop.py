@@ -76,12 +76,17 @@ def search(path: Path, name: str, pool: Late, problem: Problem, budget: int, sha
         return run_agent(agent, budget, pool, REWARD, kept)
 
 
+def marked(name: str) -> object:
+    """The agents whose libraries take seconds over a search are marked slow."""
+    return pytest.param(name, marks=pytest.mark.slow) if name in ("optuna-gp", "optuna-qmc") else name
+
+
 def told(path: Path, problem: Problem) -> list[tuple[int, str, int, int]]:
     with journal(path, problem) as kept:
         return [(one.number, *one.key, one.asked) for one in kept.told]
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
+@pytest.mark.parametrize("name", [*map(marked, SEARCHERS)])
 def test_no_evaluator_waits_for_the_rest_of_a_batch(name: str, tmp_path: Path) -> None:
     budget, count = 22 if name == "optuna-gp" else 40, 6
     problem = toy()
@@ -109,7 +114,7 @@ def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: P
     assert max(trial.reward for trial in trials) == pytest.approx(best, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", [*SEARCHERS, *ONE_BY_ONE, "lagrangian"])
+@pytest.mark.parametrize("name", [*map(marked, SEARCHERS), *ONE_BY_ONE, "lagrangian"])
 def test_a_search_cut_anywhere_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     budget = 22 if name == "optuna-gp" else 28
     problem = toy()

@@ -31,6 +31,7 @@ def alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_children_of_a_killed_process_are_ended() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

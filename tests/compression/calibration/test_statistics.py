@@ -1,0 +1,77 @@
+"""Statistics that cannot be collected are refused by the name of the site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from odd_models import (
+    Q,
+    Sub,
+    batches,
+    model,
+    statistics_of,
+)
+from torch import nn
+
+from compression import (
+    Statistics,
+    collect,
+    discover_sites,
+)
+
+
+def test_statistics_that_are_not_finite_or_missing_are_refused_by_name() -> None:
+    broken = torch.eye(4)
+    broken[1, 2] = math.inf
+    statistics = Statistics({"b": broken}, {"a": "a", "b": "a"}, {"a": torch.eye(4), "b": broken}, 10)
+    assert statistics.gradient("a").shape == (4, 4)
+    with pytest.raises(ValueError, match="site b: the second moment of its inputs has NaN or infinite"):
+        statistics.input("b")
+    with pytest.raises(ValueError, match="site b: the second moment of its gradients has NaN or infinite"):
+        statistics.gradient("b")
+    for ask in (statistics.input, statistics.gradient):
+        with pytest.raises(ValueError, match="site c: no second moment"):
+            ask("c")
+
+
+def test_activations_that_overflow_are_refused_at_the_first_site_they_reach() -> None:
+    dense = model()
+    dense.get_submodule("layers.0.down").bias.fill_(math.nan)
+    with pytest.raises(ValueError, match=f"site {Q}: the second moment of its inputs"):
+        statistics_of(dense)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda inner, x: x, "never reached by the calibration text"),
+        (lambda inner, x: inner(x.detach()), "no gradient of the prediction reaches it"),
+        (lambda inner, x: x + 0 * inner(x).detach(), "no gradient of the prediction reaches it"),
+        (
+            lambda inner, x: inner(x.flatten(0, 1)[:7]).sum() + x,
+            r"one row per token to be calibrated, reads shape \(7, 12\)",
+        ),
+        (lambda inner, x: inner(input=x), "one row per token to be calibrated, reads a keyword argument"),
+    ],
+)
+def test_a_linear_map_that_cannot_be_calibrated_is_refused_by_name(
+    call: Callable[[nn.Module, torch.Tensor], torch.Tensor], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"site {Q}\.inner: .*{reason}"):
+        statistics_of(model(q_proj=Sub(call)))
+
+
+def test_rows_that_arrive_flattened_count_as_tokens_with_their_mask() -> None:
+    flat = model(q_proj=Sub(lambda inner, x: inner(x.flatten(0, 1)).reshape(x.shape)))
+    plain = model(q_proj=Sub(lambda inner, x: inner(x)))
+    [(ids, mask)] = batches()
+    mask[:, 30:] = False
+    seen = [
+        collect(dense, discover_sites(dense), [(ids, mask)], torch.Generator().manual_seed(2))
+        for dense in (flat, plain)
+    ]
+    assert torch.equal(seen[0].input(f"{Q}.inner"), seen[1].input(f"{Q}.inner"))
+    assert torch.equal(seen[0].gradient(f"{Q}.inner"), seen[1].gradient(f"{Q}.inner"))
