@@ -63,10 +63,12 @@ def known(name, counts=(10,)):
     return run(name, toy(), counts=counts)
 
 
-# Searches with a Gaussian process take seconds.
-every_agent = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "optuna-gp" else name for name in agents.NAMES]
-)
+def marked(name):
+    """The agents whose libraries take seconds over a search are marked slow."""
+    return pytest.param(name, marks=pytest.mark.slow) if name in ("optuna-gp", "optuna-qmc") else name
+
+
+every_agent = pytest.mark.parametrize("name", [marked(name) for name in agents.NAMES])
 
 
 @every_agent
@@ -90,7 +92,7 @@ def test_a_larger_budget_only_adds_to_a_search_but_where_it_is_planned_with(name
     assert (short == long[: len(short)]) == (name not in PLANNERS)
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
+@pytest.mark.parametrize("name", [marked(name) for name in SEARCHERS])
 def test_another_seed_gives_other_proposals(name):
     assert known(name) != run(name, toy(), seed=1)
 
@@ -107,7 +109,7 @@ def test_the_budget_is_kept_and_no_schedule_comes_twice(name, budget):
     assert len({proposal.schedule.digest for proposal in proposals}) == len(proposals)
 
 
-@pytest.mark.parametrize("name", [*ONE_SCHEDULE, *UNSEEDED, *ONE_TARGET])
+@pytest.mark.parametrize("name", [marked(name) for name in (*ONE_SCHEDULE, *UNSEEDED, *ONE_TARGET)])
 def test_an_exhausted_space_ends_the_search_before_the_budget_does(name):
     # Two levels of three blocks and dense: a handful of schedules.
     problem = toy(levels=4)

@@ -89,6 +89,7 @@ def test_the_best_episode_under_a_draw_has_no_better_neighbour_one_level_off():
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_twenty_blocks_end_far_below_the_closed_form_and_random_search(seed):
     task = problem(20, granularity="block+family")
     values = {}

@@ -54,6 +54,7 @@ def test_the_follower_starts_where_the_gradient_agent_ended() -> None:
     assert all(proposal.actions is None for proposal, _ in told)
 
 
+@pytest.mark.slow
 def test_it_ends_above_both_its_parts_on_a_task_with_interactions() -> None:
     task = problem(12)
     evaluate = ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0), interaction=0.4)

@@ -40,7 +40,7 @@ def test_an_off_the_shelf_agent_trains_and_a_second_run_measures_nothing(
 
 def test_a_file_that_is_no_table_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text("no")
-    with pytest.raises(ValueError, match="no table of scores"):
+    with pytest.raises(ValueError, match="not a table of scores"):
         train_ppo.main(["--table", str(tmp_path / "scores.json")])
 
 

@@ -55,6 +55,7 @@ def test_a_job_runs_and_its_tables_are_data_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.slow
 def test_a_sweep_and_a_comparison_are_data_frames_too(tmp_path: Path) -> None:
     sweep = api.profile([2], [], tokens=64, quiet=True, out=str(tmp_path / "sweep"), **SMALL)
     costs = sweep.sensitivity()

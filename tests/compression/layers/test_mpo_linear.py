@@ -253,6 +253,7 @@ class _Sum(nn.Module):
         return torch.stack([layer(x) for layer in self.layers]).sum(0)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_trains() -> None:
     torch.compiler.reset()
     layer = layer_of("pivoted-lowrank")
@@ -271,6 +272,7 @@ def test_a_compiled_layer_trains() -> None:
 
 @pytest.mark.e2e  # about 20 seconds
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow
 def test_the_default_backend_compiles_a_pivoted_layer() -> None:
     torch.compiler.reset()
     layer = layer_of("pivoted-lowrank")

@@ -107,6 +107,7 @@ def test_blocks_that_are_not_run_once_each_in_order_are_refused() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_healing_replays_and_comes_to_the_same(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, model, text, judge = subject()
     _, told = heal(model, dense, text, judge)
@@ -135,6 +136,7 @@ def test_what_cannot_be_recorded_is_told_and_heals_as_ever(recorder: Recorder, m
     ]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_ends_the_recording_of_larger_passes(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,7 @@ def test_a_model_without_finite_logits_gets_no_figure(
         assert (one["state"], one["figures"]) == ("nonfinite", {})
     shown = capsys.readouterr()
     assert "nonfinite" in shown.out
-    assert "not finite" in shown.err
+    assert "NaN or infinite logits" in shown.err
 
 
 @pytest.mark.usefixtures("fake_data")

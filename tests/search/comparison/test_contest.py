@@ -51,6 +51,7 @@ def compared(folder: Path, **changes: object) -> dict[str, Any]:
     return contest(folder)
 
 
+@pytest.mark.slow
 def test_every_agent_and_seed_ends_in_the_table_with_equal_cost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
