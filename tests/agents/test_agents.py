@@ -109,6 +109,7 @@ def test_the_budget_is_kept_and_no_schedule_comes_twice(name, budget):
     assert len({proposal.schedule.digest for proposal in proposals}) == len(proposals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [marked(name) for name in (*ONE_SCHEDULE, *UNSEEDED, *ONE_TARGET)])
 def test_an_exhausted_space_ends_the_search_before_the_budget_does(name):
     # Two levels of three blocks and dense: a handful of schedules.
@@ -130,6 +131,7 @@ def test_actions_are_legal_and_lead_to_the_schedule(name, granularity):
             assert problem.schedule(proposal.actions) == proposal.schedule
 
 
+@pytest.mark.slow
 @every_agent
 def test_failures_do_not_stop_an_agent(name):
     problem, budget = toy(16), affordable(name, 36)
@@ -138,6 +140,7 @@ def test_failures_do_not_stop_an_agent(name):
         assert len(told) == (budget if name in SEARCHERS else len(told) if name in UNSEEDED else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, seed", [(name, seed) for name in ONE_TARGET for seed in range(1 if name == "optuna-gp" else 5)]
 )
@@ -151,6 +154,7 @@ def test_the_optimum_of_three_blocks_is_found(name, seed):
     assert schedule != problem.closed_form()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNSEEDED)
 def test_slopes_lead_past_the_best_of_all_episodes(name):
     problem = toy()

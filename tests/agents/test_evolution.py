@@ -69,6 +69,7 @@ def test_every_look_counts_against_the_budget_and_comes_once(shards):
         assert repeat == 0 or keys.index((digest, repeat - 1)) < keys.index((digest, repeat))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("screened", [20, UNSCREENED])
 def test_twenty_blocks_end_below_the_closed_form_and_random_search(seed, screened):

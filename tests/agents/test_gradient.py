@@ -40,6 +40,7 @@ def test_a_first_proposal_is_the_closed_form_with_slopes() -> None:
     assert task.kept(task.probe(first.schedule)) > task.kept(first.schedule)
 
 
+@pytest.mark.slow
 def test_most_of_what_is_to_be_gained_on_three_blocks_is_gained() -> None:
     task = problem()
     evaluate = ToyEvaluator(task.menu)

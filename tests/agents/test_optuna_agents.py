@@ -55,6 +55,7 @@ def test_the_global_generators_are_left_as_they_were(name):
     assert state() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optuna-cmaes", "optuna-qmc", "optuna-tpe"])
 def test_twenty_blocks_end_below_the_closed_form(name):
     task = Problem.build(toy_menu(20), 0.6, "block+family")

@@ -68,6 +68,7 @@ def test_what_was_learned_at_one_target_helps_at_another(name):
     assert learned.kl < 0.95 * closed_form.kl
 
 
+@pytest.mark.slow
 def test_another_model_other_steps_and_another_ladder_are_refused(saved):
     agent, folder = saved
     start = SavedPolicy.read(folder)

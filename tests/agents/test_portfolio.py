@@ -24,6 +24,7 @@ def truth(task):
     return lambda proposal: PLAIN(evaluate([proposal.schedule])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_no_look_is_evaluated_twice_and_members_are_told_what_they_proposed(shards):
     task = problem()
@@ -89,6 +90,7 @@ def test_it_recommends_from_all_members():
     assert truth(task)(recommended[0]) > 1.03 * max(reward for _, reward in told)
 
 
+@pytest.mark.slow
 def test_the_portfolio_takes_turns_around_what_slopes_found():
     task = problem(12)
     evaluate = ToyEvaluator(task.menu, weights=(3.0, 0.5, 1.0), interaction=0.4)

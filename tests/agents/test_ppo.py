@@ -85,6 +85,7 @@ def test_the_reward_comes_last_and_the_advantages_are_those_of_the_value_network
             assert buffer.advantages[step, episode] == pytest.approx(advantage, abs=1e-5)
 
 
+@pytest.mark.slow
 @BOTH
 def test_ten_blocks_end_far_below_the_closed_form(agent_of):
     task = problem(10, 0.6)

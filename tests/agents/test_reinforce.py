@@ -168,6 +168,7 @@ def test_the_first_proposal_is_the_closed_form():
     assert first.actions == (task.middle,) * task.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("granularity", ["block", "block+family"])
 def test_twenty_blocks_end_far_below_the_closed_form_and_random_search(granularity, seed):
@@ -212,6 +213,7 @@ def test_a_failed_trial_does_not_hide_the_others():
     assert -max(values) < 0.85 * -values[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks, granularity", [(1, "block"), (3, "block"), (105, "site")])
 def test_any_number_of_steps_works(blocks, granularity):
     task = problem(blocks, 0.6, granularity)

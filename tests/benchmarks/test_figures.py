@@ -13,6 +13,7 @@ from benchmarks.figures import FIGURES, drawn
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_drawn_and_committed(name: str) -> None:
     for text in (drawn(name), (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8")):

@@ -30,6 +30,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_a_job_runs_and_its_tables_are_data_frames(tmp_path: Path) -> None:
     run = api.run(quiet=True, agent="random", budget=4, out=str(tmp_path / "run"), **SMALL)

@@ -167,6 +167,7 @@ def test_dequantize_makes_an_ordinary_model(original, folder):
     torch.testing.assert_close(logits(model), logits(original.model), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_trainer_trains_the_cores_and_resumes(folder, tmp_path):
     examples = [{"input_ids": row, "labels": row} for row in PROMPT.repeat(2, 1)]
 

@@ -55,6 +55,7 @@ def exhaustive_cost(menu, target):
     return min(menu.cost(np.array(pick)) for pick in picks if menu.parameters(np.array(pick)) <= target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["any", "falling", "convex"])
 @pytest.mark.parametrize("seed", range(20))
 def test_the_cost_is_the_least_of_all_allocations_at_every_budget(seed, shape):
@@ -90,6 +91,7 @@ def test_a_tolerance_stops_early_and_is_kept():
     assert near.bound <= best.cost <= near.cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_a_models_worth_of_options_is_solved_exactly_and_never_worse_than_the_hulls(noise):
     menu = large_menu(1, noise)

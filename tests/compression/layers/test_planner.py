@@ -119,6 +119,7 @@ def test_neighbouring_bond_dimensions_share_a_measurement(monkeypatch: pytest.Mo
     assert [chi for _, chi, _ in measuring.asked] == [101]
 
 
+@pytest.mark.slow
 def test_aligned_bond_dimensions_are_measured_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     measuring = Measuring(monkeypatch)
     planner = Planner("memory", tokens=(1,))

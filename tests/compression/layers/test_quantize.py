@@ -141,6 +141,7 @@ def test_a_shared_matrix_is_stored_once(quantized):
     assert ends(tensorized().model) == ["model.embed_tokens", "lm_head"]
 
 
+@pytest.mark.slow
 def test_a_quantized_folder_gives_the_same_tensors_and_logits_and_casts(quantized, tmp_path):
     loaded, _ = quantized
     export_model(loaded.model, loaded.tokenizer, tmp_path / "out")
@@ -166,6 +167,7 @@ def test_a_quantized_model_is_exported_dense_too(quantized, tmp_path):
     torch.testing.assert_close(logits(load_model(str(tmp_path / "out"), "cpu").model), before, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -50,6 +50,7 @@ def alternating_least_squares(
     return cost_of(cores, weight, g, c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legs, chi", [(TWO, 3), (TWO, 5), (THREE, 3)])
 def test_a_fit_reaches_what_alternating_least_squares_reaches(legs: Legs, chi: int) -> None:
     weights, g, c = problem(1, 12, 8)
@@ -69,6 +70,7 @@ def test_the_reported_cost_is_that_of_the_cores_and_below_the_start(legs: Legs) 
     assert result.evaluations <= 120
 
 
+@pytest.mark.slow
 def test_sites_fitted_together_come_out_as_fitted_alone() -> None:
     weights, g, c = problem(3, 12, 8)
     together = fit(weights, g, c, TWO, 4, max_evaluations=150, tolerance=1e-3).cost

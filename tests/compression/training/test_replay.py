@@ -122,6 +122,7 @@ def test_healing_replays_and_comes_to_the_same(recorder: Recorder, monkeypatch: 
         assert torch.equal(mine, other), name
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_is_told_and_heals_as_ever(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

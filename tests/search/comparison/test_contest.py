@@ -147,6 +147,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_contest_is_refused_with_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compared(tmp_path / "run", agents="lagrangian", seeds="0")
     line = ["compare", "--resume", str(tmp_path / "run"), "--agents", "lagrangian", "--seeds", "0", "--quiet"]
@@ -154,6 +155,7 @@ def test_another_contest_is_refused_with_what_differs(tmp_path: Path, capsys: py
     assert "budget was 8, is 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compared(tmp_path / "run", agents="lagrangian", seeds="0")
     line = ["compare", "--resume", str(tmp_path / "run"), "--agents", "lagrangian", "--seeds", "0", "--quiet"]

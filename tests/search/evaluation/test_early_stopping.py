@@ -36,6 +36,7 @@ def test_a_schedule_that_is_no_worse_is_stopped_about_as_seldom_as_stated(level:
     assert 0.4 * level < share_stopped(0.0, level=level) < 1.25 * level
 
 
+@pytest.mark.slow
 def test_a_better_schedule_is_hardly_ever_stopped_and_a_worse_one_mostly() -> None:
     assert share_stopped(-0.3) < 0.01
     assert share_stopped(1.0) > 0.9

@@ -141,6 +141,7 @@ def test_healing_that_only_hurts_leaves_the_model_as_it_was() -> None:
     assert len(healed.measurements) == 1
 
 
+@pytest.mark.slow
 def test_gradients_may_be_added_up_over_passes_and_activations_computed_twice() -> None:
     dense, model, text, judge = subject()
     results = []
@@ -187,6 +188,7 @@ def test_labels_teach_the_text_itself_where_it_is_wanted() -> None:
     assert healed.measurements[-1].perplexity < 0.9 * healed.measurements[0].perplexity
 
 
+@pytest.mark.slow
 def test_hidden_states_may_be_matched_too_and_the_vocabulary_sampled() -> None:
     dense, model, text, judge = subject()
     for changes in ({"hidden_weight": 0.5}, {"targets": 8, "sample": 40}):

@@ -141,6 +141,7 @@ def test_a_bad_prior_is_refused_before_the_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_from_a_chi_above_the_largest_is_refused_with_advice_that_helps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_search_from_a_chi_above_the_largest_is_refused_with_advice_that_helps
     assert cli.main([*search, "--prior", str(tmp_path / "lowered" / "prior.json"), "--dry-run"]) == cli.DONE
 
 
+@pytest.mark.slow
 def test_the_modules_of_a_schedule_can_be_had_in_place(tmp_path: Path) -> None:
     prior = Prior.read(searched(tmp_path / "run", budget=0))
     config = Config.of({**SMALL, "model": "random:tiny-llama", "target_kept": 0.7})

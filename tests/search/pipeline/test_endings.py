@@ -48,6 +48,7 @@ def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_budget_zero_measures_the_baselines_only_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -60,6 +61,7 @@ def test_budget_zero_measures_the_baselines_only_and_says_so(
     assert rows["searched"]["kl"] == rows["lagrangian"]["kl"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +87,7 @@ def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
     assert (second["state"], second["reward"], second["accuracy"], second["kl"]) == ("nonfinite", "", "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_run_whose_repair_gives_no_numbers_is_not_healed_and_ends_with_its_table(
@@ -162,6 +165,7 @@ def test_a_repair_that_does_harm_is_left_out(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_without_repair_it_is_healed_as_it_was_decomposed(tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -21,6 +21,7 @@ from search.runtime.run_folder import RunFolder
 __all__ = ["fake_data"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

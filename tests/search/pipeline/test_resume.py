@@ -84,6 +84,7 @@ def test_a_run_keeps_its_number_type_on_a_machine_that_would_take_another(
     assert "dtype" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_resuming_under_another_reward_or_data_is_refused_with_a_diff(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

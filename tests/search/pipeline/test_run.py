@@ -38,6 +38,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = run(tmp_path / "run", **HEAL)
@@ -71,6 +72,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
     assert all(name in out for name in HEALED)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
     document = run(tmp_path / "run", budget=2)
@@ -203,6 +205,7 @@ def test_bfloat16_runs_too(tmp_path: Path) -> None:
     assert rows[4]["kl"] < rows[1]["kl"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.parametrize("agent", ["uniform", "lagrangian", "random"])
 def test_every_agent_ends_within_its_budget(tmp_path: Path, agent: str) -> None:
@@ -210,6 +213,7 @@ def test_every_agent_ends_within_its_budget(tmp_path: Path, agent: str) -> None:
     assert document["trials"] == (3 if agent == "random" else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_a_jsonl_file_serves_as_the_proxy(tmp_path: Path) -> None:
     records = [{"question": f"What is {n}?", "choices": ["one", "two", f"{n}"], "answer": n % 3} for n in range(40)]
@@ -231,6 +235,7 @@ def test_a_dry_run_tells_sites_ladder_cost_data_and_output_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_what_stays_dense_is_told_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -256,6 +261,7 @@ def test_what_stays_dense_is_told_and_counted(
     assert json.loads(capsys.readouterr().out)["model"]["stays_dense"] == {name: reason}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
 def test_a_baseline_that_prime_dimensions_rule_out_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(

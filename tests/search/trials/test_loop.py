@@ -86,6 +86,7 @@ def told(path: Path, problem: Problem) -> list[tuple[int, str, int, int]]:
         return [(one.number, *one.key, one.asked) for one in kept.told]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*map(marked, SEARCHERS)])
 def test_no_evaluator_waits_for_the_rest_of_a_batch(name: str, tmp_path: Path) -> None:
     budget, count = 22 if name == "optuna-gp" else 40, 6
@@ -106,6 +107,7 @@ def test_an_agent_that_has_to_wait_is_asked_again_and_ends_within_its_budget(nam
     assert len(trials) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: Path) -> None:
     problem = toy()
@@ -114,6 +116,7 @@ def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: P
     assert max(trial.reward for trial in trials) == pytest.approx(best, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*map(marked, SEARCHERS), *ONE_BY_ONE, "lagrangian"])
 def test_a_search_cut_anywhere_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     budget = 22 if name == "optuna-gp" else 28
