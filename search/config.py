@@ -1,6 +1,6 @@
-"""The one configuration of a run: frozen, validated, and the source of the command line's flags and help.
+"""The configuration of a run: frozen and validated. Flags and their help are generated from it.
 
-Knows every field, its rule, its default and what it is for. Knows nothing of models, data or the terminal.
+Knows every field with its rule, default and meaning; does not know models, data or the terminal.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ AGENTS = (
     "uniform",
 )
 PLANNERS = ("guided", "portfolio", "ppo", "ppo-masked", "reinforce")
-"""Agents that plan with their budget: with another one they would not have proposed what they did."""
+"""Agents that plan with their budget: with another budget they would have proposed other schedules."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -76,17 +76,17 @@ QUICK: Mapping[str, int | float] = {
     "heal_minutes": 1.0,
     "benchmark_items": 4,
 }
-"""What `quick` puts in the place of the defaults; a field given explicitly stays as given."""
+"""Values that `quick` uses instead of the defaults; a field that is given keeps its value."""
 
 EVALUATORS = ("evaluators", "gpus_per_evaluator", "ray_address", "trial_timeout")
-"""Fields of who scores."""
+"""Fields that say which processes score schedules."""
 _FREE = (
     *("budget", "quick", "threads", "optimize", "prior", "heal_minutes", "out", "resume"),
     *("benchmark_items", "export", "dtype"),
     *EVALUATORS,
 )
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
-"""Fields of what a run does with the schedule it has found."""
+"""Fields of the stages after the search."""
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
 
 
@@ -310,7 +310,7 @@ class Config(BaseModel):
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Config:
-        """The validated configuration with these field values, defaults for the rest.
+        """The validated configuration with these values; other fields have their defaults.
 
         Raises:
             ValueError: one line that starts with the field and states its rule, the value, and the nearest valid name.
@@ -321,10 +321,11 @@ class Config(BaseModel):
             raise Refusal(_one_line(error)) from None
 
     def definition(self) -> dict[str, object]:
-        """The fields a resumed run may not change: all but the budget and those that say how, where and to what end.
+        """The fields that a resumed run must not change.
 
-        Nor the prior, which may lie elsewhere by then, and the dtype, which "auto" leaves to the machine: what came of
-        them is what counts, see `search.trials.setup.fingerprint`.
+        They leave out the budget and the fields that say how and where a run works or what it does after the search.
+        They also leave out the prior, which may have moved, and the dtype, which "auto" leaves to the machine; their
+        effects are compared by `search.trials.setup.fingerprint`.
         """
         return self.model_dump(exclude=set(_FREE))
 
@@ -334,7 +335,7 @@ class Config(BaseModel):
         return self.evaluators in (None, "1") and self.ray_address is None and self.trial_timeout is None
 
     def to_json(self) -> str:
-        """The content of config.json: every field but the folders, so that a run folder may be moved."""
+        """The content of config.json: all fields but the folders, so that a run folder can be moved."""
         return json.dumps(self.model_dump(exclude={"out", "resume"}), indent=2) + "\n"
 
 
@@ -348,7 +349,7 @@ def read_fields(path: Path) -> dict[str, object]:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first complaint of pydantic in the words of the field's own rule."""
+    """The first error of pydantic, in the words of the field's own rule."""
     first = error.errors()[0]
     if not first["loc"]:
         return re.sub(r"^Value error, ", "", first["msg"])

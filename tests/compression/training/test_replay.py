@@ -1,4 +1,4 @@
-"""Recorded blocks: what is replayed, what runs as ever, and what healing does with it. Graphs need a GPU; here a
+"""Recorded blocks: which passes are replayed, which run normally, and how healing uses them. Graphs need a GPU; here a
 recorder stands in for them that writes to fixed places as they do."""
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_replayed_passes_give_the_same_gradients_added_up(name: str) -> None:
         assert recorder.replays == len(passes) * len(blocks)
         model(input_ids=passes[0][:2], use_cache=False)
         model(input_ids=passes[0], attention_mask=passes[0].gt(0).long(), use_cache=True)
-        assert recorder.replays == len(passes) * len(blocks), "other calls run as ever"
+        assert recorder.replays == len(passes) * len(blocks), "other calls run normally"
     model(input_ids=passes[0], use_cache=False)
     assert recorder.replays == len(passes) * len(blocks), "so do all when it is left"
     assert plain.keys() == again.keys()
