@@ -34,8 +34,8 @@ def run(words: list[str]) -> int:
         for field, valid in (("format", _FORMATS), ("dtype", _DTYPES), ("quantize", _QUANTIZE)):
             if given[field] not in (None, *valid):
                 raise Refusal(
-                    f"{field} must be one of {', '.join(valid)}; the nearest is "
-                    f"{nearest(given[field], valid)}, got {given[field]!r}"
+                    f"{field} must be one of {', '.join(valid)}, got {given[field]!r}; the nearest is "
+                    f"{nearest(given[field], valid)}"
                 )
         folder = Path(given["out"] or Path(given["run"]) / given["format"])
         healed = Path(given["healed"]) if given["healed"] else None
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         metavar="NAME",
         default="auto",
-        help="Device that makes the model: auto, cpu, cuda or cuda:n. Default: auto.",
+        help="Device that makes the model: auto, cpu, cuda or cuda:N. Default: auto.",
     )
     parser.add_argument("--quiet", action="store_true", help="Show no progress, only the result and errors.")
     return parser

@@ -41,7 +41,8 @@ def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
             groups[title].add_argument(flag, action="store_true", dest=name, help=about)
             continue
         if str(extra["rule"]).startswith("one of"):
-            about += f" {str(extra['rule']).capitalize()}."
+            rule = str(extra["rule"])
+            about += f" {rule[:1].upper()}{rule[1:]}."
         if field.default is not None:
             about += f" Default: {field.default}."
         kind = next((k for k in (int, float) if k in (field.annotation, *get_args(field.annotation))), None)

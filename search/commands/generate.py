@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
     shown = Console(quiet=given["quiet"])
     try:
         if not 1 <= given["tokens"] <= 1 << 20:
-            raise Refusal(f"tokens must be 1 or more, got {given['tokens']}")
+            raise Refusal(f"tokens must be a whole number from 1 to {1 << 20}, got {given['tokens']}")
         if not 0 <= given["temperature"] <= 100:
             raise Refusal(f"temperature must be from 0 to 100, got {given['temperature']}")
         with shown, shown.stage("load"):
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         metavar="NAME",
         default="auto",
-        help="Device of the model: auto, cpu, cuda or cuda:n. Default: auto.",
+        help="Device of the model: auto, cpu, cuda or cuda:N. Default: auto.",
     )
     parser.add_argument("--quiet", action="store_true", help="Show no progress, only the answer and errors.")
     return parser

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         + "\n".join(f"  prior {name:<9} {about}" for name, about in _ACTIONS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="python search.py prior show|diff|validate FILE...",
+        usage="python search.py prior show|diff|validate FILE... | schema",
     )
     parser.add_argument(
         "--clamp",
