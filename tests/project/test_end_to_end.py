@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "search.py"), "--quick", "--budget", "6", "--out", str(tmp_path / "a run é")]
-    small = ["--heal-minutes", "0.3", "--benchmark-items", "2"]
+    small = ["--repair-tokens", "2048", "--heal-minutes", "0.2", "--benchmark-items", "2"]
+    small += ["--search-text-tokens", "128", "--heldout-tokens", "512", "--report-items", "6"]
     done = subprocess.run(
         [*command, *small, "--json"],
         capture_output=True,
