@@ -132,7 +132,7 @@ def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tenso
 
     # Judging a correction needs few digits, so float32 is enough.
     gradient, seen, missing = gradient.float(), inputs.float(), cross.float()
-    best, result = 0.0, torch.zeros_like(cross[0])
+    best, best_ridge, best_share = 0.0, 0.0, 0.0
     for ridge in _RIDGES:
         linear = square = 0.0
         for fold, (moment, other) in enumerate(zip(inputs, cross, strict=True)):
@@ -143,8 +143,10 @@ def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tenso
         share = min(1.0, max(0.0, linear / square)) if square > 0 else 0.0
         gain = 2 * share * linear - share**2 * square
         if gain > best:
-            best, result = gain, share * solved(inputs.sum(0), cross.sum(0), ridge)
-    return result
+            best, best_ridge, best_share = gain, ridge, share
+    if not best:
+        return torch.zeros_like(cross[0])
+    return best_share * solved(inputs.sum(0), cross.sum(0), best_ridge)
 
 
 def _compressed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,15 +33,19 @@ def cluster(home: Path) -> Iterator[LocalCluster]:
 
 
 def submit(cluster: LocalCluster, *words: str) -> str:
-    done = subprocess.run(
-        [*RAY, "job", "submit", "--working-dir", ".", "--", "python", "search.py", *words],
-        cwd=ROOT,
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    for _ in range(20):  # on a busy machine the nodes are up before Ray's agent for jobs is
+        done = subprocess.run(
+            [*RAY, "job", "submit", "--working-dir", ".", "--", "python", "search.py", *words],
+            cwd=ROOT,
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        if "No available agent to submit job" not in done.stderr:
+            break
+        time.sleep(3)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
