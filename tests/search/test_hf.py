@@ -116,7 +116,6 @@ def elsewhere(folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("elsewhere")
 def test_without_this_project_the_code_beside_the_weights_reads_them(original, elsewhere):
     _, saved = elsewhere
     assert_same_logits(saved["first"], logits(original.model))
@@ -124,7 +123,6 @@ def test_without_this_project_the_code_beside_the_weights_reads_them(original, e
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("elsewhere")
 def test_without_project_or_trust_loading_is_an_error(elsewhere):
     ran, _ = elsewhere
     assert ran.stdout.split()[:3] == ["refused", "refused", "score"]
@@ -217,7 +215,6 @@ def test_lora_learns_beside_the_cores_and_refuses_to_merge(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("elsewhere")
 def test_lm_eval_reads_the_folder_with_the_code_beside_the_weights(elsewhere):
     ran, _ = elsewhere
     assert "LlamaForCausalLM" in ran.stdout
