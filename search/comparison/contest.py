@@ -68,6 +68,8 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         loaded, sites = load(config, device)
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+    for note in experiment.splits.notes:
+        console.note(note)
     with RunFolder.open(config.resume, config.out, "compare", config.model, config.seed) as folder:
         console.opened(folder.path)
         contest = _Contest.read(

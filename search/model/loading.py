@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,33 @@ class LoadedModel:
     license: str
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens or a length limit."""
+        """Token ids of a piece of text, without special tokens or a length limit."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a text from its beginning on, without a length limit.
+
+        As in lm-eval, `beginning` precedes the text unless the text itself starts with that token.
+        """
+        begun = self._beginning_text and text.startswith(self._beginning_text)
+        return self.encode(text) if begun else [*self.beginning, *self.encode(text)]
+
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """Special tokens that the tokenizer puts before a text, such as the beginning-of-sequence token; often none.
+
+        A model that was trained with such a token gives wrong likelihoods without it. What is scored, or used for
+        statistics or training, therefore starts with these tokens. Tokens that a tokenizer puts after a text are never
+        used, since a causal model scores texts that go on.
+        """
+        text = "a"
+        bare, whole = self.encode(text), list(self.tokenizer(text, verbose=False)["input_ids"])
+        starts = range(len(whole) - len(bare) + 1)
+        return tuple(whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)])
+
+    @cached_property
+    def _beginning_text(self) -> str:
+        return str(self.tokenizer.decode(list(self.beginning))) if self.beginning else ""
 
 
 def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:

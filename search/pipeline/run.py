@@ -80,6 +80,8 @@ def run(config: Config, console: Console) -> RunSummary:
         )
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+    for note in experiment.splits.notes:
+        console.note(note)
     if config.resume is not None:
         refuse_other_search(Path(config.resume) / STUDY, config, experiment, start)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
