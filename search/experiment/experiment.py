@@ -114,7 +114,8 @@ class Experiment:
             chunk_tokens=CHUNK_TOKENS,
             seed=config.seed,
         )
-        cache = FactorCache(cache_folder() / "factors", warn)
+        made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
+        cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
         return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
 
@@ -177,6 +178,7 @@ class Experiment:
         """
         return {
             "model": self.loaded.digest,
+            "architecture": self.loaded.architecture,
             "statistics": self.calibration.key,
             "search_text": self.splits.search_text.digest,
             "search_items": cache_key(items=[item.digest for item in self.splits.search_items]),
