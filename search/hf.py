@@ -221,7 +221,10 @@ def _difference(name: str, before: Any, now: Any, raw: Any) -> str:
     Args:
         raw: what the file holds of the value; an entry that was not written is a difference.
     """
-    if not isinstance(before, Mapping) or not isinstance(now, Mapping) or name == _MODULES:
+    if name == _MODULES and before != now:
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        return f"the description of {changed[0]} in {name} differs"
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
         return "" if before == now else f"{name} was {json.dumps(before):.60}, is {json.dumps(now):.60}"
     inner = raw if isinstance(raw, Mapping) else {}
     prefix = f"{name}." if name else ""
