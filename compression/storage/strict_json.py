@@ -1,17 +1,18 @@
 """Reads untrusted JSON files strictly: either the whole file is valid, or one line says why not.
 
-Knows JSON; does not know the fields of any file.
+Knows JSON and digests of JSON values; does not know the fields of any file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
 from compression.refusal import Refusal
 
-__all__ = ["parse", "read_object"]
+__all__ = ["json_digest", "parse", "read_object"]
 
 
 def parse(text: str) -> object:
@@ -57,6 +58,15 @@ def read_object(path: Path, what: str, largest: int) -> dict[str, object]:
     if not isinstance(values, dict):
         raise Refusal(f"cannot use {what} {path}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def json_digest(value: object) -> str:
+    """Returns the SHA-256 of a value's canonical JSON (sorted keys, no spaces), 64 hexadecimal digits.
+
+    The value must be one that JSON returns unchanged, so that the digest of what is read equals that of what was
+    written.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

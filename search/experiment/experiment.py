@@ -118,7 +118,8 @@ class Experiment:
             fits=lambda item: _is_short(_packed(loaded, item, config.proxy, config.proxy_form), longest),
             parts=parts,
         )
-        cache = FactorCache(cache_folder() / "factors", warn)
+        made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
+        cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
         return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
 
@@ -181,6 +182,7 @@ class Experiment:
         """
         return {
             "model": self.loaded.digest,
+            "architecture": self.loaded.architecture,
             "statistics": self.calibration.key,
             "search_text": self.splits.search_text.digest,
             "search_items": cache_key(items=[item.digest for item in self.splits.search_items]),

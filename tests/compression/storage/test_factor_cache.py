@@ -1,0 +1,82 @@
+"""A cached value is used only under the key, and for the purpose, that its file says it was stored for."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compression.storage.factor_cache import Bundle, FactorCache, cache_key
+
+ONE, TWO = cache_key(value=1), cache_key(value=2)
+
+
+def bundle(value: float) -> Bundle:
+    return Bundle({"x": torch.full((3,), value)}, {"note": "kept"})
+
+
+def path_of(root: Path, key: str) -> Path:
+    [path] = root.rglob(f"{key}.*.safetensors")
+    return path
+
+
+def swapped(root: Path) -> None:
+    """Give two files each other's keys and keep the checksums, which stay right."""
+    paths = {key: path_of(root, key) for key in (ONE, TWO)}
+    targets = {
+        key: paths[other].with_name(paths[key].name.replace(key, other)) for key, other in ((ONE, TWO), (TWO, ONE))
+    }
+    for key, target in targets.items():
+        paths[key].rename(target)
+
+
+def test_files_with_swapped_names_are_set_aside_and_made_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    cache = FactorCache(tmp_path, said.append)
+    for key, value in ((ONE, 1.0), (TWO, 2.0)):
+        cache.store(key, bundle(value))
+    swapped(tmp_path)
+    for key, value in ((ONE, 1.0), (TWO, 2.0)):
+        found = cache.get_or_build(key, lambda value=value: bundle(value))  # type: ignore[misc]
+        assert found.tensors["x"].tolist() == [value] * 3
+    assert ["damaged" in line for line in said] == [True, True]
+    assert len(list(tmp_path.rglob("*.damaged"))) == 2
+
+
+def test_what_the_cache_adds_to_a_file_is_not_part_of_the_value(tmp_path: Path) -> None:
+    cache = FactorCache(tmp_path, made_for={"architecture": "a"})
+    cache.store(ONE, bundle(1.0))
+    found = cache.load(ONE)
+    assert found is not None
+    assert found.metadata == {"note": "kept"}
+
+
+def test_a_file_of_an_earlier_version_is_used_and_said_to_be_unchecked_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    cache = FactorCache(tmp_path, said.append, {"architecture": "a"})
+    for key in (ONE, TWO):
+        cache.store(key, bundle(1.0))
+        path = path_of(tmp_path, key)
+        path.unlink()
+        save_file(dict(bundle(1.0).tensors), path.with_suffix(".partial"), {"note": "kept"})
+        digest = hashlib.sha256(path.with_suffix(".partial").read_bytes()).hexdigest()[:32]
+        path.with_suffix(".partial").rename(path.with_name(f"{key}.{digest}.safetensors"))
+        assert cache.has(key)
+        assert cache.load(key) is not None
+    assert len(said) == 1
+    assert "earlier version" in said[0]
+
+
+def test_values_made_for_something_else_are_passed_over_and_stay(tmp_path: Path) -> None:
+    caches = {name: FactorCache(tmp_path, pytest.fail, {"architecture": name}) for name in "ab"}
+    for number, (name, cache) in enumerate(caches.items()):
+        assert not cache.has(ONE)
+        assert cache.get_or_build(ONE, lambda number=number: bundle(number)).tensors["x"][0] == number  # type: ignore[misc]
+        assert cache.has(ONE), name
+    for number, cache in enumerate(caches.values()):
+        found = cache.load(ONE)
+        assert found is not None
+        assert found.tensors["x"][0] == number
