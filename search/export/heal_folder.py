@@ -61,6 +61,10 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
         refuse_held(unfinished)
     with console.stage("load"):
         loaded, sites = load(config, device)
+        if prior.model.id != loaded.model_id:
+            raise Refusal(
+                f"{source} was made from {prior.model.id}, not {loaded.model_id}; pass the former with --model"
+            )
         refuse_other_model(prior, loaded, source, console.note)
         given = load_for_use(str(source), device)
         dtype = given.model.dtype

@@ -46,7 +46,7 @@ def refuse_other_model(
     """
     if prior.model.id != loaded.model_id:
         raise Refusal(
-            f"{place} was made from model {prior.model.id}, not from {loaded.model_id}; name the former with --model"
+            f"{place} was made from model {prior.model.id}, not from {loaded.model_id}; put the former model back"
         )
     known = {"weights": prior.model.digest, **recorded}
     if not recorded and known["weights"] != loaded.digest and _may_be_of_another_dtype(prior, loaded):

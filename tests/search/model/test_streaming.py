@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -127,9 +128,10 @@ def test_no_token_is_refused(folder: Path) -> None:
 
 
 def test_a_missing_weight_is_named(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace(".2.", ".3."))
-    with pytest.raises(ValueError, match=r"lacks the weight .*\.2\."):
+    config = folder / "config.json"
+    text = re.sub(r'"(num_hidden_layers|n_layer)": 3', r'"\1": 4', config.read_text())
+    config.write_text(re.sub(r'"layer_types": \[', '"layer_types": ["full_attention", ', text))
+    with pytest.raises(ValueError, match=r"lacks the weight .*\.3\."):
         streamed(str(folder), batches())
 
 
