@@ -15,6 +15,7 @@ from compression.refusal import Refusal, nearest, similarity
 from compression.storage.tensor_files import system_errors
 from search.data import hub
 from search.data.packages import extract, read_requirements
+from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
 from search.runtime.errors import DataUnavailable
@@ -39,9 +40,17 @@ def locate(name: str) -> Source:
             file; or a hub id.
 
     Raises:
-        ValueError: the name is unknown, or the folder has no config, no weights or pickled weights only.
+        ValueError: the name is unknown, the folder has no config, no weights or pickled weights only, or
+            `search.model.own_code.refuse_own_code` refuses it.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
+    source = _found(name)
+    if source.folder is not None:
+        refuse_own_code(name, source.folder)
+    return source
+
+
+def _found(name: str) -> Source:
     known = ["default", *TINY, *SHAPES]
     if name == "default":
         return Source(name, DEFAULT_ID, "Apache-2.0", _unpacked_default())
