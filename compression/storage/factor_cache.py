@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -86,8 +85,7 @@ class FactorCache:
             return
         folder = self._folder(key)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{key}.{uuid.uuid4().hex}.partial"
-        with new_tensor_file(partial, bundle.tensors, dict(bundle.metadata)):
+        with new_tensor_file(folder / key, bundle.tensors, dict(bundle.metadata)) as partial:
             partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
 
     def _folder(self, key: str) -> Path:

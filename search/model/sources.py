@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ import transformers
 from filelock import FileLock
 
 from compression.refusal import Refusal, nearest, similarity
+from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
 from search.data import hub
 from search.data.packages import extract, read_requirements
@@ -83,8 +83,8 @@ def _unpacked_default() -> Path:
         with FileLock(home / ".lock"):
             if not _intact(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                with tempfile.TemporaryDirectory(dir=home, prefix=".unpack-") as temporary:
-                    _unpack_default(Path(temporary)).rename(folder)
+                with temporary_folder(home, "unpack") as temporary:
+                    _unpack_default(temporary).rename(folder)
     except OSError as error:
         raise DataUnavailable(f"cannot write {home} ({error.strerror}); name another folder in CHISEL_CACHE") from error
     return folder
