@@ -25,6 +25,7 @@ from torch import nn
 
 from compression.calibration.statistics import MomentAccumulator, Statistics, sampled_gradient
 from compression.sites import Site
+from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import new_tensor_file
 
 __all__ = ["Batch", "BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
@@ -88,8 +89,8 @@ def stream(
         ValueError: there is no token, or a statistic is not finite.
         OSError: the scratch folder cannot be written or is full.
     """
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="chisel-borders-") as folder:
-        borders = _Borders(Path(folder))
+    with temporary_folder(scratch or Path(tempfile.gettempdir()), "chisel.borders") as folder:
+        borders = _Borders(folder)
         _forward(model, batches, borders, progress)
         _turn(model, batches, borders, generator)
         for index in reversed(range(model.blocks)):

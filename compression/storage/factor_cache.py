@@ -9,7 +9,6 @@ earlier versions hold no key, which is said once and accepted.
 from __future__ import annotations
 
 import hashlib
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -117,8 +116,8 @@ class FactorCache:
             return
         folder = self._folder(key)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{key}.{uuid.uuid4().hex}.partial"
-        with new_tensor_file(partial, bundle.tensors, {**bundle.metadata, _KEY: key, **self._made_for}):
+        metadata = {**bundle.metadata, _KEY: key, **self._made_for}
+        with new_tensor_file(folder / key, bundle.tensors, metadata) as partial:
             partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
 
     def _fits(self, path: Path) -> bool:

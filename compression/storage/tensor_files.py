@@ -14,27 +14,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from compression.storage.temporary_names import temporary_folder
+
 __all__ = ["new_tensor_file", "system_errors"]
 
 
 @contextmanager
 def new_tensor_file(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+    target: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[Path]:
-    """Write tensors to a temporary file `path`, which the body of the context moves to its final place.
+    """Write tensors to a temporary file beside `target`, which the body of the context moves to its final place.
 
-    A file still at `path` when the context ends is removed.
+    A file that the body has not moved is removed when the context ends.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    try:
-        with system_errors(path.parent):
+    with temporary_folder(target.parent, target.name) as folder:
+        path = folder / "unfinished"
+        with system_errors(target.parent):
             named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(named, path, metadata=metadata)
+        path.chmod(0o644)
         yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from compression.storage.temporary_names import temporary_folder
 
 __all__ = ["replace_file", "replacing"]
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yields a temporary file in the folder of `target`, which replaces `target` at the end or is removed on an error.
+    """Yields an empty file in a temporary folder beside `target`, which replaces `target` unless an error occurs.
 
     After a crash at any point `target` has either its old or its new content.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with temporary_folder(target.parent, target.name) as folder:
+        temporary = folder / "unfinished"
+        temporary.touch()
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def replace_file(target: Path, content: bytes | str) -> Path:

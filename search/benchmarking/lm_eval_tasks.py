@@ -20,6 +20,7 @@ import datasets
 import lm_eval.tasks
 from lm_eval.api.instance import Instance
 
+from compression.storage.temporary_names import temporary_folder
 from search.benchmarking.selection import Selection
 from search.reporting.frames import parquet_bytes
 
@@ -43,8 +44,8 @@ class Exam:
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
         task = selection.task
-        with tempfile.TemporaryDirectory(prefix="chisel-benchmark-") as folder, _quiet():
-            self._task = _stock_task(task.stock, task.description, selection, Path(folder))
+        with temporary_folder(Path(tempfile.gettempdir()), "chisel.benchmark") as folder, _quiet():
+            self._task = _stock_task(task.stock, task.description, selection, folder)
             self._task.set_fewshot_seed(_SEED)
             self._task.build_all_requests(rank=0, world_size=1)
         self.requests: list[Instance] = self._task.instances

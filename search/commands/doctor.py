@@ -23,7 +23,8 @@ def run(words: list[str]) -> int:
     """Run the command; returns its exit code."""
     parser = Parser(
         prog="search.py doctor",
-        description="Check Python, libraries, devices, memory, disk, data and extras. Nothing is changed.",
+        description="Check Python, libraries, devices, memory, disk, data and extras. Nothing is changed, except that "
+        "leftovers of killed processes are removed from the cache.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

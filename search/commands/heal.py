@@ -41,7 +41,7 @@ def run(words: list[str]) -> int:
         from search.export.heal_folder import heal_export
         from search.healing.plan import HealingOptions
         from search.healing.run import heal_folder
-        from search.model.loading import is_compressed
+        from search.model.own_code import is_compressed
         from search.runtime.distributed import Processes
 
         first = Processes.is_first()

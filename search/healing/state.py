@@ -128,7 +128,7 @@ def write_weights(
     tensors = site_tensors(model, [site for site in sites if not site.dense_because])
     vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1 and name not in tensors}
     tensors |= {name: value.clone() for name, value in vectors.items()}
-    with new_tensor_file(folder / f"{_WEIGHTS}.partial", tensors) as partial:
+    with new_tensor_file(folder / _WEIGHTS, tensors) as partial:
         content = {"format": _FORMAT, "version": _VERSION, "sha256": file_digest(partial), **document}
         partial.replace(folder / _WEIGHTS)
     plain = json.loads(json.dumps(finite(content)))

@@ -39,8 +39,12 @@ def empty_model(source: Source) -> Any:
             if source.folder is None:
                 config = random_config(source.name)
             else:
-                config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+                config = transformers.AutoConfig.from_pretrained(
+                    source.folder, local_files_only=True, trust_remote_code=False
+                )
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", trust_remote_code=False
+            )
     except Exception as error:  # for the reason given in `read_pretrained`
         raise Refusal(f"model {source.name!r} has a config that cannot be used: {error}") from error
     model.tie_weights()

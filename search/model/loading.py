@@ -8,12 +8,10 @@ with a model.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +20,13 @@ import transformers
 from compression.refusal import Refusal
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
+from search.model.own_code import is_compressed
 from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
 from search.model.source_files import SourceFiles
 from search.model.sources import locate
 
-__all__ = ["LoadedModel", "assemble", "can_be_assembled", "is_compressed", "load_for_use", "load_model", "model_digest"]
+__all__ = ["LoadedModel", "assemble", "can_be_assembled", "load_for_use", "load_model", "model_digest"]
 
 
 @dataclass(frozen=True)
@@ -131,22 +130,15 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
 
     with quiet_transformers():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source.folder, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
+            )
+            tokenizer = read_tokenizer(source.folder)
         except Exception as error:  # as in `read_pretrained`
             raise unusable(source, error) from error
     model.to(place).eval().requires_grad_(False)
     digest = files.remembered("compressed", lambda: model_digest(model))
     return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
-
-
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder holds a compressed model that `search.py export` wrote in the "chisel" format."""
-    try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def can_be_assembled(name: str) -> bool:

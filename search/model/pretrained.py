@@ -44,14 +44,21 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         ValueError: the files cannot be loaded; weights are missing, misshapen, not taken by the model or tied only by
             its config; or the safetensors are quantized.
     """
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    where: dict[str, Any] = {}
     weights: dict[str, Any] = {"use_safetensors": True}
     if source.gguf is not None:
         where["gguf_file"] = source.gguf
         weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **where, **weights
+            source.folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **where,
+            **weights,
         )
         tokenizer = read_tokenizer(source.folder, **where)
     except Exception as error:  # an unknown file can make the libraries raise anything; all of it refuses the file
@@ -108,9 +115,7 @@ def unusable(source: Source, error: Exception) -> Refusal:
 
 def read_tokenizer(folder: Path | None, **where: Any) -> Any:
     """Load the tokenizer of a folder or GGUF file without running code from it."""
-    return transformers.AutoTokenizer.from_pretrained(
-        folder, **{"local_files_only": True, "trust_remote_code": False, **where}
-    )
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **where)
 
 
 @contextmanager

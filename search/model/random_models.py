@@ -105,7 +105,10 @@ def tiny_model(name: str, dtype: torch.dtype) -> Any:
     """A tiny random model, the same on every call; leaves the global random generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(random_config(name), attn_implementation="sdpa").to(dtype)
+        model = transformers.AutoModelForCausalLM.from_config(
+            random_config(name), attn_implementation="sdpa", trust_remote_code=False
+        )
+    return model.to(dtype)
 
 
 def byte_tokenizer() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,9 +11,11 @@ import transformers
 from filelock import FileLock
 
 from compression.refusal import Refusal, nearest, similarity
+from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
 from search.data import hub
 from search.data.packages import extract, read_requirements
+from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
 from search.model.weight_files import refuse_adapter, stored_tensors
@@ -41,10 +42,18 @@ def locate(name: str) -> Source:
             file; or a hub id.
 
     Raises:
-        ValueError: the name is unknown; the folder has no config, no weights or pickled weights only; or it is not
-            certain which weights are the model's, see `search.model.weight_files.stored_tensors`.
+        ValueError: the name is unknown; the folder has no config, no weights or pickled weights only; it is not certain
+            which weights are the model's, see `search.model.weight_files.stored_tensors`; or
+            `search.model.own_code.refuse_own_code` refuses it.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
+    source = _found(name)
+    if source.folder is not None:
+        refuse_own_code(name, source.folder)
+    return source
+
+
+def _found(name: str) -> Source:
     known = ["default", *TINY, *SHAPES]
     if name == "default":
         return Source(name, DEFAULT_ID, "Apache-2.0", _unpacked_default())
@@ -78,8 +87,8 @@ def _unpacked_default() -> Path:
         with FileLock(home / ".lock"):
             if not _intact(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                with tempfile.TemporaryDirectory(dir=home, prefix=".unpack-") as temporary:
-                    _unpack_default(Path(temporary)).rename(folder)
+                with temporary_folder(home, "unpack") as temporary:
+                    _unpack_default(temporary).rename(folder)
     except OSError as error:
         raise DataUnavailable(f"cannot write {home} ({error.strerror}); name another folder in CHISEL_CACHE") from error
     return folder

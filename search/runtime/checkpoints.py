@@ -52,7 +52,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors, record = self._files(checkpoint.step)
         with shield():
-            with new_tensor_file(tensors.with_suffix(".partial"), checkpoint.tensors) as partial:
+            with new_tensor_file(tensors, checkpoint.tensors) as partial:
                 digest = file_digest(partial)
                 partial.replace(tensors)
             content = {"step": checkpoint.step, "sha256": digest, "state": dict(checkpoint.state)}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import tempfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
+from compression.storage.temporary_names import remove_leftovers
 from compression.storage.whole_files import replace_file
 from search.runtime.errors import DataUnavailable
 from search.runtime.signals import shield
@@ -39,6 +42,8 @@ def finite(value: object) -> object:
 def cache_folder() -> Path:
     """Return the user's cache folder, which is created if it is missing: CHISEL_CACHE, or ~/.cache/chisel.
 
+    The first call in a process removes what killed processes have left in it and in the system's temporary folder.
+
     Raises:
         DataUnavailable: the folder cannot be created.
     """
@@ -47,7 +52,14 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
+    _clean(folder)
     return folder
+
+
+@lru_cache
+def _clean(folder: Path) -> None:
+    remove_leftovers(folder, inside=True)
+    remove_leftovers(Path(tempfile.gettempdir()), "chisel")
 
 
 def file_digest(path: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from compression.refusal import Refusal
+from compression.storage.temporary_names import is_temporary, remove_leftovers
 from search.runtime.files import finite, write_whole
 from search.runtime.provenance import now
 
@@ -53,7 +54,6 @@ TRIALS = "trials.csv"
 RESULTS = Path("results")
 _LOCK = ".lock"
 _HOLDER = ".holder.json"
-_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of the temporary files of `write_whole`
 
 
 class RunFolder:
@@ -71,6 +71,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = _locked(path)
+        remove_leftovers(path, inside=True)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
         try:
             self.write_json(_HOLDER, holder)
@@ -177,7 +178,7 @@ def refuse_used(path: Path) -> None:
 def contents(path: Path) -> list[str]:
     """Return the sorted names in a folder, without what a killed owner leaves behind: its lock and unfinished files."""
     names = sorted(entry.name for entry in path.iterdir())
-    return [name for name in names if name not in (_LOCK, _HOLDER) and not _UNFINISHED.fullmatch(name)]
+    return [name for name in names if name not in (_LOCK, _HOLDER) and not is_temporary(name)]
 
 
 def _locked(path: Path) -> FileLock:

@@ -50,7 +50,7 @@ def test_a_search_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(
     stopped, whole = journal(kept / "study.db"), journal(tmp_path / "whole.db")
     assert 0 < len(stopped) < len(whole) == 150
     assert all(whole[number] == trial for number, trial in stopped.items())
-    assert [file.name for file in kept.iterdir() if file.suffix in (".partial", ".tmp")] == []
+    assert [file.name for file in kept.iterdir() if file.suffix == ".tmp"] == []
 
 
 def at_every(sizes: tuple[str, ...], disk: Path, *steps: str | list[str]) -> list[str | list[str]]:
@@ -66,7 +66,7 @@ def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(fi
     codes, said = on_a_disk(
         disk,
         "size=40k",
-        *at_every(sizes, disk, heal, f'test -z "$(find {disk} -name "*.partial")"'),
+        *at_every(sizes, disk, heal, f'test -z "$(find {disk} -name "*.tmp")"'),
         f"mount -o remount,size=50m {disk}",
         heal,
         f"test -f {disk}/healed/healing.json",
