@@ -1,14 +1,90 @@
-"""Writes files atomically: a file appears complete or not at all. Knows paths and bytes, not what a file means."""
+"""Reads regular files and writes files atomically, so that a file appears complete or not at all.
+
+Knows paths and bytes, not what a file means.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file", "replacing"]
+from compression.refusal import Refusal
+
+__all__ = ["read_file", "refuse_irregular", "regular", "replace_file", "replacing"]
+
+
+def regular(path: str, flags: int) -> int:
+    """Opens a regular file; an `opener` for `open`, which would wait for ever on a FIFO.
+
+    Raises:
+        OSError: the file cannot be opened, or is a folder, a FIFO, a socket or a device; it names the path.
+    """
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, f"it is {_kind(mode)}, not a file", path)
+    return handle
+
+
+def read_file(path: Path, largest: int | None = None) -> bytes:
+    """Returns the content of a regular file.
+
+    Args:
+        path: the file; a symbolic link is followed.
+        largest: largest allowed size in bytes; None allows any size.
+
+    Raises:
+        OSError: as `regular`, or the file is larger than `largest`; it names the path.
+    """
+    with open(path, "rb", opener=regular) as file:
+        content = file.read(-1 if largest is None else largest + 1)
+    if largest is not None and len(content) > largest:
+        raise OSError(errno.EFBIG, f"it is larger than {largest} bytes", str(path))
+    return content
+
+
+def refuse_irregular(folder: Path, depth: int = 2) -> None:
+    """Refuse a folder that holds anything but regular files and folders, on which a library that opens it would hang.
+
+    Names that begin with a dot are not looked at: nothing here opens them.
+
+    Args:
+        folder: the folder; nothing happens if it is none.
+        depth: number of levels of folders that are looked at.
+
+    Raises:
+        Refusal: one entry is a FIFO, a socket, a device, or a symbolic link that leads nowhere.
+        OSError: a folder cannot be read.
+    """
+    if not depth or not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        try:
+            mode = entry.stat().st_mode
+        except FileNotFoundError:
+            if not entry.is_symlink():
+                continue  # another process has just removed it
+            raise Refusal(
+                f"cannot use {folder}: {entry.name} is a symbolic link to a file that does not exist"
+            ) from None
+        if stat.S_ISDIR(mode):
+            refuse_irregular(entry, depth - 1)
+        elif not stat.S_ISREG(mode):
+            raise Refusal(f"cannot use {folder}: {entry.name} is {_kind(mode)}, not a file")
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"))
+    return next((name for test, name in kinds if test(mode)), "a device")
 
 
 @contextmanager
@@ -20,7 +96,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or not writable.
     """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
