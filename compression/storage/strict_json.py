@@ -16,7 +16,7 @@ from compression.storage.whole_files import read_file
 __all__ = ["parse", "read_object"]
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a surrogate pair; a whole pair has two of them
-_DIGITS = 21  # of a whole number, with its sign: 64 bits have 20; more are no size, count or seed of anything
+_DIGITS = 300  # of a whole number: one that is longer cannot become a float
 
 
 def parse(text: str) -> object:
@@ -24,7 +24,7 @@ def parse(text: str) -> object:
 
     Raises:
         Refusal: the text is not JSON, is nested too deeply, repeats a key, or has a number that is not finite, a
-            whole number of more than 20 digits, or half of a surrogate pair in a text. The message is one line.
+            whole number of more than 300 digits, or half of a surrogate pair in a text. The message is one line.
     """
     try:
         value: object = json.loads(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 
 from compression.refusal import Refusal
 
-__all__ = ["read_file", "refuse_irregular", "regular", "replace_file", "replacing"]
+__all__ = ["read_file", "read_lines", "refuse_irregular", "regular", "replace_file", "replacing"]
+
+_ESCAPED = re.compile(r"[\ud800-\udfff]")  # what "surrogateescape" makes of a byte that is not UTF-8
 
 
 def regular(path: str, flags: int) -> int:
@@ -48,6 +51,28 @@ def read_file(path: Path, largest: int | None = None) -> bytes:
     if largest is not None and len(content) > largest:
         raise OSError(errno.EFBIG, f"it is larger than {largest} bytes", str(path))
     return content
+
+
+def read_lines(path: Path, longest: int | None = None) -> Iterator[tuple[int, str]]:
+    """Yields the number, from 1, and the text of every line of a UTF-8 file; a byte order mark is skipped.
+
+    Args:
+        path: a regular file, see `regular`.
+        longest: most characters of a line, its end included; None allows any number.
+
+    Raises:
+        Refusal: a line is longer or is not UTF-8; the message names file and line.
+        OSError: as `regular`.
+    """
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", opener=regular) as file:
+        number = 0
+        while line := file.readline(-1 if longest is None else longest + 1):
+            number += 1
+            if longest is not None and len(line) > longest:
+                raise Refusal(f"{path}, line {number}: longer than {longest} characters")
+            if not line.isascii() and _ESCAPED.search(line):
+                raise Refusal(f"{path}, line {number}: must be UTF-8 text")
+            yield number, line
 
 
 def refuse_irregular(folder: Path, depth: int = 2) -> None:

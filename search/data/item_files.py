@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from compression.refusal import Refusal, nearest
 from compression.storage.strict_json import parse
-from compression.storage.whole_files import regular
+from compression.storage.whole_files import read_lines
 from search.data.items import Item
 
 __all__ = ["load_jsonl"]
@@ -23,16 +22,9 @@ def load_jsonl(path: Path) -> tuple[Item, ...]:
     """
     items = []
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", opener=regular) as file:
-            number = 0
-            while line := file.readline(_MAX_LINE + 1):
-                number += 1
-                if len(line) > _MAX_LINE:
-                    raise Refusal(f"{path}, line {number}: longer than {_MAX_LINE} characters")
-                if not line.isascii() and re.search(r"[\ud800-\udfff]", line):
-                    raise Refusal(f"{path}, line {number}: must be UTF-8 text")
-                if line.strip():
-                    items.append(_item_of_line(line, f"{path}, line {number}"))
+        for number, line in read_lines(path, _MAX_LINE):
+            if line.strip():
+                items.append(_item_of_line(line, f"{path}, line {number}"))
     except OSError as error:
         raise Refusal(f"proxy file {str(path)!r} cannot be read: {error.strerror}") from error
     if not items:

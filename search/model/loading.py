@@ -8,8 +8,7 @@ with a model.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 
+from compression.refusal import Refusal
+from compression.storage.strict_json import read_object
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
 from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable
@@ -24,6 +25,8 @@ from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
 from search.model.sources import locate
 
 __all__ = ["LoadedModel", "assemble", "can_be_assembled", "is_compressed", "load_for_use", "load_model", "model_digest"]
+
+_LARGEST_CONFIG = 1 << 26  # bytes: an exported folder lists every compressed module in it
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,29 @@ class LoadedModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens or a length limit."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.known(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """The token ids as a list.
+
+        Raises:
+            Refusal: the model has no embedding for one of them, for example a token that was added to the tokenizer.
+        """
+        found, rows = list(ids), int(self.model.config.get_text_config().vocab_size)
+        if found and max(found) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(found))
+            raise Refusal(
+                f"model {self.model_id!r} has embeddings for {rows} tokens, but its tokenizer makes token {max(found)} "
+                f"({token!r:.40}) of a text; remove the added token from the tokenizer, or resize the embeddings"
+            )
+        return found
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens of a sequence; None if the model's configuration sets no limit."""
+        config = self.model.config.get_text_config()
+        named = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+        return next((int(length) for length in named if length), None)
 
 
 def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -101,10 +126,11 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
 def is_compressed(folder: Path) -> bool:
     """Whether a folder holds a compressed model that `search.py export` wrote in the "chisel" format."""
     try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        document = read_object(folder / "config.json", "the configuration", _LARGEST_CONFIG)
+    except Refusal:
+        return False  # whoever loads the folder says what is wrong with it
+    quantization = document.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "chisel"
 
 
 def can_be_assembled(name: str) -> bool:
