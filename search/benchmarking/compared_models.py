@@ -29,6 +29,7 @@ from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model, model_digest
 from search.priors.format import Prior
 from search.runtime.console import Console
+from search.runtime.files import user_path
 from search.runtime.run_folder import CONFIG, PRIOR, STUDY
 
 __all__ = ["SCHEDULES", "ComparedModel", "compared_models"]
@@ -95,7 +96,7 @@ def _compared_model(
     several: bool,
     opened: Experiment | None,
 ) -> ComparedModel:
-    path = Path(word).expanduser()
+    path = user_path(word)
     if (path / CONFIG).is_file() and (path / PRIOR).is_file():
         prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
     elif path.suffix == ".json" and path.is_file():

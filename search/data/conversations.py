@@ -21,6 +21,7 @@ from compression.storage.strict_json import parse
 from compression.storage.whole_files import read_file, read_lines, regular
 from search.data import hub
 from search.runtime.errors import DataUnavailable
+from search.runtime.files import user_path
 
 __all__ = ["Document", "apply_template", "conversation", "read_conversations"]
 
@@ -66,7 +67,7 @@ def read_conversations(source: str, tokenizer: Any) -> list[Document]:
             layout.
         DataUnavailable: the hub cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     files = [path] if path.suffix in _FILES else _from_hub(_SHORT.get(source.lower(), source))
     records = (record for file in files for record in _records(file))
     documents = [
