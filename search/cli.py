@@ -13,7 +13,7 @@ from importlib import import_module
 
 from compression.refusal import nearest
 from search.commands import COMMANDS
-from search.commands.exits import DONE, FAILURES, REFUSED, refuse
+from search.commands.exits import DONE, FAILURES, REFUSED, explain, refuse
 from search.runtime.signals import guarded
 
 __all__ = ["DONE", "FAILURES", "REFUSED", "main"]
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; without this, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURES
+    except Exception as error:  # raised before or after the command's own work, as by reading its arguments
+        return explain(error)
 
 
 def _quiet_libraries() -> None:

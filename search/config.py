@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from compression.refusal import Refusal, nearest
 from compression.storage.strict_json import read_object
+from search.runtime.files import user_path
 
 __all__ = [
     "AFTERWARDS",
@@ -29,6 +30,7 @@ __all__ = [
     "QUICK",
     "Config",
     "Dtype",
+    "absolute_name",
     "read_fields",
 ]
 
@@ -277,7 +279,12 @@ class Config(BaseModel):
     def _is_a_proxy(cls, value: str) -> str:
         if value not in PROXIES and not (value.endswith(".jsonl") and Path(value).is_file()):
             raise Refusal(value)
-        return value
+        return value if value in PROXIES else absolute_name(value)
+
+    @field_validator("model")
+    @classmethod
+    def _is_found_from_anywhere(cls, value: str) -> str:
+        return absolute_name(value)
 
     @field_validator("policy")
     @classmethod
@@ -344,6 +351,19 @@ class Config(BaseModel):
     def to_json(self) -> str:
         """The content of config.json: all fields but the folders, so that a run folder can be moved."""
         return json.dumps(self.model_dump(exclude={"out", "resume"}), indent=2) + "\n"
+
+
+def absolute_name(value: str) -> str:
+    """The name of a model or proxy; of a local folder or file its absolute path, which is found from anywhere.
+
+    Raises:
+        Refusal: it begins with the home of a user who has none.
+    """
+    if value == "default" or value.startswith("random:"):
+        return value
+    path = user_path(value)
+    local = path.is_dir() or (path.suffix in (".gguf", ".jsonl") and path.is_file())
+    return str(path.absolute()) if local else value
 
 
 def read_fields(path: Path) -> dict[str, object]:

@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compression.layers.merge import merge_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedLinear, PackedMPO
-from compression.layers.skeleton import describe, put_skeleton_
+from compression.layers.skeleton import check_places, describe, put_skeleton_
 from compression.refusal import Refusal
 
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register"]
@@ -99,6 +99,15 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         _verify(checkpoint_files, _expected(model), placeholders)
         patterns = {rf"^{re.escape(name)}$" for name in placeholders}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, MPOLinear | PackedMPO):
+                try:
+                    check_places(module, dict(module.named_buffers()))
+                except ValueError as error:
+                    raise Refusal(f"compressed module {name}: {error}") from None
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -174,7 +183,7 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
                     if checksums.get(name) != _checksum(name, values):
                         raise Refusal(f"{file}: {name} is damaged, its checksum differs")
                     missing.discard(name)
-        except (SafetensorError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise Refusal(f"{file} is truncated, damaged or without checksums: {error}") from error
     if missing:
         raise Refusal(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")

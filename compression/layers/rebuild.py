@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from compression.layers.skeleton import empty_mpo
+from compression.layers.skeleton import check_places, empty_mpo
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import Choice
@@ -22,7 +22,7 @@ def rebuilt(choice: Choice, out_features: int, in_features: int, state: Mapping[
     """Returns the layer of a site whose `state_dict` was `state`, without gradients.
 
     Raises:
-        ValueError: a tensor is missing, unknown, or of another shape than the choice requires.
+        ValueError: a tensor is missing, unknown, or of another shape or with other row numbers than the choice allows.
     """
     bias = state.get("bias")
     layer: nn.Module
@@ -32,6 +32,7 @@ def rebuilt(choice: Choice, out_features: int, in_features: int, state: Mapping[
         legs = resolve(choice.topology, out_features, in_features)
         dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
         layer = empty_mpo(legs, legs.bonds(choice.chi)[1:-1], bias, dtype)
+        check_places(layer, state)
     try:
         layer.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:

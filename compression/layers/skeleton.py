@@ -23,7 +23,7 @@ from compression.numerics.legs import Legs, leg_name, resolve
 from compression.refusal import Refusal
 from compression.sites import dense_weight
 
-__all__ = ["LARGEST", "describe", "empty_mpo", "put_skeleton_"]
+__all__ = ["LARGEST", "check_places", "describe", "empty_mpo", "put_skeleton_"]
 
 LARGEST = 1 << 20
 """Largest allowed bond, part size or group size in a description."""
@@ -117,6 +117,26 @@ def empty_mpo(legs: Legs, bonds: Sequence[int], bias: torch.Tensor | None, dtype
         else:
             cores.append(torch.empty(core_shape, device="meta", dtype=dtype))
     return MPOLinear(cores, bias)
+
+
+def check_places(layer: MPOLinear | PackedMPO, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check the stored row numbers of a pivoted layer, which would otherwise be used as indices unseen.
+
+    Args:
+        tensors: tensors by their names in the layer; those that are no row numbers are ignored.
+
+    Raises:
+        ValueError: the numbers of a core are not different rows of it.
+    """
+    for number, (left, outputs, inputs) in enumerate(
+        zip((1, *layer.bonds), layer.legs.out_legs, layer.legs.in_legs, strict=True)
+    ):
+        places, rows = tensors.get(f"places_{number}"), left * outputs * inputs
+        if places is None:
+            continue
+        values = places.flatten().tolist()
+        if len(set(values)) < len(values) or not all(0 <= value < rows for value in values):
+            raise Refusal(f"places_{number} must be different row numbers from 0 to {rows - 1}")
 
 
 def _heads(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> HeadLinear:

@@ -8,24 +8,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 from compression.refusal import Refusal
+from compression.storage.whole_files import read_file
 
 __all__ = ["json_digest", "parse", "read_object"]
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a surrogate pair; a whole pair has two of them
+_DIGITS = 300  # of a whole number: one that is longer cannot become a float
 
 
 def parse(text: str) -> object:
     """Returns the value in a JSON text.
 
     Raises:
-        Refusal: the text is not JSON, is nested too deeply, repeats a key, or has a number that is not finite. The
-            message is one line.
+        Refusal: the text is not JSON, is nested too deeply, repeats a key, or has a number that is not finite, a
+            whole number of more than 300 digits, or half of a surrogate pair in a text. The message is one line.
     """
     try:
-        value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        value: object = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite, parse_int=_whole
+        )
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise Refusal("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise Refusal("a text holds half of a surrogate pair, which is no character") from None
     except ValueError as error:
         raise Refusal(str(error)) from None
     return value
@@ -44,13 +55,7 @@ def read_object(path: Path, what: str, largest: int) -> dict[str, object]:
             is one line.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise Refusal("not a file")
-        with path.open("rb") as file:
-            content = file.read(largest + 1)
-        if len(content) > largest:
-            raise Refusal(f"larger than {largest} bytes")
-        values = parse(content.decode("utf-8"))
+        values = parse(read_file(path, largest).decode("utf-8-sig"))
     except OSError as error:
         raise Refusal(f"cannot read {what} {path}: {error.strerror}") from None
     except ValueError as error:
@@ -87,3 +92,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise Refusal(f"{text} is not allowed, it is too large for a number")
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise Refusal(f"{text:.24}... is not allowed, it is too large for a whole number")
+    return int(text)

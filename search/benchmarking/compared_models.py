@@ -30,6 +30,7 @@ from search.model.loading import LoadedModel, load_model, model_digest
 from search.priors.format import Prior
 from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
+from search.runtime.files import user_path
 from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, STUDY
 
@@ -98,7 +99,7 @@ def _compared_model(
     several: bool,
     opened: Experiment | None,
 ) -> ComparedModel:
-    path = Path(word).expanduser()
+    path = user_path(word)
     if (path / CONFIG).is_file() and (path / PRIOR).is_file():
         recorded = refuse_changed(path, console.note)
         prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from compression.refusal import Refusal
 from search.evaluation.packed_sequences import Packed, packed_item
 from search.evaluation.workload import Continuation, Workload
 
@@ -26,7 +27,7 @@ def continuations(
     encode: Encode,
     pairs: Sequence[tuple[str, str]],
     limit: int,
-    begin: int,
+    begin: int | None,
     batch_tokens: int,
     progress: Progress = lambda done: None,
 ) -> list[Continuation]:
@@ -40,9 +41,12 @@ def continuations(
         encode: gives the tokens of a text, including the special tokens that the tokenizer puts before a text.
         limit: longest sequence of the model, tokens. A longer pair loses tokens at its start. lm-eval keeps one more
             token, because it does not feed the last one.
-        begin: the token that replaces an empty context.
+        begin: the token that replaces an empty context; None if the tokenizer has none.
         batch_tokens: most tokens in one forward pass.
         progress: called with the number of pairs completed since the last call.
+
+    Raises:
+        Refusal: a context is empty and there is no `begin`.
     """
     by_context: dict[str, list[int]] = {}
     for number, (context, _) in enumerate(pairs):
@@ -53,7 +57,7 @@ def continuations(
         if context.strip():
             packed = packed_item(encode, context, texts, 0)
         else:
-            packed = _after(begin, [encode(text) for text in texts])
+            packed = _after(_needed(begin), [encode(text) for text in texts])
         if packed.prefix + max(stop - start for start, stop, _ in packed.branches) <= limit:
             sequences.append((packed, numbers))
         else:
@@ -72,18 +76,18 @@ def text_likelihoods(
     encode: Encode,
     texts: Sequence[str],
     limit: int,
-    begin: int,
+    begin: int | None,
     batch_tokens: int,
     progress: Progress = lambda done: None,
 ) -> list[float]:
     """Log-probability of whole texts, nats: all tokens are scored, the first one after `begin`.
 
     A text longer than `limit` tokens is cut into windows. Each window starts with the last token of the previous one
-    as context, and no token is scored twice.
+    as context, and no token is scored twice. Raises Refusal if there is no `begin`.
     """
     windows: list[tuple[Packed, list[int]]] = []
     for number, text in enumerate(texts):
-        tokens = [begin, *encode(text)]
+        tokens = [_needed(begin), *encode(text)]
         starts = range(0, len(tokens) - 1, limit - 1)
         windows += [(_scored(tokens[start : start + limit], 1), [number]) for start in starts]
     totals = [0.0] * len(texts)
@@ -99,6 +103,14 @@ def _chunks(sequences: Sequence[tuple[Packed, list[int]]]) -> list[Sequence[tupl
     """Chunks of `_CHUNK` sequences, sorted by length so that batches need little padding."""
     ordered = sorted(sequences, key=lambda pair: -len(pair[0].tokens))
     return [ordered[start : start + _CHUNK] for start in range(0, len(ordered), _CHUNK)]
+
+
+def _needed(begin: int | None) -> int:
+    if begin is None:
+        raise Refusal(
+            "the tokenizer must have a token for the beginning or end of a text, to score a text from its start"
+        )
+    return begin
 
 
 def _after(begin: int, continuations: Sequence[Sequence[int]]) -> Packed:

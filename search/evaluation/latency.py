@@ -84,7 +84,7 @@ def against_dense(
     if not names:
         return {}
     device = next(model.parameters()).device
-    prompt = min(PROMPT, getattr(model.config, "max_position_embeddings", None) or PROMPT)
+    prompt = min(PROMPT, getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT)
     planner = Planner(optimize, costs, measure=optimize == "latency")
     sides = {_DENSE: {name: model.get_submodule(name) for name in names}}
     with torch.no_grad(), ScheduleApplier(model, store, packed=True) as applier:
@@ -126,7 +126,7 @@ def prefill(
     Returns:
         The times of the rounds, by name of the side.
     """
-    ids = torch.randint(256, (batch, tokens), device=device)
+    ids = torch.randint(_tokens_of(model), (batch, tokens), device=device)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side in _rotated(sides, turn):
@@ -139,7 +139,7 @@ def decode(
     model: Any, sides: Mapping[str, Modules], steps: int, device: torch.device, batch: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each decoding step of one token per sequence after prompts of 64 tokens; otherwise as `prefill`."""
-    prompt, token = (torch.randint(256, (batch, count), device=device) for count in (64, 1))
+    prompt, token = (torch.randint(_tokens_of(model), (batch, count), device=device) for count in (64, 1))
     put_modules(model, next(iter(sides.values())))
     filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     caches = {side: copy.deepcopy(filled) for side in sides}
@@ -150,6 +150,11 @@ def decode(
             step = partial(model, token, past_key_values=caches[side], use_cache=True)
             times[side].append(timed(step, device))
     return {side: each[1:] for side, each in times.items()}
+
+
+def _tokens_of(model: Any) -> int:
+    """Number of different tokens that timed prompts consist of."""
+    return min(256, int(model.config.get_text_config().vocab_size))
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

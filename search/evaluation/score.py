@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from compression.refusal import Refusal
 from compression.size import Size
 from search.evaluation.quality import Quality
 
@@ -78,15 +79,26 @@ class Score:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Score:
-        """Inverse of `to_dict`, except for the per-sequence values, which `to_dict` drops."""
+        """Inverse of `to_dict`, except for the per-sequence values, which `to_dict` drops.
+
+        Raises:
+            Refusal: a field is missing, or a figure is not a number.
+        """
+        if wrong := sorted(
+            name for name in row if name not in _WORDS and not isinstance(row[name], int | float | None)
+        ):
+            raise Refusal(f"the figure {wrong[0]} of a score must be a number, got {row[wrong[0]]!r:.80}")
 
         def pick(kind: type[Quality] | type[Size]) -> dict[str, Any]:
             known = {field.name for field in fields(kind)} & row.keys()
             return {name: math.nan if row[name] is None else row[name] for name in known}
 
-        quality = Quality(**{**pick(Quality), "state": "ok" if row["state"] == "ok" else "nonfinite"})
-        own = {name: row[name] for name in _OWN if row.get(name) is not None}
-        return cls(quality=quality, size=Size(**pick(Size)), **own)
+        try:
+            quality = Quality(**{**pick(Quality), "state": "ok" if row["state"] == "ok" else "nonfinite"})
+            own = {name: row[name] for name in _OWN if row.get(name) is not None}
+            return cls(quality=quality, size=Size(**pick(Size)), **own)
+        except (KeyError, TypeError) as error:
+            raise Refusal(f"a score lacks a field: {error}") from None
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,4 +108,5 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_WORDS = ("state", "reason")
 _OWN = ("state", "seconds", "reason", "shard", "kl_control", "expected_accuracy_control", "time_fraction")

@@ -288,11 +288,17 @@ def load(
         loaded: the model, if it is already in memory.
 
     Raises:
-        ValueError: as for `search.model.loading.load_model` and `compression.sites.discover_sites`; the target is below
+        ValueError: as for `search.model.loading.load_model` and `compression.sites.discover_sites`; the model has fewer
+            positions than a calibration text has tokens; the target is below
             the kept fraction with χ = 1 everywhere; or `per_head` is set for a model without several heads.
         DataUnavailable: as for `search.model.loading.load_model`.
     """
     loaded = loaded or load_model(config.model, device, working_dtype(config.dtype, device))
+    if loaded.positions is not None and loaded.positions < CHUNK_TOKENS:
+        raise Refusal(
+            f"model must have at least {CHUNK_TOKENS} positions, the length of the calibration texts, got "
+            f"{config.model} with {loaded.positions}"
+        )
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
@@ -337,7 +343,7 @@ def workload_sequences(
 
 def _longest(loaded: LoadedModel) -> int:
     """The most tokens that the model can read at once."""
-    return getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
+    return loaded.positions or 1 << 30
 
 
 def _packed(loaded: LoadedModel, item: Item, proxy: str, form: str) -> Packed:

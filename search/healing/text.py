@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from compression.refusal import Refusal
 from search.data.conversations import Document, read_conversations
 from search.data.datasets import load_mmlu
 from search.data.overlap import Shingles, reported_texts, without_overlap
@@ -72,9 +73,11 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
         tokens: stop once this many tokens are prepared, which saves time; None prepares everything the source has.
 
     Raises:
-        ValueError: the source is unknown or its file unreadable.
+        ValueError: the source is unknown or its file unreadable, or the model has fewer positions than `length`.
         DataUnavailable: the data packages or the hub cannot be reached.
     """
+    if loaded.positions is not None and length > loaded.positions:
+        raise Refusal(f"row_tokens must be at most {loaded.positions}, the positions of the model, got {length}")
     parts: list[HealingText] = []
     for name in [source] if Path(source).exists() else source.split("+"):
         missing = None if tokens is None else tokens - sum(part.tokens.numel() for part in parts)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from compression.refusal import Refusal
+from search.data.conversations import apply_template
 from search.model.latent_cache import latent_cache
 from search.model.loading import LoadedModel
 
@@ -40,17 +42,28 @@ class Chat:
     def answer(self, prompt: str, say: Callable[[str], None]) -> str:
         """Answer a prompt, given the earlier turns; `say` is called with each piece of the answer as it is generated.
 
-        A model without a chat template continues the prompt, and does not remember it for the next one.
+        An answer ends at the last position of the model at the latest. A model without a chat template continues the
+        prompt, and does not remember it for the next one.
+
+        Raises:
+            Refusal: the conversation fills all positions of the model, a token has no embedding, or the chat template
+                refuses the conversation.
         """
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         if tokenizer.chat_template:
             self.turns.append({"role": "user", "content": prompt})
-            encoded: Mapping[str, torch.Tensor] = tokenizer.apply_chat_template(
-                self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            encoded: Mapping[str, torch.Tensor] = apply_template(
+                tokenizer, self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         else:
             encoded = tokenizer(prompt, return_tensors="pt")
         ids = encoded["input_ids"].to(model.device)
+        length, most = len(self.loaded.known(ids.flatten().tolist())), self.loaded.positions
+        if most is not None and length >= most:
+            raise Refusal(
+                f"the conversation must be shorter than the model's {most} positions, but has {length} tokens"
+            )
+        tokens = self.tokens if most is None else min(self.tokens, most - length)
         spoken = Spoken(tokenizer.decode, say)
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
@@ -59,7 +72,7 @@ class Chat:
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.tokens,
+                max_new_tokens=tokens,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 streamer=spoken,
                 past_key_values=cache,

@@ -8,7 +8,7 @@ with a model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -27,6 +27,8 @@ from search.model.source_files import SourceFiles
 from search.model.sources import locate
 
 __all__ = ["LoadedModel", "assemble", "can_be_assembled", "load_for_use", "load_model", "model_digest"]
+
+_LARGEST_CONFIG = 1 << 26  # bytes: an exported folder lists every compressed module in it
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,29 @@ class LoadedModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens or a length limit."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.known(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """The token ids as a list.
+
+        Raises:
+            Refusal: the model has no embedding for one of them, for example a token that was added to the tokenizer.
+        """
+        found, rows = list(ids), int(self.model.config.get_text_config().vocab_size)
+        if found and max(found) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(found))
+            raise Refusal(
+                f"model {self.model_id!r} has embeddings for {rows} tokens, but its tokenizer makes token {max(found)} "
+                f"({token!r:.40}) of a text; remove the added token from the tokenizer, or resize the embeddings"
+            )
+        return found
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens of a sequence; None if the model's configuration sets no limit."""
+        config = self.model.config.get_text_config()
+        named = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+        return next((int(length) for length in named if length), None)
 
     def encode_whole(self, text: str) -> list[int]:
         """Token ids of a text from its beginning on, without a length limit.

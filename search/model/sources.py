@@ -13,14 +13,16 @@ from filelock import FileLock
 from compression.refusal import Refusal, nearest, similarity
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
+from compression.storage.whole_files import read_file, refuse_irregular
 from search.data import hub
 from search.data.packages import extract, read_requirements
+from search.model.declared_shape import refuse_impossible
 from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
 from search.model.weight_files import refuse_adapter, stored_tensors
 from search.runtime.errors import DataUnavailable
-from search.runtime.files import cache_folder, file_digest, write_whole
+from search.runtime.files import cache_folder, file_digest, user_path, write_whole
 from search.runtime.remembered import remembered_digest
 
 __all__ = ["DEFAULT_ID", "locate"]
@@ -59,7 +61,7 @@ def _found(name: str) -> Source:
         return Source(name, DEFAULT_ID, "Apache-2.0", _unpacked_default())
     if name in TINY or name in SHAPES:
         return Source(name, name, "none")
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix == ".gguf" and path.is_file():
         refuse_adapter(name, path.resolve().parent)
         return Source(name, path.stem, "unknown", path.parent.resolve(), path.name)
@@ -131,13 +133,16 @@ def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
     """The source for a folder that holds a config and safetensors, or exactly one GGUF file.
 
     Raises:
-        ValueError: the folder holds neither, several GGUF files, or weights that `stored_tensors` refuses.
+        ValueError: the folder holds neither, or several GGUF files; something in it is no regular file;
+            `refuse_impossible` refuses its config; or `stored_tensors` refuses its weights.
     """
+    refuse_irregular(folder)
     files = sorted(path.name for path in folder.iterdir())
     license_ = _license(folder)
     if any(file.endswith(".safetensors") for file in files):
         if "config.json" not in files:
             raise Refusal(f"model {name!r} must have a config.json beside its safetensors, but has none")
+        refuse_impossible(name, folder)
         stored_tensors(name, folder)
         return Source(name, model_id or folder.name, license_, folder)
     ggufs = [file for file in files if file.endswith(".gguf")]
@@ -157,7 +162,7 @@ def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
 def _license(folder: Path) -> str:
     """The license named in the front matter of the model card, or "unknown"."""
     try:
-        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+        card = read_file(folder / "README.md").decode("utf-8", errors="replace")
     except OSError:
         return "unknown"
     match = re.match(r"---\n(?:.*\n)*?license: *[\"']?([\w.+-]+)", card)

@@ -129,7 +129,7 @@ class _Frame:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Return three to seven evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= 5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from compression.refusal import Refusal
+from compression.storage.whole_files import read_file
 
 __all__ = ["csv_text", "parquet_bytes", "parse_records", "read_frame", "read_records"]
 
@@ -52,10 +53,12 @@ def read_records(path: Path) -> list[dict[str, str]]:
     Raises:
         Refusal: as `parse_records`, or not UTF-8; it names the file.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
-        return parse_records(path.read_text(encoding="utf-8"))
+        return parse_records(read_file(path).decode("utf-8-sig"))
+    except OSError as error:
+        raise Refusal(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise Refusal(f"cannot use {path}: {error}") from None
 

@@ -11,9 +11,11 @@ import pandas as pd
 
 from compression.refusal import Refusal
 from compression.storage.strict_json import read_object
+from search.reporting.documents import ContestFile, HealingFile, PriorFile, SummaryFile, document
 from search.reporting.frames import read_frame
 from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY, TRIALS
+from search.runtime.schema import Part
 
 __all__ = ["BENCHMARKS", "CONTEST", "SENSITIVITY", "OpenedRun"]
 
@@ -54,19 +56,19 @@ class OpenedRun:
     @property
     def summary(self) -> Mapping[str, Any]:
         """The content of summary.json: the final table, differences with intervals, latency and provenance."""
-        return self._object(SUMMARY, "the summary", "finish the run with --resume")
+        return self._document(SummaryFile, SUMMARY, "the summary", "finish the run with --resume")
 
     @property
     def prior(self) -> Mapping[str, Any]:
         """The content of prior.json: the searched schedule with its sensitivity traces and scores."""
-        return self._object(PRIOR, "the prior", "finish the run with --resume")
+        return self._document(PriorFile, PRIOR, "the prior", "finish the run with --resume")
 
     def table(self) -> pd.DataFrame:
         """The final table: one row per schedule (dense, uniform, closed form, searched, repaired, healed).
 
         KL is in nats per token, sizes in parameters and bytes, prefill and decode in times relative to the dense model.
         """
-        return pd.DataFrame(self.summary["rows"])
+        return pd.DataFrame(self.summary.get("rows", []))
 
     def trials(self) -> pd.DataFrame:
         """One row per trial in the order of evaluation: state, reward, seconds, scores, and the level of each step."""
@@ -82,7 +84,7 @@ class OpenedRun:
 
     def schedule(self) -> pd.DataFrame:
         """One row per site of the searched schedule: block, family, shape, topology, χ, parameters, kept fraction."""
-        sites = pd.DataFrame(self.prior["sites"]).drop(columns="sensitivity", errors="ignore")
+        sites = pd.DataFrame(self.prior.get("sites", [])).drop(columns="sensitivity", errors="ignore")
         sites["kept_fraction"] = sites["parameters"] / sites["shape"].map(lambda shape: shape[0] * shape[1])
         return sites
 
@@ -91,8 +93,8 @@ class OpenedRun:
 
         Columns: agent, seed, evaluations, kl in nats per token, and closed_form_kl, the same for all rows.
         """
-        contest = self._object(CONTEST, "the comparison", "search.py compare writes it")
-        heldout = {digest: measured["kl"] for digest, measured in contest["heldout"].items()}
+        contest = self._document(ContestFile, CONTEST, "the comparison", "search.py compare writes it")
+        heldout = {digest: measured.get("kl") for digest, measured in contest["heldout"].items()}
         rows = [
             {
                 "agent": entry["agent"],
@@ -112,11 +114,12 @@ class OpenedRun:
         Args:
             name: folder of the healing inside the run; the job's own by default.
         """
-        return pd.DataFrame(self._object(f"{name}/healing.json", "the healing", "search.py heal writes it")["looks"])
+        found = self._document(HealingFile, f"{name}/healing.json", "the healing", "search.py heal writes it")
+        return pd.DataFrame(found["looks"])
 
-    def _object(self, name: str, what: str, hint: str) -> Mapping[str, Any]:
+    def _document(self, schema: type[Part], name: str, what: str, hint: str) -> Mapping[str, Any]:
         self._refuse_missing(name, hint)
-        return read_object(self.folder / name, what, _LARGEST_FILE)
+        return document(schema, self.folder / name, what)
 
     def _frame(self, name: str, hint: str) -> pd.DataFrame:
         self._refuse_missing(name, hint)

@@ -5,7 +5,6 @@ A section is left out if its file is missing, as in a run that was interrupted o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,26 @@ from typing import Any
 
 from compression.refusal import Refusal
 from search.reporting.charts import heat_map, line_chart, scatter_chart
-from search.reporting.frames import read_records
+from search.reporting.documents import (
+    BenchmarkLine,
+    HealingFile,
+    PriorFile,
+    SensitivityLine,
+    SummaryFile,
+    TrialLine,
+    document,
+    records,
+)
 from search.reporting.opened_run import BENCHMARKS, SENSITIVITY
 from search.reporting.page import Section, page, table
 from search.reporting.tables import SUMMARY_COLUMNS, Column
 from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
+from search.runtime.schema import Part
 
 __all__ = ["REPORT", "Run", "report"]
 
 REPORT = "report.html"
-_LARGEST_FILE = 1 << 27  # bytes
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,9 @@ class Run:
     name: str
     summary: Mapping[str, Any]
     prior: Mapping[str, Any]
-    trials: Sequence[Mapping[str, str]]
-    benchmarks: Sequence[Mapping[str, str]]
-    sensitivity: Sequence[Mapping[str, str]]
+    trials: Sequence[Mapping[str, Any]]
+    benchmarks: Sequence[Mapping[str, Any]]
+    sensitivity: Sequence[Mapping[str, Any]]
     healings: Mapping[str, Mapping[str, Any]]
 
     @classmethod
@@ -61,12 +69,15 @@ class Run:
             refuse_changed(folder)
         return cls(
             name=folder.resolve().name,
-            summary=_json(folder / SUMMARY),
-            prior=_json(folder / PRIOR),
-            trials=read_records(folder / TRIALS),
-            benchmarks=read_records(folder / BENCHMARKS),
-            sensitivity=read_records(folder / SENSITIVITY),
-            healings={path.parent.name: _json(path) for path in sorted(folder.glob("healed*/healing.json"))},
+            summary=_present(SummaryFile, folder / SUMMARY, "the summary"),
+            prior=_present(PriorFile, folder / PRIOR, "the prior"),
+            trials=records(TrialLine, folder / TRIALS),
+            benchmarks=records(BenchmarkLine, folder / BENCHMARKS),
+            sensitivity=records(SensitivityLine, folder / SENSITIVITY),
+            healings={
+                path.parent.name: document(HealingFile, path, "the healing")
+                for path in sorted(folder.glob("healed*/healing.json"))
+            },
         )
 
     @property
@@ -95,10 +106,7 @@ def report(folders: Sequence[Path]) -> str:
     runs = [Run.read(folder) for folder in folders]
     sections = [_comparison(runs)] if len(runs) > 1 else []
     for run in runs:
-        try:
-            parts = [part for make in _PARTS if (part := make(run)) is not None]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Refusal(f"the files of {run.name} do not have the layout of a run: {error!r}") from None
+        parts = [part for make in _PARTS if (part := make(run)) is not None]
         if len(runs) > 1:
             parts = [Section(f"{run.name}: {one.title}", one.text, one.figure, one.data) for one in parts]
         sections += parts
@@ -108,7 +116,7 @@ def report(folders: Sequence[Path]) -> str:
 
 
 def _title(run: Run) -> str:
-    if not run.summary.get("target_kept"):
+    if not run.summary.get("target_kept") or not run.summary.get("model"):
         return run.name
     return f"{run.summary['model']} at kept {run.summary['target_kept']}"
 
@@ -140,10 +148,11 @@ def _table(run: Run) -> Section | None:
         "use. ± marks one standard error. Prefill and decode are times relative to the dense model."
     )
     if comparison:
+        relative = "" if comparison.get("relative") is None else f" ({comparison['relative']:+.1%})"
         text += (
             f" The KL of searched minus that of lagrangian is {comparison['value']:+.4f} ±"
-            f" {comparison['standard_error']:.4f} nats per token ({comparison['relative']:+.1%}), paired over"
-            f" {comparison['sequences']} sequences."
+            f" {comparison['standard_error']:.4f} nats per token{relative}, paired over {comparison['sequences']}"
+            " sequences."
         )
     return Section("Comparison with the baselines", text, table(run.rows, SUMMARY_COLUMNS), run.rows)
 
@@ -158,7 +167,7 @@ def _chi_map(run: Run) -> Section | None:
         cell = str(site["block"]), site["family"]
         out, wide = site["shape"]
         strength[cell] = site["parameters"] / (out * wide)
-        label[cell] = str(site["chi"]) if "chi" in site else "dense"
+        label[cell] = str(site["chi"]) if site.get("chi") else "dense"
     rows = [str(block) for block in sorted({site["block"] for site in sites})]
     data = [
         {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "parameters")} for site in sites
@@ -171,7 +180,7 @@ def _chi_map(run: Run) -> Section | None:
 
 
 def _anytime(run: Run) -> Section | None:
-    kl = [float(row["kl"]) + float(row.get("kl_control") or 0) if row.get("kl") else math.nan for row in run.trials]
+    kl = [math.nan if row.get("kl") is None else row["kl"] + (row.get("kl_control") or 0.0) for row in run.trials]
     if not any(map(math.isfinite, kl)):
         return None
     best = list(accumulate((value if math.isfinite(value) else math.inf for value in kl), min))
@@ -190,9 +199,9 @@ def _anytime(run: Run) -> Section | None:
 def _front(run: Run) -> Section | None:
     points: dict[str, dict[str, tuple[float, float]]] = {}
     trials = {
-        f"trial {row['trial']}": (float(row["parameters"]) / 1e6, float(row["kl"]) + float(row.get("kl_control") or 0))
+        f"trial {row.get('trial')}": (row["parameters"] / 1e6, row["kl"] + (row.get("kl_control") or 0.0))
         for row in run.trials
-        if row.get("kl") and row.get("parameters")
+        if row.get("kl") is not None and row.get("parameters")
     }
     if len({round(x, 2) for x, _ in trials.values()}) > 1:
         points["trials, search data"] = trials
@@ -218,9 +227,9 @@ def _benchmarks(run: Run) -> Section | None:
     models = list(dict.fromkeys(row["model"] for row in run.benchmarks))
     lines: dict[str, dict[str, object]] = {}
     for row in run.benchmarks:
-        line = lines.setdefault(row["task"], {"task": row["task"], "metric": row["metric"], "n": int(row["n"])})
+        line = lines.setdefault(row["task"], {"task": row["task"], "metric": row["metric"], "n": row["n"]})
         if row["state"] == "ok":
-            line |= {row["model"]: float(row["value"]), f"{row['model']} error": float(row["stderr"] or "nan")}
+            line |= {row["model"]: row.get("value"), f"{row['model']} error": row.get("stderr")}
     columns = [Column("task", "task"), Column("metric", "metric"), Column("n", "items", ",d")]
     columns += [Column(model, model, ".3f", f"{model} error") for model in models]
     text = "Prompts and metrics are those of lm-eval; every model answers the same items. ± marks one standard error."
@@ -229,25 +238,25 @@ def _benchmarks(run: Run) -> Section | None:
 
 def _healing(run: Run) -> Section | None:
     curves = {
-        name: [(look["tokens"] / 1000, look["kl"]) for look in document["looks"]]
-        for name, document in run.healings.items()
+        name: [(look["tokens"] / 1000, _or_nan(look.get("kl"))) for look in healing["looks"]]
+        for name, healing in run.healings.items()
     }
     if not any(curves.values()):
         return None
-    data = [{"healing": name, **look} for name, document in run.healings.items() for look in document["looks"]]
+    data = [{"healing": name, **look} for name, healing in run.healings.items() for look in healing["looks"]]
     text = "KL on search data during healing, which trains cores and norms to match the outputs of the dense model."
-    outlooks = [f"{document['outlook']}." for document in run.healings.values() if document.get("outlook")]
+    outlooks = [f"{healing['outlook']}." for healing in run.healings.values() if healing.get("outlook")]
     figure = line_chart(curves, "thousand tokens", "KL, nats per token")
     return Section("Healing", " ".join([text, *outlooks]), figure, data)
 
 
 def _sensitivity(run: Run) -> Section | None:
-    measured = [row for row in run.sensitivity if row["state"] == "ok" and float(row["kl"]) > 0]
+    measured = [row for row in run.sensitivity if row["state"] == "ok" and (row.get("kl") or 0.0) > 0]
     if not measured:
         return None
     sums: dict[tuple[str, str], list[float]] = {}
     for row in measured:
-        sums.setdefault((row["block"], row["family"]), []).append(math.log10(float(row["kl"])))
+        sums.setdefault((str(row["block"]), row["family"]), []).append(math.log10(row["kl"]))
     means = {cell: fmean(logs) for cell, logs in sums.items()}
     low, high = min(means.values()), max(means.values())
     strength = {cell: (value - low) / (high - low or 1.0) for cell, value in means.items()}
@@ -323,15 +332,10 @@ def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) and math.isfinite(value) else "unknown"
 
 
-def _json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise Refusal(f"it is larger than {_LARGEST_FILE} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise Refusal("it must hold a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"cannot use {path}: {error}") from None
-    return content
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _present(schema: type[Part], path: Path, what: str) -> Mapping[str, Any]:
+    """The content of a JSON file; empty if there is no such file."""
+    return document(schema, path, what) if path.exists() else {}

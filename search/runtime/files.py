@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from compression.refusal import Refusal
 from compression.storage.temporary_names import remove_leftovers
-from compression.storage.whole_files import replace_file
+from compression.storage.whole_files import regular, replace_file
 from search.runtime.errors import DataUnavailable
 from search.runtime.signals import shield
 
-__all__ = ["cache_folder", "file_digest", "finite", "unwritable", "write_whole"]
+__all__ = ["cache_folder", "file_digest", "finite", "unwritable", "user_path", "write_whole"]
 
 
 def write_whole(target: Path, content: bytes | str) -> Path:
@@ -47,9 +48,12 @@ def cache_folder() -> Path:
     Raises:
         DataUnavailable: the folder cannot be created.
     """
-    folder = Path(os.environ.get("CHISEL_CACHE") or "~/.cache/chisel").expanduser().absolute()
+    given = os.environ.get("CHISEL_CACHE") or "~/.cache/chisel"
     try:
+        folder = Path(given).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
+    except RuntimeError as error:  # this user has no home: neither HOME nor an entry in the list of users
+        raise DataUnavailable(f"cannot find the folder {given} ({error}); name a folder in CHISEL_CACHE") from error
     except OSError as error:
         raise unwritable(folder, error) from error
     _clean(folder)
@@ -62,9 +66,21 @@ def _clean(folder: Path) -> None:
     remove_leftovers(Path(tempfile.gettempdir()), "chisel")
 
 
+def user_path(text: str) -> Path:
+    """Return a path that a user gave, with ~ and ~USER expanded; a user without a home has no such path.
+
+    Raises:
+        Refusal: there is no such home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise Refusal(f"cannot find the folder {text!r}: {error}; give the whole path") from None
+
+
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

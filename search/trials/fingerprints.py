@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from search.config import absolute_name
 from search.runtime.files import finite
 
 __all__ = ["differences", "plain_values", "with_defaults", "with_later"]
@@ -17,13 +18,17 @@ _LATER = ("architecture",)
 def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A nested mapping whose missing entries are taken from `defaults`, inside the mappings that both have.
 
-    The fingerprint of an earlier version lacks the fields that were added later.
+    The fingerprint of an earlier version lacks the fields that were added later. It may hold the path of a model or
+    proxy relative to the working directory, which is made absolute as in the configuration of today.
     """
     filled = dict(known)
     for key, default in defaults.items():
         if isinstance(default, Mapping) and isinstance(filled.get(key), Mapping):
             inner = filled[key]
             filled[key] = {**inner, **{name: value for name, value in default.items() if name not in inner}}
+    if isinstance(configuration := filled.get("configuration"), Mapping):
+        paths = {name: configuration[name] for name in ("model", "proxy") if isinstance(configuration.get(name), str)}
+        filled["configuration"] = {**configuration, **{name: absolute_name(path) for name, path in paths.items()}}
     return filled
 
 

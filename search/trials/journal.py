@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,17 +24,23 @@ import optuna
 from optuna.distributions import IntDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import parse
+from compression.storage.whole_files import regular
 from search.runtime.files import finite
 from search.runtime.signals import shield
 from search.trials.fingerprints import differences, plain_values, with_defaults, with_later
 
-__all__ = ["Journal", "Record", "refuse_another", "stored_fingerprint"]
+__all__ = ["Journal", "Record", "refuse_another", "stored_fingerprint", "stored_trials"]
 
 _STUDY = "chisel"
 _SPACE = ("steps", "levels")  # parts of a fingerprint that are known only after the model is decomposed
-_DISK = {"FULL": errno.ENOSPC, "IOERR": errno.EIO, "READONLY": errno.EROFS}
+_DISK = {"FULL": errno.ENOSPC, "IOERR": errno.EIO, "READONLY": errno.EROFS, "NOMEM": errno.ENOMEM}
+_LOCKED = ("BUSY", "LOCKED")
+_PATIENCE = 30.0  # seconds to wait for another program that has locked the file
+_ADVICE = "put back a copy of it, or start a new run"
 _COLUMNS = {
     "trials": ("number", "study_id", "state", "datetime_start", "datetime_complete"),
     "trial_values": ("trial_id", "objective", "value", "value_type"),
@@ -81,6 +88,9 @@ class Record:
         return self.digest, self.repeat
 
 
+_FIELDS = TypeAdapter(Record)
+
+
 class Journal:
     """Trials of one run, kept in `path`.
 
@@ -112,14 +122,15 @@ class Journal:
         plain = plain_values({**fingerprint, "steps": list(steps), "levels": levels})
         refuse_another(path, plain, defaults)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with _disk(path):
+        with _disk(path), _content(path):
             self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path))
             self._study = optuna.create_study(
                 study_name=_STUDY, storage=self._storage, direction="maximize", load_if_exists=True
             )
             if "fingerprint" not in self._study.user_attrs:
                 self._study.set_user_attr("fingerprint", plain)
-        self._records = {record.number: record for record in map(self._read, self._study.get_trials(deepcopy=False))}
+            trials = self._study.get_trials(deepcopy=False)
+            self._records = {record.number: record for record in map(self._read, trials)}
 
     @property
     def records(self) -> Sequence[Record]:
@@ -242,19 +253,21 @@ class Journal:
     def _read(self, trial: FrozenTrial) -> Record:
         attrs = trial.user_attrs
         try:
-            return Record(
-                number=attrs["trial.number"],
-                digest=attrs["schedule.digest"],
-                schedule=attrs["schedule.json"],
-                actions=tuple(trial.params[name] for name in self.steps) if trial.params else None,
-                score=MappingProxyType({name: attrs[name] for name in attrs["trial.figures"]}),
-                reward=trial.value,
-                state=attrs["trial.state"],
-                reason=attrs["trial.reason"],
-                seconds=attrs["trial.seconds"],
-                repeat=attrs.get("trial.look", 0),  # early versions did not write it
-                slopes=_numbers(attrs.get("trial.slopes")),
-                asked=attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this one
+            return _FIELDS.validate_python(
+                {
+                    "number": attrs["trial.number"],
+                    "digest": attrs["schedule.digest"],
+                    "schedule": attrs["schedule.json"],
+                    "actions": tuple(trial.params[name] for name in self.steps) if trial.params else None,
+                    "score": {name: attrs[name] for name in attrs["trial.figures"]},
+                    "reward": trial.value,
+                    "state": attrs["trial.state"],
+                    "reason": attrs["trial.reason"],
+                    "seconds": attrs["trial.seconds"],
+                    "repeat": attrs.get("trial.look", 0),  # early versions did not write it
+                    "slopes": _numbers(attrs.get("trial.slopes")),
+                    "asked": attrs.get("trial.asked", attrs["trial.number"] + 1),  # nor this one
+                }
             )
         except KeyError as missing:
             raise Refusal(
@@ -282,8 +295,6 @@ def refuse_another(
     Raises:
         ValueError, OSError: as `Journal`.
     """
-    if not _is_sqlite(path):
-        raise Refusal(f"{path} is not a journal: it must be an SQLite file")
     if (stored := stored_fingerprint(path)) is None:
         return
     plain = plain_values(fingerprint)
@@ -294,7 +305,11 @@ def refuse_another(
 
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """Raise disk errors of SQLite as OSError, also where Optuna and SQLAlchemy have wrapped them."""
+    """Raise errors of SQLite as an OSError about disk or lock, also where Optuna and SQLAlchemy have wrapped them.
+
+    Raises:
+        Refusal: the file is damaged or has other tables than Optuna's.
+    """
     try:
         yield
     except Exception as error:
@@ -302,9 +317,30 @@ def _disk(path: Path) -> Iterator[None]:
         while cause is not None and not isinstance(cause, sqlite3.Error):
             cause = cause.__cause__
         name = getattr(cause, "sqlite_errorname", "").removeprefix("SQLITE_").partition("_")[0]
+        if name in _LOCKED:
+            text = f"{path} is locked by another program, such as a database browser; close that"
+            raise OSError(errno.EBUSY, text) from error
+        if name not in _DISK and isinstance(cause, sqlite3.DatabaseError):
+            raise Refusal(f"{path} cannot be used: {cause}; {_ADVICE}") from error
         if name not in _DISK:
             raise
         raise OSError(_DISK[name], f"{os.strerror(_DISK[name])} while {path} was written") from error
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[None]:
+    """Refuse a journal whose content neither SQLite nor Optuna nor this program can make sense of."""
+    try:
+        yield
+    except (Refusal, OSError, sqlite3.Error, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error.__cause__, sqlite3.Error):
+            raise
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"{path} cannot be used, it is damaged or of another program: {reason:.200}; {_ADVICE}"
+        ) from error
 
 
 def _stamp(moment: datetime) -> str:
@@ -313,25 +349,72 @@ def _stamp(moment: datetime) -> str:
 
 
 def stored_fingerprint(path: Path) -> dict[str, Any] | None:
-    """The fingerprint of a journal; None if the journal does not exist yet or is empty."""
-    if not path.exists():
-        return None
-    table = "study_user_attributes"
-    address = f"{path.absolute().as_uri()}?mode=ro"
-    with _disk(path), closing(sqlite3.connect(address, timeout=30, uri=True)) as connection:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+    """The fingerprint of a journal; None if the journal does not exist yet or is empty.
+
+    Raises:
+        Refusal: the file is no SQLite file, is damaged, or was made by a later version of Optuna.
+        OSError: it cannot be read, or another program has locked it.
+    """
+    with _opened(path) as connection:
+        if connection is None:
             return None
-        row = connection.execute(f"SELECT value_json FROM {table} WHERE key = 'fingerprint'").fetchone()
-    stored: dict[str, Any] | None = json.loads(row[0]) if row else None
+        row = connection.execute("SELECT value_json FROM study_user_attributes WHERE key = 'fingerprint'").fetchone()
+    try:
+        stored = parse(row[0]) if row else None
+        if not isinstance(stored, dict | None):
+            raise Refusal(f"expected an object, got {stored!r:.80}")
+    except (Refusal, TypeError) as error:
+        raise Refusal(f"{path} is damaged, its fingerprint is not usable ({error}); {_ADVICE}") from None
     return stored
 
 
-def _is_sqlite(path: Path) -> bool:
-    """Whether SQLite can open the file: it is absent, empty, or starts with SQLite's header."""
+def stored_trials(path: Path) -> int:
+    """Number of trials in a journal; 0 if it does not exist or is empty. Raises as `stored_fingerprint`."""
+    with _opened(path) as connection:
+        return 0 if connection is None else int(connection.execute("SELECT count(*) FROM trials").fetchone()[0])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection | None]:
+    """A connection that only reads a journal whose pages were checked; None if there is no journal in it yet."""
     if not path.exists():
-        return True
-    with path.open("rb") as file:
-        return file.read(16) in (b"", b"SQLite format 3\x00")
+        yield None
+        return
+    with open(path, "rb", opener=regular) as file:
+        if file.read(16) not in (b"", b"SQLite format 3\x00"):
+            raise Refusal(f"{path} is not a journal: it must be an SQLite file")
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with (
+        _disk(path),
+        _content(path),
+        closing(sqlite3.connect(address, timeout=_PATIENCE, uri=True)) as connection,
+    ):
+        [verdict] = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise Refusal(f"{path} is damaged: {' '.join(verdict.split())}; {_ADVICE}")
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'study_user_attributes'").fetchone():
+            yield None
+            return
+        version = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        if version is not None and version[0] != _schema():
+            maker = connection.execute("SELECT library_version FROM version_info").fetchone()
+            raise Refusal(
+                f"{path} has tables of Optuna {maker[0] if maker else 'of another version'}, and this is Optuna "
+                f"{optuna.__version__}; install that version, or start a new run"
+            )
+        for table, columns in _COLUMNS.items():
+            connection.execute(f"SELECT {', '.join(columns)} FROM {table} LIMIT 0")
+        yield connection
+
+
+@cache
+def _schema() -> str:
+    """The revision of the tables that the installed Optuna makes."""
+    storage = RDBStorage("sqlite:///:memory:")
+    try:
+        return storage.get_head_version()
+    finally:
+        storage.engine.dispose()
 
 
 def _engine(path: Path) -> dict[str, Any]:
@@ -341,7 +424,7 @@ def _engine(path: Path) -> dict[str, Any]:
     """
 
     def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=_PATIENCE, check_same_thread=False)
         with suppress(sqlite3.OperationalError):  # where it cannot be had, as on some network disks, it goes without
             connection.execute("PRAGMA journal_mode = WAL")
         return connection

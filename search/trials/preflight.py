@@ -14,6 +14,7 @@ from search.data.prompts import forms
 from search.model.devices import resolve_device, working_dtype
 from search.runtime.run_folder import STUDY, refuse_held, refuse_used
 from search.trials.journal import stored_fingerprint
+from search.trials.setup import refuse_lost_trials
 from search.trials.starting_point import StartingPoint
 from search.workers.pools import check_evaluators
 
@@ -38,6 +39,7 @@ def preflight(config: Config) -> tuple[Config, torch.device, StartingPoint]:
     check_evaluators(config)
     if config.resume is not None:
         refuse_held(Path(config.resume))
+        refuse_lost_trials(Path(config.resume) / STUDY)
     elif config.out is not None:
         refuse_used(Path(config.out))
     device = resolve_device(config.device)

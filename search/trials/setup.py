@@ -8,14 +8,26 @@ from pathlib import Path
 
 import agents
 from agents import Agent
+from compression.refusal import Refusal
 from envs import Problem, Reward
 from search.config import Config
 from search.evaluation.score import Score
 from search.experiment.experiment import Experiment
-from search.trials.journal import Journal, refuse_another
+from search.reporting.frames import csv_text, read_records
+from search.runtime.files import write_whole
+from search.runtime.run_folder import TRIALS
+from search.trials.journal import Journal, refuse_another, stored_fingerprint, stored_trials
 from search.trials.starting_point import StartingPoint
 
-__all__ = ["fingerprint", "fingerprint_defaults", "make_agent", "open_journal", "refuse_other_search", "reward_of"]
+__all__ = [
+    "fingerprint",
+    "fingerprint_defaults",
+    "make_agent",
+    "open_journal",
+    "refuse_lost_trials",
+    "refuse_other_search",
+    "reward_of",
+]
 
 
 def reward_of(config: Config, dense: Score) -> Reward:
@@ -36,7 +48,32 @@ def fingerprint(config: Config, experiment: Experiment, start: StartingPoint) ->
 def open_journal(path: Path, config: Config, experiment: Experiment, problem: Problem, start: StartingPoint) -> Journal:
     """Open the journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Journal(path, fingerprint(config, experiment, start), problem.names, problem.levels, fingerprint_defaults())
+    refuse_lost_trials(path)
+    own = fingerprint(config, experiment, start)
+    journal = Journal(path, own, problem.names, problem.levels, fingerprint_defaults())
+    if not (table := path.with_name(TRIALS)).exists():  # from here on, `refuse_lost_trials` knows of the journal
+        write_whole(table, csv_text(journal.rows()))
+    return journal
+
+
+def refuse_lost_trials(path: Path) -> None:
+    """Refuse a journal that is absent, empty or older than the table of trials beside it.
+
+    Such a search would silently begin anew.
+
+    Raises:
+        Refusal: trials are missing.
+        OSError: as `search.trials.journal.stored_fingerprint`.
+    """
+    table = path.with_name(TRIALS)
+    if not table.is_file():
+        return  # no search has begun here, or an earlier version began it
+    found, known = stored_trials(path), len(read_records(table))
+    if stored_fingerprint(path) is None or found < known:
+        raise Refusal(
+            f"{path} has lost trials: it holds {found}, and {table.name} beside it says that the search has begun and "
+            f"had at least {known}; put back a copy of the journal, or start a new run"
+        )
 
 
 def refuse_other_search(path: Path, config: Config, experiment: Experiment, start: StartingPoint) -> None:

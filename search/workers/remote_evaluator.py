@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,11 +34,7 @@ def portable_fields(config: Config) -> dict[str, Any]:
     They leave out the latency weight: latency is measured by the process that reads the scores, on one machine for all.
     """
     own = {"policy", "prior", "out", "resume", "quick", *EVALUATORS}
-    values = config.model_dump(exclude=own) | {"latency_weight": 0.0}
-    for name in ("model", "proxy"):
-        if Path(path := str(values[name])).expanduser().exists():
-            values[name] = str(Path(path).expanduser().absolute())
-    return values
+    return config.model_dump(exclude=own) | {"latency_weight": 0.0}
 
 
 class RemoteEvaluator:

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from compression.refusal import nearest
+from compression.refusal import Refusal, nearest
 from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, Config, read_fields
+from search.trials.fingerprints import with_defaults
 
 
 def test_defaults_are_the_default_job():
@@ -160,3 +161,33 @@ def test_names_are_those_of_the_parts_that_carry_them_out():
 
 def test_config_json_is_plain_json():
     assert json.loads(Config().to_json())["budget"] == 200
+
+
+def test_a_local_model_and_proxy_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "my model").mkdir()
+    (tmp_path / "exam.jsonl").touch()
+    (tmp_path / "w.gguf").touch()
+    for name in ("default", "mmlu", "random:tiny-llama", "owner"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = Config.of({"model": "./my model", "proxy": "exam.jsonl"})
+    monkeypatch.chdir("/")
+    assert Config.of(json.loads(config.to_json())) == config
+    assert (config.model, config.proxy) == (str(tmp_path / "my model"), str(tmp_path / "exam.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    assert Config.of({"model": "w.gguf"}).model == str(tmp_path / "w.gguf")
+    for name in ("default", "random:tiny-llama", "owner/name"):
+        assert Config.of({"model": name, "proxy": "mmlu"}).model == name
+
+
+def test_the_fingerprint_of_an_earlier_version_with_a_relative_path_is_the_same_search(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    stored, given = ({"configuration": {"model": name, "seed": 0}} for name in ("./m", str(tmp_path / "m")))
+    assert with_defaults(stored, {}) == given
+    assert with_defaults({"configuration": {"model": "gone"}}, {}) != given
+
+
+def test_a_home_that_does_not_exist_is_one_line():
+    with pytest.raises(Refusal, match="model must be"):
+        Config.of({"model": "~nobody-of-this-name/m"})

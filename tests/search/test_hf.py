@@ -368,3 +368,18 @@ def test_a_description_that_does_not_fit_is_refused(copy, change, message):
     as_earlier_versions(copy)
     with pytest.raises(ValueError, match=message):
         load(copy)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6, 2**31 - 1, "repeated"])
+def test_row_numbers_out_of_range_are_refused_when_the_folder_is_loaded(copy, wrong):
+    [file] = copy.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    name = next(name for name in tensors if ".places_" in name)
+    tensors[name] = tensors[name].clone()
+    tensors[name][1] = tensors[name][0] if wrong == "repeated" else wrong
+    header["chisel_sha256"] = json.dumps({name: hf._checksum(name, values) for name, values in tensors.items()})
+    save_file(tensors, file, metadata=header)
+    with pytest.raises(ValueError, match=r"compressed module .*: places_0 must be different row numbers from 0 to \d+"):
+        load(copy)

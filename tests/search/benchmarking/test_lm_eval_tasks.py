@@ -16,8 +16,10 @@ import torch
 from fake_data import fake_data
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tiny_gpt2 import tiny_gpt2
 from tiny_model import with_beginning
 
+from compression.refusal import Refusal
 from search.benchmarking.documents import select
 from search.benchmarking.lm_eval_model import LanguageModel
 from search.benchmarking.lm_eval_tasks import Exam
@@ -154,3 +156,22 @@ def test_sampling_is_refused() -> None:
     request = Instance("generate_until", {}, ("Hello", {"until": ["."], "do_sample": True, "temperature": 1.0}), 0)
     with pytest.raises(ValueError, match="greedy"):
         LanguageModel(load_model("random:tiny-llama", "cpu")).generate_until([request])
+
+
+def test_a_tokenizer_without_a_first_and_a_last_token_is_measured_where_a_task_needs_none() -> None:
+    language = LanguageModel(tiny_gpt2(positions=300, ends=False))
+
+    def asked(kind: str, *args: object) -> list[Instance]:
+        return [Instance(request_type=kind, doc={}, arguments=args, idx=0)]
+
+    assert language.loglikelihood(asked("loglikelihood", "A cat", " sat"))[0][0] < 0
+    assert language.generate_until(asked("generate_until", "A cat", {"until": ["\n"], "max_gen_toks": 4}))
+    with pytest.raises(Refusal, match="to score a text from its start"):
+        language.loglikelihood(asked("loglikelihood", "", "A cat"))
+    with pytest.raises(Refusal, match="to score a text from its start"):
+        language.loglikelihood_rolling(asked("loglikelihood_rolling", "A cat"))
+
+
+def test_a_token_without_an_embedding_is_refused_while_measuring() -> None:
+    with pytest.raises(Refusal, match="embeddings for 100 tokens"):
+        LanguageModel(tiny_gpt2(rows=100))._encode("täglich")

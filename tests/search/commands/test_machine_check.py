@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pwd
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,3 +87,22 @@ def test_a_missing_extra_is_a_note_that_names_it(
     for extra in ("agents", "cluster"):
         assert found[f"extra {extra}"]["state"] == "note"
         assert f"chisel-prior[{extra}]" in found[f"extra {extra}"]["advice"]
+
+
+def test_a_user_without_a_home_gets_findings_that_say_what_to_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "CHISEL_CACHE", "CHISEL_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    code, found = findings(capsys)
+    assert code == 3
+    for name in ("cache", "data"):
+        assert found[name]["state"] == "problem"
+        assert "CHISEL_CACHE" in found[name]["advice"]
+        assert "Could not determine home directory" in found[name]["found"]
+
+
+def unknown(_: int) -> None:
+    """What the list of users says of a number that is not in it."""
+    raise KeyError("getpwuid(): uid not found")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -126,3 +128,25 @@ def test_a_stratified_choice_is_proportional_seeded_nested_and_independent_of_or
     assert chosen == stratified(items, 40, seed=1)[:20]
     assert chosen != stratified(items, 20, seed=2)
     assert len(stratified(items, 1000, seed=1)) == len(items)
+
+
+@pytest.mark.parametrize("key", ["question", "choices"])
+@pytest.mark.parametrize("half", [rb"\ud800", rb"\uDC00 x", b"\xed\xa0\x80", b"\xff"])
+def test_half_a_surrogate_pair_or_a_byte_of_another_encoding_names_file_and_line(
+    key: str, half: bytes, tmp_path: Path
+) -> None:
+    line = json.dumps(GOOD).encode()
+    file = tmp_path / "exam.jsonl"
+    file.write_bytes(line + b"\n" + line.replace({"question": b"Which", "choices": b"ant"}[key], half) + b"\n")
+    with pytest.raises(ValueError, match=r"exam\.jsonl, line 2: "):
+        load_jsonl(file)
+
+
+def test_a_byte_order_mark_is_skipped_and_a_fifo_does_not_hang(tmp_path: Path) -> None:
+    file = tmp_path / "exam.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n")
+    assert load_jsonl(file)[0].question == GOOD["question"]
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="it is a FIFO, not a file"):
+        load_jsonl(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_data import fake_data, jsonl
+from tiny_gpt2 import tiny_gpt2
 
 from search.data.conversations import Document, read_conversations
 from search.data.overlap import Shingles, reported_texts, without_overlap
@@ -136,3 +138,35 @@ def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(ValueError, match="cannot be read"):
         read_conversations(str(file), PLAIN)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_a_fifo_offered_as_data_is_refused_and_does_not_hang(suffix: str, tmp_path: Path) -> None:
+    os.mkfifo(file := tmp_path / f"pipe{suffix}")
+    with pytest.raises(ValueError, match="it is a FIFO, not a file"):
+        read_conversations(str(file), PLAIN)
+
+
+def test_a_byte_order_mark_is_skipped_and_half_a_surrogate_pair_names_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    good = json.dumps(CHAT).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + good + b"\n")
+    assert len(read_conversations(str(file), PLAIN)) == 1
+    for bad in (good.replace(b"Good", rb"\ud800"), good.replace(b"Good", b"\xed\xa0\x80"), b"\xff\xfe{"):
+        file.write_bytes(good + b"\n" + bad + b"\n")
+        with pytest.raises(ValueError, match="line 2"):
+            read_conversations(str(file), PLAIN)
+
+
+def test_a_chat_template_that_raises_names_the_record(tmp_path: Path) -> None:
+    def template(messages: list[dict[str, str]], **_: object) -> str:
+        raise RuntimeError("System role not supported")
+
+    tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=template)
+    with pytest.raises(ValueError, match=r"record 1: the model's chat template refuses .*System role not supported"):
+        read_conversations(str(jsonl(tmp_path / "a.jsonl", [CHAT])), tokenizer)
+
+
+def test_rows_longer_than_the_positions_of_the_model_are_refused() -> None:
+    with pytest.raises(ValueError, match="row_tokens must be at most 32, the positions of the model, got 64"):
+        heal_text(tiny_gpt2(positions=32), "sampled", 64, 0, 128)

@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import random
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from compression.refusal import Refusal
 from search import cli
 from search.reporting.run_report import report
 from search.runtime.run_folder import RunFolder
@@ -178,10 +181,10 @@ def test_the_command_writes_the_page_and_says_where(run, capsys, tmp_path):
     "name, content, message",
     [
         ("summary.json", None, "there is no finished run,"),
-        ("summary.json", "[]", "must hold a JSON object"),
+        ("summary.json", "[]", "expected a JSON object, got list"),
         ("prior.json", "[" * 100_000, "cannot use"),
-        ("prior.json", '{"sites": [{}]}', "do not have the layout of a run"),
-        ("summary.json", '{"rows": 3}', "do not have the layout of a run"),
+        ("prior.json", '{"sites": [{}]}', "sites.0.block is missing"),
+        ("summary.json", '{"rows": 3}', "rows must be a valid list, got 3"),
     ],
 )
 def test_a_folder_that_is_no_run_is_refused_in_one_line(run, capsys, name, content, message):
@@ -225,3 +228,90 @@ def test_a_browser_shows_it_on_a_phone_without_complaint(run, scheme):
     assert seen["letters"] > 8
     light = sum(map(int, re.findall(r"\d+", seen["background"]))) > sum(map(int, re.findall(r"\d+", seen["ink"])))
     assert light == (scheme == "light")
+
+
+BENCHMARKS = "model,task,state,n,metric,seconds,value,stderr\ndense,piqa,ok,200,acc,3.0,0.65,0.03\n"
+SENSITIVITY = "block,family,chi,kl,state\n0,q,10,0.01,ok\n"
+HEALING = {"looks": [{"tokens": 0, "kl": 0.5}, {"tokens": 9, "kl": 0.25}], "outlook": "longer is better"}
+CELLS = ("", "x", "nan", "inf", "-1", "0", "1e308", "9" * 400, "x" * 200_000, "\x00", '"')
+ODD = [None, True, 0, -1, 1e308, 10**18, 10**290, "", "x", "x" * 200_000, [], {}, [[]], {"a": [None]}]
+
+
+def changes(value, path=()):
+    """Every place inside a document, by its path."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from changes(value[key], (*path, key))
+
+
+def with_change(value, path, odd):
+    """The document with an odd value in a place, or without that place if `odd` is `changes`."""
+    if not path:
+        return odd
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    if odd is changes:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = odd
+    return copy
+
+
+def test_no_value_in_a_file_of_a_run_can_make_a_report_fail_otherwise_than_by_a_refusal(run):
+    """Every value of every document is replaced by two odd ones, drawn from a fixed seed."""
+    folder, chance = run(), random.Random(0)
+    (folder / "healed").mkdir()
+    documents = {
+        "summary.json": SUMMARY,
+        "prior.json": {"sites": SITES, "configuration": {"seed": 0}},
+        "healed/healing.json": HEALING,
+    }
+    refused = 0
+    for name, document in documents.items():
+        for path in changes(document):
+            for odd in chance.sample((changes, *ODD) if path else ODD, 2):
+                (folder / name).write_text(json.dumps(with_change(document, path, odd)))
+                refused += refuses(folder)
+        (folder / name).write_text(json.dumps(document))
+    tables = {"benchmarks.csv": BENCHMARKS, "sensitivity.csv": SENSITIVITY}
+    tables["trials.csv"] = (folder / "trials.csv").read_text()
+    for name, text in tables.items():
+        head, line, *rest = text.splitlines()
+        for column in range(len(line.split(","))):
+            for odd in chance.sample(CELLS, 3):
+                cells = line.split(",")
+                cells[column] = odd
+                (folder / name).write_text("\n".join([head, ",".join(cells), *rest]) + "\n")
+                refused += refuses(folder)
+        for odd in (b"", b"\n", head.encode(), b"\xff\xfe", b"a,b\n1\n1,2,3\n", b'"', line.encode()):
+            (folder / name).write_bytes(odd)
+            refused += refuses(folder)
+        (folder / name).write_text(text)
+    assert refused > 100
+    assert not refuses(folder)
+
+
+def refuses(folder):
+    said = ""
+    try:
+        _Elements(report([folder]))
+    except Refusal as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 1000
+    return bool(said)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "prior.json", "trials.csv", "benchmarks.csv", "sensitivity.csv"])
+def test_a_fifo_or_a_folder_in_the_place_of_a_file_is_refused_and_does_not_hang(run, name):
+    folder = run()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(Refusal):
+        report([folder])
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(Refusal):
+        report([folder])

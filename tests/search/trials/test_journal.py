@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import signal
@@ -11,8 +12,11 @@ from datetime import datetime
 import optuna
 import pytest
 
+from compression.refusal import Refusal
+from search.trials import journal as journal_module
 from search.trials.fingerprints import differences
 from search.trials.journal import Journal, Record
+from search.trials.setup import refuse_lost_trials
 
 FINGERPRINT = {"model": "m1", "target_kept": 0.8, "data": {"items": "abc", "text": "def"}}
 
@@ -272,3 +276,94 @@ def test_differences_go_into_nested_values():
         "d was absent, is null",
     ]
     assert differences(FINGERPRINT, FINGERPRINT) == []
+
+
+def stored(path, trials=20):
+    """A closed journal with some trials, as bytes."""
+    one = journal(path)
+    for number in range(trials):
+        one.record(record(number))
+    one.close()
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return stored(tmp_path_factory.mktemp("whole") / "study.db")
+
+
+def changed(statement):
+    def change(path):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(statement)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "damaged|malformed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged|malformed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged|malformed|not a database"),
+        (lambda path: path.write_bytes(path.read_bytes()[:4096] + os.urandom(40000)), "damaged|malformed"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "it is a FIFO, not a file"),
+        (lambda path: (path.unlink(), path.mkdir()), "it is a folder, not a file"),
+        (changed("UPDATE alembic_version SET version_num = 'v9.9.9'"), "tables of Optuna .* this is Optuna"),
+        (changed("DROP TABLE trials"), "no such table"),
+        (changed("DROP TABLE alembic_version"), "no such table"),
+        (changed("ALTER TABLE trial_user_attributes RENAME COLUMN value_json TO gone"), "no such column"),
+        (changed("UPDATE study_user_attributes SET value_json = '{'"), "damaged"),
+        (
+            changed("UPDATE study_user_attributes SET value_json = '3'"),
+            r"fingerprint is not usable .expected an object",
+        ),
+        (changed("UPDATE trial_user_attributes SET value_json = '{'"), "damaged"),
+        (changed("UPDATE trial_user_attributes SET value_json = '\"x\"' WHERE key = 'trial.number'"), "damaged"),
+        (changed("UPDATE trial_user_attributes SET value_json = '7' WHERE key = 'trial.figures'"), "damaged"),
+        (changed("UPDATE trial_user_attributes SET value_json = '[]' WHERE key = 'schedule.json'"), "damaged"),
+        (changed("DELETE FROM trial_user_attributes WHERE key = 'kl'"), "not written by this program"),
+        (changed("UPDATE trials SET state = 'ODD'"), "damaged"),
+        (changed("UPDATE trial_params SET distribution_json = 'x'"), "damaged"),
+    ],
+)
+def test_a_journal_that_is_cut_or_changed_is_refused_in_one_line_that_names_it(tmp_path, whole, change, message):
+    path = tmp_path / "study.db"
+    path.write_bytes(whole)
+    change(path)
+    with pytest.raises((Refusal, OSError), match=message) as error:
+        journal(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_locked_journal_stops_with_the_name_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "_PATIENCE", 0.05)
+    path = tmp_path / "study.db"
+    stored(path, 1)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(OSError, match="is locked by another program") as error:
+            journal(path)
+        assert error.value.errno == errno.EBUSY
+    one = journal(path)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match="is locked by another program"):
+            one.record(record(1))
+    one.record(record(1))
+    one.close()
+
+
+def test_a_search_whose_journal_is_gone_empty_or_older_than_its_table_is_not_begun_anew(tmp_path):
+    path = tmp_path / "study.db"
+    refuse_lost_trials(path)
+    content = stored(path, 3)
+    (tmp_path / "trials.csv").write_text("trial,state\n0,ok\n1,ok\n2,ok\n")
+    refuse_lost_trials(path)
+    for lose in (lambda: path.write_bytes(b""), path.unlink, lambda: stored(path, 2)):
+        lose()
+        with pytest.raises(Refusal, match=r"has lost trials: it holds [02], and trials.csv beside it"):
+            refuse_lost_trials(path)
+    path.write_bytes(content)
+    refuse_lost_trials(path)
