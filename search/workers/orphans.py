@@ -2,14 +2,15 @@
 
 If the process that started Ray gets SIGKILL, Ray's helpers may run on forever. A small watcher process therefore lists
 the descendants of the search once a second and waits on a pipe, which the kernel closes when the search ends for any
-reason; it then kills the descendants that are left. Works on Linux and does nothing elsewhere. The watcher runs this
-file as a script, so the file imports nothing of this project.
+reason; it then kills the descendants that are left and removes their folder. Works on Linux and does nothing elsewhere.
+The watcher runs this file as a script, so the file imports nothing of this project.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +27,16 @@ _PERIOD = 1.0  # seconds between two lists of descendants
 
 
 @contextmanager
-def guarded_children() -> Iterator[None]:
-    """Processes started inside outlive this one by at most a few seconds, however it ends."""
+def guarded_children(folder: Path | None = None) -> Iterator[None]:
+    """Processes started inside outlive this one by at most a few seconds, however it ends.
+
+    Args:
+        folder: removed after them if this process is killed.
+    """
     if not Path("/proc/self/stat").exists():
         yield
         return
-    command = [sys.executable, str(Path(__file__).resolve()), str(os.getpid())]
+    command = [sys.executable, str(Path(__file__).resolve()), str(os.getpid()), str(folder or "")]
     # It gets its own session, so that Ctrl-C at the terminal does not reach it.
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert watcher.stdin is not None
@@ -79,7 +84,7 @@ def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
                     yield int(entry.name), (int(parent), int(rest[17]))
 
 
-def _watch(root: int) -> None:
+def _watch(root: int, folder: str) -> None:
     family = _Family(root)
     while not select.select([sys.stdin], [], [], _PERIOD)[0]:
         family.refresh()
@@ -91,7 +96,9 @@ def _watch(root: int) -> None:
         family.kill()
         time.sleep(0.2)
         family.refresh()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]))
+    _watch(int(sys.argv[1]), sys.argv[2])

@@ -6,9 +6,10 @@ import logging
 import os
 import secrets
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import ray
 from ray._private import ray_constants
 
 from compression.refusal import Refusal
+from compression.storage.temporary_names import temporary_folder
 from search.config import Config
 from search.runtime.errors import EvaluatorsLost
 from search.runtime.signals import shield
 from search.workers.orphans import guarded_children
 
-__all__ = ["cluster", "start_here"]
+__all__ = ["cluster", "session_folder", "start_here"]
 
+_LONGEST = 12  # characters of the folder that holds the session folder; the rest takes up to 94 of a socket's 107
 _STARTS = 3  # attempts to start Ray on this machine
 _OBJECTS = 80 * 2**20  # bytes of Ray's object store here, close to the minimum: only text goes through it
 
@@ -41,21 +44,37 @@ def cluster(config: Config, processors: int) -> Iterator[dict[str, float]]:
     if ray.is_initialized():
         yield _resources()
         return
-    with guarded_children() if config.ray_address is None else nullcontext(), _initialized(config, processors):
+    if config.ray_address is not None:
+        with _initialized(config, processors, None):
+            yield _resources()
+        return
+    with session_folder() as folder, guarded_children(folder), _initialized(config, processors, folder):
         yield _resources()
 
 
 @contextmanager
-def _initialized(config: Config, processors: int) -> Iterator[None]:
+def session_folder() -> Iterator[Path]:
+    """A folder for the sessions, logs and sockets of a Ray that starts here: private to the user, removed at the end.
+
+    Its path is short, since that of a socket may have about a hundred characters.
+    """
+    usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    with temporary_folder(usual if len(str(usual)) <= _LONGEST else Path("/tmp"), "chisel.ray") as folder:
+        yield folder
+
+
+@contextmanager
+def _initialized(config: Config, processors: int, folder: Path | None) -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with shield():
-        if config.ray_address is None:
+        if folder is not None:
             room = processors + len(os.sched_getaffinity(0))
             local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS, **quiet}
-            start_here(num_cpus=room, **local)
+            start_here(folder, num_cpus=room, **local)
         else:
+            assert config.ray_address is not None
             address = config.ray_address if ":" in config.ray_address else f"{config.ray_address}:6379"
             try:
                 ray.init(address="auto" if config.ray_address == "auto" else address, runtime_env=_sources(), **quiet)
@@ -70,12 +89,13 @@ def _initialized(config: Config, processors: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def start_here(**how: Any) -> None:
+def start_here(folder: Path, **how: Any) -> None:
     """Start Ray on this machine, listening on loopback only; try again if it is not up within its limit of 30 seconds.
 
     It gets a token of its own unless the environment names one, so that nothing in the home folder is read or written.
 
     Args:
+        folder: see `session_folder`.
         how: arguments of `ray.init`.
 
     Raises:
@@ -86,7 +106,9 @@ def start_here(**how: Any) -> None:
     for left in reversed(range(_STARTS)):
         try:
             with _loopback():
-                ray.init(address="local", **how)
+                ray.init(address="local", _temp_dir=str(folder / "ray"), **how)
+            for inside, _, _ in os.walk(folder):  # Ray opens its folders to everybody
+                Path(inside).chmod(0o700)
             return
         except Exception as error:  # Ray raises plain Exception
             ray.shutdown()

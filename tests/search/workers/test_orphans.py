@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[3]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
 PARENT = f"""
 import subprocess, sys, time
+from pathlib import Path
 from search.workers.orphans import guarded_children
-with guarded_children():
+with guarded_children(Path(sys.argv[1])):
     child = subprocess.Popen({SLEEP!r}, start_new_session=True)
     print(child.pid, flush=True)
     time.sleep(300)
@@ -32,8 +33,10 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.slow
-def test_children_of_a_killed_process_are_ended() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def test_children_of_a_killed_process_are_ended_and_their_folder_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "session"
+    (folder / "sockets").mkdir(parents=True)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     with parent.stdout:
         child = int(parent.stdout.readline())
@@ -42,9 +45,10 @@ def test_children_of_a_killed_process_are_ended() -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     deadline = time.monotonic() + 60
-    while alive(child) and time.monotonic() < deadline:
+    while (alive(child) or folder.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(child)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("fails", [False, True])

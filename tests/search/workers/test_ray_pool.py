@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,11 +81,13 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        from search.workers.ray_cluster import start_here
+        from search.workers.ray_cluster import session_folder, start_here
 
-        start_here(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield ray
-        ray.shutdown()
+        with session_folder() as private:
+            start_here(private, num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            yield ray
+            ray.shutdown()
+        assert not private.exists()
 
 
 @pytest.fixture
@@ -262,6 +265,24 @@ def test_workers_that_cannot_start_for_a_while_do_not_end_a_search_that_was_unde
 
 
 @pytest.mark.usefixtures("ray_here")
+def test_the_session_folder_and_its_sockets_are_private_to_the_user(ray_here: Any) -> None:
+    session = Path(ray_here._private.worker._global_node.get_session_dir_path())
+    private = session.parent.parent
+    assert private.name.startswith(".chisel.ray.")
+    assert [path for path in (session / "sockets").iterdir() if path.is_socket()]
+    for folder in (private, session.parent, session, session / "sockets", session / "logs"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
+
+
+def test_a_long_name_of_the_temporary_folder_leaves_room_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from search.workers.ray_cluster import session_folder
+
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "long/" * 20)
+    with session_folder() as folder:
+        assert folder.parent == Path("/tmp")
+    assert not folder.exists()
+
+
 def test_nothing_listens_beyond_loopback() -> None:
     listening = []
     for process in psutil.Process().children(recursive=True):
