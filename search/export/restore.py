@@ -21,6 +21,7 @@ from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import resolve_device
 from search.priors.format import Prior
+from search.reporting.documents import SummaryFile, document
 from search.runtime.console import Console
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY
 
@@ -86,7 +87,8 @@ def restore(
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
         raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
     config = Config.of({**read_fields(run / CONFIG), "device": device})
-    prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
+    prior = Prior.read(run / PRIOR)
+    summary = document(SummaryFile, run / SUMMARY, "the summary") if (run / SUMMARY).exists() else {}
     schedule = prior.schedule
     state = _state(run, config, prior, state, healed)
     kept = StoredWeights.read(healed or run / HEALED) if state == "healed" else None
