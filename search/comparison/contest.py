@@ -23,7 +23,7 @@ import agents
 from compression.refusal import Refusal
 from compression.schedule import Schedule
 from envs import Problem
-from search.comparison.standings import Entry, Heldout, Mark, plot, report
+from search.comparison.standings import Entry, Heldout, Mark, check, plot, report
 from search.config import Config
 from search.evaluation.pool import Pool
 from search.experiment.experiment import Experiment, load
@@ -143,6 +143,9 @@ class _Contest:
                 schedules={schedule.digest: schedule for schedule in schedules},
                 closed_form=document["closed_form"],
             )
+            if not isinstance(found.fingerprint, dict) or not isinstance(found.closed_form, str):
+                raise Refusal("its fingerprint must be an object and its closed_form a digest")
+            check(list(found.entries.values()), found.heldout, found.closed_form, found.schedules.keys())
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise Refusal(f"cannot use {path}: {error}") from None
         found.fingerprint = with_later(with_defaults(found.fingerprint, _shared(fingerprint_defaults())), expected)

@@ -7,16 +7,19 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from pydantic import ConfigDict, Field
 
 from compression.refusal import Refusal
 from search.evaluation.quality import Quality, ratio_standard_error
 from search.reporting.tables import Column, markdown_table
+from search.runtime.schema import Amount, Figure, checked
 
-__all__ = ["Contrast", "Entry", "Heldout", "Mark", "contrast", "plot", "report"]
+__all__ = ["Contrast", "Entry", "Heldout", "Mark", "check", "contrast", "plot", "report"]
 
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _QUANTILE = 1.96  # two-sided 95 % quantile of the normal distribution
 
 
@@ -27,8 +30,9 @@ class Mark:
     A backward pass counts as the evaluations that it is charged for, see `agents.Proposal.cost`.
     """
 
-    evaluations: int
-    tokens: int
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    evaluations: Amount
+    tokens: Amount
     digest: str
 
 
@@ -44,19 +48,20 @@ class Entry:
         evaluation_seconds: time of the evaluations.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     agent: str
     seed: int
-    marks: tuple[Mark, ...]
+    marks: Annotated[tuple[Mark, ...], Field(min_length=1)]
     finalists: tuple[str, ...]
     selected: str
-    agent_seconds: float
-    evaluation_seconds: float
+    agent_seconds: Figure
+    evaluation_seconds: Figure
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From the plain values of `dataclasses.asdict`; raises TypeError or KeyError for others."""
-        marks = tuple(Mark(**mark) for mark in values["marks"])
-        return cls(**{**values, "marks": marks, "finalists": tuple(values["finalists"])})
+        """From the plain values of `dataclasses.asdict`; raises Refusal for others."""
+        entry: Self = checked(cls, values)
+        return entry
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,12 @@ class Heldout:
         kl_by_sequence, tokens_by_sequence: sum of KL and number of tokens of every sequence.
     """
 
-    kl: float
-    perplexity: float
-    expected_accuracy: float
-    kl_by_sequence: tuple[float, ...]
-    tokens_by_sequence: tuple[int, ...]
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    kl: Figure
+    perplexity: Figure
+    expected_accuracy: Figure
+    kl_by_sequence: tuple[Figure, ...]
+    tokens_by_sequence: tuple[Amount, ...]
 
     @classmethod
     def from_quality(cls, quality: Quality) -> Self:
@@ -91,11 +97,9 @@ class Heldout:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values; raises TypeError or KeyError for others."""
-        plain = dict(values)
-        for name in ("kl_by_sequence", "tokens_by_sequence"):
-            plain[name] = tuple(plain[name])
-        return cls(**plain)
+        """From plain values; raises Refusal for others."""
+        measured: Self = checked(cls, values)
+        return measured
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,30 @@ class Contrast:
     relative: float
     low: float
     high: float
+
+
+def check(
+    entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_form: str, schedules: Collection[str]
+) -> None:
+    """Check that the parts of a comparison that was read from a file belong together.
+
+    Args:
+        schedules: digests of the schedules that are still to be measured.
+
+    Raises:
+        Refusal: searches have different numbers of marks, measurements are of different data, or a schedule that is
+            named is neither measured nor to be measured.
+    """
+    if len({len(entry.marks) for entry in entries}) > 1:
+        raise Refusal("its searches have different numbers of marks")
+    lengths = {(len(one.kl_by_sequence), *one.tokens_by_sequence) for one in heldout.values()}
+    if len(lengths) > 1 or any(count != len(tokens) or not any(tokens) for count, *tokens in lengths):
+        raise Refusal("its schedules are not measured on the same sequences")
+    named = {closed_form} if entries else set()
+    for entry in entries:
+        named |= {*(mark.digest for mark in entry.marks), *([entry.selected] if entry.selected else entry.finalists)}
+    if unknown := sorted(named.difference(heldout, schedules)):
+        raise Refusal(f"it names the schedule {unknown[0]!r:.40}, but does not hold it")
 
 
 def contrast(first: Sequence[Heldout], second: Sequence[Heldout]) -> Contrast:

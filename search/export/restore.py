@@ -22,6 +22,7 @@ from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import resolve_device
 from search.priors.format import Prior
 from search.priors.same_model import refuse_other_model
+from search.reporting.documents import SummaryFile, document
 from search.runtime.console import Console
 from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY
@@ -90,7 +91,8 @@ def restore(
         raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
     recorded = refuse_changed(run, console.note)
     config = Config.of({**read_fields(run / CONFIG), "device": device})
-    prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
+    prior = Prior.read(run / PRIOR)
+    summary = document(SummaryFile, run / SUMMARY, "the summary") if (run / SUMMARY).exists() else {}
     schedule = prior.schedule
     state = _state(run, config, prior, state, healed)
     kept = StoredWeights.read(healed or run / HEALED) if state == "healed" else None

@@ -93,7 +93,7 @@ class PriorSite(_Part):
     """The choice for one matrix. `chi`, `metric` and the legs are absent if the matrix stays dense."""
 
     name: SitePath = Field(description="Qualified name of the module in the model.")
-    block: Count = Field(description="Index of the block, from 0.")
+    block: Annotated[int, Field(ge=0, lt=100_000)] = Field(description="Index of the block, from 0.")
     family: SitePath = Field(description="Kind of the matrix, such as q or down.")
     shape: tuple[Positive, Positive] = Field(description="Number of outputs and of inputs.")
     topology: Annotated[str, Field(max_length=200)] = Field(
@@ -169,6 +169,14 @@ class Estimate(_Part):
     value: float
     low: float | None = None
     high: float | None = None
+
+    @model_validator(mode="after")
+    def _is_an_interval(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise Refusal("an interval needs both low and high, or neither")
+        if self.low is not None and self.high is not None and not self.low <= self.value <= self.high:
+            raise Refusal(f"an interval must hold its value, got {self.value} in {self.low} to {self.high}")
+        return self
 
 
 class PriorScore(_Part):

@@ -43,17 +43,18 @@ Cell = Annotated[Figure | None, BeforeValidator(lambda text: None if text == "" 
 """A cell of a table in text form: a number, or nothing."""
 
 
-def checked(schema: Any, value: object, path: Path) -> Any:
+def checked(schema: Any, value: object, path: Path | None = None) -> Any:
     """Return a value as its schema describes it.
 
     Args:
-        schema: a pydantic model, or a type such as a list of models.
+        schema: a pydantic model, a dataclass, or a type such as a list of models.
         value: what was read.
-        path: the file, for the message.
+        path: the file, for the message; None if the caller names it.
 
     Raises:
         Refusal: the value does not fit. The message is one line with file, field, rule and value.
     """
+    before = "" if path is None else f"cannot use {path}: "
     try:
         return TypeAdapter(schema).validate_python(value)
     except ValidationError as error:
@@ -62,5 +63,5 @@ def checked(schema: Any, value: object, path: Path) -> Any:
         rule = re.sub(r"^(Value error, |Assertion failed, )", "", first["msg"])
         rule = re.sub(r"^(Input|String|Value) should (be|have|match)", r"must \2", rule)
         if first["type"] == "missing":
-            raise Refusal(f"cannot use {path}: {where} is missing") from None
-        raise Refusal(f"cannot use {path}: {where} {rule}, got {first['input']!r:.80}") from None
+            raise Refusal(f"{before}{where} is missing") from None
+        raise Refusal(f"{before}{where} {rule}, got {first['input']!r:.80}") from None

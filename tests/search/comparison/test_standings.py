@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from search.comparison.standings import Entry, Heldout, Mark, contrast, plot, report
+from compression.refusal import Refusal
+from search.comparison.standings import Entry, Heldout, Mark, check, contrast, plot, report
 from search.evaluation.quality import Quality
 
 TOKENS = (40, 0, 60, 50, 30, 80, 20, 60)
@@ -85,8 +87,30 @@ def test_figures_survive_being_written() -> None:
     one, of = measured(0.3), entry("random", 3, ["a", "b"], "b")
     assert Heldout.of({**asdict(one), "kl_by_sequence": list(one.kl_by_sequence)}) == one
     assert Entry.of(asdict(of)) == of
-    with pytest.raises(TypeError):
-        Heldout.of({**asdict(one), "more": 1})
+    for wrong in ({"more": 1}, {"kl": "x"}, {"kl": float("nan")}, {"tokens_by_sequence": [-1]}):
+        with pytest.raises(Refusal):
+            Heldout.of({**asdict(one), **wrong})
+    for wrong in ({"marks": []}, {"marks": [{}]}, {"marks": 3}, {"seed": "x"}, {"agent": None}, {"finalists": "ab"}):
+        with pytest.raises(Refusal):
+            Entry.of({**asdict(of), **wrong})
+
+
+def test_parts_of_a_comparison_that_do_not_belong_together_are_refused() -> None:
+    heldout = {"base": measured(0.4), "good": measured(0.3)}
+    entries = [entry("reinforce", 0, ["base", "good"], "good")]
+    check(entries, heldout, "base", [])
+    check([], {}, "", [])
+    check(entries, {}, "base", ["base", "good"])
+    shorter = dataclasses.replace(measured(0.3), kl_by_sequence=(1.0,))
+    for parts in (
+        ([*entries, entry("random", 0, ["base"], "base")], heldout, "base", []),
+        (entries, {**heldout, "good": shorter}, "base", []),
+        (entries, {"base": measured(0.4)}, "base", []),
+        (entries, heldout, "gone", []),
+        ([entry("reinforce", 0, ["base", "good"], "gone")], heldout, "base", []),
+    ):
+        with pytest.raises(Refusal):
+            check(*parts)
 
 
 def test_a_schedule_without_figures_has_no_place_in_a_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ REFUSED = [
     ("older than any", changed("version", 0), "version must be a whole number of at least 1, got 0"),
     ("version text", changed("version", "2"), "version must be a whole number of at least 1, got '2'"),
     ("other format", changed("format", "gguf"), "format must be 'chisel-prior', got 'gguf'"),
+    ("block huge", changed("sites.0.block", 10**12), "sites.0.block: must be less than 100000"),
     ("trace", changed("sites.0.sensitivity.kl", [1.0]), "a trace needs one KL for each χ"),
     ("trace order", changed("sites.0.sensitivity.chi", [4, 1]), "the χ of a trace must ascend"),
 ]
@@ -244,3 +246,49 @@ def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+
+
+SCORE: dict[str, object] = dict.fromkeys(("kept_fraction", "model_kept_fraction", "bytes_fraction"), 0.5)
+SCORE |= dict.fromkeys(("parameters", "bytes", "multiply_adds", "items", "tokens"), 5)
+SCORE |= {"schedule": "searched", "state": "ok"}
+
+
+@pytest.mark.parametrize("field", ["kl", "accuracy", "expected_accuracy"])
+@pytest.mark.parametrize(
+    "interval", [{"low": 0.1}, {"high": 0.9}, {"low": 0.6, "high": 0.9}, {"low": 0.9, "high": 0.1}, {"low": "x"}]
+)
+def test_an_interval_with_one_end_or_without_its_value_is_refused_before_it_is_shown(
+    field: str, interval: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = document() | {"scores": [SCORE | {field: {"value": 0.5, "low": 0.1, "high": 0.9}}]}
+    assert cli.main(["prior", "show", str(written(tmp_path, whole))]) == cli.DONE
+    capsys.readouterr()
+    wrong = document() | {"scores": [SCORE | {field: {"value": 0.5, **interval}}]}
+    for command in (["show"], ["validate"]):
+        assert cli.main(["prior", *command, str(written(tmp_path, wrong))]) == cli.REFUSED
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_value_in_a_prior_can_make_it_fail_otherwise_than_by_a_refusal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A place in the file, drawn from a fixed seed, gets an odd value; the file is shown, or refused in one line."""
+    chance = random.Random(0)
+    kinds = [None, True, 0, -1, 1e308, 10**18, 10**290, "", "x", "x" * 5000, [], {}, [[]], {"a": [None]}]
+    whole = document() | {"scores": [SCORE | {"kl": {"value": 0.5, "low": 0.1, "high": 0.9}}]}
+    codes = []
+    for _ in range(150):
+        odd: Any = json.loads(json.dumps(whole))
+        inner: Any = odd
+        while True:
+            key = chance.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+            if not inner[key] or not isinstance(inner[key], dict | list) or chance.random() < 0.2:
+                break
+            inner = inner[key]
+        inner[key] = chance.choice(kinds)
+        path = str(written(tmp_path, odd))
+        codes += [cli.main(["prior", "show", path]), cli.main(["prior", "diff", path, path])]
+        err = capsys.readouterr().err
+        assert err.count("\n") == codes.count(cli.REFUSED)
+        codes = [code for code in codes if code != cli.REFUSED]
+        assert set(codes) <= {cli.DONE}
