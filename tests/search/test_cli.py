@@ -1,5 +1,7 @@
 import errno
+import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -182,6 +184,18 @@ def test_failed_trials_are_told_and_exit_4(pipeline, capsys):
     captured = capsys.readouterr()
     assert "dense" in captured.out
     assert "2 failed" in captured.err
+
+
+def test_a_run_is_finished_whatever_its_output_can_hold(pipeline, monkeypatch):
+    # The table is printed before benchmarks and export.
+    full = io.StringIO()
+    monkeypatch.setattr(full, "write", lambda text: os.write(-1, text.encode()))
+    for stream in (io.TextIOWrapper(io.BytesIO(), encoding="ascii"), full):
+        finished = []
+        monkeypatch.setattr("search.pipeline.finish.finish", lambda *a, done=finished: done.append(a) or ["χ ± 鐵"])
+        monkeypatch.setattr(sys, "stdout", stream)
+        cli.main(["--quiet"])
+        assert len(finished) == 1
 
 
 def test_json_is_the_only_thing_on_standard_output(pipeline, capsys):
