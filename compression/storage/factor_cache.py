@@ -11,6 +11,7 @@ import json
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from compression.refusal import Refusal
+from compression.storage.exclusive import exclusive
 from compression.storage.tensor_files import new_tensor_file
 
 __all__ = ["Bundle", "FactorCache", "cache_key"]
@@ -37,7 +39,7 @@ def cache_key(**parts: object) -> str:
 
 
 class FactorCache:
-    """Stores bundles by key below `root`. Concurrent writers are safe: each writes a temporary file and renames it.
+    """Stores bundles by key below `root`. One process makes or mends a file, and others wait for it.
 
     Args:
         root: folder of the cache, created on first use; None stores nothing on disk.
@@ -47,19 +49,29 @@ class FactorCache:
     def __init__(self, root: Path | None, warn: Callable[[str], None] = warnings.warn) -> None:
         self.root = root
         self._tell = warn
+        self._waited = False
 
     def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
         """Returns the bundle of `key`: from disk if an intact file exists, else built and stored.
 
+        If another process is building it, this one says so once, waits and takes the other's. `build` may use other
+        keys of the cache, but not this one.
+
         Raises:
             OSError: the disk is full or not writable; no partial file is left.
         """
-        bundle = self.load(key)
-        if bundle is None:
-            bundle = build()
-            self.store(key, bundle)
-            bundle = self.load(key) or bundle  # memory-mapped from here on
-        return bundle
+        if self.root is None:
+            return build()
+        bundle, _ = self._find(key)
+        if bundle is not None:
+            return bundle
+        with self._alone(key):
+            bundle = self._mend(key)  # another process may have made it in the meantime
+            if bundle is None:
+                bundle = build()
+                self.store(key, bundle)
+                bundle = self._mend(key) or bundle  # memory-mapped from here on
+            return bundle
 
     def has(self, key: str) -> bool:
         """Whether a file of `key` exists. Only `load` checks that it is intact."""
@@ -72,13 +84,11 @@ class FactorCache:
         """
         if self.root is None:
             return None
-        for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
-            try:
-                return _read(path)
-            except (ValueError, SafetensorError):
-                self._tell(f"cache file {path.name} is damaged; set aside and rebuilt")
-                path.replace(path.with_suffix(".damaged"))
-        return None
+        bundle, damaged = self._find(key)
+        if damaged:
+            with self._alone(key):
+                bundle = self._mend(key)
+        return bundle
 
     def store(self, key: str, bundle: Bundle) -> None:
         """Write the bundle of `key`; the complete file appears at once, or no file does."""
@@ -89,6 +99,35 @@ class FactorCache:
         partial = folder / f"{key}.{uuid.uuid4().hex}.partial"
         with new_tensor_file(partial, bundle.tensors, dict(bundle.metadata)):
             partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
+
+    def _find(self, key: str) -> tuple[Bundle | None, list[Path]]:
+        """Returns the bundle of `key`, or None, and the damaged files that were found before it."""
+        damaged = []
+        for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
+            try:
+                return _read(path), damaged
+            except (ValueError, SafetensorError):
+                damaged.append(path)
+            except FileNotFoundError:  # another process has just set it aside
+                continue
+        return None, damaged
+
+    def _mend(self, key: str) -> Bundle | None:
+        """Sets damaged files of `key` aside; returns its bundle, or None. The caller must hold the lock of `key`."""
+        bundle, damaged = self._find(key)
+        for path in damaged:
+            self._tell(f"cache file {path.name} is damaged; set aside and rebuilt")
+            path.replace(path.with_suffix(".damaged"))
+        return bundle
+
+    def _alone(self, key: str) -> AbstractContextManager[None]:
+        """The lock of `key`: one process makes or mends its file, and the others wait for it."""
+        return exclusive(self._folder(key) / f"{key}.lock", self._say_waiting)
+
+    def _say_waiting(self) -> None:
+        if not self._waited:
+            self._waited = True
+            self._tell("another process is making statistics or factors that this one needs; waiting for them")
 
     def _folder(self, key: str) -> Path:
         assert self.root is not None

@@ -13,11 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from compression.refusal import Refusal, nearest
+from compression.storage.exclusive import exclusive
 from search.benchmarking.compared_models import ComparedModel, compared_models
 from search.benchmarking.documents import SOURCES, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
@@ -183,11 +185,14 @@ class _Bench:
         blank = Outcome(name, loaded.digest, task.name, selection.digest, task.metric, {}, "nonfinite", 0.0, device)
         key = _key(blank)
         known = self._before.get(key) or _cached(key)
-        if known is not None:
-            return Outcome.from_dict(known.to_dict() | {"model": name})
-        outcome = self._ask(blank, loaded, selection)
-        write_whole(_place(key), json.dumps(outcome.to_dict()))
-        return outcome
+        if known is None:
+            waiting = partial(self._console.note, f"another process is measuring {task.name}; waiting for its result")
+            with exclusive(_place(key).with_suffix(".lock"), waiting):
+                known = _cached(key)
+                if known is None:
+                    known = self._ask(blank, loaded, selection)
+                    write_whole(_place(key), json.dumps(known.to_dict()))
+        return Outcome.from_dict(known.to_dict() | {"model": name})
 
     def _ask(self, blank: Outcome, loaded: LoadedModel, selection: Selection) -> Outcome:
         from search.benchmarking.generation import NonFinite
