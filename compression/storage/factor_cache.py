@@ -102,7 +102,7 @@ class FactorCache:
 
     def _find(self, key: str) -> tuple[Bundle | None, list[Path]]:
         """Returns the bundle of `key`, or None, and the damaged files that were found before it."""
-        damaged = []
+        damaged: list[Path] = []
         for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
             try:
                 return _read(path), damaged
