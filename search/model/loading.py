@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from compression.storage.strict_json import bounded_text
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
 from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable
@@ -101,7 +102,7 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
 def is_compressed(folder: Path) -> bool:
     """Whether a folder holds a compressed model that `search.py export` wrote in the "chisel" format."""
     try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        document = json.loads(bounded_text(folder / "config.json", "the configuration"))
         return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError, TypeError):
         return False

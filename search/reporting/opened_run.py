@@ -17,7 +17,6 @@ from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY, TRIALS
 __all__ = ["BENCHMARKS", "CONTEST", "SENSITIVITY", "OpenedRun"]
 
 BENCHMARKS, SENSITIVITY, CONTEST = "benchmarks.csv", "sensitivity.csv", "contest.json"
-_LARGEST_FILE = 1 << 26  # bytes of a JSON file
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class OpenedRun:
     @property
     def config(self) -> Mapping[str, Any]:
         """The configuration: everything that defines the run."""
-        return read_object(self.folder / CONFIG, "the configuration", _LARGEST_FILE)
+        return read_object(self.folder / CONFIG, "the configuration")
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -113,7 +112,7 @@ class OpenedRun:
 
     def _object(self, name: str, what: str, hint: str) -> Mapping[str, Any]:
         self._refuse_missing(name, hint)
-        return read_object(self.folder / name, what, _LARGEST_FILE)
+        return read_object(self.folder / name, what)
 
     def _frame(self, name: str, hint: str) -> pd.DataFrame:
         self._refuse_missing(name, hint)

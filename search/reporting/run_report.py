@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import bounded_text
 from search.reporting.charts import heat_map, line_chart, scatter_chart
 from search.reporting.frames import read_records
 from search.reporting.opened_run import BENCHMARKS, SENSITIVITY
@@ -25,7 +26,6 @@ from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
 __all__ = ["REPORT", "Run", "report"]
 
 REPORT = "report.html"
-_LARGEST_FILE = 1 << 27  # bytes
 
 
 @dataclass(frozen=True)
@@ -323,10 +323,9 @@ def _figure(value: object) -> str:
 def _json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
+    text = bounded_text(path, "the file")
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise Refusal(f"it is larger than {_LARGEST_FILE} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise Refusal("it must hold a JSON object")
     except (ValueError, RecursionError) as error:

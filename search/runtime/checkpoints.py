@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import bounded_text
 from compression.storage.tensor_files import new_tensor_file
 from search.runtime.files import file_digest, write_whole
 from search.runtime.signals import shield
@@ -74,7 +75,7 @@ class Checkpoints:
         for step in reversed(self._steps()):
             tensors, record = self._files(step)
             try:
-                content = json.loads(record.read_text(encoding="utf-8"))
+                content = json.loads(bounded_text(record, "the checkpoint"))
                 if content["step"] != step or file_digest(tensors) != content["sha256"]:
                     raise Refusal("its checksum differs")
                 return take(Checkpoint(step, load_file(tensors), content["state"]))

@@ -19,6 +19,7 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import bounded_text
 from search.runtime.files import finite, write_whole
 from search.runtime.provenance import now
 
@@ -193,7 +194,7 @@ def _locked(path: Path) -> FileLock:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads((path / _HOLDER).read_text(encoding="utf-8"))
+        holder = json.loads(bounded_text(path / _HOLDER, "the holder"))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

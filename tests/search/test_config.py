@@ -160,3 +160,9 @@ def test_names_are_those_of_the_parts_that_carry_them_out():
 
 def test_config_json_is_plain_json():
     assert json.loads(Config().to_json())["budget"] == 200
+
+
+def test_one_of_many_unknown_fields_is_named_and_the_others_are_not_checked():
+    with pytest.raises(ValueError, match="buget is not a field of the configuration; the nearest is budget") as refused:
+        Config.of({"buget": 1, **{f"key{number}": 0 for number in range(100_000)}})
+    assert refused.value.__context__ is None
