@@ -346,9 +346,15 @@ def read_fields(path: Path) -> dict[str, object]:
     """Field values of a JSON configuration file, not yet validated.
 
     Raises:
-        ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, or NaN or Infinity in it.
+        ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, NaN or Infinity in it, or the
+            config.json of a model.
     """
-    return read_object(path, "the configuration", _LARGEST_FILE)
+    values = read_object(path, "the configuration", _LARGEST_FILE)
+    if "model_type" in values:
+        above = path.absolute().parent.parent
+        run = f"its run, {above}" if (above / path.name).is_file() else "the folder of a run"
+        raise Refusal(f"{path} describes a model, not a run: give {run}; benchmark, generate and push take models")
+    return values
 
 
 def _one_line(error: ValidationError) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from compression.refusal import Refusal
 
-__all__ = ["LARGEST", "bounded_text", "parse", "read_object", "shown"]
+__all__ = ["LARGEST", "bounded_text", "parse", "read_object", "refuse_large", "shown"]
 
 LARGEST = 12 << 20
 """Bytes of the largest JSON file that most readers accept."""
@@ -84,13 +84,24 @@ def bounded_text(path: Path, what: str, largest: int = LARGEST) -> str:
         if len(content) > largest:
             raise Refusal(f"larger than {largest} bytes")
         text = content.decode("utf-8")
-        if sum(weight * text.count(mark) for mark, weight in _WEIGHTS.items()) > _MOST:
-            raise Refusal("it holds too many values")
+        refuse_large(text, largest)
     except OSError as error:
         raise Refusal(f"cannot read {what} {path}: {error.strerror}") from None
     except ValueError as error:
         raise Refusal(f"cannot use {what} {path}: {error}") from None
     return text
+
+
+def refuse_large(text: str, largest: int = LARGEST) -> None:
+    """Refuse a JSON text that takes long or much memory to parse.
+
+    Raises:
+        Refusal: the text has more than `largest` characters or holds too many values.
+    """
+    if len(text) > largest:
+        raise Refusal(f"larger than {largest} bytes")
+    if sum(weight * text.count(mark) for mark, weight in _WEIGHTS.items()) > _MOST:
+        raise Refusal("it holds too many values")
 
 
 def shown(value: object, most: int = 80) -> str:

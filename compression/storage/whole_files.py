@@ -20,7 +20,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or not writable.
     """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:

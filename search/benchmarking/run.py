@@ -33,7 +33,7 @@ from search.reporting.tables import Column, text_table
 from search.runtime.console import Console
 from search.runtime.files import cache_folder, finite, write_whole
 from search.runtime.provenance import environment
-from search.runtime.run_folder import CONFIG, RESULTS, STUDY, RunFolder, contents, refuse_held
+from search.runtime.run_folder import CONFIG, RESULTS, STUDY, RunFolder, contents, refuse_held, refuse_unwritable
 
 __all__ = ["BENCHMARKS", "BenchmarkRequest", "Result", "benchmark"]
 
@@ -140,6 +140,7 @@ def benchmark(request: BenchmarkRequest, console: Console, opened: Experiment | 
     """
     _check(request)
     path = _folder(request)
+    refuse_unwritable(path)
     refuse_held(path)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from compression.refusal import Refusal
 from search.commands.exits import DONE, FAILURES, complain, explain
-from search.commands.flags import Parser, parse
+from search.commands.flags import Parser, parse, whole_number
 from search.reporting.tables import json_text
 from search.runtime.console import Console
 
@@ -43,16 +42,16 @@ def run(words: list[str]) -> int:
     shown = Console(quiet=given["quiet"])
     try:
         if given["threads"] is not None:
-            os.environ["OMP_NUM_THREADS"] = str(_whole("threads", given["threads"]))
+            os.environ["OMP_NUM_THREADS"] = str(whole_number("threads", given["threads"], 1, 1024))
         from search.benchmarking.run import BenchmarkRequest, benchmark
 
         request = BenchmarkRequest(
             models=tuple(given["models"]),
             tasks=tuple(given["tasks"].split(",")),
-            samples=None if given["full"] else _whole("samples", given["samples"]),
+            samples=None if given["full"] else whole_number("samples", given["samples"], 2, 10**9),
             schedules=tuple(given["schedules"].split(",")),
             source=given["source"],
-            seed=_whole("seed", given["seed"]),
+            seed=whole_number("seed", given["seed"], 0, 2**32 - 1),
             device=given["device"],
             out=given["out"],
         )
@@ -66,12 +65,6 @@ def run(words: list[str]) -> int:
             f"finished, but {result.nonfinite} of {len(result.outcomes)} outcomes have no score: NaN or infinite logits"
         )
     return FAILURES if result.nonfinite else DONE
-
-
-def _whole(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise Refusal(f"{name} must be a whole number of at least 0, got {text!r}")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:

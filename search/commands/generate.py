@@ -13,6 +13,8 @@ from search.runtime.streams import read_input, typed
 
 __all__ = ["run"]
 
+_COOLEST, _HOTTEST = 0.01, 100  # temperatures at which logits stay finite and differ
+
 _ABOUT = """\
 Let a model answer. The model is an exported folder or anything that --model of a search accepts. With --prompt it gives
 one answer. Without it, a conversation starts on a terminal and ends with an empty line; elsewhere the prompt is read
@@ -26,8 +28,10 @@ def run(words: list[str]) -> int:
     try:
         if not 1 <= given["tokens"] <= 1 << 20:
             raise Refusal(f"tokens must be a whole number from 1 to {1 << 20}, got {given['tokens']}")
-        if not 0 <= given["temperature"] <= 100:
-            raise Refusal(f"temperature must be from 0 to 100, got {given['temperature']}")
+        if given["temperature"] and not _COOLEST <= given["temperature"] <= _HOTTEST:
+            raise Refusal(f"temperature must be 0 or from {_COOLEST} to {_HOTTEST}, got {given['temperature']}")
+        if not 0 <= given["seed"] < 1 << 32:
+            raise Refusal(f"seed must be a whole number from 0 to {(1 << 32) - 1}, got {given['seed']}")
         talking = given["prompt"] is None and sys.stdin.isatty()
         prompt = "" if talking else _prompt(given["prompt"])
         with shown, shown.stage("load"):

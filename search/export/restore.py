@@ -6,13 +6,15 @@ model and the cached statistics, as the prior and the configuration say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compression.decomposition.apply import ScheduleApplier
 from compression.refusal import Refusal
 from compression.schedule import Schedule
+from compression.storage.strict_json import read_object
 from search.config import Config, read_fields
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment, load
@@ -66,6 +68,7 @@ def restore(
     healed: Path | None = None,
     reference: bool = False,
     opened: Experiment | None = None,
+    check: Callable[[Any, Any], None] = lambda model, tokenizer: None,
 ) -> RestoredRun:
     """Load the dense model of a run and compress it as the run did.
 
@@ -77,6 +80,7 @@ def restore(
         opened: the experiment of this run with its dense model, if it is in memory already; it is compressed in place.
         reference: evaluate the dense model on the held-out workload first, so that the restored model can be measured
             against it.
+        check: called with the dense model and its tokenizer before anything is computed; it may refuse them.
 
     Raises:
         ValueError: `run` is not the folder of a finished run, its model is another one today, or it does not have the
@@ -86,7 +90,8 @@ def restore(
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
         raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
     config = Config.of({**read_fields(run / CONFIG), "device": device})
-    prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
+    prior = Prior.read(run / PRIOR)
+    summary = read_object(run / SUMMARY, "the summary") if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
     state = _state(run, config, prior, state, healed)
     kept = StoredWeights.read(healed or run / HEALED) if state == "healed" else None
@@ -96,6 +101,7 @@ def restore(
             loaded, sites = load(config, where)
     else:
         loaded, sites = opened.loaded, opened.sites
+    check(loaded.model, loaded.tokenizer)
     if prior.model.id != loaded.model_id:
         raise Refusal(f"the run in {run} compressed {prior.model.id}, not {loaded.model_id}")
     if prior.model.digest != loaded.digest:

@@ -24,7 +24,16 @@ from search.model.pretrained import quiet_transformers, read_pretrained, read_to
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
 from search.model.sources import locate
 
-__all__ = ["LoadedModel", "assemble", "can_be_assembled", "is_compressed", "load_for_use", "load_model", "model_digest"]
+__all__ = [
+    "LoadedModel",
+    "assemble",
+    "can_be_assembled",
+    "is_compressed",
+    "is_model_folder",
+    "load_for_use",
+    "load_model",
+    "model_digest",
+]
 
 
 @dataclass(frozen=True)
@@ -101,11 +110,21 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
 
 def is_compressed(folder: Path) -> bool:
     """Whether a folder holds a compressed model that `search.py export` wrote in the "chisel" format."""
+    settings = _description(folder).get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == "chisel"
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether the config.json of a folder is that of a model; a run folder has a file of this name too."""
+    return "model_type" in _description(folder)
+
+
+def _description(folder: Path) -> Mapping[str, Any]:
     try:
         document = json.loads(bounded_text(folder / "config.json", "the configuration"))
-        return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def can_be_assembled(name: str) -> bool:

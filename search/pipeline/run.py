@@ -19,6 +19,7 @@ from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
+from search.pipeline.rehearsal import rehearse
 from search.priors.build import build_prior
 from search.reporting.frames import csv_text
 from search.reporting.run_report import REPORT, report
@@ -80,6 +81,7 @@ def run(config: Config, console: Console) -> RunSummary:
         )
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+        rehearse(experiment, start)
     if config.resume is not None:
         refuse_other_search(Path(config.resume) / STUDY, config, experiment, start)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:

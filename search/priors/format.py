@@ -26,7 +26,7 @@ from pydantic import (
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import DENSE, METRICS, Choice, Schedule
-from compression.storage.strict_json import LARGEST, read_object, shown
+from compression.storage.strict_json import LARGEST, bounded_text, parse, refuse_large, shown
 from search.priors.versions import FORMAT, VERSION, to_current
 from search.runtime.pretty_json import pretty_json
 
@@ -266,13 +266,22 @@ class Prior(_Part):
         Raises:
             ValueError: the prior is refused; one line names file, field, rule and value.
         """
-        document = read_object(path, "the prior", LARGEST_FILE, _KEYS)
+        text = bounded_text(path, "the prior", LARGEST_FILE)
         try:
-            text = json.dumps(to_current(document))
-            del document  # or a large one would be in memory three times
-            return cls._parsed(text)._checked(clamp)
+            return cls.parse(text, clamp)
         except ValueError as error:
             raise Refusal(f"cannot use the prior {path}: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str, clamp: bool = False) -> Prior:
+        """Read a prior from the text of a file, as `read` does."""
+        refuse_large(text, LARGEST_FILE)
+        document = parse(text, _KEYS)
+        if not isinstance(document, dict):
+            raise Refusal(f"expected a JSON object, got {type(document).__name__}")
+        current = json.dumps(to_current(document))
+        del document  # or a large one would be in memory three times
+        return cls._parsed(current)._checked(clamp)
 
     @classmethod
     def of(cls, document: Mapping[str, object]) -> Prior:

@@ -106,6 +106,8 @@ def profile(
     config, device, _ = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
+    if levels and not any(levels.of(site) for site in sites if not site.dense_because):
+        raise Refusal("chi or fractions must name a level that makes a matrix of the model smaller, and none does")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
