@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="python search.py benchmark MODEL… [FLAGS]",
     )
     parser.add_argument(
-        "models", metavar="MODEL", nargs="*", help="Run folder, prior, model folder, hub id, or default."
+        "models", metavar="MODEL", nargs="*", help="Run folder, prior, model folder (also an exported one), hub id, or default."
     )
     for flag, metavar, default, about in (
         ("--tasks", "LIST", "all", "Comma-separated tasks and groups."),

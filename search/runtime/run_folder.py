@@ -192,7 +192,9 @@ def refuse_used(path: Path) -> None:
         return
     refuse_held(path)
     if (path / CONFIG).exists():
-        raise Refusal(f"the folder {path} holds a run already; continue it with --resume, or give another --out")
+        raise Refusal(
+            f"the folder {path} holds a run or a model already; continue a run with --resume, or give another --out"
+        )
     if others := contents(path):
         raise Refusal(f"out must be a new or empty folder, but {path} holds {others[0]!r}")
 

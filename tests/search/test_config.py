@@ -166,3 +166,13 @@ def test_one_of_many_unknown_fields_is_named_and_the_others_are_not_checked():
     with pytest.raises(ValueError, match="buget is not a field of the configuration; the nearest is budget") as refused:
         Config.of({"buget": 1, **{f"key{number}": 0 for number in range(100_000)}})
     assert refused.value.__context__ is None
+
+
+def test_the_configuration_of_a_model_is_told_from_that_of_a_run(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ValueError, match="describes a model, not a run: give the folder of a run"):
+        read_fields(tmp_path / "hf" / "config.json")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"describes a model, not a run: give its run, {tmp_path}; benchmark, "):
+        read_fields(tmp_path / "hf" / "config.json")
