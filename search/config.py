@@ -318,6 +318,9 @@ class Config(BaseModel):
         if unknown := next((name for name in values if name not in cls.model_fields), None):
             near = nearest(unknown[:100], cls.model_fields)
             raise Refusal(f"{shown(unknown)[1:-1]} is not a field of the configuration; the nearest is {near}")
+        for name, value in values.items():
+            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                raise Refusal(f"{name} must be UTF-8 text, got {shown(value)}; rename the file or folder")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:

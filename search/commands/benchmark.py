@@ -43,15 +43,17 @@ def run(words: list[str]) -> int:
     try:
         if given["threads"] is not None:
             os.environ["OMP_NUM_THREADS"] = str(whole_number("threads", given["threads"], 1, 1024))
+        samples = None if given["full"] else whole_number("samples", given["samples"], 2, 10**9)
+        seed = whole_number("seed", given["seed"], 0, 2**32 - 1)
         from search.benchmarking.run import BenchmarkRequest, benchmark
 
         request = BenchmarkRequest(
             models=tuple(given["models"]),
             tasks=tuple(given["tasks"].split(",")),
-            samples=None if given["full"] else whole_number("samples", given["samples"], 2, 10**9),
+            samples=samples,
             schedules=tuple(given["schedules"].split(",")),
             source=given["source"],
-            seed=whole_number("seed", given["seed"], 0, 2**32 - 1),
+            seed=seed,
             device=given["device"],
             out=given["out"],
         )
@@ -77,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         usage="python search.py benchmark MODEL… [FLAGS]",
     )
     parser.add_argument(
-        "models", metavar="MODEL", nargs="*", help="Run folder, prior, model folder (also an exported one), hub id, or default."
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="Run folder, prior, model folder (also an exported one), hub id, or default.",
     )
     for flag, metavar, default, about in (
         ("--tasks", "LIST", "all", "Comma-separated tasks and groups."),

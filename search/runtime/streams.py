@@ -35,6 +35,7 @@ _PLAIN = {
     "✓": "*",
     "█": "#",
     **dict.fromkeys("▏▎▍▌▋▊▉", "|"),
+    **dict.fromkeys(map(chr, range(0x2800, 0x2900)), "*"),  # a spinner of dots
     "ᵀ": "T",
     "\u2009": " ",
     "\u202f": " ",

@@ -176,3 +176,10 @@ def test_the_configuration_of_a_model_is_told_from_that_of_a_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=f"describes a model, not a run: give its run, {tmp_path}; benchmark, "):
         read_fields(tmp_path / "hf" / "config.json")
+
+
+@pytest.mark.parametrize("name", ["model", "out", "proxy", "prior"])
+def test_a_name_that_is_no_text_is_refused(name):
+    # It could not be stored in the configuration of a prior.
+    with pytest.raises(ValueError, match=rf"^{name} must be UTF-8 text, got 'caf\\udce9.jsonl'"):
+        Config.of({name: "caf\udce9.jsonl"})

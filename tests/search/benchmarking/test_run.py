@@ -279,7 +279,7 @@ def test_the_item_of_a_row_is_that_of_the_proxies() -> None:
     ("words", "complaint"),
     [
         (["random:tiny-llama", "--tasks", "helaswag"], "the nearest is hellaswag"),
-        (["random:tiny-llama", "--samples", "1"], "samples must be at least 2"),
+        (["random:tiny-llama", "--samples", "1"], "samples must be a whole number from 2"),
         (["random:tiny-llama", "--samples", "many"], "samples must be a whole number"),
         (["random:tiny-llama", "--source", "hubb"], "the nearest is hub"),
         (["random:tiny-llama", "--schedules", "serched"], "the nearest is searched"),

@@ -202,5 +202,9 @@ def test_a_folder_that_cannot_be_made_is_refused_and_nothing_is_left(parts, mess
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_text_with_parts_of_a_path_that_is_no_text_can_be_written(tmp_path):
+    assert replace_file(tmp_path / "page", os.fsdecode(b"caf\xe9")).read_text() == r"caf\udce9"
+
+
 def test_a_name_that_a_folder_may_have_is_not_too_long_for_its_temporary_file(tmp_path):
     assert replace_file(tmp_path / ("n" * 255), "text").read_text() == "text"
