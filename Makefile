@@ -11,9 +11,8 @@ ARGS ?= --agent gradient --budget 200
 PYTHON ?=
 # What is wanted and what is pinned; a stamp older than these is made again.
 INPUTS := pyproject.toml constraints.txt
-# One worker per processor, each with one thread (tests/conftest.py). Tests of one group share what is costly to set up;
-# the others go to whichever worker is free, the longest first.
-IN_PARALLEL := -n logical --dist loadgroup --no-loadscope-reorder
+# One worker per processor, each with one thread; tests/conftest.py says which worker runs what.
+IN_PARALLEL := -n logical
 BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage
 
 .PHONY: help setup setup-dev search test test-fast check docs bench format clean

@@ -59,7 +59,7 @@ class Work:
         return f"{len(self.items)} MMLU items in continuation form and {sum(map(len, self.texts))} tokens of prose"
 
     def packed(self, loaded: LoadedModel) -> list[Packed]:
-        items = [packed_item(loaded.encode, *item) for item in self.items]
+        items = [packed_item(loaded.encode_whole, *item) for item in self.items]
         return items + [packed_text(text) for text in self.texts]
 
 
@@ -173,8 +173,8 @@ class Swapping:
         self._dense = {site.name: self._model.get_submodule(site.name) for site in self._store.sites}
         rows: list[tuple[tuple[int, ...], int, bool]] = []  # tokens, first scored position, whether it counts for KL
         for context, choices, answer in work.items:
-            start = len(loaded.encode(context))
-            rows += [(tuple(loaded.encode(context + c)), start, n == answer) for n, c in enumerate(choices)]
+            start = len(loaded.encode_whole(context))
+            rows += [(tuple(loaded.encode_whole(context + c)), start, n == answer) for n, c in enumerate(choices)]
         rows += [(text, len(text), True) for text in work.texts]
         self._rows = rows
         self._order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))

@@ -56,18 +56,19 @@ class Table:
 
     def __init__(self, experiment: Experiment, tokens: int, items: int = 0, tasks: Sequence[str] = TASKS) -> None:
         self.experiment = experiment
-        encode, device = experiment.loaded.encode, experiment.device
+        loaded, device = experiment.loaded, experiment.device
+        room = CHUNK_TOKENS - len(loaded.beginning)
         batch_tokens = 1 << (10 if device.type == "cpu" else 13)
         prose = load_prose()
         self.workloads: dict[str, Workload] = {}
         for name, place in CORPORA.items():
-            stream = [token for text in regions(prose[place])[2] for token in encode(text + "\n\n")][:tokens]
-            chunks = [stream[start : start + CHUNK_TOKENS] for start in range(0, len(stream) - 1, CHUNK_TOKENS)]
-            texts = [packed_text(chunk) for chunk in chunks if len(chunk) > 1]
+            stream = [token for text in regions(prose[place])[2] for token in loaded.encode(text + "\n\n")][:tokens]
+            pieces = [stream[start : start + room] for start in range(0, len(stream) - 1, room)]
+            texts = [packed_text([*loaded.beginning, *piece]) for piece in pieces if len(piece) > 1]
             self.workloads[name] = Workload(texts, device, batch_tokens)
         for task in tasks:
             chosen = stratified(load_proxy(task), items, 0)
-            items_of = workload_sequences(experiment.loaded, chosen, task, "answer", [])
+            items_of = workload_sequences(loaded, chosen, task, "answer", [])
             self.workloads[task] = Workload(items_of, device, batch_tokens)
         self.sizes = SizeModel(experiment.loaded.model, experiment.store.sites)
         self.rows: list[dict[str, Quality]] = [

@@ -114,15 +114,16 @@ def _texts(experiment: Experiment, length: int, count: int) -> list[torch.Tensor
         ValueError: the held-out text is shorter than `count` · `length` tokens.
     """
     heldout = regions(load_prose()[CORPORA["encyclopedia"]])[2]
-    stream = [token for text in heldout for token in experiment.loaded.encode(text + "\n\n")]
-    if len(stream) < length * count:
+    loaded = experiment.loaded
+    stream = [token for text in heldout for token in loaded.encode(text + "\n\n")]
+    room = length - len(loaded.beginning)
+    if len(stream) < room * count:
         raise Refusal(
-            f"the texts must fit into {len(stream)} held-out tokens, got {length * count}; "
+            f"the texts must fit into {len(stream)} held-out tokens, got {room * count}; "
             "use fewer --texts or shorter --contexts"
         )
-    return [
-        torch.tensor(stream[length * each : length * (each + 1)])[None].to(experiment.device) for each in range(count)
-    ]
+    pieces = (stream[room * each : room * (each + 1)] for each in range(count))
+    return [torch.tensor([[*loaded.beginning, *piece]]).to(experiment.device) for piece in pieces]
 
 
 def main() -> None:

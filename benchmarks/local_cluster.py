@@ -76,8 +76,10 @@ class LocalCluster:
         _end(node)
 
     def _start(self, *flags: str) -> psutil.Process:
-        words = [*RAY, "start", "--node-ip-address=127.0.0.1", "--block", *flags]
         for _ in range(_TRIES):
+            # Without a port of its own, a node's agent has that of any other node on this machine, and takes no jobs.
+            agent = f"--dashboard-agent-listen-port={_free_ports(1)[0]}"
+            words = [*RAY, "start", "--node-ip-address=127.0.0.1", "--block", agent, *flags]
             process = psutil.Popen(
                 words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment
             )

@@ -21,6 +21,7 @@ __all__ = [
     "AGENTS",
     "EVALUATORS",
     "EXPORTS",
+    "FREE_AFTERWARDS",
     "GRANULARITIES",
     "PLANNERS",
     "PROXIES",
@@ -85,6 +86,12 @@ _FREE = (
     *("benchmark_items", "export", "dtype"),
     *EVALUATORS,
 )
+FREE_AFTERWARDS = (
+    *("budget", "quick", "threads", "device", "optimize", "policy", "prior", "out", "resume"),
+    *("benchmark_items", "export"),
+    *EVALUATORS,
+)
+"""Fields that may change after a run has finished: they say where and how it works, not what its results are of."""
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of the stages after the search."""
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file

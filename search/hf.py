@@ -7,7 +7,8 @@ In a process without this plug-in, transformers does not know the method and wou
 random numbers. To prevent that, the folder stores, for every compressed matrix, an empty tensor under the name of the
 dense weight: a process that expects the dense weight finds a wrong shape and raises. This also protects the folders
 that `save_pretrained` and Trainer write, and needs no special file name. The header of each weight file holds the
-sha256 of every tensor; names, shapes and checksums are verified before any tensor is used.
+sha256 of every tensor, the values of config.json and the descriptions of the compressed modules. All of that is
+verified before any tensor is used, so that a config with another epsilon or activation is refused too.
 
 A copy of this module and of the parts of `compression` that it uses is exported beside the weights as one file: see
 `search.export.standalone`.
@@ -19,6 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,13 @@ METHOD, FORMAT = "chisel", 1
 """Name of the quantization method in config.json, and number of the newest format that this code reads."""
 
 _CHECKSUMS = "chisel_sha256"  # key in the header of a weight file; its value is JSON: tensor name to checksum
+_CONFIG = "chisel_config"  # likewise; the values of the config and the descriptions of the modules
+_MODULES = "quantization_config.modules"
+_FREE = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype"),
+    *("transformers_version", "use_cache"),
+)
+"""Fields of a config that may differ from those in the header: they do not change what the model computes."""
 
 
 class ChiselConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -81,11 +90,12 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> Any:
         modules = self.quantization_config.modules
         placeholders = {f"{name}.weight" for name in modules}
+        if not checkpoint_files:
+            raise Refusal("a compressed model is loaded from safetensors files, and none were given")
+        _verify_config(checkpoint_files, type(model.config), modules)
         put_skeleton_(model, modules)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         model.all_tied_weights_keys = {name: other for name, other in tied.items() if name not in placeholders}
-        if not checkpoint_files:
-            raise Refusal("a compressed model is loaded from safetensors files, and none were given")
         _verify(checkpoint_files, _expected(model), placeholders)
         patterns = {rf"^{re.escape(name)}$" for name in placeholders}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
@@ -99,7 +109,9 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         state = dict(model.state_dict())
         for name in self.quantization_config.modules:
             state[f"{name}.weight"] = torch.empty(0)
-        return state, {_CHECKSUMS: json.dumps({name: _checksum(name, values) for name, values in state.items()})}
+        checksums = {name: _checksum(name, values) for name, values in state.items()}
+        values = _config_values(model.config, self.quantization_config.modules)
+        return state, {_CHECKSUMS: json.dumps(checksums), _CONFIG: json.dumps(values)}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         config = type(model.config).from_dict({**model.config.to_dict(), "quantization_config": None})
@@ -166,6 +178,62 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
             raise Refusal(f"{file} is truncated, damaged or without checksums: {error}") from error
     if missing:
         raise Refusal(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")
+
+
+def _config_values(config: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says about the computation, with all defaults filled in, as plain JSON values."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    plain: dict[str, Any] = json.loads(json.dumps({**values, _MODULES: modules}, default=str))
+    return plain
+
+
+def _verify_config(files: Sequence[str], kind: type[Any], modules: Mapping[str, Any]) -> None:
+    """Refuse a config.json that differs from what the weight files beside it were written with.
+
+    The file is compared, not the config of the model, which the caller may have changed on purpose. Fields that only
+    this version of transformers knows or does not know any more are not compared. Files of earlier versions of this
+    format hold no config, which is accepted.
+
+    Raises:
+        ValueError: names the field, its value, and the one it had.
+    """
+    for file in files:
+        place = Path(file).with_name("config.json")
+        if not str(file).endswith(".safetensors") or not place.is_file():
+            continue
+        try:
+            with safe_open(file, "pt") as tensors:
+                text = (tensors.metadata() or {}).get(_CONFIG)
+            if text is None:
+                continue
+            written = json.loads(text)
+            raw = {name: value for name, value in json.loads(place.read_text("utf-8")).items() if name not in _FREE}
+            now = _config_values(kind.from_dict(dict(raw)), modules)
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:
+            raise Refusal(f"{file} or its config.json is damaged: {error}") from error
+        if difference := _difference("", written, now, {**raw, _MODULES: modules}):
+            raise Refusal(f"{place} was changed after the weights were written: {difference}; undo that")
+
+
+def _difference(name: str, before: Any, now: Any, raw: Any) -> str:
+    """Return the first difference between two values as words, or an empty text.
+
+    Args:
+        raw: what the file holds of the value; an entry that was not written is a difference.
+    """
+    if name == _MODULES and before != now:
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        return f"the description of {changed[0]} in {name} differs"
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return "" if before == now else f"{name} was {json.dumps(before):.60}, is {json.dumps(now):.60}"
+    inner = raw if isinstance(raw, Mapping) else {}
+    prefix = f"{name}." if name else ""
+    if added := sorted(inner.keys() - before.keys()):
+        return f"{prefix}{added[0]} was added"
+    for key in sorted(before.keys() & now.keys()):
+        if difference := _difference(f"{prefix}{key}", before[key], now[key], inner.get(key)):
+            return difference
+    return ""
 
 
 def _checksum(name: str, values: torch.Tensor) -> str:

@@ -8,14 +8,38 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, and for all that
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+WHOLE = (
+    *("tests/project/test_disks.py", "tests/project/test_end_to_end.py", "tests/search/test_hf.py"),
+    *("tests/search/workers/test_ray_cluster.py", "tests/search/workers/test_ray_pool.py"),
+)
+"""Files whose tests share something that takes seconds to set up: one worker runs all tests of such a file."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts long tests first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: 2 - len({"e2e", "slow"} & {mark.name for mark in item.iter_markers()}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives every test to the worker that is free next, in order; a file of `WHOLE` counts as one test.
+
+    `--dist loadgroup` is meant for this, but the marks of pytest-xdist 3.8 have no effect under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in WHOLE else nodeid
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

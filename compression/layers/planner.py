@@ -29,6 +29,7 @@ from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
 from compression.numerics.pivoted_product import ALIGNED, padded
 from compression.refusal import Refusal
+from compression.storage.strict_json import json_digest
 from compression.storage.whole_files import replace_file
 
 __all__ = ["Planned", "Planner", "measured", "random_layer"]
@@ -218,6 +219,8 @@ def _read(file: Path | None) -> dict[str, dict[str, dict[Route, float]]]:
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         return {}
     machines = document.get("seconds")
+    if document.get("sha256") not in (None, json_digest(machines)):  # earlier versions wrote none
+        return {}
     if not isinstance(machines, dict) or not all(isinstance(entries, dict) for entries in machines.values()):
         return {}
     return {
@@ -245,4 +248,5 @@ def _write(file: Path | None, costs: Mapping[str, Mapping[str, Mapping[Route, fl
         merged.setdefault(machine, {}).update({key: dict(value) for key, value in entries.items()})
     # A cache that cannot be written costs time, not correctness.
     with suppress(OSError):
-        replace_file(file, json.dumps({"format": _FORMAT, "seconds": merged}, indent=1))
+        content = {"format": _FORMAT, "sha256": json_digest(merged), "seconds": merged}
+        replace_file(file, json.dumps(content, indent=1))

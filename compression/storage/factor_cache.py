@@ -1,28 +1,35 @@
 """Caches named tensors on disk under keys derived from content, shared by all processes of a machine.
 
 Knows safetensors files and checksums; does not know what the tensors mean. Files are memory-mapped, so evaluators share
-the page cache and slicing copies nothing. A file that does not match the checksum in its name is set aside and rebuilt.
+the page cache and slicing copies nothing. A file holds its key, so that its name alone proves nothing: a file that does
+not match the checksum in its name, or that holds another key than its name says, is set aside and rebuilt. Files of
+earlier versions hold no key, which is said once and accepted.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from compression.refusal import Refusal
 from compression.storage.exclusive import exclusive
+from compression.storage.strict_json import json_digest
 from compression.storage.tensor_files import new_tensor_file
 
 __all__ = ["Bundle", "FactorCache", "cache_key"]
+
+_OWN = "chisel."
+"""Prefix of the entries that the cache itself adds to the metadata of a file."""
+_KEY = f"{_OWN}key"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +42,7 @@ class Bundle:
 
 def cache_key(**parts: object) -> str:
     """Returns the SHA-256 of the canonical JSON of all that determines a cached value, 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json_digest(parts)
 
 
 class FactorCache:
@@ -44,12 +51,21 @@ class FactorCache:
     Args:
         root: folder of the cache, created on first use; None stores nothing on disk.
         warn: called with a message for every damaged file; the default issues a Python warning.
+        made_for: what all values of this cache are made for besides what their keys cover, by name. It is written into
+            every file, and files that were made for something else are passed over.
     """
 
-    def __init__(self, root: Path | None, warn: Callable[[str], None] = warnings.warn) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        warn: Callable[[str], None] = warnings.warn,
+        made_for: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.root = root
         self._tell = warn
         self._waited = False
+        self._made_for = {f"{_OWN}{name}": value for name, value in made_for.items()}
+        self._said = False
 
     def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
         """Returns the bundle of `key`: from disk if an intact file exists, else built and stored.
@@ -75,7 +91,9 @@ class FactorCache:
 
     def has(self, key: str) -> bool:
         """Whether a file of `key` exists. Only `load` checks that it is intact."""
-        return self.root is not None and any(self._folder(key).glob(f"{key}.*.safetensors"))
+        return self.root is not None and any(
+            self._fits(path) for path in self._folder(key).glob(f"{key}.*.safetensors")
+        )
 
     def load(self, key: str) -> Bundle | None:
         """Returns the bundle of `key`, or None if it is not cached.
@@ -97,7 +115,7 @@ class FactorCache:
         folder = self._folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{key}.{uuid.uuid4().hex}.partial"
-        with new_tensor_file(partial, bundle.tensors, dict(bundle.metadata)):
+        with new_tensor_file(partial, bundle.tensors, {**bundle.metadata, _KEY: key, **self._made_for}):
             partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
 
     def _find(self, key: str) -> tuple[Bundle | None, list[Path]]:
@@ -105,11 +123,24 @@ class FactorCache:
         damaged: list[Path] = []
         for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
             try:
-                return _read(path), damaged
+                bundle = _read(path)
+                own = {name: value for name, value in bundle.metadata.items() if name.startswith(_OWN)}
+                if own.get(_KEY, key) != key:
+                    raise Refusal("it was stored under another key")
             except (ValueError, SafetensorError):
                 damaged.append(path)
+                continue
             except FileNotFoundError:  # another process has just set it aside
                 continue
+            if _KEY not in own and not self._said:
+                self._said = True
+                self._tell(
+                    f"cache file {path.name} is of an earlier version and holds no key, so that only its bytes "
+                    "were checked; remove it to have it made again"
+                )
+            if _agree(own, self._made_for):
+                rest = {name: value for name, value in bundle.metadata.items() if name not in own}
+                return Bundle(bundle.tensors, rest), damaged
         return None, damaged
 
     def _mend(self, key: str) -> Bundle | None:
@@ -129,9 +160,22 @@ class FactorCache:
             self._waited = True
             self._tell("another process is making statistics or factors that this one needs; waiting for them")
 
+    def _fits(self, path: Path) -> bool:
+        """Whether a file is for what this cache is for, according to its header."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                return _agree(file.metadata() or {}, self._made_for)
+        except (OSError, SafetensorError):
+            return True  # `load` finds out what is wrong with it
+
     def _folder(self, key: str) -> Path:
         assert self.root is not None
         return self.root / key[:2]
+
+
+def _agree(found: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether the entries that both have are equal."""
+    return all(found.get(name, value) == value for name, value in wanted.items())
 
 
 def _read(path: Path) -> Bundle:

@@ -1,11 +1,13 @@
 """Reads untrusted JSON files strictly: either the whole file is valid, or one line says why not.
 
 A file that would take long or much memory is refused before it is parsed: 12 MiB and 800,000 marks of JSON, the limits
-of most files, take less than 100 MB and a second. Knows JSON; does not know the fields of any file.
+of most files, take less than 100 MB and a second. Knows JSON and digests of JSON values; does not know the fields of
+any file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from compression.refusal import Refusal
 
-__all__ = ["LARGEST", "bounded_text", "parse", "read_object", "refuse_large", "shown"]
+__all__ = ["LARGEST", "bounded_text", "json_digest", "parse", "read_object", "refuse_large", "shown"]
 
 LARGEST = 12 << 20
 """Bytes of the largest JSON file that most readers accept."""
@@ -120,6 +122,15 @@ def _decoder(keys: int | None) -> json.JSONDecoder:
         return _unique(pairs)
 
     return json.JSONDecoder(object_pairs_hook=checked, parse_constant=_refuse, parse_float=_finite)
+
+
+def json_digest(value: object) -> str:
+    """Returns the SHA-256 of a value's canonical JSON (sorted keys, no spaces), 64 hexadecimal digits.
+
+    The value must be one that JSON returns unchanged, so that the digest of what is read equals that of what was
+    written.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

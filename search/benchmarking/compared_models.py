@@ -28,7 +28,9 @@ from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, is_compressed, is_model_folder, load_for_use, load_model, model_digest
 from search.priors.format import Prior
+from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
+from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, STUDY
 
 __all__ = ["SCHEDULES", "ComparedModel", "compared_models"]
@@ -71,7 +73,8 @@ def compared_models(
         opened: the experiment of the run, with its dense model, if it is already in memory.
 
     Raises:
-        ValueError: a schedule is unknown, a run or prior unreadable, or two models have the same name.
+        ValueError: a schedule is unknown, a run or prior unreadable, a run was changed since it finished, or two models
+            have the same name. Later, `ComparedModel.models` refuses a model that is not the one of its run or prior.
     """
     for name in schedules:
         if name not in SCHEDULES:
@@ -98,10 +101,11 @@ def _compared_model(
     path = Path(word).expanduser()
     exported = is_model_folder(path)
     if not exported and (path / CONFIG).is_file() and (path / PRIOR).is_file():
+        recorded = refuse_changed(path, console.note)
         prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
     elif path.suffix == ".json" and path.is_file():
         prior = Prior.read(path)
-        config = _config(prior.configuration)
+        config, recorded = _config(prior.configuration), {}
     else:
         if path.is_dir() and (path / STUDY).exists():
             raise Refusal(f"the run {word!r} is not finished, it has no {PRIOR}; continue it with --resume")
@@ -122,7 +126,7 @@ def _compared_model(
         schedules = [name for name in schedules if name != "healed"]
     label = f"{path.stem}:" if several else ""
     names = tuple(f"{label}{name}" for name in schedules)
-    run = _Run(config, prior, schedules, path, device, console, opened)
+    run = _Run(config, prior, schedules, path, device, console, opened, recorded)
     return ComparedModel(word, names, frozenset(prior.data.search_items), run.models)
 
 
@@ -137,6 +141,7 @@ class _Run:
     device: torch.device
     console: Console
     opened: Experiment | None
+    recorded: Mapping[str, str]
 
     def models(self) -> Iterator[LoadedModel]:
         """Yield the schedules one after the other, all on one model in memory that is dense in between."""
@@ -145,12 +150,7 @@ class _Run:
                 loaded, sites = load(self.config, self.device)
         else:
             loaded, sites = self.opened.loaded, self.opened.sites
-        wanted = self.prior.model.digest
-        if loaded.digest != wanted:
-            self.console.note(
-                f"{self.config.model} differs from the model of the search, which had digest {wanted:.12}: its weights "
-                f"changed, or the search did not use {str(loaded.model.dtype).removeprefix('torch.')}"
-            )
+        refuse_other_model(self.prior, loaded, self.folder, self.console.note, self.recorded)
         if set(self.schedules) <= {"dense"}:
             yield from [loaded] * len(self.schedules)
             return

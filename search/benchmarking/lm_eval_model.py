@@ -50,7 +50,7 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, nats, and whether greedy decoding would give it."""
         pairs = [request.args for request in requests]
-        model, encode = self._loaded.model, self._encode
+        model, encode = self._loaded.model, self._loaded.encode_whole
         found = continuations(model, encode, pairs, self._limit, self._begin, self._batch, self.progress)
         _check([one.loglikelihood for one in found])
         return [(one.loglikelihood, one.greedy) for one in found]
@@ -58,7 +58,7 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-probability of whole texts, nats."""
         texts = [text for (text,) in (request.args for request in requests)]
-        model, encode = self._loaded.model, self._encode
+        model, encode = self._loaded.model, self._loaded.encode_whole
         found = text_likelihoods(model, encode, texts, self._limit, self._begin, self._batch, self.progress)
         _check(found)
         return found
@@ -79,18 +79,12 @@ class LanguageModel(LM):  # type: ignore[misc]  # lm-eval publishes no types
         texts = [""] * len(requests)
         for (stops, most), numbers in by_settings.items():
             room = max(1, self._limit - most)
-            prompts = [self._encode(requests[number].args[0])[-room:] for number in numbers]
+            prompts = [self._loaded.encode_whole(requests[number].args[0])[-room:] for number in numbers]
             ended = partial(self._ended, stops=stops)
             written = generate(self._loaded.model, prompts, most, ended, self.progress)
             for number, tokens in zip(numbers, written, strict=True):
                 texts[number] = self._text(tokens, stops)
         return texts
-
-    def _encode(self, text: str) -> list[int]:
-        """Encode as lm-eval does: add the special tokens of the tokenizer unless the text already starts with one."""
-        tokenizer = self._loaded.tokenizer
-        begun = text.startswith(tokenizer.decode(self._begin) or "\0")
-        return list(tokenizer(text, verbose=False, **({"add_special_tokens": False} if begun else {}))["input_ids"])
 
     def _ended(self, written: list[int], stops: Sequence[str]) -> bool:
         if written[-1] in self._ends:

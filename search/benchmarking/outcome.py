@@ -5,6 +5,7 @@ Holds plain values; does not know models or files.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import json_digest
 
 __all__ = ["Outcome", "Paired", "mean_and_error", "paired"]
 
@@ -32,6 +34,8 @@ class Outcome:
         state: "ok", or "nonfinite" if the model gave a NaN or infinite logit.
         seconds: wall time.
         device: "cpu" or "cuda".
+        architecture: digest of what the model computes with its parameters and how it reads text; empty in outcomes of
+            earlier versions.
     """
 
     model: str
@@ -43,6 +47,7 @@ class Outcome:
     state: str
     seconds: float
     device: str
+    architecture: str = ""
 
     @property
     def values(self) -> Sequence[float]:
@@ -59,13 +64,22 @@ class Outcome:
         return row
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
+        """The JSON form, with a checksum."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain | {"sha256": json_digest(plain)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        """Inverse of `to_dict`. Raises TypeError if fields are missing or unknown."""
-        return cls(**values)
+        """Inverse of `to_dict`.
+
+        Raises:
+            TypeError: fields are missing or unknown.
+            Refusal: the checksum differs; outcomes of earlier versions have none, and nothing is checked there.
+        """
+        plain = {name: value for name, value in values.items() if name != "sha256"}
+        if "sha256" in values and values["sha256"] != json_digest(plain):
+            raise Refusal("the checksum of an outcome differs")
+        return cls(**plain)
 
 
 @dataclass(frozen=True)

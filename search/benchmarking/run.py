@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from typing import Any
 
 from compression.refusal import Refusal, nearest
 from compression.storage.exclusive import exclusive
+from compression.storage.factor_cache import cache_key
 from search.benchmarking.compared_models import ComparedModel, compared_models
 from search.benchmarking.documents import SOURCES, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
@@ -165,7 +166,9 @@ class _Bench:
         self._folder, self._request, self._selections, self._console = folder, request, selections, console
         self._outcomes: list[Outcome] = []
         self._exams: dict[str, Any] = {}
-        self._before = {_key(outcome): outcome for outcome in _earlier(folder / f"{BENCHMARKS}.json")}
+        earlier = _earlier(folder / f"{BENCHMARKS}.json", console.note)
+        self._before = {_key(outcome): outcome for outcome in earlier}
+        self._unrecorded = False
 
     def measure(self, model: ComparedModel) -> None:
         for name, loaded in zip(model.names, model.models(), strict=True):
@@ -183,17 +186,32 @@ class _Bench:
 
     def _outcome(self, name: str, loaded: LoadedModel, selection: Selection) -> Outcome:
         task, device = selection.task, str(loaded.model.device.type)
-        blank = Outcome(name, loaded.digest, task.name, selection.digest, task.metric, {}, "nonfinite", 0.0, device)
+        identity = (name, loaded.digest, task.name, selection.digest, task.metric)
+        blank = Outcome(*identity, {}, "nonfinite", 0.0, device, cache_key(**loaded.identity))
         key = _key(blank)
-        known = self._before.get(key) or _cached(key)
+        known = self._known(key) or self._unchecked(blank)
         if known is None:
             waiting = partial(self._console.note, f"another process is measuring {task.name}; waiting for its result")
             with exclusive(_place(key).with_suffix(".lock"), waiting):
-                known = _cached(key)
+                known = self._known(key)
                 if known is None:
                     known = self._ask(blank, loaded, selection)
                     write_whole(_place(key), json.dumps(known.to_dict()))
-        return Outcome.from_dict(known.to_dict() | {"model": name})
+        return replace(known, model=name)
+
+    def _known(self, key: str) -> Outcome | None:
+        return self._before.get(key) or _cached(key, self._console.note)
+
+    def _unchecked(self, blank: Outcome) -> Outcome | None:
+        """An outcome of an earlier version, which did not record config and tokenizer; None if there is none."""
+        known = self._known(_key(replace(blank, architecture="")))
+        if known is not None and not self._unrecorded:
+            self._unrecorded = True
+            self._console.note(
+                "some outcomes are of an earlier version, which recorded the weights only: whether config and "
+                "tokenizer have changed since is not checked"
+            )
+        return known
 
     def _ask(self, blank: Outcome, loaded: LoadedModel, selection: Selection) -> Outcome:
         from search.benchmarking.generation import NonFinite
@@ -211,8 +229,7 @@ class _Bench:
             except NonFinite as error:
                 figures, state = {}, "nonfinite"
                 self._console.note(f"{blank.model}: {error}; it has no result on {blank.task}")
-        changes = {"figures": figures, "state": state, "seconds": round(time.monotonic() - started, 3)}
-        return Outcome.from_dict(blank.to_dict() | changes)
+        return replace(blank, figures=figures, state=state, seconds=round(time.monotonic() - started, 3))
 
     def _write(self) -> None:
         """Write both files, including the earlier outcomes in the folder for other models and tasks."""
@@ -294,6 +311,7 @@ def _key(outcome: Outcome) -> str:
         outcome.task,
         outcome.items_digest,
         outcome.device,
+        *([outcome.architecture] if outcome.architecture else []),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -302,23 +320,35 @@ def _place(key: str) -> Path:
     return cache_folder() / "benchmarks" / key[:2] / f"{key}.json"
 
 
-def _cached(key: str) -> Outcome | None:
-    """The cached outcome of a key; None if there is none or its file is damaged."""
-    found = _read(_place(key))
-    try:
-        outcome = Outcome.from_dict(found) if isinstance(found, Mapping) else None
-    except TypeError:
+def _cached(key: str, note: Callable[[str], None]) -> Outcome | None:
+    """The cached outcome of a key; None if there is none, or if its file is damaged or belongs to another key."""
+    place = _place(key)
+    if not place.is_file():
         return None
-    return outcome if outcome is not None and _key(outcome) == key else None
+    found = _outcome(_read(place))
+    if found is None or _key(found) != key:
+        note(f"cached outcome {place.name} is damaged; it is measured again")
+        return None
+    return found
 
 
-def _earlier(path: Path) -> list[Outcome]:
-    """The outcomes in a file; an empty list if it does not exist or cannot be read."""
-    found = _read(path)
+def _earlier(path: Path, note: Callable[[str], None]) -> list[Outcome]:
+    """The intact outcomes in a file; an empty list if it does not exist or cannot be read."""
+    content = _read(path)
+    stored = content.get("outcomes") if isinstance(content, Mapping) else None
+    found = [_outcome(one) for one in stored] if isinstance(stored, list) else []
+    intact = [outcome for outcome in found if outcome is not None]
+    if damaged := len(found) - len(intact):
+        note(f"{damaged} of {len(found)} outcomes in {path} are damaged; they are measured again")
+    return intact
+
+
+def _outcome(stored: object) -> Outcome | None:
+    """The outcome that `Outcome.to_dict` stored; None if it is damaged."""
     try:
-        return [Outcome.from_dict(one) for one in found["outcomes"]] if isinstance(found, Mapping) else []
-    except (KeyError, TypeError):
-        return []
+        return Outcome.from_dict(stored) if isinstance(stored, Mapping) else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _read(path: Path) -> object:

@@ -33,7 +33,7 @@ from search.reporting.opened_run import CONTEST
 from search.runtime.console import Console
 from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, ENVIRONMENT, STUDY, RunFolder
-from search.trials.fingerprints import differences, with_defaults
+from search.trials.fingerprints import differences, with_defaults, with_later
 from search.trials.loop import run_agent, spent
 from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS, challengers, select
@@ -70,6 +70,8 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         loaded, sites = load(config, device)
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+    for note in experiment.splits.notes:
+        console.note(note)
     with RunFolder.open(config.resume, config.out, "compare", config.model, config.seed) as folder:
         console.opened(folder.path)
         contest = _Contest.read(
@@ -146,7 +148,7 @@ class _Contest:
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise Refusal(f"cannot use {path}: {error}") from None
-        found.fingerprint = with_defaults(found.fingerprint, _shared(fingerprint_defaults()))
+        found.fingerprint = with_later(with_defaults(found.fingerprint, _shared(fingerprint_defaults())), expected)
         if found.fingerprint != expected:
             raise Refusal(f"{path} is another contest: " + "; ".join(differences(found.fingerprint, expected)))
         return found

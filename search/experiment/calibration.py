@@ -101,11 +101,13 @@ def factor_store(
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches (input_ids, mask) of calibration text, from a seeded shuffle sorted by descending row length.
 
-    Questions are concatenated and cut into rows of `CHUNK_TOKENS` tokens, so that almost no row needs padding.
+    Questions are concatenated and cut into rows of `CHUNK_TOKENS` tokens, so that almost no row needs padding. Every
+    row starts with the special tokens that start a text.
     """
-    device, separator = loaded.model.device, loaded.encode("\n\n")
-    stream = [token for question in text.exam for token in (*question, *separator)]
-    rows = [*text.prose, *(stream[start : start + CHUNK_TOKENS] for start in range(0, len(stream), CHUNK_TOKENS))]
+    device, separator, beginning = loaded.model.device, loaded.encode("\n\n"), loaded.beginning
+    stream = [token for question in text.exam for token in (*question[len(beginning) :], *separator)]
+    room = CHUNK_TOKENS - len(beginning)
+    rows = [*text.prose, *((*beginning, *stream[start : start + room]) for start in range(0, len(stream), room))]
     random.Random(seed).shuffle(rows)
     rows.sort(key=len, reverse=True)
     count = max(1, _CALIBRATION_BATCH // CHUNK_TOKENS)

@@ -103,6 +103,7 @@ class Experiment:
             ValueError, DataUnavailable: as for `search.data.splits.build_splits`.
         """
         parts = config.search_shards + _SELECTION
+        longest = _longest(loaded)
         splits = build_splits(
             loaded.encode,
             config.proxy,
@@ -113,8 +114,12 @@ class Experiment:
             report_items=config.report_items,
             chunk_tokens=CHUNK_TOKENS,
             seed=config.seed,
+            beginning=loaded.beginning,
+            fits=lambda item: _is_short(_packed(loaded, item, config.proxy, config.proxy_form), longest),
+            parts=parts,
         )
-        cache = FactorCache(cache_folder() / "factors", warn)
+        made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
+        cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
         return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
 
@@ -156,7 +161,7 @@ class Experiment:
             ValueError: the search text is shorter than the requested context.
         """
         if wanted.context:
-            return [packed_text(long_text(self.loaded.encode, wanted.context))]
+            return [packed_text(long_text(self.loaded.encode, wanted.context, self.loaded.beginning))]
         return self.mixture(wanted.tokens)
 
     def mixture(self, tokens: int) -> list[Packed]:
@@ -177,6 +182,7 @@ class Experiment:
         """
         return {
             "model": self.loaded.digest,
+            "architecture": self.loaded.architecture,
             "statistics": self.calibration.key,
             "search_text": self.splits.search_text.digest,
             "search_items": cache_key(items=[item.digest for item in self.splits.search_items]),
@@ -327,12 +333,22 @@ def workload_sequences(
         form: form of the prompt, see `search.data.prompts.render`.
         text: (corpus, tokens) pairs.
     """
-    limit = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
-    packed = []
-    for item in items:
-        request = render(item, proxy, form)
-        sequence = packed_item(loaded.encode, request.context, request.continuations, request.answer)
-        longest = max(stop - start for start, stop, _ in sequence.branches)
-        if sequence.prefix + longest <= limit:
-            packed.append(sequence)
-    return packed + [packed_text(chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]
+    limit = _longest(loaded)
+    packed = [_packed(loaded, item, proxy, form) for item in items]
+    kept = [sequence for sequence in packed if _is_short(sequence, limit)]
+    return kept + [packed_text(chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]
+
+
+def _longest(loaded: LoadedModel) -> int:
+    """The most tokens that the model can read at once."""
+    return getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def _packed(loaded: LoadedModel, item: Item, proxy: str, form: str) -> Packed:
+    request = render(item, proxy, form)
+    return packed_item(loaded.encode_whole, request.context, request.continuations, request.answer)
+
+
+def _is_short(sequence: Packed, limit: int) -> bool:
+    """Whether the prefix with its longest branch has at most `limit` tokens."""
+    return sequence.prefix + max(stop - start for start, stop, _ in sequence.branches) <= limit

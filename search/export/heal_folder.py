@@ -27,6 +27,7 @@ from search.healing.training import heal_
 from search.model.devices import resolve_device
 from search.model.loading import load_for_use
 from search.priors.format import Prior
+from search.priors.same_model import refuse_other_model
 from search.reporting.tables import Row
 from search.runtime.console import Console
 from search.runtime.distributed import Processes
@@ -48,12 +49,12 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
             an option is out of range; or another process heals into the same folder.
         DataUnavailable: the model or the data cannot be obtained.
     """
-    config = Config.of({"model": dense})
-    device = resolve_device(config.device)
-    plan = options.plan(config.seed, device)
     if not (source / PRIOR).is_file():
         raise Refusal(f"heal needs the {PRIOR} of an exported folder, and {source} has none")
     prior = Prior.read(source / PRIOR)
+    config = Config.of({"model": dense, "dtype": prior.configuration.get("dtype", "auto")})
+    device = resolve_device(config.device)
+    plan = options.plan(config.seed, device)
     folder = Path(options.out or f"{source}-healed-{options.data_name}-{plan.length}").absolute()
     refuse_used(folder)
     unfinished, first = folder.with_name(f".{folder.name}-unfinished"), Processes.is_first()
@@ -62,10 +63,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
         refuse_held(unfinished)
     with console.stage("load"):
         loaded, sites = load(config, device)
-        if prior.model.id != loaded.model_id:
-            raise Refusal(
-                f"{source} was made from {prior.model.id}, not {loaded.model_id}; pass the former with --model"
-            )
+        refuse_other_model(prior, loaded, source, console.note)
         given = load_for_use(str(source), device)
         dtype = given.model.dtype
         model = given.model.to(loaded.model.dtype)

@@ -23,7 +23,9 @@ from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import resolve_device
 from search.priors.format import Prior
+from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
+from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY
 
 __all__ = ["STATES", "RestoredRun", "restore"]
@@ -42,6 +44,7 @@ class RestoredRun:
         state: state of the model, one of `STATES`; also the name of its row in the run's table.
         prior: the run's prior.
         summary: content of summary.json; empty if there is no such file.
+        measured: row of a table that was measured on these weights; None if there is none.
         workload: held-out text and report items with the dense model's results as reference; None unless `restore`
             was called with `reference`.
     """
@@ -51,7 +54,7 @@ class RestoredRun:
     state: str
     prior: Prior
     summary: Mapping[str, object]
-
+    measured: Mapping[str, object] | None
     workload: Workload | None = None
 
     @property
@@ -66,7 +69,7 @@ def restore(
     device: str = "auto",
     state: str | None = None,
     healed: Path | None = None,
-    reference: bool = False,
+    reference: bool | None = False,
     opened: Experiment | None = None,
     check: Callable[[Any, Any], None] = lambda model, tokenizer: None,
 ) -> RestoredRun:
@@ -79,22 +82,24 @@ def restore(
         healed: folder of a healing; None takes the run's own healing.
         opened: the experiment of this run with its dense model, if it is in memory already; it is compressed in place.
         reference: evaluate the dense model on the held-out workload first, so that the restored model can be measured
-            against it.
+            against it; None does so if no row was measured for this state.
         check: called with the dense model and its tokenizer before anything is computed; it may refuse them.
 
     Raises:
-        ValueError: `run` is not the folder of a finished run, its model is another one today, or it does not have the
-            state that was asked for.
+        ValueError: `run` is not the folder of a finished run, it was changed since it finished, its model is another
+            one today, or it does not have the state that was asked for.
         DataUnavailable: the model or the data cannot be obtained.
     """
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
         raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
+    recorded = refuse_changed(run, console.note)
     config = Config.of({**read_fields(run / CONFIG), "device": device})
     prior = Prior.read(run / PRIOR)
     summary = read_object(run / SUMMARY, "the summary") if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
     state = _state(run, config, prior, state, healed)
     kept = StoredWeights.read(healed or run / HEALED) if state == "healed" else None
+    measured = _measured({} if kept is not None and healed is not None else summary, state, kept)
     where = resolve_device(device)
     if opened is None:
         with console.stage("load"):
@@ -102,23 +107,20 @@ def restore(
     else:
         loaded, sites = opened.loaded, opened.sites
     check(loaded.model, loaded.tokenizer)
-    if prior.model.id != loaded.model_id:
-        raise Refusal(f"the run in {run} compressed {prior.model.id}, not {loaded.model_id}")
-    if prior.model.digest != loaded.digest:
-        console.note("the weights, or their dtype on this machine, differ from those that the run measured")
+    refuse_other_model(prior, loaded, run, console.note, recorded)
     experiment = opened or Experiment.of(config, loaded, sites, where, console.note)
     workload = None
-    if reference:
+    if reference or (reference is None and measured is None):
         with console.stage("reference"):
             workload = Workload(experiment.shards("heldout")[0], where)
             workload.reference(loaded.model)
     if kept is not None:
         kept.check(schedule, loaded.digest)
         kept.put_(loaded.model, sites, schedule)
-        return RestoredRun(experiment, schedule, state, prior, summary, workload)
+        return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
     if state == "repaired" and (stored := stored_repair(run / REPAIRED, experiment, schedule)) is not None:
         stored.put_(loaded.model, sites, schedule)
-        return RestoredRun(experiment, schedule, state, prior, summary, workload)
+        return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
     calibrate(experiment, console)
     if state == "repaired":
         with console.stage("repair", 1 + max(site.block for site in sites), "blocks") as stage:
@@ -126,7 +128,14 @@ def restore(
     else:
         with console.stage("compress"):
             ScheduleApplier(loaded.model, experiment.store, packed=True).apply_(schedule)
-    return RestoredRun(experiment, schedule, state, prior, summary, workload)
+    return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
+
+
+def _measured(summary: Mapping[str, object], state: str, kept: StoredWeights | None) -> Mapping[str, object] | None:
+    """The row that was measured on the weights of a state: of the run's table, otherwise of the table of a healing."""
+    tables = [summary.get("rows"), None if kept is None else kept.document.get("rows")]
+    rows = [row for table in tables if isinstance(table, list) for row in table if isinstance(row, Mapping)]
+    return next((row for row in rows if row.get("schedule") == state), None)
 
 
 def _state(run: Path, config: Config, prior: Prior, wanted: str | None, healed: Path | None) -> str:

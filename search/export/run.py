@@ -86,12 +86,14 @@ def export_run(
     """
     quantized = form.quantize != "none"
     check = partial(check_export, form.kind)
-    restored = restore(source, console, form.device, form.state, healed, quantized, opened, check)
-    loaded = restored.experiment.loaded
+    restored = restore(source, console, form.device, form.state, healed, quantized or None, opened, check)
+    loaded, summary, state = restored.experiment.loaded, restored.summary, restored.state
+    other, measured = healed if state == "healed" else None, []
+    if not quantized and (other is not None or restored.measured is None):
+        measured = [_row_of(restored, other)]
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
-    changes = [CHANGES[restored.state]]
-    measured = []
+    changes = [CHANGES[state]]
     if quantized:
         measured = [_quantized(restored, form.quantize, console)]
         changes.append(
@@ -99,13 +101,22 @@ def export_run(
         )
     size = f"Compressed: {footprint(model)}."
     with console.stage("write"):
-        document, summary, state = restored.document, restored.summary, restored.state
-        card = model_card(folder.name, form.kind, document, summary, state, size, changes, measured)
+        card = model_card(folder.name, form.kind, restored.document, summary, state, size, changes, measured)
         if form.kind == "hf":
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
         else:
             export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
     return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
+
+
+def _row_of(restored: RestoredRun, healed: Path | None) -> dict[str, object]:
+    """The table's row of weights that the run did not measure: that of their healing, or measured now."""
+    name = restored.state if healed is None else f"{restored.state} ({healed.name})"
+    if restored.measured is not None:
+        return {**restored.measured, "schedule": name}
+    assert restored.workload is not None
+    model = restored.experiment.loaded.model
+    return {"schedule": name, **restored.workload.measure(model).to_row(), "bytes": footprint(model).stored}
 
 
 def _quantized(restored: RestoredRun, kind: str, console: Console) -> dict[str, object]:

@@ -39,14 +39,15 @@ def started_(
     folder: Path | None,
     console: Console,
     repaired: Path | None = None,
+    keep: bool = True,
 ) -> tuple[Mapping[str, nn.Module], str]:
     """Turn the dense model in place into the start of a healing: decomposed, and repaired unless repair does harm.
 
     Args:
         folder: stores this start until the healing is finished. If an interrupted healing left its start there, that
             one is loaded instead. None stores nothing.
-        repaired: stores the repaired weights permanently. If it holds the result of the same repair, those weights are
-            loaded instead. None stores nothing.
+        repaired: folder of the repaired weights of the run. If it holds the result of the same repair, that is loaded.
+        keep: store the repaired weights in `repaired`; false for a run that has finished, whose files must not change.
 
     Returns:
         The modules that were replaced, by name, and the name of the resulting model's row in the final table,
@@ -69,7 +70,7 @@ def started_(
         taken, name = _decomposed_(experiment, schedule), "searched"
         if experiment.config.repair_tokens:
             taken, name = _repaired_(experiment, schedule, taken, dense, console)
-            if repaired is not None and Processes.is_first():
+            if repaired is not None and keep and Processes.is_first():
                 shutil.rmtree(repaired, ignore_errors=True)
                 if name == "repaired":
                     write_weights(repaired, REPAIR, model, experiment.sites, _made_for(experiment, schedule))

@@ -45,12 +45,14 @@ def pack_rows(
     name: str,
     left_out: int,
     tokens: int | None = None,
+    beginning: Sequence[int] = (),
 ) -> HealingText:
     """Concatenate documents, separated by empty lines, and cut the result into rows of `length` tokens.
 
     Args:
         left_out: number of documents excluded beforehand, see `HealingText`.
         tokens: stop at the end of the document that reaches this many tokens; None uses all documents.
+        beginning: special tokens that start every row.
 
     Raises:
         ValueError: the documents give less than one row.
@@ -64,11 +66,13 @@ def pack_rows(
             encoded = encode(text)
             stream += encoded
             wanted += [learn] * len(encoded)
-    rows = len(stream) // length
+    room = length - len(beginning)
+    rows = len(stream) // room
     if not rows:
         raise Refusal(f"healing needs {length} tokens of text or more, and {name} has {len(stream)}")
-    next_wanted = torch.tensor([*wanted[1:], False][: rows * length]).view(rows, length)
+    first = torch.tensor(beginning, dtype=torch.int32).expand(rows, -1)
+    every = torch.cat([first, torch.tensor(stream[: rows * room], dtype=torch.int32).view(rows, room)], dim=1)
+    learned = torch.cat([first.new_zeros(first.shape).bool(), torch.tensor(wanted[: rows * room]).view(rows, room)], 1)
+    next_wanted = learned.roll(-1, dims=1)
     next_wanted[:, -1] = False  # the token after the last one is not in the row
-    return HealingText(
-        torch.tensor(stream[: rows * length], dtype=torch.int32).view(rows, length), next_wanted, name, left_out
-    )
+    return HealingText(every, next_wanted, name, left_out)

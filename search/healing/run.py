@@ -35,9 +35,11 @@ from search.healing.text import heal_text
 from search.healing.training import Healed, heal_
 from search.model.devices import resolve_device
 from search.priors.format import Prior
+from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
 from search.runtime.distributed import Processes
 from search.runtime.provenance import environment
+from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, RunFolder, refuse_held, refuse_unwritable
 from search.runtime.tensorboard import curves
 
@@ -75,28 +77,27 @@ def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedR
     Processes started together by `accelerate launch` or torchrun share the work; only the first one writes files.
 
     Raises:
-        ValueError: there is no such run, the model has changed since the run, the settings differ from those of the
+        ValueError: there is no such run, the run or its model has changed since, the settings differ from those of the
             interrupted healing, an option is out of range, or another healing is running in the same folder.
     """
     options.plan(0, torch.device("cpu"))  # refuses an option out of range before anything else is checked
     for name in (CONFIG, PRIOR):
         if not (run / name).is_file():
             raise Refusal(f"heal needs the folder of a finished run, but {run / name} does not exist")
+    recorded = refuse_changed(run, console.note)
     config = Config.of(read_fields(run / CONFIG))
     device = resolve_device(config.device)
     plan = options.plan(config.seed, device)
     folder = Path(options.out) if options.out else run / f"{HEALED}-{options.data_name}-{plan.length}"
+    if folder.resolve() == (run / HEALED).resolve():
+        raise Refusal(f"out must not be {folder}, which is kept for the healing of the run itself; name another folder")
     if Processes.is_first():
         refuse_unwritable(folder)
         refuse_held(folder)
     with console.stage("load"):
         loaded, sites = load(config, device)
         prior = Prior.read(run / PRIOR)
-        if prior.model.digest != loaded.digest:
-            raise Refusal(
-                f"{run / PRIOR} was made for a model with digest {prior.model.digest[:12]}, but the model of this run "
-                f"now has digest {loaded.digest[:12]}"
-            )
+        refuse_other_model(prior, loaded, run, console.note, recorded)
         schedule = prior.schedule
     if all(choice.is_dense for _, choice in schedule):
         raise Refusal(f"the schedule of {run} compresses nothing, so there is nothing to heal")
@@ -106,7 +107,7 @@ def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedR
     with held(folder), experiment.evaluator("heldout") as evaluator:
         evaluator.close()
         scores, healed = heal_experiment_(
-            experiment, schedule, evaluator, plan, options, folder, console, run / REPAIRED
+            experiment, schedule, evaluator, plan, options, folder, console, run / REPAIRED, keep=False
         )
     rows = [score.to_row(name) for name, score in scores.items()]
     return HealedRun(rows, folder, healed.stopped)
@@ -126,6 +127,7 @@ def heal_experiment_(
     folder: Path,
     console: Console,
     repaired: Path | None = None,
+    keep: bool = True,
 ) -> tuple[dict[str, Score], Healed]:
     """Repair, heal and measure a schedule; the model of the experiment is dense again afterwards.
 
@@ -138,8 +140,7 @@ def heal_experiment_(
         evaluator: an evaluator on the held-out text, already closed, so that its model is dense.
         plan: the settings of the healing; None only repairs.
         folder: receives the healed weights and, until healing is finished, its checkpoints.
-        repaired: folder that stores the repaired weights; weights of an earlier, equal repair are loaded from there.
-            None stores nothing.
+        repaired, keep: as for `search.healing.repaired_start.started_`.
 
     Returns:
         The scores by row name and the outcome of the healing. The rows are "dense"; the start of the healing, named
@@ -159,7 +160,7 @@ def heal_experiment_(
         if text.left_out:
             console.note(f"{text.left_out} documents are not learned from: they overlap with the reported data")
     with Processes().first_alone():
-        taken, name = started_(experiment, schedule, dense, resumable, console, repaired)
+        taken, name = started_(experiment, schedule, dense, resumable, console, repaired, keep)
     first = Processes.is_first()
     try:
         scores[name] = evaluator.score_as_is(schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ def sampled_rows(
 
     Args:
         tokens: sample at least this many tokens in all.
-        given: rows of other text (n, length). Each sampled row continues a random piece of them; without `given` it
-            continues one random token.
+        given: rows of other text (n, length). Each sampled row continues a random piece of them. Without `given`, it
+            continues the special tokens that start a text, or one random token if the tokenizer has none.
     """
-    model, rows = loaded.model, -(-tokens // length)
+    model, rows, begin = loaded.model, -(-tokens // length), loaded.beginning
     done: list[torch.Tensor] = []
     device = model.device
     most = _rows_at_once(model, length)
@@ -35,7 +36,7 @@ def sampled_rows(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         while (missing := rows - sum(map(len, done))) > 0:
-            first = _beginnings(given, model.config.vocab_size, min(missing, most)).to(device)
+            first = _first_tokens(given, begin, model.config.vocab_size, min(missing, most)).to(device)
             done.append(
                 model.generate(
                     first,
@@ -56,13 +57,18 @@ def sampled_rows(
     return HealingText(written, wanted, "sampled")
 
 
-def _beginnings(given: torch.Tensor | None, vocabulary: int, count: int) -> torch.Tensor:
-    """Token ids (count, 16 or fewer) cut from random places of `given`, or (count, 1) random tokens without it."""
+def _first_tokens(given: torch.Tensor | None, begin: Sequence[int], vocabulary: int, count: int) -> torch.Tensor:
+    """The tokens (count, few) that sampled rows continue: `begin`, then up to 16 from a random place of `given`.
+
+    Without either, they are random tokens (count, 1).
+    """
+    begins = torch.tensor(begin, dtype=torch.long).expand(count, -1)
     if given is None:
-        return torch.randint(vocabulary, (count, 1))
-    size = min(_BEGINNING, given.shape[1] - 1)
-    rows, starts = torch.randint(len(given), (count, 1)), torch.randint(given.shape[1] - size + 1, (count, 1))
-    return given[rows, starts + torch.arange(size)].long()
+        return begins if begin else torch.randint(vocabulary, (count, 1))
+    text = given[:, len(begin) :]
+    size = min(_BEGINNING, text.shape[1] - 1)
+    rows, starts = torch.randint(len(text), (count, 1)), torch.randint(text.shape[1] - size + 1, (count, 1))
+    return torch.cat([begins, text[rows, starts + torch.arange(size)].long()], dim=1)
 
 
 def _rows_at_once(model: Any, length: int) -> int:

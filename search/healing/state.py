@@ -21,10 +21,11 @@ from compression.layers.rebuild import rebuilt
 from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import Site, put_modules
-from compression.storage.strict_json import read_object
+from compression.storage.strict_json import json_digest, read_object
 from compression.storage.tensor_files import new_tensor_file
 from compression.training.trainable import put_parameters
 from search.runtime.files import file_digest, finite, write_whole
+from search.runtime.remembered import remembered_digest
 
 __all__ = ["HEALED", "REPAIR", "REPAIRED", "STATE", "StoredWeights", "load_sites_", "site_tensors", "write_weights"]
 
@@ -68,7 +69,9 @@ class StoredWeights:
             version = document.get("version")
             if document.get("format") != _FORMAT or type(version) is not int or not 1 <= version <= _VERSION:
                 raise Refusal(f"it must be {_FORMAT} of version 1 to {_VERSION}")
-            if file_digest(folder / _WEIGHTS) != document.get("sha256"):
+            if document.get("digest") not in (None, _own_digest(document)):  # earlier versions wrote none
+                raise Refusal(f"{name} was changed: its digest differs")
+            if remembered_digest(folder / _WEIGHTS) != document.get("sha256"):
                 raise Refusal(f"the checksum of {_WEIGHTS} differs")
             return cls(document, load_file(folder / _WEIGHTS))
         except (OSError, ValueError, SafetensorError) as error:
@@ -127,7 +130,14 @@ def write_weights(
     with new_tensor_file(folder / f"{_WEIGHTS}.partial", tensors) as partial:
         content = {"format": _FORMAT, "version": _VERSION, "sha256": file_digest(partial), **document}
         partial.replace(folder / _WEIGHTS)
-    write_whole(folder / name, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+    plain = json.loads(json.dumps(finite(content)))
+    plain["digest"] = _own_digest(plain)
+    write_whole(folder / name, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+
+
+def _own_digest(document: Mapping[str, Any]) -> str:
+    """The digest of everything else in healing.json or repair.json."""
+    return json_digest({name: value for name, value in document.items() if name != "digest"})
 
 
 def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:

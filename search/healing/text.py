@@ -96,7 +96,7 @@ def _from_one_source(
     random.Random(seed).shuffle(documents)
     most = None if tokens is None else 8 * (tokens + length)
     kept, left_out = without_overlap(documents, Shingles(reported_texts()), most)
-    return pack_rows(loaded.encode, kept, length, source, left_out, tokens)
+    return pack_rows(loaded.encode, kept, length, source, left_out, tokens, loaded.beginning)
 
 
 def _task_texts() -> Iterator[str]:

@@ -35,6 +35,7 @@ from search.healing.progress import Measurement, Progress
 from search.healing.rows import HealingText
 from search.healing.sharding import Sharding, like, whole
 from search.healing.teacher import Teacher, output_head
+from search.model.loading import model_digest
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Stage, duration
 from search.runtime.distributed import Processes
@@ -137,6 +138,7 @@ class _Healing:
         self.checkpoints = None if folder is None else Checkpoints(folder)
         self.at = Progress()
         self.identity = cache_key(plan=plan.identity(), text=text.name, rows=list(text.tokens.shape))
+        self.start = cache_key(model=model_digest(model), dense=model_digest(dense))
         if plan.gates:
             add_gates_(model)
         trainable_(model)
@@ -332,7 +334,7 @@ class _Healing:
             tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
         if self.processes.rank:
             return
-        state = {**self.at.to_state(), "identity": self.identity}
+        state = {**self.at.to_state(), "identity": self.identity, "start": self.start}
         self.checkpoints.save(Checkpoint(self.at.step, tensors, state))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -360,6 +362,11 @@ class _Healing:
             raise Refusal(
                 f"the checkpoints in {self.checkpoints.folder} belong to a healing with other text, seed or settings; "
                 "delete that folder, or heal into another one with --out"
+            )
+        if found.state.get("start", self.start) != self.start:
+            raise Refusal(
+                f"the checkpoints in {self.checkpoints.folder} belong to a healing of another model; delete that "
+                "folder, or heal into another one with --out"
             )
         for name, tensor in self._tensors().items():
             tensor.copy_(like(found.tensors[name], tensor))

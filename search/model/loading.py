@@ -11,17 +11,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from compression.refusal import Refusal
 from compression.storage.strict_json import bounded_text
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
 from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
+from search.model.source_files import SourceFiles
 from search.model.sources import locate
 
 __all__ = [
@@ -46,6 +50,8 @@ class LoadedModel:
         model_id: name for display and in files: a hub id or the name of a folder.
         digest: SHA-256 of names, dtypes, shapes and bytes of the parameters as loaded.
         license: SPDX-like name if known, otherwise "unknown".
+        architecture, vocabulary: digests of the files that say what the model computes with its parameters and how it
+            reads text, see `search.model.source_files`; empty for a model that comes from no named source.
     """
 
     model: Any
@@ -53,10 +59,42 @@ class LoadedModel:
     model_id: str
     digest: str
     license: str
+    architecture: str = ""
+    vocabulary: str = ""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The digests that tell this model from any other: weights, architecture and vocabulary."""
+        return {"weights": self.digest, "architecture": self.architecture, "vocabulary": self.vocabulary}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens or a length limit."""
+        """Token ids of a piece of text, without special tokens or a length limit."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a text from its beginning on, without a length limit.
+
+        As in lm-eval, `beginning` precedes the text unless the text itself starts with that token.
+        """
+        begun = self._beginning_text and text.startswith(self._beginning_text)
+        return self.encode(text) if begun else [*self.beginning, *self.encode(text)]
+
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """Special tokens that the tokenizer puts before a text, such as the beginning-of-sequence token; often none.
+
+        A model that was trained with such a token gives wrong likelihoods without it. What is scored, or used for
+        statistics or training, therefore starts with these tokens. Tokens that a tokenizer puts after a text are never
+        used, since a causal model scores texts that go on.
+        """
+        text = "a"
+        bare, whole = self.encode(text), list(self.tokenizer(text, verbose=False)["input_ids"])
+        starts = range(len(whole) - len(bare) + 1)
+        return tuple(whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)])
+
+    @cached_property
+    def _beginning_text(self) -> str:
+        return str(self.tokenizer.decode(list(self.beginning))) if self.beginning else ""
 
 
 def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -73,6 +111,7 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
     source = locate(name)
+    files = SourceFiles.of(source)
     with quiet_transformers():
         if source.folder is None:
             make = shaped_model if source.name in SHAPES else tiny_model
@@ -80,7 +119,8 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
         else:
             model, tokenizer = read_pretrained(source, dtype)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
+    digest = files.remembered(f"parameters, {dtype}", lambda: model_digest(model))
+    return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
 
 
 def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
@@ -96,6 +136,7 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
     source = locate(name)
     if source.folder is None or not is_compressed(source.folder):
         return load_model(name, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+    files = SourceFiles.of(source)
     import search.hf  # noqa: F401 (registers compressed folders with transformers)
 
     with quiet_transformers():
@@ -105,7 +146,8 @@ def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
         except Exception as error:  # as in `read_pretrained`
             raise unusable(source, error) from error
     model.to(place).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
+    digest = files.remembered("compressed", lambda: model_digest(model))
+    return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
 
 
 def is_compressed(folder: Path) -> bool:
@@ -142,25 +184,40 @@ def assemble(name: str, device: torch.device, parameters: Mapping[str, torch.Ten
         digest: digest of the parameters, see `model_digest`; it is not checked.
 
     Raises:
-        ValueError, DataUnavailable: as for `load_model`.
+        ValueError: as for `load_model`; or the model's config asks for other parameters.
+        DataUnavailable: as for `load_model`.
     """
     source = locate(name)
     model = empty_model(source)
-    for path in [path for path, _ in model.named_parameters()]:
+    wanted = [path for path, _ in model.named_parameters()]
+    if differing := sorted(set(wanted).symmetric_difference(parameters)):
+        raise Refusal(
+            f"model {source.name!r} has another architecture than the process that shared its parameters: "
+            f"{len(differing)} parameters differ, such as {differing[0]}; all machines need the same model"
+        )
+    for path in wanted:
         owner, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameters[path], requires_grad=False))
     model.tie_weights()
     model.to(device=device, dtype=next(iter(parameters.values())).dtype).eval().requires_grad_(False)
     with quiet_transformers():
         tokenizer = byte_tokenizer() if source.folder is None else read_tokenizer(source.folder)
-    return LoadedModel(model, tokenizer, source.model_id, digest, source.license)
+    files = SourceFiles.of(source)
+    return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
 
 
-def model_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of the name, dtype, shape and bytes of every parameter, in hex; tied parameters count once."""
+def model_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of the name, dtype, shape and bytes of every parameter and saved buffer, in hex; tied ones count once.
+
+    Args:
+        dtype: the digest is that of the parameters converted to this dtype; None takes them as they are.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().cpu().contiguous()
+    saved = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    parameters = ((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters())
+    for name, tensor in chain(parameters, buffers):
+        values = tensor.cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

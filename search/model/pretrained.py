@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from compression.refusal import Refusal
+from search.model.weight_files import stored_tensors
 
-__all__ = ["Source", "quiet_transformers", "read_pretrained", "read_tokenizer", "unusable"]
+__all__ = ["Source", "different_ties", "quiet_transformers", "read_pretrained", "read_tokenizer", "unusable"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a dense model and its tokenizer from safetensors or a GGUF file.
 
     Raises:
-        ValueError: the files cannot be loaded, weights are missing or misshapen, or the safetensors are quantized.
+        ValueError: the files cannot be loaded; weights are missing, misshapen, not taken by the model or tied only by
+            its config; or the safetensors are quantized.
     """
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
@@ -58,12 +60,44 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         raise Refusal(
             f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
         )
+    _refuse_ignored(source, model, info["unexpected_keys"])
     if getattr(model.config, "quantization_config", None) is not None:
         if source.gguf is None:
             raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
+
+
+def _refuse_ignored(source: Source, model: Any, unexpected: Iterable[str]) -> None:
+    """Refuse stored weights that the loaded model does not use as they are stored.
+
+    Raises:
+        ValueError: the model has no place for a tensor, a tensor is there under two names, or the config ties two
+            tensors that differ.
+    """
+    if ignored := sorted(map(str, unexpected)):
+        raise Refusal(
+            f"model {source.name!r} holds {len(ignored)} tensors that the model of its config does not take, such as "
+            f"{ignored[0]}; correct the config (layers, biases, quantization), or remove them"
+        )
+    if source.gguf is None and source.folder is not None:
+        names, prefix = stored_tensors(source.name, source.folder), model.base_model_prefix
+        if twice := sorted(name for name in names if f"{prefix}.{name}" in names):
+            raise Refusal(
+                f"model {source.name!r} holds {twice[0]} twice, also as {prefix}.{twice[0]}; remove one of them"
+            )
+    for target, origin in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter(target) is not model.get_parameter(origin):
+            raise Refusal(different_ties(source.name, target, origin))
+
+
+def different_ties(name: str, target: str, origin: str) -> str:
+    """The message for two stored tensors that differ although the config of the model ties them."""
+    return (
+        f"model {name!r} ties {target} to {origin} in its config, but stores two different tensors; set "
+        "tie_word_embeddings to false in the config, or remove the one that is not meant"
+    )
 
 
 def unusable(source: Source, error: Exception) -> Refusal:

@@ -18,8 +18,10 @@ from search.data import hub
 from search.data.packages import extract, read_requirements
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
+from search.model.weight_files import refuse_adapter, stored_tensors
 from search.runtime.errors import DataUnavailable
-from search.runtime.files import cache_folder, file_digest
+from search.runtime.files import cache_folder, file_digest, write_whole
+from search.runtime.remembered import remembered_digest
 
 __all__ = ["DEFAULT_ID", "locate"]
 
@@ -41,7 +43,8 @@ def locate(name: str) -> Source:
             file; or a hub id.
 
     Raises:
-        ValueError: the name is unknown, or the folder has no config, no weights or pickled weights only.
+        ValueError: the name is unknown; the folder has no config, no weights or pickled weights only; or it is not
+            certain which weights are the model's, see `search.model.weight_files.stored_tensors`.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
     known = ["default", *TINY, *SHAPES]
@@ -51,6 +54,7 @@ def locate(name: str) -> Source:
         return Source(name, name, "none")
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
+        refuse_adapter(name, path.resolve().parent)
         return Source(name, path.stem, "unknown", path.parent.resolve(), path.name)
     if name and path.is_dir():
         return _local(name, path.resolve())
@@ -66,8 +70,8 @@ def locate(name: str) -> Source:
 def _unpacked_default() -> Path:
     """The default model, converted to an ordinary folder of float32 safetensors in the cache.
 
-    It is converted only once, since reading the GGUF file is slow. If the weight file no longer matches the hash taken
-    when it was written, the folder is made again.
+    It is converted only once, since reading the GGUF file is slow. If a file no longer matches the hash taken when it
+    was written, or another one was added, the folder is made again.
     """
     home = cache_folder() / "models"
     folder = home / f"{DEFAULT_ID}-{_SHA256[:12]}-transformers-{transformers.__version__}"
@@ -92,14 +96,27 @@ def _unpack_default(temporary: Path) -> Path:
         with system_errors(made):
             model.save_pretrained(made, max_shard_size="1TB")
             tokenizer.save_pretrained(made)
-    (made / "sha256").write_text(file_digest(made / "model.safetensors"))
+    write_digests(made)
     return made
 
 
+def write_digests(folder: Path) -> None:
+    """Write the sha256 and name of every file in a folder into its file "sha256", one file a line."""
+    files = sorted(path for path in folder.iterdir() if path.name != "sha256")
+    write_whole(folder / "sha256", "".join(f"{file_digest(path)}  {path.name}\n" for path in files))
+
+
 def _intact(folder: Path) -> bool:
+    """Whether a folder holds the files that `write_digests` listed and no others. Lists those of an earlier version."""
     try:
-        return (folder / "sha256").read_text() == file_digest(folder / "model.safetensors")
-    except FileNotFoundError:
+        text = (folder / "sha256").read_text(encoding="utf-8")
+        if text == remembered_digest(folder / "model.safetensors"):  # all that earlier versions wrote
+            write_digests(folder)
+            return True
+        listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+        files = {path.name: path for path in folder.iterdir() if path.name != "sha256"}
+        return files.keys() == listed.keys() and all(remembered_digest(files[name]) == listed[name] for name in listed)
+    except (FileNotFoundError, UnicodeDecodeError):
         return False
 
 
@@ -107,7 +124,7 @@ def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
     """The source for a folder that holds a config and safetensors, or exactly one GGUF file.
 
     Raises:
-        ValueError: the folder holds neither, or several GGUF files.
+        ValueError: the folder holds neither, several GGUF files, or weights that `stored_tensors` refuses.
     """
     files = sorted(path.name for path in folder.iterdir())
     for file in _DESCRIPTIONS.intersection(files):  # the libraries would parse a file of any size
@@ -116,8 +133,10 @@ def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
     if any(file.endswith(".safetensors") for file in files):
         if "config.json" not in files:
             raise Refusal(f"model {name!r} must have a config.json beside its safetensors, but has none")
+        stored_tensors(name, folder)
         return Source(name, model_id or folder.name, license_, folder)
     ggufs = [file for file in files if file.endswith(".gguf")]
+    refuse_adapter(name, folder)
     if len(ggufs) == 1:
         return Source(name, model_id or folder.name, license_, folder, ggufs[0])
     if ggufs:

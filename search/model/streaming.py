@@ -8,7 +8,7 @@ are stored (safetensors shards, or seeded random ones) and how a transformers de
 from __future__ import annotations
 
 import copy
-import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +25,10 @@ from compression.refusal import Refusal
 from compression.sites import Site, check_weight, dense_weight, discover_sites
 from compression.storage.factor_cache import FactorCache
 from search.model.architecture import empty_model
+from search.model.pretrained import different_ties
 from search.model.random_models import random_parameter
 from search.model.sources import locate
+from search.model.weight_files import stored_tensors
 
 __all__ = ["StreamedModel", "decompose_streamed"]
 
@@ -47,7 +49,7 @@ class StreamedModel:
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         source = locate(name)
         self._model = empty_model(source)
-        self._read = _reader(source.folder)
+        self._read = random_parameter if source.folder is None else _reader(source.name, source.folder, self._model)
         self._device, self._dtype = device, dtype
         self.sites: tuple[Site, ...] = discover_sites(self._model, shapes_only=True)
         self.prefix = self.sites[0].name.partition(".0.")[0]
@@ -203,24 +205,36 @@ def decompose_streamed(
     stream(model, batches, generator, visit, scratch, lambda done: progress(f"pass {done} of {2 * model.blocks}"))
 
 
-def _reader(folder: Path | None) -> Callable[[str, torch.Size, torch.dtype], torch.Tensor]:
-    """A function that reads a parameter by name from the safetensors in `folder`, or draws it if `folder` is None."""
-    if folder is None:
-        return random_parameter
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    else:
-        where = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), path.name)
+def _reader(name: str, folder: Path, model: Any) -> Callable[[str, torch.Size, torch.dtype], torch.Tensor]:
+    """A function that reads a parameter by name from the safetensors in `folder`.
+
+    Raises:
+        ValueError: as for `search.model.weight_files.stored_tensors`; or the files hold a tensor that the model does
+            not take, or two different tensors that its config ties.
+    """
+    where = stored_tensors(name, folder)
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    for tensor in sorted(where.keys() - model.state_dict().keys()):
+        if not any(re.search(pattern, tensor) for pattern in ignored):
+            raise Refusal(
+                f"model {name!r} holds {tensor}, which the model of its config does not take; correct the config, or "
+                "remove the tensor"
+            )
+
+    def stored(name: str) -> torch.Tensor:
+        with safe_open(where[name], framework="pt") as file:
+            values: torch.Tensor = file.get_tensor(name)
+        return values
+
+    for target, origin in tied.items():
+        if target in where and origin in where and not torch.equal(stored(target), stored(origin)):
+            raise Refusal(different_ties(name, target, origin))
 
     def read(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         if name not in where:
             raise Refusal(f"model {folder.name!r} lacks the weight {name} that its config asks for")
-        with safe_open(folder / Path(where[name]).name, framework="pt") as file:
-            values = file.get_tensor(name)
+        values = stored(name)
         if values.shape != shape or not values.is_floating_point():
             raise Refusal(f"weight {name} must be floating point of shape {tuple(shape)}, got {tuple(values.shape)}")
         converted: torch.Tensor = values.to(dtype)

@@ -15,7 +15,7 @@ from compression.decomposition.apply import ScheduleApplier
 from compression.schedule import Schedule
 from compression.size import choice_parameters
 from envs import Problem
-from search.config import Config
+from search.config import FREE_AFTERWARDS, Config
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
 from search.pipeline.rehearsal import rehearse_prior
@@ -26,12 +26,14 @@ from search.profiling.sensitivity import traces
 from search.profiling.sweep import read_profile
 from search.runtime.console import Console
 from search.runtime.provenance import environment
-from search.runtime.run_folder import CONFIG, ENVIRONMENT, PRIOR, SUMMARY, RunFolder
+from search.runtime.run_digest import write_digest
+from search.runtime.run_folder import CONFIG, DIGEST, ENVIRONMENT, PRIOR, SUMMARY, RunFolder
 from search.trials.preflight import preflight
 
 __all__ = ["SCHEDULE", "Applied", "apply", "compress_", "fit_prior"]
 
 SCHEDULE = "schedule.json"
+_MADE_OF = (CONFIG, PRIOR, SUMMARY, SCHEDULE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +128,7 @@ def apply(
     config, device, _ = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
-    measured = traces(read_profile(profile, loaded.digest)) if profile is not None else {}
+    measured = traces(read_profile(profile, loaded)) if profile is not None else {}
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
         rehearse_prior(experiment)
@@ -136,10 +138,11 @@ def apply(
     with RunFolder.new(config.out, "apply", config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())
-        folder.write_json(ENVIRONMENT, environment())
+        folder.write_json(ENVIRONMENT, environment() | {"digest": DIGEST})
         folder.write_text(SCHEDULE, applied.schedule.to_json() + "\n")
         if applied.menu is None and not measure and not measured:
             folder.write_text(PRIOR, prior.to_json())
+            write_digest(folder, _MADE_OF, loaded.identity, FREE_AFTERWARDS)
             return folder.path, [], applied.notes
         menu = applied.menu or made_menu(experiment, console)
         experiment.calibration.release()
@@ -148,6 +151,7 @@ def apply(
         origin = Origin(model=prior.model, schedule_digest=prior.schedule.digest, notes=applied.notes)
         folder.write_text(PRIOR, made.model_copy(update={"origin": origin}).to_json())
         folder.write_json(SUMMARY, {"model": loaded.model_id, "notes": applied.notes, "rows": rows})
+        write_digest(folder, _MADE_OF, loaded.identity, FREE_AFTERWARDS)
     return folder.path, rows, applied.notes
 
 

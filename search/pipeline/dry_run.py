@@ -80,8 +80,10 @@ def plan(config: Config) -> Mapping[str, object]:
             "tokens_per_trial": tokens["trial"],
             "selection_tokens": tokens["selection"],
             "held_out_tokens": tokens["held-out"],
+            "search_items": len(experiment.splits.search_items),
             "report_items": len(experiment.splits.report_items),
             "benchmark_items": measured,
+            "notes": list(experiment.splits.notes),
         },
         "cost": {
             "forward_tokens": forward,

@@ -13,10 +13,11 @@ from pathlib import Path
 from agents import Learner
 from compression.schedule import Schedule
 from envs import Problem
-from search.config import Config
+from search.config import FREE_AFTERWARDS, Config
 from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate, check_space, stays_dense
+from search.healing.state import HEALED, STATE
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
 from search.pipeline.rehearsal import rehearse
@@ -25,7 +26,8 @@ from search.reporting.frames import csv_text
 from search.reporting.run_report import REPORT, report
 from search.runtime.console import Console
 from search.runtime.provenance import environment
-from search.runtime.run_folder import CONFIG, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TABLE, TRIALS, RunFolder
+from search.runtime.run_digest import write_digest
+from search.runtime.run_folder import CONFIG, DIGEST, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TABLE, TRIALS, RunFolder
 from search.runtime.tensorboard import curves
 from search.trials.loop import Trial, run_agent, spent
 from search.trials.preflight import preflight
@@ -34,7 +36,10 @@ from search.trials.setup import make_agent, open_journal, refuse_other_search, r
 from search.trials.starting_point import StartingPoint
 from search.workers.pools import search_pool
 
-__all__ = ["RunSummary", "run"]
+__all__ = ["MADE_OF", "RunSummary", "run"]
+
+MADE_OF = (CONFIG, PRIOR, SUMMARY, f"{HEALED}/{STATE}")
+"""The files that the digest of a run covers. They hold the digests of its weight files."""
 
 _TIMED = ("uniform", "lagrangian", "searched")
 
@@ -82,12 +87,14 @@ def run(config: Config, console: Console) -> RunSummary:
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
         rehearse(experiment, start)
+    for note in experiment.splits.notes:
+        console.note(note)
     if config.resume is not None:
         refuse_other_search(Path(config.resume) / STUDY, config, experiment, start)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())
-        folder.write_json(ENVIRONMENT, environment())
+        folder.write_json(ENVIRONMENT, environment() | {"digest": DIGEST})
         return _run_in(folder, experiment, start, console)
 
 
@@ -150,6 +157,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     folder.write_text(TABLE, csv_text(rows))
     prior = build_prior(config, experiment.loaded, menu, chosen, rows, experiment.splits)
     folder.write_text(PRIOR, prior.to_json())
+    write_digest(folder, MADE_OF, experiment.loaded.identity, FREE_AFTERWARDS)
     folder.write_text(REPORT, report([folder.path]))
     return RunSummary(folder.path, document, failures, experiment)
 

@@ -33,13 +33,14 @@ from search.evaluation.pool import Job, Pool
 from search.evaluation.score import Score
 from search.experiment.experiment import Experiment, Extract, load
 from search.experiment.preparation import calibrate
+from search.model.loading import LoadedModel
 from search.profiling.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
 from search.reporting.frames import parquet_bytes
 from search.reporting.heat_maps import draw_heat_map
 from search.runtime.console import Console
 from search.runtime.provenance import environment
 from search.runtime.run_folder import CONFIG, ENVIRONMENT, RunFolder
-from search.trials.fingerprints import differences
+from search.trials.fingerprints import differences, with_later
 from search.trials.preflight import preflight
 from search.workers.pools import search_pool
 
@@ -138,14 +139,16 @@ def profile(
     return folder.path, text
 
 
-def read_profile(folder: Path, model_digest: str) -> list[Row]:
-    """Return the rows of a sweep.
+def read_profile(folder: Path, loaded: LoadedModel) -> list[Row]:
+    """Return the rows of a sweep of this model.
 
     Raises:
         ValueError: the folder holds no sweep, or one of another model.
     """
     document, rows = _read(folder)
-    if document["fingerprint"].get("model") != model_digest:
+    own = {"model": loaded.digest, "architecture": loaded.architecture}
+    known = with_later(document["fingerprint"], own)
+    if any(known.get(name) != value for name, value in own.items()):
         raise Refusal(f"profile must be of the same model, but {folder} is of {document['model']}")
     return rows
 
@@ -177,8 +180,8 @@ def _levels(document: Mapping[str, Any]) -> Levels:
 
 
 def _refuse_another(folder: Path, document: Mapping[str, Any], expected: Mapping[str, object]) -> None:
-    if document and document["fingerprint"] != expected:
-        raise Refusal(f"{folder} is another profile: " + "; ".join(differences(document["fingerprint"], expected)))
+    if document and (known := with_later(document["fingerprint"], expected)) != expected:
+        raise Refusal(f"{folder} is another profile: " + "; ".join(differences(known, expected)))
 
 
 def _check_context(experiment: Experiment, context: int) -> None:
@@ -194,6 +197,7 @@ def _fingerprint(experiment: Experiment, data: Sequence[Packed]) -> dict[str, ob
     """Return everything that determines the numbers in the table, as plain JSON values."""
     return {
         "model": experiment.loaded.digest,
+        "architecture": experiment.loaded.architecture,
         "statistics": experiment.calibration.key,
         "data": cache_key(tokens=[list(one.tokens) for one in data]),
         "dtype": str(experiment.loaded.model.dtype),

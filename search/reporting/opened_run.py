@@ -12,6 +12,7 @@ import pandas as pd
 from compression.refusal import Refusal
 from compression.storage.strict_json import read_object
 from search.reporting.frames import read_frame
+from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY, TRIALS
 
 __all__ = ["BENCHMARKS", "CONTEST", "SENSITIVITY", "OpenedRun"]
@@ -36,10 +37,12 @@ class OpenedRun:
         """Open a folder.
 
         Raises:
-            Refusal: no command of this project has written the folder.
+            Refusal: no command of this project has written the folder, or a finished run was changed since.
         """
         if not (folder / CONFIG).is_file():
             raise Refusal(f"a run, a sweep or a comparison has a {CONFIG}, and {folder} has none")
+        if (folder / PRIOR).is_file():
+            refuse_changed(folder)
         return cls(folder)
 
     @property

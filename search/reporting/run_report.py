@@ -21,6 +21,7 @@ from search.reporting.frames import read_records
 from search.reporting.opened_run import BENCHMARKS, SENSITIVITY
 from search.reporting.page import Section, page, table
 from search.reporting.tables import SUMMARY_COLUMNS, Column
+from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
 
 __all__ = ["REPORT", "Run", "report"]
@@ -52,10 +53,12 @@ class Run:
         """Read a run folder.
 
         Raises:
-            ValueError: the folder holds nothing to report, or one of its files is malformed.
+            ValueError: the folder holds nothing to report, a file is malformed, or a finished run was changed.
         """
         if not any((folder / name).is_file() for name in (SUMMARY, BENCHMARKS, SENSITIVITY)):
             raise Refusal(f"there is no finished run, profile or benchmark in {folder}: {SUMMARY} is missing")
+        if (folder / PRIOR).is_file():
+            refuse_changed(folder)
         return cls(
             name=folder.resolve().name,
             summary=_json(folder / SUMMARY),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compression.refusal import Refusal
-from compression.storage.strict_json import bounded_text
+from compression.storage.strict_json import bounded_text, json_digest
 from compression.storage.tensor_files import new_tensor_file
 from search.runtime.files import file_digest, write_whole
 from search.runtime.signals import shield
@@ -56,7 +56,8 @@ class Checkpoints:
                 digest = file_digest(partial)
                 partial.replace(tensors)
             content = {"step": checkpoint.step, "sha256": digest, "state": dict(checkpoint.state)}
-            write_whole(record, json.dumps(content, allow_nan=False))
+            plain = json.loads(json.dumps(content, allow_nan=False))
+            write_whole(record, json.dumps({**plain, "digest": json_digest(plain)}))
             steps = self._steps()
             kept = [step for step in steps if step <= checkpoint.step][-_KEPT:]
             for step in set(steps).difference(kept):
@@ -76,6 +77,9 @@ class Checkpoints:
             tensors, record = self._files(step)
             try:
                 content = json.loads(bounded_text(record, "the checkpoint"))
+                own = content.pop("digest", None)  # earlier versions wrote none
+                if own not in (None, json_digest(content)):
+                    raise Refusal("its record was changed")
                 if content["step"] != step or file_digest(tensors) != content["sha256"]:
                     raise Refusal("its checksum differs")
                 return take(Checkpoint(step, load_file(tensors), content["state"]))

@@ -26,6 +26,7 @@ from search.runtime.provenance import now
 
 __all__ = [
     "CONFIG",
+    "DIGEST",
     "ENVIRONMENT",
     "LOG",
     "PRIOR",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
+DIGEST = "digest.json"
 ENVIRONMENT = "environment.json"
 PRIOR = "prior.json"
 STUDY = "study.db"

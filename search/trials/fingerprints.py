@@ -8,7 +8,10 @@ from typing import Any
 
 from search.runtime.files import finite
 
-__all__ = ["differences", "plain_values", "with_defaults"]
+__all__ = ["differences", "plain_values", "with_defaults", "with_later"]
+
+_LATER = ("architecture",)
+"""Entries that earlier versions did not write and that have no default: where they are absent, nothing is checked."""
 
 
 def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,6 +25,11 @@ def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
             inner = filled[key]
             filled[key] = {**inner, **{name: value for name, value in default.items() if name not in inner}}
     return filled
+
+
+def with_later(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored fingerprint `known`; entries that its version did not write yet are taken from `given`."""
+    return {name: given[name] for name in _LATER if name in given} | dict(known)
 
 
 def differences(known: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from compression.refusal import Refusal
 from search.runtime.files import finite
 from search.runtime.signals import shield
-from search.trials.fingerprints import differences, plain_values, with_defaults
+from search.trials.fingerprints import differences, plain_values, with_defaults, with_later
 
 __all__ = ["Journal", "Record", "refuse_another", "stored_fingerprint"]
 
@@ -288,7 +288,7 @@ def refuse_another(
         return
     plain = plain_values(fingerprint)
     comparable = {name: value for name, value in stored.items() if name in plain or name not in _SPACE}
-    if (known := with_defaults(comparable, plain_values(defaults))) != plain:
+    if (known := with_later(with_defaults(comparable, plain_values(defaults)), plain)) != plain:
         raise Refusal(f"{path} belongs to another search: " + "; ".join(differences(known, plain)))
 
 

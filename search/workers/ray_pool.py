@@ -256,13 +256,13 @@ class ModelWorker:
         self,
         values: dict[str, Any],
         anchor: str,
-        digest: str,
+        model: dict[str, str],
         sharers: int,
         threads: int,
         gpus: float,
         extract: tuple[int, int | None] | None = None,
     ):
-        self._arguments = values, anchor, digest, sharers
+        self._arguments = values, anchor, model, sharers
         self._threads, self._gpus = threads, gpus
         self._extract = None if extract is None else Extract(*extract)
 
@@ -271,8 +271,8 @@ class ModelWorker:
         torch.set_num_threads(self._threads)
         if 0 < self._gpus < 1:
             torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE * self._gpus)
-        values, anchor, digest, sharers = self._arguments
-        self._evaluator = RemoteEvaluator(values, Schedule.from_json(anchor), digest, sharers, self._extract)
+        values, anchor, model, sharers = self._arguments
+        self._evaluator = RemoteEvaluator(values, Schedule.from_json(anchor), model, sharers, self._extract)
         return {"dense": self._evaluator.evaluator.dense.to_dict(), "identity": self._evaluator.experiment.identity}
 
     def work(self, jobs: list[str]) -> list[str]:
@@ -303,7 +303,7 @@ def ray_pool(
             num_cpus=0 if gpus else threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )
         plain = None if extract is None else (extract.tokens, extract.context)
-        arguments = portable_fields(config), anchor.to_json(), experiment.loaded.digest, count, threads, gpus, plain
+        arguments = portable_fields(config), anchor.to_json(), experiment.loaded.identity, count, threads, gpus, plain
         sizes = SizeModel(experiment.loaded.model, experiment.sites)
 
         def failed(schedule: Schedule, reason: str, seconds: float) -> Score:

@@ -6,6 +6,8 @@ factors, so that one more evaluator costs little memory. The first evaluator cre
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 from search.config import EVALUATORS, Config
@@ -45,13 +48,21 @@ class RemoteEvaluator:
     Args:
         values: from `portable_fields`.
         anchor: see `search.evaluation.evaluator.ModelEvaluator`.
-        digest: digest of the model's parameters. A model with another digest is not shared, and the caller refuses it.
+        model: `LoadedModel.identity` of the run's model.
         sharers: approximate number of evaluators that share this machine's memory for hidden states.
         extract: see `search.workers.pools.search_pool`.
+
+    Raises:
+        Refusal: the model is another one here than in the run.
     """
 
     def __init__(
-        self, values: dict[str, Any], anchor: Schedule, digest: str, sharers: int = 1, extract: Extract | None = None
+        self,
+        values: dict[str, Any],
+        anchor: Schedule,
+        model: Mapping[str, str],
+        sharers: int = 1,
+        extract: Extract | None = None,
     ) -> None:
         config = Config.of(values)
         device = resolve_device(config.device)
@@ -59,8 +70,13 @@ class RemoteEvaluator:
         lock = FileLock(cache_folder() / "evaluators.lock")
         with lock:
             dtype = working_dtype(config.dtype, device)
-            loaded = None if config.per_head else shared_model(config.model, device, dtype, digest, cache)
+            loaded = None if config.per_head else shared_model(config.model, device, dtype, model["weights"], cache)
         loaded, sites = load(config, device, loaded)
+        if different := [part for part, digest in model.items() if loaded.identity[part] != digest]:
+            raise Refusal(
+                f"the model {config.model} has other {' and '.join(different)} on {socket.gethostname()} than in the "
+                "run; all evaluators need the same files, and these must not change during a run"
+            )
         self.experiment = Experiment.of(config, loaded, sites, device)
         with lock:
             self.experiment.store.menu()

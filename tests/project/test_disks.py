@@ -16,7 +16,7 @@ from fake_data import data_for_processes
 from benchmarks.chaos import journal
 from search import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("disks")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +132,12 @@ def test_a_cache_file_that_does_not_fit_leaves_none_cut_and_those_before_it_whol
     assert lines == [errno.ENOSPC, 1, 1000, 0], said
 
 
-@pytest.mark.parametrize("evaluators", [1, 2])
 def test_a_home_that_may_not_be_written_is_no_hindrance_with_a_cache_elsewhere(
-    evaluators: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    flags = ["--budget", "2", "--evaluators", str(evaluators), "--out", str(tmp_path / "run")]
+    flags = ["--budget", "2", "--evaluators", "2", "--out", str(tmp_path / "run")]
     codes, said = on_a_disk(tmp_path / "home", "ro", [*SEARCH, *flags])
     assert codes == [0], said
     assert len(journal(tmp_path / "run" / "study.db")) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from compression import MPOLinear
 from search import hf
 from search.export.folder import export_model
+from search.model.loading import load_for_use
 
 PROMPT = torch.arange(40).reshape(2, 20)
 MASK = torch.ones_like(PROMPT)
@@ -116,7 +118,6 @@ def elsewhere(folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("elsewhere")
 def test_without_this_project_the_code_beside_the_weights_reads_them(original, elsewhere):
     _, saved = elsewhere
     assert_same_logits(saved["first"], logits(original.model))
@@ -124,7 +125,6 @@ def test_without_this_project_the_code_beside_the_weights_reads_them(original, e
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("elsewhere")
 def test_without_project_or_trust_loading_is_an_error(elsewhere):
     ran, _ = elsewhere
     assert ran.stdout.split()[:3] == ["refused", "refused", "score"]
@@ -217,7 +217,6 @@ def test_lora_learns_beside_the_cores_and_refuses_to_merge(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("elsewhere")
 def test_lm_eval_reads_the_folder_with_the_code_beside_the_weights(elsewhere):
     ran, _ = elsewhere
     assert "LlamaForCausalLM" in ran.stdout
@@ -280,6 +279,69 @@ def test_a_pickle_is_refused(copy):
         load(copy)
 
 
+RULES = [
+    ({"rms_norm_eps": 1e-2}, "rms_norm_eps was 1e-06, is 0.01"),
+    ({"hidden_act": "relu"}, 'hidden_act was "silu", is "relu"'),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}, "rope_parameters.rope_theta was 10000.0, is 9"),
+    ({"rope_theta": 9.0}, "rope_theta was added"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling was added"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor was added"),
+    ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}, "head_dim was 8, is 16"),
+    ({"num_hidden_layers": 1}, "num_hidden_layers was 3, is 1"),
+    ({"max_position_embeddings": 1}, "max_position_embeddings was"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings was true, is false"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), RULES)
+def test_a_config_with_other_rules_is_refused(copy, change, message):
+    document = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(document | change))
+    with pytest.raises(
+        ValueError, match=f"config.json was changed after the weights were written: {re.escape(message)}"
+    ):
+        load(copy)
+    with pytest.raises(ValueError, match="was changed after the weights were written"):
+        load_for_use(str(copy), "cpu")
+
+
+def test_a_field_that_was_removed_from_the_config_is_refused_if_its_default_differs(copy):
+    document = json.loads((copy / "config.json").read_text())
+    del document["vocab_size"]
+    (copy / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="vocab_size was 257, is 32000"):
+        load(copy)
+
+
+def test_what_transformers_and_callers_add_is_no_change(copy, tmp_path):
+    document = json.loads((copy / "config.json").read_text())
+    free = {"dtype": "float16", "use_cache": False, "transformers_version": "9.9.9", "_name_or_path": "elsewhere"}
+    (copy / "config.json").write_text(json.dumps(document | free))
+    model = load(copy, rms_norm_eps=1e-3, output_hidden_states=True)
+    assert model.config.rms_norm_eps == 1e-3
+    model.config.pad_token_id = 3
+    model.save_pretrained(tmp_path / "again", max_shard_size="50KB")
+    again = load(tmp_path / "again")
+    assert (again.config.rms_norm_eps, again.config.pad_token_id) == (1e-3, 3)
+    assert_same_tensors(again, model)
+
+
+def as_earlier_versions(path):
+    """Take the config out of the header of the weights."""
+    file = path / "model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        metadata = tensors.metadata()
+    assert metadata.pop("chisel_config")
+    save_file(load_file(file), file, metadata)
+
+
+def test_a_folder_of_an_earlier_version_holds_no_config_to_compare_and_loads(copy):
+    as_earlier_versions(copy)
+    document = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(document | {"rms_norm_eps": 1e-2}))
+    assert load(copy).config.rms_norm_eps == 1e-2
+
+
 def edited(path, change):
     document = json.loads((path / "config.json").read_text())
     change(document["quantization_config"])
@@ -301,5 +363,8 @@ def edited(path, change):
 )
 def test_a_description_that_does_not_fit_is_refused(copy, change, message):
     edited(copy, change)
+    with pytest.raises(ValueError, match=r"the description of model\S+ in .*modules differs|format 99|a mapping"):
+        load(copy)
+    as_earlier_versions(copy)
     with pytest.raises(ValueError, match=message):
         load(copy)

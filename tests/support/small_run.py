@@ -1,6 +1,6 @@
-"""The flags of a run on a tiny model, small enough for a test: two seconds, healing left out.
+"""The flags of a run on a tiny model, small enough for a test: without repair and healing.
 
-`HEAL` adds a healing of a few steps, for tests that concern it; the table then ends with one row more.
+`HEAL` adds a short repair and a healing of a few steps, for tests that concern them; the table then has two more rows.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ SMALL = {
     "search_text_tokens": 128,
     "heldout_tokens": 600,
     "report_items": 6,
-    "repair_tokens": 512,
+    "repair_tokens": 0,
     "heal_minutes": 0,
     "benchmark_items": 0,
     "export": "none",
 }
-NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched", "repaired"]
-HEALED = [*NAMES, "healed"]
-HEAL = {"heal_minutes": 0.01}
+NAMES = ["dense", "uniform-plain", "uniform-whitened", "uniform", "lagrangian", "searched"]
+HEALED = [*NAMES, "repaired", "healed"]
+HEAL = {"repair_tokens": 512, "heal_minutes": 0.01}
 
 
 def words(**changes: object) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from compression.layers.heads import split_heads_
@@ -11,7 +12,7 @@ from compression.numerics.cores import decompose, truncate
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
 from compression.sites import dense_weight, discover_sites
-from search.model.loading import load_model
+from search.model.loading import LoadedModel, load_model
 
 
 class Conv1D(nn.Module):
@@ -24,6 +25,15 @@ class Conv1D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight + self.bias
+
+
+def with_beginning(loaded: LoadedModel) -> LoadedModel:
+    """The same model with a tokenizer that puts its beginning-of-sequence token before a text, as Gemma's does."""
+    tokenizer = loaded.tokenizer
+    token = tokenizer.bos_token
+    template = TemplateProcessing(single=[token, "$A"], special_tokens=[(token, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return loaded
 
 
 def tensorized(name: str = "random:tiny-llama", chi: int = 8, heads: bool = False):

@@ -184,6 +184,21 @@ def test_an_impossible_entry_is_measured_again(costs: object, tmp_path: Path, mo
     document = json.loads(file.read_text())
     [machine] = document["seconds"]
     document["seconds"][machine] = dict.fromkeys(document["seconds"][machine], costs)
+    del document["sha256"]  # as earlier versions wrote it
+    file.write_text(json.dumps(document))
+    Planner("latency", file, tokens=(1,)).plan_(model_of(5))
+    assert len(measuring.asked) == 2
+
+
+def test_costs_that_do_not_match_their_checksum_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring, file = Measuring(monkeypatch), tmp_path / "costs.json"
+    Planner("latency", file, tokens=(1,)).plan_(model_of(5))
+    document = json.loads(file.read_text())
+    for entries in document["seconds"].values():
+        for costs in entries.values():
+            costs.update(dict.fromkeys(costs, 1.0))
     file.write_text(json.dumps(document))
     Planner("latency", file, tokens=(1,)).plan_(model_of(5))
     assert len(measuring.asked) == 2

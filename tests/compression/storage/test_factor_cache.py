@@ -1,86 +1,82 @@
-import threading
-from concurrent.futures import ThreadPoolExecutor
+"""A cached value is used only under the key, and for the purpose, that its file says it was stored for."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 
-KEY = cache_key(what="a test")
-OTHER = cache_key(what="another test")
-COUNT = 4
+ONE, TWO = cache_key(value=1), cache_key(value=2)
 
 
-class Users:
-    """Several users of one cache that ask for the same key at the same time, as processes of a machine do."""
-
-    def __init__(self, root):
-        self.said, self.built = [], []
-        self.caches = [FactorCache(root, self.said.append) for _ in range(COUNT)]
-
-    def build(self):
-        self.built.append(1)
-        threading.Event().wait(0.1)  # the others arrive meanwhile
-        return Bundle({"values": torch.arange(1000.0)})
-
-    def ask(self, act):
-        start = threading.Barrier(COUNT)
-
-        def one(cache):
-            start.wait()
-            return act(cache)
-
-        with ThreadPoolExecutor(COUNT) as pool:
-            return list(pool.map(one, self.caches))
+def bundle(value: float) -> Bundle:
+    return Bundle({"x": torch.full((3,), value)}, {"note": "kept"})
 
 
-@pytest.fixture
-def users(tmp_path):
-    return Users(tmp_path)
+def path_of(root: Path, key: str) -> Path:
+    [path] = root.rglob(f"{key}.*.safetensors")
+    return path
 
 
-def test_one_makes_what_several_need_and_the_others_say_that_they_wait(users, tmp_path):
-    bundles = users.ask(lambda cache: cache.get_or_build(KEY, users.build))
-    assert all(torch.equal(bundle.tensors["values"], torch.arange(1000.0)) for bundle in bundles)
-    assert len(users.built) == 1
-    assert users.said == ["another process is making statistics or factors that this one needs; waiting for them"] * 3
-    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".safetensors"]
+def swapped(root: Path) -> None:
+    """Give two files each other's keys and keep the checksums, which stay right."""
+    paths = {key: path_of(root, key) for key in (ONE, TWO)}
+    targets = {
+        key: paths[other].with_name(paths[key].name.replace(key, other)) for key, other in ((ONE, TWO), (TWO, ONE))
+    }
+    for key, target in targets.items():
+        paths[key].rename(target)
 
 
-def test_a_user_says_only_once_that_it_waits(users):
-    for key in (KEY, OTHER):
-        users.ask(lambda cache, key=key: cache.get_or_build(key, users.build))
-    assert len(users.built) == 2
-    assert len(users.said) <= COUNT
+def test_files_with_swapped_names_are_set_aside_and_made_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    cache = FactorCache(tmp_path, said.append)
+    for key, value in ((ONE, 1.0), (TWO, 2.0)):
+        cache.store(key, bundle(value))
+    swapped(tmp_path)
+    for key, value in ((ONE, 1.0), (TWO, 2.0)):
+        found = cache.get_or_build(key, lambda value=value: bundle(value))  # type: ignore[misc]
+        assert found.tensors["x"].tolist() == [value] * 3
+    assert ["damaged" in line for line in said] == [True, True]
+    assert len(list(tmp_path.rglob("*.damaged"))) == 2
 
 
-@pytest.mark.parametrize("act", ["get_or_build", "load"])
-def test_one_mends_what_several_find_damaged(act, users, tmp_path):
-    FactorCache(tmp_path).store(KEY, Bundle({"values": torch.arange(1000.0)}))
-    [file] = tmp_path.rglob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-8] + b"damaged!")
-    bundles = users.ask(
-        lambda cache: cache.get_or_build(KEY, users.build) if act == "get_or_build" else cache.load(KEY)
-    )
-    assert sum("is damaged; set aside" in text for text in users.said) == 1
-    assert len(list(tmp_path.rglob("*.damaged"))) == 1
-    if act == "load":
-        assert bundles == [None] * COUNT
-    else:
-        assert all(torch.equal(bundle.tensors["values"], torch.arange(1000.0)) for bundle in bundles)
-        assert len(users.built) == 1
+def test_what_the_cache_adds_to_a_file_is_not_part_of_the_value(tmp_path: Path) -> None:
+    cache = FactorCache(tmp_path, made_for={"architecture": "a"})
+    cache.store(ONE, bundle(1.0))
+    found = cache.load(ONE)
+    assert found is not None
+    assert found.metadata == {"note": "kept"}
 
 
-def test_a_maker_that_fails_leaves_it_to_the_next(users):
-    def fail():
-        raise MemoryError
+def test_a_file_of_an_earlier_version_is_used_and_said_to_be_unchecked_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    cache = FactorCache(tmp_path, said.append, {"architecture": "a"})
+    for key in (ONE, TWO):
+        cache.store(key, bundle(1.0))
+        path = path_of(tmp_path, key)
+        path.unlink()
+        save_file(dict(bundle(1.0).tensors), path.with_suffix(".partial"), {"note": "kept"})
+        digest = hashlib.sha256(path.with_suffix(".partial").read_bytes()).hexdigest()[:32]
+        path.with_suffix(".partial").rename(path.with_name(f"{key}.{digest}.safetensors"))
+        assert cache.has(key)
+        assert cache.load(key) is not None
+    assert len(said) == 1
+    assert "earlier version" in said[0]
 
-    with pytest.raises(MemoryError):
-        users.caches[0].get_or_build(KEY, fail)
-    assert users.caches[1].get_or_build(KEY, users.build).tensors.keys() == {"values"}
 
-
-def test_a_value_may_be_made_from_another_of_the_same_cache(users):
-    cache = users.caches[0]
-    bundle = cache.get_or_build(KEY, lambda: cache.get_or_build(OTHER, users.build))
-    assert bundle.tensors.keys() == {"values"}
+def test_values_made_for_something_else_are_passed_over_and_stay(tmp_path: Path) -> None:
+    caches = {name: FactorCache(tmp_path, pytest.fail, {"architecture": name}) for name in "ab"}
+    for number, (name, cache) in enumerate(caches.items()):
+        assert not cache.has(ONE)
+        assert cache.get_or_build(ONE, lambda number=number: bundle(number)).tensors["x"][0] == number  # type: ignore[misc]
+        assert cache.has(ONE), name
+    for number, cache in enumerate(caches.values()):
+        found = cache.load(ONE)
+        assert found is not None
+        assert found.tensors["x"][0] == number

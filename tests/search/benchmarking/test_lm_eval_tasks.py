@@ -16,6 +16,7 @@ import torch
 from fake_data import fake_data
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tiny_model import with_beginning
 
 from search.benchmarking.documents import select
 from search.benchmarking.lm_eval_model import LanguageModel
@@ -121,9 +122,11 @@ def test_one_description_stands_for_those_of_all_subjects(name: str) -> None:
         assert rendered == description
 
 
-@pytest.mark.parametrize("model", ["random:tiny-llama", "random:tiny-gpt2"])
-def test_whole_texts_and_empty_contexts_score_as_in_lm_eval(model: str) -> None:
-    loaded = load_model(model, "cpu")
+@pytest.mark.parametrize(("model", "begun"), [("llama", False), ("gpt2", False), ("llama", True)])
+def test_whole_texts_and_empty_contexts_score_as_in_lm_eval(model: str, begun: bool) -> None:
+    loaded = load_model(f"random:tiny-{model}", "cpu")
+    if begun:
+        with_beginning(loaded)
     loaded.model.config.max_position_embeddings = 64  # so that texts are cut into windows
     theirs = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
     rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("a short text", "a long text " * 9)]

@@ -137,6 +137,57 @@ def test_what_a_folder_holds_counts_where_the_cache_is_gone(
     assert len(asked) == 2
 
 
+def test_an_outcome_that_does_not_match_its_checksum_is_measured_again_and_the_others_stay(
+    tmp_path: Path, asked: list[int], fake_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("random:tiny-llama", "--tasks", FEW, "--out", tmp_path / "out")
+    assert bench(*words) == 0
+    [cached] = [path for path in (tmp_path / "cache" / "benchmarks").rglob("*.json") if "boolq" in path.read_text()]
+    expected = json.loads(cached.read_text())
+    changed = expected | {"figures": {name: [1.0] * len(one) for name, one in expected["figures"].items()}}
+    cached.write_text(json.dumps(changed))
+    document = written(tmp_path / "out")
+    document["outcomes"] = [changed if one["task"] == "boolq" else one for one in document["outcomes"]]
+    (tmp_path / "out" / "benchmarks.json").write_text(json.dumps(document))
+    capsys.readouterr()
+    assert cli.main(["benchmark", *map(str, words), "--device", "cpu"]) == 0
+    error = capsys.readouterr().err
+    assert f"cached outcome {cached.name} is damaged" in error
+    assert "1 of 2 outcomes in" in error
+    assert len(asked) == 3
+    for found in (*written(tmp_path / "out")["outcomes"], json.loads(cached.read_text())):
+        if found["task"] == "boolq":
+            assert found["figures"] == expected["figures"]
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_outcomes_of_an_earlier_version_are_used_and_said_to_be_unchecked(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("random:tiny-llama", "--tasks", FEW, "--out", tmp_path / "out")
+    assert bench(*words) == 0
+    document = written(tmp_path / "out")
+    for one in document["outcomes"]:
+        del one["sha256"], one["architecture"]
+    (tmp_path / "out" / "benchmarks.json").write_text(json.dumps(document))
+    monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "another"))
+    assert cli.main(["benchmark", *map(str, words), "--device", "cpu"]) == 0
+    assert len(asked) == 2
+    assert capsys.readouterr().err.count("is not checked") == 1
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_the_cache_goes_by_the_config_of_a_model_too(tmp_path: Path, asked: list[int]) -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    loaded.model.save_pretrained(tmp_path / "one")
+    loaded.tokenizer.save_pretrained(tmp_path / "one")
+    assert bench(tmp_path / "one", "--tasks", "boolq", "--out", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert bench(tmp_path / "one", "--tasks", "boolq", "--out", tmp_path / "out") == 0
+    assert len(asked) == 2
+
+
 @pytest.mark.usefixtures("fake_data")
 def test_the_cache_goes_by_what_a_model_holds_not_by_its_name(tmp_path: Path, asked: list[int]) -> None:
     loaded = load_model("random:tiny-llama", "cpu")

@@ -120,6 +120,34 @@ def test_a_file_whose_search_half_is_in_the_heldout_exam_is_refused(fake_data: P
         build_splits(encode, str(jsonl(tmp_path / "mmlu.jsonl", records)), **SIZES | {"heldout_tokens": 10000})
 
 
+def test_equal_questions_count_once_and_too_few_or_too_long_ones_are_refused(fake_data: Path, tmp_path: Path) -> None:
+    records = [{"question": f"Own question {n}?", "choices": ["x", "y"], "answer": n % 2} for n in range(40)]
+    file = str(jsonl(tmp_path / "own.jsonl", [*records, *records * 4]))
+    split = build_splits(encode, file, **SIZES, parts=12)
+    assert len({item.digest for item in split.search_items}) == len(split.search_items) == 12
+    assert len({item.digest for item in split.report_items}) == len(split.report_items) < 24
+    [note] = split.notes
+    assert re.search(r"has \d+ usable questions for the final table: .* \d+ repeat others .*; 24 were asked for", note)
+    equal = str(jsonl(tmp_path / "equal.jsonl", records[:1] * 200))
+    with pytest.raises(
+        ValueError, match=r"has [01] usable questions for the (search|final table).*at least \d+ are need"
+    ):
+        build_splits(encode, equal, **SIZES, parts=2)
+    with pytest.raises(
+        ValueError, match=r"has 0 usable questions for the search: .* 0 repeat others and 48 are longer"
+    ):
+        build_splits(encode, **SIZES, fits=lambda item: False)
+
+
+def test_every_sequence_begins_with_the_tokens_that_begin_a_text(fake_data: Path) -> None:
+    split = build_splits(encode, **SIZES, beginning=(300, 301))
+    for text in (split.calibration, split.search_text, split.heldout_text):
+        assert all(chunk[:2] == (300, 301) for chunk in text.chunks)
+        assert all(max(chunk[2:]) < 256 for chunk in text.chunks if len(chunk) > 2)
+    assert (split.calibration.tokens, split.search_text.tokens) == (4000, 500)
+    assert split.calibration.digest != build_splits(encode, **SIZES).calibration.digest
+
+
 def all_test_rows() -> list[dict[str, object]]:
     return [row for subject in SUBJECTS for row in mmlu_rows(subject, "test", 40)]
 

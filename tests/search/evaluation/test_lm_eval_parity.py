@@ -14,12 +14,13 @@ import torch
 from fake_data import ARC_ROWS, HELLASWAG_ROWS, PIQA_ROWS, SCIQ_ROWS, fake_data, mmlu_rows
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tiny_model import with_beginning
 
 from search.data.datasets import load_proxy
 from search.data.items import Item
 from search.data.prompts import Prompt, render
-from search.evaluation.packed_sequences import packed_item
 from search.evaluation.workload import loglikelihoods
+from search.experiment.experiment import workload_sequences
 from search.model.loading import load_model
 
 __all__ = ["fake_data"]
@@ -83,14 +84,16 @@ def test_prompts_equal_the_stock_tasks(stock: str, tmp_path: Path) -> None:
         assert pairs == [instance.args for instance in instances]
 
 
+@pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2"])
 @pytest.mark.parametrize(("proxy", "form"), [("mmlu", "letter"), ("mmlu", "answer"), ("hellaswag", "answer")])
 @pytest.mark.usefixtures("fake_data")
-def test_loglikelihoods_equal_those_of_lm_eval(name: str, proxy: str, form: str) -> None:
+def test_loglikelihoods_of_a_run_equal_those_of_lm_eval(name: str, proxy: str, form: str, begun: bool) -> None:
     loaded = load_model(name, "cpu")
-    requests = [render(item, proxy, form) for item in load_proxy(proxy)[:5]]
-    theirs = lm_eval_loglikelihoods(loaded.model, loaded.tokenizer, requests)
-    packed = [packed_item(loaded.encode, item.context, item.continuations, item.answer) for item in requests]
-    ours = loglikelihoods(loaded.model, packed, torch.device("cpu"))
+    if begun:
+        with_beginning(loaded)
+    items = load_proxy(proxy)[:5]
+    theirs = lm_eval_loglikelihoods(loaded.model, loaded.tokenizer, [render(item, proxy, form) for item in items])
+    ours = loglikelihoods(loaded.model, workload_sequences(loaded, items, proxy, form, []), torch.device("cpu"))
     for mine, reference in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(reference, rel=1e-4, abs=1e-3)

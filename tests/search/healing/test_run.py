@@ -46,7 +46,7 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "a run é", tmp_path / "out"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian")) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", repair_tokens=512)) == cli.DONE
     command = ["heal", str(run), "--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
     assert cli.main([*command, "--quiet"]) == cli.DONE
     state = json.loads((out / "healing.json").read_text())
@@ -87,7 +87,7 @@ def test_an_interrupted_healing_holds_its_folder_and_tells_the_command_that_goes
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "a run", tmp_path / "healed é"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian")) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", repair_tokens=512)) == cli.DONE
     command = ["heal", str(run), "--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
 
     def interrupt(*_: Any) -> str:
@@ -170,7 +170,7 @@ def test_repaired_weights_that_lack_something_are_said_and_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian")) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", repair_tokens=512)) == cli.DONE
     command = ["heal", str(run), "--tokens", "128", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(out)]
 
     def interrupted(*_: object) -> None:

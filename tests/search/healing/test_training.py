@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from copy import deepcopy
@@ -112,6 +113,29 @@ def test_checkpoints_of_another_healing_are_refused(tmp_path: Path) -> None:
     heal(deepcopy(model), dense, text, judge, replace(PLAN, tokens=500), tmp_path)
     with pytest.raises(ValueError, match="belong to a healing with other"):
         heal(model, dense, text, judge, replace(PLAN, tokens=500, rate=1e-3), tmp_path)
+
+
+@pytest.mark.parametrize("other", ["model", "dense"])
+def test_checkpoints_of_a_healing_of_another_model_are_refused(other: str, tmp_path: Path) -> None:
+    dense, model, text, judge = subject()
+    heal(deepcopy(model), dense, text, judge, replace(PLAN, tokens=500), tmp_path)
+    {"model": model, "dense": dense}[other].model.norm.weight[3] += 1e-3
+    with pytest.raises(ValueError, match="belong to a healing of another model"):
+        heal(model, dense, text, judge, replace(PLAN, tokens=500), tmp_path)
+
+
+def test_a_checkpoint_whose_record_was_changed_is_passed_over(tmp_path: Path) -> None:
+    checkpoints, said = Checkpoints(tmp_path), []
+    for step in (1, 2):
+        checkpoints.save(Checkpoint(step, {"x": torch.ones(1)}, {"row": "searched", "rate": 0.1}))
+    record = tmp_path / "step-00000002.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"state": {"row": "repaired", "rate": 0.1}}))
+    assert checkpoints.newest(lambda found: found.step, said.append) == 1
+    assert "its record was changed" in said[0]
+    del content["digest"]  # as earlier versions wrote it
+    record.write_text(json.dumps(content))
+    assert checkpoints.newest(lambda found: found.step) == 2
 
 
 def test_numbers_that_explode_stop_healing_and_the_last_good_state_is_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -196,7 +197,7 @@ def test_the_unpacked_default_is_made_once_and_again_when_damaged(
         loaded = load_model("random:tiny-llama", "cpu")
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        (folder / "sha256").write_text(file_digest(folder / "model.safetensors"))
+        sources.write_digests(folder)
         return folder
 
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
@@ -208,9 +209,23 @@ def test_the_unpacked_default_is_made_once_and_again_when_damaged(
     assert source is not None
     content = bytearray((source / "model.safetensors").read_bytes())
     content[-1] ^= 1
-    (source / "model.safetensors").write_bytes(content)
+    config = json.loads((source / "config.json").read_text())
+    damages: list[tuple[str, bytes]] = [
+        ("model.safetensors", bytes(content)),
+        ("config.json", json.dumps(config | {"rms_norm_eps": 0.1}).encode()),
+        ("adapter_config.json", b"{}"),
+        ("sha256", b"\xff"),
+    ]
+    for number, (name, damage) in enumerate(damages, 2):
+        (source / name).write_bytes(damage)
+        again = load_model("default", "cpu")
+        assert (again.digest, again.model.config.rms_norm_eps) == (first.digest, config["rms_norm_eps"])
+        assert len(made) == number
+    (source / "sha256").write_text(file_digest(source / "model.safetensors"))  # as earlier versions wrote it
+    locate("default")
+    (source / "config.json").write_text("{}")
     assert load_model("default", "cpu").digest == first.digest
-    assert len(made) == 2
+    assert len(made) == len(damages) + 2
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_a_repair_that_does_harm_is_left_out(
 @pytest.mark.usefixtures("fake_data")
 def test_without_repair_it_is_healed_as_it_was_decomposed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert cli.main(words(out=run, budget=0, agent="lagrangian", repair_tokens=0, **HEAL)) == cli.DONE
+    assert cli.main(words(out=run, budget=0, agent="lagrangian", heal_minutes=0.01)) == cli.DONE
     document = json.loads((run / "healed" / "healing.json").read_text())
     assert [row["schedule"] for row in document["rows"]] == ["dense", "searched", "healed"]
     names = [row["schedule"] for row in json.loads((run / "summary.json").read_text())["rows"]]

@@ -28,7 +28,7 @@ __all__ = ["fake_data"]
 def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     agent: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(tmp_path / "whole", agent=agent, budget=budget)
+    whole = run(tmp_path / "whole", agent=agent, budget=budget, repair_tokens=512)
     evaluate, calls = ModelEvaluator.evaluate, []
 
     def stop_at_the_fourth(self: ModelEvaluator, schedules: Any, **how: Any) -> Any:
@@ -38,7 +38,7 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
         return evaluate(self, schedules, **how)
 
     monkeypatch.setattr(ModelEvaluator, "evaluate", stop_at_the_fourth)
-    assert cli.main(words(out=tmp_path / "cut", agent=agent, budget=budget)) == 130
+    assert cli.main(words(out=tmp_path / "cut", agent=agent, budget=budget, repair_tokens=512)) == 130
     assert "--resume" in capsys.readouterr().err
     assert len(trials(tmp_path / "cut")) == 3
     monkeypatch.setattr(ModelEvaluator, "evaluate", evaluate)

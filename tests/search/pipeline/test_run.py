@@ -77,7 +77,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
 def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
     document = run(tmp_path / "run", budget=2)
     prior = json.loads((tmp_path / "run" / "prior.json").read_text())
-    searched = document["rows"][-2]
+    searched = document["rows"][-1]
     choices = [
         (site["name"], Choice(site["topology"], site.get("chi", 0), site.get("metric", "none")))
         for site in prior["sites"]
@@ -98,7 +98,7 @@ def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.slow
 def test_heads_are_compressed_one_by_one_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = run(tmp_path / "whole", budget=0, agent="lagrangian", repair_tokens=0)["rows"]
+    whole = run(tmp_path / "whole", budget=0, agent="lagrangian")["rows"]
     assert cli.main([*words(out=tmp_path / "run", budget=1), "--per-head"]) == cli.DONE
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
     sites = json.loads((tmp_path / "run" / "prior.json").read_text())["sites"]
@@ -134,7 +134,7 @@ def test_a_search_starts_from_what_an_earlier_one_learned(tmp_path: Path, agent:
     far = learned.arrays[key].copy()
     far.reshape(-1)[-2:] = 1.0
     replace(learned, arrays={**learned.arrays, key: far}).write(tmp_path / "first")
-    other = dict(agent=agent, target_kept=0.8, budget=1, repair_tokens=0)
+    other = dict(agent=agent, target_kept=0.8, budget=1)
     run(tmp_path / "second", policy=tmp_path / "first", **other)
     run(tmp_path / "plain", **other)
     assert trials(tmp_path / "second") != trials(tmp_path / "plain")
@@ -176,7 +176,7 @@ def test_other_architectures_run_too(tmp_path: Path, model: str) -> None:
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(tmp_path / name, seed=seed, budget=4, repair_tokens=0)
+        run(tmp_path / name, seed=seed, budget=4)
     assert trials(tmp_path / "a") == trials(tmp_path / "b")
     assert trials(tmp_path / "a") != trials(tmp_path / "c")
 
@@ -290,7 +290,7 @@ def test_the_reward_has_the_weights_that_were_given(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trials_can_be_scored_after_a_repair_and_by_time(tmp_path: Path) -> None:
     for name, how in (("plain", {}), ("repaired", {"reward_repair_tokens": 512}), ("timed", {"latency_weight": 0.1})):
-        run(tmp_path / name, budget=2, agent="random", repair_tokens=0, **how)
+        run(tmp_path / name, budget=2, agent="random", **how)
     plain, repaired = trials(tmp_path / "plain"), trials(tmp_path / "repaired")
     assert [trial[1] for trial in plain] == [trial[1] for trial in repaired]
     assert [trial[2] for trial in plain] != [trial[2] for trial in repaired]

@@ -16,6 +16,7 @@ from compression import Site
 from search import cli
 from search.commands.profile import levels_text
 from search.evaluation.evaluator import ModelEvaluator
+from search.model.loading import load_model
 from search.profiling.sensitivity import (
     Row,
     block_by_chi,
@@ -131,10 +132,11 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_takes_more_levels(
     assert sum(calls) == len(table(folder)) - 9
     assert cli.main(["profile", "--resume", str(folder), "--chi", "2,6", "--fractions", "none", "--quiet"]) == cli.DONE
     assert table(folder) == table(tmp_path / "whole")
-    digest = json.loads((folder / "profile.json").read_text())["fingerprint"]["model"]
-    assert len(read_profile(folder, digest)) == len(table(folder))
-    with pytest.raises(ValueError, match="profile must be of the same model"):
-        read_profile(folder, "0" * 64)
+    loaded = load_model("random:tiny-llama", "cpu")
+    assert len(read_profile(folder, loaded)) == len(table(folder))
+    for other in ({"digest": "0" * 64}, {"architecture": "0" * 64}):
+        with pytest.raises(ValueError, match="profile must be of the same model"):
+            read_profile(folder, replace(loaded, **other))
     capsys.readouterr()
     assert cli.main(["profile", "--resume", str(folder), "--tokens", "2000", "--quiet"]) == cli.REFUSED
     assert "is another profile: data was" in capsys.readouterr().err

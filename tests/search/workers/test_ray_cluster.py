@@ -18,18 +18,16 @@ from benchmarks.local_cluster import RAY, LocalCluster
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of the nodes, with data in the environment."""
-    data_for_processes(tmp_path, monkeypatch)
-    return tmp_path
-
-
-@pytest.fixture
-def cluster(home: Path) -> Iterator[LocalCluster]:
-    with LocalCluster(1, home) as started:  # room for one of two evaluators on each node
-        started.add(processors=1)
-        yield started
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A cluster of two nodes with room for one evaluator each, and data in the environment."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        data_for_processes(home, patch)
+        with LocalCluster(home=home) as started:
+            started.add(processors=1)
+            started.add(processors=1)
+            yield started
 
 
 def submit(cluster: LocalCluster, *words: str) -> str:
@@ -63,9 +61,10 @@ def test_a_job_runs_on_two_nodes_and_is_resumed_into_its_folder(cluster: LocalCl
     assert json.loads((run / "config.json").read_text())["ray_address"] == "auto"
 
 
-def test_a_node_that_dies_and_comes_back_takes_no_trial_with_it(home: Path, tmp_path: Path) -> None:
-    with LocalCluster(home=home) as cluster:
-        tally = rage(tmp_path / "run", ["node", "driver"], "random:tiny-llama", 2, 0, cluster)
+def test_a_node_that_dies_and_comes_back_takes_no_trial_with_it(cluster: LocalCluster, tmp_path: Path) -> None:
+    for node in list(cluster.nodes):  # evaluators run on the node that is killed, and nowhere else
+        cluster.kill(node)
+    tally = rage(tmp_path / "run", ["node", "driver"], "random:tiny-llama", 1, 0, cluster)
     assert tally.kills == {"node": 1, "driver": 1}
     assert len(tally.acknowledged) >= 2
     assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
