@@ -77,7 +77,7 @@ def _read(place: Path, key: str) -> str | None:
         content = read_object(place, "the digest")
     except Refusal:
         return None
-    if content.get("key") != key or not isinstance(content.get("digest"), str):
+    digest = content.get("digest")
+    if content.get("key") != key or not isinstance(digest, str):
         return None
-    digest: str = content["digest"]
     return digest if content.get("sha256") == json_digest([key, digest]) else None
