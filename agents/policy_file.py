@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ ARRAYS = "policy.safetensors"
 
 _FORMAT = 1
 _KEYS = {"format", "agent", "subject", "target_kept", "steps", "rungs", "settings", "arrays_sha256"}
-_LARGEST = {DESCRIPTION: 1 << 20, ARRAYS: 1 << 26}  # bytes
+_LARGEST_HEADER = 1 << 20  # bytes of the description inside the file of arrays
+_LARGEST = {DESCRIPTION: 1 << 20, ARRAYS: 1 << 24}  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +116,8 @@ class SavedPolicy:
             raise Refusal(f"{DESCRIPTION} has a field of the wrong type")
         if hashlib.sha256(content).hexdigest() != fields["arrays_sha256"]:
             raise Refusal(f"{ARRAYS} is truncated or does not belong to {DESCRIPTION}: its SHA-256 differs")
+        if int.from_bytes(content[:8], "little") > _LARGEST_HEADER:
+            raise Refusal(f"{ARRAYS} has a header of more than {_LARGEST_HEADER} bytes")
         arrays = safetensors.numpy.load(content)
         for name, array in arrays.items():
             if array.dtype not in (np.float32, np.float64) or not np.isfinite(array).all():
@@ -186,11 +190,11 @@ class SavedPolicy:
 
 
 def _bytes(path: Path) -> bytes:
+    largest = _LARGEST[path.name]
     with path.open("rb") as file:
-        content = file.read(_LARGEST[path.name] + 1)
-    if len(content) > _LARGEST[path.name]:
-        raise Refusal(f"{path.name} is larger than {_LARGEST[path.name]} bytes")
-    return content
+        if os.fstat(file.fileno()).st_size > largest:
+            raise Refusal(f"{path.name} is larger than {largest} bytes")
+        return file.read(largest)
 
 
 def _numbers(values: Sequence[object]) -> bool:

@@ -13,15 +13,24 @@ from importlib import import_module
 
 from compression.refusal import nearest
 from search.commands import COMMANDS
-from search.commands.exits import DONE, FAILURES, REFUSED, explain, refuse
+from search.commands.exits import DONE, FAILURES, REFUSED, complain, explain, refuse
 from search.runtime.signals import guarded
+from search.runtime.streams import lost, sturdy_streams
 
 __all__ = ["DONE", "FAILURES", "REFUSED", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `argv` is without the program's name."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with sturdy_streams():
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not sys.stderr and (error := lost(sys.stdout)):
+            complain(f"standard output could not be written ({error.strerror or error}); what it holds is not complete")
+            return code or FAILURES
+        return code
+
+
+def _run(words: list[str]) -> int:
     command = words.pop(0) if words and not words[0].startswith("-") else COMMANDS[0]
     if command not in COMMANDS:
         return refuse(f"unknown command {command!r}; the nearest is {nearest(command, COMMANDS)}, and --help lists all")
@@ -32,10 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else REFUSED
-    except BrokenPipeError:
-        # The reader of our output is gone; without this, Python would report it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURES
     except Exception as error:  # raised before or after the command's own work, as by reading its arguments
         return explain(error)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from compression.refusal import Refusal, nearest
-from compression.storage.strict_json import read_object
+from compression.storage.strict_json import read_object, shown
 from search.runtime.files import user_path
 
 __all__ = [
@@ -329,6 +329,12 @@ class Config(BaseModel):
         Raises:
             ValueError: one line that starts with the field and states its rule, the value, and the nearest valid name.
         """
+        if unknown := next((name for name in values if name not in cls.model_fields), None):
+            near = nearest(unknown[:100], cls.model_fields)
+            raise Refusal(f"{shown(unknown)[1:-1]} is not a field of the configuration; the nearest is {near}")
+        for name, value in values.items():
+            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                raise Refusal(f"{name} must be UTF-8 text, got {shown(value)}; rename the file or folder")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
@@ -370,9 +376,15 @@ def read_fields(path: Path) -> dict[str, object]:
     """Field values of a JSON configuration file, not yet validated.
 
     Raises:
-        ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, or NaN or Infinity in it.
+        ValueError: one line: not readable, over 1 MiB, not a JSON object, a key twice, NaN or Infinity in it, or the
+            config.json of a model.
     """
-    return read_object(path, "the configuration", _LARGEST_FILE)
+    values = read_object(path, "the configuration", _LARGEST_FILE)
+    if "model_type" in values:
+        above = path.absolute().parent.parent
+        run = f"its run, {above}" if (above / path.name).is_file() else "the folder of a run"
+        raise Refusal(f"{path} describes a model, not a run: give {run}; benchmark, generate and push take models")
+    return values
 
 
 def _one_line(error: ValidationError) -> str:
@@ -381,8 +393,6 @@ def _one_line(error: ValidationError) -> str:
     if not first["loc"]:
         return re.sub(r"^Value error, ", "", first["msg"])
     name, value = str(first["loc"][0]), first["input"]
-    if first["type"] == "extra_forbidden":
-        return f"{name} is not a field of the configuration; the nearest is {nearest(name, Config.model_fields)}"
     extra = Config.model_fields[name].json_schema_extra
     rule = extra["rule"] if isinstance(extra, dict) else first["msg"]
     names = {
@@ -393,7 +403,6 @@ def _one_line(error: ValidationError) -> str:
         "proxy_form": PROXY_FORMS,
         "granularity": GRANULARITIES,
     }.get(name)
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     if names and isinstance(value, str) and not (name == "proxy" and value.endswith(".jsonl")):
-        return f"{name} must be {rule}, got {shown}; the nearest is {nearest(value, names)}"
-    return f"{name} must be {rule}, got {shown}"
+        return f"{name} must be {rule}, got {shown(value)}; the nearest is {nearest(value[:100], names)}"
+    return f"{name} must be {rule}, got {shown(value)}"

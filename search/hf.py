@@ -65,10 +65,10 @@ class ChiselConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, modules: Mapping[str, Any] | None = None, format: int = FORMAT, **other: Any) -> None:
         if type(format) is not int or not 1 <= format <= FORMAT:
             raise Refusal(
-                f"this model has format {format!r}, and this code reads formats 1 to {FORMAT}; get a newer Chisel"
+                f"this model has format {format!r:.80}, and this code reads formats 1 to {FORMAT}; get a newer Chisel"
             )
         if not isinstance(modules, Mapping):
-            raise Refusal(f"quantization_config.modules must be a mapping of compressed modules, got {modules!r}")
+            raise Refusal(f"quantization_config.modules must be a mapping of compressed modules, got {modules!r:.80}")
         self.quant_method = METHOD
         self.format = format
         self.modules = dict(modules)

@@ -81,10 +81,10 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
             shape = tuple(weight.shape)
         except AttributeError:
-            raise Refusal(f"compressed module {name}: the model has no matrix of this name") from None
+            raise Refusal(f"compressed module {name:.200}: the model has no matrix of this name") from None
         kind = _get(description, "kind")
         if kind not in makers:
-            raise Refusal(f"compressed module {name}: kind must be {' or '.join(makers)}, got {kind!r}")
+            raise Refusal(f"compressed module {name}: kind must be {' or '.join(makers)}, got {kind!r:.80}")
         try:
             if _get(description, "tied"):
                 holder = model.get_submodule(description["tied"])
@@ -99,7 +99,7 @@ def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any
     legs, bonds = resolve(description["topology"], *shape), description["bonds"]
     inner = len(legs.out_legs) - 1
     if not isinstance(bonds, list) or len(bonds) != inner or not all(_is_size(bond) for bond in bonds):
-        raise Refusal(f"bonds must be {inner} integers of 1 to {LARGEST}, got {bonds!r}")
+        raise Refusal(f"bonds must be {inner} integers of 1 to {LARGEST}, got {bonds!r:.80}")
     return empty_mpo(legs, bonds, _empty_bias(description["bias"], shape[0], dense), dense_weight(dense).dtype)
 
 

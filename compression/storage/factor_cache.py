@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from compression.refusal import Refusal
+from compression.storage.exclusive import exclusive
 from compression.storage.strict_json import json_digest
 from compression.storage.tensor_files import new_tensor_file
 
@@ -43,7 +45,7 @@ def cache_key(**parts: object) -> str:
 
 
 class FactorCache:
-    """Stores bundles by key below `root`. Concurrent writers are safe: each writes a temporary file and renames it.
+    """Stores bundles by key below `root`. One process makes or mends a file, and others wait for it.
 
     Args:
         root: folder of the cache, created on first use; None stores nothing on disk.
@@ -60,21 +62,31 @@ class FactorCache:
     ) -> None:
         self.root = root
         self._tell = warn
+        self._waited = False
         self._made_for = {f"{_OWN}{name}": value for name, value in made_for.items()}
         self._said = False
 
     def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
         """Returns the bundle of `key`: from disk if an intact file exists, else built and stored.
 
+        If another process is building it, this one says so once, waits and takes the other's. `build` may use other
+        keys of the cache, but not this one.
+
         Raises:
             OSError: the disk is full or not writable; no partial file is left.
         """
-        bundle = self.load(key)
-        if bundle is None:
-            bundle = build()
-            self.store(key, bundle)
-            bundle = self.load(key) or bundle  # memory-mapped from here on
-        return bundle
+        if self.root is None:
+            return build()
+        bundle, _ = self._find(key)
+        if bundle is not None:
+            return bundle
+        with self._alone(key):
+            bundle = self._mend(key)  # another process may have made it in the meantime
+            if bundle is None:
+                bundle = build()
+                self.store(key, bundle)
+                bundle = self._mend(key) or bundle  # memory-mapped from here on
+            return bundle
 
     def has(self, key: str) -> bool:
         """Whether a file of `key` exists. Only `load` checks that it is intact."""
@@ -89,26 +101,11 @@ class FactorCache:
         """
         if self.root is None:
             return None
-        for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
-            try:
-                bundle = _read(path)
-                own = {name: value for name, value in bundle.metadata.items() if name.startswith(_OWN)}
-                if own.get(_KEY, key) != key:
-                    raise Refusal("it was stored under another key")
-            except (ValueError, SafetensorError):
-                self._tell(f"cache file {path.name} is damaged; set aside and rebuilt")
-                path.replace(path.with_suffix(".damaged"))
-                continue
-            if _KEY not in own and not self._said:
-                self._said = True
-                self._tell(
-                    f"cache file {path.name} is of an earlier version and holds no key, so that only its bytes "
-                    "were checked; remove it to have it made again"
-                )
-            if _agree(own, self._made_for):
-                rest = {name: value for name, value in bundle.metadata.items() if name not in own}
-                return Bundle(bundle.tensors, rest)
-        return None
+        bundle, damaged = self._find(key)
+        if damaged:
+            with self._alone(key):
+                bundle = self._mend(key)
+        return bundle
 
     def store(self, key: str, bundle: Bundle) -> None:
         """Write the bundle of `key`; the complete file appears at once, or no file does."""
@@ -119,6 +116,48 @@ class FactorCache:
         metadata = {**bundle.metadata, _KEY: key, **self._made_for}
         with new_tensor_file(folder / key, bundle.tensors, metadata) as partial:
             partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
+
+    def _find(self, key: str) -> tuple[Bundle | None, list[Path]]:
+        """Returns the bundle of `key`, or None, and the damaged files that were found before it."""
+        damaged: list[Path] = []
+        for path in sorted(self._folder(key).glob(f"{key}.*.safetensors")):
+            try:
+                bundle = _read(path)
+                own = {name: value for name, value in bundle.metadata.items() if name.startswith(_OWN)}
+                if own.get(_KEY, key) != key:
+                    raise Refusal("it was stored under another key")
+            except (ValueError, SafetensorError):
+                damaged.append(path)
+                continue
+            except FileNotFoundError:  # another process has just set it aside
+                continue
+            if _KEY not in own and not self._said:
+                self._said = True
+                self._tell(
+                    f"cache file {path.name} is of an earlier version and holds no key, so that only its bytes "
+                    "were checked; remove it to have it made again"
+                )
+            if _agree(own, self._made_for):
+                rest = {name: value for name, value in bundle.metadata.items() if name not in own}
+                return Bundle(bundle.tensors, rest), damaged
+        return None, damaged
+
+    def _mend(self, key: str) -> Bundle | None:
+        """Sets damaged files of `key` aside; returns its bundle, or None. The caller must hold the lock of `key`."""
+        bundle, damaged = self._find(key)
+        for path in damaged:
+            self._tell(f"cache file {path.name} is damaged; set aside and rebuilt")
+            path.replace(path.with_suffix(".damaged"))
+        return bundle
+
+    def _alone(self, key: str) -> AbstractContextManager[None]:
+        """The lock of `key`: one process makes or mends its file, and the others wait for it."""
+        return exclusive(self._folder(key) / f"{key}.lock", self._say_waiting)
+
+    def _say_waiting(self) -> None:
+        if not self._waited:
+            self._waited = True
+            self._tell("another process is making statistics or factors that this one needs; waiting for them")
 
     def _fits(self, path: Path) -> bool:
         """Whether a file is for what this cache is for, according to its header."""

@@ -132,8 +132,11 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def replace_file(target: Path, content: bytes | str) -> Path:
-    """Write a file atomically, as `replacing` does, and create its folder; returns `target`."""
+    """Write a file atomically, as `replacing` does, and create its folder; returns `target`.
+
+    What UTF-8 cannot hold in a text, such as parts of a path that are no text, is written as escape sequences.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     return target

@@ -20,13 +20,14 @@ from compression.refusal import Refusal, nearest
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from envs import Problem
-from search.config import Config, read_fields
+from search.config import EXPORTS, Config, read_fields
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
 from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import working_dtype
-from search.model.loading import LoadedModel, load_model, model_digest
+from search.model.loading import LoadedModel, load_for_use, load_model, model_digest
+from search.model.own_code import is_compressed, is_model_folder
 from search.priors.format import Prior
 from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
@@ -100,7 +101,8 @@ def _compared_model(
     opened: Experiment | None,
 ) -> ComparedModel:
     path = user_path(word)
-    if (path / CONFIG).is_file() and (path / PRIOR).is_file():
+    exported = is_model_folder(path)
+    if not exported and (path / CONFIG).is_file() and (path / PRIOR).is_file():
         recorded = refuse_changed(path, console.note)
         prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
     elif path.suffix == ".json" and path.is_file():
@@ -112,9 +114,14 @@ def _compared_model(
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 
         def plain() -> Iterator[LoadedModel]:
-            yield load_model(word, device, working_dtype("auto", device))
+            if is_compressed(path):
+                yield load_for_use(word, device)
+            else:
+                yield load_model(word, device, working_dtype("auto", device))
 
-        return ComparedModel(word, (path.name or word,), searched, plain)
+        # Exported folders of several runs have the same name.
+        name = f"{path.absolute().parent.name}/{path.name}" if path.name in EXPORTS else path.name or word
+        return ComparedModel(word, (name,), searched, plain)
     if not prior.was_repaired:
         schedules = [name for name in schedules if name != "repaired"]
     if not (path / HEALED / STATE).is_file():

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from compression.refusal import Refusal, nearest
+from compression.storage.exclusive import exclusive
 from compression.storage.factor_cache import cache_key
 from search.benchmarking.compared_models import ComparedModel, compared_models
 from search.benchmarking.documents import SOURCES, always_searched, select
@@ -32,7 +34,7 @@ from search.reporting.tables import Column, text_table
 from search.runtime.console import Console
 from search.runtime.files import cache_folder, finite, write_whole
 from search.runtime.provenance import environment
-from search.runtime.run_folder import CONFIG, RESULTS, STUDY, RunFolder, contents, refuse_held
+from search.runtime.run_folder import CONFIG, RESULTS, STUDY, RunFolder, contents, refuse_held, refuse_unwritable
 
 __all__ = ["BENCHMARKS", "BenchmarkRequest", "Result", "benchmark"]
 
@@ -139,6 +141,7 @@ def benchmark(request: BenchmarkRequest, console: Console, opened: Experiment | 
     """
     _check(request)
     path = _folder(request)
+    refuse_unwritable(path)
     refuse_held(path)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
@@ -186,11 +189,15 @@ class _Bench:
         identity = (name, loaded.digest, task.name, selection.digest, task.metric)
         blank = Outcome(*identity, {}, "nonfinite", 0.0, device, cache_key(**loaded.identity))
         key = _key(blank)
-        if (known := self._known(key) or self._unchecked(blank)) is not None:
-            return replace(known, model=name)
-        outcome = self._ask(blank, loaded, selection)
-        write_whole(_place(key), json.dumps(outcome.to_dict()))
-        return outcome
+        known = self._known(key) or self._unchecked(blank)
+        if known is None:
+            waiting = partial(self._console.note, f"another process is measuring {task.name}; waiting for its result")
+            with exclusive(_place(key).with_suffix(".lock"), waiting):
+                known = self._known(key)
+                if known is None:
+                    known = self._ask(blank, loaded, selection)
+                    write_whole(_place(key), json.dumps(known.to_dict()))
+        return replace(known, model=name)
 
     def _known(self, key: str) -> Outcome | None:
         return self._before.get(key) or _cached(key, self._console.note)

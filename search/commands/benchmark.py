@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from compression.refusal import Refusal
 from search.commands.exits import DONE, FAILURES, complain, explain
-from search.commands.flags import Parser, parse
+from search.commands.flags import Parser, parse, whole_number
 from search.reporting.tables import json_text
 from search.runtime.console import Console
 
@@ -43,16 +42,18 @@ def run(words: list[str]) -> int:
     shown = Console(quiet=given["quiet"])
     try:
         if given["threads"] is not None:
-            os.environ["OMP_NUM_THREADS"] = str(_whole("threads", given["threads"]))
+            os.environ["OMP_NUM_THREADS"] = str(whole_number("threads", given["threads"], 1, 1024))
+        samples = None if given["full"] else whole_number("samples", given["samples"], 2, 10**9)
+        seed = whole_number("seed", given["seed"], 0, 2**32 - 1)
         from search.benchmarking.run import BenchmarkRequest, benchmark
 
         request = BenchmarkRequest(
             models=tuple(given["models"]),
             tasks=tuple(given["tasks"].split(",")),
-            samples=None if given["full"] else _whole("samples", given["samples"]),
+            samples=samples,
             schedules=tuple(given["schedules"].split(",")),
             source=given["source"],
-            seed=_whole("seed", given["seed"]),
+            seed=seed,
             device=given["device"],
             out=given["out"],
         )
@@ -68,12 +69,6 @@ def run(words: list[str]) -> int:
     return FAILURES if result.nonfinite else DONE
 
 
-def _whole(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise Refusal(f"{name} must be a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="search.py benchmark",
@@ -84,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         usage="python search.py benchmark MODEL… [FLAGS]",
     )
     parser.add_argument(
-        "models", metavar="MODEL", nargs="*", help="Run folder, prior, model folder, hub id, or default."
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="Run folder, prior, model folder (also an exported one), hub id, or default.",
     )
     for flag, metavar, default, about in (
         ("--tasks", "LIST", "all", "Comma-separated tasks and groups."),

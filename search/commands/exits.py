@@ -19,6 +19,7 @@ from search.runtime.errors import DataUnavailable, EvaluatorsLost
 from search.runtime.provenance import now
 from search.runtime.run_folder import LOG
 from search.runtime.signals import INTERRUPTED
+from search.runtime.streams import lost
 
 __all__ = [
     "DONE",
@@ -69,7 +70,10 @@ def explain(error: BaseException, again: Sequence[str] = (), folder: Path | None
     command = shlex.join(["python", "search.py", *again])
     resume = f"; after solving that, continue with: {command}" if again else ""
     if isinstance(error, KeyboardInterrupt):
-        complain(f"interrupted; continue with: {command}" if again else "interrupted")
+        message = f"interrupted; continue with: {command}" if again else "interrupted"
+        complain(message)
+        if lost(sys.stderr):  # the terminal is gone
+            _log(f"{message}\n", folder)
         return INTERRUPTED
     if isinstance(error, Refusal | DataUnavailable):
         return refuse(str(error))
@@ -115,12 +119,22 @@ def _stopped(reason: str) -> int:
 def _logged(error: BaseException, folder: Path | None) -> str:
     """Write the traceback to run.log in `folder`, or to standard error if that is not possible; returns the place."""
     text = "".join(traceback.format_exception(error))
-    if folder is not None:
-        with suppress(OSError), open(folder / LOG, "a", encoding="utf-8", opener=regular) as log:
-            log.write(f"{now()} {text}")
-            return str(folder / LOG)
+    if _log(text, folder):
+        return f"{folder}/{LOG}"
     print(text, end="", file=sys.stderr)
     return "the lines above"
+
+
+def _log(text: str, folder: Path | None) -> bool:
+    """Append a text to run.log in `folder`; returns whether that was possible."""
+    if folder is not None:
+        with (
+            suppress(OSError),
+            open(folder / LOG, "a", encoding="utf-8", errors="backslashreplace", opener=regular) as log,
+        ):
+            log.write(f"{now()} {text}")
+            return True
+    return False
 
 
 def refuse(message: str) -> int:
@@ -130,8 +144,14 @@ def refuse(message: str) -> int:
 
 
 def complain(message: str) -> None:
-    """Print one line on standard error. If a message starts with the name of a field, its flag is shown instead."""
+    """Print one line on standard error, or on standard output if the former is closed or cannot be written.
+
+    If a message starts with the name of a field, its flag is shown instead.
+    """
     first, _, rest = message.partition(" ")
     if first in Config.model_fields and rest.startswith("must be"):
         message = f"--{first.replace('_', '-')} {rest}"
-    print(f"search.py: {' '.join(message.split())}", file=sys.stderr)
+    line = f"search.py: {' '.join(message.split())}"
+    print(line, file=sys.stderr)
+    if lost(sys.stderr):
+        print(line)

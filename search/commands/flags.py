@@ -14,7 +14,7 @@ from search.commands.exits import REFUSED, complain
 from search.config import PLANNERS, Config, read_fields
 from search.runtime.run_folder import CONFIG
 
-__all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "whole_numbers"]
+__all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "whole_number", "whole_numbers"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def _converter(name: str, kind: type[int] | type[float], rule: str) -> Callable[
         try:
             return kind(text)
         except ValueError:
-            raise _Unusable(f"{name} must be {rule}, got {text!r}") from None
+            raise _Unusable(f"{name} must be {rule}, got {text!r:.80}") from None
 
     return convert
 
@@ -113,9 +113,16 @@ def set_threads(config: Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
 
 
+def whole_number(name: str, text: str, least: int, most: int) -> int:
+    """Parse a whole number from `least` to `most`; raises ValueError naming `name`."""
+    if not re.fullmatch(r"-?[0-9]{1,30}", text) or not least <= int(text) <= most:
+        raise Refusal(f"{name} must be a whole number from {least} to {most}, got {text!r:.80}")
+    return int(text)
+
+
 def whole_numbers(name: str, text: str) -> list[int]:
     """Parse comma-separated whole numbers; raises ValueError naming `name`."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise Refusal(f"{name} must be comma-separated whole numbers, got {text!r}") from None
+        raise Refusal(f"{name} must be comma-separated whole numbers, got {text!r:.80}") from None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from compression.refusal import Refusal
 from search.commands.exits import DONE, explain
 from search.commands.flags import Parser, parse
 from search.runtime.console import Console
-
-if TYPE_CHECKING:
-    from search.model.chat import Chat
+from search.runtime.streams import read_input, typed
 
 __all__ = ["run"]
+
+_COOLEST, _HOTTEST = 0.01, 100  # temperatures at which logits stay finite and differ
 
 _ABOUT = """\
 Let a model answer. The model is an exported folder or anything that --model of a search accepts. With --prompt it gives
@@ -29,8 +28,12 @@ def run(words: list[str]) -> int:
     try:
         if not 1 <= given["tokens"] <= 1 << 20:
             raise Refusal(f"tokens must be a whole number from 1 to {1 << 20}, got {given['tokens']}")
-        if not 0 <= given["temperature"] <= 100:
-            raise Refusal(f"temperature must be from 0 to 100, got {given['temperature']}")
+        if given["temperature"] and not _COOLEST <= given["temperature"] <= _HOTTEST:
+            raise Refusal(f"temperature must be 0 or from {_COOLEST} to {_HOTTEST}, got {given['temperature']}")
+        if not 0 <= given["seed"] < 1 << 32:
+            raise Refusal(f"seed must be a whole number from 0 to {(1 << 32) - 1}, got {given['seed']}")
+        talking = given["prompt"] is None and sys.stdin.isatty()
+        prompt = "" if talking else _prompt(given["prompt"])
         with shown, shown.stage("load"):
             import torch
 
@@ -40,27 +43,27 @@ def run(words: list[str]) -> int:
             torch.manual_seed(given["seed"])
             loaded = load_for_use(given["model"], given["device"])
             chat = Chat(loaded, given["tokens"], given["temperature"], given["latent_cache"])
-        if given["prompt"] is not None or not sys.stdin.isatty():
-            _say_answer(chat, sys.stdin.read() if given["prompt"] is None else given["prompt"])
-        else:
-            while prompt := _asked():
-                _say_answer(chat, prompt)
+        while prompt or (talking and (prompt := _asked())):
+            chat.answer(prompt, lambda piece: print(piece, end="", flush=True))
+            print()
+            prompt = ""
     except BaseException as error:
         return explain(error)
     return DONE
 
 
-def _say_answer(chat: Chat, prompt: str) -> None:
+def _prompt(given: str | None) -> str:
+    """The prompt of --prompt, or else what is on standard input."""
+    prompt = read_input() if given is None else typed(given, "prompt")
     if not prompt.strip():
         raise Refusal("prompt must not be empty; give --prompt TEXT, or text on standard input")
-    chat.answer(prompt, lambda piece: print(piece, end="", flush=True))
-    print()
+    return prompt
 
 
 def _asked() -> str:
     """A line that the user types; empty at the end of input."""
     try:
-        return input("> ").strip()
+        return typed(input("> "), "the prompt").strip()
     except EOFError:
         print()
         return ""

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from compression.refusal import Refusal
 from search.commands.exits import DONE, explain, resumed
-from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
+from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_number
 from search.config import AFTERWARDS
 from search.runtime.console import Console
 
@@ -54,6 +54,10 @@ def run(words: list[str]) -> int:
     try:
         config = configuration(given)
         set_threads(config)
+        sizes = [
+            None if text is None else whole_number(name, text, 64, 10**9)
+            for name, text in (("tokens", tokens), ("context", context))
+        ]
         from search.profiling import sweep
 
         levels = None
@@ -63,7 +67,6 @@ def run(words: list[str]) -> int:
                 sweep.FRACTIONS if fractions is None else tuple(levels_text("fractions", fractions, float)),
             )
         with shown:
-            sizes = [text and whole_numbers(name, text)[0] for name, text in (("tokens", tokens), ("context", context))]
             folder, text = sweep.profile(config, levels, sizes[0], shown, sizes[1])
     except BaseException as error:
         return explain(error, resumed(shown.folder, "profile"), shown.folder)
@@ -88,7 +91,7 @@ def levels_text(name: str, text: str, kind: Callable[[str], Number]) -> list[Num
             return [kind(str(number)) for number in range(start, stop + 1, step)]
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise Refusal(f"{name} must be {rule}, got {text!r}") from None
+        raise Refusal(f"{name} must be {rule}, got {text!r:.80}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

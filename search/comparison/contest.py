@@ -22,6 +22,7 @@ from typing import Any
 import agents
 from compression.refusal import Refusal
 from compression.schedule import Schedule
+from compression.storage.strict_json import bounded_text
 from envs import Problem
 from search.comparison.standings import Entry, Heldout, Mark, check, plot, report
 from search.config import Config
@@ -45,6 +46,7 @@ __all__ = ["CURVE", "TABLE", "compare"]
 TABLE, CURVE = "table.md", "curve.svg"
 _PARTS = (0.25, 0.5, 1.0)  # parts of the budget after which an agent is asked for its recommendation
 _FORMAT = 1
+_LARGEST_FILE = 1 << 26  # bytes of contest.json, most of it text of schedules
 
 
 def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console: Console) -> tuple[Path, str]:
@@ -130,8 +132,9 @@ class _Contest:
     def read(cls, path: Path, expected: Mapping[str, object]) -> _Contest:
         if not path.exists():
             return cls(expected)
+        text = bounded_text(path, "the comparison", _LARGEST_FILE)
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(text)
             if document["format"] != _FORMAT:
                 raise Refusal(f"its format is {document['format']}, and {_FORMAT} is wanted")
             entries = [Entry.of(entry) for entry in document["entries"]]

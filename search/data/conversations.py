@@ -7,6 +7,7 @@ content} or {from, value}. pyarrow reads parquet, and no code that comes with a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ from search.data import hub
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import user_path
 
-__all__ = ["Document", "apply_template", "conversation", "read_conversations"]
+__all__ = ["Document", "apply_template", "check_source", "conversation", "read_conversations", "sources"]
 
 _FILES = (".json", ".jsonl", ".parquet")
 _SHORT = {
@@ -35,6 +36,7 @@ _MOST = 200_000
 """Largest number of conversations that are read, far more than healing uses; it trains for less than one epoch."""
 _LARGEST = 1 << 30
 """Bytes of the largest .json file that is accepted, since such a file is read into memory at once."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -53,6 +55,30 @@ class Document:
     def text(self) -> str:
         """The whole text."""
         return "".join(part for part, _ in self.parts)
+
+
+def sources(names: str) -> list[str]:
+    """Return the sources that a value of `--data` names: several are joined by "+", unless that is an existing file."""
+    return [names] if Path(names).expanduser().exists() else names.split("+")
+
+
+def check_source(name: str) -> None:
+    """Refuse a source that cannot exist, without reading it or asking the hub.
+
+    Args:
+        name: "text", "sampled", or as for `read_conversations`.
+
+    Raises:
+        ValueError: a file does not exist, or the name is none of these and no hub id.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in _FILES:
+        if not path.is_file():
+            raise Refusal(f"data must be an existing file if it ends with {path.suffix}, got {name!r}")
+    elif name not in ("text", "sampled", *_SHORT) and name.lower() not in _SHORT and not _HUB_ID.fullmatch(name):
+        raise Refusal(
+            f"data must be text, sampled, {', '.join(_SHORT)}, a {', '.join(_FILES)} file or a hub id, got {name!r}"
+        )
 
 
 def read_conversations(source: str, tokenizer: Any) -> list[Document]:
@@ -203,10 +229,7 @@ def _from_hub(name: str) -> list[Path]:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    if name.count("/") != 1:
-        raise Refusal(
-            f"data must be text, sampled, {', '.join(_SHORT)}, a {', '.join(_FILES)} file or a hub id, got {name!r}"
-        )
+    check_source(name)
     try:
         files = sorted(file.rfilename for file in HfApi().dataset_info(name, timeout=hub.SECONDS).siblings or ())
         chosen = [file for file in files if file.endswith(_FILES) and "test" not in file and "eval" not in file]

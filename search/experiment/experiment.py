@@ -304,7 +304,11 @@ def load(
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
             raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")
         sites = discover_sites(loaded.model)
-    smallest = smallest_parameters(sites) / sum(site.parameters for site in sites)
+    before = sum(site.parameters for site in sites)
+    if smallest_parameters(sites) == before:
+        why = next((site.dense_because for site in sites if site.dense_because), "") or "its matrices are too small"
+        raise Refusal(f"no matrix of {config.model} can be made smaller: {why}")
+    smallest = smallest_parameters(sites) / before
     if config.target_kept < smallest:
         raise Refusal(
             f"target_kept must be at least {smallest:.4f}, the fraction that this model keeps with χ = 1 everywhere, "

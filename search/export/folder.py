@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 
-__all__ = ["CARD", "FORMATS", "Footprint", "check_gguf", "export_dense_", "export_model", "footprint"]
+__all__ = ["CARD", "FORMATS", "Footprint", "check_export", "check_gguf", "export_dense_", "export_model", "footprint"]
 
 FORMATS = ("hf", "dense", "gguf-ready")
 CARD = "README.md"
@@ -91,9 +92,8 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     modules = describe(model)
     if not modules:
         raise Refusal("nothing in this model is compressed; export it with --format dense")
+    _check_architecture(model)
     config, architecture = type(model.config).__name__, type(model).__name__
-    if not type(model).__module__.startswith("transformers."):
-        raise Refusal(f"architecture must be defined in transformers, got {type(model).__module__}.{architecture}")
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
         (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
@@ -119,6 +119,38 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
     model.tie_weights()
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card, beside)
+
+
+def check_export(kind: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a model that cannot be exported, before work is spent on it; nothing of the weights is written.
+
+    Args:
+        kind: one of `FORMATS`.
+        model: the dense or the compressed model.
+
+    Raises:
+        ValueError: as `export_model` and `check_gguf`; or transformers cannot save the model's settings or tokenizer.
+    """
+    if kind == "hf":
+        _check_architecture(model)
+    if kind == "gguf-ready":
+        check_gguf(model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        try:
+            for part in (model.config, getattr(model, "generation_config", None), tokenizer):
+                if part is not None:
+                    part.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the library raises many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Refusal(f"transformers cannot save this model: {reason}; correct the files of the model") from error
+
+
+def _check_architecture(model: Any) -> None:
+    if not type(model).__module__.startswith("transformers."):
+        name = f"{type(model).__module__}.{type(model).__name__}"
+        raise Refusal(f"architecture must be defined in transformers, got {name}")
 
 
 def check_gguf(model: Any, tokenizer: Any) -> None:

@@ -16,11 +16,12 @@ from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment, load
-from search.export.folder import export_model, footprint
+from search.export.folder import check_export, export_model, footprint
 from search.export.model_card import model_card
 from search.export.run import CHANGES
 from search.healing.plan import HealingOptions, text_tokens
 from search.healing.run import HealedRun, held, judge_of
+from search.healing.teacher import output_head
 from search.healing.text import heal_text
 from search.healing.training import heal_
 from search.model.devices import resolve_device
@@ -30,7 +31,7 @@ from search.priors.same_model import refuse_other_model
 from search.reporting.tables import Row
 from search.runtime.console import Console
 from search.runtime.distributed import Processes
-from search.runtime.run_folder import PRIOR, refuse_held, refuse_used
+from search.runtime.run_folder import PRIOR, refuse_held, refuse_unwritable, refuse_used
 from search.runtime.tensorboard import curves
 
 __all__ = ["heal_export"]
@@ -57,6 +58,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
     folder = Path(options.out or f"{source}-healed-{options.data_name}-{plan.length}").absolute()
     refuse_used(folder)
     unfinished, first = folder.with_name(f".{folder.name}-unfinished"), Processes.is_first()
+    refuse_unwritable(unfinished)
     if first:
         refuse_held(unfinished)
     with console.stage("load"):
@@ -71,6 +73,8 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
         model = given.model.to(loaded.model.dtype)
     if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
         raise Refusal(f"{source} is quantized (for example {packed[0]}); heal the model before you quantize it")
+    output_head(loaded.model)  # refuses a model that cannot be healed
+    check_export("hf", loaded.model, loaded.tokenizer)
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
         text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))

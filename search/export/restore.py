@@ -6,9 +6,10 @@ model and the cached statistics, as the prior and the configuration say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compression.decomposition.apply import ScheduleApplier
 from compression.refusal import Refusal
@@ -70,6 +71,7 @@ def restore(
     healed: Path | None = None,
     reference: bool | None = False,
     opened: Experiment | None = None,
+    check: Callable[[Any, Any], None] = lambda model, tokenizer: None,
 ) -> RestoredRun:
     """Load the dense model of a run and compress it as the run did.
 
@@ -81,6 +83,7 @@ def restore(
         opened: the experiment of this run with its dense model, if it is in memory already; it is compressed in place.
         reference: evaluate the dense model on the held-out workload first, so that the restored model can be measured
             against it; None does so if no row was measured for this state.
+        check: called with the dense model and its tokenizer before anything is computed; it may refuse them.
 
     Raises:
         ValueError: `run` is not the folder of a finished run, it was changed since it finished, its model is another
@@ -103,6 +106,7 @@ def restore(
             loaded, sites = load(config, where)
     else:
         loaded, sites = opened.loaded, opened.sites
+    check(loaded.model, loaded.tokenizer)
     refuse_other_model(prior, loaded, run, console.note, recorded)
     experiment = opened or Experiment.of(config, loaded, sites, where, console.note)
     workload = None

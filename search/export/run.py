@@ -6,12 +6,13 @@ Knows run folders and how to restore their models; `search.export.folder` knows 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from search.experiment.experiment import Experiment
-from search.export.folder import check_gguf, export_dense_, export_model, footprint
+from search.export.folder import check_export, export_dense_, export_model, footprint
 from search.export.model_card import model_card
 from search.export.quantize import module_bits, quantize_experiment_
 from search.export.restore import RestoredRun, restore
@@ -84,7 +85,8 @@ def export_run(
         DataUnavailable: as `search.export.restore.restore`.
     """
     quantized = form.quantize != "none"
-    restored = restore(source, console, form.device, form.state, healed, quantized or None, opened)
+    check = partial(check_export, form.kind)
+    restored = restore(source, console, form.device, form.state, healed, quantized or None, opened, check)
     loaded, summary, state = restored.experiment.loaded, restored.summary, restored.state
     other, measured = healed if state == "healed" else None, []
     if not quantized and (other is not None or restored.measured is None):
@@ -103,8 +105,6 @@ def export_run(
         if form.kind == "hf":
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
         else:
-            if form.kind == "gguf-ready":
-                check_gguf(model, loaded.tokenizer)
             export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
     return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,21 @@ from typing import Any, Literal
 import torch
 
 from compression.refusal import Refusal
+from search.data.conversations import check_source, sources
 
 __all__ = ["HealingOptions", "HealingPlan", "text_tokens"]
+
+_MOST = {
+    "minutes": 100_000,
+    "tokens": 10**12,
+    "rate": 1_000,
+    "vector_rate": 1_000,
+    "batch_tokens": 10**9,
+    "pass_tokens": 10**9,
+    "targets": 10**6,
+    "clip": 10**9,
+}
+_ROW = (16, 1 << 16)  # fewest and most tokens of a row
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,12 @@ class HealingPlan:
     def __post_init__(self) -> None:
         if self.minutes is None and self.tokens is None:
             raise Refusal("healing needs an end: minutes or tokens")
-        for name in ("minutes", "tokens", "rate", "vector_rate", "batch_tokens", "pass_tokens", "targets", "clip"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise Refusal(f"{name} must be above 0, got {value}")
+            if value is not None and not 0 < value <= most:
+                raise Refusal(f"{name} must be above 0 and at most {most:,}, got {value}")
+        if not 0 <= self.hidden_weight <= _MOST["rate"]:
+            raise Refusal(f"hidden_weight must be a number from 0 to {_MOST['rate']:,}, got {self.hidden_weight}")
 
     @property
     def length(self) -> str:
@@ -107,8 +121,18 @@ class HealingOptions:
         """The healing plan for these options on `device`.
 
         Raises:
-            ValueError: a value is out of range.
+            ValueError: a value is out of range, or a source of text does not exist.
         """
+        least, most = _ROW
+        if not least <= self.row_tokens <= most:
+            raise Refusal(f"row_tokens must be a whole number from {least} to {most}, got {self.row_tokens}")
+        if self.text_tokens is not None and not self.row_tokens <= self.text_tokens <= _MOST["tokens"]:
+            raise Refusal(
+                f"text_tokens must be at least the {self.row_tokens} of a row and at most {_MOST['tokens']:,}, got "
+                f"{self.text_tokens}"
+            )
+        for name in sources(self.data):
+            check_source(name)
         names = {field.name for field in dataclasses.fields(HealingPlan)}
         given = {name: value for name, value in dataclasses.asdict(self).items() if name in names and value is not None}
         given = {**(_ON_GPU if device.type == "cuda" else {}), **given}
@@ -121,11 +145,12 @@ def text_tokens(plan: HealingPlan, device: torch.device, options: HealingOptions
     """How many tokens of healing text to prepare.
 
     Without an explicit number, this is about as many as the plan can learn from, so that no row repeats while the
-    source has enough text.
+    source has enough text. It is at least one row.
     """
     if options.text_tokens is not None:
         return options.text_tokens
     if plan.tokens is not None:
-        return plan.tokens
+        return max(options.row_tokens, plan.tokens)
     assert plan.minutes is not None
-    return int(60 * plan.minutes * _TOKENS_A_SECOND["cpu" if device.type == "cpu" else "cuda"])
+    wanted = int(60 * plan.minutes * _TOKENS_A_SECOND["cpu" if device.type == "cpu" else "cuda"])
+    return max(options.row_tokens, wanted)

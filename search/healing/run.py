@@ -30,6 +30,7 @@ from search.healing.repaired_start import UNFINISHED, referenced, started_
 from search.healing.rows import HealingText
 from search.healing.sharding import sharing_copy
 from search.healing.state import HEALED, REPAIRED, STATE, write_weights
+from search.healing.teacher import output_head
 from search.healing.text import heal_text
 from search.healing.training import Healed, heal_
 from search.model.devices import resolve_device
@@ -39,7 +40,7 @@ from search.runtime.console import Console
 from search.runtime.distributed import Processes
 from search.runtime.provenance import environment
 from search.runtime.run_digest import refuse_changed
-from search.runtime.run_folder import CONFIG, PRIOR, RunFolder, refuse_held
+from search.runtime.run_folder import CONFIG, PRIOR, RunFolder, refuse_held, refuse_unwritable
 from search.runtime.tensorboard import curves
 
 __all__ = ["HealedRun", "heal_experiment_", "heal_folder", "held", "judge_of"]
@@ -91,6 +92,7 @@ def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedR
     if folder.resolve() == (run / HEALED).resolve():
         raise Refusal(f"out must not be {folder}, which is kept for the healing of the run itself; name another folder")
     if Processes.is_first():
+        refuse_unwritable(folder)
         refuse_held(folder)
     with console.stage("load"):
         loaded, sites = load(config, device)
@@ -99,6 +101,7 @@ def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedR
         schedule = prior.schedule
     if all(choice.is_dense for _, choice in schedule):
         raise Refusal(f"the schedule of {run} compresses nothing, so there is nothing to heal")
+    output_head(loaded.model)  # refuses a model that cannot be healed
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     with held(folder), experiment.evaluator("heldout") as evaluator:
@@ -149,17 +152,19 @@ def heal_experiment_(
     # Training replaces the norms and biases, so they have to be put back at the end.
     vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
     resumable = None if plan is None else folder / f"{UNFINISHED}-{schedule.digest[:12]}"
+    text = None
+    if plan is not None:
+        with console.stage("text"):  # of the dense model, if it is sampled, and before a repair that takes minutes
+            tokens = text_tokens(plan, experiment.device, options)
+            text = heal_text(experiment.loaded, options.data, options.row_tokens, plan.seed, tokens)
+        if text.left_out:
+            console.note(f"{text.left_out} documents are not learned from: they overlap with the reported data")
     with Processes().first_alone():
         taken, name = started_(experiment, schedule, dense, resumable, console, repaired, keep)
     first = Processes.is_first()
     try:
         scores[name] = evaluator.score_as_is(schedule)
-        if plan is not None and resumable is not None:
-            with console.stage("text"):
-                tokens = text_tokens(plan, experiment.device, options)
-                text = heal_text(experiment.loaded, options.data, options.row_tokens, plan.seed, tokens)
-            if text.left_out:
-                console.note(f"{text.left_out} documents are not learned from: they overlap with the reported data")
+        if plan is not None and resumable is not None and text is not None:
             judge = judge_of(experiment, dense)
             with console.stage("heal", plan.tokens, "tokens") as stage, curves(folder if first else None) as drawn:
                 healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note, drawn)

@@ -41,7 +41,6 @@ REPAIR = "repair.json"
 
 _WEIGHTS = "weights.safetensors"
 _FORMAT, _VERSION = "chisel-healed", 1
-_LARGEST_FILE = 1 << 26  # bytes of the JSON file
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,7 @@ class StoredWeights:
         """
         if not (folder / name).is_file():
             raise Refusal(f"there is no finished healing in {folder}: {name} is missing")
-        document = read_object(folder / name, "the healed state", _LARGEST_FILE)
+        document = read_object(folder / name, "the healed state")
         try:
             version = document.get("version")
             if document.get("format") != _FORMAT or type(version) is not int or not 1 <= version <= _VERSION:

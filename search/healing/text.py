@@ -19,13 +19,12 @@ import gzip
 import json
 import random
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from compression.refusal import Refusal
-from search.data.conversations import Document, read_conversations
+from search.data.conversations import Document, read_conversations, sources
 from search.data.datasets import load_mmlu
 from search.data.overlap import Shingles, reported_texts, without_overlap
 from search.data.packages import members, open_member, read_requirements
@@ -79,7 +78,7 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
     if loaded.positions is not None and length > loaded.positions:
         raise Refusal(f"row_tokens must be at most {loaded.positions}, the positions of the model, got {length}")
     parts: list[HealingText] = []
-    for name in [source] if Path(source).exists() else source.split("+"):
+    for name in sources(source):
         missing = None if tokens is None else tokens - sum(part.tokens.numel() for part in parts)
         if missing is None or missing >= length or not parts:
             parts.append(_from_one_source(loaded, name, length, seed, missing, [part.tokens for part in parts]))

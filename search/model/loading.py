@@ -28,8 +28,6 @@ from search.model.sources import locate
 
 __all__ = ["LoadedModel", "assemble", "can_be_assembled", "load_for_use", "load_model", "model_digest"]
 
-_LARGEST_CONFIG = 1 << 26  # bytes: an exported folder lists every compressed module in it
-
 
 @dataclass(frozen=True)
 class LoadedModel:

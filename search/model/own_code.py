@@ -17,7 +17,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from compression.refusal import Refusal
 
-__all__ = ["MODULE", "is_compressed", "read_config", "refuse_own_code"]
+__all__ = ["MODULE", "is_compressed", "is_model_folder", "read_config", "refuse_own_code"]
 
 MODULE = "modeling_chisel"
 """Name, without .py, of the file that an export writes for loaders without Chisel; we never import it ourselves."""
@@ -55,6 +55,14 @@ def read_config(folder: Path, name: str) -> Mapping[str, object]:
 def is_compressed(folder: Path) -> bool:
     """Whether a folder holds a compressed model that `search.py export` wrote in the "hf" format."""
     return _method(read_config(folder, "config.json")) == "chisel"
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether the config.json of a folder is that of a model; a run folder has a file of this name too."""
+    try:
+        return "model_type" in read_config(folder, "config.json")
+    except Refusal:
+        return False  # whoever loads the folder says what is wrong with it
 
 
 def refuse_own_code(name: str, folder: Path) -> None:

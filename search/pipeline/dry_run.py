@@ -16,6 +16,7 @@ from search.config import Config
 from search.experiment.experiment import Experiment, load, smallest_parameters
 from search.experiment.preparation import stays_dense
 from search.pipeline import finish
+from search.pipeline.rehearsal import rehearse
 from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS
 
@@ -35,6 +36,7 @@ def plan(config: Config) -> Mapping[str, object]:
     loaded, sites = load(config, device)
     start.check(loaded, sites)
     experiment = Experiment.of(config, loaded, sites, device)
+    rehearse(experiment, start)
     searched, [selected], [heldout] = (experiment.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
         name: sum(len(row.tokens) for row in rows)

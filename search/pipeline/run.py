@@ -20,6 +20,7 @@ from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.healing.state import HEALED, STATE
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
+from search.pipeline.rehearsal import rehearse
 from search.priors.build import build_prior
 from search.reporting.frames import csv_text
 from search.reporting.run_report import REPORT, report
@@ -85,6 +86,7 @@ def run(config: Config, console: Console) -> RunSummary:
         )
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+        rehearse(experiment, start)
     for note in experiment.splits.notes:
         console.note(note)
     if config.resume is not None:

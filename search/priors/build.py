@@ -86,7 +86,9 @@ def build_prior(
         "configuration": {**config.definition(), "budget": config.budget, "dtype": config.dtype},
         "environment": environment(),
     }
-    return Prior.model_validate_json(json.dumps(finite(document)))
+    fields = finite(document)
+    assert isinstance(fields, dict)
+    return Prior.of(fields)
 
 
 def config_digest(loaded: LoadedModel) -> str:

@@ -13,12 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import DENSE, METRICS, Choice, Schedule
-from compression.storage.strict_json import read_object
+from compression.storage.strict_json import LARGEST, bounded_text, parse, refuse_large, shown
 from search.priors.versions import FORMAT, VERSION, to_current
 from search.runtime.pretty_json import pretty_json
 
@@ -34,8 +42,9 @@ __all__ = [
     "Sensitivity",
 ]
 
-LARGEST_FILE = 64 << 20
-"""Bytes of the largest prior that is read. A model of 100 blocks with a site per head needs about a fifth of this."""
+LARGEST_FILE = LARGEST
+"""Bytes of the largest prior that is read. A model of 80 blocks with a site per head needs two thirds of this."""
+_KEYS = 1000  # most keys of an object in a prior
 _PATH = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$"
 
 
@@ -52,6 +61,9 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1, le=2**48)]
+# Lists are checked up to their first wrong element: a list of a million errors takes long to make and nobody reads it.
+Positives = Annotated[tuple[Positive, ...], Field(fail_fast=True)]
+Digests = Annotated[tuple[Digest, ...], Field(fail_fast=True)]
 
 
 class _Part(BaseModel):
@@ -77,8 +89,8 @@ class Sensitivity(_Part):
     source: Literal["predicted", "measured"] = Field(
         description="predicted: ½·tr(G E C Eᵀ) from the menu. measured: by `search.py profile`."
     )
-    chi: tuple[Positive, ...] = Field(min_length=1, description="Bond dimensions, ascending.")
-    kl: tuple[float, ...] = Field(min_length=1, description="KL at each χ, nats per token.")
+    chi: Positives = Field(min_length=1, description="Bond dimensions, ascending.")
+    kl: tuple[float, ...] = Field(min_length=1, fail_fast=True, description="KL at each χ, nats per token.")
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
@@ -104,8 +116,8 @@ class PriorSite(_Part):
     metric: Literal["plain", "input", "two-sided"] | None = Field(
         None, description="Norm in which the matrix was approximated."
     )
-    out_legs: tuple[Positive, ...] | None = Field(None, description="How the outputs are split, one leg per core.")
-    in_legs: tuple[Positive, ...] | None = Field(None, description="How the inputs are split, one leg per core.")
+    out_legs: Positives | None = Field(None, description="How the outputs are split, one leg per core.")
+    in_legs: Positives | None = Field(None, description="How the inputs are split, one leg per core.")
     dense_because: Name | None = Field(None, description="Why the matrix cannot be tensorized.")
     parameters: Positive = Field(description="Number of entries that are stored.")
     offset: float | None = Field(
@@ -212,8 +224,8 @@ class PriorData(_Part):
     calibration: Digest
     search_text: Digest
     heldout_text: Digest
-    search_items: tuple[Digest, ...]
-    report_items: tuple[Digest, ...] | None = None
+    search_items: Digests
+    report_items: Digests | None = None
 
 
 class Origin(_Part):
@@ -222,7 +234,7 @@ class Origin(_Part):
     model: ModelIdentity
     schedule_digest: Digest
     notes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field(
-        description="How the prior was transferred to this model."
+        fail_fast=True, description="How the prior was transferred to this model."
     )
 
 
@@ -246,8 +258,8 @@ class Prior(_Part):
         None, description="Prior that the schedule comes from, if it does not come from a search on this model."
     )
     seeds: Mapping[Name, Count] = Field(description="Seed of every random generator of the run.")
-    sites: tuple[PriorSite, ...] = Field(min_length=1)
-    scores: tuple[PriorScore, ...]
+    sites: tuple[PriorSite, ...] = Field(min_length=1, fail_fast=True)
+    scores: tuple[PriorScore, ...] = Field(fail_fast=True)
     data: PriorData
     configuration: Mapping[str, JsonValue] = Field(description="Configuration of the run, by field.")
     environment: Mapping[str, JsonValue] = Field(description="Date, command, commit, machine and versions.")
@@ -262,16 +274,38 @@ class Prior(_Part):
         Raises:
             ValueError: the prior is refused; one line names file, field, rule and value.
         """
-        document = read_object(path, "the prior", LARGEST_FILE)
+        text = bounded_text(path, "the prior", LARGEST_FILE)
         try:
-            current = to_current(document)
-            try:
-                prior = cls.model_validate_json(json.dumps(current))
-            except ValidationError as error:
-                raise Refusal(_one_line(error)) from None
-            return prior._checked(clamp)
+            return cls.parse(text, clamp)
         except ValueError as error:
             raise Refusal(f"cannot use the prior {path}: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str, clamp: bool = False) -> Prior:
+        """Read a prior from the text of a file, as `read` does."""
+        refuse_large(text, LARGEST_FILE)
+        document = parse(text, _KEYS)
+        if not isinstance(document, dict):
+            raise Refusal(f"expected a JSON object, got {type(document).__name__}")
+        current = json.dumps(to_current(document))
+        del document  # or a large one would be in memory three times
+        return cls._parsed(current)._checked(clamp)
+
+    @classmethod
+    def of(cls, document: Mapping[str, object]) -> Prior:
+        """Return the prior with these fields, as JSON values.
+
+        Raises:
+            Refusal: one line that names field, rule and value.
+        """
+        return cls._parsed(json.dumps(document))
+
+    @classmethod
+    def _parsed(cls, text: str) -> Prior:
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise Refusal(_one_line(error)) from None
 
     @property
     def schedule(self) -> Schedule:
@@ -361,5 +395,4 @@ def _one_line(error: ValidationError) -> str:
         return f"{where} is missing"
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return f"{where}: {rule}"
-    shown = repr(first["input"])
-    return f"{where}: {rule}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return f"{where}: {rule}, got {shown(first['input'])}"

@@ -75,12 +75,15 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
     return Schedule(tuple((site.name, choices[site.name]) for site in sites))
 
 
-def check_families(prior: Prior, sites: Sequence[Site]) -> None:
+def check_families(prior: Prior, sites: Sequence[Site], rule: Rule | None = None) -> None:
     """Refuse a prior without donors for any site of a model, before anything is calibrated.
 
     Raises:
-        ValueError: the sites that can be tensorized have no family in common.
+        ValueError: the sites that can be tensorized have no family in common, or `rule` is "price" and the prior has no
+            offsets.
     """
+    if rule == "price" and not _has_offsets(prior):
+        raise Refusal("transfer must be chi for this prior, whose version has no offsets, got 'price'")
     ours, theirs = {site.family for site in sites if not site.dense_because}, _donors(prior).keys()
     if not ours & theirs:
         raise Refusal(
@@ -104,12 +107,8 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
         own = {site.name: site.relative_chi for site in prior.sites}
         wanted = np.array([own[site.name] for site in sites])
         return Transfer(_by_chi(menu, wanted), (f"all {len(sites)} sites have the prior's names and shapes",))
-    known = all(site.offset is not None for site in prior.sites if site.dense_because is None)
-    if rule is None:
-        rule = "price" if known else "chi"
-    if rule == "price" and not known:
-        raise Refusal("transfer must be chi for this prior, whose version has no offsets, got 'price'")
-    check_families(prior, sites)
+    rule = rule or ("price" if _has_offsets(prior) else "chi")
+    check_families(prior, sites, rule)
     donors = _donors(prior)
     served = np.array([site.family in donors and not site.dense_because for site in sites])
     blocks = 1 + max(site.block for site in sites)
@@ -119,6 +118,10 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
             values[number] = _interpolated(donors[site.family], prior.blocks, _depth(site.block, blocks), rule)
     weights = np.where(served, values, 0.0) if rule == "price" else _by_chi(menu, values)
     return Transfer(weights, _notes(prior, sites, served, blocks, rule))
+
+
+def _has_offsets(prior: Prior) -> bool:
+    return all(site.offset is not None for site in prior.sites if site.dense_because is None)
 
 
 def _donors(prior: Prior) -> dict[str, list[PriorSite]]:

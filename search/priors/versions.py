@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import shown
 
 __all__ = ["FORMAT", "VERSION", "score_entry", "to_current"]
 
@@ -25,10 +26,10 @@ def to_current(document: Mapping[str, object]) -> dict[str, Any]:
         ValueError: the format is another one, or the version is not a whole number or is newer than this program.
     """
     if document.get("format") != FORMAT:
-        raise Refusal(f"format must be {FORMAT!r}, got {document.get('format')!r:.80}")
+        raise Refusal(f"format must be {FORMAT!r}, got {shown(document.get('format'))}")
     version = document.get("version")
     if type(version) is not int or version < 1:
-        raise Refusal(f"version must be a whole number of at least 1, got {version!r:.80}")
+        raise Refusal(f"version must be a whole number of at least 1, got {shown(version)}")
     if version > VERSION:
         raise Refusal(
             f"version must be at most {VERSION}, the newest that this program reads, got {version}; update Chisel"

@@ -26,6 +26,7 @@ from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
 from compression.sites import Site
 from compression.storage.factor_cache import cache_key
+from compression.storage.strict_json import bounded_text
 from search.config import Config
 from search.evaluation.packed_sequences import Packed
 from search.evaluation.pool import Job, Pool
@@ -106,6 +107,8 @@ def profile(
     config, device, _ = preflight(config)
     with console.stage("load"):
         loaded, sites = load(config, device)
+    if levels and not any(levels.of(site) for site in sites if not site.dense_because):
+        raise Refusal("chi or fractions must name a level that makes a matrix of the model smaller, and none does")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
@@ -151,8 +154,11 @@ def read_profile(folder: Path, loaded: LoadedModel) -> list[Row]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    if not (folder / PROFILE).is_file():
+        raise Refusal(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}")
+    text = bounded_text(folder / PROFILE, "the profile")
     try:
-        document = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
+        document = json.loads(text)
         if document["format"] != _FORMAT:
             raise Refusal(f"its format must be {_FORMAT}, got {document['format']}")
         rows = parse_rows((folder / TABLE).read_text(encoding="utf-8")) if (folder / TABLE).exists() else []
@@ -162,8 +168,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
         if type(document.get("context")) not in (int, type(None)):
             raise Refusal("its context must be a whole number or null")
         return {**document, "model": str(document["model"])}, rows
-    except FileNotFoundError:
-        raise Refusal(f"profile must be the folder of a sweep, but there is no {folder / PROFILE}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise Refusal(f"cannot use the profile {folder}: {error}") from None
 

@@ -20,7 +20,6 @@ from search.runtime.schema import Part
 __all__ = ["BENCHMARKS", "CONTEST", "SENSITIVITY", "OpenedRun"]
 
 BENCHMARKS, SENSITIVITY, CONTEST = "benchmarks.csv", "sensitivity.csv", "contest.json"
-_LARGEST_FILE = 1 << 26  # bytes of a JSON file
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class OpenedRun:
     @property
     def config(self) -> Mapping[str, Any]:
         """The configuration: everything that defines the run."""
-        return read_object(self.folder / CONFIG, "the configuration", _LARGEST_FILE)
+        return read_object(self.folder / CONFIG, "the configuration")
 
     @property
     def summary(self) -> Mapping[str, Any]:

@@ -110,8 +110,8 @@ def _number(value: object, form: str) -> str:
 
 
 def json_text(value: Mapping[str, object]) -> str:
-    """Return indented JSON, with null for numbers that are not finite."""
-    return json.dumps(finite(value), indent=2, ensure_ascii=False)
+    """Return indented JSON in ASCII, which every encoding can write, with null for numbers that are not finite."""
+    return json.dumps(finite(value), indent=2)
 
 
 def lines_text(value: Row, indent: str = "") -> str:

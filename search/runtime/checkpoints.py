@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compression.refusal import Refusal
-from compression.storage.strict_json import json_digest
+from compression.storage.strict_json import bounded_text, json_digest
 from compression.storage.tensor_files import new_tensor_file
 from search.runtime.files import file_digest, write_whole
 from search.runtime.signals import shield
@@ -76,7 +76,7 @@ class Checkpoints:
         for step in reversed(self._steps()):
             tensors, record = self._files(step)
             try:
-                content = json.loads(record.read_text(encoding="utf-8"))
+                content = json.loads(bounded_text(record, "the checkpoint"))
                 own = content.pop("digest", None)  # earlier versions wrote none
                 if own not in (None, json_digest(content)):
                     raise Refusal("its record was changed")

@@ -24,7 +24,8 @@ def environment() -> dict[str, object]:
     program = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
     return {
         "date": now(),
-        "command": shlex.join(["python", *program, *sys.argv[1:]]),
+        # A word that is not text in the encoding of the locale could not be stored as JSON.
+        "command": shlex.join(["python", *program, *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode("utf-8"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -13,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from compression.storage.strict_json import json_digest, parse
+from compression.refusal import Refusal
+from compression.storage.strict_json import json_digest, read_object
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder, file_digest, write_whole
 
@@ -73,10 +74,10 @@ def remembered_digest(path: Path) -> str:
 def _read(place: Path, key: str) -> str | None:
     """The digest in a file; None if there is none, or if the file is damaged or belongs to another key."""
     try:
-        content = parse(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_object(place, "the digest")
+    except Refusal:
         return None
-    if not isinstance(content, dict) or content.get("key") != key or not isinstance(content.get("digest"), str):
+    digest = content.get("digest")
+    if content.get("key") != key or not isinstance(digest, str):
         return None
-    digest: str = content["digest"]
     return digest if content.get("sha256") == json_digest([key, digest]) else None

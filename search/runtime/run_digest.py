@@ -12,10 +12,9 @@ import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from compression.refusal import Refusal
-from compression.storage.strict_json import json_digest, parse, read_object
+from compression.storage.strict_json import json_digest, read_object
 from search.runtime.run_folder import CONFIG, DIGEST, ENVIRONMENT, RunFolder
 
 __all__ = ["refuse_changed", "write_digest"]
@@ -98,13 +97,9 @@ def _entries(path: Path) -> dict[str, object] | None:
     Raises:
         ValueError: the file is not JSON, or no object.
     """
-    try:
-        content: Any = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    if not isinstance(content, dict):
-        raise Refusal("it is not a JSON object")
-    return {key: _brief(value) for key, value in content.items()}
+    return {key: _brief(value) for key, value in read_object(path, "the file").items()}
 
 
 def _brief(value: object) -> object:
@@ -116,10 +111,9 @@ def _brief(value: object) -> object:
 def _expects_digest(run: Path) -> bool:
     """Whether a run was started by a version that writes digest.json."""
     try:
-        content = parse((run / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "digest" in read_object(run / ENVIRONMENT, "the environment")
+    except Refusal:
         return False
-    return isinstance(content, dict) and "digest" in content
 
 
 def _resume(run: Path) -> str:

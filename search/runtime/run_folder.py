@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
@@ -19,6 +20,7 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import bounded_text
 from compression.storage.temporary_names import is_temporary, remove_leftovers
 from search.runtime.files import finite, write_whole
 from search.runtime.provenance import now
@@ -38,6 +40,7 @@ __all__ = [
     "contents",
     "holding",
     "refuse_held",
+    "refuse_unwritable",
     "refuse_used",
 ]
 
@@ -52,6 +55,7 @@ TABLE = "summary.csv"
 TRIALS = "trials.csv"
 
 RESULTS = Path("results")
+_INSIDE = 160  # bytes of the longest path inside a run folder
 _LOCK = ".lock"
 _HOLDER = ".holder.json"
 
@@ -158,19 +162,42 @@ def refuse_held(path: Path) -> None:
         _locked(path).release()
 
 
-def refuse_used(path: Path) -> None:
-    """Refuse a folder that is in use or not empty; a folder that does not exist yet is accepted.
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a folder, which need not exist yet, that cannot be made or written; nothing is left behind.
 
     Raises:
-        ValueError: the path is not a folder, another process holds it, or it contains files.
+        ValueError: the path or a name in it is too long, a part of it is no folder, or nothing can be written there.
     """
+    path = path.absolute()
+    try:
+        there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+        if not there.is_dir():
+            raise Refusal(f"cannot use the folder {path}: {there} is not a folder")
+        if (room := os.pathconf(there, "PC_PATH_MAX") - _INSIDE) < len(os.fsencode(path)):
+            raise Refusal(f"the path of a folder must have at most {room} bytes, got {len(os.fsencode(path))}")
+        if long := [part for part in path.parts if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX")]:
+            raise Refusal(f"the name of a folder is too long: {long[0]:.40}…")
+        os.rmdir(tempfile.mkdtemp(dir=there, prefix=".chisel-"))
+    except OSError as error:
+        raise Refusal(f"cannot use the folder {path}: {error.strerror or error}; name another one") from None
+
+
+def refuse_used(path: Path) -> None:
+    """Refuse a folder that is in use, not empty or not writable; a folder that does not exist yet is accepted.
+
+    Raises:
+        ValueError: as `refuse_unwritable`; or another process holds the folder, or it contains files.
+    """
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise Refusal(f"out must be a folder, got the file {path}")
+    refuse_unwritable(path)
     if not path.exists():
         return
-    if not path.is_dir():
-        raise Refusal(f"out must be a folder, got the file {path}")
     refuse_held(path)
     if (path / CONFIG).exists():
-        raise Refusal(f"the folder {path} holds a run already; continue it with --resume, or give another --out")
+        raise Refusal(
+            f"the folder {path} holds a run or a model already; continue a run with --resume, or give another --out"
+        )
     if others := contents(path):
         raise Refusal(f"out must be a new or empty folder, but {path} holds {others[0]!r}")
 
@@ -196,7 +223,7 @@ def _locked(path: Path) -> FileLock:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads((path / _HOLDER).read_text(encoding="utf-8"))
+        holder = json.loads(bounded_text(path / _HOLDER, "the holder"))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -1,4 +1,5 @@
-"""Handles Ctrl-C and SIGTERM: the first one ends the run cleanly after the current write, the second one at once.
+"""Handles Ctrl-C, SIGTERM and SIGHUP: the first one ends the run cleanly after the current write, a second
+Ctrl-C or SIGTERM at once.
 
 Knows signals only. Code that must not be interrupted, such as a write, belongs inside `with shield():`.
 """
@@ -15,7 +16,9 @@ from types import FrameType
 __all__ = ["INTERRUPTED", "guarded", "shield"]
 
 INTERRUPTED = 130
-"""Exit code of a run that was ended by Ctrl-C or SIGTERM."""
+"""Exit code of a run that was ended by Ctrl-C, SIGTERM or SIGHUP."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _State:
@@ -24,8 +27,10 @@ class _State:
     asked = False
 
 
-def _on_signal(_number: int, _frame: FrameType | None) -> None:
+def _on_signal(number: int, _frame: FrameType | None) -> None:
     if _State.asked:
+        if number == signal.SIGHUP:  # a closing terminal and its shell both send one, so a second one means no haste
+            return
         os._exit(INTERRUPTED)
     _State.asked = True
     if _State.shields:
@@ -36,15 +41,18 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt once; a second signal exits with code 130 immediately.
+    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; a second SIGINT or SIGTERM exits with code 130.
 
-    Does nothing in other threads than the main one, since Python delivers signals to the main thread only.
+    A SIGHUP that the program was started to ignore, as by nohup, stays ignored. Does nothing in other threads than the
+    main one, since Python delivers signals to the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _State.asked = _State.pending = False
-    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handled = (number for number in _SIGNALS if number != signal.SIGHUP or not ignored)
+    before = {number: signal.signal(number, _on_signal) for number in handled}
     try:
         yield
     finally:

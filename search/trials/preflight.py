@@ -12,7 +12,7 @@ from search.config import Config
 from search.data.datasets import load_proxy
 from search.data.prompts import forms
 from search.model.devices import resolve_device, working_dtype
-from search.runtime.run_folder import STUDY, refuse_held, refuse_used
+from search.runtime.run_folder import RESULTS, STUDY, refuse_held, refuse_unwritable, refuse_used
 from search.trials.journal import stored_fingerprint
 from search.trials.setup import refuse_lost_trials
 from search.trials.starting_point import StartingPoint
@@ -38,11 +38,17 @@ def preflight(config: Config) -> tuple[Config, torch.device, StartingPoint]:
     start = StartingPoint.read(config)
     check_evaluators(config)
     if config.resume is not None:
+        refuse_unwritable(Path(config.resume))
         refuse_held(Path(config.resume))
         refuse_lost_trials(Path(config.resume) / STUDY)
     elif config.out is not None:
         refuse_used(Path(config.out))
+    else:
+        refuse_unwritable(RESULTS)
     device = resolve_device(config.device)
+    wanted = config.gpus_per_evaluator if device.type == "cuda" and config.ray_address is None else None
+    if wanted and wanted > (here := torch.cuda.device_count()):
+        raise Refusal(f"gpus_per_evaluator must be at most the {here} GPUs of this machine, got {wanted}")
     if config.dtype != "auto":
         return config, device, start
     stored = stored_fingerprint(Path(config.resume) / STUDY) if config.resume is not None else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,18 +19,33 @@ from search.experiment.experiment import Experiment, Extract
 
 __all__ = ["check_evaluators", "search_pool"]
 
+_ANSWER_SECONDS = 5.0  # after which a cluster counts as unreachable
+
 
 def check_evaluators(config: Config) -> None:
-    """Refuse evaluators in other processes if ray is not installed.
+    """Refuse evaluators in other processes if ray is not installed or its cluster cannot be reached.
 
     Raises:
-        ValueError: names the flag and the extra that installs ray.
+        ValueError: names the flag, and the extra that installs ray or the address.
     """
-    if config.in_process or importlib.util.find_spec("ray") is not None:
+    if config.in_process:
+        return
+    if importlib.util.find_spec("ray") is not None:
+        if config.ray_address not in (None, "auto"):
+            _refuse_silent(config.ray_address)
         return
     asked = "ray_address" if config.ray_address else "trial_timeout" if config.trial_timeout else "evaluators"
     flag = asked.replace("_", "-")
     raise Refusal(f"--{flag} needs ray, which is not installed: pip install 'chisel-prior[cluster]'")
+
+
+def _refuse_silent(address: str) -> None:
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port or 6379)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Refusal(f"ray_address {address!r} cannot be used: {reason}") from None
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Policies on disk: what is saved is continued, also elsewhere on the same model, and anything else is refused."""
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import agents
 from agents import AgentContext, SavedPolicy
@@ -160,3 +162,14 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "model.zip").write_bytes(pickle.dumps(Danger()))
     with pytest.raises(ValueError, match="Not a directory"):
         SavedPolicy.read(tmp_path / "model.zip")
+
+
+def test_arrays_with_an_endless_header_are_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    content = (1 << 21).to_bytes(8, "little") + b" " * (1 << 21)
+    description = {"format": 1, "agent": "ppo", "subject": "m", "target_kept": 0.5, "steps": [], "rungs": []}
+    description |= {"settings": {}, "arrays_sha256": hashlib.sha256(content).hexdigest()}
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    (tmp_path / "policy.safetensors").write_bytes(content)
+    monkeypatch.setattr(safetensors.numpy, "load", lambda content: pytest.fail("it was parsed"))
+    with pytest.raises(ValueError, match=r"policy\.safetensors has a header of more than 1048576 bytes"):
+        SavedPolicy.read(tmp_path)

@@ -1,5 +1,7 @@
 import errno
+import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -105,6 +107,12 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
         (["serch"], "unknown command 'serch'; the nearest is search"),
         (["--resume", "nowhere"], "--resume must be the folder of an earlier run"),
         (["--config", "nowhere.json"], "cannot read the configuration nowhere.json"),
+        (["benchmark", "x", "--threads", "0"], "threads must be a whole number from 1 to 1024, got '0'"),
+        (["benchmark", "x", "--samples", "1" * 5000], "samples must be a whole number from 2 to 1000000000, got '111"),
+        (["profile", "--tokens", ""], "tokens must be a whole number from 64 to 1000000000, got ''"),
+        (["profile", "--context", "64,65"], "context must be a whole number from 64 to 1000000000, got '64,65'"),
+        (["generate", "x", "--seed", "1" * 30], "seed must be a whole number from 0 to 4294967295, got 111"),
+        (["generate", "x", "--temperature", "1e-300"], "temperature must be 0 or from 0.01 to 100, got 1e-300"),
         (["data", "--quite"], "unknown argument '--quite'; the nearest is --quiet"),
     ],
 )
@@ -182,6 +190,18 @@ def test_failed_trials_are_told_and_exit_4(pipeline, capsys):
     captured = capsys.readouterr()
     assert "dense" in captured.out
     assert "2 failed" in captured.err
+
+
+def test_a_run_is_finished_whatever_its_output_can_hold(pipeline, monkeypatch):
+    # The table is printed before benchmarks and export.
+    full = io.StringIO()
+    monkeypatch.setattr(full, "write", lambda text: os.write(-1, text.encode()))
+    for stream in (io.TextIOWrapper(io.BytesIO(), encoding="ascii"), full):
+        finished = []
+        monkeypatch.setattr("search.pipeline.finish.finish", lambda *a, done=finished: done.append(a) or ["χ ± 鐵"])
+        monkeypatch.setattr(sys, "stdout", stream)
+        cli.main(["--quiet"])
+        assert len(finished) == 1
 
 
 def test_json_is_the_only_thing_on_standard_output(pipeline, capsys):

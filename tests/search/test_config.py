@@ -191,3 +191,26 @@ def test_the_fingerprint_of_an_earlier_version_with_a_relative_path_is_the_same_
 def test_a_home_that_does_not_exist_is_one_line():
     with pytest.raises(Refusal, match="model must be"):
         Config.of({"model": "~nobody-of-this-name/m"})
+
+
+def test_one_of_many_unknown_fields_is_named_and_the_others_are_not_checked():
+    with pytest.raises(ValueError, match="buget is not a field of the configuration; the nearest is budget") as refused:
+        Config.of({"buget": 1, **{f"key{number}": 0 for number in range(100_000)}})
+    assert refused.value.__context__ is None
+
+
+def test_the_configuration_of_a_model_is_told_from_that_of_a_run(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ValueError, match="describes a model, not a run: give the folder of a run"):
+        read_fields(tmp_path / "hf" / "config.json")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"describes a model, not a run: give its run, {tmp_path}; benchmark, "):
+        read_fields(tmp_path / "hf" / "config.json")
+
+
+@pytest.mark.parametrize("name", ["model", "out", "proxy", "prior"])
+def test_a_name_that_is_no_text_is_refused(name):
+    # It could not be stored in the configuration of a prior.
+    with pytest.raises(ValueError, match=rf"^{name} must be UTF-8 text, got 'caf\\udce9.jsonl'"):
+        Config.of({name: "caf\udce9.jsonl"})

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_data import ARC_ROWS, SUBJECTS, fake_data, mmlu_rows
+from tiny_model import tensorized
 
 from search import cli
 from search.benchmarking import documents
@@ -23,13 +25,15 @@ from search.benchmarking.outcome import Outcome, mean_and_error, paired
 from search.benchmarking.tasks import TASKS, named_tasks
 from search.data.datasets import load_mmlu, read_item
 from search.data.items import Item
-from search.model.loading import LoadedModel, load_model
+from search.export.folder import export_model
+from search.model.loading import LoadedModel, load_for_use, load_model
 from search.runtime.errors import DataUnavailable
 from search.runtime.run_folder import RunFolder
 
 __all__ = ["fake_data"]
 
 FEW = "arc_easy,boolq"
+PRIOR = Path(__file__).parents[2] / "fixtures" / "run-1f2ef24" / "prior.json"
 RUN = (
     "--model random:tiny-llama --device cpu --agent random --budget 1 --target-kept 0.7 --calibration-tokens 1500 "
     "--search-items 2 --search-text-tokens 128 --heldout-tokens 600 --report-items 6 "
@@ -326,7 +330,7 @@ def test_the_item_of_a_row_is_that_of_the_proxies() -> None:
     ("words", "complaint"),
     [
         (["random:tiny-llama", "--tasks", "helaswag"], "the nearest is hellaswag"),
-        (["random:tiny-llama", "--samples", "1"], "samples must be at least 2"),
+        (["random:tiny-llama", "--samples", "1"], "samples must be a whole number from 2"),
         (["random:tiny-llama", "--samples", "many"], "samples must be a whole number"),
         (["random:tiny-llama", "--source", "hubb"], "the nearest is hub"),
         (["random:tiny-llama", "--schedules", "serched"], "the nearest is searched"),
@@ -355,3 +359,16 @@ def test_a_mistake_is_one_line(
     assert complaint in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "benchmarks.json").exists()
+
+
+@pytest.mark.usefixtures("fake_data")
+def test_exported_folders_are_measured_as_they_are(tmp_path: Path) -> None:
+    folders = [tmp_path / run / "hf" for run in ("one", "two")]
+    for folder in folders:
+        loaded = tensorized()
+        export_model(loaded.model, loaded.tokenizer, folder)
+        shutil.copyfile(PRIOR, folder / "prior.json")
+    assert bench(*folders, "--tasks", FEW, "--samples", "3", "--out", tmp_path / "out") == 0
+    outcomes = written(tmp_path / "out")["outcomes"]
+    assert {one["model"] for one in outcomes} == {"one/hf", "two/hf"}
+    assert {one["model_digest"] for one in outcomes} == {load_for_use(str(folders[0]), "cpu").digest}

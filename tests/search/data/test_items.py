@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fake_data import SUBJECTS, fake_data, jsonl
 
+from search.data import item_files
 from search.data.datasets import PROXIES, load_mmlu, load_proxy
 from search.data.item_files import load_jsonl
 from search.data.items import Item, stratified
@@ -150,3 +151,11 @@ def test_a_byte_order_mark_is_skipped_and_a_fifo_does_not_hang(tmp_path: Path) -
     os.mkfifo(file)
     with pytest.raises(ValueError, match="it is a FIFO, not a file"):
         load_jsonl(file)
+
+
+@pytest.mark.parametrize(("name", "most"), [("_MOST", 3), ("_LARGEST_FILE", 100)])
+def test_a_file_of_more_questions_than_any_run_needs_is_refused(name, most, tmp_path, monkeypatch):
+    monkeypatch.setattr(item_files, name, most)
+    path = jsonl(tmp_path / "exam.jsonl", [{"question": f"{n}?", "choices": ["a", "b"], "answer": 0} for n in range(4)])
+    with pytest.raises(ValueError, match=f"{most}.*; a sample of "):
+        load_jsonl(path)

@@ -57,7 +57,7 @@ def test_exporting_leaves_the_model_as_it_was(tmp_path):
 def test_a_used_folder_is_refused_and_kept(folder):
     loaded = tensorized()
     before = sorted(file.name for file in folder.iterdir())
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds a run or a model already"):
         export_model(loaded.model, loaded.tokenizer, folder)
     assert sorted(file.name for file in folder.iterdir()) == before
 

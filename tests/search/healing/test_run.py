@@ -204,7 +204,7 @@ def test_layers_are_not_made_without_the_bias_that_their_site_has() -> None:
     ("flags", "message"),
     [
         ([], "does not exist"),
-        (["--minutes", "-1"], "minutes must be above 0, got -1"),
+        (["--minutes", "-1"], "minutes must be above 0 and at most 100,000, got -1"),
         (["--loss", "love"], "invalid choice"),
     ],
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from compression.refusal import Refusal
-from search.model.loading import is_compressed, load_model
+from search.model.loading import load_model
+from search.model.own_code import is_compressed
 from search.model.sources import locate
 
 

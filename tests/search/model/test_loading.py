@@ -16,7 +16,7 @@ import torch
 from search.data import hub
 from search.model import loading, sources
 from search.model.devices import resolve_device
-from search.model.loading import LoadedModel, load_model, model_digest
+from search.model.loading import LoadedModel, load_for_use, load_model, model_digest
 from search.model.sources import locate
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import file_digest
@@ -248,3 +248,14 @@ def test_a_device_that_is_not_there_is_refused_with_the_nearest(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(ValueError, match=f"device must .*got '{device}'.*the nearest is {nearest}$"):
         resolve_device(device)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_folder_with_a_description_of_a_million_values_is_refused_before_a_library_parses_it(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / name).write_text('{"eos_token_id": [' + "0," * 1_000_000 + "0]}")
+    monkeypatch.setattr(loading, "read_pretrained", lambda *_: pytest.fail("it was parsed"))
+    for load in (load_model, load_for_use):
+        with pytest.raises(ValueError, match=f"cannot use model .*{name}: it holds too many values"):
+            load(str(folder), "cpu")

@@ -30,6 +30,7 @@ def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_writte
     for changes, message in (
         ({"agent": "ppo"}, "the policy was learned by agent reinforce and cannot be continued by ppo"),
         ({"model": "random:tiny-qwen2"}, "the policy was learned on another model"),
+        ({"granularity": "family"}, "the policy was learned on other steps"),
     ):
         capsys.readouterr()
         assert cli.main(words(out=tmp_path / "other", policy=tmp_path / "first", **changes)) == cli.REFUSED
@@ -49,6 +50,11 @@ def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_writte
         ({"target_kept": 0.01}, "--target-kept must be at least"),
         ({"model": "random:tiny-lama"}, "random:tiny-llama"),
         ({"device": "cuda:7"}, "device must exist"),
+        (
+            {"evaluators": 2, "ray_address": "127.0.0.1:9"},
+            "'127.0.0.1:9' cannot be used: Connection refused",
+        ),
+        ({"evaluators": 2, "ray_address": "127.0.0.1:99999"}, "ray_address '127.0.0.1:99999' cannot be used"),
         ({"proxy": "sciq", "proxy_form": "letter"}, "--proxy-form must be answer"),
         ({"heldout_tokens": 10_000_000}, "there are only"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from prior_document import CHI, SITES, document, written
+from pydantic import ValidationError
 
 from compression import Site
 from search import cli
@@ -292,3 +293,30 @@ def test_no_value_in_a_prior_can_make_it_fail_otherwise_than_by_a_refusal(
         assert err.count("\n") == codes.count(cli.REFUSED)
         codes = [code for code in codes if code != cli.REFUSED]
         assert set(codes) <= {cli.DONE}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("sites", [0]),
+        ("scores", [{}]),
+        ("sites.0.out_legs", [0]),
+        ("sites.0.sensitivity.chi", [-1]),
+        ("sites.0.sensitivity.kl", ["x"]),
+        ("data.search_items", ["x"]),
+        ("data.report_items", ["x"]),
+    ],
+)
+def test_a_list_is_refused_at_its_first_wrong_element(place: str, value: list[object]) -> None:
+    with pytest.raises(ValueError, match=place) as refused:
+        Prior.of(changed(place, value * 100_000))
+    reason = refused.value.__context__
+    assert isinstance(reason, ValidationError)
+    assert reason.error_count() <= 20  # those of one element
+
+
+@pytest.mark.parametrize("place", ["seeds", "environment", "configuration", "model", "sites.0"])
+def test_an_object_of_many_keys_is_refused_before_they_are_checked(place: str, tmp_path: Path) -> None:
+    path = written(tmp_path, changed(place, {f"key{number}": -1 for number in range(2000)}))
+    with pytest.raises(ValueError, match="an object has 2000 keys, such as 'key0', and at most 1000 are read"):
+        Prior.read(path)

@@ -7,10 +7,11 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
+from compression.storage.whole_files import replace_file
 from search.config import Config
 from search.runtime.files import finite
 from search.runtime.provenance import environment
-from search.runtime.run_folder import CONFIG, SUMMARY, RunFolder, contents, refuse_held, refuse_used
+from search.runtime.run_folder import CONFIG, SUMMARY, RunFolder, contents, refuse_held, refuse_unwritable, refuse_used
 
 
 def test_a_new_folder_is_named_by_date_agent_model_and_seed(tmp_path, monkeypatch):
@@ -45,7 +46,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
 def test_a_folder_with_a_run_is_refused_with_the_way_to_resume(tmp_path):
     with RunFolder.new(str(tmp_path), "random", "m", 0) as folder:
         folder.write_text(CONFIG, Config().to_json())
-    with pytest.raises(ValueError, match="holds a run already; continue it with --resume"):
+    with pytest.raises(ValueError, match="holds a run or a model already; continue a run with --resume"):
         RunFolder.new(str(tmp_path), "random", "m", 0)
     with RunFolder.resume(str(tmp_path)) as again:
         assert again.path == tmp_path
@@ -55,7 +56,7 @@ def test_a_file_as_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="out must be a folder, got the file"):
         RunFolder.new(str(tmp_path / "file"), "random", "m", 0)
-    with pytest.raises(ValueError, match=r"cannot use the folder .*: Not a directory"):
+    with pytest.raises(ValueError, match=r"cannot use the folder .*: .*file is not a folder"):
         RunFolder.new(str(tmp_path / "file" / "run"), "random", "m", 0)
 
 
@@ -179,3 +180,31 @@ def test_the_environment_says_by_what_command(module, command, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
     monkeypatch.setattr(sys, "argv", ["some/where/search.py", "--out", "a b"])
     assert environment()["command"] == command
+
+
+def test_a_command_line_that_is_no_text_can_be_stored(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["search.py", "--out", os.fsdecode(b"caf\xe9")])
+    assert environment()["command"].endswith("--out 'caf\\udce9'")
+    json.dumps(environment(), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [(["file", "x"], "file is not a folder"), (["link"], "link is not a folder"), (["n" * 256], "name of a folder")],
+)
+def test_a_folder_that_cannot_be_made_is_refused_and_nothing_is_left(parts, message, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        refuse_unwritable(tmp_path.joinpath(*parts))
+    refuse_unwritable(tmp_path / "a" / "b")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_text_with_parts_of_a_path_that_is_no_text_can_be_written(tmp_path):
+    assert replace_file(tmp_path / "page", os.fsdecode(b"caf\xe9")).read_text() == r"caf\udce9"
+
+
+def test_a_name_that_a_folder_may_have_is_not_too_long_for_its_temporary_file(tmp_path):
+    assert replace_file(tmp_path / ("n" * 255), "text").read_text() == "text"

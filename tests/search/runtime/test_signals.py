@@ -8,7 +8,7 @@ import pytest
 from search.runtime.signals import INTERRUPTED, guarded, shield
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_keyboard_interrupt(number):
     with pytest.raises(KeyboardInterrupt), guarded():
         os.kill(os.getpid(), number)
@@ -41,6 +41,21 @@ def test_a_second_signal_ends_the_process_at_once():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == INTERRUPTED
     assert run.stdout == ""
+
+
+def test_a_closing_terminal_may_send_its_signal_twice():
+    with pytest.raises(KeyboardInterrupt), guarded(), shield():
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_program_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with guarded():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_failed_write_shows_its_own_error_first():

@@ -1,0 +1,98 @@
+"""Rehearses the end of a run at its start: what is written and read at the end is made once before any work.
+
+A name, a licence or a tokenizer that the last step would refuse is thereby refused first, by the same code. Knows what
+a run writes; each part is implemented in a module of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from compression.allocation.menu import Menu, SiteMenu, dense_menu
+from compression.numerics.legs import resolve
+from compression.refusal import Refusal
+from compression.schedule import DENSE, Choice, Schedule
+from compression.sites import Site
+from compression.size import choice_parameters
+from envs import Problem
+from search.benchmarking.documents import always_searched, select
+from search.benchmarking.tasks import named_tasks
+from search.experiment.experiment import Experiment
+from search.export.folder import check_export
+from search.export.model_card import model_card
+from search.healing.teacher import output_head
+from search.pipeline.finish import TASKS
+from search.priors.build import build_prior
+from search.priors.format import Prior, Sensitivity
+from search.trials.setup import make_agent
+from search.trials.starting_point import StartingPoint
+
+__all__ = ["rehearse", "rehearse_prior"]
+
+_TOPOLOGY = "pivoted-lowrank"
+_TRACE = 9  # χ in the trace of a site
+_LONG = math.pi * 1e-100  # a number of as many characters as any
+
+
+def rehearse(experiment: Experiment, start: StartingPoint) -> None:
+    """Check that a run of `experiment` can be finished: its agent, prior, healing, benchmarks and exported folder.
+
+    Raises:
+        ValueError: one of them would be refused later; one line.
+        DataUnavailable: the items of a benchmark cannot be had.
+    """
+    config, loaded = experiment.config, experiment.loaded
+    if start.policy is not None:
+        problem = Problem.build(_menu(experiment), config.target_kept, config.granularity)
+        make_agent(config, problem, experiment, start)  # refuses a policy of other steps
+    prior = rehearse_prior(experiment)
+    if config.heal_minutes:
+        output_head(loaded.model)
+    if config.export != "none":
+        check_export(config.export, loaded.model, loaded.tokenizer)
+        model_card(config.export, config.export, prior.model_dump(mode="json"), {}, "searched", "", [])
+    if config.benchmark_items:
+        searched = always_searched().union(prior.data.search_items)
+        for task in named_tasks(TASKS):
+            select(task, config.benchmark_items, config.seed, searched)
+
+
+def rehearse_prior(experiment: Experiment) -> Prior:
+    """Return a prior of the model, read as a file is read, that is as large as that of any run but for its table.
+
+    Every matrix that may be compressed has χ = 1 and a long trace.
+
+    Raises:
+        ValueError: the prior would be refused; one line that names the field and the value.
+    """
+    schedule = Schedule(tuple((options.site.name, options.choices[0]) for options in _menu(experiment).sites))
+    trace = Sensitivity(
+        source="predicted", chi=tuple(range(10**6, 10**6 + _TRACE)), kl=tuple(_LONG for _ in range(_TRACE))
+    )
+    traces = {name: trace for name, choice in schedule if not choice.is_dense}
+    try:
+        prior = build_prior(
+            experiment.config, experiment.loaded, _menu(experiment), schedule, [], experiment.splits, traces
+        )
+        return Prior.parse(prior.to_json())
+    except Refusal as error:
+        raise Refusal(
+            f"the prior of this run would be refused: {error}; if a field of the model is named, rename its folder or "
+            "correct its files"
+        ) from None
+
+
+def _menu(experiment: Experiment) -> Menu:
+    """A menu of χ = 1 and dense for every site, with costs that mean nothing."""
+    return Menu(tuple(_options(site) for site in experiment.sites))
+
+
+def _options(site: Site) -> SiteMenu:
+    legs = resolve(_TOPOLOGY, site.out_features, site.in_features)
+    if site.dense_because or not legs.break_even_chi:
+        return dense_menu(site)
+    choices = (Choice(_TOPOLOGY, 1, "two-sided"), DENSE)
+    sizes = np.array([choice_parameters(site, choice) for choice in choices], dtype=np.int64)
+    return SiteMenu(site, choices, parameters=sizes, cost=np.array([1.0, 0.0]), multiply_adds=sizes)

@@ -1,0 +1,36 @@
+"""Options of a healing: what is out of range is refused first, and the shortest healing has text."""
+
+import pytest
+import torch
+
+from search import cli
+from search.healing.plan import HealingOptions, text_tokens
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("options", [{"minutes": 1e-300}, {"minutes": 0.005}, {"tokens": 1}])
+def test_the_shortest_healing_has_a_row_of_text(options):
+    asked = HealingOptions(**options)
+    assert text_tokens(asked.plan(0, CPU), CPU, asked) == asked.row_tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--minutes", "inf"], "minutes must be above 0 and at most 100,000, got inf"),
+        (["--minutes", "1e308"], "minutes must be above 0 and at most 100,000, got 1e+308"),
+        (["--tokens", "0"], "tokens must be above 0 and at most 1,000,000,000,000, got 0"),
+        (["--row-tokens", "1"], "row_tokens must be a whole number from 16 to 65536, got 1"),
+        (["--text-tokens", "5"], "text_tokens must be at least the 256 of a row"),
+        (["--hidden-weight", "nan"], "hidden_weight must be a number from 0 to 1,000, got nan"),
+        (["--hidden-weight", "-1"], "hidden_weight must be a number from 0 to 1,000, got -1.0"),
+        (["--rate", "inf"], "rate must be above 0 and at most 1,000, got inf"),
+        (["--data", "nonsense"], "data must be text, sampled,"),
+        (["--data", "text+nonsense"], "or a hub id, got 'nonsense'"),
+        (["--data", "nowhere.json"], "data must be an existing file if it ends with .json, got 'nowhere.json'"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_the_run_is_looked_for(words, message, capsys):
+    assert cli.main(["heal", "nowhere", *words]) == cli.REFUSED
+    assert message in capsys.readouterr().err
