@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from compression.bonds import linear
 from compression.decomposition.factors import FactorStore
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
@@ -80,15 +81,17 @@ class ScheduleApplier:
 
     def module(self, name: str, choice: Choice) -> nn.Module:
         """Returns the module of a site under a choice: the original module, or a new layer."""
-        if choice.is_dense:
-            return self._dense[name]
-        cores = self._store.cores(name, choice)
         dense = self._dense[name]
-        weight = dense.weight
+        if choice.is_dense:
+            return dense
+        weight, bias = dense.weight, dense.bias
         assert isinstance(weight, torch.Tensor)
-        cores = [core.to(device=weight.device, dtype=weight.dtype) for core in cores]
-        bias = dense.bias
         assert bias is None or isinstance(bias, torch.Tensor)
+        if choice.widths and bias is not None and (rows := self._store.rows(name, choice.widths)) is not None:
+            bias = bias[rows]
+        if choice.is_plain:
+            return linear(self._store.plain(name, choice.widths).to(weight.dtype), bias)
+        cores = [core.to(device=weight.device, dtype=weight.dtype) for core in self._store.cores(name, choice)]
         layer = MPOLinear(stored(cores, choice.topology.startswith("pivoted-")) if self._packed else cores, bias)
         if self._planner is not None:
             layer.plan = self._planner.plan(layer)

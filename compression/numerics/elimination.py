@@ -86,35 +86,32 @@ def eliminate(
         raise Refusal(f"step must be at least 1, got {step}")
     metric, target, moment = gradients.double(), weight.double(), inputs.double()
     alive = torch.arange(size, device=weight.device)  # the hidden values that are left, group by group
-    count = size // group
+    until_fresh = max(1, -(-size // (group * step * _FRESH)))
     order: list[torch.Tensor] = []
     lost = [0.0]
-    done = 0.0
+    steps = 0
     while len(alive):
-        current, inverse = _refitted(target, moment, alive)
-        for _ in range(max(1, -(-count // (step * _FRESH)))):
-            groups = len(alive) // group
-            taken = min(step, groups)
-            single = _costs(current, inverse, metric, group)
-            first = single.argsort(stable=True)[:taken]
-            places = (first[:, None] * group + torch.arange(group, device=first.device)).flatten()
-            block = inverse[places][:, places]
-            columns = current[:, places]
-            pulled = torch.linalg.solve(block, torch.cat([columns.mT, inverse[places]], dim=1))
-            step_cost = 0.5 * float((columns.mT @ metric * pulled[:, :outputs]).sum())
-            share = single[first].cumsum(0)
-            parts = share / share[-1] if float(share[-1]) > 0 else torch.linspace(0, 1, taken + 1)[1:]
-            lost += [done + max(0.0, step_cost) * float(part) for part in parts]
-            done += max(0.0, step_cost)
-            order.append(alive[first * group] // group)
-            rest = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
-            rest[places] = False
-            alive = alive[rest]
-            if not len(alive):
-                break
-            change = pulled[:, outputs:][:, rest]
-            current = current[:, rest] - columns @ change
-            inverse = inverse[rest][:, rest] - inverse[rest][:, places] @ change
+        if steps % until_fresh == 0:
+            inverse = torch.cholesky_inverse(_cholesky(moment[alive][:, alive]))
+            current = target @ moment[:, alive] @ inverse
+            pulled = metric @ current
+        steps += 1
+        single = _costs(current, pulled, inverse, group)
+        first = single.argsort(stable=True)[:step]
+        places = (first[:, None] * group + torch.arange(group, device=first.device)).flatten()
+        columns, pulled_columns, crossing = current[:, places], pulled[:, places], inverse[places]
+        solved = torch.linalg.solve(crossing[:, places], torch.cat([columns.mT, crossing], dim=1))
+        cost = max(0.0, 0.5 * float((pulled_columns.mT * solved[:, :outputs]).sum()))
+        share = single[first].cumsum(0)
+        parts = share / share[-1] if float(share[-1]) > 0 else torch.linspace(0, 1, len(first) + 1)[1:]
+        lost += (lost[-1] + cost * parts).tolist()
+        order.append(alive[first * group] // group)
+        rest = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
+        rest[places] = False
+        change = solved[:, outputs:][:, rest]
+        alive, current = alive[rest], current[:, rest] - columns @ change
+        pulled = pulled[:, rest] - pulled_columns @ change
+        inverse = inverse[rest][:, rest] - crossing[:, rest].mT @ change
     return Elimination(torch.cat(order).cpu(), torch.tensor(lost[::-1], dtype=torch.float64))
 
 
@@ -136,12 +133,6 @@ def refit(weight: torch.Tensor, inputs: torch.Tensor, kept: Sequence[int] | torc
     return solved.mT
 
 
-def _refitted(weight: torch.Tensor, moment: torch.Tensor, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the refitted W on the values that are left, and the inverse of their moment."""
-    inverse = torch.cholesky_inverse(_cholesky(moment[alive][:, alive]))
-    return weight @ moment[:, alive] @ inverse, inverse
-
-
 def _cholesky(moment: torch.Tensor) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(moment)
     if failed:
@@ -149,15 +140,14 @@ def _cholesky(moment: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def _costs(current: torch.Tensor, inverse: torch.Tensor, metric: torch.Tensor, group: int) -> torch.Tensor:
-    """Returns twice the cost of removing each group alone, (groups,)."""
-    pulled = metric @ current
+def _costs(current: torch.Tensor, pulled: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:
+    """Returns twice the cost of removing each group alone, (groups,); `pulled` is G times the refitted W."""
     if group == 1:
         return (current * pulled).sum(0) / inverse.diagonal()
     groups = len(inverse) // group
     left, right = (values.mT.reshape(groups, group, -1) for values in (current, pulled))
-    square = left @ right.mT  # W_Jᵀ G W_J
     places = torch.arange(groups, device=inverse.device)
     blocks = inverse.reshape(groups, group, groups, group)[places, :, places, :]
-    solved: torch.Tensor = torch.linalg.solve(blocks, square)
-    return solved.diagonal(dim1=1, dim2=2).sum(1)
+    solved: torch.Tensor = torch.linalg.solve(blocks, left @ right.mT)  # of P_JJ and W_Jᵀ G W_J
+    costs: torch.Tensor = solved.diagonal(dim1=1, dim2=2).sum(1)
+    return costs
