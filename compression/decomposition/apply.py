@@ -81,17 +81,18 @@ class ScheduleApplier:
 
     def module(self, name: str, choice: Choice) -> nn.Module:
         """Returns the module of a site under a choice: the original module, or a new layer."""
-        dense = self._dense[name]
         if choice.is_dense:
-            return dense
+            return self._dense[name]
+        made = [self._store.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
+        dense = self._dense[name]
         weight, bias = dense.weight, dense.bias
         assert isinstance(weight, torch.Tensor)
         assert bias is None or isinstance(bias, torch.Tensor)
         if choice.widths and bias is not None and (rows := self._store.rows(name, choice.widths)) is not None:
             bias = bias[rows]
+        cores = [values.to(device=weight.device, dtype=weight.dtype) for values in made]
         if choice.is_plain:
-            return linear(self._store.plain(name, choice.widths).to(weight.dtype), bias)
-        cores = [core.to(device=weight.device, dtype=weight.dtype) for core in self._store.cores(name, choice)]
+            return linear(cores[0], bias)
         layer = MPOLinear(stored(cores, choice.topology.startswith("pivoted-")) if self._packed else cores, bias)
         if self._planner is not None:
             layer.plan = self._planner.plan(layer)
