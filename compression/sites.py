@@ -27,6 +27,7 @@ __all__ = [
     "dense_weight",
     "discover_sites",
     "find_blocks",
+    "members",
     "model_bytes",
     "model_parameters",
     "put_modules",
@@ -121,6 +122,11 @@ class Unit:
     def parameters(self) -> int:
         """Number of entries of all dense matrices."""
         return sum(site.parameters for site in self.sites)
+
+
+def members(unit: Site | Unit) -> tuple[Site, ...]:
+    """Returns the sites of a unit, or the site itself."""
+    return unit.sites if isinstance(unit, Unit) else (unit,)
 
 
 def units(sites: Sequence[Site]) -> list[Site | Unit]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Joint, Schedule
-from compression.sites import Site, Unit
+from compression.sites import Site, Unit, members
 from compression.size import choice_multiply_adds, choice_parameters
 
 __all__ = [
@@ -61,20 +61,21 @@ class SiteMenu:
         if (np.diff(self.parameters) <= 0).any():
             raise Refusal(f"menu of {self.site.name}: options must ascend strictly in parameters")
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that an option chooses for: one, or those of the unit."""
+        return members(self.site)
+
     def assigned(self, index: int) -> tuple[tuple[str, Choice], ...]:
         """Returns the names of the sites with their choices under one option."""
         choice = self.choices[index]
-        if isinstance(self.site, Unit):
-            assert isinstance(choice, Joint)
-            return tuple((site.name, one) for site, one in zip(self.site.sites, choice.choices, strict=True))
-        assert isinstance(choice, Choice)
-        return ((self.site.name, choice),)
+        taken = choice.choices if isinstance(choice, Joint) else (choice,)
+        return tuple((site.name, one) for site, one in zip(self.sites, taken, strict=True))
 
     def taken(self, schedule: Schedule) -> Choice | Joint:
         """Returns what a schedule chooses here, which need not be an option."""
-        if isinstance(self.site, Unit):
-            return Joint(tuple(schedule[site.name] for site in self.site.sites))
-        return schedule[self.site.name]
+        taken = tuple(schedule[site.name] for site in self.sites)
+        return Joint(taken) if isinstance(self.site, Unit) else taken[0]
 
 
 @dataclass(frozen=True, eq=False)

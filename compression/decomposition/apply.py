@@ -6,6 +6,7 @@ differs from the schedule applied before. The original modules are kept, not cop
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from compression.layers.planner import Planner
 from compression.numerics.gauge import stored
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
+from compression.sites import Site, Unit
 
 __all__ = ["ScheduleApplier"]
 
@@ -78,6 +80,20 @@ class ScheduleApplier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore_()
+
+    def replacement(self, unit: Site | Unit, schedule: Schedule) -> nn.Module:
+        """Returns what would stand in the place of a site, or of the module around a unit, under another schedule.
+
+        The model does not change. Of a module around a unit, everything but the sites is shared.
+        """
+        if isinstance(unit, Site):
+            return self.module(unit.name, schedule[unit.name])
+        around = self._model.get_submodule(unit.name)
+        other = copy.copy(around)
+        vars(other).update({key: copy.copy(value) for key, value in vars(around).items() if isinstance(value, dict)})
+        for site in unit.sites:
+            other.set_submodule(site.name.removeprefix(f"{unit.name}."), self.module(site.name, schedule[site.name]))
+        return other
 
     def module(self, name: str, choice: Choice) -> nn.Module:
         """Returns the module of a site under a choice: the original module, or a new layer."""

@@ -127,7 +127,6 @@ def joint_menu(
 
 def _hull(site: Site, options: Sequence[Option]) -> list[tuple[int, Option]]:
     """Returns the options on the lower convex hull of cost over parameters, each with its parameters, ascending."""
-    assert all(isinstance(option.choice, Choice) for option in options)
     sized = [(choice_parameters(site, option.choice), option) for option in options]
     sizes, costs = np.array([size for size, _ in sized]), np.array([option.cost for _, option in sized])
     return [sized[index] for index in convex_hull(sizes, costs)]
@@ -148,7 +147,8 @@ def _merged(curves: Sequence[Sequence[tuple[int, Option]]]) -> Iterator[tuple[Jo
 
 
 def _joint(options: Sequence[Option]) -> tuple[Joint, float]:
-    return Joint(tuple(option.choice for option in options)), sum(option.cost for option in options)
+    choices = tuple(option.choice for option in options if isinstance(option.choice, Choice))
+    return Joint(choices), sum(option.cost for option in options)
 
 
 def _members(groups: torch.Tensor, size: int) -> torch.Tensor:

@@ -134,9 +134,10 @@ def refit(weight: torch.Tensor, inputs: torch.Tensor, kept: Sequence[int] | torc
 
 
 def _cholesky(moment: torch.Tensor) -> torch.Tensor:
-    factor, failed = torch.linalg.cholesky_ex(moment)
-    if failed:
+    found = torch.linalg.cholesky_ex(moment)
+    if found.info:
         raise Refusal("the second moment of a bond is not positive definite; shrink it first")
+    factor: torch.Tensor = found.L
     return factor
 
 

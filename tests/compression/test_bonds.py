@@ -11,6 +11,7 @@ from torch import nn
 
 from compression import FactorCache, FactorStore, ScheduleApplier, collect, discover_sites, lagrangian, to_schedule
 from compression.bonds import cut, discover_bonds, with_bonds
+from compression.calibration.slopes import watch_slopes
 from compression.schedule import DENSE, Choice, Joint, Schedule
 from compression.sites import Unit, dense_weight, model_parameters, put_modules, units
 from compression.size import SizeModel
@@ -189,3 +190,33 @@ def test_the_closed_form_meets_its_budget_over_units(name: str) -> None:
         size = SizeModel(model, store.sites).size(schedule)
         assert kept - 0.02 < size.kept_fraction <= kept
         assert [name for name, _ in schedule] == [site.name for site in store.sites]
+
+
+def test_the_slope_of_a_unit_is_the_derivative_of_the_loss_towards_its_other_choice() -> None:
+    model, store = store_of("random:tiny-llama")
+    menu = store.menu()
+    [options] = [one for one in menu.sites if isinstance(one.site, Unit) and one.site.name == "model.layers.1.mlp"]
+    now, then = len(options.choices) // 3, 2 * len(options.choices) // 3
+    ids = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(3))
+
+    def schedule(index: int) -> Schedule:
+        chosen = dict(options.assigned(index))
+        return Schedule(tuple((site.name, chosen.get(site.name, DENSE)) for site in store.sites))
+
+    with ScheduleApplier(model, store) as applier:
+        applier.apply_(schedule(now))
+        unit = options.site
+        other = applier.replacement(unit, schedule(then))
+        around = model.get_submodule(unit.name)
+        with watch_slopes(model, {unit.name: other}) as slopes:
+            model(input_ids=ids).logits.logsumexp(-1).sum().backward()
+        losses = []
+        for share in (0.0, 1e-3):
+            mixed = around.register_forward_hook(
+                lambda module, args, output, share=share: output + share * (other(*args) - output)
+            )
+            with torch.no_grad():
+                losses.append(float(model(input_ids=ids).logits.double().logsumexp(-1).sum()))
+            mixed.remove()
+    assert slopes[unit.name] == pytest.approx((losses[1] - losses[0]) / 1e-3, rel=0.05)
+    assert slopes[unit.name] != 0
