@@ -14,7 +14,7 @@ from functools import cached_property
 
 from compression.refusal import Refusal
 
-__all__ = ["DENSE", "METRICS", "Choice", "Schedule"]
+__all__ = ["DENSE", "METRICS", "Choice", "Joint", "Schedule"]
 
 METRICS = ("none", "plain", "input", "two-sided")
 
@@ -29,11 +29,14 @@ class Choice:
         chi: bond dimension, at least 1; 0 for dense.
         metric: the norm in which the cores are fitted: "plain" (Frobenius), "input" (input second moment C) or
             "two-sided" (C and the output-gradient second moment G); "none" for dense.
+        widths: the widths of the site's bonds to other matrices, see `compression.sites.Site.cuts`, which the topology
+            then decomposes what is left of the matrix; empty if all have their full width.
     """
 
     topology: str
     chi: int
     metric: str
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -41,13 +44,33 @@ class Choice:
         if type(self.chi) is not int or (self.chi != 0 if self.topology == "dense" else self.chi < 1):
             raise Refusal(f"chi of {self.topology!r} must be an integer of at least 1 (0 for dense), got {self.chi!r}")
 
+        if any(type(width) is not int or width < 0 for width in self.widths):
+            raise Refusal(f"widths must be integers of at least 0, got {list(self.widths)!r}")
+
     @property
     def is_dense(self) -> bool:
         """Whether the site keeps its original matrix."""
+        return self.topology == "dense" and not self.widths
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the site holds one matrix without factors: the original one, or a smaller one."""
         return self.topology == "dense"
 
 
 DENSE = Choice("dense", 0, "none")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """States the choices of several sites that are made together, in the order of the sites of a unit."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every site keeps its original matrix."""
+        return all(choice.is_dense for choice in self.choices)
 
 
 @dataclass(frozen=True)
@@ -77,17 +100,25 @@ class Schedule:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Returns the canonical JSON: one list [name, topology, chi, metric] per site, without spaces."""
-        rows = [[name, choice.topology, choice.chi, choice.metric] for name, choice in self.choices]
+        """Returns the canonical JSON without spaces: per site a list [name, topology, chi, metric], and its widths."""
+        rows = [
+            [name, choice.topology, choice.chi, choice.metric, *([choice.widths] if choice.widths else [])]
+            for name, choice in self.choices
+        ]
         return json.dumps(rows, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Returns the schedule that `to_json` wrote. Raises ValueError for any other text."""
         rows = json.loads(text)
-        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 4 for row in rows):
-            raise Refusal("a schedule is a list of [name, topology, chi, metric] rows")
-        return cls(tuple((str(name), Choice(topology, chi, metric)) for name, topology, chi, metric in rows))
+        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) not in (4, 5) for row in rows):
+            raise Refusal("a schedule is a list of [name, topology, chi, metric] rows, with a list of widths where cut")
+        return cls(
+            tuple(
+                (str(name), Choice(topology, chi, metric, tuple(*widths)))
+                for name, topology, chi, metric, *widths in rows
+            )
+        )
 
     @classmethod
     def dense(cls, names: tuple[str, ...]) -> Schedule:

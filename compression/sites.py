@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 
 import torch
@@ -19,17 +20,38 @@ from torch import nn
 from compression.refusal import Refusal
 
 __all__ = [
+    "Cut",
     "Site",
+    "Unit",
     "check_weight",
     "dense_weight",
     "discover_sites",
     "find_blocks",
+    "members",
     "model_bytes",
     "model_parameters",
     "put_modules",
+    "units",
 ]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Describes how a bond between matrices cuts one of its sites.
+
+    Attributes:
+        bond: name of the bond, see `compression.bonds.Bond`.
+        groups: full width of the bond.
+        size: consecutive rows or columns of the site per group.
+        of_rows: whether the site writes the bond, which then cuts its rows; otherwise it reads it with its columns.
+    """
+
+    bond: str
+    groups: int
+    size: int
+    of_rows: bool
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,7 @@ class Site:
     Attributes:
         dense_because: why the matrix cannot be tensorized; it then stays dense and counts as dense. Empty if the
             matrix can be tensorized.
+        cuts: the bonds between this matrix and others, in the order of the widths of a `compression.schedule.Choice`.
     """
 
     name: str
@@ -49,11 +72,70 @@ class Site:
     out_features: int
     in_features: int
     dense_because: str = ""
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of entries of the dense matrix. A bias is never tensorized and is not counted."""
         return self.out_features * self.in_features
+
+    def shape(self, widths: tuple[int, ...] = ()) -> tuple[int, int]:
+        """Returns the rows and columns that are left when the bonds have these widths.
+
+        Args:
+            widths: one width per cut; empty if all bonds have their full width.
+
+        Raises:
+            ValueError: there is not one width per cut, or one is not between 0 and the full width.
+        """
+        if widths and len(widths) != len(self.cuts):
+            raise Refusal(f"{self.name} has {len(self.cuts)} bonds to other matrices, got {len(widths)} widths")
+        rows, columns = self.out_features, self.in_features
+        for cut, width in zip(self.cuts, widths, strict=False):
+            if not 0 <= width <= cut.groups:
+                raise Refusal(f"the width of {cut.bond} must be between 0 and {cut.groups}, got {width}")
+            if cut.of_rows:
+                rows = rows // cut.groups * width
+            else:
+                columns = columns // cut.groups * width
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The sites of one block that a bond joins; a schedule chooses for all of them at once.
+
+    Attributes:
+        name: name of the bond, which is that of the module around the sites.
+        block: index of the block.
+        family: last part of the name, such as "mlp".
+        sites: the sites, adjacent in discovery order.
+    """
+
+    name: str
+    block: int
+    family: str
+    sites: tuple[Site, ...]
+    dense_because: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries of all dense matrices."""
+        return sum(site.parameters for site in self.sites)
+
+
+def members(unit: Site | Unit) -> tuple[Site, ...]:
+    """Returns the sites of a unit, or the site itself."""
+    return unit.sites if isinstance(unit, Unit) else (unit,)
+
+
+def units(sites: Sequence[Site]) -> list[Site | Unit]:
+    """Returns what a schedule chooses for at once, in discovery order: units of bonds, and sites without a bond."""
+    found: list[Site | Unit] = []
+    for bond, members in groupby(sites, key=lambda site: site.cuts[0].bond if site.cuts else ""):
+        inside = tuple(members)
+        found += [Unit(bond, inside[0].block, bond.rsplit(".", 1)[-1], inside)] if bond else inside
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
 from compression.numerics.legs import resolve
-from compression.schedule import Choice, Schedule
-from compression.sites import Site, model_bytes, model_parameters
+from compression.schedule import Choice, Joint, Schedule
+from compression.sites import Site, Unit, model_bytes, model_parameters
 
 __all__ = ["Size", "SizeModel", "choice_multiply_adds", "choice_parameters"]
 
@@ -22,7 +23,7 @@ class Size:
     """Holds the size of a model under a schedule.
 
     Attributes:
-        kept_fraction: parameters after / before over the sites, in (0, 1].
+        kept_fraction: entries of matrices after / before over the sites, in (0, 1].
         model_kept_fraction: parameters after / before over the whole model, tied weights counted once.
         bytes_fraction: bytes after / before over the whole model.
         parameters: parameters of the whole model, tied weights counted once.
@@ -50,19 +51,23 @@ class SizeModel:
             for site in sites
             if not site.dense_because
         }
+        self._biased = {name for name in self._element_size if model.get_submodule(name).bias is not None}
 
     def size(self, schedule: Schedule) -> Size:
         """Returns the size of the model under `schedule`, which must name every site."""
         before_sites = sum(site.parameters for site in self._sites)
         saved_at = {site.name: site.parameters - choice_parameters(site, schedule[site.name]) for site in self._sites}
         saved = sum(saved_at.values())
-        saved_bytes = sum(saved_at[name] * size for name, size in self._element_size.items())
+        biases = {site.name: site.out_features - site.shape(schedule[site.name].widths)[0] for site in self._sites}
+        biases = {name: biases[name] for name in self._biased}
+        saved_bytes = sum((saved_at[name] + biases.get(name, 0)) * size for name, size in self._element_size.items())
         saved_bytes -= sum(_INDEX_BYTES * _index_entries(site, schedule[site.name]) for site in self._sites)
+        parameters = self._model_parameters - saved - sum(biases.values())
         return Size(
             kept_fraction=(before_sites - saved) / before_sites,
-            model_kept_fraction=(self._model_parameters - saved) / self._model_parameters,
+            model_kept_fraction=parameters / self._model_parameters,
             bytes_fraction=(self._model_bytes - saved_bytes) / self._model_bytes,
-            parameters=self._model_parameters - saved,
+            parameters=parameters,
             bytes=self._model_bytes - saved_bytes,
             multiply_adds=sum(choice_multiply_adds(site, schedule[site.name]) for site in self._sites),
         )
@@ -72,21 +77,30 @@ _INDEX_BYTES = 4
 
 
 def _index_entries(site: Site, choice: Choice) -> int:
-    if choice.is_dense:
+    if choice.is_plain:
         return 0
-    return resolve(choice.topology, site.out_features, site.in_features).index_entries(choice.chi)
+    return resolve(choice.topology, *site.shape(choice.widths)).index_entries(choice.chi)
 
 
-def choice_parameters(site: Site, choice: Choice) -> int:
-    """Returns the number of parameters of one site under a choice."""
-    if choice.is_dense:
-        return site.parameters
-    return resolve(choice.topology, site.out_features, site.in_features).parameters(choice.chi)
+def choice_parameters(site: Site | Unit, choice: Choice | Joint) -> int:
+    """Returns the number of parameters of one site or unit under a choice."""
+    if isinstance(site, Unit):
+        assert isinstance(choice, Joint)
+        return sum(choice_parameters(*pair) for pair in zip(site.sites, choice.choices, strict=True))
+    assert isinstance(choice, Choice)
+    if choice.is_plain:
+        return prod(site.shape(choice.widths))
+    return resolve(choice.topology, *site.shape(choice.widths)).parameters(choice.chi)
 
 
-def choice_multiply_adds(site: Site, choice: Choice) -> int:
-    """Returns the multiply-adds per token of one site: those of the contraction or of the dense product, whichever is
-    less. The dense product requires rebuilding the matrix once per batch, which is not counted."""
-    if choice.is_dense:
-        return site.parameters
-    return min(site.parameters, resolve(choice.topology, site.out_features, site.in_features).multiply_adds(choice.chi))
+def choice_multiply_adds(site: Site | Unit, choice: Choice | Joint) -> int:
+    """Returns the multiply-adds per token of one site or unit: those of the contraction or of the dense product,
+    whichever is less. The dense product requires rebuilding the matrix once per batch, which is not counted."""
+    if isinstance(site, Unit):
+        assert isinstance(choice, Joint)
+        return sum(choice_multiply_adds(*pair) for pair in zip(site.sites, choice.choices, strict=True))
+    assert isinstance(choice, Choice)
+    shape = site.shape(choice.widths)
+    if choice.is_plain:
+        return prod(shape)
+    return min(prod(shape), resolve(choice.topology, *shape).multiply_adds(choice.chi))

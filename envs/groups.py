@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compression.allocation.menu import Menu
 from compression.refusal import Refusal
-from compression.sites import Site
+from compression.sites import Site, Unit
 
 __all__ = ["GRANULARITIES", "Group", "group_sites"]
 
@@ -60,7 +60,7 @@ def group_sites(menu: Menu, granularity: str) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _heads(sites: Sequence[Site]) -> dict[int, int]:
+def _heads(sites: Sequence[Site | Unit]) -> dict[int, int]:
     """Returns the number of the head within its attention module, by index of every site that is part of a head.
 
     A part is named by its matrix followed by its number. The last matrix of an attention module reads the heads (o) and

@@ -152,7 +152,7 @@ def _uniform(sizes: Sequence[NDArray[np.int64]], target: int) -> list[int]:
 def to_schedule(menu: Menu, indices: NDArray[np.int64]) -> Schedule:
     """Returns the schedule that takes option `indices[s]` at site s."""
     return Schedule(
-        tuple((site.site.name, site.choices[index]) for site, index in zip(menu.sites, indices, strict=True))
+        tuple(pair for options, index in zip(menu.sites, indices, strict=True) for pair in options.assigned(int(index)))
     )
 
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice
-from compression.sites import Site
+from compression.schedule import DENSE, Choice, Joint, Schedule
+from compression.sites import Site, Unit, members
+from compression.size import choice_multiply_adds, choice_parameters
 
 __all__ = [
     "Menu",
@@ -37,15 +38,15 @@ class SiteMenu:
     """Lists the options of one site in ascending order of parameters; the last one is dense with cost 0.
 
     Attributes:
-        site: the site.
-        choices: the options.
+        site: the site, or the unit of several.
+        choices: the options; of a unit, all are joint.
         parameters: number of stored entries of every option, int64, strictly ascending.
         cost: predicted KL to the dense model in nats per token, float64, never negative.
         multiply_adds: multiply-adds per token of every option, int64, computed in the cheapest way.
     """
 
-    site: Site
-    choices: tuple[Choice, ...]
+    site: Site | Unit
+    choices: tuple[Choice | Joint, ...]
     parameters: NDArray[np.int64]
     cost: NDArray[np.float64]
     multiply_adds: NDArray[np.int64]
@@ -59,6 +60,22 @@ class SiteMenu:
             raise Refusal(f"menu of {self.site.name}: costs must be finite and not negative")
         if (np.diff(self.parameters) <= 0).any():
             raise Refusal(f"menu of {self.site.name}: options must ascend strictly in parameters")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that an option chooses for: one, or those of the unit."""
+        return members(self.site)
+
+    def assigned(self, index: int) -> tuple[tuple[str, Choice], ...]:
+        """Returns the names of the sites with their choices under one option."""
+        choice = self.choices[index]
+        taken = choice.choices if isinstance(choice, Joint) else (choice,)
+        return tuple((site.name, one) for site, one in zip(self.sites, taken, strict=True))
+
+    def taken(self, schedule: Schedule) -> Choice | Joint:
+        """Returns what a schedule chooses here, which need not be an option."""
+        taken = tuple(schedule[site.name] for site in self.sites)
+        return Joint(taken) if isinstance(self.site, Unit) else taken[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +111,19 @@ def dense_menu(site: Site) -> SiteMenu:
 
 @dataclass(frozen=True)
 class Option:
-    """Holds a choice for one site with its predicted cost in nats per token."""
+    """Holds a choice for one site or unit with its predicted cost in nats per token."""
 
-    choice: Choice
+    choice: Choice | Joint
     cost: float
 
 
 def nested_options(
-    topology: str, metric: str, spectrum: NDArray[np.float64], site: Site, max_chi: int | None = None
+    topology: str,
+    metric: str,
+    spectrum: NDArray[np.float64],
+    site: Site,
+    max_chi: int | None = None,
+    widths: tuple[int, ...] = (),
 ) -> list[Option]:
     """Returns options of `topology` at every χ that saves parameters, where one decomposition serves every χ.
 
@@ -113,33 +135,34 @@ def nested_options(
             Fisher metric (Martens & Grosse 2015, eq. 3).
         site: the site.
         max_chi: largest χ to offer; must not exceed the number of known singular values.
+        widths: widths of the site's bonds, to which the matrix has been cut; empty if it has not.
     """
-    legs = resolve(topology, site.out_features, site.in_features)
+    legs = resolve(topology, *site.shape(widths))
     tail = 0.5 * np.append(np.cumsum(np.square(spectrum[::-1]))[::-1], 0.0)
     last = min(legs.break_even_chi, max_chi or len(spectrum))
-    return [Option(Choice(topology, chi, metric), float(tail[chi])) for chi in range(1, last + 1)]
+    return [Option(Choice(topology, chi, metric, widths), float(tail[chi])) for chi in range(1, last + 1)]
 
 
-def envelope(site: Site, options: Iterable[Option]) -> SiteMenu:
+def envelope(site: Site | Unit, options: Iterable[Option]) -> SiteMenu:
     """Returns the menu of undominated options: dense, and every option cheaper than all options that are not larger."""
-    options = tuple(options)
-    names = {option.choice.topology for option in options}
-    legs = {name: resolve(name, site.out_features, site.in_features) for name in names}
-    sized = [(legs[option.choice.topology].parameters(option.choice.chi), option) for option in options]
+    sized = [(choice_parameters(site, option.choice), option) for option in options]
     kept: list[tuple[int, Option]] = []
-    for size, option in sorted(sized, key=lambda pair: (pair[0], pair[1].cost, pair[1].choice.topology)):
+    for size, option in sorted(sized, key=lambda pair: (pair[0], pair[1].cost, _topologies(pair[1].choice))):
         if size < site.parameters and (not kept or (size > kept[-1][0] and option.cost < kept[-1][1].cost)):
             kept.append((size, option))
-    arithmetic = [
-        min(site.parameters, legs[option.choice.topology].multiply_adds(option.choice.chi)) for _, option in kept
-    ]
+    dense = Joint((DENSE,) * len(site.sites)) if isinstance(site, Unit) else DENSE
+    choices = (*(option.choice for _, option in kept), dense)
     return SiteMenu(
         site=site,
-        choices=(*(option.choice for _, option in kept), DENSE),
+        choices=choices,
         parameters=np.array([*(size for size, _ in kept), site.parameters], dtype=np.int64),
         cost=np.array([*(option.cost for _, option in kept), 0.0], dtype=np.float64),
-        multiply_adds=np.array([*arithmetic, site.parameters], dtype=np.int64),
+        multiply_adds=np.array([choice_multiply_adds(site, choice) for choice in choices], dtype=np.int64),
     )
+
+
+def _topologies(choice: Choice | Joint) -> tuple[str, ...]:
+    return tuple(one.topology for one in choice.choices) if isinstance(choice, Joint) else (choice.topology,)
 
 
 def worth_their_time(menu: Menu, burdens: Sequence[NDArray[np.float64]]) -> Menu:
@@ -168,9 +191,15 @@ def aligned(menu: Menu, entries: int) -> Menu:
     sites = []
     for options in menu.sites:
         ends = (0, len(options.choices) - 1)
-        kept = [i for i, choice in enumerate(options.choices) if i in ends or choice.chi % entries == 0]
+        kept = [i for i, choice in enumerate(options.choices) if i in ends or _is_aligned(choice, entries)]
         sites.append(options if len(kept) < _FEWEST else _only(options, kept))
     return Menu(tuple(sites))
+
+
+def _is_aligned(choice: Choice | Joint, entries: int) -> bool:
+    if isinstance(choice, Joint):
+        return all(_is_aligned(one, entries) for one in choice.choices)
+    return choice.chi % entries == 0 and all(width % entries == 0 for width in choice.widths)
 
 
 def _only(options: SiteMenu, kept: list[int]) -> SiteMenu:

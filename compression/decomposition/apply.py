@@ -6,18 +6,21 @@ differs from the schedule applied before. The original modules are kept, not cop
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import TracebackType
 
 import torch
 from torch import nn
 
+from compression.bonds import linear
 from compression.decomposition.factors import FactorStore
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
 from compression.numerics.gauge import stored
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
+from compression.sites import Site, Unit
 
 __all__ = ["ScheduleApplier"]
 
@@ -78,17 +81,34 @@ class ScheduleApplier:
     ) -> None:
         self.restore_()
 
+    def replacement(self, unit: Site | Unit, schedule: Schedule) -> nn.Module:
+        """Returns what would stand in the place of a site, or of the module around a unit, under another schedule.
+
+        The model does not change. Of a module around a unit, everything but the sites is shared.
+        """
+        if isinstance(unit, Site):
+            return self.module(unit.name, schedule[unit.name])
+        around = self._model.get_submodule(unit.name)
+        other = copy.copy(around)
+        vars(other).update({key: copy.copy(value) for key, value in vars(around).items() if isinstance(value, dict)})
+        for site in unit.sites:
+            other.set_submodule(site.name.removeprefix(f"{unit.name}."), self.module(site.name, schedule[site.name]))
+        return other
+
     def module(self, name: str, choice: Choice) -> nn.Module:
         """Returns the module of a site under a choice: the original module, or a new layer."""
         if choice.is_dense:
             return self._dense[name]
-        cores = self._store.cores(name, choice)
+        made = [self._store.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
         dense = self._dense[name]
-        weight = dense.weight
+        weight, bias = dense.weight, dense.bias
         assert isinstance(weight, torch.Tensor)
-        cores = [core.to(device=weight.device, dtype=weight.dtype) for core in cores]
-        bias = dense.bias
         assert bias is None or isinstance(bias, torch.Tensor)
+        if choice.widths and bias is not None and (rows := self._store.rows(name, choice.widths)) is not None:
+            bias = bias[rows]
+        cores = [values.to(device=weight.device, dtype=weight.dtype) for values in made]
+        if choice.is_plain:
+            return linear(cores[0], bias)
         layer = MPOLinear(stored(cores, choice.topology.startswith("pivoted-")) if self._packed else cores, bias)
         if self._planner is not None:
             layer.plan = self._planner.plan(layer)

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compression.allocation.menu import Menu, Option, dense_menu, envelope, nested_options
+from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
 from compression.calibration.statistics import Statistics
+from compression.decomposition.joint_menu import Matrix, joint_menu, spectra, widths_of
 from compression.numerics.cores import decompose, truncate
+from compression.numerics.elimination import Elimination, eliminate, refit
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice
-from compression.sites import Site
+from compression.sites import Cut, Site, Unit, units
+from compression.size import choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 
 __all__ = ["OPTIMISM", "FactorStore", "Factors", "is_nested", "lowrank_cores"]
@@ -34,6 +37,9 @@ _FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65)
 """Kept fractions at which a menu fits a topology: the first one, and the grid only if the first fit is good enough."""
 _HOPEFUL, _WORTH = 1.5, 1.05
 """Largest acceptable costs of a trial fit and of a full fit, relative to `lowrank` with as many parameters."""
+
+_ELIMINATION, _ELIMINATION_STEPS = 1, 128
+"""Format of cached eliminations, and the number of steps in which an elimination removes all groups of a long bond."""
 
 OPTIMISM = 1.15
 """Factor by which the cost of a fit grows from its calibration text to other text, relative to that of `lowrank`.
@@ -90,18 +96,21 @@ class FactorStore:
         self._cache = cache
         self._max_chi = max_chi
         self._site = {site.name: site for site in sites}
+        self._unit = {unit.name: unit for unit in units(sites) if isinstance(unit, Unit)}
         self._memory: dict[_Key, Factors] = {}
+        self._eliminations: dict[str, Elimination] = {}
 
-    def factors(self, name: str, topology: str, metric: str, chi: int = 0) -> Factors:
+    def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.
 
         Args:
             chi: χ of the fit; ignored if one decomposition serves every χ (see `is_nested`).
+            widths: widths of the site's bonds; empty for the whole matrix.
 
         Raises:
             ValueError: the topology or metric is unknown, or a fit is requested without a χ.
         """
-        return self._factors(_Key.of(name, topology, metric, chi))
+        return self._factors(_Key.of(name, topology, metric, chi, widths=widths))
 
     def _factors(self, key: _Key) -> Factors:
         if key not in self._memory:
@@ -122,14 +131,115 @@ class FactorStore:
         site = self._site[name]
         if site.dense_because:
             raise Refusal(f"site {name} must stay dense: {site.dense_because}")
-        limit = resolve(choice.topology, site.out_features, site.in_features).break_even_chi
+        rows, columns = site.shape(choice.widths)
+        limit = resolve(choice.topology, rows, columns).break_even_chi
         if limit == 0:
-            shape = f"{site.out_features} × {site.in_features}"
-            raise Refusal(f"site {name}: no χ of {choice.topology} makes a matrix of {shape} smaller")
+            raise Refusal(f"site {name}: no χ of {choice.topology} makes a matrix of {rows} × {columns} smaller")
         limit = min(limit, self._max_chi or limit)
         if choice.chi > limit:
             raise Refusal(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
-        return truncate(self.factors(name, choice.topology, choice.metric, choice.chi).cores, choice.chi)
+        factors = self.factors(name, choice.topology, choice.metric, choice.chi, choice.widths)
+        return truncate(factors.cores, choice.chi)
+
+    def elimination(self, bond: str) -> Elimination:
+        """Returns the order in which the groups of a bond are removed, and what each width costs.
+
+        Raises:
+            ValueError: no site has this bond.
+        """
+        if bond not in self._unit:
+            raise Refusal(f"no bond is called {bond!r}")
+        if bond not in self._eliminations:
+            reader, cut = self._reader(bond)
+            key = self._key_of(reader.name, elimination=_ELIMINATION, groups=cut.groups, shrinkage=self._shrinkage)
+            bundle = self._cache.get_or_build(key, lambda: self._eliminated(reader, cut))
+            self._eliminations[bond] = Elimination(bundle.tensors["order"], bundle.tensors["cost"])
+        return self._eliminations[bond]
+
+    def plain(self, name: str, widths: tuple[int, ...]) -> torch.Tensor:
+        """Returns the matrix of a site whose bonds are cut to `widths`, float32 on the device of the weight.
+
+        A site that writes the bond loses rows. One that reads it is refitted to the columns that are left.
+        """
+        key = self._key_of(name, kind="plain", widths=widths, shrinkage=self._shrinkage)
+        bundle = self._cache.get_or_build(key, lambda: Bundle({"weight": self._cut(name, widths).weight.float().cpu()}))
+        return bundle.tensors["weight"].to(self._weights[name].device)
+
+    def rows(self, name: str, widths: tuple[int, ...]) -> torch.Tensor | None:
+        """Returns the rows of a site that are left at these widths of its bonds; None if none of them cuts rows."""
+        [cut], [width] = self._site[name].cuts, widths
+        return self._kept(cut, width) if cut.of_rows else None
+
+    def _kept(self, cut: Cut, width: int) -> torch.Tensor:
+        """The rows or columns of a site that are left when a bond is cut to a width, ascending."""
+        groups = self.elimination(cut.bond).kept(width)
+        return (groups[:, None] * cut.size + torch.arange(cut.size)).flatten()
+
+    def _eliminated(self, reader: Site, cut: Cut) -> Bundle:
+        matrix = self._matrix(reader.name, cut.size)
+        step = max(1, cut.groups // _ELIMINATION_STEPS)
+        found = eliminate(matrix.weight, matrix.inputs, matrix.gradients, cut.size, step)
+        return Bundle({"order": found.order, "cost": found.cost})
+
+    def _reader(self, bond: str) -> tuple[Site, Cut]:
+        """The site that reads a bond, and how the bond cuts it."""
+        return next(
+            (site, cut) for site in self._unit[bond].sites for cut in site.cuts if cut.bond == bond and not cut.of_rows
+        )
+
+    def _matrix(self, name: str, size: int = 1) -> Matrix:
+        """The whole matrix of a site with its metric."""
+        inputs, gradients = self._moments(name, "two-sided")
+        assert inputs is not None
+        assert gradients is not None
+        moments = shrink(inputs, self._shrinkage), shrink(gradients, self._shrinkage)
+        return Matrix(self._weights[name].detach().double(), *moments, size)
+
+    def _cut(self, name: str, widths: tuple[int, ...]) -> Matrix:
+        """The matrix of a site whose bonds are cut to `widths`, with the metric of what is left."""
+        matrix = self._matrix(name)
+        [cut], [width] = self._site[name].cuts, widths
+        kept = self._kept(cut, width).to(matrix.weight.device)
+        if cut.of_rows:
+            return Matrix(matrix.weight[kept], matrix.inputs, matrix.gradients[kept][:, kept], cut.size)
+        left = refit(matrix.weight, matrix.inputs, kept)
+        return Matrix(left, matrix.inputs[kept][:, kept], matrix.gradients, cut.size)
+
+    def _joint_menu(self, unit: Unit, topology: str, metric: str) -> SiteMenu:
+        """The options of a unit: every width of its bond with every χ of what is left."""
+        elimination = self.elimination(unit.name)
+        reader, cut = self._reader(unit.name)
+        widths = widths_of(cut.groups)
+
+        def build() -> Bundle:
+            sides: tuple[dict[str, Matrix], dict[str, Matrix]] = ({}, {})
+            for site in unit.sites:
+                sides[site is reader][site.name] = self._matrix(site.name, site.cuts[0].size)
+            found = spectra(elimination, *sides, widths)
+            return Bundle({f"{name}/{width}": values.cpu() for (name, width), values in found.items()})
+
+        names = [site.name for site in unit.sites]
+        key = self._key_of(
+            *names, kind="joint spectra", widths=widths, shrinkage=self._shrinkage, step=_ELIMINATION_STEPS
+        )
+        tensors = self._cache.get_or_build(key, build).tensors
+        spectrum = {(name, width): tensors[f"{name}/{width}"].numpy() for name in names for width in widths}
+        return joint_menu(unit, elimination.cost.numpy(), spectrum, topology, metric)
+
+    def _key_of(self, *names: str, **parts: object) -> str:
+        """Cache key of something made from the weights and statistics of some sites."""
+        return cache_key(
+            format=_FORMAT,
+            sites=names,
+            weights=[self._digest(name) for name in names],
+            statistics=self._statistics_key,
+            **parts,
+        )
+
+    def _digest(self, name: str) -> str:
+        weight = self._weights[name].detach().cpu().contiguous()
+        digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        return f"{weight.dtype} {digest}"
 
     def menu(
         self,
@@ -138,7 +248,9 @@ class FactorStore:
         fitted: Mapping[str, Sequence[str]] | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Menu:
-        """Returns the menus of all sites: the lower envelope of dense, `topology` at every χ, and fits.
+        """Returns the menus of all sites and units: the lower envelope of dense, `topology` at every χ, and fits.
+
+        The options of a unit are the widths of its bond, each with every χ of `topology` for what is left.
 
         Decompositions and fits that are not cached are built.
 
@@ -149,8 +261,12 @@ class FactorStore:
             progress: called with the number of sites done.
         """
         menus = []
-        for done, site in enumerate(self.sites, 1):
-            if site.dense_because:
+        done = 0
+        for site in units(self.sites):
+            done += len(site.sites) if isinstance(site, Unit) else 1
+            if isinstance(site, Unit):
+                menus.append(self._joint_menu(site, topology, metric))
+            elif site.dense_because:
                 menus.append(dense_menu(site))
             else:
                 spectrum = np.asarray(self.factors(site.name, topology, metric).spectrum.numpy(), dtype=np.float64)
@@ -164,14 +280,11 @@ class FactorStore:
     def _fitted_options(self, site: Site, topology: str, metric: str, nested: Sequence[Option]) -> list[Option]:
         """Returns `topology` fitted at every kept fraction of the grid; stops early if the first fit is too costly."""
         legs = resolve(topology, site.out_features, site.in_features)
-        sizes = [
-            resolve(option.choice.topology, site.out_features, site.in_features).parameters(option.choice.chi)
-            for option in nested
-        ]
+        sizes = [choice_parameters(site, option.choice) for option in nested]
         options: list[Option] = []
         for kept in (_FIRST, *_GRID):
             chi = legs.largest_chi(min(int(kept * site.parameters), site.parameters - 1))
-            if chi == 0 or any(option.choice.chi == chi for option in options):
+            if chi == 0 or any(option.choice == Choice(topology, chi, metric) for option in options):
                 continue
             rival = nested[max(0, bisect_right(sizes, legs.parameters(chi)) - 1)].cost
             if not options and self._fit_cost(site.name, topology, metric, chi, _GLANCE) > _HOPEFUL * rival:
@@ -192,6 +305,7 @@ class FactorStore:
         calibrated = {} if key.metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
         capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
         fitted = {"chi": key.chi, "evaluations": key.evaluations, "tolerance": _TOLERANCE} if key.chi else {}
+        cut = {"widths": key.widths, "step": _ELIMINATION_STEPS} if key.widths else {}
         return cache_key(
             format=_FORMAT,
             weight=digest,
@@ -202,15 +316,20 @@ class FactorStore:
             **calibrated,
             **capped,
             **fitted,
+            **cut,
         )
 
     def _build(self, key: _Key) -> Bundle:
         site = self._site[key.name]
-        legs = resolve(key.topology, site.out_features, site.in_features)
+        legs = resolve(key.topology, *site.shape(key.widths))
         if key.chi:
             return self._fit(key, legs)
-        whitening = self._whitening(key.name, key.metric)
-        weight = self._weights[key.name].detach()
+        if key.widths:
+            matrix = self._cut(key.name, key.widths)
+            weight = matrix.weight
+            whitening = Whitening(torch.linalg.cholesky(matrix.inputs), torch.linalg.cholesky(matrix.gradients))
+        else:
+            weight, whitening = self._weights[key.name].detach(), self._whitening(key.name, key.metric)
         if key.topology == "lowrank":
             cores, spectrum = lowrank_cores(weight, whitening, self._max_chi)
         else:
@@ -279,10 +398,21 @@ class _Key:
     metric: str
     chi: int
     evaluations: int
+    widths: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, name: str, topology: str, metric: str, chi: int, evaluations: int = _EVALUATIONS) -> _Key:
+    def of(
+        cls,
+        name: str,
+        topology: str,
+        metric: str,
+        chi: int,
+        evaluations: int = _EVALUATIONS,
+        widths: tuple[int, ...] = (),
+    ) -> _Key:
         nested = is_nested(topology, metric)
+        if widths and (not nested or metric != "two-sided"):
+            raise Refusal(f"site {name}: a cut matrix can only be of low rank in the two-sided metric, got {topology}")
         if not nested and chi < 1:
             raise Refusal(f"site {name}: {topology} in the {metric} metric must be fitted for a χ ≥ 1, got {chi}")
-        return cls(name, topology.removeprefix("pivoted-"), metric, 0 if nested else chi, evaluations)
+        return cls(name, topology.removeprefix("pivoted-"), metric, 0 if nested else chi, evaluations, widths)

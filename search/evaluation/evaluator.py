@@ -22,7 +22,7 @@ from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.refusal import Refusal
 from compression.schedule import Schedule
-from compression.sites import put_modules
+from compression.sites import members, put_modules, units
 from compression.size import SizeModel
 from search.evaluation.early_stopping import clearly_worse
 from search.evaluation.prefix_reuse import HiddenStates, prefix_keys
@@ -51,11 +51,11 @@ class Evaluator(Protocol):
         """
 
     def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
-        """First-order change of KL if one site alone switches from `schedule` to its choice in `toward`.
+        """First-order change of KL if one site or unit alone switches from `schedule` to its choice in `toward`.
 
         Returns:
-            The change in nats per token by site name, for the sites where the two schedules differ; empty if the
-            passes fail.
+            The change in nats per token by the name of the site or unit, for those where the two schedules differ;
+            empty if the passes fail.
         """
 
 
@@ -156,7 +156,11 @@ class ModelEvaluator:
         workload = self._referenced(shard)
         with self.states.watch():
             self._applier.apply_(schedule)
-        others = {name: self._applier.module(name, choice) for name, choice in toward if choice != schedule[name]}
+        others = {
+            unit.name: self._applier.replacement(unit, toward)
+            for unit in units(self._sites)
+            if any(toward[site.name] != schedule[site.name] for site in members(unit))
+        }
         with watch_slopes(self._model, others) as sums:
             workload.descend(self._model)
         return sums

@@ -19,6 +19,8 @@ from search.evaluation.latency import PROMPT
 
 __all__ = ["SiteTimes"]
 
+_LENGTHS = (1, PROMPT)  # tokens of the passes whose times are averaged
+
 
 @dataclass(frozen=True, eq=False)
 class SiteTimes:
@@ -37,15 +39,21 @@ class SiteTimes:
 
     def __call__(self, schedule: Schedule) -> float:
         """The time fraction of a schedule; 1 for the dense schedule."""
-        return fmean(self._fraction(schedule, tokens) for tokens in (1, PROMPT))
+        return fmean(self._fraction(schedule, tokens) for tokens in _LENGTHS)
 
     def shares(self, options: SiteMenu) -> NDArray[np.float64]:
         """The contribution of each option of a site to the time fraction (options,)."""
-        site = options.site
-        whole = site.parameters / sum(each.parameters for each in self.sites)
-        return np.array(
-            [whole * fmean(self._share(site, choice, tokens) for tokens in (1, PROMPT)) for choice in options.choices]
-        )
+        total = sum(each.parameters for each in self.sites)
+        site_of = {site.name: site for site in options.sites}
+
+        def share(index: int) -> float:
+            pairs = [(site_of[name], choice) for name, choice in options.assigned(index)]
+            times = (
+                site.parameters * self._share(site, choice, tokens) for site, choice in pairs for tokens in _LENGTHS
+            )
+            return sum(times) / (len(_LENGTHS) * total)
+
+        return np.array([share(index) for index in range(len(options.choices))])
 
     def _fraction(self, schedule: Schedule, tokens: int) -> float:
         total = sum(self._share(site, schedule[site.name], tokens) * site.parameters for site in self.sites)
@@ -53,7 +61,8 @@ class SiteTimes:
 
     def _share(self, site: Site, choice: Choice, tokens: int) -> float:
         """Time of a choice divided by that of the dense site, for a pass of `tokens` tokens."""
-        if choice.is_dense:
-            return 1.0
-        legs = resolve(choice.topology, site.out_features, site.in_features)
+        rows, columns = site.shape(choice.widths)
+        if choice.is_plain:
+            return rows * columns / site.parameters
+        legs = resolve(choice.topology, rows, columns)
         return self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)

@@ -50,7 +50,7 @@ def build_prior(
         rows: final table of the run, see `search.reporting.tables.SUMMARY_COLUMNS`.
         traces: measured traces by site, which replace the predicted ones.
     """
-    sites = [options.site for options in menu.sites]
+    sites = [site for options in menu.sites for site in options.sites]
     size = SizeModel(loaded.model, sites).size(schedule)
     offsets = departures(menu, _indices(menu, schedule))
     document = {
@@ -71,9 +71,9 @@ def build_prior(
         "schedule_digest": schedule.digest,
         "seeds": {"run": config.seed},
         "sites": [
-            _site(options.site, schedule[options.site.name])
-            | _learned(options, float(offset), (traces or {}).get(options.site.name))
+            _site(site, schedule[site.name]) | _learned(options, float(offset), (traces or {}).get(site.name))
             for options, offset in zip(menu.sites, offsets, strict=True)
+            for site in options.sites
         ],
         "scores": [score_entry(row) for row in rows],
         "data": {
@@ -98,12 +98,13 @@ def config_digest(loaded: LoadedModel) -> str:
 
 
 def predicted_trace(options: SiteMenu) -> Sensitivity | None:
-    """Return the predicted KL of one site at 0.1 to 0.9 of full χ; None if the site can only stay dense."""
-    chis = np.array([choice.chi for choice in options.choices if _nested(choice)])
-    if not len(chis):
+    """Return the predicted KL of one site at 0.1 to 0.9 of full χ; None for a unit, or if the site only stays dense."""
+    pairs = zip(options.choices, options.cost, strict=True)
+    nested = [(choice.chi, cost) for choice, cost in pairs if isinstance(choice, Choice) and _nested(choice)]
+    if not nested:
         return None
-    costs = np.array([cost for choice, cost in zip(options.choices, options.cost, strict=True) if _nested(choice)])
-    full = min(options.site.out_features, options.site.in_features)
+    chis, costs = (np.array(values) for values in zip(*nested, strict=True))
+    full = min(options.sites[0].shape())
     places = sorted({int(np.argmin(np.abs(chis - level * full))) for level in _LEVELS})
     return Sensitivity(
         source="predicted",
@@ -120,7 +121,7 @@ def _indices(menu: Menu, schedule: Schedule) -> np.ndarray[Any, np.dtype[np.int6
     """Return the menu index of every site's choice; if the menu lacks it, of the largest option that stores no more."""
     found = []
     for options in menu.sites:
-        choice = schedule[options.site.name]
+        choice = options.taken(schedule)
         if choice in options.choices:
             found.append(options.choices.index(choice))
         else:

@@ -102,7 +102,9 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
     Raises:
         ValueError: the families have none in common, or `rule` is "price" and the prior has no offsets.
     """
-    sites = [options.site for options in menu.sites]
+    sites = [site for options in menu.sites for site in options.sites]
+    if len(sites) > len(menu.sites):
+        raise Refusal("a prior without widths cannot start a search over widths; leave out --prior")
     if fits(prior, sites):
         own = {site.name: site.relative_chi for site in prior.sites}
         wanted = np.array([own[site.name] for site in sites])
@@ -169,11 +171,12 @@ def _by_chi(menu: Menu, wanted: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _relative(options: SiteMenu) -> NDArray[np.float64]:
-    shape = options.site.out_features, options.site.in_features
+    [site] = options.sites
+    choices = [choice for index in range(len(options.choices)) for _, choice in options.assigned(index)]
     return np.array(
         [
-            1.0 if choice.is_dense else choice.chi / max(resolve(choice.topology, *shape).full_bonds)
-            for choice in options.choices
+            1.0 if choice.is_dense else choice.chi / max(resolve(choice.topology, *site.shape()).full_bonds)
+            for choice in choices
         ]
     )
 

@@ -261,7 +261,7 @@ def _costs(experiment: Experiment, site: Site) -> dict[int, float]:
     """Return the predicted KL of a site by χ, in nats per token."""
     spectrum = experiment.store.factors(site.name, _TOPOLOGY, _METRIC).spectrum.numpy()
     options = nested_options(_TOPOLOGY, _METRIC, np.asarray(spectrum, dtype=np.float64), site)
-    return {option.choice.chi: option.cost for option in options}
+    return {option.choice.chi: option.cost for option in options if isinstance(option.choice, Choice)}
 
 
 def _row(site: Site, chi: int, predicted: float, score: Score) -> Row:

@@ -1,0 +1,165 @@
+"""Builds the menu of a unit: every width of its bond, together with every χ of the matrices that the bond leaves.
+
+Takes weights and moments; does not know models or files. After a bond is cut to a width, its reader is the refitted
+matrix in the metric of the kept hidden values, and its writers are the rows that write them. The error of the cut and
+that of decomposing the refitted reader are orthogonal in the metric, so their predicted costs add up exactly.
+
+The hidden values are ordered from the last one that the elimination removes to the first. In that order the Cholesky
+factor of C for a width is the leading block of the factor for the full width, so the whitened reader at a width is the
+first columns of the whitened reader at full width, and one factorization serves every width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compression.allocation.menu import Option, SiteMenu, convex_hull, envelope, nested_options
+from compression.numerics.elimination import Elimination
+from compression.schedule import Choice, Joint
+from compression.sites import Site, Unit
+from compression.size import choice_parameters
+
+__all__ = ["Matrix", "joint_menu", "spectra", "widths_of"]
+
+_WIDTHS = 16
+"""Number of widths at which the matrices of a bond are also decomposed."""
+_PLAIN = 96
+"""Number of widths that are offered without decomposing anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Holds one matrix of a unit with its metric, float64.
+
+    Attributes:
+        weight: W (out, in).
+        inputs: C (in, in), positive definite.
+        gradients: G (out, out), positive definite.
+        size: rows or columns of it per group of the bond.
+    """
+
+    weight: torch.Tensor
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+    size: int
+
+
+def widths_of(groups: int, count: int = _WIDTHS) -> list[int]:
+    """Returns at most `count` widths, evenly spaced up to the full one, ascending."""
+    return sorted({max(1, round(groups * number / count)) for number in range(1, count + 1)})
+
+
+@torch.no_grad()
+def spectra(
+    elimination: Elimination, writers: Mapping[str, Matrix], reader: Mapping[str, Matrix], widths: Sequence[int]
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Returns the singular values of every whitened matrix of a bond at every width, float64, descending.
+
+    Args:
+        elimination: the elimination of the bond.
+        writers: the matrices that write the bond, by name.
+        reader: the one matrix that reads it, by name.
+        widths: widths of at least 1.
+    """
+    found: dict[tuple[str, int], torch.Tensor] = {}
+    order = elimination.order.flip(0)  # the last to be removed comes first
+    [(name, matrix)] = reader.items()
+    white = _whitened_reader(matrix, order)
+    for width in widths:
+        found[name, width] = _singular_values(white[:, : width * matrix.size])
+    for name, matrix in writers.items():
+        rows = _members(order, matrix.size).to(matrix.weight.device)
+        white = matrix.weight[rows] @ torch.linalg.cholesky(matrix.inputs)
+        gradients = matrix.gradients[rows][:, rows]
+        for width in widths:
+            count = width * matrix.size
+            gram = white[:count].mT @ gradients[:count, :count] @ white[:count]
+            found[name, width] = _roots(gram)[: min(count, white.shape[1])]
+    return found
+
+
+def _whitened_reader(matrix: Matrix, order: torch.Tensor) -> torch.Tensor:
+    """Returns Rᵀ W L (out, in) of the reader with its columns in the order of the groups, see the module."""
+    columns = _members(order, matrix.size).to(matrix.weight.device)
+    left, right = torch.linalg.cholesky(matrix.gradients), torch.linalg.cholesky(matrix.inputs[columns][:, columns])
+    white: torch.Tensor = left.mT @ matrix.weight[:, columns] @ right
+    return white
+
+
+def joint_menu(
+    unit: Unit,
+    cost: NDArray[np.float64],
+    spectrum: Mapping[tuple[str, int], NDArray[np.float64]],
+    topology: str,
+    metric: str,
+) -> SiteMenu:
+    """Returns the undominated options of a unit.
+
+    At each width with spectra, the χ of the matrices follow the gain per parameter that they have in common, from the
+    smallest to the largest; other combinations lie above the convex hull of these. Other widths are offered without
+    factors.
+
+    Args:
+        unit: the unit; all its sites are cut by the same bond alone.
+        cost: predicted cost of every width of the bond, nats per token (groups + 1,).
+        spectrum: singular values by site name and width, see `spectra`; empty to offer widths without factors only.
+        topology, metric: of the decompositions.
+    """
+    groups = len(cost) - 1
+    options: list[Option] = []
+    for width in sorted({*widths_of(groups, _PLAIN), *(width for _, width in spectrum)}):
+        widths = (width,) if width < groups else ()
+        curves = []
+        for site in unit.sites:
+            plain = Option(Choice("dense", 0, "none", widths), 0.0)
+            values = spectrum.get((site.name, width))
+            nested = [] if values is None else nested_options(topology, metric, values, site, widths=widths)
+            curves.append(_hull(site, [*nested, plain]))
+        options += (Option(joint, float(cost[width]) + own) for joint, own in _merged(curves))
+    return envelope(unit, options)
+
+
+def _hull(site: Site, options: Sequence[Option]) -> list[tuple[int, Option]]:
+    """Returns the options on the lower convex hull of cost over parameters, each with its parameters, ascending."""
+    sized = [(choice_parameters(site, option.choice), option) for option in options]
+    sizes, costs = np.array([size for size, _ in sized]), np.array([option.cost for _, option in sized])
+    return [sized[index] for index in convex_hull(sizes, costs)]
+
+
+def _merged(curves: Sequence[Sequence[tuple[int, Option]]]) -> Iterator[tuple[Joint, float]]:
+    """Yields joint choices with the sum of their costs, in the order in which the steps of all curves pay."""
+    steps = [
+        ((after.cost - before.cost) / (size - smaller), number, after)
+        for number, curve in enumerate(curves)
+        for (smaller, before), (size, after) in pairwise(curve)
+    ]
+    taken = [curve[0][1] for curve in curves]
+    yield _joint(taken)
+    for _, number, option in sorted(steps, key=lambda step: step[:2]):
+        taken[number] = option
+        yield _joint(taken)
+
+
+def _joint(options: Sequence[Option]) -> tuple[Joint, float]:
+    choices = tuple(option.choice for option in options if isinstance(option.choice, Choice))
+    return Joint(choices), sum(option.cost for option in options)
+
+
+def _members(groups: torch.Tensor, size: int) -> torch.Tensor:
+    return (groups[:, None] * size + torch.arange(size)).flatten()
+
+
+def _singular_values(white: torch.Tensor) -> torch.Tensor:
+    """Singular values from the smaller Gram matrix; in float64 they are resolved down to 1e-8 of the largest."""
+    return _roots(white @ white.mT if white.shape[0] <= white.shape[1] else white.mT @ white)
+
+
+def _roots(gram: torch.Tensor) -> torch.Tensor:
+    values: torch.Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    return values
