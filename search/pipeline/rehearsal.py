@@ -67,7 +67,7 @@ def rehearse_prior(experiment: Experiment) -> Prior:
     Raises:
         ValueError: the prior would be refused; one line that names the field and the value.
     """
-    schedule = Schedule(tuple((options.site.name, options.choices[0]) for options in _menu(experiment).sites))
+    schedule = Schedule(tuple(pair for options in _menu(experiment).sites for pair in options.assigned(0)))
     trace = Sensitivity(
         source="predicted", chi=tuple(range(10**6, 10**6 + _TRACE)), kl=tuple(_LONG for _ in range(_TRACE))
     )
