@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from compression.refusal import Refusal, nearest
 from compression.storage.strict_json import read_object
-from search.runtime.files import user_path
+from search.runtime.files import is_text, user_path
 
 __all__ = [
     "AFTERWARDS",
@@ -322,6 +322,9 @@ class Config(BaseModel):
         Raises:
             ValueError: one line that starts with the field and states its rule, the value, and the nearest valid name.
         """
+        for name, value in values.items():
+            if isinstance(value, str) and not is_text(value):
+                raise Refusal(f"{name} must be text without bytes of another encoding, got {value!r:.80}")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:

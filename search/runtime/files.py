@@ -13,7 +13,7 @@ from compression.storage.whole_files import regular, replace_file
 from search.runtime.errors import DataUnavailable
 from search.runtime.signals import shield
 
-__all__ = ["cache_folder", "file_digest", "finite", "unwritable", "user_path", "write_whole"]
+__all__ = ["cache_folder", "file_digest", "finite", "is_text", "unwritable", "user_path", "write_whole"]
 
 
 def write_whole(target: Path, content: bytes | str) -> Path:
@@ -52,6 +52,15 @@ def cache_folder() -> Path:
     except OSError as error:
         raise unwritable(folder, error) from error
     return folder
+
+
+def is_text(value: str) -> bool:
+    """Whether a text holds whole characters only; a word of a command line may hold bytes that are none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def user_path(text: str) -> Path:
