@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from compression.refusal import Refusal, nearest
 from compression.storage.strict_json import read_object, shown
-from search.runtime.files import user_path
+from search.runtime.files import is_text, user_path
 
 __all__ = [
     "AFTERWARDS",
@@ -333,7 +333,7 @@ class Config(BaseModel):
             near = nearest(unknown[:100], cls.model_fields)
             raise Refusal(f"{shown(unknown)[1:-1]} is not a field of the configuration; the nearest is {near}")
         for name, value in values.items():
-            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            if isinstance(value, str) and not is_text(value):
                 raise Refusal(f"{name} must be UTF-8 text, got {shown(value)}; rename the file or folder")
         try:
             return cls.model_validate(dict(values))

@@ -16,6 +16,7 @@ from compression.refusal import Refusal
 from search.data.conversations import apply_template
 from search.model.latent_cache import latent_cache
 from search.model.loading import LoadedModel
+from search.runtime.files import is_text
 
 __all__ = ["Chat", "Spoken"]
 
@@ -46,9 +47,11 @@ class Chat:
         prompt, and does not remember it for the next one.
 
         Raises:
-            Refusal: the conversation fills all positions of the model, a token has no embedding, or the chat template
-                refuses the conversation.
+            Refusal: the prompt is no text, the conversation fills all positions of the model, a token has no embedding,
+                or the chat template refuses the conversation.
         """
+        if not is_text(prompt):
+            raise Refusal("prompt must be text without bytes of another encoding")
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         if tokenizer.chat_template:
             self.turns.append({"role": "user", "content": prompt})

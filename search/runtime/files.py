@@ -16,7 +16,7 @@ from compression.storage.whole_files import regular, replace_file
 from search.runtime.errors import DataUnavailable
 from search.runtime.signals import shield
 
-__all__ = ["cache_folder", "file_digest", "finite", "unwritable", "user_path", "write_whole"]
+__all__ = ["cache_folder", "file_digest", "finite", "is_text", "unwritable", "user_path", "write_whole"]
 
 
 def write_whole(target: Path, content: bytes | str) -> Path:
@@ -64,6 +64,15 @@ def cache_folder() -> Path:
 def _clean(folder: Path) -> None:
     remove_leftovers(folder, inside=True)
     remove_leftovers(Path(tempfile.gettempdir()), "chisel")
+
+
+def is_text(value: str) -> bool:
+    """Whether a text holds whole characters only; a word of a command line may hold bytes that are none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def user_path(text: str) -> Path:

@@ -188,6 +188,12 @@ def test_the_fingerprint_of_an_earlier_version_with_a_relative_path_is_the_same_
     assert with_defaults({"configuration": {"model": "gone"}}, {}) != given
 
 
+@pytest.mark.parametrize("field", ["model", "proxy", "agent", "prior", "policy", "out", "resume", "device"])
+def test_bytes_of_another_encoding_in_a_word_of_the_command_line_are_one_line(field):
+    with pytest.raises(Refusal, match=f"{field} must be text without bytes of another encoding"):
+        Config.of({field: "/tmp/n\udcff"})
+
+
 def test_a_home_that_does_not_exist_is_one_line():
     with pytest.raises(Refusal, match="model must be"):
         Config.of({"model": "~nobody-of-this-name/m"})

@@ -24,6 +24,11 @@ def test_a_prompt_that_fills_the_positions_is_refused(length: int) -> None:
         Chat(tiny_gpt2()).answer("x" * length, say)
 
 
+def test_a_prompt_of_another_encoding_is_refused() -> None:
+    with pytest.raises(Refusal, match="prompt must be text"):
+        Chat(tiny_gpt2()).answer("n\udcff", say)
+
+
 def test_a_token_without_an_embedding_is_refused_by_name() -> None:
     small = tiny_gpt2(rows=100)
     assert len(small.encode("AB")) == 2
