@@ -95,15 +95,14 @@ def _phrase(name: str, key: str, before: object, after: object) -> str:
 def _entries(path: Path) -> dict[str, object] | None:
     """The top-level entries of a JSON object, long values as a list with their digest; None if there is no file.
 
-    Raises:
-        ValueError: the file is not JSON, or no object.
+    A file that holds another value has the one entry "content". Raises ValueError if it is not JSON.
     """
     try:
         content: Any = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     if not isinstance(content, dict):
-        raise Refusal("it is not a JSON object")
+        content = {"content": content}
     return {key: _brief(value) for key, value in content.items()}
 
 
