@@ -19,11 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -36,7 +37,7 @@ from compression.layers.packed import PackedLinear, PackedMPO
 from compression.layers.skeleton import check_places, describe, put_skeleton_
 from compression.refusal import Refusal
 
-__all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register"]
+__all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register", "verify_folder"]
 
 METHOD, FORMAT = "chisel", 1
 """Name of the quantization method in config.json, and number of the newest format that this code reads."""
@@ -162,6 +163,21 @@ def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(values.shape) for name, values in model.state_dict().items() if name not in tied}
 
 
+def verify_folder(folder: Path) -> None:
+    """Refuse a compressed folder whose config or weights have changed since they were written; loads no model.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
+    modules = getattr(config, "quantization_config", {}).get("modules", {})
+    _verify_config(files, type(config), modules)
+    for file in files:
+        for _ in _intact_tensors(file):
+            pass
+
+
 def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], placeholders: set[str]) -> None:
     """Refuse weight files whose tensors are not exactly the expected ones, or have changed since they were written.
 
@@ -170,23 +186,33 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
     """
     missing = set(expected)
     for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise Refusal(f"{file} is not safetensors; pickle files can run code when read and are never opened")
-        try:
-            with safe_open(file, "pt") as tensors:
-                checksums = json.loads((tensors.metadata() or {})[_CHECKSUMS])
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    values = tensors.get_tensor(name)
-                    if name not in placeholders and tuple(values.shape) != expected.get(name):
-                        wanted = expected.get(name, "no such tensor")
-                        raise Refusal(f"{file}: {name} has shape {tuple(values.shape)}, the model needs {wanted}")
-                    if checksums.get(name) != _checksum(name, values):
-                        raise Refusal(f"{file}: {name} is damaged, its checksum differs")
-                    missing.discard(name)
-        except (SafetensorError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-            raise Refusal(f"{file} is truncated, damaged or without checksums: {error}") from error
+        for name, values in _intact_tensors(file):
+            if name not in placeholders and tuple(values.shape) != expected.get(name):
+                wanted = expected.get(name, "no such tensor")
+                raise Refusal(f"{file}: {name} has shape {tuple(values.shape)}, the model needs {wanted}")
+            missing.discard(name)
     if missing:
         raise Refusal(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")
+
+
+def _intact_tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a weight file by name, each after it was compared with its checksum.
+
+    Raises:
+        ValueError: the file is no safetensors, or a tensor is damaged.
+    """
+    if not str(file).endswith(".safetensors"):
+        raise Refusal(f"{file} is not safetensors; pickle files can run code when read and are never opened")
+    try:
+        with safe_open(file, "pt") as tensors:
+            checksums = json.loads((tensors.metadata() or {})[_CHECKSUMS])
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                values = tensors.get_tensor(name)
+                if checksums.get(name) != _checksum(name, values):
+                    raise Refusal(f"{file}: {name} is damaged, its checksum differs")
+                yield name, values
+    except (SafetensorError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise Refusal(f"{file} is truncated, damaged or without checksums: {error}") from error
 
 
 def _config_values(config: Any, modules: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ model and the cached statistics, as the prior and the configuration say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,13 @@ def restore(
     config = Config.of({**read_fields(run / CONFIG), "device": device})
     prior = Prior.read(run / PRIOR)
     summary = document(SummaryFile, run / SUMMARY, "the summary") if (run / SUMMARY).exists() else {}
-    schedule = prior.schedule
-    state = _state(run, config, prior, state, healed)
+    schedule, rows = prior.schedule, _rows(summary)
+    if prior.schedule_digest is None and rows:
+        raise Refusal(
+            f"{run / PRIOR} was edited by hand, so that the table of the run belongs to another schedule; use the "
+            "prior with search.py apply"
+        )
+    state = _state(run, config, prior, state, healed, {row.get("schedule") for row in rows})
     kept = StoredWeights.read(healed or run / HEALED) if state == "healed" else None
     measured = _measured({} if kept is not None and healed is not None else summary, state, kept)
     where = resolve_device(device)
@@ -131,17 +136,27 @@ def restore(
     return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
 
 
+def _rows(document: Mapping[str, Any]) -> list[Mapping[str, object]]:
+    """The rows of the table in summary.json or healing.json."""
+    rows = document.get("rows")
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+
+
 def _measured(summary: Mapping[str, object], state: str, kept: StoredWeights | None) -> Mapping[str, object] | None:
     """The row that was measured on the weights of a state: of the run's table, otherwise of the table of a healing."""
-    tables = [summary.get("rows"), None if kept is None else kept.document.get("rows")]
-    rows = [row for table in tables if isinstance(table, list) for row in table if isinstance(row, Mapping)]
+    rows = [*_rows(summary), *_rows({} if kept is None else kept.document)]
     return next((row for row in rows if row.get("schedule") == state), None)
 
 
-def _state(run: Path, config: Config, prior: Prior, wanted: str | None, healed: Path | None) -> str:
+def _state(
+    run: Path, config: Config, prior: Prior, wanted: str | None, healed: Path | None, rows: Collection[object]
+) -> str:
     """Return the state that is wanted, or the furthest one that the run reached.
 
     "repaired" is also accepted where the run measured no repair but has what it takes to repeat one.
+
+    Args:
+        rows: names of the rows of the run's table. A state that it names must be there.
     """
     has = {
         "healed": healed is not None or (run / HEALED / STATE).is_file(),
@@ -149,6 +164,11 @@ def _state(run: Path, config: Config, prior: Prior, wanted: str | None, healed: 
         "searched": True,
     }
     if wanted is None:
+        if lost := [name for name in STATES if name in rows and not has[name]]:
+            raise Refusal(
+                f"the table of {run} has the row {lost[0]}, but the run was not {lost[0]} according to its other "
+                "files; put them back, or name another state with --state"
+            )
         return next(name for name in STATES if has[name])
     if wanted not in STATES:
         raise Refusal(f"state must be one of {', '.join(STATES)}, got {wanted!r}")

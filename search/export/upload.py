@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from compression.refusal import Refusal
+from search.hf import verify_folder
+from search.model.own_code import is_compressed
 from search.runtime.errors import DataUnavailable
 
 __all__ = ["push"]
@@ -22,13 +24,16 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         public: make a new repository public; otherwise it is private.
 
     Raises:
-        ValueError: `repository` is not OWNER/NAME, or the folder has no config.json, README.md or weights.
+        ValueError: `repository` is not OWNER/NAME, the folder has no config.json, README.md or weights, or its config
+            or weights have changed since they were exported.
         DataUnavailable: the hub cannot be reached, or does not let this account write there.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise Refusal(f"repository must be OWNER/NAME, got {repository!r}")
     if absent := [name for name in _NEEDED if not any(folder.glob(name))]:
         raise Refusal(f"{folder} has no {absent[0]}; push a folder that search.py export made")
+    if is_compressed(folder):
+        verify_folder(folder)
     from huggingface_hub import HfApi
 
     api = HfApi()

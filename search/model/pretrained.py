@@ -84,9 +84,10 @@ def _refuse_ignored(source: Source, model: Any, unexpected: Iterable[str]) -> No
             tensors that differ.
     """
     if ignored := sorted(map(str, unexpected)):
+        remedy = "correct the config (layers, biases, quantization), or remove them"
         raise Refusal(
             f"model {source.name!r} holds {len(ignored)} tensors that the model of its config does not take, such as "
-            f"{ignored[0]}; correct the config (layers, biases, quantization), or remove them"
+            f"{ignored[0]}; {remedy if source.gguf is None else 'use the safetensors of this model'}"
         )
     if source.gguf is None and source.folder is not None:
         names, prefix = stored_tensors(source.name, source.folder), model.base_model_prefix

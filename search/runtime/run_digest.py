@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from compression.refusal import Refusal
-from compression.storage.strict_json import json_digest, read_object
+from compression.storage.strict_json import bounded_text, json_digest, parse, read_object
 from search.runtime.run_folder import CONFIG, DIGEST, ENVIRONMENT, RunFolder
 
 __all__ = ["refuse_changed", "write_digest"]
@@ -94,12 +94,14 @@ def _phrase(name: str, key: str, before: object, after: object) -> str:
 def _entries(path: Path) -> dict[str, object] | None:
     """The top-level entries of a JSON object, long values as a list with their digest; None if there is no file.
 
-    Raises:
-        ValueError: the file is not JSON, or no object.
+    A file that holds another value has the one entry "content". Raises ValueError if it is not JSON.
     """
     if not path.exists():
         return None
-    return {key: _brief(value) for key, value in read_object(path, "the file").items()}
+    content = parse(bounded_text(path, "the file"))
+    if not isinstance(content, dict):
+        content = {"content": content}
+    return {key: _brief(value) for key, value in content.items()}
 
 
 def _brief(value: object) -> object:

@@ -190,7 +190,7 @@ def test_the_fingerprint_of_an_earlier_version_with_a_relative_path_is_the_same_
 
 @pytest.mark.parametrize("field", ["model", "proxy", "agent", "prior", "policy", "out", "resume", "device"])
 def test_bytes_of_another_encoding_in_a_word_of_the_command_line_are_one_line(field):
-    with pytest.raises(Refusal, match=f"{field} must be text without bytes of another encoding"):
+    with pytest.raises(Refusal, match=f"{field} must be UTF-8 text"):
         Config.of({field: "/tmp/n\udcff"})
 
 

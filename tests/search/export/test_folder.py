@@ -1,6 +1,7 @@
 """Folders for others: dense ones, what is refused, and the commands around them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -199,6 +200,22 @@ def test_push_uploads_an_exported_folder_privately_unless_told_otherwise(folder,
     assert push(folder, "me/small") == "https://hub/x"
     assert Hub.said[0] == ("me/small", {"private": True, "exist_ok": True})
     assert Hub.said[1]["folder_path"] == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("config.json", lambda content: content.replace(b"1e-06", b"1e-02"), "rms_norm_eps was 1e-06, is 0.01"),
+        ("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is damaged, its checksum"),
+    ],
+)
+def test_push_refuses_a_folder_that_was_changed(folder, tmp_path, monkeypatch, name, change, said):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("the hub was asked"))
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    with pytest.raises(ValueError, match=said):
+        push(copy, "me/small")
 
 
 def test_push_refuses_another_folder_or_name(folder, tmp_path):

@@ -14,6 +14,7 @@ from fake_data import data_for_processes
 from safetensors.torch import load_file, save_file
 from small_run import HEAL, words
 
+from compression.numerics.legs import resolve
 from search import api, cli
 from search.model.loading import load_model
 from search.runtime.run_digest import refuse_changed
@@ -143,6 +144,44 @@ def test_a_run_of_an_earlier_version_is_read_and_said_to_be_unchecked(tmp_path: 
     said: list[str] = []
     assert refuse_changed(tmp_path, said.append) == {}
     assert [line for line in said if "earlier version" in line] == said != []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("healing removed", "has the row healed, but the run was not healed"),
+        ("row renamed", "has the row repaired, but the run was not repaired"),
+        ("schedule", "prior.json was edited by hand"),
+    ],
+)
+def test_without_a_digest_a_state_that_the_table_contradicts_is_refused_too(
+    kind: str, said: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "digest.json").unlink()  # as earlier versions left a run
+    in_json("environment.json", lambda document: document.pop("digest"))(run)
+    if kind == "row renamed":
+        shutil.rmtree(run / "healed")
+        in_json("summary.json", lambda summary: summary["rows"].pop())(run)
+    CHANGES[kind][0](run)
+    if kind == "schedule":
+        in_json("prior.json", fit_sizes)(run)
+    assert cli.main(commands(run, tmp_path)[0]) == cli.REFUSED
+    assert said in capsys.readouterr().err
+
+
+def fit_sizes(document: dict[str, Any]) -> None:
+    """Make the sizes in an edited prior those of its sites, as a careful editor does."""
+    for site in document["sites"]:
+        if site["topology"] != "dense":
+            legs = resolve(site["topology"], *site["shape"])
+            site["parameters"] = legs.parameters(site["chi"])
+    stored, whole = (sum(sizes) for sizes in zip(*map(sizes_of, document["sites"]), strict=True))
+    document["kept_fraction"] = stored / whole
+
+
+def sizes_of(site: dict[str, Any]) -> tuple[int, int]:
+    return site["parameters"], site["shape"][0] * site["shape"][1]
 
 
 @contextmanager

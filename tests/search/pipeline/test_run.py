@@ -52,6 +52,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
     assert all(row["kl"] > 0 for row in rows[1:])
     assert {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")} == {
         "config.json",
+        "digest.json",
         "environment.json",
         "healed",
         "policy.json",
