@@ -14,11 +14,12 @@ from pathlib import Path
 from compression.refusal import Refusal
 from search.config import Config
 from search.runtime.errors import DataUnavailable, EvaluatorsLost
+from search.runtime.outside_text import plain
 from search.runtime.provenance import now
 from search.runtime.run_folder import LOG
 from search.runtime.signals import INTERRUPTED
 
-__all__ = ["DONE", "FAILURES", "FAULT", "PREFLIGHT", "REFUSED", "complain", "explain", "refuse", "resumed"]
+__all__ = ["DONE", "FAILURES", "FAULT", "PREFLIGHT", "REFUSED", "complain", "explain", "refuse", "resumed", "say"]
 
 DONE, FAULT, REFUSED, PREFLIGHT, FAILURES = 0, 1, 2, 3, 4
 """Exit codes: done; a fault of this project; refused before any work, because of the input or because data or a device
@@ -72,7 +73,7 @@ def _stopped(reason: str) -> int:
 
 def _logged(error: BaseException, folder: Path | None) -> str:
     """Write the traceback to run.log in `folder`, or to standard error if that is not possible; returns the place."""
-    text = "".join(traceback.format_exception(error))
+    text = plain("".join(traceback.format_exception(error)), lines=True)
     if folder is not None:
         with suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
             log.write(f"{now()} {text}")
@@ -92,4 +93,9 @@ def complain(message: str) -> None:
     first, _, rest = message.partition(" ")
     if first in Config.model_fields and rest.startswith("must be"):
         message = f"--{first.replace('_', '-')} {rest}"
-    print(f"search.py: {' '.join(message.split())}", file=sys.stderr)
+    print(f"search.py: {plain(' '.join(message.split()))}", file=sys.stderr)
+
+
+def say(*lines: object, end: str = "\n") -> None:
+    """Print the result of a command on standard output; control characters in it are shown, not obeyed."""
+    print(*(plain(line, lines=True) for line in lines), sep="\n", end=end, flush=True)

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from compression.refusal import Refusal
-from search.commands.exits import DONE, explain
+from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, parse
 from search.runtime.console import Console
 
@@ -53,8 +53,8 @@ def run(words: list[str]) -> int:
 def _say_answer(chat: Chat, prompt: str) -> None:
     if not prompt.strip():
         raise Refusal("prompt must not be empty; give --prompt TEXT, or text on standard input")
-    chat.answer(prompt, lambda piece: print(piece, end="", flush=True))
-    print()
+    chat.answer(prompt, lambda piece: say(piece, end=""))
+    say("")
 
 
 def _asked() -> str:
@@ -62,7 +62,7 @@ def _asked() -> str:
     try:
         return input("> ").strip()
     except EOFError:
-        print()
+        say("")
         return ""
 
 

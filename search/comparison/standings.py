@@ -14,6 +14,7 @@ import torch
 from compression.refusal import Refusal
 from search.evaluation.quality import Quality, ratio_standard_error
 from search.reporting.tables import Column, markdown_table
+from search.runtime.outside_text import markdown_text
 
 __all__ = ["Contrast", "Entry", "Heldout", "Mark", "contrast", "plot", "report"]
 
@@ -173,7 +174,7 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
     )
     used = [count for count in base.tokens_by_sequence if count]
     return (
-        f"# Agents at equal cost: {title}\n\n"
+        f"# Agents at equal cost: {markdown_text(title)}\n\n"
         f"Held-out KL to the dense model, relative to that of the closed form, {base.kl:.4f} nats per token "
         f"(perplexity {base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no "
         "selection saw. Columns `after N` show the schedule that an agent recommends after N evaluations. Column "
