@@ -27,7 +27,7 @@ from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_for_use, load_model, model_digest
-from search.model.own_code import is_compressed, is_model_folder
+from search.model.own_code import is_compressed, is_model_folder, refuse_own_code
 from search.priors.format import Prior
 from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
@@ -112,6 +112,9 @@ def _compared_model(
         if path.is_dir() and (path / STUDY).exists():
             raise Refusal(f"the run {word!r} is not finished, it has no {PRIOR}; continue it with --resume")
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
+
+        if path.is_dir():
+            refuse_own_code(word, path)
 
         def plain() -> Iterator[LoadedModel]:
             if is_compressed(path):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from compression.refusal import Refusal
-from search.commands.exits import DONE, explain
+from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads
 from search.commands.profile import IGNORED
 from search.config import EVALUATORS
@@ -52,7 +52,7 @@ def run(words: list[str]) -> int:
     except BaseException as error:
         return explain(error)
     table = f"\n{text_table(rows)}" if rows else ""
-    print("\n".join(notes), f"{table}\n{folder}", sep="\n")
+    say("\n".join(notes), f"{table}\n{folder}")
     return DONE
 
 

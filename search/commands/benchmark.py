@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from search.commands.exits import DONE, FAILURES, complain, explain
+from search.commands.exits import DONE, FAILURES, complain, explain, say
 from search.commands.flags import Parser, parse, whole_number
 from search.reporting.tables import json_text
 from search.runtime.console import Console
@@ -61,7 +61,7 @@ def run(words: list[str]) -> int:
             result = benchmark(request, shown)
     except BaseException as error:
         return explain(error, ["benchmark", *words])
-    print(json_text(result.document()) if given["json"] else f"\n{result.text()}\n{result.folder}")
+    say(json_text(result.document()) if given["json"] else f"\n{result.text()}\n{result.folder}")
     if result.nonfinite:
         complain(
             f"finished, but {result.nonfinite} of {len(result.outcomes)} outcomes have no score: NaN or infinite logits"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from search.commands.exits import DONE, explain, resumed
+from search.commands.exits import DONE, explain, resumed, say
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
 from search.config import AFTERWARDS
 from search.runtime.console import Console
@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
             folder, report = contest.compare(config, names, seeds, shown)
     except BaseException as error:
         return explain(error, resumed(shown.folder, "compare"), shown.folder)
-    print(f"{report}\n{folder}")
+    say(f"{report}\n{folder}")
     return DONE
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from search.commands.exits import DONE, explain
+from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, parse
 from search.runtime.console import Console
 
@@ -26,5 +26,5 @@ def run(words: list[str]) -> int:
                 folder = packages.fetch()
     except BaseException as error:
         return explain(error)
-    print(folder)
+    say(folder)
     return DONE

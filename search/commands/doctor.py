@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from search.commands.exits import DONE, PREFLIGHT, explain
+from search.commands.exits import DONE, PREFLIGHT, explain, say
 from search.commands.flags import Parser, parse
 from search.reporting.tables import json_text
 
@@ -39,13 +39,13 @@ def run(words: list[str]) -> int:
         return explain(error)
     problems = sum(finding.state == "problem" for finding in findings)
     if given["json"]:
-        print(json_text({"problems": problems, "findings": [asdict(finding) for finding in findings]}))
+        say(json_text({"problems": problems, "findings": [asdict(finding) for finding in findings]}))
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
-            print(f"{finding.state:<7}  {finding.name:<{width}}  {finding.found}")
+            say(f"{finding.state:<7}  {finding.name:<{width}}  {finding.found}")
             if finding.advice:
-                print(f"{'':<7}  {'':<{width}}  -> {finding.advice}")
+                say(f"{'':<7}  {'':<{width}}  -> {finding.advice}")
         verdict = f"{problems} to solve before the default job can run." if problems else "The default job can run."
-        print(f"\n{verdict}")
+        say(f"\n{verdict}")
     return PREFLIGHT if problems else DONE

@@ -16,6 +16,7 @@ from compression.refusal import Refusal
 from compression.storage.whole_files import regular
 from search.config import Config
 from search.runtime.errors import DataUnavailable, EvaluatorsLost
+from search.runtime.outside_text import plain
 from search.runtime.provenance import now
 from search.runtime.run_folder import LOG
 from search.runtime.signals import INTERRUPTED
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "refuse",
     "resumed",
+    "say",
     "system_error",
 ]
 
@@ -118,7 +120,7 @@ def _stopped(reason: str) -> int:
 
 def _logged(error: BaseException, folder: Path | None) -> str:
     """Write the traceback to run.log in `folder`, or to standard error if that is not possible; returns the place."""
-    text = "".join(traceback.format_exception(error))
+    text = plain("".join(traceback.format_exception(error)), lines=True)
     if _log(text, folder):
         return f"{folder}/{LOG}"
     print(text, end="", file=sys.stderr)
@@ -151,7 +153,12 @@ def complain(message: str) -> None:
     first, _, rest = message.partition(" ")
     if first in Config.model_fields and rest.startswith("must be"):
         message = f"--{first.replace('_', '-')} {rest}"
-    line = f"search.py: {' '.join(message.split())}"
+    line = f"search.py: {plain(' '.join(message.split()))}"
     print(line, file=sys.stderr)
     if lost(sys.stderr):
         print(line)
+
+
+def say(*lines: object, end: str = "\n") -> None:
+    """Print the result of a command on standard output; control characters in it are shown, not obeyed."""
+    print(*(plain(line, lines=True) for line in lines), sep="\n", end=end, flush=True)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from compression.refusal import Refusal, nearest
-from search.commands.exits import DONE, explain
+from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, parse
 from search.config import EXPORTS
 from search.runtime.console import Console
@@ -46,10 +46,10 @@ def run(words: list[str]) -> int:
             refuse_used(folder)
             form = ExportForm(given["format"], given["dtype"], given["quantize"], given["state"], given["device"])
             with holding(folder):
-                print(export_run(Path(given["run"]), folder, form, shown, healed))
+                say(export_run(Path(given["run"]), folder, form, shown, healed))
     except BaseException as error:
         return explain(error)
-    print(folder)
+    say(folder)
     return DONE
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from compression.refusal import Refusal
-from search.commands.exits import DONE, explain
+from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, parse
 from search.runtime.console import Console
 from search.runtime.streams import read_input, typed
@@ -65,7 +65,7 @@ def _asked() -> str:
     try:
         return typed(input("> "), "the prompt").strip()
     except EOFError:
-        print()
+        say("")
         return ""
 
 

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.commands.exits import DONE, FAILURES, complain, explain
+from search.commands.exits import DONE, FAILURES, complain, explain, say
 from search.commands.flags import Parser, parse
 from search.reporting.tables import text_table
 from search.runtime.console import Console
@@ -63,10 +63,10 @@ def run(words: list[str]) -> int:
 
 
 def _tell(result: HealedRun, run: str | None) -> None:
-    print(f"\n{text_table(result.rows)}\n{result.folder}")
+    say(f"\n{text_table(result.rows)}\n{result.folder}")
     if run is not None:
         words = ["python", "search.py", "export", run, "--healed", str(result.folder)]
-        print(f"export it with: {shlex.join(words)}")
+        say(f"export it with: {shlex.join(words)}")
     if result.stopped:
         complain(f"healing ended early: {result.stopped}")
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from compression.refusal import nearest
-from search.commands.exits import DONE, REFUSED, complain, explain, refuse
+from search.commands.exits import DONE, REFUSED, complain, explain, refuse, say
 from search.commands.flags import Parser, parse
 
 __all__ = ["run"]
@@ -43,12 +43,12 @@ def _act(action: str, files: list[Path], clamp: bool) -> int:
     from search.priors.text import diff_text, show_text
 
     if action == "schema":
-        print(Prior.published_schema(), end="")
+        say(Prior.published_schema(), end="")
         return DONE
     if action == "validate":
         return _validate(files, clamp)
     priors = [Prior.read(file, clamp) for file in files]
-    print(diff_text(*priors) if action == "diff" else "\n".join(map(show_text, priors)), end="")
+    say(diff_text(*priors) if action == "diff" else "\n".join(map(show_text, priors)), end="")
     return DONE
 
 
@@ -64,7 +64,7 @@ def _validate(files: list[Path], clamp: bool) -> int:
             complain(str(error))
             code = REFUSED
         else:
-            print(f"{file}: ok, {len(prior.sites)} sites of {prior.model.id}, kept {prior.kept_fraction:.4f}")
+            say(f"{file}: ok, {len(prior.sites)} sites of {prior.model.id}, kept {prior.kept_fraction:.4f}")
     return code
 
 

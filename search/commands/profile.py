@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from compression.refusal import Refusal
-from search.commands.exits import DONE, explain, resumed
+from search.commands.exits import DONE, explain, resumed, say
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_number
 from search.config import AFTERWARDS
 from search.runtime.console import Console
@@ -70,7 +70,7 @@ def run(words: list[str]) -> int:
             folder, text = sweep.profile(config, levels, sizes[0], shown, sizes[1])
     except BaseException as error:
         return explain(error, resumed(shown.folder, "profile"), shown.folder)
-    print(f"{text}\n{folder}")
+    say(f"{text}\n{folder}")
     return DONE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from search.commands.exits import DONE, explain
+from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, parse
 from search.runtime.console import Console
 
@@ -32,5 +32,5 @@ def run(words: list[str]) -> int:
             address = push(Path(given["folder"]), given["repository"], public=given["public"])
     except BaseException as error:
         return explain(error)
-    print(address)
+    say(address)
     return DONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from search.commands.exits import DONE, explain
+from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, parse
 
 __all__ = ["run"]
@@ -35,7 +35,7 @@ def run(words: list[str]) -> int:
             write_whole(target, text)
     except BaseException as error:
         return explain(error)
-    print(target)
+    say(target)
     return DONE
 
 

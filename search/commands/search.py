@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search.commands.exits import DONE, FAILURES, complain, explain, resumed
+from search.commands.exits import DONE, FAILURES, complain, explain, resumed, say
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads
 from search.reporting.tables import json_text, lines_text, text_table
 from search.runtime.console import Console
@@ -77,17 +77,17 @@ def start(given: dict[str, Any]) -> int:
 
         if dry:
             planned: Mapping[str, object] = plan(config)
-            print(json_text(planned) if as_json else lines_text(planned))
+            say(json_text(planned) if as_json else lines_text(planned))
             return DONE
         with shown:
             summary = run(config, shown)
-        print(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}")
+        say(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}")
         with shown:
             more = finish(summary.folder, summary.experiment, shown)
     except BaseException as error:
         return explain(error, resumed(shown.folder), shown.folder)
     if not as_json:
-        print(*more, summary.folder, sep="\n")
+        say(*more, summary.folder)
     if summary.failures:
         complain(f"finished, but {summary.failures} failed: see {summary.folder}")
     return FAILURES if summary.failures else DONE

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from compression.refusal import Refusal
 from search.evaluation.quality import Quality, ratio_standard_error
 from search.reporting.tables import Column, markdown_table
+from search.runtime.outside_text import markdown_text
 from search.runtime.schema import Amount, Figure, checked
 
 __all__ = ["Contrast", "Entry", "Heldout", "Mark", "check", "contrast", "plot", "report"]
@@ -201,7 +202,7 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
     )
     used = [count for count in base.tokens_by_sequence if count]
     return (
-        f"# Agents at equal cost: {title}\n\n"
+        f"# Agents at equal cost: {markdown_text(title)}\n\n"
         f"Held-out KL to the dense model, relative to that of the closed form, {base.kl:.4f} nats per token "
         f"(perplexity {base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no "
         "selection saw. Columns `after N` show the schedule that an agent recommends after N evaluations. Column "

@@ -5,9 +5,11 @@ Takes plain values and returns Markdown.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from search.reporting.tables import SUMMARY_COLUMNS, Row, markdown_table
+from search.runtime.outside_text import front_matter, markdown_code, markdown_text, plain
 
 __all__ = ["model_card"]
 
@@ -19,8 +21,8 @@ _LOAD = {
 import search.hf                      # if Chisel is installed; otherwise pass trust_remote_code=True below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({quoted})
+tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
 Without either, loading raises an error, because the folder does not contain the dense matrices that transformers looks
@@ -58,26 +60,30 @@ def model_card(
     rows = summary.get("rows")
     table = [each for each in rows if isinstance(each, Mapping)] if isinstance(rows, list) else []
     licence = str(model.get("license", "unknown"))
-    digests = "".join(f"* {kind}: `{str(digest)[:16]}`\n" for kind, digest in data.items() if isinstance(digest, str))
-    mine = "the last row" if measured else f"row `{row}`"
+    digests = "".join(
+        f"* {markdown_text(kind)}: {markdown_code(str(digest)[:16])}\n"
+        for kind, digest in data.items()
+        if isinstance(digest, str)
+    )
+    mine = "the last row" if measured else f"row {markdown_code(row)}"
+    head = front_matter(
+        {
+            "license": licence.lower(),
+            "base_model": model.get("id"),
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["chisel", "tensor-network", "compression"],
+        }
+    )
+    loading = _LOAD["hf" if form == "hf" else "dense"].replace("{quoted}", json.dumps(plain(name), ensure_ascii=False))
     return f"""\
----
-license: {licence.lower()}
-base_model: {model.get("id")}
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- chisel
-- tensor-network
-- compression
----
+{head}
+# {markdown_text(name)}
 
-# {name}
+This is {markdown_text(model.get("id"))} with weight matrices of its attention and MLP layers replaced by matrix
+product operators (MPOs). A search chose the bond dimension of every MPO. {" ".join(changes)}
 
-This is {model.get("id")} with weight matrices of its attention and MLP layers replaced by matrix product operators
-(MPOs). A search chose the bond dimension of every MPO. {" ".join(changes)}
-
-{_LOAD["hf" if form == "hf" else "dense"].format(name=name)}
+{loading}
 
 ## Size
 
@@ -95,23 +101,27 @@ items it is too noisy to compare models.
 ## How it was made
 
 The file `prior.json` holds the bond dimension of every matrix. The compressible matrices keep a fraction of
-{_number(prior.get("kept_fraction"))} of their parameters (schedule `{str(prior.get("schedule_digest"))[:16]}`).
+{_number(prior.get("kept_fraction"))} of their parameters (schedule {_digest(prior.get("schedule_digest"))}).
 
 sha256 of the data:
 
 {digests}
-Made by `{environment.get("command")}` at commit `{str(environment.get("commit"))[:12]}`, {environment.get("date")}, on
-{environment.get("cpu")}.
+Made by {markdown_code(environment.get("command"))} at commit {markdown_code(str(environment.get("commit"))[:12])},
+{markdown_text(environment.get("date"))}, on {markdown_text(environment.get("cpu"))}.
 
 ## Licence
 
-The licence is that of the original model: {licence}. It also covers weights derived from that model.
+The licence is that of the original model: {markdown_text(licence)}. It also covers weights derived from that model.
 """
 
 
 def _part(document: Mapping[str, object], key: str) -> Mapping[str, object]:
     part = document.get(key)
     return part if isinstance(part, Mapping) else {}
+
+
+def _digest(value: object) -> str:
+    return markdown_code(str(value)[:16])
 
 
 def _number(value: object) -> str:

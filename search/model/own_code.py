@@ -65,7 +65,7 @@ def is_model_folder(folder: Path) -> bool:
         return False  # whoever loads the folder says what is wrong with it
 
 
-def refuse_own_code(name: str, folder: Path) -> None:
+def refuse_own_code(name: str, folder: Path, gguf: bool = False) -> None:
     """Refuse a model folder that brings Python code, or that cannot be used without code.
 
     The config and the tokenizer's config may name classes in `auto_map`. That is refused if the file of a class is in
@@ -75,11 +75,13 @@ def refuse_own_code(name: str, folder: Path) -> None:
     Args:
         name: name of the model for the message.
         folder: folder with the model's files.
+        gguf: the model is a GGUF file in that folder; it has a config of its own, and a config.json there is not read.
 
     Raises:
         Refusal: as above; or a config is unreadable, or names an architecture that transformers does not know.
     """
-    config, tokenizer = (read_config(folder, file) for file in ("config.json", "tokenizer_config.json"))
+    config: Mapping[str, object] = {} if gguf else read_config(folder, "config.json")
+    tokenizer = read_config(folder, "tokenizer_config.json")
     ours = _method(config) == "chisel"
     kind = config.get("model_type")
     known = not config or (isinstance(kind, str) and kind in CONFIG_MAPPING)

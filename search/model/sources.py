@@ -53,7 +53,7 @@ def locate(name: str) -> Source:
     """
     source = _found(name)
     if source.folder is not None:
-        refuse_own_code(name, source.folder)
+        refuse_own_code(name, source.folder, source.gguf is not None)
     return source
 
 

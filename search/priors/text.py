@@ -7,6 +7,7 @@ from itertools import groupby
 
 from search.priors.format import Estimate, Prior, PriorScore, PriorSite
 from search.reporting.tables import Column, text_table
+from search.runtime.outside_text import plain
 
 __all__ = ["bar", "diff_text", "show_text"]
 
@@ -26,13 +27,13 @@ def show_text(prior: Prior) -> str:
     """Return a prior on one page: model, kept fractions, one line per block, and scores."""
     families = _families(prior.sites)
     lines = [
-        f"{prior.model.id}  {prior.model.digest[:12]}  kept {prior.kept_fraction:.4f} of the sites"
+        f"{plain(prior.model.id)}  {plain(prior.model.digest[:12])}  kept {prior.kept_fraction:.4f} of the sites"
         + _told(", {:.4f} of the model", prior.model_kept_fraction)
         + _told(", {:.4f} of its bytes", prior.bytes_fraction),
-        f"schedule {(prior.schedule_digest or 'by hand')[:12]}  made {_environment(prior, 'date')[:10]} at commit "
-        f"{_environment(prior, 'commit')[:12]} by: {_environment(prior, 'command')}",
+        f"schedule {plain((prior.schedule_digest or 'by hand')[:12])}  made {_environment(prior, 'date')[:10]} at "
+        f"commit {_environment(prior, 'commit')[:12]} by: {_environment(prior, 'command')}",
         "",
-        f"{'block':>5}  {'kept':<{_BAR}}  {'':>5}  " + " ".join(f"{family[-6:]:>6}" for family in families),
+        f"{'block':>5}  {'kept':<{_BAR}}  {'':>5}  " + " ".join(f"{plain(family)[-6:]:>6}" for family in families),
     ]
     for block, of in groupby(sorted(prior.sites, key=lambda site: site.block), key=lambda site: site.block):
         sites = list(of)
@@ -46,7 +47,7 @@ def show_text(prior: Prior) -> str:
     lines += [
         "",
         f"cells: χ, or d for dense ({dense} of {len(prior.sites)} sites); last row: kept fractions; "
-        f"sensitivity traces: {', '.join(sources) or 'none'}",
+        f"sensitivity traces: {plain(', '.join(sources)) or 'none'}",
     ]
     return "\n".join(lines) + "\n" + (f"\n{_scores(prior.scores)}" if prior.scores else "")
 
@@ -68,7 +69,7 @@ def diff_text(first: Prior, second: Prior) -> str:
         ("second", after_sites.keys() - before_sites.keys()),
     ):
         if names:
-            lines.append(f"only in the {where}: {len(names)} sites, such as {min(names)}")
+            lines.append(f"only in the {where}: {len(names)} sites, such as {plain(min(names))}")
     changed = [
         (site, after_sites[name])
         for name, site in before_sites.items()
@@ -84,7 +85,7 @@ def diff_text(first: Prior, second: Prior) -> str:
             )
         far = sorted(changed, key=lambda pair: -abs(pair[1].relative_chi - pair[0].relative_chi))
         lines += ["", f"the {min(_MOST, len(far))} sites whose relative χ changed most:"]
-        lines += [f"  {old.name}: {_choice(old)} → {_choice(new)}" for old, new in far[:_MOST]]
+        lines += [f"  {plain(old.name)}: {_choice(old)} → {_choice(new)}" for old, new in far[:_MOST]]
     return "\n".join(lines) + "\n" if lines else "the same model and the same schedule\n"
 
 
@@ -112,7 +113,7 @@ def _choice(site: PriorSite) -> str:
 
 
 def _environment(prior: Prior, name: str) -> str:
-    return str(prior.environment.get(name) or "unknown")
+    return plain(prior.environment.get(name) or "unknown")
 
 
 def _told(form: str, value: float | None) -> str:
@@ -124,7 +125,7 @@ def _figure(value: float | None) -> str:
 
 
 def _short(value: object) -> str:
-    return str(value or "unknown")[:40]
+    return plain(str(value or "unknown")[:40])
 
 
 _COLUMNS = (

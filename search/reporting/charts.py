@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from search.runtime.outside_text import html_text
 
 __all__ = ["SERIES", "heat_map", "line_chart", "scatter_chart"]
 
@@ -37,7 +38,7 @@ def line_chart(series: Mapping[str, Points], x_title: str, y_title: str) -> str:
         last = next((f"{y:.4g} at {x:.4g}" for x, y in reversed(points) if math.isfinite(y)), "no figure")
         marks.append(
             f'<path d="{" ".join(words)}" fill="none" stroke="{_colour(number)}" stroke-width="1.8">'
-            f"<title>{escape(name)}: {last}</title></path>"
+            f"<title>{html_text(name)}: {last}</title></path>"
         )
     return frame.drawn("".join(marks), x_title, y_title) + _legend(list(series))
 
@@ -51,7 +52,8 @@ def scatter_chart(series: Mapping[str, Mapping[str, tuple[float, float]]], x_tit
             if math.isfinite(x) and math.isfinite(y):
                 marks.append(
                     f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.2" fill="{_colour(number)}"'
-                    f' fill-opacity=".75"><title>{escape(f"{kind} {name}".strip())}: {x:.4g}, {y:.4g}</title></circle>'
+                    f' fill-opacity=".75"><title>{html_text(f"{kind} {name}".strip())}: {x:.4g}, {y:.4g}</title>'
+                    "</circle>"
                 )
     return frame.drawn("".join(marks), x_title, y_title) + _legend(list(series))
 
@@ -72,21 +74,21 @@ def heat_map(
     wide = (_WIDTH - left) / max(1, len(columns))
     height = top + _CELL * len(rows) + 4
     marks = [
-        f'<text x="{left + (number + 0.5) * wide:.1f}" y="13" text-anchor="middle">{escape(name)}</text>'
+        f'<text x="{left + (number + 0.5) * wide:.1f}" y="13" text-anchor="middle">{html_text(name)}</text>'
         for number, name in enumerate(columns)
     ]
     for line, row in enumerate(rows):
         y = top + line * _CELL
-        marks.append(f'<text x="{left - 6}" y="{y + 12}" text-anchor="end">{escape(row)}</text>')
+        marks.append(f'<text x="{left - 6}" y="{y + 12}" text-anchor="end">{html_text(row)}</text>')
         for number, column in enumerate(columns):
             if (value := strength.get((row, column))) is None or not math.isfinite(value):
                 continue
             x, value = left + number * wide, min(1.0, max(0.0, value))
-            text = escape(label.get((row, column), ""))
+            text = html_text(label.get((row, column), ""))
             marks.append(
                 f'<rect x="{x + 0.5:.1f}" y="{y + 0.5}" width="{wide - 1:.1f}" height="{_CELL - 1}" rx="2"'
                 f' fill="var(--accent)" fill-opacity="{0.04 + 0.8 * value:.2f}">'
-                f"<title>{escape(row)} {escape(column)}: {text}</title></rect>"
+                f"<title>{html_text(row)} {html_text(column)}: {text}</title></rect>"
                 f'<text x="{x + wide / 2:.1f}" y="{y + 12.5}" text-anchor="middle" class="cell">{text}</text>'
             )
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(marks)}</svg>'
@@ -120,9 +122,9 @@ class _Frame:
             )
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
         titles = (
-            f'<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_title)}</text>'
+            f'<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{html_text(x_title)}</text>'
             f'<text transform="translate(11 {_HEIGHT / 2 - 10}) rotate(-90)" text-anchor="middle">'
-            f"{escape(y_title)}</text>"
+            f"{html_text(y_title)}</text>"
         )
         return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(lines)}{titles}{marks}</svg>'
 
@@ -145,7 +147,7 @@ def _legend(names: Sequence[str]) -> str:
     if len(names) < 2:
         return ""
     entries = (
-        f'<li><span style="background:{_colour(number)}"></span>{escape(name)}</li>'
+        f'<li><span style="background:{_colour(number)}"></span>{html_text(name)}</li>'
         for number, name in enumerate(names)
     )
     return f'<ul class="legend">{"".join(entries)}</ul>'

@@ -11,6 +11,7 @@ import pandas as pd
 
 from compression.refusal import Refusal
 from compression.storage.whole_files import read_file
+from search.runtime.outside_text import csv_cell, csv_original
 
 __all__ = ["csv_text", "parquet_bytes", "parse_records", "read_frame", "read_records"]
 
@@ -21,7 +22,8 @@ def csv_text(rows: Sequence[Row]) -> str:
     """CSV with every key that occurs, in the order of first occurrence; None and non-finite numbers are empty cells."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(key)) for key in keys] for row in rows]
-    text: str = pd.DataFrame(cells, columns=keys, dtype=object).to_csv(index=False, lineterminator="\n")
+    heading = [csv_cell(key) for key in keys]
+    text: str = pd.DataFrame(cells, columns=heading, dtype=object).to_csv(index=False, lineterminator="\n")
     return text
 
 
@@ -44,6 +46,7 @@ def parse_records(text: str) -> list[dict[str, str]]:
         return []
     except (pd.errors.ParserError, ValueError) as error:
         raise Refusal(" ".join(str(error).split())) from None
+    frame = _original(frame)
     return [dict(zip(frame.columns, cells, strict=True)) for cells in frame.itertuples(index=False, name=None)]
 
 
@@ -74,12 +77,20 @@ def read_frame(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        return _original(pd.read_csv(path, keep_default_na=False, na_values=[""]))
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except ValueError as error:  # pandas' and pyarrow's errors of a broken file, and bytes that are not UTF-8
         raise Refusal(f"cannot use {path}: {' '.join(str(error).split())}") from None
 
 
+def _original(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table as it was before `csv_text` guarded cells that a spreadsheet could take for formulas."""
+    for name in frame.columns:
+        if not pd.api.types.is_numeric_dtype(frame[name]):
+            frame[name] = frame[name].map(csv_original)
+    return frame.rename(columns=csv_original)
+
+
 def _cell(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else csv_cell(value)

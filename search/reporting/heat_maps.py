@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from search.runtime.outside_text import plain
+
 __all__ = ["draw_heat_map"]
 
 
@@ -39,7 +41,7 @@ def draw_heat_map(
     axes.set_yticks(range(0, len(rows), every), [str(row) for row in rows[::every]])
     axes.set_xlabel(across)
     axes.set_ylabel("block")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(plain(title), fontsize=10, parse_math=False)
     drawn.colorbar(image, label=figure)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "chisel", "svg.fonttype": "none"}):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 from search.reporting.tables import Column, occurring
+from search.runtime.outside_text import html_text
 
 __all__ = ["Section", "page", "table"]
 
@@ -34,9 +34,9 @@ class Section:
 def table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> str:
     """Return rows as an HTML table that scrolls sideways if it is too wide; columns that no row has are left out."""
     columns = occurring(rows, columns)
-    head = "".join(f"<th{_kind(column)}>{escape(column.title)}</th>" for column in columns)
+    head = "".join(f"<th{_kind(column)}>{html_text(column.title)}</th>" for column in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td{_kind(column)}>{escape(column.show(row))}</td>" for column in columns) + "</tr>"
+        "<tr>" + "".join(f"<td{_kind(column)}>{html_text(column.show(row))}</td>" for column in columns) + "</tr>"
         for row in rows
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -49,18 +49,19 @@ def page(title: str, headline: str, sections: Sequence[Section]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1><p class='headline'>{escape(headline)}</p>{body}</main></body></html>\n"
+        f"<title>{html_text(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><main><h1>{html_text(title)}</h1><p class='headline'>{html_text(headline)}</p>"
+        f"{body}</main></body></html>\n"
     )
 
 
 def _section(section: Section) -> str:
-    text = f"<p>{escape(section.text)}</p>" if section.text else ""
+    text = f"<p>{html_text(section.text)}</p>" if section.text else ""
     data = ""
     if section.data:
         columns = [Column(key, key, ".6g" if _numeric(section.data, key) else "") for key in section.data[0]]
         data = f"<details><summary>data</summary>{table(section.data, columns)}</details>"
-    return f"<section><h2>{escape(section.title)}</h2>{text}{section.figure}{data}</section>\n"
+    return f"<section><h2>{html_text(section.title)}</h2>{text}{section.figure}{data}</section>\n"
 
 
 def _numeric(rows: Sequence[Mapping[str, object]], key: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from search.runtime.files import finite
+from search.runtime.outside_text import markdown_text, plain
 
 __all__ = [
     "SUMMARY_COLUMNS",
@@ -79,7 +80,7 @@ def text_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLUMNS)
     Columns that no row has are left out.
     """
     columns = occurring(rows, columns)
-    cells = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
+    cells = [[plain(column.title) for column in columns], *([column.show(row) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     return "".join(
@@ -96,9 +97,9 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLU
     """Return the cells of `text_table` as a Markdown table; ends with a line break."""
     columns = occurring(rows, columns)
     lines = [
-        [column.title for column in columns],
+        [markdown_text(column.title) for column in columns],
         ["---:" if column.form else "---" for column in columns],
-        *([column.show(row).replace("|", "\\|") for column in columns] for row in rows),
+        *([markdown_text(column.show(row)) for column in columns] for row in rows),
     ]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -106,7 +107,7 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY_COLU
 def _number(value: object, form: str) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
-    return format(value, form) if form and isinstance(value, int | float) else str(value)
+    return format(value, form) if form and isinstance(value, int | float) else plain(value)
 
 
 def json_text(value: Mapping[str, object]) -> str:
@@ -122,6 +123,6 @@ def lines_text(value: Row, indent: str = "") -> str:
         if isinstance(one, Mapping) and one:
             lines += [f"{indent}{key}", lines_text(one, indent + "  ")]
         else:
-            text = ", ".join(map(str, one)) if isinstance(one, list | tuple | Mapping) else str(one)
+            text = plain(", ".join(map(str, one)) if isinstance(one, list | tuple | Mapping) else one)
             lines.append(f"{indent}{key:<{width}}  {text or 'none'}")
     return "\n".join(lines)

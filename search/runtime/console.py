@@ -17,6 +17,8 @@ from typing import Self, TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from search.runtime.outside_text import plain
+
 __all__ = ["Console", "Stage", "duration"]
 
 
@@ -78,9 +80,10 @@ class Console:
         self.note(f"run folder: {folder}")
 
     def note(self, text: str) -> None:
-        """Print one line, above the bar if there is one."""
+        """Print one line, above the bar if there is one; control characters in it are shown, not obeyed."""
         if self.quiet:
             return
+        text = plain(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -130,7 +133,7 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         progress, took = self._console._progress, duration(self._console.clock() - self._started)
         verb = "stopped after" if kind else "done in"
-        text = " · ".join(part for part in (f"{verb} {took}", self._detail) if part)
+        text = plain(" · ".join(part for part in (f"{verb} {took}", self._detail) if part))
         if progress is not None and self._bar is not None:
             total = self._done if kind else (self._total or max(self._done, 1))
             progress.update(self._bar, total=max(total, 1), completed=total, text=text)
@@ -142,4 +145,4 @@ class Stage:
         fresh, left = self._done - self._before, ""
         if self._total is not None and fresh > 0 and self._done < self._total:
             left = f"{duration((now - self._started) / fresh * (self._total - self._done))} left"
-        return " · ".join(part for part in (f"{of} {self._unit}".strip(), self._detail, left) if part)
+        return plain(" · ".join(part for part in (f"{of} {self._unit}".strip(), self._detail, left) if part))

@@ -112,6 +112,15 @@ def test_code_that_is_not_there_and_not_needed_is_no_reason_to_refuse(folder: Pa
     assert load_model(str(folder), "cpu").digest == load_model("random:tiny-llama", "cpu").digest
 
 
+def test_a_config_beside_a_gguf_file_is_not_its_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"name": "of another program"}')
+    (folder / "model.gguf").touch()
+    assert locate(str(folder / "model.gguf")).gguf == "model.gguf"
+    change(folder, *MAPS["tokenizer"])
+    with pytest.raises(Refusal, match="wants to run code"):
+        locate(str(folder / "model.gguf"))
+
+
 def test_a_tokenizer_that_is_not_in_transformers_needs_code_even_if_its_file_is_absent(folder: Path) -> None:
     change(folder, "tokenizer_config.json", {"tokenizer_class": "Evil", **MAPS["tokenizer"][1]})
     (folder / "evil.py").unlink()
