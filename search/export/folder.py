@@ -21,13 +21,14 @@ from compression.layers.merge import merge_
 from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.storage.tensor_files import system_errors
+from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.standalone import MODULE, standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 
-__all__ = ["CARD", "FORMATS", "Footprint", "check_gguf", "export_dense_", "export_model", "footprint"]
+__all__ = ["CARD", "FORMATS", "Footprint", "check_export", "export_dense_", "export_model", "footprint"]
 
 FORMATS = ("hf", "dense", "gguf-ready")
 CARD = "README.md"
@@ -90,9 +91,8 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     modules = describe(model)
     if not modules:
         raise Refusal("nothing in this model is compressed; export it with --format dense")
+    check_export("hf", model, tokenizer)
     config, architecture = type(model.config).__name__, type(model).__name__
-    if not type(model).__module__.startswith("transformers."):
-        raise Refusal(f"architecture must be defined in transformers, got {type(model).__module__}.{architecture}")
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
         (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
@@ -120,17 +120,28 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
         _save(model, tokenizer, partial, card, beside)
 
 
-def check_gguf(model: Any, tokenizer: Any) -> None:
-    """Refuse a model that llama.cpp's converter cannot convert.
+def check_export(form: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a model that cannot be exported in a form, before any work is done for it.
+
+    Args:
+        form: one of `FORMATS`; any model can be exported as "dense".
 
     Raises:
-        ValueError: the GGUF format has no name for the architecture, or the tokenizer has no tokenizer.json.
+        ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
+            llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    from gguf import MODEL_ARCH_NAMES
-
-    kind = str(model.config.model_type).replace("_", "")
-    if kind not in {name.replace("-", "").replace("_", "") for name in MODEL_ARCH_NAMES.values()}:
-        raise Refusal(f"architecture must be one that GGUF has a name for, got {model.config.model_type!r}")
+    if form == "hf" and not type(model).__module__.startswith("transformers.models."):
+        raise Refusal(
+            f"the hf format needs an architecture that transformers defines, and {type(model).__name__} comes with the "
+            "model; export it as dense"
+        )
+    if form != "gguf-ready":
+        return
+    if (architecture := type(model).__name__) not in CONVERTIBLE:
+        raise Refusal(
+            f"llama.cpp's converter takes no {architecture} (as of {SOURCE}); give a later converter the folder of "
+            "--format dense --dtype float16"
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise Refusal("the tokenizer must be a fast one, which has a tokenizer.json, and this one is not")
 
@@ -139,10 +150,37 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.json"):
+        _drop_absent_code(file)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:
         shutil.copyfile(file, folder / file.name)
+
+
+def _drop_absent_code(file: Path) -> None:
+    """Remove from a JSON file the references to code that is not in its folder; transformers would refuse to load it.
+
+    `auto_map` names a class, or a list of classes or null, as MODULE.CLASS or REPOSITORY--MODULE.CLASS.
+    """
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or "auto_map" not in document:
+        return
+    given = document.pop("auto_map")
+    named = given.items() if isinstance(given, dict) else ()
+    kept = {kind: found for kind, found in named if all(_is_beside(file, each) for each in _listed(found))}
+    if kept != given:
+        document = {**document, "auto_map": kept} if kept else document
+        file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _listed(found: object) -> list[object]:
+    return found if isinstance(found, list) else [found]
+
+
+def _is_beside(file: Path, reference: object) -> bool:
+    """Whether a reference of `auto_map` is null or a class of a module beside `file`."""
+    return reference is None or (file.parent / f"{str(reference).rpartition('.')[0]}.py").is_file()
 
 
 @contextmanager

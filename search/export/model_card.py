@@ -5,7 +5,10 @@ Takes plain values and returns Markdown.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+
+import yaml  # type: ignore[import-untyped]
 
 from search.reporting.tables import SUMMARY_COLUMNS, Row, markdown_table
 
@@ -19,8 +22,8 @@ _LOAD = {
 import search.hf                      # if Chisel is installed; otherwise pass trust_remote_code=True below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
 ```
 
 Without either, loading raises an error, because the folder does not contain the dense matrices that transformers looks
@@ -60,24 +63,23 @@ def model_card(
     licence = str(model.get("license", "unknown"))
     digests = "".join(f"* {kind}: `{str(digest)[:16]}`\n" for kind, digest in data.items() if isinstance(digest, str))
     mine = "the last row" if measured else f"row `{row}`"
+    front = {
+        "license": licence.lower(),
+        "base_model": str(model.get("id")),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["chisel", "tensor-network", "compression"],
+    }
     return f"""\
 ---
-license: {licence.lower()}
-base_model: {model.get("id")}
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- chisel
-- tensor-network
-- compression
----
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1 << 20)}---
 
 # {name}
 
 This is {model.get("id")} with weight matrices of its attention and MLP layers replaced by matrix product operators
 (MPOs). A search chose the bond dimension of every MPO. {" ".join(changes)}
 
-{_LOAD["hf" if form == "hf" else "dense"].format(name=name)}
+{_LOAD["hf" if form == "hf" else "dense"].format(name=json.dumps(name, ensure_ascii=False))}
 
 ## Size
 

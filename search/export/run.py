@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from search.experiment.experiment import Experiment
-from search.export.folder import check_gguf, export_dense_, export_model, footprint
+from search.export.folder import check_export, export_dense_, export_model, footprint
 from search.export.model_card import model_card
 from search.export.quantize import module_bits, quantize_experiment_
 from search.export.restore import RestoredRun, restore
@@ -80,12 +80,13 @@ def export_run(
         Text for the user: the size of the model and how to load the folder.
 
     Raises:
-        ValueError: as `search.export.restore.restore`, or llama.cpp does not know the architecture.
+        ValueError: as `search.export.restore.restore`, or the model cannot be exported in this form.
         DataUnavailable: as `search.export.restore.restore`.
     """
     quantized = form.quantize != "none"
     restored = restore(source, console, form.device, form.state, healed, quantized, opened)
     loaded = restored.experiment.loaded
+    check_export(form.kind, loaded.model, loaded.tokenizer)
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
     changes = [CHANGES[restored.state]]
@@ -102,8 +103,6 @@ def export_run(
         if form.kind == "hf":
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
         else:
-            if form.kind == "gguf-ready":
-                check_gguf(model, loaded.tokenizer)
             export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
     return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
 

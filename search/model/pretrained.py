@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 from compression.refusal import Refusal
+from search.model.gguf_shards import gguf_files, joined
 
-__all__ = ["Source", "quiet_transformers", "read_pretrained", "read_tokenizer", "unusable"]
+__all__ = ["Source", "quiet_transformers", "read_pretrained", "read_tokenizer", "unusable", "with_attention"]
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Source:
         model_id: name for display and in files.
         license: SPDX-like name, "unknown", or "none" for a random model.
         folder: folder with safetensors or a GGUF file; None for a random model.
-        gguf: name of the GGUF file in `folder`; None for safetensors.
+        gguf: name of the GGUF file in `folder`, or of its first shard; None for safetensors.
+        trusted: whether the code in `folder` may run.
     """
 
     name: str
@@ -34,6 +38,16 @@ class Source:
     license: str
     folder: Path | None = None
     gguf: str | None = None
+    trusted: bool = False
+
+    @property
+    def gguf_files(self) -> tuple[Path, ...]:
+        """The GGUF file or its shards in order; empty for safetensors.
+
+        Raises:
+            ValueError: a shard is missing.
+        """
+        return () if self.folder is None or self.gguf is None else gguf_files(self.folder / self.gguf)
 
 
 def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -42,16 +56,20 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         ValueError: the files cannot be loaded, weights are missing or misshapen, or the safetensors are quantized.
     """
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": source.trusted}
     weights: dict[str, Any] = {"use_safetensors": True}
     if source.gguf is not None:
         where["gguf_file"] = source.gguf
         weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    options = {"dtype": dtype, "output_loading_info": True, **where, **weights}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **where, **weights
-        )
-        tokenizer = read_tokenizer(source.folder, **where)
+        with joined(source.gguf_files):
+            model, info = with_attention(
+                lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
+                    source.folder, attn_implementation=attention, **options
+                )
+            )
+            tokenizer = read_tokenizer(source.folder, **where)
     except Exception as error:  # an unknown file can make the libraries raise anything; all of it refuses the file
         raise unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
@@ -66,6 +84,22 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def with_attention(make: Callable[[str], _Made]) -> _Made:
+    """Make a model with PyTorch's fused attention, or with "eager" attention if its architecture has no other.
+
+    Gemma 2, for example, caps its attention scores, which the fused kernels cannot.
+
+    Args:
+        make: makes the model with the attention of this name.
+    """
+    try:
+        return make("sdpa")
+    except ValueError as error:
+        if 'attn_implementation="eager"' not in str(error):
+            raise
+    return make("eager")
+
+
 def unusable(source: Source, error: Exception) -> Refusal:
     """The refusal for a model that a library cannot load, with the first line of the library's reason."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -73,7 +107,7 @@ def unusable(source: Source, error: Exception) -> Refusal:
 
 
 def read_tokenizer(folder: Path | None, **where: Any) -> Any:
-    """Load the tokenizer of a folder or GGUF file without running code from it."""
+    """Load the tokenizer of a folder or GGUF file, without running code from it unless `where` says so."""
     return transformers.AutoTokenizer.from_pretrained(
         folder, **{"local_files_only": True, "trust_remote_code": False, **where}
     )

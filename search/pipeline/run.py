@@ -17,6 +17,7 @@ from search.config import Config
 from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Experiment, load
 from search.experiment.preparation import calibrate, check_space, stays_dense
+from search.export.folder import check_export
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
 from search.priors.build import build_prior
@@ -73,6 +74,7 @@ def run(config: Config, console: Console) -> RunSummary:
     with console.stage("load"):
         loaded, sites = load(config, device)
     start.check(loaded, sites)
+    check_export(config.export, loaded.model, loaded.tokenizer)
     if staying := stays_dense(sites):
         name, reason = next(iter(staying.items()))
         console.note(
