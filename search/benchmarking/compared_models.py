@@ -61,6 +61,7 @@ def compared_models(
     device: torch.device,
     console: Console,
     opened: Experiment | None = None,
+    spread: bool = True,
 ) -> list[ComparedModel]:
     """Find the models that the words stand for, without loading them.
 
@@ -69,6 +70,7 @@ def compared_models(
             `search.model.sources.locate`.
         schedules: which of `SCHEDULES` to measure for each run or prior.
         opened: the experiment of the run, with its dense model, if it is already in memory.
+        spread: whether a run that spread its model over several devices does so again; otherwise `device` has all.
 
     Raises:
         ValueError: a schedule is unknown, a run or prior unreadable, or two models have the same name.
@@ -80,7 +82,7 @@ def compared_models(
                 f"{nearest(name, SCHEDULES)}"
             )
     ordered = tuple(name for name in SCHEDULES if name in schedules)
-    found = [_compared_model(word, ordered, device, console, len(words) > 1, opened) for word in words]
+    found = [_compared_model(word, ordered, device, console, len(words) > 1, opened, spread) for word in words]
     names = [name for one in found for name in one.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Refusal(f"models must have different names, but two are named {twice[0]!r}")
@@ -94,13 +96,14 @@ def _compared_model(
     console: Console,
     several: bool,
     opened: Experiment | None,
+    spread: bool,
 ) -> ComparedModel:
     path = Path(word).expanduser()
     if (path / CONFIG).is_file() and (path / PRIOR).is_file():
-        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
+        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG), spread)
     elif path.suffix == ".json" and path.is_file():
         prior = Prior.read(path)
-        config = _config(prior.configuration)
+        config = _config(prior.configuration, spread)
     else:
         if path.is_dir() and (path / STUDY).exists():
             raise Refusal(f"the run {word!r} is not finished, it has no {PRIOR}; continue it with --resume")
@@ -202,6 +205,7 @@ def _as_is(loaded: LoadedModel) -> LoadedModel:
     return dataclasses.replace(loaded, digest=model_digest(loaded.model))
 
 
-def _config(values: Mapping[str, Any]) -> Config:
+def _config(values: Mapping[str, Any], spread: bool) -> Config:
     """The configuration of a run without the fields that a benchmark does not need."""
-    return Config.of({name: value for name, value in values.items() if name not in ("policy", "out", "resume")})
+    without = ("policy", "out", "resume", *(() if spread else ("device_map",)))
+    return Config.of({name: value for name, value in values.items() if name not in without})

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args
 
 from compression.refusal import Refusal, nearest
 from search.commands.exits import REFUSED, complain
-from search.config import PLANNERS, Config, read_fields
+from search.config import PLANNERS, RECORDED, Config, read_fields
 from search.runtime.run_folder import CONFIG
 
 __all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "whole_numbers"]
@@ -29,7 +29,7 @@ def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
     """Add a flag for every field of `Config` except `without`, in groups; returns the group "output"."""
     groups: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
-        if name in without:
+        if name in without or name in RECORDED:
             continue
         extra = field.json_schema_extra
         assert isinstance(extra, dict)

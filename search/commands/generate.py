@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
             from search.model.loading import load_for_use
 
             torch.manual_seed(given["seed"])
-            loaded = load_for_use(given["model"], given["device"])
+            loaded = load_for_use(given["model"], given["device"], given["trust_remote_code"])
             chat = Chat(loaded, given["tokens"], given["temperature"], given["latent_cache"])
         if given["prompt"] is not None or not sys.stdin.isatty():
             _say_answer(chat, sys.stdin.read() if given["prompt"] is None else given["prompt"])
@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         default="auto",
         help="Device of the model: auto, cpu, cuda or cuda:N. Default: auto.",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Run the code that comes with a dense model, which can do anything that you can do. Default: refuse it.",
     )
     parser.add_argument("--quiet", action="store_true", help="Show no progress, only the answer and errors.")
     return parser

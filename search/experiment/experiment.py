@@ -29,18 +29,21 @@ from compression.sites import Site, discover_sites
 from compression.storage.factor_cache import FactorCache, cache_key
 from search.config import Config
 from search.data.items import Item
+from search.data.own_text import read_own_text
 from search.data.prompts import render
 from search.data.prose import long_text
-from search.data.splits import Splits, build_splits
+from search.data.splits import OwnText, Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.latency import layer_costs
 from search.evaluation.packed_sequences import Packed, packed_item, packed_text
 from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store
+from search.experiment.user_files import check_files
 from search.model.architecture import head_size
 from search.model.devices import resolve_device, working_dtype
 from search.model.loading import LoadedModel, load_model
+from search.model.spreading import devices_of, spread_
 from search.runtime.files import cache_folder
 
 __all__ = ["Experiment", "Extract", "load", "smallest_parameters", "workload_sequences"]
@@ -117,6 +120,7 @@ class Experiment:
             beginning=loaded.beginning,
             fits=lambda item: _is_short(_packed(loaded, item, config.proxy, config.proxy_form), longest),
             parts=parts,
+            own=_own_text(config, loaded),
         )
         cache = FactorCache(cache_folder() / "factors", warn)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
@@ -286,11 +290,19 @@ def load(
         loaded: the model, if it is already in memory.
 
     Raises:
-        ValueError: as for `search.model.loading.load_model` and `compression.sites.discover_sites`; the target is below
+        ValueError: as for `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
+            `search.model.spreading.spread_` and `compression.sites.discover_sites`; the target is below
             the kept fraction with χ = 1 everywhere; or `per_head` is set for a model without several heads.
         DataUnavailable: as for `search.model.loading.load_model`.
     """
-    loaded = loaded or load_model(config.model, device, working_dtype(config.dtype, device))
+    check_files(config)
+    if loaded is None:
+        place, dtype = device, working_dtype(config.dtype, device)
+        if config.device_map is not None:  # the whole model may not fit on one device
+            place = torch.device("cpu")
+        loaded = load_model(config.model, place, dtype, config.trust_remote_code)
+    if config.device_map is not None:
+        spread_(loaded.model, device, devices_of(config.device_map, device))
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
@@ -303,6 +315,14 @@ def load(
             f"got {config.target_kept}"
         )
     return loaded, sites
+
+
+def _own_text(config: Config, loaded: LoadedModel) -> OwnText | None:
+    """The user's own calibration text, in the chat format of the model; None if there is none."""
+    if config.calibration is None:
+        return None
+    documents = read_own_text(config.calibration, loaded.tokenizer)
+    return OwnText(config.calibration, documents, config.calibration_for_search)
 
 
 def smallest_parameters(sites: Sequence[Site]) -> int:

@@ -85,7 +85,8 @@ def restore(
     """
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
         raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
-    config = Config.of({**read_fields(run / CONFIG), "device": device})
+    own = {"device": device} if device == "auto" else {"device": device, "device_map": None}
+    config = Config.of({**read_fields(run / CONFIG), **own})
     prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
     state = _state(run, config, prior, state, healed)

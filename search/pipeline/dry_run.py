@@ -74,6 +74,7 @@ def plan(config: Config) -> Mapping[str, object]:
         },
         "data": {
             "proxy": config.proxy,
+            "calibration": config.calibration or "prose and exam questions of the data packages",
             "calibration_tokens": experiment.splits.calibration.tokens,
             "tokens_per_trial": tokens["trial"],
             "selection_tokens": tokens["selection"],

@@ -19,6 +19,7 @@ from search.config import EVALUATORS, Config
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.pool import Job, measure
 from search.experiment.experiment import Experiment, Extract, load
+from search.experiment.user_files import check_files
 from search.model.devices import resolve_device, working_dtype
 from search.model.loading import LoadedModel, assemble, can_be_assembled, load_model
 from search.runtime.files import cache_folder
@@ -33,7 +34,7 @@ def portable_fields(config: Config) -> dict[str, Any]:
     """
     own = {"policy", "prior", "out", "resume", "quick", *EVALUATORS}
     values = config.model_dump(exclude=own) | {"latency_weight": 0.0}
-    for name in ("model", "proxy"):
+    for name in ("model", "proxy", "calibration"):
         if Path(path := str(values[name])).expanduser().exists():
             values[name] = str(Path(path).expanduser().absolute())
     return values
@@ -54,12 +55,17 @@ class RemoteEvaluator:
         self, values: dict[str, Any], anchor: Schedule, digest: str, sharers: int = 1, extract: Extract | None = None
     ) -> None:
         config = Config.of(values)
+        check_files(config)
         device = resolve_device(config.device)
         cache = FactorCache(cache_folder() / "factors")
         lock = FileLock(cache_folder() / "evaluators.lock")
         with lock:
             dtype = working_dtype(config.dtype, device)
-            loaded = None if config.per_head else shared_model(config.model, device, dtype, digest, cache)
+            loaded = (
+                None
+                if config.per_head
+                else shared_model(config.model, device, dtype, digest, cache, config.trust_remote_code)
+            )
         loaded, sites = load(config, device, loaded)
         self.experiment = Experiment.of(config, loaded, sites, device)
         with lock:
@@ -76,7 +82,7 @@ class RemoteEvaluator:
 
 
 def shared_model(
-    name: str, device: torch.device, dtype: torch.dtype, digest: str, cache: FactorCache
+    name: str, device: torch.device, dtype: torch.dtype, digest: str, cache: FactorCache, trusted: bool = False
 ) -> LoadedModel | None:
     """The model with memory-mapped parameters from the cache, which are stored there first if they are missing.
 
@@ -88,11 +94,11 @@ def shared_model(
     key = cache_key(kind="parameters", format=1, model=digest)
     bundle = cache.load(key)
     if bundle is None:
-        loaded = load_model(name, device, dtype)
+        loaded = load_model(name, device, dtype, trusted)
         if loaded.digest != digest:
             return loaded
         cache.store(key, Bundle({name: values.detach().cpu() for name, values in loaded.model.named_parameters()}))
         del loaded
         bundle = cache.load(key)
         assert bundle is not None
-    return assemble(name, device, bundle.tensors, digest)
+    return assemble(name, device, bundle.tensors, digest, trusted)

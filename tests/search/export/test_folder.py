@@ -157,7 +157,8 @@ def test_a_card_has_licence_size_table_and_how_to_load():
 
 
 @pytest.mark.parametrize(
-    "name", ["my: model", "#1", "- x", "no", "1e3", "ü 鋼", "a\nlicense: mit", "'\"", "[x", "!tag", "", "{a: b}", "x" * 300]
+    "name",
+    ["my: model", "#1", "- x", "no", "1e3", "ü 鋼", "a\nlicense: mit", "'\"", "[x", "!tag", "", "{a: b}", "x" * 300],
 )
 def test_the_front_matter_of_a_card_is_yaml_for_every_name(name):
     prior = {"model": {"id": name, "license": name}}

@@ -107,7 +107,7 @@ def test_files_of_two_models_are_not_joined(shards: Path, tmp_path: Path) -> Non
 def test_of_two_models_in_a_folder_one_can_be_named_as_the_message_says(shards: Path, tmp_path: Path) -> None:
     folder = copied(shards, tmp_path)
     (folder / "zother.gguf").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds 2 GGUF models; name one of them, such as (.*)$") as refused:
+    with pytest.raises(ValueError, match=r"holds 2 GGUF models; name one of them, such as (.*)$") as refused:
         locate(str(folder))
     advice = str(refused.value).rpartition("such as ")[2]
     assert locate(advice).gguf == "tiny-00001-of-00003.gguf"
