@@ -95,7 +95,7 @@ class Naive:
 
         self.seconds: dict[str, float] = {}
         self._folder = locate("default").folder
-        tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
         items = [{"context": context, "choices": list(choices), "answer": n} for context, choices, n in work.items]
         choose = {
             "output_type": "multiple_choice",
@@ -137,8 +137,10 @@ class Naive:
 
         times = [time.perf_counter()]
         with _silence():
-            model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
-            tokenizer = AutoTokenizer.from_pretrained(self._folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                self._folder, dtype=torch.float32, trust_remote_code=False
+            ).eval()
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
             times.append(time.perf_counter())
             for name, choice in schedule:
                 site = model.get_submodule(name)

@@ -374,6 +374,29 @@ class Config(BaseModel):
         except ValidationError as error:
             raise Refusal(_one_line(error)) from None
 
+    @classmethod
+    def of_run(cls, values: Mapping[str, object], trusted: bool, **changes: object) -> Config:
+        """The configuration that a run or a prior recorded.
+
+        A file may come from anybody, so that it cannot ask for code to be run.
+
+        Args:
+            values: the recorded fields.
+            trusted: whether the user asks for the code of the model to be run, if the run did so.
+            changes: fields with other values.
+
+        Raises:
+            ValueError: as for `of`; or the run needs the code of its model, and the user does not ask for it.
+        """
+        config = cls.of({**values, **changes})
+        if config.trust_remote_code and not trusted:
+            names = ", ".join(name for name in config.digests or () if name.startswith("code/"))
+            raise Refusal(
+                f"the configuration asks for the code that comes with {config.model} ({names or 'not recorded'}); if you "
+                "trust it, add --trust-remote-code"
+            )
+        return config
+
     def definition(self) -> dict[str, object]:
         """The fields that a resumed run must not change.
 

@@ -62,6 +62,7 @@ def compared_models(
     console: Console,
     opened: Experiment | None = None,
     spread: bool = True,
+    trusted: bool = False,
 ) -> list[ComparedModel]:
     """Find the models that the words stand for, without loading them.
 
@@ -71,6 +72,7 @@ def compared_models(
         schedules: which of `SCHEDULES` to measure for each run or prior.
         opened: the experiment of the run, with its dense model, if it is already in memory.
         spread: whether a run that spread its model over several devices does so again; otherwise `device` has all.
+        trusted: whether the code that comes with a model may run.
 
     Raises:
         ValueError: a schedule is unknown, a run or prior unreadable, or two models have the same name.
@@ -82,7 +84,7 @@ def compared_models(
                 f"{nearest(name, SCHEDULES)}"
             )
     ordered = tuple(name for name in SCHEDULES if name in schedules)
-    found = [_compared_model(word, ordered, device, console, len(words) > 1, opened, spread) for word in words]
+    found = [_compared_model(word, ordered, device, console, len(words) > 1, opened, spread, trusted) for word in words]
     names = [name for one in found for name in one.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Refusal(f"models must have different names, but two are named {twice[0]!r}")
@@ -97,20 +99,21 @@ def _compared_model(
     several: bool,
     opened: Experiment | None,
     spread: bool,
+    trusted: bool,
 ) -> ComparedModel:
     path = Path(word).expanduser()
     if (path / CONFIG).is_file() and (path / PRIOR).is_file():
-        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG), spread)
+        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG), spread, trusted)
     elif path.suffix == ".json" and path.is_file():
         prior = Prior.read(path)
-        config = _config(prior.configuration, spread)
+        config = _config(prior.configuration, spread, trusted)
     else:
         if path.is_dir() and (path / STUDY).exists():
             raise Refusal(f"the run {word!r} is not finished, it has no {PRIOR}; continue it with --resume")
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 
         def plain() -> Iterator[LoadedModel]:
-            yield load_model(word, device, working_dtype("auto", device))
+            yield load_model(word, device, working_dtype("auto", device), trusted)
 
         return ComparedModel(word, (path.name or word,), searched, plain)
     if not prior.was_repaired:
@@ -205,7 +208,7 @@ def _as_is(loaded: LoadedModel) -> LoadedModel:
     return dataclasses.replace(loaded, digest=model_digest(loaded.model))
 
 
-def _config(values: Mapping[str, Any], spread: bool) -> Config:
+def _config(values: Mapping[str, Any], spread: bool, trusted: bool) -> Config:
     """The configuration of a run without the fields that a benchmark does not need."""
     without = ("policy", "out", "resume", *(() if spread else ("device_map",)))
-    return Config.of({name: value for name, value in values.items() if name not in without})
+    return Config.of_run({name: value for name, value in values.items() if name not in without}, trusted)

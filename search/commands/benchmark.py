@@ -7,7 +7,7 @@ import os
 
 from compression.refusal import Refusal
 from search.commands.exits import DONE, FAILURES, complain, explain
-from search.commands.flags import Parser, parse
+from search.commands.flags import Parser, add_trust, parse
 from search.reporting.tables import json_text
 from search.runtime.console import Console
 
@@ -55,6 +55,7 @@ def run(words: list[str]) -> int:
             seed=_whole("seed", given["seed"]),
             device=given["device"],
             out=given["out"],
+            trusted=given["trust_remote_code"],
         )
         with shown:
             result = benchmark(request, shown)
@@ -113,4 +114,5 @@ def _parser() -> argparse.ArgumentParser:
         ("--quiet", "Show no progress, only the result and errors."),
     ):
         parser.add_argument(flag, action="store_true", help=about)
+    add_trust(parser)
     return parser

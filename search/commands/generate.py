@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from compression.refusal import Refusal
 from search.commands.exits import DONE, explain
-from search.commands.flags import Parser, parse
+from search.commands.flags import Parser, add_trust, parse
 from search.runtime.console import Console
 
 if TYPE_CHECKING:
@@ -98,10 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="Device of the model: auto, cpu, cuda or cuda:N. Default: auto.",
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Run the code that comes with a dense model, which can do anything that you can do. Default: refuse it.",
-    )
+    add_trust(parser)
     parser.add_argument("--quiet", action="store_true", help="Show no progress, only the answer and errors.")
     return parser

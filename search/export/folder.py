@@ -22,9 +22,10 @@ from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.storage.tensor_files import system_errors
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
-from search.export.standalone import MODULE, standalone_source
+from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
+from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 

@@ -66,6 +66,7 @@ def restore(
     healed: Path | None = None,
     reference: bool = False,
     opened: Experiment | None = None,
+    trusted: bool = False,
 ) -> RestoredRun:
     """Load the dense model of a run and compress it as the run did.
 
@@ -77,6 +78,7 @@ def restore(
         opened: the experiment of this run with its dense model, if it is in memory already; it is compressed in place.
         reference: evaluate the dense model on the held-out workload first, so that the restored model can be measured
             against it.
+        trusted: whether the code that comes with the model may run, if the run used it.
 
     Raises:
         ValueError: `run` is not the folder of a finished run, its model is another one today, or it does not have the
@@ -85,8 +87,8 @@ def restore(
     """
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
         raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
-    own = {"device": device} if device == "auto" else {"device": device, "device_map": None}
-    config = Config.of({**read_fields(run / CONFIG), **own})
+    own: dict[str, object] = {"device": device} if device == "auto" else {"device": device, "device_map": None}
+    config = Config.of_run(read_fields(run / CONFIG), trusted, **own)
     prior, summary = Prior.read(run / PRIOR), read_fields(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     schedule = prior.schedule
     state = _state(run, config, prior, state, healed)

@@ -53,6 +53,7 @@ class ExportForm:
         quantize: "none", "int8", "int4" or "mixed".
         state: one of `search.export.restore.STATES`; None takes the furthest state that the run reached.
         device: device on which the model is restored.
+        trusted: as for `search.export.restore.restore`.
     """
 
     kind: str = "hf"
@@ -60,6 +61,7 @@ class ExportForm:
     quantize: str = "none"
     state: str | None = None
     device: str = "auto"
+    trusted: bool = False
 
 
 def export_run(
@@ -84,7 +86,7 @@ def export_run(
         DataUnavailable: as `search.export.restore.restore`.
     """
     quantized = form.quantize != "none"
-    restored = restore(source, console, form.device, form.state, healed, quantized, opened)
+    restored = restore(source, console, form.device, form.state, healed, quantized, opened, form.trusted)
     loaded = restored.experiment.loaded
     check_export(form.kind, loaded.model, loaded.tokenizer)
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")

@@ -14,10 +14,7 @@ from pathlib import Path
 
 from compression.refusal import Refusal
 
-__all__ = ["MODULE", "standalone_source"]
-
-MODULE = "modeling_chisel"
-"""Name of the file without .py, as it appears in `auto_map` of config.json."""
+__all__ = ["standalone_source"]
 
 _ROOT = "search.hf"
 _OURS = ("compression", "search")

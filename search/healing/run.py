@@ -81,7 +81,7 @@ def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedR
     for name in (CONFIG, PRIOR):
         if not (run / name).is_file():
             raise Refusal(f"heal needs the folder of a finished run, but {run / name} does not exist")
-    config = Config.of(read_fields(run / CONFIG))
+    config = Config.of_run(read_fields(run / CONFIG), options.trust_remote_code)
     if config.device_map is not None and Processes.wanted() > 1:
         raise Refusal("a run with device_map is healed by one process, which uses all devices; start a single one")
     device = resolve_device(config.device)

@@ -39,7 +39,9 @@ def empty_model(source: Source) -> Any:
             if source.folder is None:
                 config = random_config(source.name)
             else:
-                config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
+                config = transformers.AutoConfig.from_pretrained(
+                    source.folder, local_files_only=True, trust_remote_code=source.trusted
+                )
             model = with_attention(
                 lambda attention: transformers.AutoModelForCausalLM.from_config(
                     config, attn_implementation=attention, trust_remote_code=source.trusted

@@ -8,11 +8,9 @@ model only if it is trusted.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +18,12 @@ import transformers
 
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
-from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable
+from search.model.own_code import is_compressed
+from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable, with_attention
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
 from search.model.sources import locate
 
-__all__ = ["LoadedModel", "assemble", "can_be_assembled", "is_compressed", "load_for_use", "load_model", "model_digest"]
+__all__ = ["LoadedModel", "assemble", "can_be_assembled", "load_for_use", "load_model", "model_digest"]
 
 
 @dataclass(frozen=True)
@@ -120,21 +119,16 @@ def load_for_use(name: str, device: str | torch.device = "auto", trusted: bool =
 
     with quiet_transformers():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+            model = with_attention(
+                lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
+                    source.folder, attn_implementation=attention, local_files_only=True, trust_remote_code=False
+                )
+            )
+            tokenizer = read_tokenizer(source.folder)
         except Exception as error:  # as in `read_pretrained`
             raise unusable(source, error) from error
     model.to(place).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, source.model_id, model_digest(model), source.license)
-
-
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder holds a compressed model that `search.py export` wrote in the "chisel" format."""
-    try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return document["quantization_config"]["quant_method"] == "chisel"  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def can_be_assembled(name: str) -> bool:
@@ -165,9 +159,7 @@ def assemble(
     model.tie_weights()
     model.to(device=device, dtype=next(iter(parameters.values())).dtype).eval().requires_grad_(False)
     with quiet_transformers():
-        tokenizer = (
-            byte_tokenizer() if source.folder is None else read_tokenizer(source.folder, trust_remote_code=trusted)
-        )
+        tokenizer = byte_tokenizer() if source.folder is None else read_tokenizer(source.folder, trusted)
     return LoadedModel(model, tokenizer, source.model_id, digest, source.license)
 
 

@@ -56,20 +56,26 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         ValueError: the files cannot be loaded, weights are missing or misshapen, or the safetensors are quantized.
     """
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": source.trusted}
+    where: dict[str, Any] = {}
     weights: dict[str, Any] = {"use_safetensors": True}
     if source.gguf is not None:
         where["gguf_file"] = source.gguf
         weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    options = {"dtype": dtype, "output_loading_info": True, **where, **weights}
     try:
         with joined(source.gguf_files):
             model, info = with_attention(
                 lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
-                    source.folder, attn_implementation=attention, **options
+                    source.folder,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    trust_remote_code=source.trusted,
+                    **where,
+                    **weights,
                 )
             )
-            tokenizer = read_tokenizer(source.folder, **where)
+            tokenizer = read_tokenizer(source.folder, source.trusted, **where)
     except Exception as error:  # an unknown file can make the libraries raise anything; all of it refuses the file
         raise unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
@@ -106,11 +112,9 @@ def unusable(source: Source, error: Exception) -> Refusal:
     return Refusal(f"model {source.name!r} cannot be loaded: {reason}")
 
 
-def read_tokenizer(folder: Path | None, **where: Any) -> Any:
-    """Load the tokenizer of a folder or GGUF file, without running code from it unless `where` says so."""
-    return transformers.AutoTokenizer.from_pretrained(
-        folder, **{"local_files_only": True, "trust_remote_code": False, **where}
-    )
+def read_tokenizer(folder: Path | None, trusted: bool = False, **where: Any) -> Any:
+    """Load the tokenizer of a folder or GGUF file without running code from it, unless that code is trusted."""
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted, **where)
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def tiny_model(name: str, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         return with_attention(
             lambda attention: transformers.AutoModelForCausalLM.from_config(
-                random_config(name), attn_implementation=attention
+                random_config(name), attn_implementation=attention, trust_remote_code=False
             ).to(dtype)
         )
 

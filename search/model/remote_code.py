@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-
 from compression.refusal import Refusal
+from search.model.own_code import read_config, references
 from search.model.sources import locate
 from search.runtime.files import file_digest
 
@@ -23,21 +20,11 @@ def code_digests(name: str) -> dict[str, str]:
     folder = locate(name, trusted=True).folder
     if folder is None:
         return {}
-    for file in sorted(folder.glob("*.json")):
-        if elsewhere := next((each for each in _references(file) if "--" in each), None):
-            raise Refusal(
-                f"model {name!r} refers to code of another repository ({elsewhere} in {file.name}); copy that code "
-                "into the folder and refer to it there"
-            )
+    for file in ("config.json", "tokenizer_config.json"):
+        for _, reference in references(read_config(folder, file).get("auto_map")):
+            if "--" in reference:
+                raise Refusal(
+                    f"model {name!r} refers to code of another repository ({reference} in {file}); copy that code into "
+                    "the folder and refer to it there"
+                )
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(folder.rglob("*.py"))}
-
-
-def _references(file: Path) -> Iterator[str]:
-    """The classes that `auto_map` in a JSON file names."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    named = document.get("auto_map") if isinstance(document, dict) else None
-    for found in named.values() if isinstance(named, dict) else [named]:
-        yield from (each for each in (found if isinstance(found, list) else [found]) if isinstance(each, str))

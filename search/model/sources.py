@@ -16,6 +16,7 @@ from compression.storage.tensor_files import system_errors
 from search.data import hub
 from search.data.packages import extract, read_requirements
 from search.model.gguf_shards import first_shards, gguf_files, model_name
+from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
 from search.runtime.errors import DataUnavailable
@@ -41,9 +42,17 @@ def locate(name: str, trusted: bool = False) -> Source:
         trusted: whether code that comes with the model may run.
 
     Raises:
-        ValueError: the name is unknown, or the folder has no config, no weights or pickled weights only.
+        ValueError: the name is unknown, the folder has no config, no weights or pickled weights only, or
+            `search.model.own_code.refuse_own_code` refuses it.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
+    source = _found(name, trusted)
+    if source.folder is not None and not trusted:
+        refuse_own_code(name, source.folder)
+    return source
+
+
+def _found(name: str, trusted: bool) -> Source:
     known = ["default", *TINY, *SHAPES]
     if name == "default":
         return Source(name, DEFAULT_ID, "Apache-2.0", _unpacked_default())

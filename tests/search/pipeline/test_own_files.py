@@ -52,17 +52,20 @@ def test_a_run_records_its_own_files_and_every_later_command_refuses_others(
         ["heal", str(folder), "--tokens", "100", "--quiet"],
         ["benchmark", str(folder), "--samples", "2", "--tasks", "piqa", "--quiet"],
     )
+    for command in (*later, ["benchmark", str(folder / "prior.json"), "--tasks", "piqa", "--quiet"]):
+        assert cli.main(command) == cli.REFUSED, command
+        assert "(code/own_code.py); if you trust it, add --trust-remote-code" in capsys.readouterr().err
     for file, name in ((text, "mine.jsonl"), (model / "own_code.py", "own_code.py of")):
         content = file.read_bytes()
         file.write_bytes(content + b"\n")
         for command in later:
-            assert cli.main(command) == cli.REFUSED, command
+            assert cli.main([*command, "--trust-remote-code"]) == cli.REFUSED, command
             error = capsys.readouterr().err
             assert name in error
             assert "is not what the run used: its sha256 was" in error
             assert error.count("\n") == 1
         file.write_bytes(content)
-    assert cli.main(["export", str(folder), *later[1][2:], "--device", "cpu"]) == cli.DONE
+    assert cli.main([*later[1], "--device", "cpu", "--trust-remote-code"]) == cli.DONE
 
 
 @pytest.mark.usefixtures("fake_data")
