@@ -392,8 +392,8 @@ class Config(BaseModel):
         if config.trust_remote_code and not trusted:
             names = ", ".join(name for name in config.digests or () if name.startswith("code/"))
             raise Refusal(
-                f"the configuration asks for the code that comes with {config.model} ({names or 'not recorded'}); if you "
-                "trust it, add --trust-remote-code"
+                f"the configuration asks for the code that comes with {config.model} ({names or 'not recorded'}); if "
+                "you trust it, add --trust-remote-code"
             )
         return config
 

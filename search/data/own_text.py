@@ -7,7 +7,8 @@ of the layouts of `search.data.conversations`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ __all__ = ["own_text_digest", "read_own_text"]
 
 _LARGEST = 1 << 30
 """Bytes of the largest plain text file, which is read into memory at once."""
+_PIECE = 2000
+"""Characters of a paragraph above which it is divided, so that one overlap does not leave out a whole file."""
 
 
 def own_text_digest(source: str) -> str:
@@ -30,7 +33,7 @@ def own_text_digest(source: str) -> str:
     return file_digest(_file(source))
 
 
-def read_own_text(source: str, tokenizer: Any = None) -> tuple[str, ...]:
+def read_own_text(source: str, tokenizer: Any = None, characters: int | None = None) -> tuple[str, ...]:
     """Read the documents of a source: the paragraphs of a text file, or one document for every record.
 
     Chats are written with the chat template of the model, without its beginning-of-sequence token, which every sequence
@@ -39,6 +42,7 @@ def read_own_text(source: str, tokenizer: Any = None) -> tuple[str, ...]:
     Args:
         source: a text file, a .json, .jsonl or .parquet file, a hub id, or alpaca, ultrachat or openhermes.
         tokenizer: the tokenizer of the model; None formats no chat, to check the source before there is a model.
+        characters: number of characters that are enough; of a longer source, every n-th document is returned.
 
     Raises:
         ValueError: the source does not exist, holds no text, or cannot be read; the message names the file, and the
@@ -46,23 +50,16 @@ def read_own_text(source: str, tokenizer: Any = None) -> tuple[str, ...]:
         DataUnavailable: the hub cannot be reached.
     """
     file = _file(source)
-    if file.suffix not in FILES:
-        found = [part.strip() for part in re.split(r"\n[ \t]*\n", _plain(file))]
+    if file.suffix in FILES:
+        found = [(where, _content(record, where)) for where, record in islice(records(file), MOST)]
     else:
-        found = []
-        for where, record in records(file):
-            text = _text(record, where, tokenizer)
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise Refusal(f"{where}: must be text, but holds half of a surrogate pair") from None
-            found.append(text)
-            if len(found) == MOST:
-                break
-    documents = tuple(text for text in found if text.strip())
-    if not documents:
+        found = [(source, [("", piece)]) for piece in _pieces(_plain(file))]
+    found = [(where, turns) for where, turns in found if any(text.strip() for _, text in turns)]
+    if not found:
         raise Refusal(f"calibration {source!r} holds no text")
-    return documents
+    total = sum(len(text) for _, turns in found for _, text in turns)
+    step = 1 if characters is None else max(1, total // characters)
+    return tuple(_written(turns, where, tokenizer) for where, turns in found[::step])
 
 
 def _file(source: str) -> Path:
@@ -95,12 +92,36 @@ def _plain(file: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _text(record: object, where: str, tokenizer: Any) -> str:
+def _pieces(text: str) -> Iterator[str]:
+    """Yield the paragraphs of a text; those that are longer than `_PIECE` characters in groups of lines."""
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        lines: list[str] = []
+        for line in paragraph.strip().split("\n"):
+            if lines and sum(map(len, lines)) + len(line) > _PIECE:
+                yield "\n".join(lines)
+                lines = []
+            lines.append(line)
+        yield "\n".join(lines)
+
+
+def _content(record: object, where: str) -> list[tuple[str, str]]:
+    """Return the turns (role, text) of a record; the role of a plain text is empty."""
     if isinstance(record, Mapping) and "text" in record:
         if not isinstance(record["text"], str):
             raise Refusal(f"{where}: text must be text, got {record['text']!r:.60}")
-        return record["text"]
-    turns = turns_of(record, where, "text, messages, or instruction and output")
+        turns = [("", record["text"])]
+    else:
+        turns = turns_of(record, where, "text, messages, or instruction and output")
+    try:
+        "".join(text for _, text in turns).encode()
+    except UnicodeEncodeError:
+        raise Refusal(f"{where}: must be text, but holds half of a surrogate pair") from None
+    return turns
+
+
+def _written(turns: list[tuple[str, str]], where: str, tokenizer: Any) -> str:
+    if turns[0][0] == "":
+        return turns[0][1]
     if not getattr(tokenizer, "chat_template", None):
         return "".join(text for text, _ in plain_turns(turns))
     messages = [{"role": role, "content": text} for role, text in turns]

@@ -28,13 +28,11 @@ from search.data.items import Item, stratified
 from search.data.overlap import Shingles, reported_texts
 from search.data.prose import Encode, load_prose, regions, text_digest
 
-__all__ = ["OwnText", "Splits", "Text", "assert_disjoint", "build_splits", "halves"]
+__all__ = ["SEARCHED", "OwnText", "Splits", "Text", "assert_disjoint", "build_splits", "halves"]
 
 
-_SEARCHED = 8
+SEARCHED = 8
 """One in so many documents of a user's own text is for search, if it is used there too."""
-_SPARE = 64
-"""Characters per wanted token that are enough; of a longer text, every n-th document is used."""
 
 
 @dataclass(frozen=True)
@@ -230,15 +228,14 @@ def _shares(documents: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
     """Divide documents by digest into those for calibration and those for search; equal ones stay together."""
     parts: tuple[list[str], list[str]] = ([], [])
     for document in documents:
-        parts[int(text_digest(document)[:8], 16) % _SEARCHED == 0].append(document)
+        parts[int(text_digest(document)[:8], 16) % SEARCHED == 0].append(document)
     return tuple(parts[0]), tuple(parts[1])
 
 
 def _own(text: Callable[..., Text], own: OwnText, documents: Sequence[str], tokens: int, chunk: int, flag: str) -> Text:
     """Return `tokens` tokens of a user's documents, evenly spaced; raises ValueError that names source and flag."""
-    step = max(1, sum(map(len, documents)) // (_SPARE * tokens))
     try:
-        return text([documents[::step]], (), tokens, chunk)
+        return text([documents], (), tokens, chunk)
     except Refusal as error:
         raise Refusal(f"calibration {own.source!r}: {error} ({flag})") from None
 

@@ -32,7 +32,7 @@ from search.data.items import Item
 from search.data.own_text import read_own_text
 from search.data.prompts import render
 from search.data.prose import long_text
-from search.data.splits import OwnText, Splits, build_splits
+from search.data.splits import SEARCHED, OwnText, Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.latency import layer_costs
 from search.evaluation.packed_sequences import Packed, packed_item, packed_text
@@ -49,6 +49,7 @@ from search.runtime.files import cache_folder
 __all__ = ["Experiment", "Extract", "load", "smallest_parameters", "workload_sequences"]
 
 _SELECTION = 4  # the selection set is this many times as large as a shard
+_SPARE = 64  # characters of a user's own text that are read for every token that is wanted
 _BATCH = 1024  # tokens in one forward pass
 _RACING_BATCH = 512  # tokens between two early-stopping checks of a finalist
 
@@ -321,7 +322,10 @@ def _own_text(config: Config, loaded: LoadedModel) -> OwnText | None:
     """The user's own calibration text, in the chat format of the model; None if there is none."""
     if config.calibration is None:
         return None
-    documents = read_own_text(config.calibration, loaded.tokenizer)
+    tokens = config.calibration_tokens
+    if config.calibration_for_search:
+        tokens += SEARCHED * config.search_text_tokens * (config.search_shards + _SELECTION)
+    documents = read_own_text(config.calibration, loaded.tokenizer, _SPARE * tokens)
     return OwnText(config.calibration, documents, config.calibration_for_search)
 
 

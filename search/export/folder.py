@@ -33,6 +33,7 @@ __all__ = ["CARD", "FORMATS", "Footprint", "check_export", "export_dense_", "exp
 
 FORMATS = ("hf", "dense", "gguf-ready")
 CARD = "README.md"
+_VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,9 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
         tokenizer.save_pretrained(folder)
     for file in folder.glob("*.json"):
         _drop_absent_code(file)
+    vocabulary = Path(str(getattr(tokenizer, "name_or_path", ""))) / _VOCABULARY
+    if vocabulary.is_file() and not (folder / _VOCABULARY).exists():
+        shutil.copyfile(vocabulary, folder / _VOCABULARY)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:

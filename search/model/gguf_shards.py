@@ -68,6 +68,10 @@ def joined(files: Sequence[Path]) -> Iterator[None]:
             super().__init__(path, *arguments, **named)
             if Path(path) != files[0]:
                 return
+            if (count := _number(self, "split.count") or 1) != len(files):
+                raise Refusal(f"{path} is one of {count} files of a model; name them as NAME-00001-of-{count:05}.gguf")
+            if len(files) == 1:
+                return
             for number, file in enumerate(files[1:], 1):
                 other = plain(file)
                 if _number(other, "split.no") != number or _number(other, "split.count") != len(files):
@@ -76,9 +80,6 @@ def joined(files: Sequence[Path]) -> Iterator[None]:
             if (wanted := _number(self, "split.tensors.count")) != len(self.tensors):
                 raise Refusal(f"the shards of {files[0]} hold {len(self.tensors)} tensors, and {wanted} are listed")
 
-    if len(files) == 1:
-        yield
-        return
     gguf.GGUFReader = Joined
     try:
         yield

@@ -128,6 +128,8 @@ def apply(
     measured = traces(read_profile(profile, loaded.digest)) if profile is not None else {}
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+    for note in experiment.splits.notes:
+        console.note(note)
     applied = fit_prior(prior, experiment, target_kept, rule, console)
     for note in applied.notes:
         console.note(note)

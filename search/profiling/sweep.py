@@ -107,6 +107,8 @@ def profile(
         loaded, sites = load(config, device)
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+    for note in experiment.splits.notes:
+        console.note(note)
     with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
         console.opened(folder.path)
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])

@@ -61,7 +61,23 @@ def test_every_format_gives_its_documents(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8-sig")
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
     for file in (jsonl(tmp_path / "a.jsonl", records), tmp_path / "a.json", tmp_path / "a.parquet"):
-        assert [text for text in read_own_text(str(file)) if text.strip()] == ["first", "second"]
+        assert read_own_text(str(file)) == ("first", "second")
+
+
+def test_of_a_long_source_evenly_spaced_documents_are_read(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": f"{number:04}" * 25} for number in range(100)])
+    found = read_own_text(str(file), None, 1000)
+    assert [text[:4] for text in found] == [f"{number:04}" for number in range(0, 100, 10)]
+    assert len(read_own_text(str(file), None, 10_000)) == 100
+
+
+def test_a_long_paragraph_is_several_documents(tmp_path: Path) -> None:
+    lines = [f"line {number} " + "x" * 90 for number in range(50)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    found = read_own_text(str(tmp_path / "a.txt"))
+    assert len(found) > 1
+    assert "\n".join(found).split("\n") == lines
+    assert max(map(len, found)) <= 2100
 
 
 def test_chats_are_written_in_the_format_of_the_model(tmp_path: Path) -> None:

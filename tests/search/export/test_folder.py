@@ -126,6 +126,15 @@ def test_a_model_that_brings_its_own_code_is_exported_dense(form, message):
         check_export(form, model, tokenizer)
 
 
+def test_the_vocabulary_that_the_gguf_converter_reads_stays_with_the_model(tmp_path):
+    loaded = tensorized()
+    loaded.tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"pieces")
+    loaded.tokenizer.name_or_path = str(tmp_path / "source")
+    export_dense_(loaded.model, loaded.tokenizer, tmp_path / "dense")
+    assert (tmp_path / "dense" / "tokenizer.model").read_bytes() == b"pieces"
+
+
 @pytest.mark.parametrize("place", ["config", "tokenizer"])
 @pytest.mark.parametrize("reference", ["modeling_gone.Model", "someone/else--modeling.Model", [None, "tok_gone.Fast"]])
 def test_no_export_refers_to_code_that_is_not_there(place, reference, tmp_path):

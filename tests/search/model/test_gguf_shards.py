@@ -97,6 +97,14 @@ def test_a_missing_file_is_named(shards: Path, tmp_path: Path, without: int) -> 
             locate(str(name))
 
 
+def test_a_file_that_lost_its_number_is_refused_with_the_name_it_needs(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "renamed.gguf").write_bytes((shards / "tiny-00001-of-00003.gguf").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"renamed\.gguf is one of 3 files of a model; name them as NAME-00001-of-00003"
+    ):
+        load_model(str(tmp_path), "cpu")
+
+
 def test_files_of_two_models_are_not_joined(shards: Path, tmp_path: Path) -> None:
     folder = copied(shards, tmp_path)
     (folder / "tiny-00002-of-00003.gguf").write_bytes((folder / "tiny-00003-of-00003.gguf").read_bytes())
