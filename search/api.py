@@ -145,6 +145,7 @@ def restore(
     *,
     healed: str | Path | None = None,
     device: str = "auto",
+    trusted: bool = False,
     quiet: bool = False,
 ) -> RestoredRun:
     """Load the compressed model of a finished run into memory: `restore(folder).experiment.loaded.model`.
@@ -154,12 +155,14 @@ def restore(
         state: "searched", "repaired" or "healed"; None takes the last one that the run has.
         healed: folder of a healing, such as `HealedRun.folder`; None takes that of the run itself.
         device: "auto", "cpu", "cuda" or "cuda:n".
+        trusted: run the code that comes with the model, if the run used it.
 
     Raises:
         Refusal, DataUnavailable: no finished run, another model than the run's, or a state that it does not have.
     """
     with _console(quiet) as console:
-        return _restore(Path(run), console, device, state, None if healed is None else Path(healed))
+        own = None if healed is None else Path(healed)
+        return _restore(Path(run), console, device, state, own, trusted=trusted)
 
 
 def export(

@@ -28,6 +28,7 @@ __all__ = [
     "PROXIES",
     "PROXY_FORMS",
     "QUICK",
+    "RECORDED",
     "Config",
     "Dtype",
     "absolute_name",
@@ -96,6 +97,8 @@ FREE_AFTERWARDS = (
 """Fields that may change after a run has finished: they say where and how it works, not what its results are of."""
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of the stages after the search."""
+RECORDED = ("digests",)
+"""Fields that a run fills in by itself; they have no flag."""
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
 
 
@@ -128,6 +131,7 @@ def _one_of(names: Iterable[str]) -> str:
 _DATA = "model and data"
 _MOST = 100_000_000  # tokens
 _DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"
+_DEVICES = r"^(auto|(cpu|cuda:(0|[1-9][0-9]{0,2}))(,(cpu|cuda:(0|[1-9][0-9]{0,2})))*)$"
 _ADDRESS = r"^(auto|[^\s:/]+(:[0-9]{1,5})?)$"
 _COUNT = r"^(auto|[1-9][0-9]{0,3})$"
 _POLICY = "a folder with policy.json and policy.safetensors in it, such as that of an earlier run"
@@ -181,10 +185,32 @@ class Config(BaseModel):
     """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines."""
     proxy_form: ProxyForm = _name(_DATA, "answer", PROXY_FORMS, "FORM")
     """How a question is scored: by the text of its answers, or by the letters A to D."""
+    calibration: str | None = _field(
+        _DATA,
+        None,
+        "an existing file, or the hub id of a data set",
+        "SOURCE",
+        min_length=1,
+        max_length=4096,
+    )
+    """Text to collect the statistics from, instead of prose and exam questions: a text file; a .json, .jsonl or
+    .parquet file of {"text"} records or of chats, which are written in the model's chat template; or a hub id. What
+    it shares with held-out text and benchmarks is left out."""
+    calibration_for_search: bool = _flag(_DATA)
+    """Also take the prose of the trials from --calibration: one document in eight, which the statistics then leave
+    out."""
+    trust_remote_code: bool = _flag(_DATA)
+    """Run the code that comes with the model, which can do anything that you can do. The run records the sha256 of its
+    files, and later commands refuse other code. Default: such a model is refused."""
     per_head: bool = _flag(_DATA)
     """Split attention matrices by head and compress every head by itself; slower, meant for analysis."""
     device: str = _field(_DATA, "auto", "auto, cpu, cuda or cuda:N", "DEVICE", pattern=_DEVICE)
     """Device of the model; auto uses a GPU if there is one."""
+    device_map: str | None = _field(
+        _DATA, None, "auto, or devices separated by commas", "DEVICES", pattern=_DEVICES, max_length=1000
+    )
+    """Spread the blocks of the model over several devices: auto uses all GPUs as far as their memory allows; or name
+    them, such as cuda:0,cuda:1. Embeddings and output head stay on --device."""
     dtype: Dtype = _name(_DATA, "auto", DTYPES)
     """Data type of the model's parameters; auto uses bfloat16 where the hardware multiplies it and float32 elsewhere. A
     resumed run keeps its data type on every machine."""
@@ -250,6 +276,10 @@ class Config(BaseModel):
         f"and not with {', '.join(PLANNERS)}, which plan with their budget.",
     )
 
+    digests: dict[str, str] | None = Field(None, json_schema_extra={"rule": "an object of texts"})
+    """The sha256 of the user's files that a run depends on, by name: its calibration text and the code of its model.
+    A run writes them itself, and every later command refuses other files."""
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in_quick_sizes(cls, values: Any) -> Any:
@@ -286,6 +316,18 @@ class Config(BaseModel):
     def _is_found_from_anywhere(cls, value: str) -> str:
         return absolute_name(value)
 
+    @field_validator("calibration")
+    @classmethod
+    def _is_a_text(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        path = Path(value).expanduser()
+        if path.is_file():
+            return str(path.absolute())
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+|alpaca|ultrachat|openhermes", value, re.ASCII):
+            raise Refusal(value)
+        return value
+
     @field_validator("policy")
     @classmethod
     def _is_a_policy(cls, value: str | None) -> str | None:
@@ -308,6 +350,18 @@ class Config(BaseModel):
     def _starts_from_one_thing(self) -> Self:
         if self.policy is not None and self.prior is not None:
             raise Refusal("policy and prior both say where to start: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_text_it_searches_on(self) -> Self:
+        if self.calibration_for_search and self.calibration is None:
+            raise Refusal("calibration_for_search needs calibration, the text to take the prose of the trials from")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_model_at_a_time(self) -> Self:
+        if self.device_map is not None and not self.in_process:
+            raise Refusal("device_map gives all devices to one evaluator; leave out evaluators or device_map")
         return self
 
     @model_validator(mode="after")
@@ -339,6 +393,29 @@ class Config(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise Refusal(_one_line(error)) from None
+
+    @classmethod
+    def of_run(cls, values: Mapping[str, object], trusted: bool, **changes: object) -> Config:
+        """The configuration that a run or a prior recorded.
+
+        A file may come from anybody, so that it cannot ask for code to be run.
+
+        Args:
+            values: the recorded fields.
+            trusted: whether the user asks for the code of the model to be run, if the run did so.
+            changes: fields with other values.
+
+        Raises:
+            ValueError: as for `of`; or the run needs the code of its model, and the user does not ask for it.
+        """
+        config = cls.of({**values, **changes})
+        if config.trust_remote_code and not trusted:
+            names = ", ".join(name for name in config.digests or () if name.startswith("code/"))
+            raise Refusal(
+                f"the configuration asks for the code that comes with {config.model} ({names or 'not recorded'}); if "
+                "you trust it, add --trust-remote-code"
+            )
+        return config
 
     def definition(self) -> dict[str, object]:
         """The fields that a resumed run must not change.

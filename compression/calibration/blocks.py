@@ -40,7 +40,7 @@ class Block:
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Returns a context in which matrix products use the precision of the parameters, not of the hidden states."""
-        weight = next(self.model.parameters())
+        weight = next(self.model.get_submodule(self.name).parameters())
         reduced = weight.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(weight.device.type, weight.dtype) if reduced else nullcontext()
 

@@ -215,7 +215,8 @@ class MomentAccumulator:
 
     def _add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         both = [values.reshape(-1, values.shape[-1]) for values in (inputs, gradients)]
-        rows = [(values if self._full else values[self._mask.flatten()]).float() for values in both]
+        mask = self._mask.flatten().to(inputs.device)  # a model may be spread over several devices
+        rows = [(values if self._full else values[mask]).float() for values in both]
         weights = [torch.ones(len(values), device=values.device) for values in rows]
         if name in self._sketches:
             weights = [_weights(*pair) for pair in zip(rows, self._sketches[name], strict=True)]

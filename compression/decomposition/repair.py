@@ -249,6 +249,7 @@ class _Targets:
                 [reaching] = caught
                 if number == len(self._groups) - 1:
                     self._before.append((before, reaching))
+            mask = mask.to(reaching.device)
             folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
             sequences += len(mask)
             tokens += int(mask.sum())

@@ -14,7 +14,7 @@ anywhere in the current rows, and from a uniform sample of the other tokens, wei
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
@@ -33,13 +33,34 @@ _ROOM = {"cpu": 2**28, "cuda": 2**30}
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """Maps hidden states to logits, frozen: W (vocabulary, width), b (vocabulary,) or None."""
+    """Maps hidden states h to logits, frozen: s·(W h + b), or c·tanh(s·(W h + b) / c) with a cap c, as in Gemma 2.
+
+    Attributes:
+        weight: W (vocabulary, width).
+        bias: b (vocabulary,), or None.
+        scale: s, above 0.
+        cap: c, above 0, or None.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns float32 logits (rows, vocabulary) of `hidden` (rows, width)."""
+        logits = self._linear(hidden)
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float | None:
+        """Returns the derivative of logits, as `logits` returns them, with respect to W h + b; None if it is 1."""
+        if self.cap is None:
+            return None if self.scale == 1 else self.scale
+        return self.scale * (1 - (logits / self.cap).square())
+
+    def _linear(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden, weight = hidden.to(self.weight.dtype), self.weight
         if not (weight.is_cuda and weight.dtype == torch.bfloat16):
             return functional.linear(hidden, weight, self.bias).float()
@@ -49,7 +70,7 @@ class Head:
 
     def only(self, tokens: torch.Tensor) -> Head:
         """Returns the head restricted to some tokens (n,)."""
-        return Head(self.weight[tokens], None if self.bias is None else self.bias[tokens])
+        return replace(self, weight=self.weight[tokens], bias=None if self.bias is None else self.bias[tokens])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +146,12 @@ class _Divergence(torch.autograd.Function):
             if shortlist is not None:
                 part, known = Targets(shortlist.places, part.logs), head.only(shortlist.tokens)
             logits = known.logits(hidden[rows])
+            slope = known.slope(logits)
             if shortlist is not None:
                 logits[:, -sample:] += shortlist.weight
             total += _divergence_(logits, part)
+            if slope is not None:
+                logits *= slope
             slopes[rows] = (logits.to(known.weight.dtype) @ known.weight).to(slopes.dtype)
         ctx.save_for_backward(slopes)
         return total

@@ -65,6 +65,8 @@ def compared_models(
     device: torch.device,
     console: Console,
     opened: Experiment | None = None,
+    spread: bool = True,
+    trusted: bool = False,
 ) -> list[ComparedModel]:
     """Find the models that the words stand for, without loading them.
 
@@ -73,6 +75,8 @@ def compared_models(
             `search.model.sources.locate`.
         schedules: which of `SCHEDULES` to measure for each run or prior.
         opened: the experiment of the run, with its dense model, if it is already in memory.
+        spread: whether a run that spread its model over several devices does so again; otherwise `device` has all.
+        trusted: whether the code that comes with a model may run.
 
     Raises:
         ValueError: a schedule is unknown, a run or prior unreadable, a run was changed since it finished, or two models
@@ -85,7 +89,7 @@ def compared_models(
                 f"{nearest(name, SCHEDULES)}"
             )
     ordered = tuple(name for name in SCHEDULES if name in schedules)
-    found = [_compared_model(word, ordered, device, console, len(words) > 1, opened) for word in words]
+    found = [_compared_model(word, ordered, device, console, len(words) > 1, opened, spread, trusted) for word in words]
     names = [name for one in found for name in one.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Refusal(f"models must have different names, but two are named {twice[0]!r}")
@@ -99,28 +103,30 @@ def _compared_model(
     console: Console,
     several: bool,
     opened: Experiment | None,
+    spread: bool,
+    trusted: bool,
 ) -> ComparedModel:
     path = user_path(word)
     exported = is_model_folder(path)
     if not exported and (path / CONFIG).is_file() and (path / PRIOR).is_file():
         recorded = refuse_changed(path, console.note)
-        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG))
+        prior, config = Prior.read(path / PRIOR), _config(read_fields(path / CONFIG), spread, trusted)
     elif path.suffix == ".json" and path.is_file():
         prior = Prior.read(path)
-        config, recorded = _config(prior.configuration), {}
+        config, recorded = _config(prior.configuration, spread, trusted), {}
     else:
         if path.is_dir() and (path / STUDY).exists():
             raise Refusal(f"the run {word!r} is not finished, it has no {PRIOR}; continue it with --resume")
         searched = frozenset(Prior.read(path / PRIOR).data.search_items) if (path / PRIOR).is_file() else frozenset()
 
-        if path.is_dir():
+        if path.is_dir() and not trusted:
             refuse_own_code(word, path)
 
         def plain() -> Iterator[LoadedModel]:
             if is_compressed(path):
-                yield load_for_use(word, device)
+                yield load_for_use(word, device, trusted)
             else:
-                yield load_model(word, device, working_dtype("auto", device))
+                yield load_model(word, device, working_dtype("auto", device), trusted)
 
         # Exported folders of several runs have the same name.
         name = f"{path.absolute().parent.name}/{path.name}" if path.name in EXPORTS else path.name or word
@@ -213,6 +219,7 @@ def _as_is(loaded: LoadedModel) -> LoadedModel:
     return dataclasses.replace(loaded, digest=model_digest(loaded.model))
 
 
-def _config(values: Mapping[str, Any]) -> Config:
+def _config(values: Mapping[str, Any], spread: bool, trusted: bool) -> Config:
     """The configuration of a run without the fields that a benchmark does not need."""
-    return Config.of({name: value for name, value in values.items() if name not in ("policy", "out", "resume")})
+    without = ("policy", "out", "resume", *(() if spread else ("device_map",)))
+    return Config.of_run({name: value for name, value in values.items() if name not in without}, trusted)

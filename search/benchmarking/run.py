@@ -66,6 +66,7 @@ class BenchmarkRequest:
     seed: int = 0
     device: str = "auto"
     out: str | None = None
+    trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def benchmark(request: BenchmarkRequest, console: Console, opened: Experiment | 
     refuse_held(path)
     device = resolve_device(request.device)
     tasks = named_tasks(request.tasks)
-    compared = compared_models(request.models, request.schedules, device, console, opened)
+    spread = request.device == "auto"
+    compared = compared_models(request.models, request.schedules, device, console, opened, spread, request.trusted)
     with console.stage("items"):
         searched = always_searched().union(*(one.searched for one in compared))
         selections = [select(task, request.samples, request.seed, searched, request.source) for task in tasks]

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from search.commands.exits import DONE, FAILURES, complain, explain, say
-from search.commands.flags import Parser, parse, whole_number
+from search.commands.flags import Parser, add_trust, parse, whole_number
 from search.reporting.tables import json_text
 from search.runtime.console import Console
 
@@ -56,6 +56,7 @@ def run(words: list[str]) -> int:
             seed=seed,
             device=given["device"],
             out=given["out"],
+            trusted=given["trust_remote_code"],
         )
         with shown:
             result = benchmark(request, shown)
@@ -111,4 +112,5 @@ def _parser() -> argparse.ArgumentParser:
         ("--quiet", "Show no progress, only the result and errors."),
     ):
         parser.add_argument(flag, action="store_true", help=about)
+    add_trust(parser)
     return parser

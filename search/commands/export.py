@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compression.refusal import Refusal, nearest
 from search.commands.exits import DONE, explain, say
-from search.commands.flags import Parser, parse
+from search.commands.flags import Parser, add_trust, parse
 from search.config import EXPORTS
 from search.runtime.console import Console
 
@@ -44,7 +44,8 @@ def run(words: list[str]) -> int:
             from search.runtime.run_folder import holding, refuse_used
 
             refuse_used(folder)
-            form = ExportForm(given["format"], given["dtype"], given["quantize"], given["state"], given["device"])
+            names = ("format", "dtype", "quantize", "state", "device", "trust_remote_code")
+            form = ExportForm(*(given[name] for name in names))
             with holding(folder):
                 say(export_run(Path(given["run"]), folder, form, shown, healed))
     except BaseException as error:
@@ -90,4 +91,5 @@ def _parser() -> argparse.ArgumentParser:
         help="Device that makes the model: auto, cpu, cuda or cuda:N. Default: auto.",
     )
     parser.add_argument("--quiet", action="store_true", help="Show no progress, only the result and errors.")
+    add_trust(parser)
     return parser

@@ -11,10 +11,19 @@ from typing import Any, NoReturn, get_args
 
 from compression.refusal import Refusal, nearest
 from search.commands.exits import REFUSED, complain
-from search.config import PLANNERS, Config, read_fields
+from search.config import PLANNERS, RECORDED, Config, read_fields
 from search.runtime.run_folder import CONFIG
 
-__all__ = ["Parser", "add_fields", "configuration", "parse", "set_threads", "whole_number", "whole_numbers"]
+__all__ = [
+    "Parser",
+    "add_fields",
+    "add_trust",
+    "configuration",
+    "parse",
+    "set_threads",
+    "whole_number",
+    "whole_numbers",
+]
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +38,7 @@ def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
     """Add a flag for every field of `Config` except `without`, in groups; returns the group "output"."""
     groups: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
-        if name in without:
+        if name in without or name in RECORDED:
             continue
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
@@ -54,6 +63,16 @@ def add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> 
         "--quiet", action="store_true", default=False, help="Show no progress, only the result and errors."
     )
     return output
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that allows the code that comes with a model, to a command without the fields of `Config`."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Run the code that comes with the model, which can do anything that you can do; on a run, only the code "
+        "that the run recorded. Default: such a model is refused.",
+    )
 
 
 def _converter(name: str, kind: type[int] | type[float], rule: str) -> Callable[[str], int | float]:
@@ -88,13 +107,14 @@ def configuration(given: Mapping[str, object]) -> Config:
         ValueError: one line naming the field or flag.
     """
     flags = dict(given)
+    trusted = bool(flags.get("trust_remote_code"))
     file, resume = flags.pop("config", None), flags.get("resume")
     values = {**(read_fields(Path(str(file))) if file is not None else {}), **flags}
     if resume is None:
-        return Config.of(values)
+        return Config.of_run(values, trusted)
     if not (Path(str(resume)) / CONFIG).is_file():
         raise Refusal(f"resume must be the folder of an earlier run, but there is no {Path(str(resume)) / CONFIG}")
-    kept = Config.of(read_fields(Path(str(resume)) / CONFIG))
+    kept = Config.of_run(read_fields(Path(str(resume)) / CONFIG), trusted)
     config = Config.of({**kept.model_dump(exclude={"out", "resume"}), **values})
     before, after = kept.definition(), config.definition()
     if changed := [f"{name} was {before[name]}, is {after[name]}" for name in before if before[name] != after[name]]:

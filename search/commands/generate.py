@@ -7,7 +7,7 @@ import sys
 
 from compression.refusal import Refusal
 from search.commands.exits import DONE, explain, say
-from search.commands.flags import Parser, parse
+from search.commands.flags import Parser, add_trust, parse
 from search.runtime.console import Console
 from search.runtime.streams import read_input, typed
 
@@ -41,11 +41,11 @@ def run(words: list[str]) -> int:
             from search.model.loading import load_for_use
 
             torch.manual_seed(given["seed"])
-            loaded = load_for_use(given["model"], given["device"])
+            loaded = load_for_use(given["model"], given["device"], given["trust_remote_code"])
             chat = Chat(loaded, given["tokens"], given["temperature"], given["latent_cache"])
         while prompt or (talking and (prompt := _asked())):
-            chat.answer(prompt, lambda piece: print(piece, end="", flush=True))
-            print()
+            chat.answer(prompt, lambda piece: say(piece, end=""))
+            say("")
             prompt = ""
     except BaseException as error:
         return explain(error)
@@ -101,5 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="Device of the model: auto, cpu, cuda or cuda:N. Default: auto.",
     )
+    add_trust(parser)
     parser.add_argument("--quiet", action="store_true", help="Show no progress, only the answer and errors.")
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.commands.exits import DONE, FAILURES, complain, explain, say
-from search.commands.flags import Parser, parse
+from search.commands.flags import Parser, add_trust, parse
 from search.reporting.tables import text_table
 from search.runtime.console import Console
 
@@ -144,4 +144,5 @@ def _parser() -> argparse.ArgumentParser:
         help="Folder for the result. Default: a folder inside RUN, or next to DIR.",
     )
     parser.add_argument("--quiet", action="store_true", help="Show no progress, only the result and errors.")
+    add_trust(parser)
     return parser

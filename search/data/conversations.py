@@ -24,19 +24,35 @@ from search.data import hub
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import user_path
 
-__all__ = ["Document", "apply_template", "check_source", "conversation", "read_conversations", "sources"]
+__all__ = [
+    "FILES",
+    "MOST",
+    "SHORT",
+    "Document",
+    "apply_template",
+    "check_source",
+    "conversation",
+    "find_files",
+    "plain_turns",
+    "read_conversations",
+    "records",
+    "sources",
+    "turns_of",
+]
 
-_FILES = (".json", ".jsonl", ".parquet")
-_SHORT = {
+FILES = (".json", ".jsonl", ".parquet")
+SHORT = {
     "alpaca": "tatsu-lab/alpaca",
     "ultrachat": "HuggingFaceH4/ultrachat_200k",
     "openhermes": "teknium/OpenHermes-2.5",
 }
-_MOST = 200_000
+MOST = 200_000
 """Largest number of conversations that are read, far more than healing uses; it trains for less than one epoch."""
 _LARGEST = 1 << 30
 """Bytes of the largest .json file that is accepted, since such a file is read into memory at once."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LONGEST = 1 << 24
+"""Characters of the longest line of a .jsonl file that is accepted."""
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -72,12 +88,12 @@ def check_source(name: str) -> None:
         ValueError: a file does not exist, or the name is none of these and no hub id.
     """
     path = Path(name).expanduser()
-    if path.suffix in _FILES:
+    if path.suffix in FILES:
         if not path.is_file():
             raise Refusal(f"data must be an existing file if it ends with {path.suffix}, got {name!r}")
-    elif name not in ("text", "sampled", *_SHORT) and name.lower() not in _SHORT and not _HUB_ID.fullmatch(name):
+    elif name not in ("text", "sampled", *SHORT) and name.lower() not in SHORT and not _HUB_ID.fullmatch(name):
         raise Refusal(
-            f"data must be text, sampled, {', '.join(_SHORT)}, a {', '.join(_FILES)} file or a hub id, got {name!r}"
+            f"data must be text, sampled, {', '.join(SHORT)}, a {', '.join(FILES)} file or a hub id, got {name!r}"
         )
 
 
@@ -94,12 +110,9 @@ def read_conversations(source: str, tokenizer: Any) -> list[Document]:
         DataUnavailable: the hub cannot be reached.
     """
     path = user_path(source)
-    files = [path] if path.suffix in _FILES else _from_hub(_SHORT.get(source.lower(), source))
-    records = (record for file in files for record in _records(file))
-    documents = [
-        _document(record, f"{source}, record {number}", tokenizer)
-        for number, record in enumerate(islice(records, _MOST), 1)
-    ]
+    files = [path] if path.suffix in FILES else find_files(SHORT.get(source.lower(), source))
+    found = (record for file in files for record in records(file))
+    documents = [_document(record, where, tokenizer) for where, record in islice(found, MOST)]
     if not documents:
         raise Refusal(f"data {source!r} holds no conversation")
     return documents
@@ -133,6 +146,24 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: the record has neither layout, or no answer.
     """
+    turns = turns_of(record, where, "instruction and output, or messages")
+    while turns and turns[-1][0] != "assistant":
+        turns.pop()
+    if not any(role == "assistant" and text.strip() for role, text in turns):
+        raise Refusal(f"{where}: holds no answer to learn from")
+    return turns
+
+
+def turns_of(record: object, where: str, wanted: str) -> list[tuple[str, str]]:
+    """Return the turns (role, text) of a record; roles are system, user and assistant.
+
+    Args:
+        record, where: as for `conversation`.
+        wanted: the fields that a record must have, for messages.
+
+    Raises:
+        ValueError: the record has neither layout.
+    """
     if not isinstance(record, Mapping):
         raise Refusal(f"{where}: must be an object, got {record!r:.60}")
     if "output" in record and "instruction" in record:
@@ -143,7 +174,7 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
         turns = []
         messages = record.get("messages", record.get("conversations"))
         if not isinstance(messages, list):
-            raise Refusal(f"{where}: must have instruction and output, or messages, got {sorted(record)!r:.80}")
+            raise Refusal(f"{where}: must have {wanted}, got {sorted(map(str, record))!r:.80}")
         for message in messages:
             if not isinstance(message, Mapping):
                 raise Refusal(f"{where}: every message must be an object, got {message!r:.60}")
@@ -152,11 +183,15 @@ def conversation(record: object, where: str) -> list[tuple[str, str]]:
             if role not in ("system", "user", "assistant") or not isinstance(text, str):
                 raise Refusal(f"{where}: a message needs a role (system, user, assistant) and text, got {role!r}")
             turns.append((role, text))
-    while turns and turns[-1][0] != "assistant":
-        turns.pop()
-    if not any(role == "assistant" and text.strip() for role, text in turns):
-        raise Refusal(f"{where}: holds no answer to learn from")
     return turns
+
+
+def plain_turns(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """Return the parts (text, whether it is an answer) of a conversation as Alpaca writes it."""
+    titles = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
+    return [
+        part for role, text in turns for part in ((titles[role], False), (f"{text.strip()}\n\n", role == "assistant"))
+    ]
 
 
 def _document(record: object, where: str, tokenizer: Any) -> Document:
@@ -171,10 +206,7 @@ def _document(record: object, where: str, tokenizer: Any) -> Document:
 def _formatted(turns: list[tuple[str, str]], tokenizer: Any) -> Document:
     parts: list[tuple[str, bool]] = []
     if not getattr(tokenizer, "chat_template", None):
-        for role, text in turns:
-            title = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}[role]
-            parts += [(title, False), (f"{text.strip()}\n\n", role == "assistant")]
-        return Document(tuple(parts))
+        return Document(tuple(plain_turns(turns)))
     written = ""
     for count, (role, _) in enumerate(turns, 1):
         if role != "assistant":
@@ -194,27 +226,38 @@ def _templated(turns: list[tuple[str, str]], tokenizer: Any, prompt: bool) -> st
     return str(apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=prompt))
 
 
-def _records(path: Path) -> Iterator[object]:
+def records(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield the records of a file with their places, for messages; `path` ends in one of `FILES`.
+
+    Raises:
+        ValueError: the file cannot be read; the message names it, and the line of a .jsonl file.
+    """
     try:
+        if path.suffix == ".jsonl":
+            for number, line in read_lines(path, _LONGEST):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _parsed(line, where)
+            return
         if path.suffix == ".parquet":
             with open(path, "rb", opener=regular) as stored:
-                for batch in pq.ParquetFile(stored).iter_batches():
-                    yield from batch.to_pylist()
-        elif path.suffix == ".jsonl":
-            for number, line in read_lines(path):
-                if line.strip():
-                    yield _parsed(line, f"{path}, line {number}")
-        else:
-            if path.stat().st_size > _LARGEST:
-                raise Refusal(f"data {str(path)!r} is larger than {_LARGEST >> 20} MB; write it as .jsonl")
-            records = _parsed(read_file(path, _LARGEST).decode("utf-8-sig"), str(path))
-            if not isinstance(records, list):
-                raise Refusal(f"data {str(path)!r} must hold a JSON list of records")
-            yield from records
+                rows = (row for batch in pq.ParquetFile(stored).iter_batches() for row in batch.to_pylist())
+                for number, record in enumerate(rows, 1):
+                    yield f"{path}, record {number}", record
+            return
+        if path.stat().st_size > _LARGEST:
+            raise Refusal(f"data {str(path)!r} is larger than {_LARGEST >> 20} MB; write it as .jsonl")
+        parsed = _parsed(read_file(path, _LARGEST).decode("utf-8-sig"), str(path))
+        if not isinstance(parsed, list):
+            raise Refusal(f"data {str(path)!r} must hold a JSON list of records")
+        for number, record in enumerate(parsed, 1):
+            yield f"{path}, record {number}", record
     except OSError as error:
         raise Refusal(f"data {str(path)!r} cannot be read: {error.strerror or error}") from None
     except (UnicodeDecodeError, pa.ArrowException) as error:
-        raise Refusal(f"data {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise Refusal(
+            f"data {str(path)!r} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None
 
 
 def _parsed(text: str, where: str) -> object:
@@ -224,7 +267,7 @@ def _parsed(text: str, where: str) -> object:
         raise Refusal(f"{where}: must be JSON ({error})") from None
 
 
-def _from_hub(name: str) -> list[Path]:
+def find_files(name: str) -> list[Path]:
     """Download the first parquet or JSON file of a data set on the hub that is not for testing or evaluation."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -232,9 +275,9 @@ def _from_hub(name: str) -> list[Path]:
     check_source(name)
     try:
         files = sorted(file.rfilename for file in HfApi().dataset_info(name, timeout=hub.SECONDS).siblings or ())
-        chosen = [file for file in files if file.endswith(_FILES) and "test" not in file and "eval" not in file]
+        chosen = [file for file in files if file.endswith(FILES) and "test" not in file and "eval" not in file]
         if not chosen:
-            raise Refusal(f"data set {name!r} holds no {', '.join(_FILES)} file")
+            raise Refusal(f"data set {name!r} holds no {', '.join(FILES)} file")
         kind = min((Path(file).suffix for file in chosen), key=(".parquet", ".jsonl", ".json").index)
         first = next(file for file in chosen if file.endswith(kind))
         return [Path(hf_hub_download(name, first, repo_type="dataset", etag_timeout=hub.SECONDS))]
@@ -244,5 +287,5 @@ def _from_hub(name: str) -> list[Path]:
         raise
     except Exception as error:  # the hub's client raises many kinds of exceptions when offline
         raise DataUnavailable(
-            f"data {name!r} is not a file here and the hub cannot be reached; give a {', '.join(_FILES)} file"
+            f"data {name!r} is not a file here and the hub cannot be reached; give a {', '.join(FILES)} file"
         ) from error

@@ -8,6 +8,9 @@ Knows the sources and how they are divided; of a model, it knows only the tokeni
 * Exam text consists of questions with their correct answers. Of MMLU's dev and validation items that do not occur in
   test, one half by hash is for calibration; the other half are MMLU's search items. Held-out exam text and MMLU's
   report items come from test.
+* A user's own text, if given, replaces all calibration text. If it is for search too, one document in eight, by hash,
+  is search text. Documents that share a paragraph, or thirteen words in a row, with what is reported on or searched on
+  are left out.
 * The items of every other proxy are divided by hash into one half for search and one half for reports.
 """
 
@@ -17,13 +20,34 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 
 from compression.refusal import Refusal
 from search.data.datasets import load_mmlu, load_proxy
 from search.data.items import Item, stratified
+from search.data.overlap import Shingles, reported_texts
 from search.data.prose import Encode, load_prose, regions, text_digest
 
-__all__ = ["Splits", "Text", "assert_disjoint", "build_splits", "halves"]
+__all__ = ["SEARCHED", "OwnText", "Splits", "Text", "assert_disjoint", "build_splits", "halves"]
+
+
+SEARCHED = 8
+"""One in so many documents of a user's own text is for search, if it is used there too."""
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """A user's own text.
+
+    Attributes:
+        source: its name, for messages.
+        documents: its documents.
+        for_search: whether the search text is taken from it too.
+    """
+
+    source: str
+    documents: tuple[str, ...]
+    for_search: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +90,8 @@ class Splits:
     """All text and items of a run, by purpose.
 
     The search may use calibration text, search text and search items; only held-out text and report items are reported
-    on. `notes` say where there are fewer items than asked for, and why. Making an instance raises ValueError if the two
-    groups overlap.
+    on. `notes` say where there are fewer items or documents than asked for, and why. Making an instance raises
+    ValueError if the two groups overlap.
     """
 
     calibration: Text
@@ -116,6 +140,7 @@ def build_splits(
     beginning: Sequence[int] = (),
     fits: Callable[[Item], bool] = lambda item: True,
     parts: int = 1,
+    own: OwnText | None = None,
 ) -> Splits:
     """Read, divide and tokenize the data packages.
 
@@ -132,6 +157,7 @@ def build_splits(
         beginning: special tokens that start every sequence of text, and count as tokens of it.
         fits: whether the model can score an item; other items are replaced by further ones of the pool.
         parts: number of parts into which the search items will be divided; each needs one.
+        own: a user's own text for calibration; None uses that of the data packages.
 
     Raises:
         ValueError: the proxy is unknown, more tokens are requested than exist, splits overlap, there are fewer usable
@@ -151,14 +177,67 @@ def build_splits(
     calibration, searched, heldout = zip(*(regions(documents) for documents in load_prose()), strict=True)
     text = partial(_text, encode, beginning)
     ordered = [stratified(items, len(items), seed) for items in (exam_pool, heldout_exam)]
+    heldout_text = text(heldout, ordered[1], heldout_tokens, chunk_tokens)
+    own_note = ""
+    if own is None:
+        calibration_text = text(calibration, ordered[0], calibration_tokens, chunk_tokens)
+        search_text = text(searched, (), search_text_tokens, chunk_tokens)
+    else:
+        other = () if own.for_search else chain.from_iterable(searched)
+        documents, own_note = _apart(own, heldout_text, [*report_pool, *drawn], other)
+        if own.for_search:
+            shares = _shares(documents)
+            search_text = _own(text, own, shares[1], search_text_tokens, chunk_tokens, "--search-text-tokens")
+            documents = shares[0]
+        else:
+            search_text = text(searched, (), search_text_tokens, chunk_tokens)
+        calibration_text = _own(text, own, documents, calibration_tokens, chunk_tokens, "--calibration-tokens")
     return Splits(
-        calibration=text(calibration, ordered[0], calibration_tokens, chunk_tokens),
-        search_text=text(searched, (), search_text_tokens, chunk_tokens),
+        calibration=calibration_text,
+        search_text=search_text,
         search_items=drawn,
-        heldout_text=text(heldout, ordered[1], heldout_tokens, chunk_tokens),
+        heldout_text=heldout_text,
         report_items=reported,
-        notes=tuple(filter(None, (drawn_note, reported_note))),
+        notes=tuple(filter(None, (drawn_note, reported_note, own_note))),
     )
+
+
+def _apart(own: OwnText, heldout: Text, items: Sequence[Item], searched: Iterable[str]) -> tuple[tuple[str, ...], str]:
+    """Return the documents of a user's text that share nothing with these texts and items, and a note on the others.
+
+    Raises:
+        ValueError: there is no such document.
+    """
+    digests = heldout.sources | {item.digest for item in items}
+    known = Shingles(chain(reported_texts(items), searched))
+    kept = tuple(
+        document
+        for document in own.documents
+        if not any(text_digest(line) in digests for line in document.split("\n")) and not known.meet(document)
+    )
+    if not kept:
+        raise Refusal(f"calibration {own.source!r} holds nothing but text that is searched or reported on")
+    left_out = len(own.documents) - len(kept)
+    note = (
+        f"{left_out} of {len(own.documents)} documents of {own.source} are left out: they are also searched or reported"
+    )
+    return kept, note if left_out else ""
+
+
+def _shares(documents: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Divide documents by digest into those for calibration and those for search; equal ones stay together."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for document in documents:
+        parts[int(text_digest(document)[:8], 16) % SEARCHED == 0].append(document)
+    return tuple(parts[0]), tuple(parts[1])
+
+
+def _own(text: Callable[..., Text], own: OwnText, documents: Sequence[str], tokens: int, chunk: int, flag: str) -> Text:
+    """Return `tokens` tokens of a user's documents, evenly spaced; raises ValueError that names source and flag."""
+    try:
+        return text([documents], (), tokens, chunk)
+    except Refusal as error:
+        raise Refusal(f"calibration {own.source!r}: {error} ({flag})") from None
 
 
 def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:

@@ -107,7 +107,7 @@ def read(
     """Make a forward pass and read the logits, in float32, at `source`; the head computes no other positions.
 
     Args:
-        inputs: keyword arguments of the model.
+        inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible.
         source: flat positions (batch × length) whose logits are read.
         cache: KV cache of the tokens before the inputs; the inputs are appended to it. None uses no cache.
     """
@@ -120,10 +120,20 @@ def read(
 
     hook = head.register_forward_pre_hook(feed)
     try:
-        logits = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
+        logits = model(**_masked(model, inputs), past_key_values=cache, use_cache=cache is not None).logits
     finally:
         hook.remove()
     return Reading(logits[0].float(), fed[0], head)
+
+
+def _masked(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The inputs with the mask as the attention of the model takes it: "eager" attention adds it to its scores."""
+    mask, attention = inputs.get("attention_mask"), getattr(getattr(model, "config", None), "_attn_implementation", "")
+    if mask is None or mask.dtype != torch.bool or attention != "eager":
+        return inputs
+    dtype = next(model.parameters()).dtype
+    added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return {**inputs, "attention_mask": added}
 
 
 def log_normalizer(logits: torch.Tensor) -> torch.Tensor:

@@ -29,23 +29,27 @@ from compression.sites import Site, discover_sites
 from compression.storage.factor_cache import FactorCache, cache_key
 from search.config import Config
 from search.data.items import Item
+from search.data.own_text import read_own_text
 from search.data.prompts import render
 from search.data.prose import long_text
-from search.data.splits import Splits, build_splits
+from search.data.splits import SEARCHED, OwnText, Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.latency import layer_costs
 from search.evaluation.packed_sequences import Packed, packed_item, packed_text
 from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store
+from search.experiment.user_files import check_files
 from search.model.architecture import head_size
 from search.model.devices import resolve_device, working_dtype
 from search.model.loading import LoadedModel, load_model
+from search.model.spreading import devices_of, spread_
 from search.runtime.files import cache_folder
 
 __all__ = ["Experiment", "Extract", "load", "smallest_parameters", "workload_sequences"]
 
 _SELECTION = 4  # the selection set is this many times as large as a shard
+_SPARE = 64  # characters of a user's own text that are read for every token that is wanted
 _BATCH = 1024  # tokens in one forward pass
 _RACING_BATCH = 512  # tokens between two early-stopping checks of a finalist
 
@@ -117,6 +121,7 @@ class Experiment:
             beginning=loaded.beginning,
             fits=lambda item: _is_short(_packed(loaded, item, config.proxy, config.proxy_form), longest),
             parts=parts,
+            own=_own_text(config, loaded),
         )
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
@@ -288,17 +293,25 @@ def load(
         loaded: the model, if it is already in memory.
 
     Raises:
-        ValueError: as for `search.model.loading.load_model` and `compression.sites.discover_sites`; the model has fewer
-            positions than a calibration text has tokens; the target is below
-            the kept fraction with χ = 1 everywhere; or `per_head` is set for a model without several heads.
+        ValueError: as for `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
+            `search.model.spreading.spread_` and `compression.sites.discover_sites`; the model has fewer positions than
+            a calibration text has tokens; the target is below the kept fraction with χ = 1 everywhere; or `per_head` is
+            set for a model without several heads.
         DataUnavailable: as for `search.model.loading.load_model`.
     """
-    loaded = loaded or load_model(config.model, device, working_dtype(config.dtype, device))
+    check_files(config)
+    if loaded is None:
+        place, dtype = device, working_dtype(config.dtype, device)
+        if config.device_map is not None:  # the whole model may not fit on one device
+            place = torch.device("cpu")
+        loaded = load_model(config.model, place, dtype, config.trust_remote_code)
     if loaded.positions is not None and loaded.positions < CHUNK_TOKENS:
         raise Refusal(
             f"model must have at least {CHUNK_TOKENS} positions, the length of the calibration texts, got "
             f"{config.model} with {loaded.positions}"
         )
+    if config.device_map is not None:
+        spread_(loaded.model, device, devices_of(config.device_map, device))
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
@@ -315,6 +328,17 @@ def load(
             f"got {config.target_kept}"
         )
     return loaded, sites
+
+
+def _own_text(config: Config, loaded: LoadedModel) -> OwnText | None:
+    """The user's own calibration text, in the chat format of the model; None if there is none."""
+    if config.calibration is None:
+        return None
+    tokens = config.calibration_tokens
+    if config.calibration_for_search:
+        tokens += SEARCHED * config.search_text_tokens * (config.search_shards + _SELECTION)
+    documents = read_own_text(config.calibration, loaded.tokenizer, _SPARE * tokens)
+    return OwnText(config.calibration, documents, config.calibration_for_search)
 
 
 def smallest_parameters(sites: Sequence[Site]) -> int:

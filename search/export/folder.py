@@ -22,6 +22,7 @@ from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
+from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
@@ -29,10 +30,11 @@ from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 
-__all__ = ["CARD", "FORMATS", "Footprint", "check_export", "check_gguf", "export_dense_", "export_model", "footprint"]
+__all__ = ["CARD", "FORMATS", "Footprint", "check_export", "export_dense_", "export_model", "footprint"]
 
 FORMATS = ("hf", "dense", "gguf-ready")
 CARD = "README.md"
+_VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     modules = describe(model)
     if not modules:
         raise Refusal("nothing in this model is compressed; export it with --format dense")
-    _check_architecture(model)
+    _check_form("hf", model, tokenizer)
     config, architecture = type(model.config).__name__, type(model).__name__
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
@@ -121,20 +123,19 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
         _save(model, tokenizer, partial, card, beside)
 
 
-def check_export(kind: str, model: Any, tokenizer: Any) -> None:
-    """Refuse a model that cannot be exported, before work is spent on it; nothing of the weights is written.
+def check_export(form: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a model that cannot be exported in a form, before any work is done for it; no weights are written.
 
     Args:
-        kind: one of `FORMATS`.
+        form: one of `FORMATS`; any model can be exported as "dense".
         model: the dense or the compressed model.
 
     Raises:
-        ValueError: as `export_model` and `check_gguf`; or transformers cannot save the model's settings or tokenizer.
+        ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
+            llama.cpp converts, and a tokenizer with a tokenizer.json; or transformers cannot save the model's settings
+            or tokenizer.
     """
-    if kind == "hf":
-        _check_architecture(model)
-    if kind == "gguf-ready":
-        check_gguf(model, tokenizer)
+    _check_form(form, model, tokenizer)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         try:
             for part in (model.config, getattr(model, "generation_config", None), tokenizer):
@@ -147,23 +148,25 @@ def check_export(kind: str, model: Any, tokenizer: Any) -> None:
             raise Refusal(f"transformers cannot save this model: {reason}; correct the files of the model") from error
 
 
-def _check_architecture(model: Any) -> None:
-    if not type(model).__module__.startswith("transformers."):
-        name = f"{type(model).__module__}.{type(model).__name__}"
-        raise Refusal(f"architecture must be defined in transformers, got {name}")
-
-
-def check_gguf(model: Any, tokenizer: Any) -> None:
-    """Refuse a model that llama.cpp's converter cannot convert.
+def _check_form(form: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a model that cannot be exported in a form.
 
     Raises:
-        ValueError: the GGUF format has no name for the architecture, or the tokenizer has no tokenizer.json.
+        ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
+            llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    from gguf import MODEL_ARCH_NAMES
-
-    kind = str(model.config.model_type).replace("_", "")
-    if kind not in {name.replace("-", "").replace("_", "") for name in MODEL_ARCH_NAMES.values()}:
-        raise Refusal(f"architecture must be one that GGUF has a name for, got {model.config.model_type!r}")
+    if form == "hf" and not type(model).__module__.startswith("transformers.models."):
+        raise Refusal(
+            f"the hf format needs an architecture that transformers defines, and {type(model).__name__} comes with the "
+            "model; export it as dense"
+        )
+    if form != "gguf-ready":
+        return
+    if (architecture := type(model).__name__) not in CONVERTIBLE:
+        raise Refusal(
+            f"llama.cpp's converter takes no {architecture} (as of {SOURCE}); give a later converter the folder of "
+            "--format dense --dtype float16"
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise Refusal("the tokenizer must be a fast one, which has a tokenizer.json, and this one is not")
 
@@ -172,10 +175,40 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.json"):
+        _drop_absent_code(file)
+    vocabulary = Path(str(getattr(tokenizer, "name_or_path", ""))) / _VOCABULARY
+    if vocabulary.is_file() and not (folder / _VOCABULARY).exists():
+        shutil.copyfile(vocabulary, folder / _VOCABULARY)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:
         shutil.copyfile(file, folder / file.name)
+
+
+def _drop_absent_code(file: Path) -> None:
+    """Remove from a JSON file the references to code that is not in its folder; transformers would refuse to load it.
+
+    `auto_map` names a class, or a list of classes or null, as MODULE.CLASS or REPOSITORY--MODULE.CLASS.
+    """
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or "auto_map" not in document:
+        return
+    given = document.pop("auto_map")
+    named = given.items() if isinstance(given, dict) else ()
+    kept = {kind: found for kind, found in named if all(_is_beside(file, each) for each in _listed(found))}
+    if kept != given:
+        document = {**document, "auto_map": kept} if kept else document
+        file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _listed(found: object) -> list[object]:
+    return found if isinstance(found, list) else [found]
+
+
+def _is_beside(file: Path, reference: object) -> bool:
+    """Whether a reference of `auto_map` is null or a class of a module beside `file`."""
+    return reference is None or (file.parent / f"{str(reference).rpartition('.')[0]}.py").is_file()
 
 
 @contextmanager

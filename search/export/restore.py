@@ -72,6 +72,7 @@ def restore(
     reference: bool | None = False,
     opened: Experiment | None = None,
     check: Callable[[Any, Any], None] = lambda model, tokenizer: None,
+    trusted: bool = False,
 ) -> RestoredRun:
     """Load the dense model of a run and compress it as the run did.
 
@@ -84,6 +85,7 @@ def restore(
         reference: evaluate the dense model on the held-out workload first, so that the restored model can be measured
             against it; None does so if no row was measured for this state.
         check: called with the dense model and its tokenizer before anything is computed; it may refuse them.
+        trusted: whether the code that comes with the model may run, if the run used it.
 
     Raises:
         ValueError: `run` is not the folder of a finished run, it was changed since it finished, its model is another
@@ -93,7 +95,8 @@ def restore(
     if not (run / PRIOR).is_file() or not (run / CONFIG).is_file():
         raise Refusal(f"a finished run has {CONFIG} and {PRIOR}, but {run} does not; give the folder of a finished run")
     recorded = refuse_changed(run, console.note)
-    config = Config.of({**read_fields(run / CONFIG), "device": device})
+    own: dict[str, object] = {"device": device} if device == "auto" else {"device": device, "device_map": None}
+    config = Config.of_run(read_fields(run / CONFIG), trusted, **own)
     prior = Prior.read(run / PRIOR)
     summary = document(SummaryFile, run / SUMMARY, "the summary") if (run / SUMMARY).exists() else {}
     schedule, rows = prior.schedule, _rows(summary)

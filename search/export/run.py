@@ -54,6 +54,7 @@ class ExportForm:
         quantize: "none", "int8", "int4" or "mixed".
         state: one of `search.export.restore.STATES`; None takes the furthest state that the run reached.
         device: device on which the model is restored.
+        trusted: as for `search.export.restore.restore`.
     """
 
     kind: str = "hf"
@@ -61,6 +62,7 @@ class ExportForm:
     quantize: str = "none"
     state: str | None = None
     device: str = "auto"
+    trusted: bool = False
 
 
 def export_run(
@@ -81,12 +83,12 @@ def export_run(
         Text for the user: the size of the model and how to load the folder.
 
     Raises:
-        ValueError: as `search.export.restore.restore`, or llama.cpp does not know the architecture.
+        ValueError: as `search.export.restore.restore`, or the model cannot be exported in this form.
         DataUnavailable: as `search.export.restore.restore`.
     """
     quantized = form.quantize != "none"
     check = partial(check_export, form.kind)
-    restored = restore(source, console, form.device, form.state, healed, quantized or None, opened, check)
+    restored = restore(source, console, form.device, form.state, healed, quantized or None, opened, check, form.trusted)
     loaded, summary, state = restored.experiment.loaded, restored.summary, restored.state
     other, measured = healed if state == "healed" else None, []
     if not quantized and (other is not None or restored.measured is None):

@@ -111,6 +111,7 @@ class HealingOptions:
     checkpointing: bool = False
     gates: bool = False
     out: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def data_name(self) -> str:

@@ -85,7 +85,9 @@ def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedR
         if not (run / name).is_file():
             raise Refusal(f"heal needs the folder of a finished run, but {run / name} does not exist")
     recorded = refuse_changed(run, console.note)
-    config = Config.of(read_fields(run / CONFIG))
+    config = Config.of_run(read_fields(run / CONFIG), options.trust_remote_code)
+    if config.device_map is not None and Processes.wanted() > 1:
+        raise Refusal("a run with device_map is healed by one process, which uses all devices; start a single one")
     device = resolve_device(config.device)
     plan = options.plan(config.seed, device)
     folder = Path(options.out) if options.out else run / f"{HEALED}-{options.data_name}-{plan.length}"

@@ -95,21 +95,33 @@ def _bytes(device: torch.device) -> int:
 
 
 def output_head(model: nn.Module) -> Head:
-    """The output head of a model.
+    """The output head of a model, with the scale and cap of logits that its configuration states.
 
     Raises:
-        ValueError: the head is not a linear layer, or the model changes the output of the head before returning it.
+        ValueError: the head is not a linear layer, or the model changes its output in another way.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     fed: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, args, output: fed.append(output))
+    hook = module.register_forward_hook(lambda module, args, output: fed.extend((args[0], output)))
     try:
         with torch.no_grad():
-            ids = torch.ones(1, 2, dtype=torch.long, device=head.weight.device)
+            ids = torch.ones(1, 2, dtype=torch.long, device=module.weight.device)
             logits = model(input_ids=ids, use_cache=False).logits
-            same = torch.equal(logits.nan_to_num(), fed[0].nan_to_num())
     finally:
         hook.remove()
-    if not isinstance(head, nn.Linear) or not same:
-        raise Refusal("healing needs a model whose logits are a linear map of its last hidden states")
-    return Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
+    if isinstance(module, nn.Linear):
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        cap = getattr(config, "final_logit_softcapping", None)
+        head = Head(module.weight.detach(), None if module.bias is None else module.bias.detach(), scale, cap)
+        plain = scale == 1 and cap is None
+        if torch.equal(logits.nan_to_num(), fed[1].nan_to_num()) if plain else _alike(head.logits(fed[0]), logits):
+            return head
+    raise Refusal(
+        "healing needs a model whose logits are a linear map of its last hidden states, or one capped by tanh"
+    )
+
+
+def _alike(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether logits agree as well as the precision of `wanted` allows."""
+    return torch.allclose(found, wanted.float(), rtol=0, atol=1e-2 * float(wanted.abs().max()), equal_nan=True)

@@ -36,6 +36,7 @@ from search.healing.rows import HealingText
 from search.healing.sharding import Sharding, like, whole
 from search.healing.teacher import Teacher, output_head
 from search.model.loading import model_digest
+from search.model.spreading import is_spread
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Stage, duration
 from search.runtime.distributed import Processes
@@ -147,8 +148,9 @@ class _Healing:
         self.optimizer = self._optimizer()
         self.best = self._copied()
         self.recordings = ExitStack()
-        # CUDA graphs exclude activation checkpointing, which runs a block twice, and sharding, which moves parameters.
-        replays = _has_graphs(self.device) and self.sharding is None and not plan.checkpointing
+        # CUDA graphs exclude activation checkpointing, which runs a block twice, sharding, which moves parameters, and
+        # several devices.
+        replays = _has_graphs(model) and self.sharding is None and not plan.checkpointing
         self.recorded: int | None = 0 if replays else None  # rows in a replayed pass; None disables replay
 
     def run(self) -> Healed:
@@ -315,7 +317,7 @@ class _Healing:
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=self.sharding is None)
         for parameter in self.parameters.values():  # as the first step would, so that checkpoint 0 has the same tensors
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            step = torch.zeros((), device=self.device if self.sharding is None else None)
+            step = torch.zeros((), device=parameter.device if self.sharding is None else None)
             optimizer.state[parameter] = {"step": step, **moments}
         return optimizer
 
@@ -375,8 +377,8 @@ class _Healing:
         self.warn(f"healing resumes from step {self.at.step}, {self.at.tokens:,} tokens")
 
 
-def _has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
+def _has_graphs(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda" and not is_spread(model)
 
 
 def _autocast(model: nn.Module) -> AbstractContextManager[Any]:

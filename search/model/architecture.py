@@ -9,7 +9,7 @@ import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
 from compression.refusal import Refusal
-from search.model.pretrained import Source, quiet_transformers
+from search.model.pretrained import Source, quiet_transformers, with_attention
 from search.model.random_models import random_config, random_parameter
 
 __all__ = ["bare_model", "empty_model", "head_size", "shaped_model"]
@@ -40,10 +40,12 @@ def empty_model(source: Source) -> Any:
                 config = random_config(source.name)
             else:
                 config = transformers.AutoConfig.from_pretrained(
-                    source.folder, local_files_only=True, trust_remote_code=False
+                    source.folder, local_files_only=True, trust_remote_code=source.trusted
                 )
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", trust_remote_code=False
+            model = with_attention(
+                lambda attention: transformers.AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, trust_remote_code=source.trusted
+                )
             )
     except Exception as error:  # for the reason given in `read_pretrained`
         raise Refusal(f"model {source.name!r} has a config that cannot be used: {error}") from error

@@ -1,8 +1,8 @@
 """Load a causal language model by name.
 
 Knows the packaged default model, random models for tests and measurements, local folders and hub ids, and which weight
-files are safe to open; does not know sites or schedules. Never opens pickled weights and never runs code that comes
-with a model.
+files are safe to open; does not know sites or schedules. Never opens pickled weights, and runs code that comes with a
+model only if it is trusted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compression.refusal import Refusal
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
 from search.model.own_code import is_compressed
-from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable
+from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable, with_attention
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
 from search.model.source_files import SourceFiles
 from search.model.sources import locate
@@ -108,20 +108,23 @@ class LoadedModel:
         return str(self.tokenizer.decode(list(self.beginning))) if self.beginning else ""
 
 
-def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(
+    name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32, trusted: bool = False
+) -> LoadedModel:
     """Load a dense model in evaluation mode, without gradients.
 
     Args:
         name: as for `search.model.sources.locate`.
         device: as for `resolve_device`, or a torch device.
         dtype: dtype that the parameters are converted to.
+        trusted: whether code that comes with the model may run.
 
     Raises:
         ValueError: as for `locate` and `resolve_device`; or weights are missing, misshapen or unreadable.
         DataUnavailable: as for `locate`.
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
-    source = locate(name)
+    source = locate(name, trusted)
     files = SourceFiles.of(source)
     with quiet_transformers():
         if source.folder is None:
@@ -134,26 +137,29 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
 
 
-def load_for_use(name: str, device: str | torch.device = "auto") -> LoadedModel:
+def load_for_use(name: str, device: str | torch.device = "auto", trusted: bool = False) -> LoadedModel:
     """Load a dense or compressed model in order to run it.
 
-    A compressed folder is loaded in its stored dtype, a dense model in bfloat16 on a GPU and in float32 on a CPU.
+    A compressed folder is loaded in its stored dtype, a dense model in bfloat16 on a GPU and in float32 on a CPU. The
+    code of a compressed folder is never run.
 
     Raises:
         ValueError: as for `load_model`; or a compressed folder fails its verification.
         DataUnavailable: as for `load_model`.
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
-    source = locate(name)
+    source = locate(name, trusted)
     if source.folder is None or not is_compressed(source.folder):
-        return load_model(name, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+        return load_model(name, place, torch.bfloat16 if place.type == "cuda" else torch.float32, trusted)
     files = SourceFiles.of(source)
     import search.hf  # noqa: F401 (registers compressed folders with transformers)
 
     with quiet_transformers():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source.folder, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
+            model = with_attention(
+                lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
+                    source.folder, attn_implementation=attention, local_files_only=True, trust_remote_code=False
+                )
             )
             tokenizer = read_tokenizer(source.folder)
         except Exception as error:  # as in `read_pretrained`
@@ -168,7 +174,9 @@ def can_be_assembled(name: str) -> bool:
     return locate(name).gguf is None
 
 
-def assemble(name: str, device: torch.device, parameters: Mapping[str, torch.Tensor], digest: str) -> LoadedModel:
+def assemble(
+    name: str, device: torch.device, parameters: Mapping[str, torch.Tensor], digest: str, trusted: bool = False
+) -> LoadedModel:
     """The same model as from `load_model`, built from given parameters, which may be memory-mapped.
 
     Args:
@@ -176,12 +184,13 @@ def assemble(name: str, device: torch.device, parameters: Mapping[str, torch.Ten
         device: the device of the model.
         parameters: all parameters by name, all of the same dtype; tied parameters occur once.
         digest: digest of the parameters, see `model_digest`; it is not checked.
+        trusted: whether code that comes with the model may run.
 
     Raises:
         ValueError: as for `load_model`; or the model's config asks for other parameters.
         DataUnavailable: as for `load_model`.
     """
-    source = locate(name)
+    source = locate(name, trusted)
     model = empty_model(source)
     wanted = [path for path, _ in model.named_parameters()]
     if differing := sorted(set(wanted).symmetric_difference(parameters)):
@@ -195,7 +204,7 @@ def assemble(name: str, device: torch.device, parameters: Mapping[str, torch.Ten
     model.tie_weights()
     model.to(device=device, dtype=next(iter(parameters.values())).dtype).eval().requires_grad_(False)
     with quiet_transformers():
-        tokenizer = byte_tokenizer() if source.folder is None else read_tokenizer(source.folder)
+        tokenizer = byte_tokenizer() if source.folder is None else read_tokenizer(source.folder, trusted)
     files = SourceFiles.of(source)
     return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
 

@@ -1,8 +1,9 @@
 """Refuses a model folder that needs code of its own, before transformers sees it.
 
 A config may name Python files in `auto_map`, and transformers would import them, or ask on standard input whether it
-may. Chisel never imports them: every loader is called with `trust_remote_code=False`, and a folder that cannot be used
-without its code is refused by name. Knows the files of a model folder; loads no weights.
+may. Chisel imports them only where the user passes `--trust-remote-code`. Otherwise every loader is called with
+`trust_remote_code=False`, and a folder that cannot be used without its code is refused by name. Knows the files of a
+model folder; loads no weights.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from compression.refusal import Refusal
 
-__all__ = ["MODULE", "is_compressed", "is_model_folder", "read_config", "refuse_own_code"]
+__all__ = ["MODULE", "is_compressed", "is_model_folder", "read_config", "references", "refuse_own_code"]
 
 MODULE = "modeling_chisel"
 """Name, without .py, of the file that an export writes for loaders without Chisel; we never import it ourselves."""
@@ -91,21 +92,22 @@ def refuse_own_code(name: str, folder: Path, gguf: bool = False) -> None:
         ("config.json", config, known),
         ("tokenizer_config.json", tokenizer, class_known),
     ):
-        for key, reference in _references(document.get("auto_map")):
+        for key, reference in references(document.get("auto_map")):
             if ours and file == "config.json" and key in _OURS and reference.partition(".")[0] == MODULE:
                 continue
             code = folder / f"{reference.partition('.')[0]}.py"
             brings = os.path.exists(code)  # also for an impossible name, where Path.exists raises
             if brings or "--" in reference or not has_class:
                 raise Refusal(
-                    f"model {name!r} wants to run code of its own: auto_map in its {file} names {reference!r}; Chisel "
-                    "runs no code from a model's folder; give a model whose classes are in transformers, or remove "
-                    "auto_map if those classes fit"
+                    f"model {name!r} wants to run code of its own: auto_map in its {file} names {reference!r}; give a "
+                    "model whose classes are in transformers, or remove auto_map if those classes fit, or, if you "
+                    "trust the code, add --trust-remote-code"
                 )
     if not known:
         raise Refusal(
             f"model {name!r} needs code that is not in transformers: model_type in its config.json is {kind!r}, which "
-            "transformers does not know; give a model of an architecture that it knows"
+            "transformers does not know; give a model of an architecture that it knows, or, if the folder brings code "
+            "that you trust, add --trust-remote-code"
         )
 
 
@@ -114,13 +116,13 @@ def _method(config: Mapping[str, object]) -> object:
     return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
-def _references(auto_map: object, key: str = "") -> Iterator[tuple[str, str]]:
+def references(auto_map: object, key: str = "") -> Iterator[tuple[str, str]]:
     """The class references in an `auto_map` with their keys; some tokenizers have a list of them."""
     if isinstance(auto_map, str):
         yield key, auto_map
     elif isinstance(auto_map, dict):
         for name, value in auto_map.items():
-            yield from _references(value, name)
+            yield from references(value, name)
     elif isinstance(auto_map, list):
         for value in auto_map:
-            yield from _references(value, key)
+            yield from references(value, key)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 from compression.refusal import Refusal
+from search.model.gguf_shards import gguf_files, joined
 from search.model.weight_files import stored_tensors
 
-__all__ = ["Source", "different_ties", "quiet_transformers", "read_pretrained", "read_tokenizer", "unusable"]
+__all__ = [
+    "Source",
+    "different_ties",
+    "quiet_transformers",
+    "read_pretrained",
+    "read_tokenizer",
+    "unusable",
+    "with_attention",
+]
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class Source:
         model_id: name for display and in files.
         license: SPDX-like name, "unknown", or "none" for a random model.
         folder: folder with safetensors or a GGUF file; None for a random model.
-        gguf: name of the GGUF file in `folder`; None for safetensors.
+        gguf: name of the GGUF file in `folder`, or of its first shard; None for safetensors.
+        trusted: whether the code in `folder` may run.
     """
 
     name: str
@@ -35,6 +47,16 @@ class Source:
     license: str
     folder: Path | None = None
     gguf: str | None = None
+    trusted: bool = False
+
+    @property
+    def gguf_files(self) -> tuple[Path, ...]:
+        """The GGUF file or its shards in order; empty for safetensors.
+
+        Raises:
+            ValueError: a shard is missing.
+        """
+        return () if self.folder is None or self.gguf is None else gguf_files(self.folder / self.gguf)
 
 
 def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -50,17 +72,20 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         where["gguf_file"] = source.gguf
         weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **where,
-            **weights,
-        )
-        tokenizer = read_tokenizer(source.folder, **where)
+        with joined(source.gguf_files):
+            model, info = with_attention(
+                lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
+                    source.folder,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    trust_remote_code=source.trusted,
+                    **where,
+                    **weights,
+                )
+            )
+            tokenizer = read_tokenizer(source.folder, source.trusted, **where)
     except Exception as error:  # an unknown file can make the libraries raise anything; all of it refuses the file
         raise unusable(source, error) from error
     if broken := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
@@ -108,15 +133,31 @@ def different_ties(name: str, target: str, origin: str) -> str:
     )
 
 
+def with_attention(make: Callable[[str], _Made]) -> _Made:
+    """Make a model with PyTorch's fused attention, or with "eager" attention if its architecture has no other.
+
+    Gemma 2, for example, caps its attention scores, which the fused kernels cannot.
+
+    Args:
+        make: makes the model with the attention of this name.
+    """
+    try:
+        return make("sdpa")
+    except ValueError as error:
+        if 'attn_implementation="eager"' not in str(error):
+            raise
+    return make("eager")
+
+
 def unusable(source: Source, error: Exception) -> Refusal:
     """The refusal for a model that a library cannot load, with the first line of the library's reason."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return Refusal(f"model {source.name!r} cannot be loaded: {reason}")
 
 
-def read_tokenizer(folder: Path | None, **where: Any) -> Any:
-    """Load the tokenizer of a folder or GGUF file without running code from it."""
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **where)
+def read_tokenizer(folder: Path | None, trusted: bool = False, **where: Any) -> Any:
+    """Load the tokenizer of a folder or GGUF file without running code from it, unless that code is trusted."""
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted, **where)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from search.model.pretrained import with_attention
+
 __all__ = ["SHAPES", "TINY", "byte_tokenizer", "random_config", "random_parameter", "tiny_model"]
 
 _STANDARD_DEVIATION = 0.02
@@ -79,6 +81,7 @@ def random_parameter(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.
 
 TINY: dict[str, dict[str, Any]] = {
     "random:tiny-llama": {"model_type": "llama", "num_key_value_heads": 2},
+    "random:tiny-gemma2": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 256},
     "random:tiny-gpt2": {"model_type": "gpt2", "n_inner": 48},
     "random:tiny-qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
 }
@@ -105,10 +108,11 @@ def tiny_model(name: str, dtype: torch.dtype) -> Any:
     """A tiny random model, the same on every call; leaves the global random generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(
-            random_config(name), attn_implementation="sdpa", trust_remote_code=False
+        return with_attention(
+            lambda attention: transformers.AutoModelForCausalLM.from_config(
+                random_config(name), attn_implementation=attention, trust_remote_code=False
+            ).to(dtype)
         )
-    return model.to(dtype)
 
 
 def byte_tokenizer() -> Any:

@@ -18,6 +18,7 @@ from compression.storage.whole_files import read_file, refuse_irregular
 from search.data import hub
 from search.data.packages import extract, read_requirements
 from search.model.declared_shape import refuse_impossible
+from search.model.gguf_shards import first_shards, gguf_files, model_name
 from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
@@ -37,13 +38,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
 
 
-def locate(name: str) -> Source:
+def locate(name: str, trusted: bool = False) -> Source:
     """Find the files of a model without loading it; downloads them if necessary.
 
     Args:
-        name: "default"; "random:tiny-llama", "random:tiny-gpt2" or "random:tiny-qwen2"; "random:llama-3.2-1b",
-            "random:qwen2.5-1.5b" or "random:llama-2-7b" for random weights in these shapes; a local folder or GGUF
-            file; or a hub id.
+        name: "default"; "random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2" or "random:tiny-gemma2";
+            "random:llama-3.2-1b", "random:qwen2.5-1.5b" or "random:llama-2-7b" for random weights in these shapes; a
+            local folder or GGUF file, of which any shard stands for all; or a hub id.
+        trusted: whether code that comes with the model may run.
 
     Raises:
         ValueError: the name is unknown; the folder has no config, no weights or pickled weights only; it is not certain
@@ -51,13 +53,13 @@ def locate(name: str) -> Source:
             `search.model.own_code.refuse_own_code` refuses it.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
-    source = _found(name)
-    if source.folder is not None:
+    source = _found(name, trusted)
+    if source.folder is not None and not trusted:
         refuse_own_code(name, source.folder, source.gguf is not None)
     return source
 
 
-def _found(name: str) -> Source:
+def _found(name: str, trusted: bool) -> Source:
     known = ["default", *TINY, *SHAPES]
     if name == "default":
         return Source(name, DEFAULT_ID, "Apache-2.0", _unpacked_default())
@@ -66,16 +68,16 @@ def _found(name: str) -> Source:
     path = user_path(name)
     if path.suffix == ".gguf" and path.is_file():
         refuse_adapter(name, path.resolve().parent)
-        return Source(name, path.stem, "unknown", path.parent.resolve(), path.name)
+        return Source(name, model_name(path), "unknown", path.parent.resolve(), gguf_files(path)[0].name)
     if name and path.is_dir():
-        return _local(name, path.resolve())
+        return _local(name, path.resolve(), trusted=trusted)
     mistyped = similarity(name, nearest(name, known)) >= 0.6
     if "random:" in name or (mistyped and "/" not in name) or not _HUB_ID.match(name):
         valid = f"{', '.join(known)}, a folder or a hub id"
         raise Refusal(
             f"model must be {valid}, got {name!r}; the nearest is {nearest(name, known) if mistyped else known[0]}"
         )
-    return _local(name, _from_hub(name), model_id=name)
+    return _local(name, _from_hub(name, trusted), name, trusted)
 
 
 def _unpacked_default() -> Path:
@@ -131,12 +133,12 @@ def _intact(folder: Path) -> bool:
         return False
 
 
-def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
-    """The source for a folder that holds a config and safetensors, or exactly one GGUF file.
+def _local(name: str, folder: Path, model_id: str | None = None, trusted: bool = False) -> Source:
+    """The source for a folder that holds a config and safetensors, or exactly one GGUF model.
 
     Raises:
-        ValueError: the folder holds neither, or several GGUF files; something in it is no regular file;
-            `refuse_impossible` refuses its config; or `stored_tensors` refuses its weights.
+        ValueError: the folder holds neither, several GGUF models, or only some of the shards of one; something in it is
+            no regular file; `refuse_impossible` refuses its config; or `stored_tensors` refuses its weights.
     """
     refuse_irregular(folder)
     files = sorted(path.name for path in folder.iterdir())
@@ -148,19 +150,20 @@ def _local(name: str, folder: Path, model_id: str | None = None) -> Source:
             raise Refusal(f"model {name!r} must have a config.json beside its safetensors, but has none")
         refuse_impossible(name, folder)
         stored_tensors(name, folder)
-        return Source(name, model_id or folder.name, license_, folder)
-    ggufs = [file for file in files if file.endswith(".gguf")]
+        return Source(name, model_id or folder.name, license_, folder, trusted=trusted)
+    ggufs = first_shards([file for file in files if file.endswith(".gguf")])
     refuse_adapter(name, folder)
     if len(ggufs) == 1:
+        gguf_files(folder / ggufs[0])  # refuses a missing shard
         return Source(name, model_id or folder.name, license_, folder, ggufs[0])
     if ggufs:
-        raise Refusal(f"model {name!r} holds {len(ggufs)} GGUF files; name one of them, such as {folder / ggufs[0]}")
+        raise Refusal(f"model {name!r} holds {len(ggufs)} GGUF models; name one of them, such as {folder / ggufs[0]}")
     if pickles := [file for file in files if file.endswith(_PICKLES)]:
         raise Refusal(
             f"model {name!r} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
             "safetensors"
         )
-    raise Refusal(f"model {name!r} must hold *.safetensors or one *.gguf, but holds neither")
+    raise Refusal(f"model {name!r} must hold *.safetensors or one GGUF model, but holds neither")
 
 
 def _license(folder: Path) -> str:
@@ -173,8 +176,10 @@ def _license(folder: Path) -> str:
     return match[1] if match else "unknown"
 
 
-def _from_hub(name: str) -> Path:
-    """The folder of a hub model with its safe files only; without a network, the copy in the hub's cache is used.
+def _from_hub(name: str, trusted: bool) -> Path:
+    """The folder of a hub model with its safe files only, and its code if that is trusted.
+
+    Without a network, the copy in the hub's cache is used.
 
     Raises:
         ValueError: the hub does not have the model, or its licence must be accepted first.
@@ -183,7 +188,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", *(["*.py"] if trusted else [])]
     try:
         silent = not hub.answers(name)
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=hub.SECONDS, local_files_only=silent))

@@ -131,7 +131,9 @@ def apply(
     measured = traces(read_profile(profile, loaded)) if profile is not None else {}
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
-        rehearse_prior(experiment)
+    for note in experiment.splits.notes:
+        console.note(note)
+    rehearse_prior(experiment)
     applied = fit_prior(prior, experiment, target_kept, rule, console)
     for note in applied.notes:
         console.note(note)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,6 +77,7 @@ def plan(config: Config) -> Mapping[str, object]:
         },
         "data": {
             "proxy": config.proxy,
+            "calibration": config.calibration or "prose and exam questions of the data packages",
             "calibration_tokens": experiment.splits.calibration.tokens,
             "tokens_per_trial": tokens["trial"],
             "selection_tokens": tokens["selection"],
@@ -90,6 +92,13 @@ def plan(config: Config) -> Mapping[str, object]:
             "estimated_minutes": round(forward * experiment.seconds_per_token() / 60 + config.heal_minutes, 1),
             "statistics_cached": experiment.calibration.cache.has(experiment.calibration.key),
         },
-        "device": f"{device}, {str(loaded.model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+        "device": f"{_devices(loaded.model, device)}, {str(loaded.model.dtype).removeprefix('torch.')}, "
+        f"{torch.get_num_threads()} threads",
         "output": str(Path(config.resume or config.out or "results").absolute()),
     }
+
+
+def _devices(model: Any, main: torch.device) -> str:
+    """The devices of a model, the main one first."""
+    others = sorted({str(parameter.device) for parameter in model.parameters()} - {str(main)})
+    return ", ".join([str(main), *others])

@@ -49,7 +49,13 @@ def _benchmarks(run: Path, experiment: Experiment, console: Console) -> str:
     config = experiment.config
     last = "healed" if config.heal_minutes else "repaired"
     request = BenchmarkRequest(
-        (str(run),), TASKS, config.benchmark_items, (*SCHEDULES, last), seed=config.seed, device=config.device
+        (str(run),),
+        TASKS,
+        config.benchmark_items,
+        (*SCHEDULES, last),
+        seed=config.seed,
+        device=config.device,
+        trusted=config.trust_remote_code,
     )
     return benchmark(request, console, experiment).text()
 
@@ -61,4 +67,10 @@ def _exported(run: Path, experiment: Experiment, console: Console) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     if all(choice.is_dense for _, choice in Prior.read(run / PRIOR).schedule):
         return "nothing is compressed in the result, so that it is not exported"
-    return export_run(run, folder, ExportForm(config.export, device=config.device), console, opened=experiment)
+    return export_run(
+        run,
+        folder,
+        ExportForm(config.export, device=config.device, trusted=config.trust_remote_code),
+        console,
+        opened=experiment,
+    )

@@ -111,6 +111,8 @@ def profile(
         raise Refusal("chi or fractions must name a level that makes a matrix of the model smaller, and none does")
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
+    for note in experiment.splits.notes:
+        console.note(note)
     with RunFolder.open(config.resume, config.out, "profile", config.model, config.seed) as folder:
         console.opened(folder.path)
         document, found = _read(folder.path) if (folder / PROFILE).exists() else ({}, [])

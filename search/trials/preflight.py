@@ -10,7 +10,9 @@ import agents
 from compression.refusal import Refusal
 from search.config import Config
 from search.data.datasets import load_proxy
+from search.data.own_text import read_own_text
 from search.data.prompts import forms
+from search.experiment.user_files import with_digests
 from search.model.devices import resolve_device, working_dtype
 from search.runtime.run_folder import RESULTS, STUDY, refuse_held, refuse_unwritable, refuse_used
 from search.trials.journal import stored_fingerprint
@@ -25,8 +27,8 @@ def preflight(config: Config) -> tuple[Config, torch.device, StartingPoint]:
     """Refuse everything that can be refused before anything is loaded.
 
     Returns:
-        The configuration with "auto" replaced by a data type (that of the resumed run, otherwise this machine's), the
-        device to run on, and the starting point of the search.
+        The configuration with "auto" replaced by a data type (that of the resumed run, otherwise this machine's) and
+        with the digests of the user's files, the device to run on, and the starting point of the search.
     """
     if config.proxy_form not in forms(config.proxy):
         raise Refusal(
@@ -34,6 +36,8 @@ def preflight(config: Config) -> tuple[Config, torch.device, StartingPoint]:
         )
     if config.proxy.endswith(".jsonl"):
         load_proxy(config.proxy)
+    if config.calibration is not None:
+        read_own_text(config.calibration)
     agents.find(config.agent)
     start = StartingPoint.read(config)
     check_evaluators(config)
@@ -45,6 +49,7 @@ def preflight(config: Config) -> tuple[Config, torch.device, StartingPoint]:
         refuse_used(Path(config.out))
     else:
         refuse_unwritable(RESULTS)
+    config = with_digests(config)
     device = resolve_device(config.device)
     wanted = config.gpus_per_evaluator if device.type == "cuda" and config.ray_address is None else None
     if wanted and wanted > (here := torch.cuda.device_count()):

@@ -21,6 +21,7 @@ from search.config import EVALUATORS, Config
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.pool import Job, measure
 from search.experiment.experiment import Experiment, Extract, load
+from search.experiment.user_files import check_files
 from search.model.devices import resolve_device, working_dtype
 from search.model.loading import LoadedModel, assemble, can_be_assembled, load_model
 from search.runtime.files import cache_folder
@@ -60,12 +61,17 @@ class RemoteEvaluator:
         extract: Extract | None = None,
     ) -> None:
         config = Config.of(values)
+        check_files(config)
         device = resolve_device(config.device)
         cache = FactorCache(cache_folder() / "factors")
         lock = FileLock(cache_folder() / "evaluators.lock")
         with lock:
             dtype = working_dtype(config.dtype, device)
-            loaded = None if config.per_head else shared_model(config.model, device, dtype, model["weights"], cache)
+            loaded = (
+                None
+                if config.per_head
+                else shared_model(config.model, device, dtype, model["weights"], cache, config.trust_remote_code)
+            )
         loaded, sites = load(config, device, loaded)
         if different := [part for part, digest in model.items() if loaded.identity[part] != digest]:
             raise Refusal(
@@ -87,7 +93,7 @@ class RemoteEvaluator:
 
 
 def shared_model(
-    name: str, device: torch.device, dtype: torch.dtype, digest: str, cache: FactorCache
+    name: str, device: torch.device, dtype: torch.dtype, digest: str, cache: FactorCache, trusted: bool = False
 ) -> LoadedModel | None:
     """The model with memory-mapped parameters from the cache, which are stored there first if they are missing.
 
@@ -99,11 +105,11 @@ def shared_model(
     key = cache_key(kind="parameters", format=1, model=digest)
     bundle = cache.load(key)
     if bundle is None:
-        loaded = load_model(name, device, dtype)
+        loaded = load_model(name, device, dtype, trusted)
         if loaded.digest != digest:
             return loaded
         cache.store(key, Bundle({name: values.detach().cpu() for name, values in loaded.model.named_parameters()}))
         del loaded
         bundle = cache.load(key)
         assert bundle is not None
-    return assemble(name, device, bundle.tensors, digest)
+    return assemble(name, device, bundle.tensors, digest, trusted)

@@ -13,7 +13,7 @@ import pytest
 from compression.refusal import Refusal
 from search import cli
 from search.commands.exits import FAULT
-from search.config import AGENTS, PLANNERS, Config
+from search.config import AGENTS, PLANNERS, RECORDED, Config
 from search.runtime.errors import DataUnavailable
 from search.runtime.run_folder import CONFIG
 
@@ -79,7 +79,10 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     sizes["reward_repair_tokens"] = 256
     where = dict(evaluators="4", gpus_per_evaluator=0.5, ray_address="head:6379", trial_timeout=9.5)
     values = {**texts, **sizes, **weights, **where, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
-    assert set(values) | {"quick", "per_head", "policy", "prior", "resume"} == set(Config.model_fields)
+    flags = {"quick", "per_head", "trust_remote_code", "calibration_for_search"}
+    assert set(values) | flags | {"calibration", "device_map", "policy", "prior", "resume", *RECORDED} == set(
+        Config.model_fields
+    )
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["search", *words, "--quick", "--per-head"]) == cli.DONE
     assert pipeline.configs == [Config.of({**values, "quick": True, "per_head": True})]
@@ -282,7 +285,7 @@ def test_help_names_every_flag_and_starts_without_a_model_library():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (run.returncode, run.stderr) == (0, "")
-    for name in Config.model_fields:
+    for name in Config.model_fields.keys() - set(RECORDED):
         assert f"--{name.replace('_', '-')}" in run.stdout
     assert "examples:" in run.stdout
 

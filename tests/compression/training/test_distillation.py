@@ -37,6 +37,28 @@ def test_with_all_tokens_as_targets_it_is_the_kl_over_the_vocabulary_with_its_gr
     torch.testing.assert_close(gradient(2 * loss, hidden), gradient(2 * expected, hidden), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, None), (1.0, 3.0), (0.5, 2.0)])
+@pytest.mark.parametrize("sample", [0, 290])
+def test_scaled_and_capped_logits_have_their_kl_and_gradient(
+    subject: tuple,  # type: ignore[type-arg]
+    scale: float,
+    cap: float | None,
+    sample: int,
+) -> None:
+    plain_head, dense, hidden = subject
+    head = Head(plain_head.weight, plain_head.bias, scale, cap)
+
+    def logs(states: torch.Tensor) -> torch.Tensor:
+        values = scale * functional.linear(states, head.weight, head.bias)
+        return (values if cap is None else cap * torch.tanh(values / cap)).log_softmax(-1)
+
+    wanted, given = logs(dense), logs(hidden)
+    expected = (wanted.exp() * (wanted - given)).sum()
+    loss = divergence(hidden, head, likeliest(dense, head, VOCABULARY), sample, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gradient(loss, hidden), gradient(expected, hidden), rtol=1e-3, atol=1e-3)
+
+
 def test_with_a_rest_it_is_the_kl_of_the_coarser_distributions_and_never_above_the_full_one(subject: tuple) -> None:  # type: ignore[type-arg]
     head, dense, hidden = subject
     targets = likeliest(dense, head, 20)

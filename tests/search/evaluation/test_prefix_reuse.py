@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 LIMIT = 1 << 26
 
 
-@pytest.fixture(params=["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2"])
+@pytest.fixture(params=["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2", "random:tiny-gemma2"])
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return load_model(request.param, "cpu")
 
@@ -89,13 +89,13 @@ def test_a_change_behind_the_evaluators_back_is_noticed(loaded: LoadedModel) -> 
     [before] = evaluator.evaluate([schedule])
     norm = next(parameter for name, parameter in loaded.model.named_parameters() if "ln_1" in name or "norm" in name)
     with torch.no_grad():
-        norm.mul_(1.5)
+        norm.add_(0.5)
     [changed] = evaluator.evaluate([schedule])
     assert changed.kl != before.kl
     evaluator.states.forget()
     assert evaluator.evaluate([schedule])[0].kl == changed.kl
     with torch.no_grad():
-        norm.div_(1.5)
+        norm.sub_(0.5)
     assert evaluator.evaluate([schedule])[0].kl == pytest.approx(before.kl, rel=1e-4)
 
 

@@ -23,7 +23,9 @@ ITEMS = [
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "Bond dimensions, measured."]
 
 
-@pytest.fixture(scope="module", params=["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2"])
+@pytest.fixture(
+    scope="module", params=["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2", "random:tiny-gemma2"]
+)
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return load_model(request.param, "cpu")
 

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from tiny_model import tensorized
 from transformers import AutoModelForCausalLM
 
 from compression import MPOLinear
 from search import cli
-from search.export.folder import check_gguf, export_dense_, export_model, footprint
+from search.export.folder import check_export, export_dense_, export_model, footprint
 from search.export.model_card import model_card
 from search.export.upload import push
 from search.model.chat import Chat, Spoken
@@ -99,14 +100,56 @@ def test_the_footprint_counts_stored_bytes_once_against_both_dense_types():
     assert footprint(tensorized().model).saved > 0.2
 
 
-def test_gguf_takes_known_architectures_with_a_fast_tokenizer():
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Gemma3ForCausalLM", "Gemma2ForCausalLM"])
+def test_gguf_takes_what_the_converter_takes_whatever_its_name_there(architecture):
+    model = type(architecture, (), {"__module__": "transformers.models"})()
+    check_export("gguf-ready", model, tensorized().tokenizer)
+
+
+def test_gguf_refuses_other_architectures_and_slow_tokenizers():
     loaded = tensorized()
-    check_gguf(loaded.model, loaded.tokenizer)
+    check_export("gguf-ready", loaded.model, loaded.tokenizer)
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        check_gguf(loaded.model, object())
-    loaded.model.config.__dict__["model_type"] = "nonesuch"
-    with pytest.raises(ValueError, match="a name for, got 'nonesuch'"):
-        check_gguf(loaded.model, loaded.tokenizer)
+        check_export("gguf-ready", loaded.model, object())
+    with pytest.raises(ValueError, match=r"takes no OPTForCausalLM .*--format dense"):
+        check_export("gguf-ready", type("OPTForCausalLM", (), {})(), loaded.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"), [("hf", "export it as dense"), ("gguf-ready", "takes no OwnLlama"), ("dense", "")]
+)
+def test_a_model_that_brings_its_own_code_is_exported_dense(form, message):
+    model, tokenizer = type("OwnLlama", (), {"__module__": "transformers_modules.own"})(), tensorized().tokenizer
+    if message:
+        with pytest.raises(ValueError, match=message):
+            check_export(form, model, tokenizer)
+    else:
+        check_export(form, model, tokenizer)
+
+
+def test_the_vocabulary_that_the_gguf_converter_reads_stays_with_the_model(tmp_path):
+    loaded = tensorized()
+    loaded.tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"pieces")
+    loaded.tokenizer.name_or_path = str(tmp_path / "source")
+    export_dense_(loaded.model, loaded.tokenizer, tmp_path / "dense")
+    assert (tmp_path / "dense" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+@pytest.mark.parametrize("place", ["config", "tokenizer"])
+@pytest.mark.parametrize("reference", ["modeling_gone.Model", "someone/else--modeling.Model", [None, "tok_gone.Fast"]])
+def test_no_export_refers_to_code_that_is_not_there(place, reference, tmp_path):
+    for form, write in (("dense", export_dense_), ("hf", export_model)):
+        loaded = tensorized()
+        holder = loaded.model.config.__dict__ if place == "config" else loaded.tokenizer.init_kwargs
+        holder["auto_map"] = {"AutoTokenizer": reference}
+        write(loaded.model, loaded.tokenizer, tmp_path / form)
+        for file in (tmp_path / form).glob("*.json"):
+            text = file.read_text()
+            assert "gone" not in text, file
+            assert "someone" not in text, file
+        assert ("auto_map" in (tmp_path / form / "config.json").read_text()) == (form == "hf")
+    assert load_model(str(tmp_path / "dense"), "cpu").digest
 
 
 def test_a_card_has_licence_size_table_and_how_to_load():
@@ -121,6 +164,21 @@ def test_a_card_has_licence_size_table_and_how_to_load():
     for part in ("| searched |", "0.2500", "12 MB", 'from_pretrained("mine")', "abababababababab", "0.8000"):
         assert part in text
     assert "as large as the original" in model_card("mine", "dense", prior, {}, "searched", "12 MB", [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["my: model", "#1", "- x", "no", "1e3", "ü 鋼", "a\nlicense: mit", "'\"", "[x", "!tag", "", "{a: b}", "x" * 300],
+)
+def test_the_front_matter_of_a_card_is_yaml_for_every_name(name):
+    prior = {"model": {"id": name, "license": name}}
+    card = model_card(name, "hf", prior, {}, "searched", "12 MB", [])
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["license"]) == (name, name.lower())
+    assert front["tags"] == ["chisel", "tensor-network", "compression"]
+    code = card.split("```python\n")[1].split("```")[0]
+    assert code.count("\n") == 5
+    compile(code, "card", "exec")
 
 
 def test_a_chat_answers_in_pieces_that_make_up_the_whole(folder):

@@ -112,7 +112,7 @@ def test_a_chat_template_is_used_and_what_it_puts_around_an_answer_is_learned_wi
     ("content", "message"),
     [
         ("{", "line 1: must be JSON"),
-        ("[]\n", "record 1: must be an object"),
+        ("[]\n", "line 1: must be an object"),
         ('{"text": "x"}\n', "must have instruction and output, or messages"),
         ('{"messages": [{"role": "king", "content": "x"}]}\n', "needs a role"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "holds no answer"),

@@ -35,7 +35,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(training._Healing, "_step", stepping)
 
 
-@pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2"])
+@pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2", "random:tiny-gemma2"])
 def test_healing_lowers_the_divergence_on_other_text_at_equal_size_and_leaves_the_dense_model_alone(name: str) -> None:
     dense, model, text, judge = subject(name)
     before, size = parameters(dense), model_parameters(model)

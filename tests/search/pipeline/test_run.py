@@ -165,7 +165,7 @@ def test_the_searched_schedule_is_timed_against_the_dense_model(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("fake_data")
-@pytest.mark.parametrize("model", ["random:tiny-gpt2", "random:tiny-qwen2"])
+@pytest.mark.parametrize("model", ["random:tiny-gpt2", "random:tiny-gemma2"])
 @pytest.mark.slow
 def test_other_architectures_run_too(tmp_path: Path, model: str) -> None:
     rows = run(tmp_path / "run", model=model, budget=2, **HEAL)["rows"]

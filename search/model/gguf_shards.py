@@ -1,0 +1,93 @@
+"""Read a GGUF model that is split over several files, as llama.cpp's gguf-split writes it.
+
+Every file of a split holds some of the tensors, and the first one holds all other fields. transformers reads single
+files only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from compression.refusal import Refusal
+
+__all__ = ["first_shards", "gguf_files", "joined", "model_name"]
+
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_MOST = 10_000
+
+
+def gguf_files(path: Path) -> tuple[Path, ...]:
+    """The files of a GGUF model in order, given one of them; only `path` itself if its name is not that of a shard.
+
+    Raises:
+        ValueError: the name is that of a shard and another shard is missing, or the number in it is out of range.
+    """
+    if (match := _SHARD.fullmatch(path.name)) is None:
+        return (path,)
+    count = int(match[3])
+    if not 1 <= int(match[2]) <= count <= _MOST:
+        raise Refusal(f"{path} must be shard 1 to N of N by its name, with N at most {_MOST}")
+    files = tuple(path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1))
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise Refusal(f"{path} is one of {count} files of a model, and {absent[0]} is missing; copy it beside them")
+    return files
+
+
+def model_name(path: Path) -> str:
+    """The name of the model in a GGUF file: the file's name without its suffix and without the number of a shard."""
+    match = _SHARD.fullmatch(path.name)
+    return match[1] if match else path.stem
+
+
+def first_shards(names: Sequence[str]) -> list[str]:
+    """The names that stand for a model each: of the shards of a model, only the first one that is present."""
+    found: dict[tuple[str, str], str] = {}
+    for name in sorted(names):
+        match = _SHARD.fullmatch(name)
+        found.setdefault((match[1], match[3]) if match else (name, ""), name)
+    return list(found.values())
+
+
+@contextmanager
+def joined(files: Sequence[Path]) -> Iterator[None]:
+    """Inside the context, whoever reads the first of these GGUF files gets the tensors of all of them.
+
+    Raises:
+        ValueError: while reading, if the files do not belong together.
+    """
+    plain = gguf.GGUFReader
+
+    class Joined(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, path: Any, *arguments: Any, **named: Any) -> None:
+            super().__init__(path, *arguments, **named)
+            if Path(path) != files[0]:
+                return
+            if (count := _number(self, "split.count") or 1) != len(files):
+                raise Refusal(f"{path} is one of {count} files of a model; name them as NAME-00001-of-{count:05}.gguf")
+            if len(files) == 1:
+                return
+            for number, file in enumerate(files[1:], 1):
+                other = plain(file)
+                if _number(other, "split.no") != number or _number(other, "split.count") != len(files):
+                    raise Refusal(f"{file} is not shard {number + 1} of the {len(files)} shards of a model")
+                self.tensors += other.tensors
+            if (wanted := _number(self, "split.tensors.count")) != len(self.tensors):
+                raise Refusal(f"the shards of {files[0]} hold {len(self.tensors)} tensors, and {wanted} are listed")
+
+    gguf.GGUFReader = Joined
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = plain
+
+
+def _number(reader: Any, key: str) -> int | None:
+    """The value of a field that holds a single whole number; None if the file lacks the field."""
+    field = reader.get_field(key)
+    return None if field is None else int(field.contents())
