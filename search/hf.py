@@ -174,7 +174,7 @@ def verify_folder(folder: Path) -> None:
     modules = getattr(config, "quantization_config", {}).get("modules", {})
     _verify_config(files, type(config), modules)
     for file in files:
-        for _ in _intact_tensors(file):
+        for _ in _tensors(file):
             pass
 
 
@@ -186,7 +186,7 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
     """
     missing = set(expected)
     for file in files:
-        for name, values in _intact_tensors(file):
+        for name, values in _tensors(file):
             if name not in placeholders and tuple(values.shape) != expected.get(name):
                 wanted = expected.get(name, "no such tensor")
                 raise Refusal(f"{file}: {name} has shape {tuple(values.shape)}, the model needs {wanted}")
@@ -195,8 +195,8 @@ def _verify(files: Sequence[str], expected: Mapping[str, tuple[int, ...]], place
         raise Refusal(f"the weight files lack {len(missing)} tensors, such as {min(missing)}")
 
 
-def _intact_tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a weight file by name, each after it was compared with its checksum.
+def _tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a weight file by name; each is compared with its checksum when the caller goes on.
 
     Raises:
         ValueError: the file is no safetensors, or a tensor is damaged.
@@ -208,9 +208,9 @@ def _intact_tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
             checksums = json.loads((tensors.metadata() or {})[_CHECKSUMS])
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 values = tensors.get_tensor(name)
+                yield name, values
                 if checksums.get(name) != _checksum(name, values):
                     raise Refusal(f"{file}: {name} is damaged, its checksum differs")
-                yield name, values
     except (SafetensorError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise Refusal(f"{file} is truncated, damaged or without checksums: {error}") from error
 

@@ -26,6 +26,7 @@ from search.healing.text import heal_text
 from search.healing.training import heal_
 from search.model.devices import resolve_device
 from search.model.loading import load_for_use
+from search.model.own_code import refuse_own_code
 from search.priors.format import Prior
 from search.priors.same_model import refuse_other_model
 from search.reporting.tables import Row
@@ -51,6 +52,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
     """
     if not (source / PRIOR).is_file():
         raise Refusal(f"heal needs the {PRIOR} of an exported folder, and {source} has none")
+    refuse_own_code(str(source), source)
     prior = Prior.read(source / PRIOR)
     config = Config.of({"model": dense, "dtype": prior.configuration.get("dtype", "auto")})
     device = resolve_device(config.device)

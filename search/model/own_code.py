@@ -55,7 +55,10 @@ def read_config(folder: Path, name: str) -> Mapping[str, object]:
 
 def is_compressed(folder: Path) -> bool:
     """Whether a folder holds a compressed model that `search.py export` wrote in the "hf" format."""
-    return _method(read_config(folder, "config.json")) == "chisel"
+    try:
+        return _method(read_config(folder, "config.json")) == "chisel"
+    except Refusal:
+        return False  # whoever loads the folder says what is wrong with it
 
 
 def is_model_folder(folder: Path) -> bool:

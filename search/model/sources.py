@@ -148,8 +148,8 @@ def _local(name: str, folder: Path, model_id: str | None = None, trusted: bool =
     if any(file.endswith(".safetensors") for file in files):
         if "config.json" not in files:
             raise Refusal(f"model {name!r} must have a config.json beside its safetensors, but has none")
-        refuse_impossible(name, folder)
         stored_tensors(name, folder)
+        refuse_impossible(name, folder)
         return Source(name, model_id or folder.name, license_, folder, trusted=trusted)
     ggufs = first_shards([file for file in files if file.endswith(".gguf")])
     refuse_adapter(name, folder)

@@ -21,18 +21,19 @@ from compression import (
     collect,
     discover_sites,
 )
+from compression.calibration import statistics
 
 
 def test_statistics_that_are_not_finite_or_missing_are_refused_by_name() -> None:
     broken = torch.eye(4)
     broken[1, 2] = math.inf
-    statistics = Statistics({"b": broken}, {"a": "a", "b": "a"}, {"a": torch.eye(4), "b": broken}, 10)
-    assert statistics.gradient("a").shape == (4, 4)
+    found = Statistics({"b": broken}, {"a": "a", "b": "a"}, {"a": torch.eye(4), "b": broken}, 10)
+    assert found.gradient("a").shape == (4, 4)
     with pytest.raises(ValueError, match="site b: the second moment of its inputs has NaN or infinite"):
-        statistics.input("b")
+        found.input("b")
     with pytest.raises(ValueError, match="site b: the second moment of its gradients has NaN or infinite"):
-        statistics.gradient("b")
-    for ask in (statistics.input, statistics.gradient):
+        found.gradient("b")
+    for ask in (found.input, found.gradient):
         with pytest.raises(ValueError, match="site c: no second moment"):
             ask("c")
 
@@ -64,7 +65,12 @@ def test_a_linear_map_that_cannot_be_calibrated_is_refused_by_name(
         statistics_of(model(q_proj=Sub(call)))
 
 
-def test_rows_that_arrive_flattened_count_as_tokens_with_their_mask() -> None:
+def test_rows_that_arrive_flattened_count_as_tokens_with_their_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smooth(logits: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return logits.softmax(-1) * mask[..., None]
+
+    # The two products may differ by rounding, and a rounding error can make a token be sampled that otherwise is not.
+    monkeypatch.setattr(statistics, "sampled_gradient", smooth)
     flat = model(q_proj=Sub(lambda inner, x: inner(x.flatten(0, 1)).reshape(x.shape)))
     plain = model(q_proj=Sub(lambda inner, x: inner(x)))
     [(ids, mask)] = batches()
@@ -73,5 +79,5 @@ def test_rows_that_arrive_flattened_count_as_tokens_with_their_mask() -> None:
         collect(dense, discover_sites(dense), [(ids, mask)], torch.Generator().manual_seed(2))
         for dense in (flat, plain)
     ]
-    assert torch.equal(seen[0].input(f"{Q}.inner"), seen[1].input(f"{Q}.inner"))
-    assert torch.equal(seen[0].gradient(f"{Q}.inner"), seen[1].gradient(f"{Q}.inner"))
+    torch.testing.assert_close(seen[0].input(f"{Q}.inner"), seen[1].input(f"{Q}.inner"))
+    torch.testing.assert_close(seen[0].gradient(f"{Q}.inner"), seen[1].gradient(f"{Q}.inner"))

@@ -174,4 +174,4 @@ def test_a_tokenizer_without_a_first_and_a_last_token_is_measured_where_a_task_n
 
 def test_a_token_without_an_embedding_is_refused_while_measuring() -> None:
     with pytest.raises(Refusal, match="embeddings for 100 tokens"):
-        LanguageModel(tiny_gpt2(rows=100))._encode("täglich")
+        LanguageModel(tiny_gpt2(rows=100)).loglikelihood([Instance("loglikelihood", {}, ("täglich", " x"), 0)])

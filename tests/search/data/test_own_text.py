@@ -100,7 +100,7 @@ def test_chats_are_written_in_the_format_of_the_model(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n[]', r"a\.jsonl, line 2: must be an object"),
         ("a.jsonl", b'\n{"txt": "x"}', r"a\.jsonl, line 2: must have text, messages, or instruction"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl, line 1: text must be text, got 3"),
-        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl, line 1: must be text, but holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl, line 1: .*holds half of a surrogate pair"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl, line 2: must be UTF-8 text"),
         ("a.jsonl", b'{"messages": [{"role": "x", "content": "y"}]}', r"line 1: a message needs a role"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "no"}]}', r"line 1: the chat template .*: never no"),

@@ -16,6 +16,7 @@ from search.export.model_card import model_card
 from search.export.upload import push
 from search.model.chat import Chat, Spoken
 from search.model.loading import load_for_use, load_model
+from search.runtime.outside_text import plain
 
 PROMPT = torch.arange(40).reshape(2, 20)
 
@@ -102,8 +103,9 @@ def test_the_footprint_counts_stored_bytes_once_against_both_dense_types():
 
 @pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Gemma3ForCausalLM", "Gemma2ForCausalLM"])
 def test_gguf_takes_what_the_converter_takes_whatever_its_name_there(architecture):
-    model = type(architecture, (), {"__module__": "transformers.models"})()
-    check_export("gguf-ready", model, tensorized().tokenizer)
+    loaded = tensorized()
+    model = type(architecture, (), {"__module__": "transformers.models", "config": loaded.model.config})()
+    check_export("gguf-ready", model, loaded.tokenizer)
 
 
 def test_gguf_refuses_other_architectures_and_slow_tokenizers():
@@ -119,7 +121,9 @@ def test_gguf_refuses_other_architectures_and_slow_tokenizers():
     ("form", "message"), [("hf", "export it as dense"), ("gguf-ready", "takes no OwnLlama"), ("dense", "")]
 )
 def test_a_model_that_brings_its_own_code_is_exported_dense(form, message):
-    model, tokenizer = type("OwnLlama", (), {"__module__": "transformers_modules.own"})(), tensorized().tokenizer
+    loaded = tensorized()
+    own = {"__module__": "transformers_modules.own", "config": loaded.model.config}
+    model, tokenizer = type("OwnLlama", (), own)(), loaded.tokenizer
     if message:
         with pytest.raises(ValueError, match=message):
             check_export(form, model, tokenizer)
@@ -174,7 +178,7 @@ def test_the_front_matter_of_a_card_is_yaml_for_every_name(name):
     prior = {"model": {"id": name, "license": name}}
     card = model_card(name, "hf", prior, {}, "searched", "12 MB", [])
     front = yaml.safe_load(card.split("---\n")[1])
-    assert (front["base_model"], front["license"]) == (name, name.lower())
+    assert (front["base_model"], front["license"]) == (plain(name), plain(name.lower()))
     assert front["tags"] == ["chisel", "tensor-network", "compression"]
     code = card.split("```python\n")[1].split("```")[0]
     assert code.count("\n") == 5

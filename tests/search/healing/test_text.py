@@ -163,7 +163,7 @@ def test_a_chat_template_that_raises_names_the_record(tmp_path: Path) -> None:
         raise RuntimeError("System role not supported")
 
     tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=template)
-    with pytest.raises(ValueError, match=r"record 1: the model's chat template refuses .*System role not supported"):
+    with pytest.raises(ValueError, match=r"line 1: the model's chat template refuses .*System role not supported"):
         read_conversations(str(jsonl(tmp_path / "a.jsonl", [CHAT])), tokenizer)
 
 

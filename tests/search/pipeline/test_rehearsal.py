@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import gguf
 import pytest
 from fake_data import fake_data
 from small_run import words
@@ -14,6 +13,7 @@ from compression.refusal import Refusal
 from compression.storage import strict_json
 from search import cli
 from search.experiment.calibration import Calibration
+from search.export import folder
 from search.model.loading import load_model
 from search.pipeline import rehearsal
 
@@ -74,8 +74,8 @@ def test_so_is_a_model_that_cannot_be_healed(refusal, monkeypatch):
 
 
 def test_so_is_an_export_that_another_program_could_not_read(refusal, monkeypatch):
-    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
-    assert "architecture must be one that GGUF has a name for" in refusal(export="gguf-ready")
+    monkeypatch.setattr(folder, "CONVERTIBLE", ())
+    assert "llama.cpp's converter takes no LlamaForCausalLM" in refusal(export="gguf-ready")
 
 
 def test_so_is_a_tokenizer_that_cannot_be_saved(refusal, monkeypatch):

@@ -2,10 +2,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from search.runtime.signals import INTERRUPTED, guarded, shield
+
+
+@pytest.fixture(autouse=True)
+def a_terminal() -> Iterator[None]:
+    """SIGHUP is not ignored, as it is where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
