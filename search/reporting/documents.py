@@ -170,8 +170,19 @@ def document(schema: type[Part], path: Path, what: str) -> Mapping[str, Any]:
     Raises:
         Refusal: the file is not readable, or `search.runtime.schema.checked` rejects it.
     """
-    found: Part = checked(schema, read_object(path, what, _LARGEST_FILE), path)
-    return found.model_dump(exclude_unset=True)
+    read = read_object(path, what, _LARGEST_FILE)
+    found: Part = checked(schema, read, path)
+    content: Mapping[str, Any] = _in_order(found.model_dump(exclude_unset=True), read)
+    return content
+
+
+def _in_order(found: Any, read: Any) -> Any:
+    """The same content with the keys of every object in the order in which they were read."""
+    if isinstance(found, dict) and isinstance(read, dict):
+        return {key: _in_order(found[key], value) for key, value in read.items() if key in found}
+    if isinstance(found, list | tuple) and isinstance(read, list) and len(found) == len(read):
+        return [_in_order(*pair) for pair in zip(found, read, strict=True)]
+    return found
 
 
 def records(schema: type[Part], path: Path) -> Sequence[Mapping[str, Any]]:
