@@ -137,7 +137,7 @@ def test_a_home_that_may_not_be_written_is_no_hindrance_with_a_cache_elsewhere(
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    flags = ["--budget", "2", "--evaluators", "2", "--out", str(tmp_path / "run")]
+    flags = ["--budget", "2", "--evaluators", "1", "--out", str(tmp_path / "run")]
     codes, said = on_a_disk(tmp_path / "home", "ro", [*SEARCH, *flags])
     assert codes == [0], said
     assert len(journal(tmp_path / "run" / "study.db")) == 2

@@ -68,7 +68,7 @@ def test_killed_drivers_and_evaluators_lose_and_repeat_no_trial_and_leave_no_pro
     assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("evaluators", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(("evaluators", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_polite_end_tells_how_to_go_on_and_leaves_no_process(
     evaluators: int, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
