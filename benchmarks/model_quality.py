@@ -10,6 +10,9 @@ search. In the following list, each variant includes all earlier ones unless it 
 * pivoted: the same matrices without gauge freedom, χ(out + in − χ) parameters.
 * weighted: tokens are weighted in C and G, see `compression.calibration.statistics`.
 * menu: the lower envelope also contains fitted MPOs of two cores (balanced legs, and legs that follow the heads).
+* widths: `weighted`, but the MLPs lose hidden units and the attentions key/value groups, with an exact refit of the
+  matrix that reads them, and nothing is decomposed.
+* joint: `weighted`, with the widths of MLPs and attentions and the χ of what is left in one menu.
 * corrected: the costs of blocks and families are weighted by their measured worth in the compressed model, including
   the effect of errors elsewhere. The gradient agent measures it with six backward passes on search text.
 * sequential: `menu`, with each site decomposed in the metric of the input that the earlier compressed sites give it.
@@ -39,6 +42,7 @@ import torch
 from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
+from compression.bonds import discover_bonds, with_bonds
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
@@ -51,7 +55,19 @@ from search.experiment.calibration import SHRINKAGE, factor_store
 from search.experiment.experiment import Experiment, load, workload_sequences
 from search.model.architecture import head_size
 
-VARIANTS = ("lowrank", "pivoted", "weighted", "menu", "corrected", "sequential", "repaired", "complete")
+VARIANTS = (
+    "lowrank",
+    "pivoted",
+    "weighted",
+    "widths",
+    "joint",
+    "menu",
+    "corrected",
+    "sequential",
+    "repaired",
+    "complete",
+)
+_BONDED = ("widths", "joint")
 _PASSES = 6
 
 
@@ -85,11 +101,22 @@ class Bench:
         calibration = experiment.calibration.unweighted
         return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache)
 
+    @cached_property
+    def bonded(self) -> FactorStore:
+        """Factors of the same sites, which know the bonds between them."""
+        experiment = self.experiment
+        sites = with_bonds(experiment.sites, discover_bonds(experiment.loaded.model, experiment.sites))
+        return factor_store(experiment.loaded, sites, experiment.calibration, experiment.calibration.cache)
+
     def store(self, variant: str) -> FactorStore:
+        if variant in _BONDED:
+            return self.bonded
         return self.unweighted if variant in ("lowrank", "pivoted") else self.experiment.store
 
     def menu(self, variant: str) -> Menu:
-        kind = variant if variant in ("lowrank", "pivoted", "weighted") else "menu"
+        kind = variant if variant in ("lowrank", "pivoted", "weighted", *_BONDED) else "menu"
+        if kind in _BONDED and kind not in self._menus:
+            self._menus[kind] = self.bonded.menu(form="plain" if kind == "widths" else "any")
         if kind not in self._menus:
             store, size = self.store(kind), head_size(self.experiment.loaded.model)
             fitted = {

@@ -90,7 +90,7 @@ _FREE = (
     *EVALUATORS,
 )
 FREE_AFTERWARDS = (
-    *("budget", "quick", "threads", "device", "optimize", "policy", "prior", "out", "resume"),
+    *("budget", "quick", "threads", "device", "device_map", "optimize", "policy", "prior", "out", "resume"),
     *("benchmark_items", "export"),
     *EVALUATORS,
 )

@@ -10,6 +10,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ _HOPEFUL, _WORTH = 1.5, 1.05
 
 _ELIMINATION, _ELIMINATION_STEPS = 1, 128
 """Format of cached eliminations, and the number of steps in which an elimination removes all groups of a long bond."""
+
+Form = Literal["any", "plain", "factors"]
 
 OPTIMISM = 1.15
 """Factor by which the cost of a fit grows from its calibration text to other text, relative to that of `lowrank`.
@@ -205,9 +208,11 @@ class FactorStore:
         left = refit(matrix.weight, matrix.inputs, kept)
         return Matrix(left, matrix.inputs[kept][:, kept], matrix.gradients, cut.size)
 
-    def _joint_menu(self, unit: Unit, topology: str, metric: str) -> SiteMenu:
-        """The options of a unit: every width of its bond with every χ of what is left."""
+    def _joint_menu(self, unit: Unit, topology: str, metric: str, plain: bool) -> SiteMenu:
+        """The options of a unit: every width of its bond, with every χ of what is left unless `plain`."""
         elimination = self.elimination(unit.name)
+        if plain:
+            return joint_menu(unit, elimination.cost.numpy(), {}, topology, metric)
         reader, cut = self._reader(unit.name)
         widths = widths_of(cut.groups)
 
@@ -247,6 +252,7 @@ class FactorStore:
         topology: str = "pivoted-lowrank",
         fitted: Mapping[str, Sequence[str]] | None = None,
         progress: Callable[[int], None] = lambda done: None,
+        form: Form = "any",
     ) -> Menu:
         """Returns the menus of all sites and units: the lower envelope of dense, `topology` at every χ, and fits.
 
@@ -259,14 +265,16 @@ class FactorStore:
             fitted: topologies to fit, by site name. Each is fitted at several χ if a first fit comes close to
                 `topology`.
             progress: called with the number of sites done.
+            form: what the menus offer: "any", widths and factors together; "plain", widths without factors; "factors",
+                factors without widths, every site by itself.
         """
         menus = []
         done = 0
-        for site in units(self.sites):
+        for site in self.sites if form == "factors" else units(self.sites):
             done += len(site.sites) if isinstance(site, Unit) else 1
             if isinstance(site, Unit):
-                menus.append(self._joint_menu(site, topology, metric))
-            elif site.dense_because:
+                menus.append(self._joint_menu(site, topology, metric, form == "plain"))
+            elif site.dense_because or form == "plain":
                 menus.append(dense_menu(site))
             else:
                 spectrum = np.asarray(self.factors(site.name, topology, metric).spectrum.numpy(), dtype=np.float64)

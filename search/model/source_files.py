@@ -50,12 +50,14 @@ class SourceFiles:
             OSError: a file is missing.
         """
         folder = source.folder
-        weights = None if folder is None else Stamp.of([folder / source.gguf] if source.gguf else _weights(folder))
+        shards = source.gguf_files
+        weights = None if folder is None else Stamp.of(shards or _weights(folder))
         if folder is None or source.name == "default":
             named = json_digest({"name": source.name})
             return cls(named, named, weights)
         if source.gguf is not None:
-            whole = remembered_digest(folder / source.gguf)
+            digests = [remembered_digest(shard) for shard in shards]
+            whole = digests[0] if len(digests) == 1 else json_digest(digests)
             return cls(whole, whole, weights)
         config = read_object(folder / "config.json", "the config of the model", _LARGEST_FILE)
         files = {path.name: file_digest(path) for pattern in _TEXT for path in folder.glob(pattern) if path.is_file()}

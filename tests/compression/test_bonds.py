@@ -220,3 +220,13 @@ def test_the_slope_of_a_unit_is_the_derivative_of_the_loss_towards_its_other_cho
             mixed.remove()
     assert slopes[unit.name] == pytest.approx((losses[1] - losses[0]) / 1e-3, rel=0.05)
     assert slopes[unit.name] != 0
+
+
+def test_a_menu_offers_widths_without_factors_or_factors_without_widths_when_asked() -> None:
+    _, store = store_of("random:tiny-llama")
+    plain = [choice for options in store.menu(form="plain").sites for name, choice in options.assigned(0)]
+    assert all(choice.is_plain for choice in plain)
+    assert any(choice.widths for choice in plain)
+    factors = store.menu(form="factors")
+    assert [options.site.name for options in factors.sites] == [site.name for site in store.sites]
+    assert not any(choice.widths for options in factors.sites for _, choice in options.assigned(0))

@@ -114,7 +114,7 @@ def test_a_second_healing_into_a_folder_is_refused_and_told_who_holds_it_before_
     run.mkdir()
     exported.mkdir()
     (run / "config.json").write_text(Config.of({"model": "random:nothing"}).to_json())
-    (exported / "config.json").write_text('{"quantization_config": {"quant_method": "chisel"}}')
+    (exported / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "chisel"}}')
     for folder in (run, exported):
         (folder / "prior.json").write_text(json.dumps(document()))
     for command, folder in (

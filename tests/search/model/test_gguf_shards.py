@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import gguf
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from search.model.loading import load_model
+from search.model.source_files import SourceFiles
 from search.model.sources import locate
 
 NAMES = {
@@ -119,3 +121,13 @@ def test_of_two_models_in_a_folder_one_can_be_named_as_the_message_says(shards: 
         locate(str(folder))
     advice = str(refused.value).rpartition("such as ")[2]
     assert locate(advice).gguf == "tiny-00001-of-00003.gguf"
+
+
+def test_a_change_in_any_file_is_another_model(shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    files = sorted(folder.glob("*.gguf"))
+    before = SourceFiles.of(locate(str(files[0])))
+    content = bytearray(files[-1].read_bytes())
+    content[-1] ^= 1
+    files[-1].write_bytes(content)
+    assert SourceFiles.of(locate(str(files[0]))).architecture != before.architecture
