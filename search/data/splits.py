@@ -170,8 +170,10 @@ def build_splits(
     report_pool: Sequence[Item] = test
     if proxy != "mmlu":
         search_pool, report_pool = halves(load_proxy(proxy))
-    drawn, drawn_note = _drawn(proxy, "search", search_pool, search_items, parts, seed, fits)
-    reported, reported_note = _drawn(proxy, "final table", report_pool, report_items, 1, seed, fits)
+    every = [*search_pool, *report_pool]
+    known = f"of its {len(every)} questions, {len({_question(item) for item in every})} of them different,"
+    drawn, drawn_note = _drawn(f"proxy {proxy}", known, "search", search_pool, search_items, parts, seed, fits)
+    reported, reported_note = _drawn(f"proxy {proxy}", known, "final table", report_pool, report_items, 1, seed, fits)
     # Both are reported on; a question that occurs in both would add less information.
     heldout_exam = [item for item in test if item.digest not in {item.digest for item in reported}]
     calibration, searched, heldout = zip(*(regions(documents) for documents in load_prose()), strict=True)
@@ -248,12 +250,25 @@ def halves(items: Iterable[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     return tuple(parts[0]), tuple(parts[1])
 
 
+def _question(item: Item) -> tuple[str, tuple[str, ...]]:
+    """What makes two items the same question."""
+    return item.digest, item.choices
+
+
 def _drawn(
-    proxy: str, use: str, pool: Sequence[Item], count: int, least: int, seed: int, fits: Callable[[Item], bool]
+    name: str,
+    known: str,
+    use: str,
+    pool: Sequence[Item],
+    count: int,
+    least: int,
+    seed: int,
+    fits: Callable[[Item], bool],
 ) -> tuple[tuple[Item, ...], str]:
     """Return the first `count` usable items of the stratified order, and a note if there are fewer.
 
-    Usable are items that fit and differ from every earlier one in their question or choices.
+    Usable are items that fit and differ from every earlier one in their question or choices. `name`, `known` and `use`
+    are for the note.
 
     Raises:
         ValueError: there are fewer than `least` usable items.
@@ -263,14 +278,13 @@ def _drawn(
     for item in stratified(pool, len(pool), seed):
         if len(drawn) == count:
             return tuple(drawn.values()), ""
-        key = (item.digest, item.choices)
-        equal += key in drawn
-        if key not in drawn and fits(item):
-            drawn[key] = item
+        equal += _question(item) in drawn
+        if _question(item) not in drawn and fits(item):
+            drawn[_question(item)] = item
     note = (
-        f"proxy {proxy} has {len(drawn)} usable questions for the {use}: of the {len(pool)} set aside, {equal} repeat "
+        f"{name} has {len(drawn)} usable questions for the {use}: {known} {len(pool)} are set aside for it, of which "
+        f"{equal} repeat others and {len(pool) - equal - len(drawn)} are longer than the model can read"
     )
-    note += f"others and {len(pool) - equal - len(drawn)} are longer than the model can read"
     if len(drawn) < least:
         raise Refusal(f"{note}; at least {least} are needed, so use more questions or fewer --search-shards")
     return tuple(drawn.values()), f"{note}; {count} were asked for"
