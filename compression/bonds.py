@@ -209,14 +209,3 @@ def _tensor(output: object) -> torch.Tensor | None:
     """The hidden states in the output of a module: the output itself or its first entry."""
     first = output[0] if isinstance(output, tuple) and output else output
     return first if isinstance(first, torch.Tensor) else None
-
-
-def check_width(bond: Bond, width: int) -> None:
-    """Refuse a width that a bond cannot have.
-
-    Raises:
-        ValueError: the width is not between 1 and the number of groups, or 0 for a bond of heads.
-    """
-    least = 1 if bond.kind == "heads" else 0
-    if not least <= width <= bond.groups:
-        raise Refusal(f"the width of {bond.name} must be between {least} and {bond.groups}, got {width}")

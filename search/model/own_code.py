@@ -8,7 +8,6 @@ model folder; loads no weights.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import read_object
 
 __all__ = ["MODULE", "is_compressed", "is_model_folder", "read_config", "references", "refuse_own_code"]
 
@@ -31,26 +31,10 @@ def read_config(folder: Path, name: str) -> Mapping[str, object]:
     """The object in a JSON file of a model folder; empty if there is no such file.
 
     Raises:
-        Refusal: the file is not readable, larger than 64 MiB, nested too deeply, or no JSON object.
+        Refusal: the file is larger than 64 MiB, or `read_object` rejects it.
     """
     path = folder / name
-    if not path.exists():
-        return {}
-    try:
-        if not path.is_file():
-            raise Refusal("it is not a file")
-        if path.stat().st_size > _LARGEST:
-            raise Refusal(f"it is larger than {_LARGEST} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise Refusal(f"cannot use {path}: it is nested too deeply") from None
-    except OSError as error:
-        raise Refusal(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise Refusal(f"cannot use {path}: {error}") from None
-    if not isinstance(document, dict):
-        raise Refusal(f"cannot use {path}: it must hold a JSON object, got {type(document).__name__}")
-    return document
+    return read_object(path, "the file", _LARGEST) if path.exists() else {}
 
 
 def is_compressed(folder: Path) -> bool:
