@@ -3,7 +3,7 @@
 Knows safetensors files and checksums; does not know what the tensors mean. Files are memory-mapped, so evaluators share
 the page cache and slicing copies nothing. A file holds its key, so that its name alone proves nothing: a file that does
 not match the checksum in its name, or that holds another key than its name says, is set aside and rebuilt. Files of
-earlier versions hold no key, which is said once and accepted.
+earlier versions hold no key; they count as not cached and are removed when their value is made again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class FactorCache:
         self._tell = warn
         self._waited = False
         self._made_for = {f"{_OWN}{name}": value for name, value in made_for.items()}
-        self._said = False
 
     def get_or_build(self, key: str, build: Callable[[], Bundle]) -> Bundle:
         """Returns the bundle of `key`: from disk if an intact file exists, else built and stored.
@@ -116,6 +115,10 @@ class FactorCache:
         metadata = {**bundle.metadata, _KEY: key, **self._made_for}
         with new_tensor_file(folder / key, bundle.tensors, metadata) as partial:
             partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
+        for path in folder.glob(f"{key}.*.safetensors"):
+            header = _header(path)
+            if header is not None and _KEY not in header:
+                path.unlink(missing_ok=True)
 
     def _find(self, key: str) -> tuple[Bundle | None, list[Path]]:
         """Returns the bundle of `key`, or None, and the damaged files that were found before it."""
@@ -131,13 +134,7 @@ class FactorCache:
                 continue
             except FileNotFoundError:  # another process has just set it aside
                 continue
-            if _KEY not in own and not self._said:
-                self._said = True
-                self._tell(
-                    f"cache file {path.name} is of an earlier version and holds no key, so that only its bytes "
-                    "were checked; remove it to have it made again"
-                )
-            if _agree(own, self._made_for):
+            if _KEY in own and _agree(own, self._made_for):
                 rest = {name: value for name, value in bundle.metadata.items() if name not in own}
                 return Bundle(bundle.tensors, rest), damaged
         return None, damaged
@@ -161,11 +158,8 @@ class FactorCache:
 
     def _fits(self, path: Path) -> bool:
         """Whether a file is for what this cache is for, according to its header."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                return _agree(file.metadata() or {}, self._made_for)
-        except (OSError, SafetensorError):
-            return True  # `load` finds out what is wrong with it
+        header = _header(path)
+        return header is None or (_KEY in header and _agree(header, self._made_for))
 
     def _folder(self, key: str) -> Path:
         assert self.root is not None
@@ -175,6 +169,15 @@ class FactorCache:
 def _agree(found: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Whether the entries that both have are equal."""
     return all(found.get(name, value) == value for name, value in wanted.items())
+
+
+def _header(path: Path) -> Mapping[str, str] | None:
+    """The metadata of a file; None if it is damaged or gone, which is for `load` to find out."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
 
 
 def _read(path: Path) -> Bundle:

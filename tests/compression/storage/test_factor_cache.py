@@ -54,20 +54,20 @@ def test_what_the_cache_adds_to_a_file_is_not_part_of_the_value(tmp_path: Path) 
     assert found.metadata == {"note": "kept"}
 
 
-def test_a_file_of_an_earlier_version_is_used_and_said_to_be_unchecked_once(tmp_path: Path) -> None:
-    said: list[str] = []
-    cache = FactorCache(tmp_path, said.append, {"architecture": "a"})
-    for key in (ONE, TWO):
-        cache.store(key, bundle(1.0))
-        path = path_of(tmp_path, key)
-        path.unlink()
-        save_file(dict(bundle(1.0).tensors), path.with_suffix(".partial"), {"note": "kept"})
-        digest = hashlib.sha256(path.with_suffix(".partial").read_bytes()).hexdigest()[:32]
-        path.with_suffix(".partial").rename(path.with_name(f"{key}.{digest}.safetensors"))
-        assert cache.has(key)
-        assert cache.load(key) is not None
-    assert len(said) == 1
-    assert "earlier version" in said[0]
+def test_a_file_of_an_earlier_version_holds_no_key_and_is_made_again_in_silence(tmp_path: Path) -> None:
+    cache = FactorCache(tmp_path, pytest.fail, {"architecture": "a"})
+    cache.store(ONE, bundle(1.0))
+    path = path_of(tmp_path, ONE)
+    path.unlink()
+    save_file(dict(bundle(1.0).tensors), path.with_suffix(".partial"), {"note": "kept"})
+    digest = hashlib.sha256(path.with_suffix(".partial").read_bytes()).hexdigest()[:32]
+    earlier = path.with_name(f"{ONE}.{digest}.safetensors")
+    path.with_suffix(".partial").rename(earlier)
+    assert not cache.has(ONE)
+    assert cache.load(ONE) is None
+    assert cache.get_or_build(ONE, lambda: bundle(2.0)).tensors["x"].tolist() == [2.0] * 3
+    assert not earlier.exists()
+    assert cache.has(ONE)
 
 
 def test_values_made_for_something_else_are_passed_over_and_stay(tmp_path: Path) -> None:
