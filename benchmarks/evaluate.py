@@ -36,7 +36,8 @@ from search.data.prompts import render
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.quality import paired_kl
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.model.devices import resolve_device
 
 MODULE = "benchmarks.evaluate"
@@ -194,7 +195,7 @@ def main() -> None:
     local, far, candidates = (4, 4, 3) if arguments.quick else (8, 8, 4)
 
     config, device = Config.of({"device": "cpu"}), resolve_device("cpu")
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     experiment = Experiment.of(config, loaded, sites, device)
     dealt = len(experiment.shards("search")) + 4
     requests = [render(item) for item in experiment.splits.search_items[0::dealt]]

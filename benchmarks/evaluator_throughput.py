@@ -23,7 +23,8 @@ from compression.schedule import Schedule
 from envs import Problem
 from search.config import Config
 from search.evaluation.pool import Job
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.model.devices import resolve_device
 from search.workers.pools import search_pool
 
@@ -43,7 +44,7 @@ def main() -> None:
     trials, rounds = given.trials or (4 if given.quick else 12), given.rounds or (1 if given.quick else 2)
     config = Config.of({"model": given.model})
     device = resolve_device(config.device)
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     menu = Experiment.of(config, loaded, sites, device).store.menu()
     problem = Problem.build(menu, config.target_kept, config.granularity)
     generator = np.random.default_rng(0)

@@ -27,7 +27,8 @@ from compression import Choice, Site, collect, contract, fitted_topologies, reso
 from compression.decomposition.factors import OPTIMISM, FactorStore
 from search.config import Config
 from search.experiment.calibration import calibration_batches, factor_store
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.model.architecture import head_size
 
 METHODS = ("sequential 2", "sequential 3", "whitened", "pivoted", "fitted 2", "fitted 3", "fitted heads", "menu")
@@ -78,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = Config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     experiment = Experiment.of(config, loaded, sites, device)
     last = max(site.block for site in sites)
     blocks = [last // 2] if arguments.quick else [round(share * last) for share in (0.04, 0.25, 0.5, 0.75, 0.96)]

@@ -52,7 +52,8 @@ from search.config import Config
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.calibration import SHRINKAGE, factor_store
-from search.experiment.experiment import Experiment, load, workload_sequences
+from search.experiment.experiment import Experiment, workload_sequences
+from search.experiment.open_model import open_model
 from search.model.architecture import head_size
 
 VARIANTS = (
@@ -209,7 +210,7 @@ def main() -> None:
         repair_tokens=min(4096 if quick else sys.maxsize, arguments.repair_tokens),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     bench = Bench.of(
         Experiment.of(config, loaded, sites, device),
         arguments.fitted_families,

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import model_parameters
 from search.config import Config
-from search.experiment.experiment import load
+from search.experiment.open_model import open_model
 from search.model.devices import resolve_device
 from search.pipeline.run import run
 from search.priors.format import Estimate, Prior, PriorScore
@@ -33,7 +33,7 @@ _SHOWN = ("uniform", "lagrangian", "searched", "repaired")
 
 def kept_at(size: int, config: Config) -> float:
     """Kept fraction over the sites at which the whole model has `size` million parameters."""
-    loaded, sites = load(config, resolve_device(config.device))
+    loaded, sites = open_model(config, resolve_device(config.device))
     inside = sum(site.parameters for site in sites)
     return 1 - (model_parameters(loaded.model) - size * 10**6) / inside
 

@@ -38,7 +38,8 @@ from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
 from search.experiment.calibration import SHRINKAGE
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.export.folder import footprint
 from search.export.quantize import ends
 from search.model.devices import resolve_device
@@ -179,7 +180,7 @@ def main() -> None:
     sizes = {"heldout_tokens": 1024, "report_items": 8} if given.quick else {}
     config = Config.of({"model": given.model, **sizes})
     device = resolve_device("auto")
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     front = Front(Experiment.of(config, loaded, sites, device), feedback=not given.quick)
     bars = _measure(front)
     body = _table(front) + ("\n\n![front](quantized_front.svg)" if given.write else "")

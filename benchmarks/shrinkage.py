@@ -25,7 +25,8 @@ from compression.numerics.whitening import Whitening
 from compression.sites import dense_weight
 from search.config import Config
 from search.experiment.calibration import SHRINKAGE, calibration_batches
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 
 SHRINKAGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 KEPT = (0.8, 0.5)
@@ -126,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = Config(calibration_tokens=4096) if arguments.quick else Config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     text = Experiment.of(config, loaded, sites, device).splits.calibration
     chosen = [site for site in sites if not site.dense_because][:: 10 if arguments.quick else arguments.every]
     batches, start, model = list(calibration_batches(loaded, text, config.seed)), time.perf_counter(), loaded.model

@@ -47,7 +47,8 @@ from compression.decomposition.factors import lowrank_cores
 from compression.numerics import fit
 from search.config import Config
 from search.experiment.calibration import SHRINKAGE, calibration_batches
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.model.architecture import head_size
 
 VARIANTS = ("heads", "mpo2", "shuffled", "ordered", "sum", "mpo3", "mpo3 adapted")
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--kept", type=float, default=0.4, help="kept fraction of every matrix (default: 0.4)")
     arguments = parser.parse_args()
     config, device = Config(heldout_tokens=6144), torch.device("cpu")
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     experiment = Experiment.of(config, loaded, sites, device)
     blocks = (14,) if arguments.quick else (1, 14, 28)
     chosen = [site for site in sites if site.block in blocks and site.family in ("q", "k", "v", "o", "down")]

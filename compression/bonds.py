@@ -38,6 +38,7 @@ class Bond:
         groups: number of groups, which is the full width of the bond.
         rows: consecutive rows per group, by writer.
         columns: consecutive columns per group of the reader.
+        least: smallest legal width: 0 if the module works without any group, else 1.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Bond:
     groups: int
     rows: tuple[int, ...]
     columns: int
+    least: int = 1
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -79,12 +81,14 @@ def discover_bonds(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
         parent: list(_candidates(parent, model.get_submodule(parent), members)) for parent, members in inside.items()
     }
     calls = _calls(model, [parent for parent, found in candidates.items() if found])
-    return tuple(
-        bond
-        for parent, found in candidates.items()
-        for bond in found
-        if parent in calls and _holds(model, bond, *calls[parent])
-    )
+    held = []
+    for parent, found in candidates.items():
+        for bond in found if parent in calls else ():
+            half = torch.randperm(bond.groups, generator=torch.Generator().manual_seed(0))[: -(-bond.groups // 2)]
+            if _holds(model, bond, half.sort().values, *calls[parent]):
+                without = _holds(model, bond, half[:0], *calls[parent])
+                held.append(replace(bond, least=0 if without else 1))
+    return tuple(held)
 
 
 def with_bonds(sites: Sequence[Site], bonds: Sequence[Bond]) -> tuple[Site, ...]:
@@ -100,8 +104,8 @@ def with_bonds(sites: Sequence[Site], bonds: Sequence[Bond]) -> tuple[Site, ...]
         if at != list(range(at[0], at[0] + len(at))) or any(name in cuts for name in bond.sites):
             raise Refusal(f"the sites of {bond.name} must be adjacent and have no other bond")
         for name, size in zip(bond.writers, bond.rows, strict=True):
-            cuts[name] = Cut(bond.name, bond.groups, size, of_rows=True)
-        cuts[bond.reader] = Cut(bond.name, bond.groups, bond.columns, of_rows=False)
+            cuts[name] = Cut(bond.name, bond.groups, size, of_rows=True, least=bond.least)
+        cuts[bond.reader] = Cut(bond.name, bond.groups, bond.columns, of_rows=False, least=bond.least)
     return tuple(replace(site, cuts=(cuts[site.name],)) if site.name in cuts else site for site in sites)
 
 
@@ -124,7 +128,8 @@ def cut(module: nn.Module, rows: torch.Tensor | None, columns: torch.Tensor | No
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """Returns a linear layer that holds these tensors, without gradients."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer = nn.Linear(1, 1, bias is not None, device="meta")
+    layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -175,11 +180,10 @@ def _calls(model: nn.Module, parents: Sequence[str]) -> Mapping[str, tuple[tuple
 
 
 @torch.no_grad()
-def _holds(model: nn.Module, bond: Bond, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether cutting out half of the groups is the same as not reading them."""
+def _holds(model: nn.Module, bond: Bond, kept: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether cutting out all but the kept groups is the same as not reading them."""
     module = model.get_submodule(bond.name)
     taken = {name: model.get_submodule(name) for name in bond.sites}
-    kept = torch.randperm(bond.groups, generator=torch.Generator().manual_seed(0))[: -(-bond.groups // 2)].sort().values
     weight = dense_weight(taken[bond.reader])
     bias = taken[bond.reader].bias
     assert bias is None or isinstance(bias, torch.Tensor)

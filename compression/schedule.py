@@ -11,11 +11,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from compression.refusal import Refusal
 
-__all__ = ["DENSE", "METRICS", "Choice", "Joint", "Schedule"]
+__all__ = ["DENSE", "METRICS", "Choice", "Form", "Joint", "Schedule"]
 
+Form = Literal["any", "plain", "factors"]
+"""What the matrices of a model may become: "plain", smaller dense matrices, because bonds between matrices are cut;
+"factors", decomposed each by itself; or "any", both together."""
 METRICS = ("none", "plain", "input", "two-sided")
 
 

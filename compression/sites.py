@@ -46,12 +46,14 @@ class Cut:
         groups: full width of the bond.
         size: consecutive rows or columns of the site per group.
         of_rows: whether the site writes the bond, which then cuts its rows; otherwise it reads it with its columns.
+        least: smallest legal width: 0 if the module works without any group, else 1.
     """
 
     bond: str
     groups: int
     size: int
     of_rows: bool
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,14 @@ class Site:
             widths: one width per cut; empty if all bonds have their full width.
 
         Raises:
-            ValueError: there is not one width per cut, or one is not between 0 and the full width.
+            ValueError: there is not one width per cut, or one is not between the smallest and the full width.
         """
         if widths and len(widths) != len(self.cuts):
             raise Refusal(f"{self.name} has {len(self.cuts)} bonds to other matrices, got {len(widths)} widths")
         rows, columns = self.out_features, self.in_features
         for cut, width in zip(self.cuts, widths, strict=False):
-            if not 0 <= width <= cut.groups:
-                raise Refusal(f"the width of {cut.bond} must be between 0 and {cut.groups}, got {width}")
+            if not cut.least <= width <= cut.groups:
+                raise Refusal(f"the width of {cut.bond} must be between {cut.least} and {cut.groups}, got {width}")
             if cut.of_rows:
                 rows = rows // cut.groups * width
             else:
@@ -117,6 +119,11 @@ class Unit:
     family: str
     sites: tuple[Site, ...]
     dense_because: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Full width of the bond."""
+        return self.sites[0].cuts[0].groups
 
     @property
     def parameters(self) -> int:

@@ -17,7 +17,8 @@ import torch
 
 from compression import resolve
 from search.config import Config
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 
 
 def main(words: list[str] | None = None) -> tuple[float, float]:
@@ -30,7 +31,7 @@ def main(words: list[str] | None = None) -> tuple[float, float]:
     given = parser.parse_args(words)
 
     config, device = Config.of({"model": given.model, "quick": True}), torch.device("cpu")
-    experiment = Experiment.of(config, *load(config, device), device)
+    experiment = Experiment.of(config, *open_model(config, device), device)
     [site] = [site for site in experiment.sites if site.name == given.site]
     parameters = resolve(given.topology, site.out_features, site.in_features).parameters(given.chi)
     rank = resolve("pivoted-lowrank", site.out_features, site.in_features).largest_chi(parameters)

@@ -14,14 +14,17 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from compression.refusal import Refusal, nearest
+from compression.schedule import Form
 from compression.storage.strict_json import read_object, shown
 from search.runtime.files import is_text, user_path
 
 __all__ = [
     "AFTERWARDS",
     "AGENTS",
+    "EARLIER",
     "EVALUATORS",
     "EXPORTS",
+    "FORMS",
     "FREE_AFTERWARDS",
     "GRANULARITIES",
     "PLANNERS",
@@ -64,6 +67,7 @@ PLANNERS = ("guided", "portfolio", "ppo", "ppo-masked", "reinforce")
 """Agents that plan with their budget: with another budget they would have proposed other schedules."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
+FORMS: tuple[str, ...] = get_args(Form)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -97,6 +101,8 @@ FREE_AFTERWARDS = (
 """Fields that may change after a run has finished: they say where and how it works, not what its results are of."""
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of the stages after the search."""
+EARLIER: Mapping[str, object] = {"form": "factors"}
+"""Values of fields that earlier versions did not record, where their runs behaved otherwise than by the default."""
 RECORDED = ("digests",)
 """Fields that a run fills in by itself; they have no flag."""
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
@@ -156,6 +162,12 @@ class Config(BaseModel):
     granularity: Granularity = _name("search", "block+family", GRANULARITIES, "KIND")
     """What each action of the agent covers: a block, a family of matrices, one matrix (site), an attention head (with
     --per-head), or a block and a family together."""
+    form: Form = _name("search", "any", FORMS, "FORM")
+    """What the matrices may become: plain, smaller dense matrices, because MLPs lose hidden units and attentions lose
+    heads; factors, each matrix decomposed by itself; or any, both together, which costs the least quality."""
+    width_multiple: int | None = _whole("search", None, 1, 65536)
+    """Rows and columns that lost units or heads leave are multiples of this. Default: what the device multiplies
+    fast."""
     seed: int = _whole("search", 0, 0, 2**32 - 1)
     """Seed of all random generators; the same seed gives the same trials on the same machine."""
     policy: str | None = _field("search", None, _POLICY, "RUN", min_length=1)
@@ -347,6 +359,12 @@ class Config(BaseModel):
         return str(Path(value).absolute())
 
     @model_validator(mode="after")
+    def _has_the_widths_it_rounds(self) -> Self:
+        if self.form == "factors" and self.width_multiple is not None:
+            raise Refusal("width_multiple needs form any or plain; with form factors no width changes")
+        return self
+
+    @model_validator(mode="after")
     def _starts_from_one_thing(self) -> Self:
         if self.policy is not None and self.prior is not None:
             raise Refusal("policy and prior both say where to start: give one of them")
@@ -398,17 +416,32 @@ class Config(BaseModel):
     def of_run(cls, values: Mapping[str, object], trusted: bool, **changes: object) -> Config:
         """The configuration that a run or a prior recorded.
 
-        A file may come from anybody, so that it cannot ask for code to be run.
+        Fields that earlier versions did not record have the values by which their runs behaved.
 
         Args:
             values: the recorded fields.
-            trusted: whether the user asks for the code of the model to be run, if the run did so.
+            trusted: as for `of_file`.
             changes: fields with other values.
 
         Raises:
-            ValueError: as for `of`; or the run needs the code of its model, and the user does not ask for it.
+            ValueError: as for `of_file`.
         """
-        config = cls.of({**values, **changes})
+        return cls.of_file({**EARLIER, **values, **changes}, trusted)
+
+    @classmethod
+    def of_file(cls, values: Mapping[str, object], trusted: bool) -> Config:
+        """The configuration with values from a file.
+
+        A file may come from anybody, so that it cannot ask for code to be run.
+
+        Args:
+            values: the fields.
+            trusted: whether the user asks for the code of the model to be run, if the file does so.
+
+        Raises:
+            ValueError: as for `of`; or the code of the model is needed, and the user does not ask for it.
+        """
+        config = cls.of(values)
         if config.trust_remote_code and not trusted:
             names = ", ".join(name for name in config.digests or () if name.startswith("code/"))
             raise Refusal(
@@ -479,6 +512,7 @@ def _one_line(error: ValidationError) -> str:
         "proxy": PROXIES,
         "proxy_form": PROXY_FORMS,
         "granularity": GRANULARITIES,
+        "form": FORMS,
     }.get(name)
     if names and isinstance(value, str) and not (name == "proxy" and value.endswith(".jsonl")):
         return f"{name} must be {rule}, got {shown(value)}; the nearest is {nearest(value[:100], names)}"

@@ -10,21 +10,20 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
 from compression.calibration.statistics import Statistics
-from compression.decomposition.joint_menu import Matrix, joint_menu, spectra, widths_of
+from compression.decomposition.joint_menu import Matrix, joint_menu, multiple_of, spectra, widths_of
 from compression.numerics.cores import decompose, truncate
 from compression.numerics.elimination import Elimination, eliminate, refit
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
-from compression.schedule import Choice
+from compression.schedule import Choice, Form
 from compression.sites import Cut, Site, Unit, units
 from compression.size import choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
@@ -41,8 +40,6 @@ _HOPEFUL, _WORTH = 1.5, 1.05
 
 _ELIMINATION, _ELIMINATION_STEPS = 1, 128
 """Format of cached eliminations, and the number of steps in which an elimination removes all groups of a long bond."""
-
-Form = Literal["any", "plain", "factors"]
 
 OPTIMISM = 1.15
 """Factor by which the cost of a fit grows from its calibration text to other text, relative to that of `lowrank`.
@@ -208,13 +205,13 @@ class FactorStore:
         left = refit(matrix.weight, matrix.inputs, kept)
         return Matrix(left, matrix.inputs[kept][:, kept], matrix.gradients, cut.size)
 
-    def _joint_menu(self, unit: Unit, topology: str, metric: str, plain: bool) -> SiteMenu:
+    def _joint_menu(self, unit: Unit, topology: str, metric: str, plain: bool, multiple: int | None) -> SiteMenu:
         """The options of a unit: every width of its bond, with every χ of what is left unless `plain`."""
-        elimination = self.elimination(unit.name)
+        elimination, (reader, cut) = self.elimination(unit.name), self._reader(unit.name)
+        step = multiple_of(unit, multiple, self._weights[reader.name].device.type)
         if plain:
-            return joint_menu(unit, elimination.cost.numpy(), {}, topology, metric)
-        reader, cut = self._reader(unit.name)
-        widths = widths_of(cut.groups)
+            return joint_menu(unit, elimination.cost.numpy(), {}, topology, metric, step)
+        widths = widths_of(cut.groups, step)
 
         def build() -> Bundle:
             sides: tuple[dict[str, Matrix], dict[str, Matrix]] = ({}, {})
@@ -229,7 +226,7 @@ class FactorStore:
         )
         tensors = self._cache.get_or_build(key, build).tensors
         spectrum = {(name, width): tensors[f"{name}/{width}"].numpy() for name in names for width in widths}
-        return joint_menu(unit, elimination.cost.numpy(), spectrum, topology, metric)
+        return joint_menu(unit, elimination.cost.numpy(), spectrum, topology, metric, step)
 
     def _key_of(self, *names: str, **parts: object) -> str:
         """Cache key of something made from the weights and statistics of some sites."""
@@ -253,6 +250,7 @@ class FactorStore:
         fitted: Mapping[str, Sequence[str]] | None = None,
         progress: Callable[[int], None] = lambda done: None,
         form: Form = "any",
+        multiple: int | None = None,
     ) -> Menu:
         """Returns the menus of all sites and units: the lower envelope of dense, `topology` at every χ, and fits.
 
@@ -265,15 +263,15 @@ class FactorStore:
             fitted: topologies to fit, by site name. Each is fitted at several χ if a first fit comes close to
                 `topology`.
             progress: called with the number of sites done.
-            form: what the menus offer: "any", widths and factors together; "plain", widths without factors; "factors",
-                factors without widths, every site by itself.
+            form: what the menus offer, see `compression.schedule.Form`.
+            multiple: rows and columns that bonds leave are multiples of this; None means what is fast on the device.
         """
         menus = []
         done = 0
         for site in self.sites if form == "factors" else units(self.sites):
             done += len(site.sites) if isinstance(site, Unit) else 1
             if isinstance(site, Unit):
-                menus.append(self._joint_menu(site, topology, metric, form == "plain"))
+                menus.append(self._joint_menu(site, topology, metric, form == "plain", multiple))
             elif site.dense_because or form == "plain":
                 menus.append(dense_menu(site))
             else:

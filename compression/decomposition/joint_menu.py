@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd, lcm
 
 import numpy as np
 import torch
@@ -25,12 +26,14 @@ from compression.schedule import Choice, Joint
 from compression.sites import Site, Unit
 from compression.size import choice_parameters
 
-__all__ = ["Matrix", "joint_menu", "spectra", "widths_of"]
+__all__ = ["Matrix", "joint_menu", "multiple_of", "spectra", "widths_of"]
 
 _WIDTHS = 16
 """Number of widths at which the matrices of a bond are also decomposed."""
 _PLAIN = 96
 """Number of widths that are offered without decomposing anything."""
+_ALIGNED = {"cpu": 16, "cuda": 64}
+"""Entries whose multiples a device multiplies fast, by type of device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +53,28 @@ class Matrix:
     size: int
 
 
-def widths_of(groups: int, count: int = _WIDTHS) -> list[int]:
-    """Returns at most `count` widths, evenly spaced up to the full one, ascending."""
-    return sorted({max(1, round(groups * number / count)) for number in range(1, count + 1)})
+def multiple_of(unit: Unit, multiple: int | None, device: str) -> int:
+    """Returns the number of groups whose multiples are the widths of a unit.
+
+    Args:
+        multiple: rows and columns are to be multiples of this; None means the largest power of two that the device
+            multiplies fast and that still leaves a choice of widths.
+        device: type of the device, such as "cpu".
+    """
+    sizes = {each.size for site in unit.sites for each in site.cuts}
+    wanted = _ALIGNED.get(device, 1) if multiple is None else multiple
+    while True:
+        groups = lcm(*(wanted // gcd(wanted, size) for size in sizes))
+        if multiple is not None or groups == 1 or unit.groups // groups >= _WIDTHS:
+            return groups
+        wanted //= 2
+
+
+def widths_of(groups: int, multiple: int = 1, count: int = _WIDTHS) -> list[int]:
+    """Returns at most `count` multiples of `multiple`, evenly spaced, and the full width, ascending."""
+    steps = groups // multiple
+    spaced = {multiple * max(1, round(steps * number / count)) for number in range(1, count + 1)} if steps else set()
+    return sorted({*spaced, groups})
 
 
 @torch.no_grad()
@@ -98,6 +120,7 @@ def joint_menu(
     spectrum: Mapping[tuple[str, int], NDArray[np.float64]],
     topology: str,
     metric: str,
+    multiple: int = 1,
 ) -> SiteMenu:
     """Returns the undominated options of a unit.
 
@@ -110,10 +133,12 @@ def joint_menu(
         cost: predicted cost of every width of the bond, nats per token (groups + 1,).
         spectrum: singular values by site name and width, see `spectra`; empty to offer widths without factors only.
         topology, metric: of the decompositions.
+        multiple: number of groups whose multiples are offered as widths.
     """
     groups = len(cost) - 1
     options: list[Option] = []
-    for width in sorted({*widths_of(groups, _PLAIN), *(width for _, width in spectrum)}):
+    least = {0} if all(cut.least == 0 for site in unit.sites for cut in site.cuts) else set[int]()
+    for width in sorted({*least, *widths_of(groups, multiple, _PLAIN), *(width for _, width in spectrum)}):
         widths = (width,) if width < groups else ()
         curves = []
         for site in unit.sites:

@@ -21,7 +21,8 @@ from compression.schedule import Schedule
 from compression.sites import put_modules
 from envs import Problem
 from search.config import EXPORTS, Config, read_fields
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate
 from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
@@ -158,7 +159,7 @@ class _Run:
         """Yield the schedules one after the other, all on one model in memory that is dense in between."""
         if self.opened is None:
             with self.console.stage("load"):
-                loaded, sites = load(self.config, self.device)
+                loaded, sites = open_model(self.config, self.device)
         else:
             loaded, sites = self.opened.loaded, self.opened.sites
         refuse_other_model(self.prior, loaded, self.folder, self.console.note, self.recorded)

@@ -111,7 +111,7 @@ def configuration(given: Mapping[str, object]) -> Config:
     file, resume = flags.pop("config", None), flags.get("resume")
     values = {**(read_fields(Path(str(file))) if file is not None else {}), **flags}
     if resume is None:
-        return Config.of_run(values, trusted)
+        return Config.of_file(values, trusted)
     if not (Path(str(resume)) / CONFIG).is_file():
         raise Refusal(f"resume must be the folder of an earlier run, but there is no {Path(str(resume)) / CONFIG}")
     kept = Config.of_run(read_fields(Path(str(resume)) / CONFIG), trusted)

@@ -27,7 +27,8 @@ from envs import Problem
 from search.comparison.standings import Entry, Heldout, Mark, check, plot, report
 from search.config import Config
 from search.evaluation.pool import Pool
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate
 from search.reporting.opened_run import CONTEST
 from search.runtime.console import Console
@@ -67,7 +68,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
     for name in names:
         agents.find(name)
     with console.stage("load"):
-        loaded, sites = load(config, device)
+        loaded, sites = open_model(config, device)
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     for note in experiment.splits.notes:

@@ -65,4 +65,4 @@ class SiteTimes:
         if choice.is_plain:
             return rows * columns / site.parameters
         legs = resolve(choice.topology, rows, columns)
-        return self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)
+        return rows * columns / site.parameters * self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)

@@ -19,13 +19,10 @@ from torch import nn
 from compression.allocation.menu import Menu, aligned, worth_their_time
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
-from compression.layers.heads import split_heads_
 from compression.layers.planner import Planner
-from compression.numerics.legs import resolve
 from compression.numerics.pivoted_product import ALIGNED
-from compression.refusal import Refusal
 from compression.schedule import Schedule
-from compression.sites import Site, discover_sites
+from compression.sites import Site
 from compression.storage.factor_cache import FactorCache, cache_key
 from search.config import Config
 from search.data.items import Item
@@ -39,14 +36,12 @@ from search.evaluation.packed_sequences import Packed, packed_item, packed_text
 from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store
-from search.experiment.user_files import check_files
-from search.model.architecture import head_size
-from search.model.devices import resolve_device, working_dtype
-from search.model.loading import LoadedModel, load_model
-from search.model.spreading import devices_of, spread_
+from search.experiment.open_model import open_model
+from search.model.devices import resolve_device
+from search.model.loading import LoadedModel
 from search.runtime.files import cache_folder
 
-__all__ = ["Experiment", "Extract", "load", "smallest_parameters", "workload_sequences"]
+__all__ = ["Experiment", "Extract", "workload_sequences"]
 
 _SELECTION = 4  # the selection set is this many times as large as a shard
 _SPARE = 64  # characters of a user's own text that are read for every token that is wanted
@@ -133,10 +128,10 @@ class Experiment:
         """Open the experiment of a configuration: load the model onto its device and read the data.
 
         Raises:
-            ValueError, DataUnavailable: as for `load` and `of`.
+            ValueError, DataUnavailable: as for `open_model` and `of`.
         """
         device = resolve_device(config.device)
-        return cls.of(config, *load(config, device), device)
+        return cls.of(config, *open_model(config, device), device)
 
     def shards(self, part: str) -> list[list[Packed]]:
         """The packed sequences of one part of the data, by shard.
@@ -261,7 +256,9 @@ class Experiment:
         If time counts in the reward (`latency_weight` above 0), the menu contains only options that are aligned in
         memory and worth their time.
         """
-        menu, weight = self.store.menu(progress=progress), self.config.latency_weight
+        form, multiple = self.config.form, self.config.width_multiple
+        menu = self.store.menu(progress=progress, form=form, multiple=multiple)
+        weight = self.config.latency_weight
         if not weight:
             return menu
         menu, times = aligned(menu, ALIGNED), self.times()
@@ -284,52 +281,6 @@ class Experiment:
         return min(times) / ids.numel()
 
 
-def load(
-    config: Config, device: torch.device, loaded: LoadedModel | None = None
-) -> tuple[LoadedModel, tuple[Site, ...]]:
-    """Load the model of a configuration and find its sites.
-
-    Args:
-        loaded: the model, if it is already in memory.
-
-    Raises:
-        ValueError: as for `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
-            `search.model.spreading.spread_` and `compression.sites.discover_sites`; the model has fewer positions than
-            a calibration text has tokens; the target is below the kept fraction with χ = 1 everywhere; or `per_head` is
-            set for a model without several heads.
-        DataUnavailable: as for `search.model.loading.load_model`.
-    """
-    check_files(config)
-    if loaded is None:
-        place, dtype = device, working_dtype(config.dtype, device)
-        if config.device_map is not None:  # the whole model may not fit on one device
-            place = torch.device("cpu")
-        loaded = load_model(config.model, place, dtype, config.trust_remote_code)
-    if loaded.positions is not None and loaded.positions < CHUNK_TOKENS:
-        raise Refusal(
-            f"model must have at least {CHUNK_TOKENS} positions, the length of the calibration texts, got "
-            f"{config.model} with {loaded.positions}"
-        )
-    if config.device_map is not None:
-        spread_(loaded.model, device, devices_of(config.device_map, device))
-    sites = discover_sites(loaded.model)
-    if config.per_head:
-        if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
-            raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")
-        sites = discover_sites(loaded.model)
-    before = sum(site.parameters for site in sites)
-    if smallest_parameters(sites) == before:
-        why = next((site.dense_because for site in sites if site.dense_because), "") or "its matrices are too small"
-        raise Refusal(f"no matrix of {config.model} can be made smaller: {why}")
-    smallest = smallest_parameters(sites) / before
-    if config.target_kept < smallest:
-        raise Refusal(
-            f"target_kept must be at least {smallest:.4f}, the fraction that this model keeps with χ = 1 everywhere, "
-            f"got {config.target_kept}"
-        )
-    return loaded, sites
-
-
 def _own_text(config: Config, loaded: LoadedModel) -> OwnText | None:
     """The user's own calibration text, in the chat format of the model; None if there is none."""
     if config.calibration is None:
@@ -339,16 +290,6 @@ def _own_text(config: Config, loaded: LoadedModel) -> OwnText | None:
         tokens += SEARCHED * config.search_text_tokens * (config.search_shards + _SELECTION)
     documents = read_own_text(config.calibration, loaded.tokenizer, _SPARE * tokens)
     return OwnText(config.calibration, documents, config.calibration_for_search)
-
-
-def smallest_parameters(sites: Sequence[Site]) -> int:
-    """Parameters of all sites together at pivoted `lowrank` with χ = 1, or dense if that is fewer."""
-    return sum(
-        site.parameters
-        if site.dense_because
-        else min(site.parameters, resolve("pivoted-lowrank", site.out_features, site.in_features).parameters(1))
-        for site in sites
-    )
 
 
 def workload_sequences(

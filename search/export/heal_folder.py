@@ -15,7 +15,8 @@ from compression.refusal import Refusal
 from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.export.folder import check_export, export_model, footprint
 from search.export.model_card import model_card
 from search.export.run import CHANGES
@@ -64,7 +65,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
     if first:
         refuse_held(unfinished)
     with console.stage("load"):
-        loaded, sites = load(config, device)
+        loaded, sites = open_model(config, device)
         if prior.model.id != loaded.model_id:
             raise Refusal(
                 f"{source} was made from {prior.model.id}, not {loaded.model_id}; pass the former with --model"

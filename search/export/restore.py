@@ -16,7 +16,8 @@ from compression.refusal import Refusal
 from compression.schedule import Schedule
 from search.config import Config, read_fields
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate
 from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
@@ -111,7 +112,7 @@ def restore(
     where = resolve_device(device)
     if opened is None:
         with console.stage("load"):
-            loaded, sites = load(config, where)
+            loaded, sites = open_model(config, where)
     else:
         loaded, sites = opened.loaded, opened.sites
     check(loaded.model, loaded.tokenizer)

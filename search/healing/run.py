@@ -24,7 +24,8 @@ from compression.training.trainable import put_parameters
 from search.config import Config, read_fields
 from search.evaluation.score import Score
 from search.evaluation.workload import Workload
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.healing.plan import HealingOptions, HealingPlan, text_tokens
 from search.healing.repaired_start import UNFINISHED, referenced, started_
 from search.healing.rows import HealingText
@@ -97,7 +98,7 @@ def heal_folder(run: Path, options: HealingOptions, console: Console) -> HealedR
         refuse_unwritable(folder)
         refuse_held(folder)
     with console.stage("load"):
-        loaded, sites = load(config, device)
+        loaded, sites = open_model(config, device)
         prior = Prior.read(run / PRIOR)
         refuse_other_model(prior, loaded, run, console.note, recorded)
         schedule = prior.schedule

@@ -16,7 +16,8 @@ from compression.schedule import Schedule
 from compression.size import choice_parameters
 from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate
 from search.pipeline.rehearsal import rehearse_prior
 from search.priors.build import build_prior, config_digest
@@ -127,7 +128,7 @@ def apply(
     """
     config, device, _ = preflight(config)
     with console.stage("load"):
-        loaded, sites = load(config, device)
+        loaded, sites = open_model(config, device)
     measured = traces(read_profile(profile, loaded)) if profile is not None else {}
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)

@@ -14,7 +14,8 @@ import torch
 from compression.sites import model_bytes, model_parameters
 from envs import LEVELS, REACH
 from search.config import Config
-from search.experiment.experiment import Experiment, load, smallest_parameters
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model, smallest_parameters
 from search.experiment.preparation import stays_dense
 from search.pipeline import finish
 from search.pipeline.rehearsal import rehearse
@@ -34,7 +35,7 @@ def plan(config: Config) -> Mapping[str, object]:
         ValueError, DataUnavailable: as `search.pipeline.run.run`.
     """
     config, device, start = preflight(config)
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     start.check(loaded, sites)
     experiment = Experiment.of(config, loaded, sites, device)
     rehearse(experiment, start)
@@ -54,7 +55,7 @@ def plan(config: Config) -> Mapping[str, object]:
         + _BENCHMARK_TOKENS * measured
     )
     families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
-    smallest = smallest_parameters(sites) / parameters
+    smallest = smallest_parameters(sites, config.form) / parameters
     return {
         "model": {
             "name": loaded.model_id,

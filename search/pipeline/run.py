@@ -15,7 +15,8 @@ from compression.schedule import Schedule
 from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
 from search.evaluation.latency import against_dense, layer_costs
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.healing.state import HEALED, STATE
 from search.pipeline.baselines import baseline_schedules
@@ -77,7 +78,7 @@ def run(config: Config, console: Console) -> RunSummary:
     """
     config, device, start = preflight(config)
     with console.stage("load"):
-        loaded, sites = load(config, device)
+        loaded, sites = open_model(config, device)
     start.check(loaded, sites)
     if staying := stays_dense(sites):
         name, reason = next(iter(staying.items()))

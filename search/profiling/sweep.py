@@ -31,7 +31,8 @@ from search.config import Config
 from search.evaluation.packed_sequences import Packed
 from search.evaluation.pool import Job, Pool
 from search.evaluation.score import Score
-from search.experiment.experiment import Experiment, Extract, load
+from search.experiment.experiment import Experiment, Extract
+from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate
 from search.model.loading import LoadedModel
 from search.profiling.sensitivity import CACHED, Row, block_by_chi, block_by_family, parse_rows, rows_text, summary
@@ -106,7 +107,7 @@ def profile(
             raise Refusal(f"{name} must be a whole number of at least 64, got {value}")
     config, device, _ = preflight(config)
     with console.stage("load"):
-        loaded, sites = load(config, device)
+        loaded, sites = open_model(config, device)
     if levels and not any(levels.of(site) for site in sites if not site.dense_because):
         raise Refusal("chi or fractions must name a level that makes a matrix of the model smaller, and none does")
     with console.stage("data"):

@@ -10,7 +10,7 @@ import agents
 from agents import Agent
 from compression.refusal import Refusal
 from envs import Problem, Reward
-from search.config import Config
+from search.config import EARLIER, Config
 from search.evaluation.score import Score
 from search.experiment.experiment import Experiment
 from search.reporting.frames import csv_text, read_records
@@ -85,7 +85,7 @@ def fingerprint_defaults() -> dict[str, object]:
     """Values of the fields that fingerprints of earlier versions lack: their runs behaved as with these."""
     names = Config.of({}).definition()
     return {
-        "configuration": {name: Config.model_fields[name].default for name in names},
+        "configuration": {name: EARLIER.get(name, Config.model_fields[name].default) for name in names},
         "reward": dataclasses.asdict(Reward()),
     }
 

@@ -20,7 +20,8 @@ from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 from search.config import EVALUATORS, Config
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.pool import Job, measure
-from search.experiment.experiment import Experiment, Extract, load
+from search.experiment.experiment import Experiment, Extract
+from search.experiment.open_model import open_model
 from search.experiment.user_files import check_files
 from search.model.devices import resolve_device, working_dtype
 from search.model.loading import LoadedModel, assemble, can_be_assembled, load_model
@@ -72,7 +73,7 @@ class RemoteEvaluator:
                 if config.per_head
                 else shared_model(config.model, device, dtype, model["weights"], cache, config.trust_remote_code)
             )
-        loaded, sites = load(config, device, loaded)
+        loaded, sites = open_model(config, device, loaded)
         if different := [part for part, digest in model.items() if loaded.identity[part] != digest]:
             raise Refusal(
                 f"the model {config.model} has other {' and '.join(different)} on {socket.gethostname()} than in the "

@@ -9,7 +9,7 @@ import pytest
 from own_code import CODE, model_with_code, run_afresh
 
 from search.config import Config
-from search.experiment.experiment import load
+from search.experiment.open_model import open_model
 from search.experiment.user_files import check_files, with_digests
 from search.model.devices import resolve_device
 from search.model.loading import load_for_use, load_model
@@ -39,7 +39,7 @@ def test_trusted_code_runs_is_recorded_and_refused_once_it_has_changed(folder: P
     config = with_digests(Config.of({"model": str(folder), "trust_remote_code": True, "dtype": "float32"}))
     assert config.digests == {"code/own_code.py": file_digest(folder / "own_code.py")}
     assert not ran(folder)
-    loaded, _ = load(config, cpu)
+    loaded, _ = open_model(config, cpu)
     assert type(loaded.model).__name__ == "OwnModel"
     assert loaded.digest == load_model("random:tiny-llama", "cpu").digest
     assert ran(folder)
@@ -48,7 +48,7 @@ def test_trusted_code_runs_is_recorded_and_refused_once_it_has_changed(folder: P
     for path in folder.parent.rglob("ran"):
         path.unlink()
     (folder / "own_code.py").write_text(f"{CODE}\n")
-    for changed in (check_files, with_digests, lambda given: load(given, cpu)):
+    for changed in (check_files, with_digests, lambda given: open_model(given, cpu)):
         with pytest.raises(
             ValueError, match=r"own_code\.py of .*/own is not what the run used: its sha256 was \w{16}, is"
         ):
@@ -56,7 +56,7 @@ def test_trusted_code_runs_is_recorded_and_refused_once_it_has_changed(folder: P
     (folder / "own_code.py").write_text(CODE)
     (folder / "helper.py").write_text("")
     with pytest.raises(ValueError, match=r"helper\.py of .* was absent, is \w{16}"):
-        load(kept, cpu)
+        open_model(kept, cpu)
     assert not ran(folder)
 
 

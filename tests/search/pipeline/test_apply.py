@@ -12,7 +12,8 @@ from fake_data import fake_data
 from compression import MPOLinear, Schedule
 from search import cli
 from search.config import Config
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.pipeline.apply import compress_
 from search.priors.format import Prior
 
@@ -166,7 +167,7 @@ def test_the_modules_of_a_schedule_can_be_had_in_place(tmp_path: Path) -> None:
     prior = Prior.read(searched(tmp_path / "run", budget=0))
     config = Config.of({**SMALL, "model": "random:tiny-llama", "target_kept": 0.7})
     device = torch.device("cpu")
-    loaded, sites = load(config, device)
+    loaded, sites = open_model(config, device)
     experiment = Experiment.of(config, loaded, sites, device)
     before = dict(loaded.model.named_modules())
     applier = compress_(experiment, prior.schedule)

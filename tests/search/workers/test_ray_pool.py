@@ -31,7 +31,8 @@ from search.config import Config
 from search.evaluation.pool import Job, Pool, Result, SerialPool
 from search.evaluation.quality import Quality
 from search.evaluation.score import Score
-from search.experiment.experiment import Experiment, load
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
 from search.model.loading import load_model
 from search.profiling.sensitivity import parse_rows
 from search.runtime.errors import EvaluatorsLost
@@ -112,7 +113,7 @@ def scripted(ray_here: Any, tmp_path: Path) -> Iterator[Any]:
 
 def test_several_evaluators_give_the_scores_and_slopes_of_the_one_in_this_process(ray_here: Any) -> None:
     config = Config.of({**VALUES, "evaluators": "2"})
-    loaded, sites = load(config, torch.device("cpu"))
+    loaded, sites = open_model(config, torch.device("cpu"))
     experiment = Experiment.of(config, loaded, sites, torch.device("cpu"))
     problem = Problem.build(experiment.store.menu(), config.target_kept, config.granularity)
     middle = (problem.middle,) * problem.steps
