@@ -53,6 +53,10 @@ class Cut:
     size: int
     of_rows: bool
 
+    def members(self, groups: torch.Tensor) -> torch.Tensor:
+        """Returns the indices of the rows or columns of the site that belong to these groups."""
+        return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
+
 
 @dataclass(frozen=True)
 class Site:
