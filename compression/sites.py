@@ -55,6 +55,10 @@ class Cut:
     of_rows: bool
     least: int = 1
 
+    def members(self, groups: torch.Tensor) -> torch.Tensor:
+        """Returns the indices of the rows or columns of the site that belong to these groups."""
+        return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
+
 
 @dataclass(frozen=True)
 class Site:

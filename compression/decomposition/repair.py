@@ -15,24 +15,32 @@ ridge λ and the share α in [0, 1] are chosen so that a correction from one hal
 half, in the metric of the gradient moment G. If no correction helps, the site keeps W. W* is then decomposed in the
 metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], where C, the moment of the dense input x, comes from the statistics. These use
 more text and weight its tokens; using the moment of x̂ alone does harm where x̂ deviates little from x. A site that
-stays dense takes W* itself, which repairs it without adding parameters. Matching dense outputs from compressed inputs
-goes back to the layer-wise reconstruction of channel pruning (He, Zhang & Sun 2017).
+stays dense takes W* itself, which repairs it without adding parameters.
+
+Where a bond between matrices is cut to a width, a site that writes the bond has only the rows of the kept groups. The
+site that reads it receives only their values, x̂_S. Its start is the exact refit of W on the dense values x_S (see
+`compression.numerics.elimination.refit`) instead of W, its target is the same, and C is that of x_S.
+
+Matching dense outputs from compressed inputs goes back to the layer-wise reconstruction of channel pruning (He, Zhang &
+Sun 2017).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import zip_longest
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from compression.bonds import linear
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
 from compression.decomposition.factors import lowrank_cores
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import is_lowrank
+from compression.numerics.elimination import Elimination, refit
 from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
@@ -56,6 +64,7 @@ def repair_(
     statistics: Statistics,
     batches: Sequence[Batch],
     shrinkage: float,
+    elimination: Callable[[str], Elimination],
     correct: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Mapping[str, nn.Module]:
@@ -69,6 +78,8 @@ def repair_(
         batches: (input_ids, mask) pairs as for `compression.calibration.statistics.collect`, with at least two
             sequences. Memory holds their hidden states twice, in float32. All tokens have equal weight.
         shrinkage: shrinkage of the moments, see `compression.numerics.whitening.shrink`.
+        elimination: returns the order in which the groups of a bond are removed, see
+            `compression.decomposition.factors.FactorStore.elimination`; called for the bonds that the schedule cuts.
         correct: whether W is replaced by W*. Otherwise W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
             calibration).
         progress: called with the number of blocks done.
@@ -98,21 +109,64 @@ def repair_(
             groups = _groups([site for site in free if site.block == number], statistics)
             targets = _Targets(block, groups, dense_states, masks, correct)
             for place, group in enumerate(groups):
-                inputs, drift, missing = targets.moments(place, states)
-                for site, cross in zip_longest(group, missing):
-                    old = taken[site.name]
-                    weight = dense_weight(old).double()
+                starts = [
+                    _start(site, taken[site.name], schedule[site.name], statistics, shrinkage, elimination)
+                    for site in group
+                ]
+                inputs, drift, missing = targets.moments(place, states, starts)
+                for site, start, cross in zip(group, starts, missing, strict=True):
+                    weight = start.weight
+                    gradient = _part(statistics.gradient(site.name).to(weight), start.rows)
                     if cross is not None:
-                        weight = weight + _correction(inputs, cross, statistics.gradient(site.name).to(weight))
-                    metric = statistics.input(site.name).to(inputs) + drift if correct else inputs.sum(0)
-                    new = _compressed(old, weight, schedule[site.name], metric, statistics, site, shrinkage)
-                    model.set_submodule(site.name, new)
+                        weight = weight + _correction(inputs, cross, gradient)
+                    dense_inputs = _part(statistics.input(site.name).to(weight), start.columns)
+                    metrics = dense_inputs + drift if correct else inputs.sum(0), gradient
+                    old, choice = taken[site.name], schedule[site.name]
+                    model.set_submodule(site.name, _compressed(old, weight, choice, *metrics, start.rows, shrinkage))
             states, dense_states = targets.advance(states), targets.outputs
             progress(done)
     except BaseException:
         put_modules(model, taken)
         raise
     return taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """The matrix of a site that is corrected: what the widths of the site's bonds leave of it.
+
+    Attributes:
+        weight: (out, in), float64; W, its rows that are left, or W refitted to the columns that are left.
+        rows, columns: indices of the rows and columns of W that are left; None for all.
+    """
+
+    weight: torch.Tensor
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+
+def _start(
+    site: Site,
+    dense: nn.Module,
+    choice: Choice,
+    statistics: Statistics,
+    shrinkage: float,
+    elimination: Callable[[str], Elimination],
+) -> _Start:
+    weight = dense_weight(dense).double()
+    if not choice.widths:
+        return _Start(weight)
+    [cut], [width] = site.cuts, choice.widths
+    kept = cut.members(elimination(cut.bond).kept(width)).to(weight.device)
+    if cut.of_rows:
+        return _Start(weight[kept], rows=kept)
+    moment = shrink(statistics.input(site.name).to(weight.device), shrinkage)
+    return _Start(refit(weight, moment, kept), columns=kept)
+
+
+def _part(moment: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Returns the rows and columns of a moment that are kept; all for None."""
+    return moment if kept is None else moment[kept][:, kept]
 
 
 def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -154,21 +208,24 @@ def _compressed(
     weight: torch.Tensor,
     choice: Choice,
     input_moment: torch.Tensor,
-    statistics: Statistics,
-    site: Site,
+    gradient: torch.Tensor,
+    rows: torch.Tensor | None,
     shrinkage: float,
 ) -> nn.Module:
-    """Returns the layer that represents `weight` (out, in) under a choice, in its stored form."""
+    """Returns the layer that represents `weight` (out, in) under a choice, in its stored form.
+
+    Args:
+        old: the dense module, for its dtype and bias.
+        input_moment, gradient: the metric of a decomposition, (in, in) and (out, out).
+        rows: the rows of the bias that are left; None for all.
+    """
     old_weight, bias = old.weight, _bias(old)
     assert isinstance(old_weight, torch.Tensor)
-    if choice.is_dense:
-        layer = nn.Linear(site.in_features, site.out_features, bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight.to(old_weight.dtype), requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        return layer
-    legs = resolve(choice.topology, site.out_features, site.in_features)
-    gradient = statistics.gradient(site.name).to(weight.device)
+    if bias is not None and rows is not None:
+        bias = bias[rows]
+    if choice.is_plain:
+        return linear(weight.to(old_weight.dtype), bias)
+    legs = resolve(choice.topology, *weight.shape)
     if is_lowrank(legs):
         cores, _ = lowrank_cores(weight, Whitening.of(input_moment, gradient, shrinkage), choice.chi)
     else:
@@ -228,18 +285,22 @@ class _Targets:
                     self._streams[number] = block.run(states) if self._later(number) else self.outputs
 
     def moments(
-        self, number: int, states: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        self, number: int, states: Sequence[torch.Tensor], starts: Sequence[_Start]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
         """Computes the moments of one group after all earlier groups have been compressed.
+
+        Args:
+            starts: the start of every site of the group, whose W and columns count.
 
         Returns:
             E[x̂ x̂ᵀ] (folds, in, in); with `correct`, also E[(x̂ − x)(x̂ − x)ᵀ] (in, in) and E[(y − W x̂) x̂ᵀ]
-            (folds, out, in) of each site; all float64. The folds are the contributions of the two halves of the
-            sequences, so their sum is the mean over all tokens.
+            (folds, out, in) of each site, otherwise None; all float64. The folds are the contributions of the two
+            halves of the sequences, so their sum is the mean over all tokens.
         """
         group, streams = self._groups[number], self._streams[number]
         inputs = cross = mean = drift = torch.zeros(0)
         tokens = sequences = 0
+        columns = starts[0].columns  # sites that read the same input read the same part of it
         for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
             if streams is None:
                 before, reaching = hidden, self._block.input_of(group[0], batch, hidden)
@@ -263,7 +324,8 @@ class _Targets:
                 drift = inputs.new_zeros(width, width)
                 cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
             if self._inputs:
-                apart = (reaching - self._inputs[number][batch])[mask].float()
+                meant = self._inputs[number][batch]
+                apart = (reaching - (meant if columns is None else meant[..., columns]))[mask].float()
                 drift += (apart.T @ apart).double()
             for fold in range(_FOLDS):
                 part = mask & (folds == fold)
@@ -273,18 +335,19 @@ class _Targets:
                 if aim is not None:
                     cross[fold] += (aim[part].float().T @ rows).double()
         inputs, cross, mean, drift = (total.div_(tokens) for total in (inputs, cross, mean, drift))
-        sites = group if self._inputs else []
-        return inputs, drift, [self._missing(site, streams is not None, inputs, cross, mean) for site in sites]
+        missing: list[torch.Tensor | None] = [None] * len(group)
+        for place, (site, start) in enumerate(zip(group, starts, strict=True)):
+            if self._inputs:
+                aimed = self._aimed(site, start, streams is not None, cross, mean)
+                missing[place] = aimed - start.weight @ inputs
+        return inputs, drift, missing
 
-    def _missing(
-        self, site: Site, writes: bool, inputs: torch.Tensor, cross: torch.Tensor, mean: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns E[(y − W x̂) x̂ᵀ] of a site: from E[x x̂ᵀ], or, if it writes to the stream, from E[y x̂ᵀ] and E[x̂]."""
+    def _aimed(self, site: Site, start: _Start, writes: bool, cross: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Returns E[y x̂ᵀ] of a site, without its bias: from E[x x̂ᵀ], or from E[y x̂ᵀ] if it writes to the stream."""
         weight, bias = self._weights[site.name], self._biases[site.name]
         if not writes:
-            return weight @ (cross - inputs)
-        shift = 0 if bias is None else bias.double()[:, None] * mean[:, None, :]
-        return cross - weight @ inputs - shift
+            return (weight if start.rows is None else weight[start.rows]) @ cross
+        return cross if bias is None else cross - bias.double()[:, None] * mean[:, None, :]
 
     def advance(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Returns the hidden states after the block, once all its groups are compressed."""

@@ -33,8 +33,7 @@ def prefix_keys(schedule: Schedule, sites: Sequence[Site], blocks: int) -> list[
     """
     choices: list[list[object]] = [[] for _ in range(blocks)]
     for site in sites:
-        choice = schedule[site.name]
-        choices[site.block].append((site.name, choice.topology, choice.chi, choice.metric))
+        choices[site.block].append((site.name, schedule[site.name]))
     digest = hashlib.sha256()
     keys = []
     for of_block in choices:

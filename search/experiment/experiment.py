@@ -238,7 +238,10 @@ class Experiment:
             progress: as for `compression.decomposition.repair.repair_`.
         """
         statistics, batches = self.calibration(), self.repair_batches(tokens)
-        return repair_(self.loaded.model, self.sites, schedule, statistics, batches, SHRINKAGE, progress=progress)
+        order = self.store.elimination
+        return repair_(
+            self.loaded.model, self.sites, schedule, statistics, batches, SHRINKAGE, order, progress=progress
+        )
 
     def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first calibration batches with `tokens` tokens or slightly more, in the order of the calibration."""

@@ -168,7 +168,8 @@ def load_sites_(
         taken[site.name] = model.get_submodule(site.name)
         if ("bias" in state) != (taken[site.name].bias is not None):
             raise Refusal(f"stored tensors do not fit {site.name}: only one of the two has a bias")
-        layer = rebuilt(schedule[site.name], site.out_features, site.in_features, state)
+        choice = schedule[site.name]
+        layer = rebuilt(choice, *site.shape(choice.widths), state)
         old = next(taken[site.name].parameters())
         fresh[site.name] = layer.to(old.device, old.dtype)
     put_modules(model, fresh)

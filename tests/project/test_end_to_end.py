@@ -73,7 +73,8 @@ def test_repair_lowers_the_divergence_of_the_first_blocks_of_the_real_model(job:
     with ScheduleApplier(model, store) as applier:
         applier.apply_(schedule)
         decomposed = judge.measure(model).kl
-    repair_(model, sites, schedule, experiment.calibration(), experiment.repair_batches(2048), SHRINKAGE)
+    batches = experiment.repair_batches(2048)
+    repair_(model, sites, schedule, experiment.calibration(), batches, SHRINKAGE, store.elimination)
     repaired = judge.measure(model).kl
     assert decomposed is not None
     assert repaired is not None

@@ -7,7 +7,9 @@ import torch
 
 from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
 from compression.calibration.blocks import record_blocks
-from compression.decomposition.repair import _correction, _groups, _Targets, repair_
+from compression.decomposition.repair import _correction, _groups, _start, _Targets, repair_
+from compression.numerics.elimination import Elimination
+from compression.schedule import DENSE
 from compression.sites import model_parameters
 from compression.size import SizeModel
 from search.model.loading import load_model
@@ -28,6 +30,10 @@ def subject(name: str):  # type: ignore[no-untyped-def]
     return model, sites, statistics, batches
 
 
+def uncut(bond: str) -> Elimination:
+    raise AssertionError(f"no schedule of this file cuts {bond}")
+
+
 def divergence(model: torch.nn.Module, dense: list[torch.Tensor], batches: list) -> float:  # type: ignore[type-arg]
     with torch.no_grad():
         logits = [model(input_ids=ids, attention_mask=mask.long()).logits for ids, mask in batches]
@@ -42,7 +48,7 @@ def divergence(model: torch.nn.Module, dense: list[torch.Tensor], batches: list)
 def test_a_dense_schedule_needs_no_repair_and_the_taken_modules_restore_the_model(name: str) -> None:
     model, sites, statistics, batches = subject(name)
     before = model(input_ids=batches[0][0]).logits
-    taken = repair_(model, sites, Schedule.dense(tuple(site.name for site in sites)), statistics, batches, 0.003)
+    taken = repair_(model, sites, Schedule.dense(tuple(site.name for site in sites)), statistics, batches, 0.003, uncut)
     torch.testing.assert_close(model(input_ids=batches[0][0]).logits, before, atol=2e-3, rtol=2e-3)
     for path, module in taken.items():
         model.set_submodule(path, module)
@@ -61,7 +67,7 @@ def test_repair_lowers_the_divergence_from_the_dense_model_at_equal_parameters(n
     counted = SizeModel(model, sites).size(schedule).parameters
     values, sizes = [], []
     for correct in (False, True):
-        taken = repair_(model, sites, schedule, statistics, batches, 0.003, correct=correct)
+        taken = repair_(model, sites, schedule, statistics, batches, 0.003, uncut, correct=correct)
         values.append(divergence(model, dense, batches))
         sizes.append(model_parameters(model))
         for path, module in taken.items():
@@ -82,7 +88,10 @@ def test_sites_that_write_to_the_residual_stream_are_found_and_give_the_next_sta
         groups = _groups([site for site in sites if site.block == 0], statistics)
         targets = _Targets(block, groups, states, [mask for _, mask in batches])
         for number in range(len(groups)):
-            targets.moments(number, states)
+            starts = [
+                _start(site, model.get_submodule(site.name), DENSE, statistics, 0.003, uncut) for site in groups[number]
+            ]
+            targets.moments(number, states, starts)
         for given, expected in zip(targets.advance(states), targets.outputs, strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
     found = [group[0] for group, stream in zip(groups, targets._streams, strict=True) if stream is not None]
@@ -94,7 +103,7 @@ def test_one_sequence_is_too_few_to_tell_what_a_correction_is_worth() -> None:
     site, batch = Site("a", 0, "q", 4, 4), (torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
     none = Statistics({}, {}, {}, 0)
     with pytest.raises(ValueError, match="2 sequences"):
-        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), none, [batch], 0.1)
+        repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), none, [batch], 0.1, uncut)
 
 
 def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() -> None:
@@ -115,9 +124,9 @@ def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() ->
 def test_a_model_that_is_compressed_already_is_refused() -> None:
     model, sites, statistics, batches = subject("random:tiny-llama")
     schedule = uniform_schedule(sites, "lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites)))
-    repair_(model, sites, schedule, statistics, batches, 0.003, correct=False)
+    repair_(model, sites, schedule, statistics, batches, 0.003, uncut, correct=False)
     with pytest.raises(ValueError, match=f"site {sites[0].name} is already compressed"):
-        repair_(model, sites, schedule, statistics, batches, 0.003)
+        repair_(model, sites, schedule, statistics, batches, 0.003, uncut)
 
 
 def test_an_interrupted_repair_leaves_the_model_dense() -> None:
@@ -130,5 +139,5 @@ def test_an_interrupted_repair_leaves_the_model_dense() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair_(model, sites, schedule, statistics, batches, 0.003, progress=interrupt)
+        repair_(model, sites, schedule, statistics, batches, 0.003, uncut, progress=interrupt)
     assert dict(model.named_modules()) == before
