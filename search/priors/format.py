@@ -1,4 +1,4 @@
-"""Defines the file format of compression priors, version 2: its fields, strict reading, and writing for people.
+"""Defines the file format of compression priors, version 3: its fields, strict reading, and writing for people.
 
 A prior is a JSON file that holds a winning schedule, its scores and its provenance, so that others can apply it. Knows
 no models and no runs; `search.priors.build` makes priors, `search.priors.versions` converts older files, and
@@ -13,20 +13,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import DENSE, METRICS, Choice, Schedule
+from compression.schedule import Schedule
 from compression.storage.strict_json import LARGEST, bounded_text, parse, refuse_large, shown
+from search.priors.sites import (
+    Count,
+    Digest,
+    Digests,
+    Name,
+    Part,
+    Positive,
+    PriorBond,
+    PriorSite,
+    Sensitivity,
+    WidthSensitivity,
+    check_bonds,
+)
 from search.priors.versions import FORMAT, VERSION, to_current
 from search.runtime.pretty_json import pretty_json
 
@@ -36,41 +40,22 @@ __all__ = [
     "ModelIdentity",
     "Origin",
     "Prior",
+    "PriorBond",
     "PriorData",
     "PriorScore",
     "PriorSite",
     "Sensitivity",
+    "WidthSensitivity",
 ]
 
 LARGEST_FILE = LARGEST
 """Bytes of the largest prior that is read. A model of 80 blocks with a site per head needs two thirds of this."""
 _KEYS = 1000  # most keys of an object in a prior
-_PATH = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$"
 
-
-def _harmless(text: str) -> str:
-    """Refuse a name that is unsafe to print or, if someone builds a path from it, to use as a path."""
-    if not text.isprintable() or ".." in text or "\\" in text or text.startswith(("/", "~")):
-        raise Refusal("must be a printable name without '..', '\\' or a leading '/' or '~'")
-    return text
-
-
-Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_harmless)]
-SitePath = Annotated[str, Field(max_length=500, pattern=_PATH)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1, le=2**48)]
-# Lists are checked up to their first wrong element: a list of a million errors takes long to make and nobody reads it.
-Positives = Annotated[tuple[Positive, ...], Field(fail_fast=True)]
-Digests = Annotated[tuple[Digest, ...], Field(fail_fast=True)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelIdentity(_Part):
+class ModelIdentity(Part):
     """The model that a prior was made for."""
 
     id: Name = Field(description="Hub id, or name of the model's folder.")
@@ -83,99 +68,7 @@ class ModelIdentity(_Part):
     bytes: Positive | None = Field(None, description="Bytes of those parameters in the dtype they were loaded in.")
 
 
-class Sensitivity(_Part):
-    """KL to the dense model at several χ when only this site is compressed, in nats per token."""
-
-    source: Literal["predicted", "measured"] = Field(
-        description="predicted: ½·tr(G E C Eᵀ) from the menu. measured: by `search.py profile`."
-    )
-    chi: Positives = Field(min_length=1, description="Bond dimensions, ascending.")
-    kl: tuple[float, ...] = Field(min_length=1, fail_fast=True, description="KL at each χ, nats per token.")
-
-    @model_validator(mode="after")
-    def _pairs(self) -> Self:
-        if len(self.chi) != len(self.kl):
-            raise Refusal(f"a trace needs one KL for each χ, got {len(self.kl)} for {len(self.chi)}")
-        if list(self.chi) != sorted(set(self.chi)):
-            raise Refusal("the χ of a trace must ascend")
-        return self
-
-
-class PriorSite(_Part):
-    """The choice for one matrix. `chi`, `metric` and the legs are absent if the matrix stays dense."""
-
-    name: SitePath = Field(description="Qualified name of the module in the model.")
-    block: Annotated[int, Field(ge=0, lt=100_000)] = Field(description="Index of the block, from 0.")
-    family: SitePath = Field(description="Kind of the matrix, such as q or down.")
-    shape: tuple[Positive, Positive] = Field(description="Number of outputs and of inputs.")
-    topology: Annotated[str, Field(max_length=200)] = Field(
-        description="dense, lowrank, mpoN, or explicit legs such as mpo:9.64x24.24; the prefix pivoted- means that the "
-        "gauge freedom is removed."
-    )
-    chi: Positive | None = Field(None, description="Bond dimension.")
-    metric: Literal["plain", "input", "two-sided"] | None = Field(
-        None, description="Norm in which the matrix was approximated."
-    )
-    out_legs: Positives | None = Field(None, description="How the outputs are split, one leg per core.")
-    in_legs: Positives | None = Field(None, description="How the inputs are split, one leg per core.")
-    dense_because: Name | None = Field(None, description="Why the matrix cannot be tensorized.")
-    parameters: Positive = Field(description="Number of entries that are stored.")
-    offset: float | None = Field(
-        None,
-        description="Natural logarithm of the factor on the predicted cost of this matrix at which the closed form "
-        "chooses this χ; 0 where it does without a factor.",
-    )
-    sensitivity: Sensitivity | None = None
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        rest = (self.chi, self.metric, self.out_legs, self.in_legs)
-        if self.topology == "dense":
-            if any(value is not None for value in rest):
-                raise Refusal(f"{self.name} is dense and has no chi, metric or legs")
-            return self
-        if any(value is None for value in rest) or self.dense_because is not None:
-            raise Refusal(f"{self.name} needs chi, metric, out_legs and in_legs, and no dense_because")
-        legs = resolve(self.topology, *self.shape)
-        if (legs.out_legs, legs.in_legs) != (self.out_legs, self.in_legs):
-            raise Refusal(
-                f"{self.name}: the legs of {self.topology} are {legs.out_legs} and {legs.in_legs}, "
-                f"got {self.out_legs} and {self.in_legs}"
-            )
-        return self
-
-    @property
-    def choice(self) -> Choice:
-        """The choice for this site."""
-        if self.chi is None:
-            return DENSE
-        assert self.metric in METRICS
-        return Choice(self.topology, self.chi, self.metric)
-
-    @property
-    def largest_chi(self) -> int:
-        """The largest χ that saves parameters; 0 if none does or the site is dense."""
-        return 0 if self.chi is None else resolve(self.topology, *self.shape).break_even_chi
-
-    @property
-    def relative_chi(self) -> float:
-        """χ divided by the χ at which the topology is exact, in (0, 1]; 1 for dense."""
-        if self.chi is None:
-            return 1.0
-        return min(1.0, self.chi / max(resolve(self.topology, *self.shape).full_bonds))
-
-    @property
-    def dense_parameters(self) -> int:
-        """Number of entries of the dense matrix."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def stored(self) -> int:
-        """Number of entries that the topology stores at this χ; `parameters` must equal it."""
-        return self.dense_parameters if self.chi is None else resolve(self.topology, *self.shape).parameters(self.chi)
-
-
-class Estimate(_Part):
+class Estimate(Part):
     """A value with its 95 % interval; the interval is absent if there is only one sample."""
 
     value: float
@@ -191,7 +84,7 @@ class Estimate(_Part):
         return self
 
 
-class PriorScore(_Part):
+class PriorScore(Part):
     """One row of the table that the prior was published with. Values that could not be measured are absent."""
 
     schedule: Name
@@ -203,7 +96,7 @@ class PriorScore(_Part):
     bytes_fraction: Fraction = Field(description="Bytes after / before over the whole model.")
     parameters: Positive
     bytes: Positive
-    multiply_adds: Positive = Field(description="Multiply-adds per token over the sites.")
+    multiply_adds: Count = Field(description="Multiply-adds per token over the sites.")
     kl: Estimate | None = Field(None, description="KL to the dense model, nats per token.")
     perplexity: Annotated[float, Field(ge=0)] | None = None
     accuracy: Estimate | None = None
@@ -218,7 +111,7 @@ class PriorScore(_Part):
     tokens: Count
 
 
-class PriorData(_Part):
+class PriorData(Part):
     """Digests of the data used for calibration, search and measurement."""
 
     calibration: Digest
@@ -228,7 +121,7 @@ class PriorData(_Part):
     report_items: Digests | None = None
 
 
-class Origin(_Part):
+class Origin(Part):
     """The prior from which this one was made."""
 
     model: ModelIdentity
@@ -238,11 +131,11 @@ class Origin(_Part):
     )
 
 
-class Prior(_Part):
+class Prior(Part):
     """A compression prior."""
 
     format: Literal["chisel-prior"]
-    version: Literal[2]
+    version: Literal[3]
     model: ModelIdentity
     target_kept: Annotated[float, Field(gt=0, le=1)] = Field(description="Target of the kept fraction.")
     kept_fraction: Fraction = Field(description="Parameters after / before over the sites.")
@@ -318,6 +211,11 @@ class Prior(_Part):
         return 1 + max(site.block for site in self.sites)
 
     @property
+    def has_widths(self) -> bool:
+        """Whether the schedule cuts a bond."""
+        return any(site.bonds for site in self.sites)
+
+    @property
     def was_repaired(self) -> bool:
         """Whether the run kept its repair; its table then has the row "repaired"."""
         return any(score.schedule == "repaired" for score in self.scores)
@@ -338,7 +236,7 @@ class Prior(_Part):
         return json.dumps(head | {key: value for key, value in own.items() if key not in head}, indent=2) + "\n"
 
     def _checked(self, clamp: bool) -> Prior:
-        """Check what a schema cannot: unique names, χ that save parameters, sums and a digest that match the sites."""
+        """Check what a schema cannot: unique names, χ that save parameters, bonds that agree, sums and a digest."""
         for number, site in enumerate(self.sites):
             if site.chi is not None and site.chi > site.largest_chi and not clamp:
                 raise Refusal(
@@ -346,6 +244,7 @@ class Prior(_Part):
                     f"{site.topology} saves nothing, got {site.chi}; search.py apply --clamp lowers it"
                 )
         schedule = self.schedule  # raises Refusal if a name is repeated
+        check_bonds(self.sites)
         if self.schedule_digest not in (None, schedule.digest):
             raise Refusal(
                 f"schedule_digest must be that of the sites, {schedule.digest[:12]}…, got {self.schedule_digest}; "
@@ -370,7 +269,7 @@ class Prior(_Part):
 
 
 def _lowered(site: PriorSite) -> PriorSite:
-    """Return the site at the largest χ that saves parameters; dense if there is none."""
+    """Return the site at the largest χ that saves parameters; without factors if there is none."""
     if site.largest_chi == 0:
         changed: dict[str, Any] = dict(topology="dense", chi=None, metric=None, out_legs=None, in_legs=None)
     else:

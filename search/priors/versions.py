@@ -13,7 +13,7 @@ from compression.storage.strict_json import shown
 
 __all__ = ["FORMAT", "VERSION", "score_entry", "to_current"]
 
-FORMAT, VERSION = "chisel-prior", 2
+FORMAT, VERSION = "chisel-prior", 3
 _QUANTILE = 1.96  # 0.975 quantile of the normal distribution, for 95 % intervals
 _SIZES = ("kept_fraction", "model_kept_fraction", "bytes_fraction", "parameters", "bytes", "multiply_adds")
 _FIGURES = ("perplexity", "margin", "agreement")
@@ -35,7 +35,10 @@ def to_current(document: Mapping[str, object]) -> dict[str, Any]:
             f"version must be at most {VERSION}, the newest that this program reads, got {version}; update Chisel"
         )
     current = dict(document)
-    return _from_version_1(current) if version == 1 else current
+    if version == 1:
+        current = _from_version_1(current)
+    # Version 2 had no bonds between matrices and is otherwise the same.
+    return current | {"version": VERSION}
 
 
 def score_entry(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,4 +72,4 @@ def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
                 document["bytes_fraction"] = row["bytes_fraction"]
     except (KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"it is not a prior of version 1; check {error}") from None
-    return document | {"version": VERSION}
+    return document

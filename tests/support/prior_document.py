@@ -1,4 +1,4 @@
-"""A prior of version 2 as plain values, for tests."""
+"""A prior as plain values, for tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHI = {"blocks.0.q": 2, "blocks.1.q": 3, "blocks.1.down": 4, "blocks.2.q": 1}
 
 
 def document(sites: tuple[Site, ...] = SITES, chi: dict[str, int] | None = None) -> dict[str, Any]:
-    """A prior of version 2 as plain values."""
+    """A prior as plain values."""
     chis = CHI if chi is None else chi
     entries, choices = [], []
     for site in sites:
@@ -36,7 +36,7 @@ def document(sites: tuple[Site, ...] = SITES, chi: dict[str, int] | None = None)
     dense = sum(site.parameters for site in sites)
     return {
         "format": "chisel-prior",
-        "version": 2,
+        "version": 3,
         "model": {"id": "toy", "digest": "0" * 64, "license": "none"},
         "target_kept": 0.8,
         "kept_fraction": sum(entry["parameters"] for entry in entries) / dense,
