@@ -53,6 +53,10 @@ class Cut:
     size: int
     of_rows: bool
 
+    def members(self, groups: torch.Tensor) -> torch.Tensor:
+        """Returns the rows or columns of the site that belong to some groups (count,), as int64 (count · size,)."""
+        return (groups[:, None] * self.size + torch.arange(self.size)).flatten()
+
 
 @dataclass(frozen=True)
 class Site:
