@@ -128,7 +128,7 @@ def cut(module: nn.Module, rows: torch.Tensor | None, columns: torch.Tensor | No
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """Returns a linear layer that holds these tensors, without gradients."""
-    layer = nn.Linear(1, 1, bias is not None, device="meta")  # torch warns if a new layer has no rows or columns
+    layer = nn.Linear(1, 1, bias is not None, device="meta")  # made without entries, it would warn
     layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     if bias is not None:

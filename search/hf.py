@@ -4,11 +4,12 @@ A compressed folder is an ordinary model folder whose config.json lists, in `qua
 modules that replace dense ones (see `compression.layers.skeleton`). The architecture and `model_type` do not change.
 
 In a process without this plug-in, transformers does not know the method and would fill the missing dense weights with
-random numbers. To prevent that, the folder stores, for every compressed matrix, an empty tensor under the name of the
-dense weight: a process that expects the dense weight finds a wrong shape and raises. This also protects the folders
-that `save_pretrained` and Trainer write, and needs no special file name. The header of each weight file holds the
-sha256 of every tensor, the values of config.json and the descriptions of the compressed modules. All of that is
-verified before any tensor is used, so that a config with another epsilon or activation is refused too.
+random numbers. To prevent that, the folder stores, for every compressed matrix, a tensor of another shape under the
+name of the dense weight, on which such a process raises: an empty one, or the matrix itself if it is a plain one that
+lost rows or columns. Which rows and columns are left is stored beside it (see `compression.layers.kept`). This also
+protects the folders that `save_pretrained` and Trainer write, and needs no special file name. The header of each weight
+file holds the sha256 of every tensor, the values of config.json and the descriptions of the compressed modules. All of
+that is verified before any tensor is used, so that a config with another epsilon or activation is refused too.
 
 A copy of this module and of the parts of `compression` that it uses is exported beside the weights as one file: see
 `search.export.standalone`.
@@ -31,6 +32,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compression.layers.kept import check_kept, kept
 from compression.layers.merge import merge_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedLinear, PackedMPO
@@ -39,8 +41,11 @@ from compression.refusal import Refusal
 
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register", "verify_folder"]
 
-METHOD, FORMAT = "chisel", 1
-"""Name of the quantization method in config.json, and number of the newest format that this code reads."""
+METHOD, FORMAT = "chisel", 2
+"""Name of the quantization method in config.json, and number of the newest format that this code reads.
+
+Format 1 has no matrices that lost rows or columns; otherwise the two are the same.
+"""
 
 _CHECKSUMS = "chisel_sha256"  # key in the header of a weight file; its value is JSON: tensor name to checksum
 _CONFIG = "chisel_config"  # likewise; the values of the config and the descriptions of the modules
@@ -90,11 +95,11 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         modules = self.quantization_config.modules
-        placeholders = {f"{name}.weight" for name in modules}
+        placeholders = _placeholders(modules)
         if not checkpoint_files:
             raise Refusal("a compressed model is loaded from safetensors files, and none were given")
         _verify_config(checkpoint_files, type(model.config), modules)
-        put_skeleton_(model, modules)
+        self._shapes = put_skeleton_(model, modules)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         model.all_tied_weights_keys = {name: other for name, other in tied.items() if name not in placeholders}
         _verify(checkpoint_files, _expected(model), placeholders)
@@ -103,12 +108,14 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, module in model.named_modules():
-            if isinstance(module, MPOLinear | PackedMPO):
-                try:
+        for name, shape in self._shapes.items():
+            module = model.get_submodule(name)
+            try:
+                check_kept(kept(module), shape)
+                if isinstance(module, MPOLinear | PackedMPO):
                     check_places(module, dict(module.named_buffers()))
-                except ValueError as error:
-                    raise Refusal(f"compressed module {name}: {error}") from None
+            except ValueError as error:
+                raise Refusal(f"compressed module {name}: {error}") from None
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -117,8 +124,8 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         if not model.is_remote_code():
             vars(model.config).pop("auto_map", None)  # no code is written beside the weights
         state = dict(model.state_dict())
-        for name in self.quantization_config.modules:
-            state[f"{name}.weight"] = torch.empty(0)
+        self.quantization_config.format = FORMAT
+        state |= dict.fromkeys(_placeholders(self.quantization_config.modules), torch.empty(0))
         checksums = {name: _checksum(name, values) for name, values in state.items()}
         values = _config_values(model.config, self.quantization_config.modules)
         return state, {_CHECKSUMS: json.dumps(checksums), _CONFIG: json.dumps(values)}
@@ -155,6 +162,11 @@ def lora_layers() -> dict[type, type]:
             raise Refusal("an adapter cannot be merged into the cores of a compressed layer; keep it beside them")
 
     return dict.fromkeys((MPOLinear, PackedMPO, PackedLinear), ChiselLora)
+
+
+def _placeholders(modules: Mapping[str, Any]) -> set[str]:
+    """Return the names of the empty tensors; a plain matrix that lost rows or columns has its own weight instead."""
+    return {f"{name}.weight" for name, each in modules.items() if each["kind"] != "linear"}
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:

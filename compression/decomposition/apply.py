@@ -15,12 +15,13 @@ from torch import nn
 
 from compression.bonds import linear
 from compression.decomposition.factors import FactorStore
+from compression.layers.kept import keep_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
 from compression.numerics.gauge import stored
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
-from compression.sites import Site, Unit
+from compression.sites import Site, Unit, dense_weight
 
 __all__ = ["ScheduleApplier"]
 
@@ -46,6 +47,7 @@ class ScheduleApplier:
         self._store = store
         self._packed = packed
         self._planner = planner
+        self._sites = {site.name: site for site in store.sites}
         self._dense: Mapping[str, nn.Module] = {
             site.name: model.get_submodule(site.name) for site in store.sites if not site.dense_because
         }
@@ -104,12 +106,24 @@ class ScheduleApplier:
         weight, bias = dense.weight, dense.bias
         assert isinstance(weight, torch.Tensor)
         assert bias is None or isinstance(bias, torch.Tensor)
-        if choice.widths and bias is not None and (rows := self._store.rows(name, choice.widths)) is not None:
-            bias = bias[rows]
+        rows, columns = self._kept(name, choice.widths)
+        if bias is not None and rows is not None:
+            bias = bias[rows.to(bias.device)]
         cores = [values.to(device=weight.device, dtype=weight.dtype) for values in made]
+        layer: nn.Module
         if choice.is_plain:
-            return linear(cores[0], bias)
-        layer = MPOLinear(stored(cores, choice.topology.startswith("pivoted-")) if self._packed else cores, bias)
-        if self._planner is not None:
-            layer.plan = self._planner.plan(layer)
-        return layer
+            layer = linear(cores[0], bias)
+        else:
+            layer = MPOLinear(stored(cores, choice.topology.startswith("pivoted-")) if self._packed else cores, bias)
+            if self._planner is not None:
+                layer.plan = self._planner.plan(layer)
+        places = (each if each is None else each.to(weight.device) for each in (rows, columns))
+        return keep_(layer, tuple(dense_weight(dense).shape), *places)
+
+    def _kept(self, name: str, widths: tuple[int, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The rows and columns of a site that are left at these widths of its bonds; None means all."""
+        rows = columns = None
+        for cut, width in zip(self._sites[name].cuts, widths, strict=False):
+            members = cut.members(self._store.elimination(cut.bond).kept(width))
+            rows, columns = (members, columns) if cut.of_rows else (rows, members)
+        return rows, columns

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from compression.bonds import linear
 from compression.sites import Site, dense_weight
 
 __all__ = ["HeadLinear", "split_heads_"]
@@ -33,7 +34,7 @@ class HeadLinear(nn.ModuleList):
             biases = list(torch.split(bias, size))
         elif bias is not None:
             biases[0] = bias
-        super().__init__(_linear(*pair) for pair in zip(weights, biases, strict=True))
+        super().__init__(linear(*pair) for pair in zip(weights, biases, strict=True))
         self.size = size
         self.along_output = along_output
 
@@ -79,11 +80,3 @@ def split_heads_(model: nn.Module, sites: Iterable[Site], size: int) -> list[str
             model.set_submodule(site.name, HeadLinear(dense_weight(module), bias, size, along_output))
             cut.append(site.name)
     return cut
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return layer

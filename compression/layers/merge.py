@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compression.layers.heads import HeadLinear
+from compression.layers.kept import kept, widened
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMPO
 from compression.sites import dense_weight
@@ -21,6 +22,8 @@ _COMPRESSED = (MPOLinear, HeadLinear, PackedMPO, PackedLinear, PackedEmbedding)
 @torch.no_grad()
 def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
     """Replace every compressed module by a dense one, and every linear layer whose type differs in `skeleton`.
+
+    Rows and columns that were removed come back as zeros, and so do the biases of such rows.
 
     Args:
         model: changed in place.
@@ -36,7 +39,7 @@ def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
         if (only and name != only) or any(name.startswith(f"{other}.") for other in names):
             continue
         dense = skeleton.get_submodule(name) if isinstance(module, (*_COMPRESSED, nn.Linear)) else module
-        if isinstance(module, _COMPRESSED) or type(dense) is not type(module):
+        if isinstance(module, _COMPRESSED) or type(dense) is not type(module) or kept(module):
             model.set_submodule(name, dense_layer(module, dense))
             names.append(name)
     return names
@@ -44,7 +47,9 @@ def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
 
 def dense_layer(module: nn.Module, skeleton: nn.Module) -> nn.Module:
     """Fills `skeleton`, a dense module, so that it computes the same as a compressed or linear one; returns it."""
-    weight, bias = _values(module)
+    shape = skeleton.weight if isinstance(skeleton, nn.Embedding) else dense_weight(skeleton)
+    assert isinstance(shape, torch.Tensor)
+    weight, bias = widened(module, *_values(module), tuple(shape.shape))
     weight = weight if isinstance(skeleton, nn.Linear | nn.Embedding) else weight.T
     skeleton.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:

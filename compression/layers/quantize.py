@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from compression.layers.kept import keep_like_, kept
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
 from compression.layers.routes import is_lowrank
@@ -37,7 +38,7 @@ def quantize_(
     Args:
         model: changed in place.
         bits: bits per number, 8 or 4, by the name of a linear layer, `MPOLinear` or embedding.
-        moment: returns the input moment C (in, in) of a module by name, or None if it is not known.
+        moment: returns the input moment C (in, in) of the dense matrix of a module by name, or None if it is not known.
         group: see `compression.numerics.group_integers.quantize`.
         progress: called with the number of modules done.
 
@@ -54,7 +55,7 @@ def quantize_(
         if shared is not None:
             model.set_submodule(name, PackedLinear(shared[1], _bias(module), tied=shared[0]))
         else:
-            new = packed(module, bits[name], group, moment(name))
+            new = keep_like_(packed(module, bits[name], group, _of_kept(module, moment(name))), module)
             if isinstance(new, PackedEmbedding):
                 tables[id(module.weight)] = name, new.packed
             model.set_submodule(name, new)
@@ -79,6 +80,15 @@ def packed(module: nn.Module, bits: int, group: int, moment: torch.Tensor | None
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise Refusal(f"a {type(module).__name__} cannot be quantized")
     return PackedLinear(_matrix(dense_weight(module), bits, group, moment, weight.dtype), _bias(module))
+
+
+def _of_kept(module: nn.Module, moment: torch.Tensor | None) -> torch.Tensor | None:
+    """The input moment of the columns that a module still has."""
+    numbers = kept(module).get("kept_columns")
+    if numbers is None or moment is None:
+        return moment
+    index = numbers.to(moment.device).long()
+    return moment[index][:, index]
 
 
 def _cores(layer: MPOLinear, bits: int, group: int, moment: torch.Tensor | None) -> dict[str, PackedMatrix]:

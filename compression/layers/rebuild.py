@@ -11,36 +11,43 @@ import torch
 from torch import nn
 
 from compression.bonds import linear
+from compression.layers.kept import check_kept, keep_
 from compression.layers.skeleton import check_places, empty_mpo
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import Choice
+from compression.sites import Site
 
 __all__ = ["rebuilt"]
 
 
-def rebuilt(choice: Choice, out_features: int, in_features: int, state: Mapping[str, torch.Tensor]) -> nn.Module:
+def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn.Module:
     """Returns the layer of a site whose `state_dict` was `state`, without gradients.
 
-    Args:
-        out_features, in_features: shape of the matrix, after the widths of the choice have cut it.
+    Its shape is that which the widths of the choice leave, see `compression.sites.Site.shape`.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape or with other row numbers than the choice allows.
     """
-    bias = torch.empty(out_features, device="meta") if "bias" in state else None
+    rows, columns = site.shape(choice.widths)
+    bias = state.get("bias")
     layer: nn.Module
     if choice.is_plain:
-        layer = linear(torch.empty(out_features, in_features, device="meta"), bias)
+        layer = linear(torch.empty(rows, columns, device="meta"), bias)
     else:
-        legs = resolve(choice.topology, out_features, in_features)
+        legs = resolve(choice.topology, rows, columns)
         dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
         layer = empty_mpo(legs, legs.bonds(choice.chi)[1:-1], bias, dtype)
         check_places(layer, state)
+    dense = (site.out_features, site.in_features)
+    keep_(layer, dense, *(torch.empty(size, device="meta", dtype=torch.int32) for size in (rows, columns)))
+    check_kept(state, dense)
     try:
         layer.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        form = f"{choice.topology} with χ {choice.chi} for {out_features} × {in_features}"
-        raise Refusal(f"stored tensors do not fit {form}: {reason}") from None
+        raise Refusal(
+            f"stored tensors of {site.name} do not fit {choice.topology} of {rows} × {columns} with χ {choice.chi}: "
+            f"{reason}"
+        ) from None
     return layer.requires_grad_(False)

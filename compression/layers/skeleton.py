@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.bonds import linear
 from compression.layers.heads import HeadLinear
+from compression.layers.kept import keep_, kept
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
 from compression.numerics.gauge import PivotedCore
@@ -28,6 +30,8 @@ __all__ = ["LARGEST", "check_places", "describe", "empty_mpo", "put_skeleton_"]
 LARGEST = 1 << 20
 """Largest allowed bond, part size or group size in a description."""
 
+_CUT = ("mpo", "packed-mpo", "packed-linear", "linear")  # the kinds that can have lost rows or columns
+
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns a description of every compressed module of `model` by qualified name, containers before their parts.
@@ -39,6 +43,9 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         * For packed modules: {"kind": "packed-mpo", "packed-linear" or "packed-embedding", "bits", "group"} and, for an
           MPO, "topology", "bonds" and "bias". A packed linear layer has "bias" and "tied": the name of the embedding
           that holds its matrix, or "".
+        * For a linear layer that lost rows or columns: {"kind": "linear", "bias"}.
+
+        All that lost rows or columns also have "shape": those that are left.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -56,11 +63,18 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             found[name] = {**plain, **_packing(module.stored)}
         elif isinstance(module, PackedEmbedding):
             found[name] = {"kind": "packed-embedding", **_packing(module.packed)}
+        elif kept(module):
+            found[name] = {"kind": "linear", "bias": module.bias is not None}
+        if name in found and kept(module):
+            found[name]["shape"] = [module.out_features, module.in_features]
     return found
 
 
-def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
     """Replace dense modules of `model` by the described ones, without values.
+
+    Returns:
+        The shapes of the matrices that were replaced, by module name.
 
     Raises:
         ValueError: a description does not have the form that `describe` returns, or does not fit the module of its
@@ -72,14 +86,16 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
         "packed-mpo": _packed_mpo,
         "packed-linear": _packed_linear,
         "packed-embedding": _packed_embedding,
+        "linear": _linear,
     }
+    shapes: dict[str, tuple[int, ...]] = {}
     # Containers before their parts, and layers that share a matrix after the embedding that holds it.
     for name in sorted(descriptions, key=lambda name: (bool(_get(descriptions[name], "tied")), name)):
         description = descriptions[name]
         try:
             dense = model.get_submodule(name)
             weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
-            shape = tuple(weight.shape)
+            shapes[name] = shape = tuple(weight.shape)
         except AttributeError:
             raise Refusal(f"compressed module {name:.200}: the model has no matrix of this name") from None
         kind = _get(description, "kind")
@@ -90,9 +106,31 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
                 holder = model.get_submodule(description["tied"])
                 model.set_submodule(name, _tied(dense, holder, shape, description))
             else:
-                model.set_submodule(name, makers[kind](dense, shape, description))
+                left = _left(shape, description)
+                numbers = (torch.empty(size, dtype=torch.int32, device="meta") for size in left)
+                model.set_submodule(name, keep_(makers[kind](dense, left, description), shape, *numbers))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Refusal(f"compressed module {name} does not fit a matrix {shape}: {error}") from None
+    return shapes
+
+
+def _left(shape: tuple[int, ...], description: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rows and columns that are left of a dense matrix of this shape."""
+    if "shape" not in description:
+        return shape
+    left = description["shape"]
+    allowed = description["kind"] in _CUT and isinstance(left, list) and len(left) == len(shape)
+    if not allowed or not all(type(one) is int and 0 <= one <= size for one, size in zip(left, shape, strict=True)):
+        raise Refusal(
+            f"shape must be the rows and columns left of a {' or '.join(_CUT)} module, each at most that of the dense "
+            f"matrix, got {left!r:.80}"
+        )
+    return tuple(left)
+
+
+def _linear(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> nn.Linear:
+    dtype = dense_weight(dense).dtype
+    return linear(torch.empty(shape, device="meta", dtype=dtype), _empty_bias(description["bias"], shape[0], dense))
 
 
 def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> MPOLinear:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.layers.kept import keep_like_
 from compression.layers.mpo_linear import MPOLinear
 from compression.numerics.gauge import stored
 
@@ -39,7 +40,8 @@ def absorb_gates_(model: nn.Module) -> None:
             continue
         pairs = zip(layer.cores, _factors(layer), strict=True)
         cores = [core * factor[:, None, None].to(core.dtype) for core, factor in pairs]
-        model.set_submodule(path, MPOLinear(stored(cores, layer.legs.pivoted), layer._parameters["bias"], layer.plan))
+        absorbed = MPOLinear(stored(cores, layer.legs.pivoted), layer._parameters["bias"], layer.plan)
+        model.set_submodule(path, keep_like_(absorbed, layer))
 
 
 def _layers(model: nn.Module) -> list[MPOLinear]:

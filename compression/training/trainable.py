@@ -1,4 +1,4 @@
-"""Selects the parameters that healing trains: cores, norms and biases. Everything else stays frozen.
+"""Selects the parameters that healing trains: cores, cut matrices, norms and biases. Everything else stays frozen.
 
 Knows the module tree of a torch model; does not know losses or optimizers. Healing trains an `MPOLinear` in its stored
 form, so the size of the model does not change.
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
 from compression.refusal import Refusal
 
@@ -21,25 +22,27 @@ __all__ = ["captured_head_input", "frozen", "put_parameters", "trainable_"]
 def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     """Replace the parameters that healing trains by trainable copies in `dtype`, in place; freeze all others.
 
-    Healing trains the cores of every `MPOLinear` and every vector of the model (norms and biases). The copies keep
-    another model that shares the tensors unchanged.
+    Healing trains the cores of every `MPOLinear`, every matrix that lost rows or columns, and every vector of the model
+    (norms and biases). The copies keep another model that shares the tensors unchanged.
 
     Returns:
         The new parameters by name. To undo the change, call `put_parameters` with the original ones.
 
     Raises:
-        ValueError: the model has no `MPOLinear`.
+        ValueError: the model has neither.
     """
-    cores = {
+    compressed = {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, MPOLinear)
+        if isinstance(module, MPOLinear) or kept(module)
         for name, _ in module.named_parameters()
     }
-    if not cores:
+    if not compressed:
         raise Refusal("healing needs a compressed model, and no matrix of this one is compressed")
     chosen = {
-        name: p for name, p in model.named_parameters() if name in cores or (p.ndim == 1 and p.is_floating_point())
+        name: p
+        for name, p in model.named_parameters()
+        if p.numel() and (name in compressed or (p.ndim == 1 and p.is_floating_point()))
     }
     model.requires_grad_(False)
     fresh = {

@@ -40,7 +40,7 @@ REPAIR = "repair.json"
 """The file in that folder that describes the repaired weights."""
 
 _WEIGHTS = "weights.safetensors"
-_FORMAT, _VERSION = "chisel-healed", 1
+_FORMAT, _VERSION = "chisel-healed", 2  # version 1 holds no cut matrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +168,7 @@ def load_sites_(
         taken[site.name] = model.get_submodule(site.name)
         if ("bias" in state) != (taken[site.name].bias is not None):
             raise Refusal(f"stored tensors do not fit {site.name}: only one of the two has a bias")
-        choice = schedule[site.name]
-        layer = rebuilt(choice, *site.shape(choice.widths), state)
+        layer = rebuilt(site, schedule[site.name], state)
         old = next(taken[site.name].parameters())
         fresh[site.name] = layer.to(old.device, old.dtype)
     put_modules(model, fresh)
