@@ -59,10 +59,6 @@ class Cut:
         """Returns the indices of the rows or columns of the site that belong to these groups."""
         return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
 
-    def members(self, groups: torch.Tensor) -> torch.Tensor:
-        """Returns the rows or columns of the site that belong to some groups (count,), as int64 (count · size,)."""
-        return (groups[:, None] * self.size + torch.arange(self.size)).flatten()
-
 
 @dataclass(frozen=True)
 class Site:
