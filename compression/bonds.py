@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
 from compression.sites import Cut, Site, dense_weight, put_modules
 
@@ -60,11 +61,11 @@ class Bond:
         """Returns the rows of a site that belong to the kept groups, or None if the bond does not cut its rows."""
         if site not in self.writers:
             return None
-        return _members(kept, self.rows[self.writers.index(site)])
+        return indices_of(kept, self.rows[self.writers.index(site)])
 
     def columns_of(self, site: str, kept: torch.Tensor) -> torch.Tensor | None:
         """Returns the columns of a site that belong to the kept groups, or None if the bond does not cut them."""
-        return _members(kept, self.columns) if site == self.reader else None
+        return indices_of(kept, self.columns) if site == self.reader else None
 
 
 def discover_bonds(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
@@ -78,7 +79,8 @@ def discover_bonds(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
     for site in sites:
         inside[site.name.rpartition(".")[0]].append(site)
     candidates = {
-        parent: list(_candidates(parent, model.get_submodule(parent), members)) for parent, members in inside.items()
+        parent: list(_candidates(parent, model.get_submodule(parent), indices_of))
+        for parent, indices_of in inside.items()
     }
     calls = _calls(model, [parent for parent, found in candidates.items() if found])
     held = []
@@ -136,14 +138,10 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return layer
 
 
-def _members(groups: torch.Tensor, size: int) -> torch.Tensor:
-    return (groups[:, None] * size + torch.arange(size)).flatten()
-
-
-def _candidates(parent: str, module: nn.Module, members: Sequence[Site]) -> Iterator[Bond]:
+def _candidates(parent: str, module: nn.Module, inside: Sequence[Site]) -> Iterator[Bond]:
     """Yields the bonds that shapes allow inside one module. The reader is the site that is run last."""
-    free = [site for site in members if not site.dense_because]
-    if len(free) < 2 or len(free) != len(members):
+    free = [site for site in inside if not site.dense_because]
+    if len(free) < 2 or len(free) != len(inside):
         return
     *writers, reader = free
     names, outs = tuple(site.name for site in writers), [site.out_features for site in writers]

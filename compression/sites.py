@@ -17,6 +17,7 @@ from math import prod
 import torch
 from torch import nn
 
+from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
 
 __all__ = [
@@ -57,7 +58,7 @@ class Cut:
 
     def members(self, groups: torch.Tensor) -> torch.Tensor:
         """Returns the indices of the rows or columns of the site that belong to these groups."""
-        return (groups[:, None] * self.size + torch.arange(self.size, device=groups.device)).flatten()
+        return indices_of(groups, self.size)
 
 
 @dataclass(frozen=True)

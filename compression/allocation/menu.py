@@ -27,6 +27,8 @@ __all__ = [
     "dense_menu",
     "envelope",
     "nested_options",
+    "tail_costs",
+    "undominated",
     "worth_their_time",
 ]
 
@@ -138,9 +140,21 @@ def nested_options(
         widths: widths of the site's bonds, to which the matrix has been cut; empty if it has not.
     """
     legs = resolve(topology, *site.shape(widths))
-    tail = 0.5 * np.append(np.cumsum(np.square(spectrum[::-1]))[::-1], 0.0)
+    tail = tail_costs(spectrum)
     last = min(legs.break_even_chi, max_chi or len(spectrum))
     return [Option(Choice(topology, chi, metric, widths), float(tail[chi])) for chi in range(1, last + 1)]
+
+
+def tail_costs(spectrum: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns ½ Σ_{i>χ} σ_i² for every χ from 0 to the number of singular values, (values + 1,)."""
+    return 0.5 * np.append(np.cumsum(np.square(spectrum[::-1]))[::-1], 0.0)
+
+
+def undominated(sizes: NDArray[np.int64], costs: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns the indices of the options cheaper than all options that are not larger, in ascending order of size."""
+    order = np.lexsort((costs, sizes))
+    before = np.minimum.accumulate(np.append(np.inf, costs[order][:-1]))
+    return order[costs[order] < before]
 
 
 def envelope(site: Site | Unit, options: Iterable[Option]) -> SiteMenu:

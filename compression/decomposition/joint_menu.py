@@ -11,20 +11,19 @@ first columns of the whitened reader at full width, and one factorization serves
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import gcd, lcm
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compression.allocation.menu import Option, SiteMenu, convex_hull, envelope, nested_options
-from compression.numerics.elimination import Elimination
+from compression.allocation.menu import Option, SiteMenu, convex_hull, envelope, tail_costs, undominated
+from compression.numerics.elimination import Elimination, indices_of
+from compression.numerics.legs import resolve
 from compression.schedule import Choice, Joint
 from compression.sites import Site, Unit
-from compression.size import choice_parameters
 
 __all__ = ["Matrix", "joint_menu", "multiple_of", "spectra", "widths_of"]
 
@@ -96,7 +95,7 @@ def spectra(
     for width in widths:
         found[name, width] = _singular_values(white[:, : width * matrix.size])
     for name, matrix in writers.items():
-        rows = _members(order, matrix.size).to(matrix.weight.device)
+        rows = indices_of(order, matrix.size).to(matrix.weight.device)
         white = matrix.weight[rows] @ torch.linalg.cholesky(matrix.inputs)
         gradients = matrix.gradients[rows][:, rows]
         for width in widths:
@@ -108,7 +107,7 @@ def spectra(
 
 def _whitened_reader(matrix: Matrix, order: torch.Tensor) -> torch.Tensor:
     """Returns Rᵀ W L (out, in) of the reader with its columns in the order of the groups, see the module."""
-    columns = _members(order, matrix.size).to(matrix.weight.device)
+    columns = indices_of(order, matrix.size).to(matrix.weight.device)
     left, right = torch.linalg.cholesky(matrix.gradients), torch.linalg.cholesky(matrix.inputs[columns][:, columns])
     white: torch.Tensor = left.mT @ matrix.weight[:, columns] @ right
     return white
@@ -136,48 +135,65 @@ def joint_menu(
         multiple: number of groups whose multiples are offered as widths.
     """
     groups = len(cost) - 1
-    options: list[Option] = []
     least = {0} if all(cut.least == 0 for site in unit.sites for cut in site.cuts) else set[int]()
-    for width in sorted({*least, *widths_of(groups, multiple, _PLAIN), *(width for _, width in spectrum)}):
-        widths = (width,) if width < groups else ()
-        curves = []
-        for site in unit.sites:
-            plain = Option(Choice("dense", 0, "none", widths), 0.0)
-            values = spectrum.get((site.name, width))
-            nested = [] if values is None else nested_options(topology, metric, values, site, widths=widths)
-            curves.append(_hull(site, [*nested, plain]))
-        options += (Option(joint, float(cost[width]) + own) for joint, own in _merged(curves))
-    return envelope(unit, options)
+    widths = sorted({*least, *widths_of(groups, multiple, _PLAIN), *(width for _, width in spectrum)})
+    paths = []
+    for width in widths:
+        cut = (width,) if width < groups else ()
+        paths.append(_path([_curve(site, cut, topology, spectrum.get((site.name, width))) for site in unit.sites]))
+    sizes = np.concatenate([path.sizes.sum(axis=1) for path in paths])
+    costs = np.concatenate([cost[width] + path.costs.sum(axis=1) for width, path in zip(widths, paths, strict=True)])
+    chis = np.concatenate([path.chis for path in paths])
+    width_of = np.repeat(widths, [len(path.sizes) for path in paths])
+
+    def option(index: int) -> Option:
+        cut = (int(width_of[index]),) if width_of[index] < groups else ()
+        plain = Choice("dense", 0, "none", cut)
+        made = (Choice(topology, int(chi), metric, cut) if chi else plain for chi in chis[index])
+        return Option(Joint(tuple(made)), float(costs[index]))
+
+    return envelope(unit, [option(index) for index in undominated(sizes, costs)])
 
 
-def _hull(site: Site, options: Sequence[Option]) -> list[tuple[int, Option]]:
-    """Returns the options on the lower convex hull of cost over parameters, each with its parameters, ascending."""
-    sized = [(choice_parameters(site, option.choice), option) for option in options]
-    sizes, costs = np.array([size for size, _ in sized]), np.array([option.cost for _, option in sized])
-    return [sized[index] for index in convex_hull(sizes, costs)]
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """Options with parameters and cost, ascending in parameters; χ is 0 without factors.
+
+    Each array has an axis of options, and behind it, if it describes several matrices, one of matrices.
+    """
+
+    sizes: NDArray[np.int64]
+    costs: NDArray[np.float64]
+    chis: NDArray[np.int64]
 
 
-def _merged(curves: Sequence[Sequence[tuple[int, Option]]]) -> Iterator[tuple[Joint, float]]:
-    """Yields joint choices with the sum of their costs, in the order in which the steps of all curves pay."""
-    steps = [
-        ((after.cost - before.cost) / (size - smaller), number, after)
-        for number, curve in enumerate(curves)
-        for (smaller, before), (size, after) in pairwise(curve)
+def _curve(site: Site, cut: tuple[int, ...], topology: str, spectrum: NDArray[np.float64] | None) -> _Curve:
+    """Returns the options of one matrix that lie on the lower convex hull of cost over parameters."""
+    rows, columns = site.shape(cut)
+    sizes, costs = [rows * columns], np.zeros(1)
+    if spectrum is not None:
+        legs = resolve(topology, rows, columns)
+        last = min(legs.break_even_chi, len(spectrum))
+        sizes = [*(legs.parameters(chi) for chi in range(1, last + 1)), *sizes]
+        costs = np.append(tail_costs(spectrum)[1 : last + 1], 0.0)
+    chis = np.append(np.arange(1, len(sizes)), 0)
+    kept = convex_hull(np.array(sizes), costs)
+    return _Curve(np.array(sizes, dtype=np.int64)[kept], costs[kept], chis[kept])
+
+
+def _path(curves: Sequence[_Curve]) -> _Curve:
+    """Returns the options of several matrices together; every step takes the one that pays most per parameter."""
+    gains = [np.diff(curve.costs) / np.diff(curve.sizes) for curve in curves]
+    owner = np.repeat(np.arange(len(curves)), [len(each) for each in gains])[
+        np.argsort(np.concatenate(gains), kind="stable")
     ]
-    taken = [curve[0][1] for curve in curves]
-    yield _joint(taken)
-    for _, number, option in sorted(steps, key=lambda step: step[:2]):
-        taken[number] = option
-        yield _joint(taken)
-
-
-def _joint(options: Sequence[Option]) -> tuple[Joint, float]:
-    choices = tuple(option.choice for option in options if isinstance(option.choice, Choice))
-    return Joint(choices), sum(option.cost for option in options)
-
-
-def _members(groups: torch.Tensor, size: int) -> torch.Tensor:
-    return (groups[:, None] * size + torch.arange(size)).flatten()
+    taken = [np.append(0, np.cumsum(owner == number)) for number in range(len(curves))]
+    pairs = list(zip(curves, taken, strict=True))
+    return _Curve(
+        np.stack([curve.sizes[index] for curve, index in pairs], axis=1),
+        np.stack([curve.costs[index] for curve, index in pairs], axis=1),
+        np.stack([curve.chis[index] for curve, index in pairs], axis=1),
+    )
 
 
 def _singular_values(white: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,11 @@ import torch
 
 from compression.refusal import Refusal
 
-__all__ = ["Elimination", "eliminate", "refit"]
+__all__ = ["Elimination", "eliminate", "indices_of", "refit"]
 
-_FRESH = 8
-"""Number of times that W and P are computed afresh during an elimination, against the growth of rounding errors."""
+_WINDOWS, _FRESH = 8, 4
+"""Number of times that removed values are dropped from the arrays, and that W and P are computed afresh then, against
+the growth of rounding errors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,33 +86,37 @@ def eliminate(
     if step < 1:
         raise Refusal(f"step must be at least 1, got {step}")
     metric, target, moment = gradients.double(), weight.double(), inputs.double()
-    alive = torch.arange(size, device=weight.device)  # the hidden values that are left, group by group
-    until_fresh = max(1, -(-size // (group * step * _FRESH)))
+    crossed = target @ moment
+    groups = size // group
+    window = -(-groups // (step * _WINDOWS)) * step  # groups removed before the arrays are made smaller
+    left = torch.arange(groups, device=weight.device)
+    state = torch.empty(0, 0, dtype=torch.float64)  # W, G W and P, one above the other, with a column per value left
     order: list[torch.Tensor] = []
     lost = [0.0]
-    steps = 0
-    while len(alive):
-        if steps % until_fresh == 0:
+    for turn in range(-(-groups // window)):
+        alive = indices_of(left, group)
+        if turn % (_WINDOWS // _FRESH) == 0:
             inverse = torch.cholesky_inverse(_cholesky(moment[alive][:, alive]))
-            current = target @ moment[:, alive] @ inverse
-            pulled = metric @ current
-        steps += 1
-        single = _costs(current, pulled, inverse, group)
-        first = single.argsort(stable=True)[:step]
-        places = (first[:, None] * group + torch.arange(group, device=first.device)).flatten()
-        columns, pulled_columns, crossing = current[:, places], pulled[:, places], inverse[places]
-        solved = torch.linalg.solve(crossing[:, places], torch.cat([columns.mT, crossing], dim=1))
-        cost = max(0.0, 0.5 * float((pulled_columns.mT * solved[:, :outputs]).sum()))
-        share = single[first].cumsum(0)
-        parts = share / share[-1] if float(share[-1]) > 0 else torch.linspace(0, 1, len(first) + 1)[1:]
-        lost += (lost[-1] + cost * parts).tolist()
-        order.append(alive[first * group] // group)
-        rest = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
-        rest[places] = False
-        change = solved[:, outputs:][:, rest]
-        alive, current = alive[rest], current[:, rest] - columns @ change
-        pulled = pulled[:, rest] - pulled_columns @ change
-        inverse = inverse[rest][:, rest] - crossing[:, rest].mT @ change
+            current = crossed[:, alive] @ inverse if turn else target
+            state = torch.cat([current, metric @ current, inverse])
+        present = torch.ones(len(left), dtype=torch.bool, device=weight.device)
+        for _ in range(0, min(window, len(left)), step):
+            current, pulled, inverse = state[:outputs], state[outputs : 2 * outputs], state[2 * outputs :]
+            single = _costs(current, pulled, inverse, present)
+            first = single.argsort(stable=True)[: min(step, int(present.sum()))]
+            places = indices_of(first, group)
+            columns, crossing = state[:, places], inverse[places]
+            solved = torch.linalg.solve(crossing[:, places], torch.cat([current[:, places].mT, crossing], dim=1))
+            cost = max(0.0, 0.5 * float((pulled[:, places].mT * solved[:, :outputs]).sum()))
+            share = single[first].cumsum(0)
+            parts = share / share[-1] if float(share[-1]) > 0 else torch.linspace(0, 1, len(first) + 1)[1:]
+            lost += (lost[-1] + cost * parts).tolist()
+            order.append(left[first])
+            present[first] = False
+            state.addmm_(columns, solved[:, outputs:], alpha=-1)
+        kept = indices_of(present.nonzero().flatten(), group)
+        left = left[present]
+        state = torch.cat([state[: 2 * outputs][:, kept], state[2 * outputs :][kept][:, kept]])
     return Elimination(torch.cat(order).cpu(), torch.tensor(lost[::-1], dtype=torch.float64))
 
 
@@ -133,6 +138,11 @@ def refit(weight: torch.Tensor, inputs: torch.Tensor, kept: Sequence[int] | torc
     return solved.mT
 
 
+def indices_of(groups: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns the indices of the hidden values in some groups of `size`, int64 (groups · size,)."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+
+
 def _cholesky(moment: torch.Tensor) -> torch.Tensor:
     found = torch.linalg.cholesky_ex(moment)
     if found.info:
@@ -141,14 +151,20 @@ def _cholesky(moment: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def _costs(current: torch.Tensor, pulled: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:
-    """Returns twice the cost of removing each group alone, (groups,); `pulled` is G times the refitted W."""
+def _costs(current: torch.Tensor, pulled: torch.Tensor, inverse: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Returns twice the cost of removing each group alone, (groups,), infinite for those no longer `present`.
+
+    `pulled` is G times the refitted W.
+    """
+    groups = len(present)
+    group = len(inverse) // groups
     if group == 1:
-        return (current * pulled).sum(0) / inverse.diagonal()
-    groups = len(inverse) // group
-    left, right = (values.mT.reshape(groups, group, -1) for values in (current, pulled))
-    places = torch.arange(groups, device=inverse.device)
-    blocks = inverse.reshape(groups, group, groups, group)[places, :, places, :]
-    solved: torch.Tensor = torch.linalg.solve(blocks, left @ right.mT)  # of P_JJ and W_Jᵀ G W_J
-    costs: torch.Tensor = solved.diagonal(dim1=1, dim2=2).sum(1)
-    return costs
+        costs = (current * pulled).sum(0) / inverse.diagonal()
+    else:
+        left, right = (values.mT.reshape(groups, group, -1) for values in (current, pulled))
+        places = torch.arange(groups, device=inverse.device)
+        blocks = inverse.reshape(groups, group, groups, group)[places, :, places, :]
+        blocks = blocks.where(present[:, None, None], torch.eye(group, dtype=blocks.dtype, device=blocks.device))
+        solved: torch.Tensor = torch.linalg.solve(blocks, left @ right.mT)  # of P_JJ and W_Jᵀ G W_J
+        costs = solved.diagonal(dim1=1, dim2=2).sum(1)
+    return costs.where(present, torch.inf)
