@@ -27,8 +27,9 @@ from compression.sites import Site, Unit
 
 __all__ = ["Matrix", "joint_menu", "multiple_of", "spectra", "widths_of"]
 
-_WIDTHS = 16
-"""Number of widths at which the matrices of a bond are also decomposed."""
+_WIDTHS, _DENSER = 12, 1.6
+"""Number of widths at which the matrices of a bond are also decomposed, and the power by which they lie closer to each
+other near the full width: twice as many lower the predicted cost by 1 % at most, between kept 0.3 and 0.9."""
 _PLAIN = 96
 """Number of widths that are offered without decomposing anything."""
 _ALIGNED = {"cpu": 16, "cuda": 64}
@@ -69,11 +70,16 @@ def multiple_of(unit: Unit, multiple: int | None, device: str) -> int:
         wanted //= 2
 
 
-def widths_of(groups: int, multiple: int = 1, count: int = _WIDTHS) -> list[int]:
-    """Returns at most `count` multiples of `multiple`, evenly spaced, and the full width, ascending."""
+def widths_of(groups: int, multiple: int = 1) -> list[int]:
+    """Returns the widths at which matrices are decomposed: the full one and multiples of `multiple`, ascending."""
+    wanted = (groups * (1 - (number / _WIDTHS) ** _DENSER) for number in range(_WIDTHS))
+    return sorted({groups, *(rounded for width in wanted if (rounded := int(width / multiple) * multiple))})
+
+
+def _plain_widths(groups: int, multiple: int) -> list[int]:
+    """Returns the widths that are offered without factors: the full one and multiples of `multiple`."""
     steps = groups // multiple
-    spaced = {multiple * max(1, round(steps * number / count)) for number in range(1, count + 1)} if steps else set()
-    return sorted({*spaced, groups})
+    return sorted({groups, *(multiple * max(1, round(steps * n / _PLAIN)) for n in range(1, _PLAIN + 1) if steps)})
 
 
 @torch.no_grad()
@@ -136,7 +142,7 @@ def joint_menu(
     """
     groups = len(cost) - 1
     least = {0} if all(cut.least == 0 for site in unit.sites for cut in site.cuts) else set[int]()
-    widths = sorted({*least, *widths_of(groups, multiple, _PLAIN), *(width for _, width in spectrum)})
+    widths = sorted({*least, *_plain_widths(groups, multiple), *(width for _, width in spectrum)})
     paths = []
     for width in widths:
         cut = (width,) if width < groups else ()
