@@ -63,7 +63,8 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
 
     Raises:
         ValueError: a site is missing from the prior or the model, has another shape, cannot be tensorized here, or does
-            not have the bond that the prior cuts; or the prior does not cut all sites of a bond to the same width.
+            not have the bond that the prior cuts or cannot be as narrow; or the prior does not cut all sites of a bond
+            to the same width.
     """
     wanted = {site.name: site for site in prior.sites}
     widths: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -78,6 +79,7 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
         if own.bonds and not _same_bonds(own, site):
             names = ", ".join(f"{bond.name} ({bond.groups} groups, side {bond.side!r})" for bond in own.bonds)
             raise Refusal(f"sites: the prior cuts {site.name} by {names}, a bond that the model does not have")
+        site.shape(own.widths)  # raises Refusal if the bond cannot be as narrow
         for cut in site.cuts:
             first, width = widths.setdefault(cut.bond, (site.name, own.widths))
             if width != own.widths:
