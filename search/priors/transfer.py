@@ -78,7 +78,10 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
             raise Refusal(f"sites: {site.name} must stay dense here: {site.dense_because}")
         if own.bonds and not _same_bonds(own, site):
             names = ", ".join(f"{bond.name} ({bond.groups} groups, side {bond.side!r})" for bond in own.bonds)
-            raise Refusal(f"sites: the prior cuts {site.name} by {names}, a bond that the model does not have")
+            raise Refusal(
+                f"sites: the prior cuts {site.name} by {names}, a bond that the model does not have or that --form factors "
+                "leaves out"
+            )
         site.shape(own.widths)  # raises Refusal if the bond cannot be as narrow
         for cut in site.cuts:
             first, width = widths.setdefault(cut.bond, (site.name, own.widths))
@@ -119,7 +122,7 @@ def check_families(prior: Prior, sites: Sequence[Site], rule: Rule | None = None
         if width < 1:
             raise Refusal(
                 f"sites: a prior with widths is for a model that can take them, but no bond cuts {site.name} here, of "
-                f"which the prior keeps {width:.2g}"
+                f"which the prior keeps {width:.2g}; the model has none there, or --form factors leaves it out"
             )
 
 
