@@ -45,7 +45,8 @@ def show_text(prior: Prior) -> str:
     ]
     dense = sum(site.choice.is_dense for site in prior.sites)
     smaller = sum(site.chi is None for site in prior.sites) - dense
-    sources = sorted({site.sensitivity.source for site in prior.sites if site.sensitivity})
+    traced = [part.sensitivity for site in prior.sites for part in (site, *(site.bonds or ()))]
+    sources = sorted({trace.source for trace in traced if trace is not None})
     lines = [
         f"{plain(prior.model.id)}  {plain(prior.model.digest[:12])}  kept {prior.kept_fraction:.4f} of the sites"
         + _told(", {:.4f} of the model", prior.model_kept_fraction)

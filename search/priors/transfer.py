@@ -79,8 +79,8 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
         if own.bonds and not _same_bonds(own, site):
             names = ", ".join(f"{bond.name} ({bond.groups} groups, side {bond.side!r})" for bond in own.bonds)
             raise Refusal(
-                f"sites: the prior cuts {site.name} by {names}, a bond that the model does not have or that --form factors "
-                "leaves out"
+                f"sites: the prior cuts {site.name} by {names}, a bond that the model does not have or that "
+                "--form factors leaves out"
             )
         site.shape(own.widths)  # raises Refusal if the bond cannot be as narrow
         for cut in site.cuts:

@@ -325,6 +325,7 @@ def test_a_prior_with_widths_is_shown_and_compared() -> None:
     assert lines[4].split()[-3:] == ["6/8", "s", "3"]
     assert lines[5].split()[-3:] == ["0.750", "0.750", f"{63 / 192:.3f}"]
     assert "d for dense (0 of 2 sites), or s for smaller without factors (1 sites)" in lines[7]
+    assert lines[7].endswith("sensitivity traces: predicted")  # of the bond
     other = Prior.of(changed({"0.bonds.0.width": 4, "0.parameters": 96}))
     text = diff_text(prior, other)
     assert f"{BOND}.up: smaller at width 6 of 8 → smaller at width 4 of 8" in text
