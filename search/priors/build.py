@@ -15,20 +15,20 @@ import numpy as np
 from compression.allocation.menu import Menu, SiteMenu
 from compression.allocation.prices import departures
 from compression.numerics.legs import resolve
-from compression.schedule import Choice, Schedule
-from compression.sites import Site, model_bytes, model_parameters
+from compression.schedule import Choice, Joint, Schedule
+from compression.sites import Cut, Site, model_bytes, model_parameters
 from compression.size import SizeModel, choice_parameters
 from search.config import Config
 from search.data.splits import Splits
 from search.model.loading import LoadedModel
-from search.priors.format import Prior, Sensitivity
+from search.priors.format import Prior, Sensitivity, WidthSensitivity
 from search.priors.versions import FORMAT, VERSION, score_entry
 from search.runtime.files import finite
 from search.runtime.provenance import environment
 
-__all__ = ["build_prior", "config_digest", "predicted_trace"]
+__all__ = ["build_prior", "config_digest", "predicted_trace", "predicted_widths"]
 
-_LEVELS = tuple(level / 10 for level in range(1, 10))  # the χ of a predicted trace, relative to full χ
+_LEVELS = tuple(level / 10 for level in range(1, 10))  # the χ or widths of a predicted trace, relative to the full one
 _DIGITS = 6  # significant digits of predicted numbers
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
@@ -46,7 +46,8 @@ def build_prior(
 
     Args:
         loaded: the model, which must be dense.
-        menu: the model's menu; yields predicted traces and the closed form that offsets are measured from.
+        menu: the model's menu; yields predicted traces and the closed form that offsets are measured from. The sites of
+            a unit all get the offset of the unit.
         rows: final table of the run, see `search.reporting.tables.SUMMARY_COLUMNS`.
         traces: measured traces by site, which replace the predicted ones.
     """
@@ -71,7 +72,7 @@ def build_prior(
         "schedule_digest": schedule.digest,
         "seeds": {"run": config.seed},
         "sites": [
-            _site(site, schedule[site.name]) | _learned(options, float(offset), (traces or {}).get(site.name))
+            _site(site, schedule[site.name], predicted_widths(options)) | _learned(options, site, float(offset), traces)
             for options, offset in zip(menu.sites, offsets, strict=True)
             for site in options.sites
         ],
@@ -98,19 +99,39 @@ def config_digest(loaded: LoadedModel) -> str:
 
 
 def predicted_trace(options: SiteMenu) -> Sensitivity | None:
-    """Return the predicted KL of one site at 0.1 to 0.9 of full χ; None for a unit, or if the site only stays dense."""
+    """Return the predicted KL of one site at 0.1 to 0.9 of full χ.
+
+    None for a unit, whose options change several sites together, and for a site that only stays dense.
+    """
     pairs = zip(options.choices, options.cost, strict=True)
-    nested = [(choice.chi, cost) for choice, cost in pairs if isinstance(choice, Choice) and _nested(choice)]
+    nested = {choice.chi: float(cost) for choice, cost in pairs if isinstance(choice, Choice) and _nested(choice)}
     if not nested:
         return None
-    chis, costs = (np.array(values) for values in zip(*nested, strict=True))
-    full = min(options.sites[0].shape())
-    places = sorted({int(np.argmin(np.abs(chis - level * full))) for level in _LEVELS})
-    return Sensitivity(
-        source="predicted",
-        chi=tuple(int(chis[place]) for place in places),
-        kl=tuple(_rounded(costs[place]) for place in places),
-    )
+    chis, kl = _at_levels(nested, min(options.sites[0].shape()))
+    return Sensitivity(source="predicted", chi=chis, kl=kl)
+
+
+def predicted_widths(options: SiteMenu) -> WidthSensitivity | None:
+    """Return the predicted KL of a unit at 0.1 to 0.9 of the width of its bond, without factors.
+
+    None for a site without a bond, and for a unit whose menu has no widths without factors.
+    """
+    plain: dict[int, float] = {}
+    for choice, cost in zip(options.choices, options.cost, strict=True):
+        if isinstance(choice, Joint) and all(one.is_plain and len(one.widths) == 1 for one in choice.choices):
+            [width] = choice.choices[0].widths
+            plain[width] = float(cost)
+    if not plain:
+        return None
+    widths, kl = _at_levels(plain, options.sites[0].cuts[0].groups)
+    return WidthSensitivity(source="predicted", width=widths, kl=kl)
+
+
+def _at_levels(costs: Mapping[int, float], full: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return the known places nearest to 0.1 to 0.9 of the full one, ascending, and their costs."""
+    places = np.array(sorted(costs))
+    found = sorted({int(places[np.argmin(np.abs(places - level * full))]) for level in _LEVELS})
+    return tuple(found), tuple(_rounded(costs[place]) for place in found)
 
 
 def _nested(choice: Choice) -> bool:
@@ -130,7 +151,7 @@ def _indices(menu: Menu, schedule: Schedule) -> np.ndarray[Any, np.dtype[np.int6
     return np.array(found, dtype=np.int64)
 
 
-def _site(site: Site, choice: Choice) -> dict[str, Any]:
+def _site(site: Site, choice: Choice, widths: WidthSensitivity | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": site.name,
         "block": site.block,
@@ -139,19 +160,30 @@ def _site(site: Site, choice: Choice) -> dict[str, Any]:
         "topology": choice.topology,
         "parameters": choice_parameters(site, choice),
     }
-    if not choice.is_dense:
-        legs = resolve(choice.topology, site.out_features, site.in_features)
+    if choice.widths:
+        entry["bonds"] = [_bond(*pair, widths) for pair in zip(site.cuts, choice.widths, strict=True)]
+    if not choice.is_plain:
+        legs = resolve(choice.topology, *site.shape(choice.widths))
         entry |= {"chi": choice.chi, "metric": choice.metric, "out_legs": legs.out_legs, "in_legs": legs.in_legs}
     if site.dense_because:
         entry["dense_because"] = site.dense_because
     return entry
 
 
-def _learned(options: SiteMenu, offset: float, measured: Sensitivity | None) -> dict[str, Any]:
-    trace = measured or predicted_trace(options)
-    if trace is None:
+def _bond(cut: Cut, width: int, widths: WidthSensitivity | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": cut.bond, "side": "out" if cut.of_rows else "in"}
+    entry |= {"groups": cut.groups, "width": width}
+    if widths is not None and not cut.of_rows:
+        entry["sensitivity"] = widths.model_dump(mode="json")
+    return entry
+
+
+def _learned(options: SiteMenu, site: Site, offset: float, traces: Mapping[str, Sensitivity] | None) -> dict[str, Any]:
+    if site.dense_because:
         return {}
-    return {"offset": _rounded(offset), "sensitivity": trace.model_dump(mode="json")}
+    trace = (traces or {}).get(site.name) or predicted_trace(options)
+    entry: dict[str, Any] = {"offset": _rounded(offset)}
+    return entry if trace is None else entry | {"sensitivity": trace.model_dump(mode="json")}
 
 
 def _rounded(value: float) -> float:

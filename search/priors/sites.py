@@ -15,8 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import METRICS, Choice
-from compression.sites import Cut, Site
-from compression.size import choice_parameters
+from compression.sites import Cut
 
 __all__ = [
     "Count",
@@ -192,15 +191,6 @@ class PriorSite(Part):
                 )
 
     @property
-    def site(self) -> Site:
-        """The matrix as a site of a model."""
-        cuts = tuple(
-            Cut(bond.name, bond.groups, self.shape[bond.side == "in"] // bond.groups, bond.side == "out")
-            for bond in self.bonds or ()
-        )
-        return Site(self.name, self.block, self.family, *self.shape, self.dense_because or "", cuts)
-
-    @property
     def choice(self) -> Choice:
         """The choice for this site."""
         assert self.metric is None or self.metric in METRICS
@@ -214,7 +204,10 @@ class PriorSite(Part):
     @property
     def left(self) -> tuple[int, int]:
         """Outputs and inputs that the bonds leave."""
-        return self.site.shape(self.widths)
+        sides = list(self.shape)
+        for bond in self.bonds or ():
+            sides[bond.side == "in"] = sides[bond.side == "in"] // bond.groups * bond.width
+        return sides[0], sides[1]
 
     @property
     def largest_chi(self) -> int:
@@ -241,7 +234,7 @@ class PriorSite(Part):
     @property
     def stored(self) -> int:
         """Number of entries that the choice stores; `parameters` must equal it."""
-        return choice_parameters(self.site, self.choice)
+        return prod(self.left) if self.chi is None else resolve(self.topology, *self.left).parameters(self.chi)
 
 
 def check_bonds(sites: Iterable[PriorSite]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from search.priors.format import Estimate, Prior, PriorScore, PriorSite
+from search.priors.format import Estimate, Prior, PriorBond, PriorScore, PriorSite
 from search.reporting.tables import Column, text_table
 from search.runtime.outside_text import plain
 
@@ -25,7 +25,28 @@ def bar(fraction: float, width: int = _BAR) -> str:
 
 def show_text(prior: Prior) -> str:
     """Return a prior on one page: model, kept fractions, one line per block, and scores."""
+    ordered = sorted(prior.sites, key=lambda site: site.block)
+    blocks = {block: list(of) for block, of in groupby(ordered, key=lambda site: site.block)}
     families = _families(prior.sites)
+    kept = [_kept(sites) for sites in blocks.values()]
+    columns = [
+        [f"{'block':>5}", *(f"{block:>5}" for block in blocks), f"{'all':>5}"],
+        [f" {'kept':<{_BAR}} ", *(f" {bar(one)} " for one in [*kept, prior.kept_fraction])],
+        ["", *(f"{one:5.3f} " for one in [*kept, prior.kept_fraction])],
+        *_widths(blocks),
+    ]
+    for family in families:
+        cells = (_cell(sites, family) for sites in blocks.values())
+        own = _kept([site for site in prior.sites if site.family == family])
+        columns.append([f"{plain(family)[-6:]:>6}", *cells, f"{own:6.3f}"])
+    wide = [max(map(len, column)) for column in columns]
+    table = [
+        " ".join(cell.rjust(size) for cell, size in zip(line, wide, strict=True)) for line in zip(*columns, strict=True)
+    ]
+    dense = sum(site.choice.is_dense for site in prior.sites)
+    smaller = sum(site.chi is None for site in prior.sites) - dense
+    traced = [part.sensitivity for site in prior.sites for part in (site, *(site.bonds or ()))]
+    sources = sorted({trace.source for trace in traced if trace is not None})
     lines = [
         f"{plain(prior.model.id)}  {plain(prior.model.digest[:12])}  kept {prior.kept_fraction:.4f} of the sites"
         + _told(", {:.4f} of the model", prior.model_kept_fraction)
@@ -33,27 +54,18 @@ def show_text(prior: Prior) -> str:
         f"schedule {plain((prior.schedule_digest or 'by hand')[:12])}  made {_environment(prior, 'date')[:10]} at "
         f"commit {_environment(prior, 'commit')[:12]} by: {_environment(prior, 'command')}",
         "",
-        f"{'block':>5}  {'kept':<{_BAR}}  {'':>5}  " + " ".join(f"{plain(family)[-6:]:>6}" for family in families),
-    ]
-    for block, of in groupby(sorted(prior.sites, key=lambda site: site.block), key=lambda site: site.block):
-        sites = list(of)
-        kept = _kept(sites)
-        lines.append(f"{block:>5}  {bar(kept)}  {kept:5.3f}  " + " ".join(_cell(sites, family) for family in families))
-    by_family = [_kept([site for site in prior.sites if site.family == family]) for family in families]
-    totals = f"{'all':>5}  {bar(prior.kept_fraction)}  {prior.kept_fraction:5.3f}  "
-    lines.append(totals + " ".join(f"{kept:6.3f}" for kept in by_family))
-    dense = sum(site.chi is None for site in prior.sites)
-    sources = sorted({site.sensitivity.source for site in prior.sites if site.sensitivity})
-    lines += [
+        *table,
         "",
-        f"cells: χ, or d for dense ({dense} of {len(prior.sites)} sites); last row: kept fractions; "
-        f"sensitivity traces: {plain(', '.join(sources)) or 'none'}",
+        f"cells: χ, or d for dense ({dense} of {len(prior.sites)} sites)"
+        + (f", or s for smaller without factors ({smaller} sites)" if smaller else "")
+        + ("; of a bond, the groups that are kept of all" if prior.has_widths else "")
+        + f"; last row: kept fractions; sensitivity traces: {plain(', '.join(sources)) or 'none'}",
     ]
     return "\n".join(lines) + "\n" + (f"\n{_scores(prior.scores)}" if prior.scores else "")
 
 
 def diff_text(first: Prior, second: Prior) -> str:
-    """Return the differences between two priors: models, totals, kept fraction by block, and χ by site."""
+    """Return the differences between two priors: models, totals, kept fraction by block, and χ and width by site."""
     lines = []
     for name in ("id", "digest", "config_digest"):
         before, after = getattr(first.model, name), getattr(second.model, name)
@@ -83,10 +95,15 @@ def diff_text(first: Prior, second: Prior) -> str:
                 f"{block:>5}  {bar(before, 16)} {before:5.3f} → {bar(after, 16)} {after:5.3f}  {after - before:+.3f}"
                 f"  {len(list(of))} sites"
             )
-        far = sorted(changed, key=lambda pair: -abs(pair[1].relative_chi - pair[0].relative_chi))
-        lines += ["", f"the {min(_MOST, len(far))} sites whose relative χ changed most:"]
+        far = sorted(changed, key=lambda pair: -_distance(*pair))
+        what = "χ or width" if first.has_widths or second.has_widths else "χ"
+        lines += ["", f"the {min(_MOST, len(far))} sites whose relative {what} changed most:"]
         lines += [f"  {plain(old.name)}: {_choice(old)} → {_choice(new)}" for old, new in far[:_MOST]]
     return "\n".join(lines) + "\n" if lines else "the same model and the same schedule\n"
+
+
+def _distance(old: PriorSite, new: PriorSite) -> float:
+    return max(abs(new.relative_chi - old.relative_chi), abs(new.relative_width - old.relative_width))
 
 
 def _families(sites: Sequence[PriorSite]) -> list[str]:
@@ -97,19 +114,37 @@ def _kept(sites: Sequence[PriorSite]) -> float:
     return sum(site.parameters for site in sites) / max(1, sum(site.dense_parameters for site in sites))
 
 
+def _widths(blocks: Mapping[int, Sequence[PriorSite]]) -> list[list[str]]:
+    """Return one column per kind of bond: a heading, the kept groups of all in every block, and the kept fraction."""
+    found: dict[str, dict[int, list[PriorBond]]] = {}
+    for block, sites in blocks.items():
+        for bond in (bond for site in sites for bond in site.bonds or () if bond.side == "in"):
+            found.setdefault(bond.name.rsplit(".", 1)[-1], {}).setdefault(block, []).append(bond)
+    columns = []
+    for kind, of in found.items():
+        pairs = {
+            block: [sum(one.width for one in bonds), sum(one.groups for one in bonds)] for block, bonds in of.items()
+        }
+        cells = [f"{pairs[block][0]}/{pairs[block][1]}" if block in pairs else "full" for block in blocks]
+        parts = [pairs[block][0] / pairs[block][1] if block in pairs else 1.0 for block in blocks]
+        columns.append([plain(kind), *cells, f"{sum(parts) / len(parts):.3f}"])
+    return columns
+
+
 def _cell(sites: Sequence[PriorSite], family: str) -> str:
     """Return the χ of a family in a block; the mean if the block has several sites of the family."""
     of = [site for site in sites if site.family == family]
     if not of:
-        return f"{'-':>6}"
-    if all(site.chi is None for site in of):
-        return f"{'d':>6}"
+        return "-"
     chis = [site.chi for site in of if site.chi is not None]
-    return f"{sum(chis) / len(chis):6.0f}"
+    if not chis:
+        return "d" if all(site.choice.is_dense for site in of) else "s"
+    return f"{sum(chis) / len(chis):.0f}"
 
 
 def _choice(site: PriorSite) -> str:
-    return "dense" if site.chi is None else f"{site.topology} χ {site.chi}"
+    form = "dense" if site.choice.is_dense else "smaller" if site.chi is None else f"{site.topology} χ {site.chi}"
+    return form + "".join(f" at width {bond.width} of {bond.groups}" for bond in site.bonds or ())
 
 
 def _environment(prior: Prior, name: str) -> str:

@@ -129,7 +129,7 @@ def profile(
         folder.write_json(ENVIRONMENT, environment())
         calibrate(experiment, console)
         with console.stage("decompose", len(sites), "matrices") as stage:
-            experiment.store.menu(progress=lambda done: stage.advance(1))
+            experiment.store.menu(progress=lambda done: stage.advance(1), form="factors")  # each matrix alone
         experiment.calibration.release()
         kept = {"model": loaded.model_id, "levels": asdict(levels), "tokens": tokens, "context": context}
         wanted = list(_order([site for site in sites if not context or site.family in CACHED], levels))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -79,12 +79,20 @@ class SummaryFile(Part):
     environment: dict[str, Any] = Field(default={})
 
 
+class _Bond(Part):
+    name: Word
+    side: Literal["out", "in"]
+    groups: Size
+    width: Amount
+
+
 class _Site(Part):
     name: Word | None = None
     block: Amount = Field(le=100_000)
     family: Word
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    parameters: Size
+    bonds: list[_Bond] | None = Field(default=None, min_length=1, max_length=2)
+    parameters: Amount
     chi: Size | None = None
     topology: Word | None = None
 

@@ -82,9 +82,17 @@ class OpenedRun:
         return self._frame(BENCHMARKS, "search.py benchmark writes it")
 
     def schedule(self) -> pd.DataFrame:
-        """One row per site of the searched schedule: block, family, shape, topology, χ, parameters, kept fraction."""
+        """One row per site of the searched schedule: block, family, shape, topology, χ, parameters, kept fraction.
+
+        Where the schedule cuts bonds between matrices, `width` and `groups` are the kept and all groups of a site's
+        bond; they are missing at a site that no bond cuts.
+        """
         sites = pd.DataFrame(self.prior.get("sites", [])).drop(columns="sensitivity", errors="ignore")
         sites["kept_fraction"] = sites["parameters"] / sites["shape"].map(lambda shape: shape[0] * shape[1])
+        if "bonds" in sites:
+            bonds = sites.pop("bonds")
+            for field in ("width", "groups"):
+                sites[field] = pd.array([of[0][field] if isinstance(of, list) else None for of in bonds], dtype="Int64")
         return sites
 
     def standings(self) -> pd.DataFrame:

@@ -167,16 +167,48 @@ def _chi_map(run: Run) -> Section | None:
         cell = str(site["block"]), site["family"]
         out, wide = site["shape"]
         strength[cell] = site["parameters"] / (out * wide)
-        label[cell] = str(site["chi"]) if site.get("chi") else "dense"
+        label[cell] = str(site["chi"]) if site.get("chi") else "smaller" if site.get("bonds") else "dense"
     rows = [str(block) for block in sorted({site["block"] for site in sites})]
     data = [
-        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "parameters")} for site in sites
+        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi")}
+        | {"width": ", ".join(f"{bond['width']} of {bond['groups']}" for bond in site.get("bonds") or ()) or None}
+        | {"parameters": site["parameters"], "kept": site["parameters"] / (site["shape"][0] * site["shape"][1])}
+        for site in sites
     ]
     text = (
         "χ of every matrix in the chosen schedule. Rows are blocks, columns are families; a darker matrix keeps a "
         "larger fraction of its parameters."
     )
+    if any(site.get("bonds") for site in sites):
+        text += " A matrix that is smaller has fewer rows or columns and no factors."
     return Section("Bond dimensions", text, heat_map(rows, families, strength, label), data)
+
+
+def _width_map(run: Run) -> Section | None:
+    """The widths of the bonds, from the matrices that read them."""
+    sites = run.prior.get("sites") or []
+    bonds = [(site["block"], bond) for site in sites for bond in site.get("bonds") or () if bond["side"] == "in"]
+    if not bonds:
+        return None
+    sums: dict[tuple[str, str], list[int]] = {}
+    for block, bond in bonds:
+        total = sums.setdefault((str(block), bond["name"].rsplit(".", 1)[-1]), [0, 0])
+        total[0] += bond["width"]
+        total[1] += bond["groups"]
+    strength = {cell: width / groups for cell, (width, groups) in sums.items()}
+    label = {cell: f"{width} of {groups}" for cell, (width, groups) in sums.items()}
+    kinds = list(dict.fromkeys(kind for _, kind in sums))
+    rows = [str(block) for block in sorted({site["block"] for site in sites})]
+    data = [
+        {"bond": bond["name"], "block": block, "width": bond["width"], "groups": bond["groups"]}
+        | {"kept": bond["width"] / bond["groups"]}
+        for block, bond in bonds
+    ]
+    text = (
+        "Hidden units of MLPs and key/value groups of attention that the chosen schedule keeps, of all. An empty cell "
+        "keeps all; a darker one keeps a larger fraction."
+    )
+    return Section("Widths", text, heat_map(rows, kinds, strength, label), data)
 
 
 def _anytime(run: Run) -> Section | None:
@@ -307,6 +339,7 @@ def _provenance(run: Run) -> Section | None:
 _PARTS: tuple[Callable[[Run], Section | None], ...] = (
     _table,
     _benchmarks,
+    _width_map,
     _chi_map,
     _sensitivity,
     _anytime,

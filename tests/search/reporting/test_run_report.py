@@ -12,6 +12,7 @@ import pytest
 
 from compression.refusal import Refusal
 from search import cli
+from search.reporting.opened_run import OpenedRun
 from search.reporting.run_report import report
 from search.runtime.run_folder import RunFolder
 
@@ -25,6 +26,18 @@ ROWS = [
 SITES = [
     {"name": "b.0.q", "block": 0, "family": "q", "shape": [8, 8], "topology": "lowrank", "chi": 3, "parameters": 39},
     {"name": "b.0.up", "block": 0, "family": "up", "shape": [16, 8], "topology": "dense", "parameters": 128},
+]
+BOND = {"name": "b.0.mlp", "groups": 16, "width": 12}
+CUT = [
+    {"name": "b.0.mlp.up", "block": 0, "family": "up", "shape": [16, 8], "bonds": [BOND | {"side": "out"}]}
+    | {"topology": "dense", "parameters": 96},
+    {"name": "b.0.mlp.down", "block": 0, "family": "down", "shape": [8, 16], "bonds": [BOND | {"side": "in"}]}
+    | {"topology": "lowrank", "chi": 3, "parameters": 60},
+    {"name": "b.1.mlp.up", "block": 1, "family": "up", "shape": [16, 8], "topology": "dense", "parameters": 0}
+    | {"bonds": [{"name": "b.1.mlp", "groups": 16, "width": 0, "side": "out"}]},
+    {"name": "b.1.mlp.down", "block": 1, "family": "down", "shape": [8, 16], "topology": "dense", "parameters": 0}
+    | {"bonds": [{"name": "b.1.mlp", "groups": 16, "width": 0, "side": "in"}]},
+    {"name": "b.2.mlp.down", "block": 2, "family": "down", "shape": [8, 16], "topology": "dense", "parameters": 128},
 ]
 SUMMARY = {
     "model": "toy <model>",
@@ -150,6 +163,27 @@ def test_what_a_run_lacks_is_left_out(run):
     assert "Bond dimensions" in report([run("whole")])
 
 
+def test_widths_are_shown_beside_bond_dimensions_where_a_schedule_has_them(run):
+    assert "<h2>Widths" not in report([run("without")])
+    folder = run()
+    (folder / "prior.json").write_text(json.dumps({"sites": CUT, "configuration": {}}))
+    html = report([folder])
+    widths, chis = html.index("<h2>Widths"), html.index("<h2>Bond dimensions")
+    assert re.findall(r"<title>(\d+) mlp: ([^<]*)</title>", html[widths:chis]) == [("0", "12 of 16"), ("1", "0 of 16")]
+    shades = re.findall(r'fill-opacity="([\d.]+)"><title>\d+ mlp', html[widths:chis])
+    assert [float(shade) for shade in shades] == pytest.approx([0.04 + 0.8 * 0.75, 0.04])
+    cells = dict(re.findall(r"<title>(\d+ (?:up|down)): ([^<]*)</title>", html[chis:]))
+    assert cells == {"0 up": "smaller", "0 down": "3", "1 up": "smaller", "1 down": "smaller", "2 down": "dense"}
+    words = _Elements(html[chis : html.index("</section>", chis)]).text
+    assert words.count("12 of 16") == 2
+    assert "0.46875" in words  # kept by b.0.mlp.down
+    sites = OpenedRun(folder).schedule().set_index("name")
+    assert sites.loc["b.0.mlp.down", ["width", "groups", "kept_fraction"]].tolist() == [12, 16, 60 / 128]
+    assert sites.loc["b.1.mlp.up", "kept_fraction"] == 0
+    assert sites["width"].isna().tolist() == [False] * 4 + [True]
+    assert "width" not in OpenedRun(run("other")).schedule()
+
+
 def test_the_curve_adds_the_control_variate_and_skips_failed_trials(run):
     html = report([run()])
     data = html[html.index("The search") :]
@@ -265,7 +299,7 @@ def test_no_value_in_a_file_of_a_run_can_make_a_report_fail_otherwise_than_by_a_
     (folder / "healed").mkdir()
     documents = {
         "summary.json": SUMMARY,
-        "prior.json": {"sites": SITES, "configuration": {"seed": 0}},
+        "prior.json": {"sites": SITES + CUT[:2], "configuration": {"seed": 0}},
         "healed/healing.json": HEALING,
     }
     refused = 0
