@@ -54,7 +54,7 @@ def cut_model(name: str = "random:tiny-llama", form: str = "plain") -> Cut:
 
 
 def _choice(site, width: int, factored: bool) -> Choice:
+    if not factored:
+        return Choice("dense", 0, "none", (width,))
     chi = resolve("pivoted-lowrank", *site.shape((width,))).break_even_chi // 2
-    if factored and chi:
-        return Choice("pivoted-lowrank", chi, "two-sided", (width,))
-    return Choice("dense", 0, "none", (width,))
+    return Choice("pivoted-lowrank", chi, "two-sided", (width,))
