@@ -8,6 +8,7 @@ import torch
 
 from compression import FactorCache, FactorStore, ScheduleApplier, collect, discover_sites
 from compression.bonds import discover_bonds, with_bonds
+from compression.calibration.statistics import Statistics
 from compression.numerics.legs import resolve
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Unit, dense_weight, units
@@ -15,6 +16,8 @@ from search.model.loading import LoadedModel, load_model
 
 FORMS = ("plain", "factors", "empty")
 """Half of the groups of every bond, without and with factors; or no hidden unit in one MLP, and half of the heads."""
+
+_STATISTICS: dict[str, Statistics] = {}
 
 
 @dataclass
@@ -41,9 +44,11 @@ def cut_model(name: str = "random:tiny-llama", form: str = "plain") -> Cut:
     sites = discover_sites(model)
     sites = with_bonds(sites, discover_bonds(model, sites))
     weights = {site.name: dense_weight(model.get_submodule(site.name)) for site in sites if not site.dense_because}
-    ids = torch.randint(0, 100, (8, 64), generator=generator)
-    batches = [(ids, torch.ones_like(ids, dtype=torch.bool))]
-    statistics = collect(model, sites, batches, torch.Generator().manual_seed(1))
+    if name not in _STATISTICS:
+        ids = torch.randint(0, 100, (8, 64), generator=generator)
+        batches = [(ids, torch.ones_like(ids, dtype=torch.bool))]
+        _STATISTICS[name] = collect(model, sites, batches, torch.Generator().manual_seed(1))
+    statistics = _STATISTICS[name]
     store = FactorStore(sites, weights, lambda: statistics, "key", 0.01, FactorCache(None))
     chosen: dict[str, Choice] = {}
     for unit in units(sites):

@@ -1,6 +1,8 @@
 """Models with fewer hidden units and heads in every form of export: what loads computes what was applied."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from compression.numerics.whitening import shrink
 from compression.sites import dense_weight, model_parameters
 from compression.size import SizeModel
 from search import hf
-from search.export.folder import export_dense_, export_model, footprint
+from search.export.folder import check_export, export_dense_, export_model, footprint
 from search.export.quantize import module_bits
 from search.model.latent_cache import latent_cache
 from search.model.loading import load_for_use, load_model
@@ -62,7 +64,7 @@ def test_every_form_of_export_computes_what_the_cut_model_does(name, form, tmp_p
         original[site.name] = dense_weight(model.get_submodule(site.name)).clone()
     cut.apply()
     expected, size = logits(model), SizeModel(load_model(name, "cpu").model, cut.store.sites).size(cut.schedule)
-    assert model_parameters(model) == size.parameters
+    assert (model_parameters(model), footprint(model).stored) == (size.parameters, size.bytes)
 
     export_model(model, cut.loaded.tokenizer, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]["format"] == 2
@@ -94,6 +96,40 @@ def test_every_form_of_export_computes_what_the_cut_model_does(name, form, tmp_p
         removed = weight.clone()
         removed[place] = 0
         assert not removed.any()
+
+
+ALONE = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.arange(40).reshape(2, 20)
+with torch.no_grad():
+    save_file({"logits": model(ids, attention_mask=torch.ones_like(ids)).logits}, sys.argv[2])
+assert not any(name.split(".")[0] in ("search", "compression") for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_this_project_reads_the_folder_by_the_file_beside_it(exported, tmp_path):
+    cut, path = exported
+    command = [sys.executable, "-I", "-c", ALONE, str(path), str(tmp_path / "logits")]
+    ran = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert_same_logits(load_file(tmp_path / "logits")["logits"], logits(cut.loaded.model))
+
+
+def test_a_dense_folder_in_half_precision_for_other_tools_is_close(tmp_path):
+    cut = cut_model()
+    cut.apply()
+    expected = logits(cut.loaded.model)
+    check_export("gguf-ready", cut.loaded.model, cut.loaded.tokenizer)
+    export_dense_(cut.loaded.model.to(torch.float16), cut.loaded.tokenizer, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {each.dtype for each in tensors.values()} == {torch.float16}
+    assert not [name for name in tensors if "kept" in name]
+    found = logits(load_model(str(tmp_path / "out"), "cpu").model)
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 def test_without_the_plug_in_a_cut_matrix_is_refused_for_its_shape(exported, tmp_path):
