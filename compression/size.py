@@ -27,7 +27,8 @@ class Size:
         model_kept_fraction: parameters after / before over the whole model, tied weights counted once.
         bytes_fraction: bytes after / before over the whole model.
         parameters: parameters of the whole model, tied weights counted once.
-        bytes: bytes of those parameters at the model's stored precision, plus the row indices of pivoted cores.
+        bytes: bytes of those parameters at the model's stored precision, plus the row indices of pivoted cores and
+            the numbers of the rows and columns that are left of cut matrices.
         multiply_adds: multiply-adds per token summed over the sites, each computed in the cheapest way.
     """
 
@@ -77,9 +78,9 @@ _INDEX_BYTES = 4
 
 
 def _index_entries(site: Site, choice: Choice) -> int:
-    if choice.is_plain:
-        return 0
-    return resolve(choice.topology, *site.shape(choice.widths)).index_entries(choice.chi)
+    rows, columns = site.shape(choice.widths)
+    kept = rows * (rows < site.out_features) + columns * (columns < site.in_features)
+    return kept if choice.is_plain else kept + resolve(choice.topology, rows, columns).index_entries(choice.chi)
 
 
 def choice_parameters(site: Site | Unit, choice: Choice | Joint) -> int:

@@ -95,11 +95,11 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         modules = self.quantization_config.modules
-        placeholders = _placeholders(modules)
         if not checkpoint_files:
             raise Refusal("a compressed model is loaded from safetensors files, and none were given")
         _verify_config(checkpoint_files, type(model.config), modules)
         self._shapes = put_skeleton_(model, modules)
+        placeholders = _placeholders(modules)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         model.all_tied_weights_keys = {name: other for name, other in tied.items() if name not in placeholders}
         _verify(checkpoint_files, _expected(model), placeholders)

@@ -14,7 +14,7 @@ from torch import nn
 
 from compression.refusal import Refusal
 
-__all__ = ["KEPT", "check_kept", "keep_", "keep_like_", "kept", "widened"]
+__all__ = ["KEPT", "check_kept", "keep_", "kept", "put_kept_", "widened"]
 
 KEPT = ("kept_rows", "kept_columns")
 
@@ -39,10 +39,10 @@ def kept(layer: nn.Module) -> Mapping[str, torch.Tensor]:
     return {name: numbers for name, numbers in layer.named_buffers(recurse=False) if name in KEPT}
 
 
-def keep_like_(layer: nn.Module, other: nn.Module) -> nn.Module:
-    """Store in a layer the same numbers as in another one; returns the layer."""
-    for name, numbers in kept(other).items():
-        layer.register_buffer(name, numbers)
+def put_kept_(layer: nn.Module, numbers: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Store in a layer the numbers that `kept` returned for the layer whose place it takes; returns the layer."""
+    for name, values in numbers.items():
+        layer.register_buffer(name, values)
     return layer
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from compression.layers.kept import keep_like_, kept
+from compression.layers.kept import kept, put_kept_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
 from compression.layers.routes import is_lowrank
@@ -55,7 +55,8 @@ def quantize_(
         if shared is not None:
             model.set_submodule(name, PackedLinear(shared[1], _bias(module), tied=shared[0]))
         else:
-            new = keep_like_(packed(module, bits[name], group, _of_kept(module, moment(name))), module)
+            numbers = kept(module)
+            new = put_kept_(packed(module, bits[name], group, _of_kept(numbers, moment(name))), numbers)
             if isinstance(new, PackedEmbedding):
                 tables[id(module.weight)] = name, new.packed
             model.set_submodule(name, new)
@@ -82,12 +83,11 @@ def packed(module: nn.Module, bits: int, group: int, moment: torch.Tensor | None
     return PackedLinear(_matrix(dense_weight(module), bits, group, moment, weight.dtype), _bias(module))
 
 
-def _of_kept(module: nn.Module, moment: torch.Tensor | None) -> torch.Tensor | None:
-    """The input moment of the columns that a module still has."""
-    numbers = kept(module).get("kept_columns")
-    if numbers is None or moment is None:
+def _of_kept(numbers: Mapping[str, torch.Tensor], moment: torch.Tensor | None) -> torch.Tensor | None:
+    """The input moment of the columns that are left, see `compression.layers.kept`."""
+    if moment is None or "kept_columns" not in numbers:
         return moment
-    index = numbers.to(moment.device).long()
+    index = numbers["kept_columns"].to(moment.device).long()
     return moment[index][:, index]
 
 

@@ -7,6 +7,7 @@ described modules into a model, on the meta device, and then loads the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -111,7 +112,25 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
                 model.set_submodule(name, keep_(makers[kind](dense, left, description), shape, *numbers))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Refusal(f"compressed module {name} does not fit a matrix {shape}: {error}") from None
+    _check_bonds(model, shapes)
     return shapes
+
+
+def _check_bonds(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a module in which some matrices are cut and others are not, or not to the same share."""
+    for parent in {name.rpartition(".")[0] for name in shapes if kept(model.get_submodule(name))}:
+        shares: dict[Fraction, str] = {}
+        for name, layer in model.get_submodule(parent).named_children():
+            rows, columns = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+            if rows is not None and columns is not None:
+                whole = prod(shapes.get(f"{parent}.{name}", (rows, columns)))
+                shares.setdefault(Fraction(rows * columns, whole), name)
+        if len(shares) > 1:
+            one, other = list(shares.items())[:2]
+            raise Refusal(
+                f"the matrices of {parent} must all be cut to the same share, but {one[1]} keeps {one[0]} and "
+                f"{other[1]} keeps {other[0]}"
+            )
 
 
 def _left(shape: tuple[int, ...], description: Mapping[str, Any]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.layers.kept import keep_like_
+from compression.layers.kept import kept, put_kept_
 from compression.layers.mpo_linear import MPOLinear
 from compression.numerics.gauge import stored
 
@@ -41,7 +41,7 @@ def absorb_gates_(model: nn.Module) -> None:
         pairs = zip(layer.cores, _factors(layer), strict=True)
         cores = [core * factor[:, None, None].to(core.dtype) for core, factor in pairs]
         absorbed = MPOLinear(stored(cores, layer.legs.pivoted), layer._parameters["bias"], layer.plan)
-        model.set_submodule(path, keep_like_(absorbed, layer))
+        model.set_submodule(path, put_kept_(absorbed, kept(layer)))
 
 
 def _layers(model: nn.Module) -> list[MPOLinear]:

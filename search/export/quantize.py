@@ -27,7 +27,11 @@ QUANTIZE = ("none", "int8", "int4", "mixed")
 def module_bits(model: Any, sites: tuple[Site, ...], kind: str) -> dict[str, int]:
     """Return bits by module name, for `compression.layers.quantize.quantize_`. Unchanged modules are not listed."""
     modules = {site.name: model.get_submodule(site.name) for site in sites if not site.dense_because}
-    names = [name for name, module in modules.items() if kind != "mixed" or not isinstance(module, MPOLinear)]
+    names = [
+        name
+        for name, module in modules.items()
+        if (kind != "mixed" or not isinstance(module, MPOLinear)) and any(each.numel() for each in module.parameters())
+    ]
     return dict.fromkeys([*names, *ends(model)], 8 if kind == "int8" else 4)
 
 

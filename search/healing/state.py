@@ -20,7 +20,7 @@ from torch import nn
 from compression.layers.rebuild import rebuilt
 from compression.refusal import Refusal
 from compression.schedule import Schedule
-from compression.sites import Site, put_modules
+from compression.sites import Site, dense_weight, put_modules
 from compression.storage.strict_json import json_digest, read_object
 from compression.storage.tensor_files import new_tensor_file
 from compression.training.trainable import put_parameters
@@ -141,12 +141,14 @@ def _own_digest(document: Mapping[str, Any]) -> str:
 
 
 def site_tensors(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-    """Copies of all stored tensors of these sites, by qualified name."""
-    return {
-        f"{site.name}.{key}": value.detach().contiguous().clone()
-        for site in sites
-        for key, value in model.get_submodule(site.name).state_dict().items()
-    }
+    """Copies of all stored tensors of these sites, by qualified name; a plain matrix as (out, in), however stored."""
+    tensors = {}
+    for site in sites:
+        module = model.get_submodule(site.name)
+        for key, value in module.state_dict().items():
+            found = dense_weight(module) if key == "weight" else value
+            tensors[f"{site.name}.{key}"] = found.detach().contiguous().clone()
+    return tensors
 
 
 def load_sites_(

@@ -160,7 +160,7 @@ def apply(
 
 def _measured(experiment: Experiment, menu: Menu, schedule: Schedule, console: Console) -> list[dict[str, object]]:
     """Table rows on held-out data: dense, uniform and closed form at the prior's kept fraction, and the prior."""
-    stored = sum(choice_parameters(options.site, options.taken(schedule)) for options in menu.sites)
+    stored = sum(choice_parameters(site, schedule[site.name]) for site in experiment.sites)
     problem = Problem.build(menu, stored / menu.dense_parameters)
     schedules = {"uniform": problem.uniform(), "lagrangian": problem.closed_form(), "prior": schedule}
     rows = []

@@ -109,7 +109,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
         plain = Problem.build(menu, config.target_kept, config.granularity)
         for schedule in baselines.values():
             for name, choice in schedule:
-                if not choice.is_dense:
+                if not choice.is_plain:
                     experiment.store.cores(name, choice)
     experiment.calibration.release()
     closed_form = plain.closed_form()
