@@ -45,8 +45,9 @@ def show_text(prior: Prior) -> str:
     ]
     dense = sum(site.choice.is_dense for site in prior.sites)
     smaller = sum(site.chi is None for site in prior.sites) - dense
-    traced = [part.sensitivity for site in prior.sites for part in (site, *(site.bonds or ()))]
-    sources = sorted({trace.source for trace in traced if trace is not None})
+    traces = [site.sensitivity for site in prior.sites]
+    of_bonds = [bond.sensitivity for site in prior.sites for bond in site.bonds or ()]
+    sources = sorted({trace.source for trace in (*traces, *of_bonds) if trace is not None})
     lines = [
         f"{plain(prior.model.id)}  {plain(prior.model.digest[:12])}  kept {prior.kept_fraction:.4f} of the sites"
         + _told(", {:.4f} of the model", prior.model_kept_fraction)

@@ -176,6 +176,7 @@ def test_a_prior_without_widths_starts_a_choice_of_widths_and_factors() -> None:
     schedule = to_schedule(single, lagrangian(single, int(0.6 * single.dense_parameters)))
     prior = prior_of(schedule, single)
     assert not prior.has_widths
+    assert all(site.offset is not None and site.sensitivity is not None for site in prior.sites)
     found = transfer(prior, menu)
     assert found.log_weights.shape == (len(menu.sites),)
     assert np.isfinite(found.log_weights).all()
