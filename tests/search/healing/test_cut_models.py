@@ -143,12 +143,12 @@ GATE = "model.layers.1.mlp.gate_proj"
         (
             Choice("dense", 0, "none", (20,)),
             None,
-            rf"stored tensors of {GATE} do not fit dense of 20 × 32 .*\[24, 32\]",
+            rf"stored tensors do not fit {GATE} as dense of 20 × 32 .*\[24, 32\]",
         ),
-        (DENSE, None, f"stored tensors of {GATE} do not fit dense of 48 × 32 .*kept_rows"),
+        (DENSE, None, f"stored tensors do not fit {GATE} as dense of 48 × 32 .*kept_rows"),
         (Choice("dense", 0, "none", (49,)), None, "must be between 0 and 48, got 49"),
-        (None, torch.arange(24) + 30, "kept_rows must be ascending numbers from 0 to 47"),
-        (None, torch.arange(20), r"do not fit dense of 24 × 32"),
+        (None, torch.arange(24) + 30, f"do not fit {GATE} as .*kept_rows must be ascending numbers from 0 to 47"),
+        (None, torch.arange(20), f"stored tensors do not fit {GATE} as dense of 24 × 32"),
     ],
 )
 def test_stored_weights_of_another_shape_are_refused_in_one_line(
