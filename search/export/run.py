@@ -28,7 +28,8 @@ _BITS = {
 }
 
 CHANGES = {
-    "healed": "After the search, its compressed matrices, norms and biases were trained for a while to match the outputs of the original.",
+    "healed": "After the search, its compressed matrices, norms and biases were trained for a while to match the "
+    "outputs of the original.",
     "repaired": "After the search, each compressed matrix was solved again, block by block, so that its outputs match "
     "those of the original; nothing was trained.",
     "searched": "After the search, the model was neither repaired nor trained.",
