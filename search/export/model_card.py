@@ -29,8 +29,9 @@ Without either, loading raises an error, because the folder does not contain the
 for. The names, shapes and checksums of all tensors are verified during loading.""",
     "dense": """\
 The compressed matrices are multiplied out into dense ones, and removed hidden units and heads are filled up with zeros,
-so every tool that loads the original loads this folder. **It has the quality of the compressed model, but it is as
-large as the original and no faster.** The `hf` export is the small one.""",
+so every tool that loads the original loads this folder.
+**It has the quality of the compressed model, but it is as large as the original and no faster.** The `hf` export is the
+small one.""",
 }
 
 
