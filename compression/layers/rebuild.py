@@ -31,7 +31,7 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
     """
     rows, columns = site.shape(choice.widths)
     dense = (site.out_features, site.in_features)
-    bias = state.get("bias")
+    bias = torch.empty(rows, device="meta") if "bias" in state else None
     layer: nn.Module
     try:
         if choice.is_plain:

@@ -167,6 +167,15 @@ def test_stored_weights_of_another_shape_are_refused_in_one_line(
     assert all(module is before[name] for name, module in dense.named_modules())
 
 
+@pytest.mark.parametrize("form", ["plain", "factors"])
+def test_a_bias_of_the_whole_matrix_does_not_fit_a_cut_one(form: str) -> None:
+    cut, dense, model = compressed("random:tiny-qwen2", form)
+    tensors, name = site_tensors(model, cut.store.sites), "model.layers.1.self_attn.k_proj"
+    tensors[f"{name}.bias"] = torch.zeros(16)
+    with pytest.raises(ValueError, match=f"stored tensors do not fit {name} as .* of 8 × 32 "):
+        load_sites_(dense, cut.store.sites, cut.schedule, tensors)
+
+
 def test_healed_weights_of_version_1_and_intact_ones_load_and_damaged_ones_do_not(tmp_path: Path) -> None:
     cut, _, model = compressed()
     write_weights(tmp_path, "healing.json", model, cut.store.sites, _document(cut.schedule))
