@@ -38,6 +38,7 @@ from compression.bonds import linear
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
 from compression.decomposition.factors import lowrank_cores
+from compression.layers.kept import keep_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import is_lowrank
 from compression.numerics.elimination import Elimination, refit
@@ -122,7 +123,9 @@ def repair_(
                     dense_inputs = _part(statistics.input(site.name).to(weight), start.columns)
                     metrics = dense_inputs + drift if correct else inputs.sum(0), gradient
                     old, choice = taken[site.name], schedule[site.name]
-                    model.set_submodule(site.name, _compressed(old, weight, choice, *metrics, start.rows, shrinkage))
+                    new = _compressed(old, weight, choice, *metrics, start.rows, shrinkage)
+                    shape = site.out_features, site.in_features
+                    model.set_submodule(site.name, keep_(new, shape, start.rows, start.columns))
             states, dense_states = targets.advance(states), targets.outputs
             progress(done)
     except BaseException:

@@ -30,24 +30,24 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
         ValueError: a tensor is missing, unknown, or of another shape or with other row numbers than the choice allows.
     """
     rows, columns = site.shape(choice.widths)
-    bias = state.get("bias")
-    layer: nn.Module
-    if choice.is_plain:
-        layer = linear(torch.empty(rows, columns, device="meta"), bias)
-    else:
-        legs = resolve(choice.topology, rows, columns)
-        dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
-        layer = empty_mpo(legs, legs.bonds(choice.chi)[1:-1], bias, dtype)
-        check_places(layer, state)
     dense = (site.out_features, site.in_features)
-    keep_(layer, dense, *(torch.empty(size, device="meta", dtype=torch.int32) for size in (rows, columns)))
-    check_kept(state, dense)
+    bias = torch.empty(rows, device="meta") if "bias" in state else None
+    layer: nn.Module
     try:
+        if choice.is_plain:
+            layer = linear(torch.empty(rows, columns, device="meta"), bias)
+        else:
+            legs = resolve(choice.topology, rows, columns)
+            dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
+            layer = empty_mpo(legs, legs.bonds(choice.chi)[1:-1], bias, dtype)
+            check_places(layer, state)
+        keep_(layer, dense, *(torch.empty(size, device="meta", dtype=torch.int32) for size in (rows, columns)))
+        check_kept(state, dense)
         layer.load_state_dict(dict(state), assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise Refusal(
-            f"stored tensors of {site.name} do not fit {choice.topology} of {rows} × {columns} with χ {choice.chi}: "
+            f"stored tensors do not fit {site.name} as {choice.topology} of {rows} × {columns} with χ {choice.chi}: "
             f"{reason}"
         ) from None
     return layer.requires_grad_(False)

@@ -17,7 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from compression.layers.kept import kept
 from compression.layers.merge import merge_
+from compression.layers.mpo_linear import MPOLinear
+from compression.layers.packed import PackedMPO
 from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
@@ -30,7 +33,7 @@ from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 
-__all__ = ["CARD", "FORMATS", "Footprint", "check_export", "export_dense_", "export_model", "footprint"]
+__all__ = ["CARD", "FORMATS", "Footprint", "check_export", "export_dense_", "export_model", "footprint", "forms"]
 
 FORMATS = ("hf", "dense", "gguf-ready")
 CARD = "README.md"
@@ -75,6 +78,13 @@ def footprint(model: Any) -> Footprint:
     )
 
 
+def forms(model: nn.Module) -> str:
+    """Return a sentence with the number of matrices of each compressed form."""
+    mpos = sum(isinstance(module, MPOLinear | PackedMPO) for module in model.modules())
+    cut = sum(bool(kept(module)) for module in model.modules())
+    return f"{mpos} matrices are MPOs, and {cut} have lost rows or columns."
+
+
 def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Write a compressed model as a folder that transformers loads; the model itself does not change.
 
@@ -110,8 +120,8 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
 def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Merge every compressed module of a model in place, and write the model as an ordinary dense folder.
 
-    Every tool can load the folder. It has the quality of the compressed model and the size of the original. The
-    arguments are those of `export_model`.
+    Every tool can load the folder. It has the quality of the compressed model and the size of the original: removed
+    rows and columns are zeros. The arguments are those of `export_model`.
 
     Raises:
         ValueError: the folder is in use or not empty.

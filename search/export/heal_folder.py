@@ -17,7 +17,7 @@ from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
-from search.export.folder import check_export, export_model, footprint
+from search.export.folder import check_export, export_model, footprint, forms
 from search.export.model_card import model_card
 from search.export.run import CHANGES
 from search.healing.plan import HealingOptions, text_tokens
@@ -96,7 +96,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
 
 
 def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
-    document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}."
+    document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}. {forms(model)}"
     card = model_card(folder.name, "hf", document, {}, "healed", size, [CHANGES["healed"]], rows)
     export_model(model, tokenizer, folder, card, [prior])
 

@@ -28,7 +28,8 @@ tokenizer = AutoTokenizer.from_pretrained({quoted})
 Without either, loading raises an error, because the folder does not contain the dense matrices that transformers looks
 for. The names, shapes and checksums of all tensors are verified during loading.""",
     "dense": """\
-The compressed matrices are multiplied out into dense ones, so every tool that loads the original loads this folder.
+The compressed matrices are multiplied out into dense ones, and removed hidden units and heads are filled up with zeros,
+so every tool that loads the original loads this folder.
 **It has the quality of the compressed model, but it is as large as the original and no faster.** The `hf` export is the
 small one.""",
 }
@@ -80,8 +81,9 @@ def model_card(
 {head}
 # {markdown_text(name)}
 
-This is {markdown_text(model.get("id"))} with weight matrices of its attention and MLP layers replaced by matrix
-product operators (MPOs). A search chose the bond dimension of every MPO. {" ".join(changes)}
+This is {markdown_text(model.get("id"))} with smaller weight matrices in its attention and MLP layers. A search chose
+which of them became matrix product operators (MPOs), with which bond dimensions, and how many hidden units of the MLPs
+and heads of the attention are left. {" ".join(changes)}
 
 {loading}
 
@@ -100,7 +102,7 @@ items it is too noisy to compare models.
 
 ## How it was made
 
-The file `prior.json` holds the bond dimension of every matrix. The compressible matrices keep a fraction of
+The file `prior.json` holds the form of every matrix. The compressible matrices keep a fraction of
 {_number(prior.get("kept_fraction"))} of their parameters (schedule {_digest(prior.get("schedule_digest"))}).
 
 sha256 of the data:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from search.experiment.experiment import Experiment
-from search.export.folder import check_export, export_dense_, export_model, footprint
+from search.export.folder import check_export, export_dense_, export_model, footprint, forms
 from search.export.model_card import model_card
 from search.export.quantize import module_bits, quantize_experiment_
 from search.export.restore import RestoredRun, restore
@@ -28,7 +28,8 @@ _BITS = {
 }
 
 CHANGES = {
-    "healed": "After the search, its cores and norms were trained for a while to match the outputs of the original.",
+    "healed": "After the search, its compressed matrices, norms and biases were trained for a while to match the "
+    "outputs of the original.",
     "repaired": "After the search, each compressed matrix was solved again, block by block, so that its outputs match "
     "those of the original; nothing was trained.",
     "searched": "After the search, the model was neither repaired nor trained.",
@@ -101,7 +102,7 @@ def export_run(
         changes.append(
             f"{_BITS[form.quantize]}, in groups with one scale each; rounding minimizes the error on calibration text."
         )
-    size = f"Compressed: {footprint(model)}."
+    size = f"Compressed: {footprint(model)}. {forms(model)}"
     with console.stage("write"):
         card = model_card(folder.name, form.kind, restored.document, summary, state, size, changes, measured)
         if form.kind == "hf":

@@ -18,7 +18,8 @@ from compression.numerics.whitening import shrink
 from compression.sites import dense_weight, model_parameters
 from compression.size import SizeModel
 from search import hf
-from search.export.folder import check_export, export_dense_, export_model, footprint
+from search.export.folder import check_export, export_dense_, export_model, footprint, forms
+from search.export.model_card import model_card
 from search.export.quantize import module_bits
 from search.model.latent_cache import latent_cache
 from search.model.loading import load_for_use, load_model
@@ -130,6 +131,17 @@ def test_a_dense_folder_in_half_precision_for_other_tools_is_close(tmp_path):
     assert not [name for name in tensors if "kept" in name]
     found = logits(load_model(str(tmp_path / "out"), "cpu").model)
     assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_what_is_said_of_a_cut_model_is_true():
+    factors, plain = cut_model(form="factors"), cut_model()
+    for cut, said in ((factors, "21 matrices are MPOs, and 21 have"), (plain, "0 matrices are MPOs, and 21 have")):
+        cut.apply()
+        assert forms(cut.loaded.model) == f"{said} lost rows or columns."
+    card = model_card("cut", "dense", {}, {}, "searched", forms(plain.loaded.model), [])
+    assert "0 matrices are MPOs" in card
+    assert "removed hidden units and heads are filled up with zeros" in card
+    assert "heads of the attention are left" in card
 
 
 def test_without_the_plug_in_a_cut_matrix_is_refused_for_its_shape(exported, tmp_path):

@@ -143,12 +143,12 @@ GATE = "model.layers.1.mlp.gate_proj"
         (
             Choice("dense", 0, "none", (20,)),
             None,
-            rf"stored tensors of {GATE} do not fit dense of 20 × 32 .*\[24, 32\]",
+            rf"stored tensors do not fit {GATE} as dense of 20 × 32 .*\[24, 32\]",
         ),
-        (DENSE, None, f"stored tensors of {GATE} do not fit dense of 48 × 32 .*kept_rows"),
+        (DENSE, None, f"stored tensors do not fit {GATE} as dense of 48 × 32 .*kept_rows"),
         (Choice("dense", 0, "none", (49,)), None, "must be between 0 and 48, got 49"),
-        (None, torch.arange(24) + 30, "kept_rows must be ascending numbers from 0 to 47"),
-        (None, torch.arange(20), r"do not fit dense of 24 × 32"),
+        (None, torch.arange(24) + 30, f"do not fit {GATE} as .*kept_rows must be ascending numbers from 0 to 47"),
+        (None, torch.arange(20), f"stored tensors do not fit {GATE} as dense of 24 × 32"),
     ],
 )
 def test_stored_weights_of_another_shape_are_refused_in_one_line(
@@ -165,6 +165,15 @@ def test_stored_weights_of_another_shape_are_refused_in_one_line(
         load_sites_(dense, cut.store.sites, schedule, tensors)
     assert "\n" not in str(refused.value)
     assert all(module is before[name] for name, module in dense.named_modules())
+
+
+@pytest.mark.parametrize("form", ["plain", "factors"])
+def test_a_bias_of_the_whole_matrix_does_not_fit_a_cut_one(form: str) -> None:
+    cut, dense, model = compressed("random:tiny-qwen2", form)
+    tensors, name = site_tensors(model, cut.store.sites), "model.layers.1.self_attn.k_proj"
+    tensors[f"{name}.bias"] = torch.zeros(16)
+    with pytest.raises(ValueError, match=f"stored tensors do not fit {name} as .* of 8 × 32 "):
+        load_sites_(dense, cut.store.sites, cut.schedule, tensors)
 
 
 def test_healed_weights_of_version_1_and_intact_ones_load_and_damaged_ones_do_not(tmp_path: Path) -> None:
