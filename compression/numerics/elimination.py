@@ -149,6 +149,6 @@ def _costs(current: torch.Tensor, pulled: torch.Tensor, inverse: torch.Tensor, g
     left, right = (values.mT.reshape(groups, group, -1) for values in (current, pulled))
     places = torch.arange(groups, device=inverse.device)
     blocks = inverse.reshape(groups, group, groups, group)[places, :, places, :]
-    solved: torch.Tensor = torch.linalg.solve(blocks, left @ right.mT)  # of P_JJ and W_Jᵀ G W_J
+    solved: torch.Tensor = torch.cholesky_solve(left @ right.mT, torch.linalg.cholesky(blocks))  # P_JJ⁻¹ W_Jᵀ G W_J
     costs: torch.Tensor = solved.diagonal(dim1=1, dim2=2).sum(1)
     return costs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,9 +139,10 @@ def decode(
 ) -> dict[str, list[float]]:
     """Seconds of each decoding step of one token per sequence after prompts of 64 tokens; otherwise as `prefill`."""
     prompt, token = (torch.randint(_tokens_of(model), (batch, count), device=device) for count in (64, 1))
-    put_modules(model, next(iter(sides.values())))
-    filled = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-    caches = {side: copy.deepcopy(filled) for side in sides}
+    caches = {}
+    for side, modules in sides.items():  # each side has a cache of its own, since it may keep fewer heads
+        put_modules(model, modules)
+        caches[side] = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(steps + 1):
         for side in _rotated(sides, turn):
