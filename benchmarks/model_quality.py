@@ -17,6 +17,7 @@ search. In the following list, each variant includes all earlier ones unless it 
   the effect of errors elsewhere. The gradient agent measures it with six backward passes on search text.
 * sequential: `menu`, with each site decomposed in the metric of the input that the earlier compressed sites give it.
 * repaired: `sequential`, with every site first solved to reproduce the dense model's output or residual stream.
+* repaired-widths, repaired-joint: `widths` and `joint`, repaired in the same way.
 * complete: `repaired`, with the schedule of `corrected`.
 
 The held-out text consists of two corpora, prose and exam questions with their answers, which are scored separately.
@@ -66,9 +67,13 @@ VARIANTS = (
     "corrected",
     "sequential",
     "repaired",
+    "repaired-widths",
+    "repaired-joint",
     "complete",
 )
 _BONDED = ("widths", "joint")
+_REPAIRED = {"sequential": "menu", "repaired": "menu", "repaired-widths": "widths", "repaired-joint": "joint"}
+"""Variants that visit the blocks in order, by the variant whose menu they take."""
 _PASSES = 6
 
 
@@ -110,11 +115,13 @@ class Bench:
         return factor_store(experiment.loaded, sites, experiment.calibration, experiment.calibration.cache)
 
     def store(self, variant: str) -> FactorStore:
+        variant = _REPAIRED.get(variant, variant)
         if variant in _BONDED:
             return self.bonded
         return self.unweighted if variant in ("lowrank", "pivoted") else self.experiment.store
 
     def menu(self, variant: str) -> Menu:
+        variant = _REPAIRED.get(variant, variant)
         kind = variant if variant in ("lowrank", "pivoted", "weighted", *_BONDED) else "menu"
         if kind in _BONDED and kind not in self._menus:
             self._menus[kind] = self.bonded.menu(form="plain" if kind == "widths" else "any")
@@ -139,17 +146,14 @@ class Bench:
     def compressed(self, variant: str, kept: float) -> Iterator[Schedule]:
         """Compresses the model by a variant within the context, and makes it dense again afterwards."""
         model, schedule = self.experiment.loaded.model, self.schedule(variant, kept)
-        if variant not in ("sequential", "repaired", "complete"):
+        if variant not in (*_REPAIRED, "complete"):
             with ScheduleApplier(model, self.store(variant)) as applier:
                 applier.apply_(schedule)
                 yield schedule
             return
-        sites, batches = (
-            self.experiment.store.sites,
-            self.experiment.repair_batches(self.experiment.config.repair_tokens),
-        )
+        store, batches = self.store(variant), self.experiment.repair_batches(self.experiment.config.repair_tokens)
         statistics, correct = self.experiment.calibration(), variant != "sequential"
-        taken = repair_(model, sites, schedule, statistics, batches, SHRINKAGE, correct)
+        taken = repair_(model, store.sites, schedule, statistics, batches, SHRINKAGE, store.elimination, correct)
         try:
             yield schedule
         finally:
