@@ -361,7 +361,7 @@ class Problem:
 
     def _indices(self, schedule: Schedule) -> NDArray[np.int64]:
         """Option of every site."""
-        return np.array([site.choices.index(site.taken(schedule)) for site in self.menu.sites], dtype=np.int64)
+        return np.array([site.index(schedule) for site in self.menu.sites], dtype=np.int64)
 
     def _levels(self, actions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         levels = np.asarray(actions, dtype=np.int64)

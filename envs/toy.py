@@ -14,8 +14,8 @@ import numpy as np
 
 from compression.allocation.menu import Menu, SiteMenu
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice, Schedule
-from compression.sites import Site
+from compression.schedule import DENSE, Choice, Joint, Schedule
+from compression.sites import Cut, Site, Unit
 from envs.problem import Problem
 from envs.reward import ScoreLike
 
@@ -44,7 +44,7 @@ class ToyScore:
         return self.kept_fraction
 
 
-def toy_menu(blocks: int = 3, heads: int = 0) -> Menu:
+def toy_menu(blocks: int = 3, heads: int = 0, bonds: bool = False) -> Menu:
     """Returns a menu with two square sites per block, `lowrank` at every second χ, and costs that decay with χ.
 
     The rate of decay differs between sites.
@@ -52,6 +52,8 @@ def toy_menu(blocks: int = 3, heads: int = 0) -> Menu:
     Args:
         blocks: number of blocks, at least 1.
         heads: if not 0, attention is split into `heads` sites that produce heads and `heads` sites that read them.
+        bonds: whether each MLP is instead a unit of two sites, "up" and "down", with as many parameters together, that
+            are joined by a bond. Its options are widths of the bond with the sizes and costs of those χ.
     """
     if blocks < 1:
         raise Refusal(f"blocks must be at least 1, got {blocks}")
@@ -61,16 +63,31 @@ def toy_menu(blocks: int = 3, heads: int = 0) -> Menu:
     members = [*(parts or [("attention", "attention")]), ("mlp", "mlp")]
     for number, (block, (name, family)) in enumerate(itertools.product(range(blocks), members)):
         scale, rate = 0.2 + 0.1 * (number % 3), 0.06 + 0.02 * (number % 4)
+        site: Site | Unit = Site(f"blocks.{block}.{name}", block, family, _WIDTH, _WIDTH)
+        choices: list[Choice | Joint] = [Choice("lowrank", int(chi), "two-sided") for chi in chis]
+        if bonds and name == "mlp":
+            site, choices = (
+                _unit(site.name, block),
+                [Joint((Choice("dense", 0, "none", (int(chi),)),) * 2) for chi in chis],
+            )
         sites.append(
             SiteMenu(
-                site=Site(f"blocks.{block}.{name}", block, family, _WIDTH, _WIDTH),
-                choices=(*(Choice("lowrank", int(chi), "two-sided") for chi in chis), DENSE),
+                site=site,
+                choices=(*choices, Joint((DENSE,) * 2) if isinstance(site, Unit) else DENSE),
                 parameters=np.append(chis * 2 * _WIDTH, _WIDTH * _WIDTH).astype(np.int64),
                 cost=np.append(scale * np.exp(-rate * chis), 0.0),
                 multiply_adds=np.append(chis * 2 * _WIDTH, _WIDTH * _WIDTH).astype(np.int64),
             )
         )
     return Menu(tuple(sites))
+
+
+def _unit(name: str, block: int) -> Unit:
+    """An MLP of two sites whose bond has half as many units as the toy's matrices have columns."""
+    half = _WIDTH // 2
+    up = Site(f"{name}.up", block, "up", half, _WIDTH, cuts=(Cut(name, half, 1, of_rows=True),))
+    down = Site(f"{name}.down", block, "down", _WIDTH, half, cuts=(Cut(name, half, 1, of_rows=False),))
+    return Unit(name, block, "mlp", (up, down))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,20 +115,19 @@ class ToyEvaluator:
         """
         base, found = self._score(schedule).kl, {}
         for site in self.menu.sites:
-            name = site.site.name
-            now, then = schedule[name], toward[name]
-            if now != then:
-                moved = Schedule(tuple((key, then if key == name else choice) for key, choice in schedule))
+            names = {each.name for each in site.sites}
+            if site.taken(schedule) != site.taken(toward):
+                moved = Schedule(tuple((key, toward[key] if key in names else choice) for key, choice in schedule))
                 change = self._score(moved).kl - base
-                own = float(site.cost[site.choices.index(then)])
-                found[name] = change - own if now.is_dense else 2 * change
+                own = float(site.cost[site.index(toward)])
+                found[site.site.name] = change - own if site.taken(schedule).is_dense else 2 * change
         return found
 
     def _score(self, schedule: Schedule) -> ToyScore:
         cost = np.zeros(1 + max(site.site.block for site in self.menu.sites))
         kept = 0
         for site in self.menu.sites:
-            option = site.choices.index(schedule[site.site.name])
+            option = site.index(schedule)
             cost[site.site.block] += site.cost[option]
             kept += int(site.parameters[option])
         kl = sum(self.weights[block % len(self.weights)] * float(c) for block, c in enumerate(cost))

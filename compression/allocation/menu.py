@@ -5,7 +5,7 @@ Uses NumPy only. Does not know where the predicted costs come from; `compression
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -78,6 +78,21 @@ class SiteMenu:
         """Returns what a schedule chooses here, which need not be an option."""
         taken = tuple(schedule[site.name] for site in self.sites)
         return Joint(taken) if isinstance(self.site, Unit) else taken[0]
+
+    def index(self, schedule: Schedule) -> int:
+        """Returns the number of the option that a schedule chooses here.
+
+        Raises:
+            ValueError: the menu has no such option.
+        """
+        found = self._places.get(self.taken(schedule))
+        if found is None:
+            raise Refusal(f"the schedule chooses a form of {self.site.name} that its menu does not offer")
+        return found
+
+    @cached_property
+    def _places(self) -> Mapping[Choice | Joint, int]:
+        return {choice: place for place, choice in enumerate(self.choices)}
 
 
 @dataclass(frozen=True, eq=False)

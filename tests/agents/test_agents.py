@@ -122,8 +122,9 @@ def test_an_exhausted_space_ends_the_search_before_the_budget_does(name):
 
 @every_agent
 @pytest.mark.parametrize("granularity", ["block", "site", "block+family"])
-def test_actions_are_legal_and_lead_to_the_schedule(name, granularity):
-    problem = Problem.build(toy_menu(), 0.4, granularity)
+@pytest.mark.parametrize("bonds", [False, True])
+def test_actions_are_legal_and_lead_to_the_schedule(name, granularity, bonds):
+    problem = Problem.build(toy_menu(bonds=bonds), 0.4, granularity)
     for proposal, _ in run(name, problem):
         if proposal.actions is not None:
             assert len(proposal.actions) == problem.steps
@@ -160,6 +161,16 @@ def test_slopes_lead_past_the_best_of_all_episodes(name):
     problem = toy()
     _, reward = best_by_exhaustion(problem, ToyEvaluator(problem.menu), REWARD)
     assert max(value for _, value in run(name, problem, budget=400)) > reward
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in agents.NAMES])
+def test_widths_of_bonds_are_searched_as_bond_dimensions_are(name):
+    of_matrices, of_bonds = (Problem.build(toy_menu(bonds=bonds), 0.5, levels=8) for bonds in (False, True))
+    rewards = [[reward for _, reward in run(name, problem)] for problem in (of_matrices, of_bonds)]
+    assert rewards[0] == rewards[1]  # the toy prices its units as it prices the matrices in their place
+    found = max(run(name, of_bonds), key=lambda pair: pair[1])[0].schedule
+    assert any(choice.widths for _, choice in found)
+    assert found["blocks.1.mlp.up"].widths == found["blocks.1.mlp.down"].widths
 
 
 @every_agent

@@ -11,7 +11,7 @@ from envs.problem import OBSERVATION
 
 def kept(problem, schedule):
     menu = problem.menu
-    return sum(int(s.parameters[s.choices.index(schedule[s.site.name])]) for s in menu.sites)
+    return sum(int(s.parameters[s.index(schedule)]) for s in menu.sites)
 
 
 def menu_for(granularity, blocks=3):
@@ -50,7 +50,7 @@ def test_every_legal_episode_meets_the_target_within_one_step_of_chi(granularity
             short = problem.target_parameters - kept(problem, schedule)
             assert short >= 0
             # Too little for the next χ of any site, unless what is not dense stands right below it.
-            assert short <= step or all(schedule[s.site.name] in (DENSE, s.choices[-2]) for s in problem.menu.sites)
+            assert short <= step or all(s.taken(schedule) in s.choices[-2:] for s in problem.menu.sites)
 
 
 def test_one_offset_for_all_changes_nothing():
