@@ -62,6 +62,7 @@ class Dense:
             self._probability = probability
         else:
             self._version, self._hidden = self._weight._version, reading.hidden
+            self._values = self._weight.detach()  # stays as it is if the model is converted to another dtype
             if self._weight.dtype == torch.float32:
                 self._embedding = probability @ self._weight
         # Computed with the same arithmetic as the KL, so that rounding cancels and the dense model's KL is exactly 0.
@@ -79,7 +80,7 @@ class Dense:
             raise Refusal("the output head of the dense model has changed; take the reference again")
         if self._embedding is not None and reading.head.weight is self._weight:
             return _dot(self._embedding, reading.hidden)
-        return _dot(torch.softmax(functional.linear(self._hidden, self._weight).float(), -1), reading.logits)
+        return _dot(torch.softmax(functional.linear(self._hidden, self._values).float(), -1), reading.logits)
 
 
 def _plain_weight(reading: Reading) -> torch.Tensor | None:

@@ -18,6 +18,8 @@ from compression.numerics.whitening import shrink
 from compression.sites import dense_weight, model_parameters
 from compression.size import SizeModel
 from search import hf
+from search.evaluation.packed_sequences import packed_text
+from search.evaluation.workload import Workload
 from search.export.folder import check_export, export_dense_, export_model, footprint, forms
 from search.export.model_card import model_card
 from search.export.quantize import module_bits
@@ -200,6 +202,18 @@ def test_a_quantized_cut_model_loads_and_is_close(form, kind, tmp_path):
     read = load(tmp_path / "out")
     assert_same_logits(logits(read), found)
     torch.testing.assert_close(logits(read.dequantize()), found, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_is_quantized_in_half_precision_is_measured_against_the_dense_one_in_full():
+    measured = []
+    for dtype in (torch.float32, torch.bfloat16):
+        cut = cut_model(form="factors")
+        model, workload = cut.loaded.model, Workload([packed_text(row) for row in PROMPT.tolist()], torch.device("cpu"))
+        workload.reference(model)
+        cut.apply()
+        quantize_(model.to(dtype), module_bits(model, cut.store.sites, "int8"), lambda name: None)
+        measured.append(workload.measure(model).kl)
+    assert measured[1] == pytest.approx(measured[0], rel=0.05)
 
 
 @pytest.mark.parametrize("form", FORMS)
