@@ -11,7 +11,7 @@ first columns of the whitened reader at full width, and one factorization serves
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
 
@@ -97,18 +97,35 @@ def spectra(
     found: dict[tuple[str, int], torch.Tensor] = {}
     order = elimination.order.flip(0)  # the last to be removed comes first
     [(name, matrix)] = reader.items()
-    white = _whitened_reader(matrix, order)
-    for width in widths:
-        found[name, width] = _singular_values(white[:, : width * matrix.size])
+    white = _whitened_reader(matrix, order).mT
+    for width, gram in zip(widths, _grams(white, None, [width * matrix.size for width in widths]), strict=True):
+        found[name, width] = _roots(gram, width * matrix.size)
     for name, matrix in writers.items():
         rows = indices_of(order, matrix.size).to(matrix.weight.device)
         white = matrix.weight[rows] @ torch.linalg.cholesky(matrix.inputs)
-        gradients = matrix.gradients[rows][:, rows]
-        for width in widths:
-            count = width * matrix.size
-            gram = white[:count].mT @ gradients[:count, :count] @ white[:count]
-            found[name, width] = _roots(gram)[: min(count, white.shape[1])]
+        gradients, counts = matrix.gradients[rows][:, rows], [width * matrix.size for width in widths]
+        for width, gram in zip(widths, _grams(white, gradients, counts), strict=True):
+            found[name, width] = _roots(gram, width * matrix.size)
     return found
+
+
+def _grams(rows: torch.Tensor, metric: torch.Tensor | None, counts: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yields XᵀMX for the first rows X of a matrix (all, columns), by ascending counts of rows.
+
+    Args:
+        metric: (all, all), of which M is the leading block; None means the identity.
+    """
+    gram, start = rows.new_zeros(rows.shape[1], rows.shape[1]), 0
+    for count in counts:
+        new = rows[start:count]
+        if metric is None:
+            gram = gram + new.mT @ new
+        else:  # the new rows among each other, and with the earlier ones
+            inner = new.mT @ (metric[start:count, start:count] @ new)
+            outer = new.mT @ (metric[start:count, :start] @ rows[:start])
+            gram = gram + inner + outer + outer.mT
+        start = count
+        yield gram
 
 
 def _whitened_reader(matrix: Matrix, order: torch.Tensor) -> torch.Tensor:
@@ -202,11 +219,7 @@ def _path(curves: Sequence[_Curve]) -> _Curve:
     )
 
 
-def _singular_values(white: torch.Tensor) -> torch.Tensor:
-    """Singular values from the smaller Gram matrix; in float64 they are resolved down to 1e-8 of the largest."""
-    return _roots(white @ white.mT if white.shape[0] <= white.shape[1] else white.mT @ white)
-
-
-def _roots(gram: torch.Tensor) -> torch.Tensor:
+def _roots(gram: torch.Tensor, rows: int) -> torch.Tensor:
+    """Singular values of a matrix of so many rows from its Gram matrix; in float64 down to 1e-8 of the largest."""
     values: torch.Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
-    return values
+    return values[:rows]

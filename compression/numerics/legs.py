@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from math import prod
 
 from compression.refusal import Refusal
@@ -112,6 +112,7 @@ class Legs:
         return low
 
 
+@lru_cache(maxsize=4096)
 def resolve(topology: str, out_features: int, in_features: int) -> Legs:
     """Returns the legs of a named topology for a matrix of shape (out_features, in_features).
 
