@@ -153,7 +153,7 @@ class Bench:
             return
         store, batches = self.store(variant), self.experiment.repair_batches(self.experiment.config.repair_tokens)
         statistics, correct = self.experiment.calibration(), variant != "sequential"
-        taken = repair_(model, store.sites, schedule, statistics, batches, SHRINKAGE, store.elimination, correct)
+        taken = repair_(model, store.sites, schedule, statistics, batches, SHRINKAGE, store.bonds.elimination, correct)
         try:
             yield schedule
         finally:

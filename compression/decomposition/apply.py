@@ -47,7 +47,6 @@ class ScheduleApplier:
         self._store = store
         self._packed = packed
         self._planner = planner
-        self._sites = {site.name: site for site in store.sites}
         self._dense: Mapping[str, nn.Module] = {
             site.name: model.get_submodule(site.name) for site in store.sites if not site.dense_because
         }
@@ -101,12 +100,12 @@ class ScheduleApplier:
         """Returns the module of a site under a choice: the original module, or a new layer."""
         if choice.is_dense:
             return self._dense[name]
-        made = [self._store.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
+        made = [self._store.bonds.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
         dense = self._dense[name]
         weight, bias = dense.weight, dense.bias
         assert isinstance(weight, torch.Tensor)
         assert bias is None or isinstance(bias, torch.Tensor)
-        rows, columns = self._kept(name, choice.widths)
+        rows, columns = self._store.bonds.kept(name, choice.widths)
         if bias is not None and rows is not None:
             bias = bias[rows.to(bias.device)]
         cores = [values.to(device=weight.device, dtype=weight.dtype) for values in made]
@@ -119,11 +118,3 @@ class ScheduleApplier:
                 layer.plan = self._planner.plan(layer)
         places = (each if each is None else each.to(weight.device) for each in (rows, columns))
         return keep_(layer, tuple(dense_weight(dense).shape), *places)
-
-    def _kept(self, name: str, widths: tuple[int, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The rows and columns of a site that are left at these widths of its bonds; None means all."""
-        rows = columns = None
-        for cut, width in zip(self._sites[name].cuts, widths, strict=False):
-            members = cut.members(self._store.elimination(cut.bond).kept(width))
-            rows, columns = (members, columns) if cut.of_rows else (rows, members)
-        return rows, columns

@@ -6,7 +6,6 @@ from.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,32 +13,28 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope, nested_options
+from compression.allocation.menu import Menu, Option, dense_menu, envelope, nested_options
 from compression.calibration.statistics import Statistics
-from compression.decomposition.joint_menu import Matrix, joint_menu, multiple_of, spectra, widths_of
+from compression.decomposition.bond_store import BondStore
+from compression.decomposition.measured import FORMAT, Measured
 from compression.numerics.cores import decompose, truncate
-from compression.numerics.elimination import Elimination, eliminate, refit
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Form
-from compression.sites import Cut, Site, Unit, units
+from compression.sites import Site, Unit, units
 from compression.size import choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 
 __all__ = ["OPTIMISM", "FactorStore", "Factors", "is_nested", "lowrank_cores"]
 
-_FORMAT = 2  # part of every cache key; increase it when decompositions change numerically
 _EVALUATIONS, _GLANCE, _TOLERANCE = 150, 20, 3e-3
 """Evaluations of a full fit, evaluations of a short trial fit, and the tolerance at which a fit has converged."""
 _FIRST, _GRID = 0.4, (0.2, 0.3, 0.5, 0.65)
 """Kept fractions at which a menu fits a topology: the first one, and the grid only if the first fit is good enough."""
 _HOPEFUL, _WORTH = 1.5, 1.05
 """Largest acceptable costs of a trial fit and of a full fit, relative to `lowrank` with as many parameters."""
-
-_ELIMINATION, _ELIMINATION_STEPS = 1, 128
-"""Format of cached eliminations, and the number of steps in which an elimination removes all groups of a long bond."""
 
 OPTIMISM = 1.15
 """Factor by which the cost of a fit grows from its calibration text to other text, relative to that of `lowrank`.
@@ -76,6 +71,10 @@ class FactorStore:
         shrinkage: see `compression.numerics.whitening.shrink`.
         cache: stores the decompositions.
         max_chi: largest χ to decompose to; None means the largest χ that saves parameters.
+
+    Attributes:
+        sites: as given.
+        bonds: cuts the bonds between the sites.
     """
 
     def __init__(
@@ -89,16 +88,12 @@ class FactorStore:
         max_chi: int | None = None,
     ) -> None:
         self.sites = tuple(sites)
-        self._weights = weights
-        self._statistics = statistics
-        self._statistics_key = statistics_key
-        self._shrinkage = shrinkage
+        self._measured = Measured(weights, statistics, statistics_key, shrinkage)
         self._cache = cache
         self._max_chi = max_chi
         self._site = {site.name: site for site in sites}
-        self._unit = {unit.name: unit for unit in units(sites) if isinstance(unit, Unit)}
         self._memory: dict[_Key, Factors] = {}
-        self._eliminations: dict[str, Elimination] = {}
+        self.bonds = BondStore(sites, self._measured, cache)
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.
@@ -141,108 +136,6 @@ class FactorStore:
         factors = self.factors(name, choice.topology, choice.metric, choice.chi, choice.widths)
         return truncate(factors.cores, choice.chi)
 
-    def elimination(self, bond: str) -> Elimination:
-        """Returns the order in which the groups of a bond are removed, and what each width costs.
-
-        Raises:
-            ValueError: no site has this bond.
-        """
-        if bond not in self._unit:
-            raise Refusal(f"no bond is called {bond!r}")
-        if bond not in self._eliminations:
-            reader, cut = self._reader(bond)
-            key = self._key_of(reader.name, elimination=_ELIMINATION, groups=cut.groups, shrinkage=self._shrinkage)
-            bundle = self._cache.get_or_build(key, lambda: self._eliminated(reader, cut))
-            self._eliminations[bond] = Elimination(bundle.tensors["order"], bundle.tensors["cost"])
-        return self._eliminations[bond]
-
-    def plain(self, name: str, widths: tuple[int, ...]) -> torch.Tensor:
-        """Returns the matrix of a site whose bonds are cut to `widths`, float32 on the device of the weight.
-
-        A site that writes the bond loses rows. One that reads it is refitted to the columns that are left.
-        """
-        key = self._key_of(name, kind="plain", widths=widths, shrinkage=self._shrinkage)
-        bundle = self._cache.get_or_build(key, lambda: Bundle({"weight": self._cut(name, widths).weight.float().cpu()}))
-        return bundle.tensors["weight"].to(self._weights[name].device)
-
-    def rows(self, name: str, widths: tuple[int, ...]) -> torch.Tensor | None:
-        """Returns the rows of a site that are left at these widths of its bonds; None if none of them cuts rows."""
-        [cut], [width] = self._site[name].cuts, widths
-        return self._kept(cut, width) if cut.of_rows else None
-
-    def _kept(self, cut: Cut, width: int) -> torch.Tensor:
-        """The rows or columns of a site that are left when a bond is cut to a width, ascending."""
-        groups = self.elimination(cut.bond).kept(width)
-        return (groups[:, None] * cut.size + torch.arange(cut.size)).flatten()
-
-    def _eliminated(self, reader: Site, cut: Cut) -> Bundle:
-        matrix = self._matrix(reader.name, cut.size)
-        step = max(1, cut.groups // _ELIMINATION_STEPS)
-        found = eliminate(matrix.weight, matrix.inputs, matrix.gradients, cut.size, step)
-        return Bundle({"order": found.order, "cost": found.cost})
-
-    def _reader(self, bond: str) -> tuple[Site, Cut]:
-        """The site that reads a bond, and how the bond cuts it."""
-        return next(
-            (site, cut) for site in self._unit[bond].sites for cut in site.cuts if cut.bond == bond and not cut.of_rows
-        )
-
-    def _matrix(self, name: str, size: int = 1) -> Matrix:
-        """The whole matrix of a site with its metric."""
-        inputs, gradients = self._moments(name, "two-sided")
-        assert inputs is not None
-        assert gradients is not None
-        moments = shrink(inputs, self._shrinkage), shrink(gradients, self._shrinkage)
-        return Matrix(self._weights[name].detach().double(), *moments, size)
-
-    def _cut(self, name: str, widths: tuple[int, ...]) -> Matrix:
-        """The matrix of a site whose bonds are cut to `widths`, with the metric of what is left."""
-        matrix = self._matrix(name)
-        [cut], [width] = self._site[name].cuts, widths
-        kept = self._kept(cut, width).to(matrix.weight.device)
-        if cut.of_rows:
-            return Matrix(matrix.weight[kept], matrix.inputs, matrix.gradients[kept][:, kept], cut.size)
-        left = refit(matrix.weight, matrix.inputs, kept)
-        return Matrix(left, matrix.inputs[kept][:, kept], matrix.gradients, cut.size)
-
-    def _joint_menu(self, unit: Unit, topology: str, metric: str, plain: bool, multiple: int | None) -> SiteMenu:
-        """The options of a unit: every width of its bond, with every χ of what is left unless `plain`."""
-        elimination, (reader, cut) = self.elimination(unit.name), self._reader(unit.name)
-        step = multiple_of(unit, multiple, self._weights[reader.name].device.type)
-        if plain:
-            return joint_menu(unit, elimination.cost.numpy(), {}, topology, metric, step)
-        widths = widths_of(cut.groups, step)
-
-        def build() -> Bundle:
-            sides: tuple[dict[str, Matrix], dict[str, Matrix]] = ({}, {})
-            for site in unit.sites:
-                sides[site is reader][site.name] = self._matrix(site.name, site.cuts[0].size)
-            found = spectra(elimination, *sides, widths)
-            return Bundle({f"{name}/{width}": values.cpu() for (name, width), values in found.items()})
-
-        names = [site.name for site in unit.sites]
-        key = self._key_of(
-            *names, kind="joint spectra", widths=widths, shrinkage=self._shrinkage, step=_ELIMINATION_STEPS
-        )
-        tensors = self._cache.get_or_build(key, build).tensors
-        spectrum = {(name, width): tensors[f"{name}/{width}"].numpy() for name in names for width in widths}
-        return joint_menu(unit, elimination.cost.numpy(), spectrum, topology, metric, step)
-
-    def _key_of(self, *names: str, **parts: object) -> str:
-        """Cache key of something made from the weights and statistics of some sites."""
-        return cache_key(
-            format=_FORMAT,
-            sites=names,
-            weights=[self._digest(name) for name in names],
-            statistics=self._statistics_key,
-            **parts,
-        )
-
-    def _digest(self, name: str) -> str:
-        weight = self._weights[name].detach().cpu().contiguous()
-        digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        return f"{weight.dtype} {digest}"
-
     def menu(
         self,
         metric: str = "two-sided",
@@ -271,7 +164,7 @@ class FactorStore:
         for site in self.sites if form == "factors" else units(self.sites):
             done += len(site.sites) if isinstance(site, Unit) else 1
             if isinstance(site, Unit):
-                menus.append(self._joint_menu(site, topology, metric, form == "plain", multiple))
+                menus.append(self.bonds.menu(site, topology, metric, form == "plain", multiple))
             elif site.dense_because or form == "plain":
                 menus.append(dense_menu(site))
             else:
@@ -306,16 +199,15 @@ class FactorStore:
         return 0.5 * float(tail.double().square().sum())
 
     def _identity(self, key: _Key) -> str:
-        weight = self._weights[key.name].detach().cpu().contiguous()
-        digest = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        calibrated = {} if key.metric == "plain" else {"statistics": self._statistics_key, "shrinkage": self._shrinkage}
+        measured = self._measured
+        calibrated = {} if key.metric == "plain" else {"statistics": measured.key, "shrinkage": measured.shrinkage}
         capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
         fitted = {"chi": key.chi, "evaluations": key.evaluations, "tolerance": _TOLERANCE} if key.chi else {}
-        cut = {"widths": key.widths, "step": _ELIMINATION_STEPS} if key.widths else {}
+        cut = {"widths": key.widths} if key.widths else {}
         return cache_key(
-            format=_FORMAT,
-            weight=digest,
-            dtype=str(weight.dtype),
+            format=FORMAT,
+            weight=measured.digest(key.name),
+            dtype=str(measured.weights[key.name].dtype),
             site=key.name,
             topology=key.topology,
             metric=key.metric,
@@ -331,11 +223,11 @@ class FactorStore:
         if key.chi:
             return self._fit(key, legs)
         if key.widths:
-            matrix = self._cut(key.name, key.widths)
+            matrix = self.bonds.cut(key.name, key.widths)
             weight = matrix.weight
             whitening = Whitening(torch.linalg.cholesky(matrix.inputs), torch.linalg.cholesky(matrix.gradients))
         else:
-            weight, whitening = self._weights[key.name].detach(), self._whitening(key.name, key.metric)
+            weight, whitening = self._measured.weights[key.name].detach(), self._whitening(key.name, key.metric)
         if key.topology == "lowrank":
             cores, spectrum = lowrank_cores(weight, whitening, self._max_chi)
         else:
@@ -346,10 +238,9 @@ class FactorStore:
         return Bundle({**tensors, "spectrum": spectrum.cpu()})
 
     def _fit(self, key: _Key, legs: Legs) -> Bundle:
-        weight = self._weights[key.name].detach()
-        moments = self._moments(key.name, key.metric)
+        weight, moments = self._measured.weights[key.name].detach(), self._measured.moments(key.name, key.metric)
         identity = torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
-        inputs, gradients = (None if moment is None else shrink(moment, self._shrinkage) for moment in moments)
+        inputs, gradients = (None if moment is None else shrink(moment, self._measured.shrinkage) for moment in moments)
         assert inputs is not None
         metrics = (identity if gradients is None else gradients)[None], inputs[None]
         result = fit(weight[None], *metrics, legs, key.chi, key.evaluations, _TOLERANCE)
@@ -357,17 +248,7 @@ class FactorStore:
         return Bundle({**tensors, "spectrum": (2 * result.cost).sqrt().cpu()}, {"start": f"{float(result.start):.6g}"})
 
     def _whitening(self, name: str, metric: str) -> Whitening:
-        return Whitening.of(*self._moments(name, metric), self._shrinkage)
-
-    def _moments(self, name: str, metric: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Returns C and G of a site; None for those that the metric does not use."""
-        if metric == "plain":
-            return None, None
-        if metric not in ("input", "two-sided"):
-            raise Refusal(f"metric must be plain, input or two-sided, got {metric!r}")
-        statistics, device = self._statistics(), self._weights[name].device
-        gradient = statistics.gradient(name).to(device) if metric == "two-sided" else None
-        return statistics.input(name).to(device), gradient
+        return Whitening.of(*self._measured.moments(name, metric), self._measured.shrinkage)
 
 
 def lowrank_cores(

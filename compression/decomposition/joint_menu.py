@@ -20,12 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from compression.allocation.menu import Option, SiteMenu, convex_hull, envelope, tail_costs, undominated
+from compression.decomposition.measured import Matrix
 from compression.numerics.elimination import Elimination, indices_of
 from compression.numerics.legs import resolve
 from compression.schedule import Choice, Joint
 from compression.sites import Site, Unit
 
-__all__ = ["Matrix", "joint_menu", "multiple_of", "spectra", "widths_of"]
+__all__ = ["joint_menu", "multiple_of", "spectra", "widths_of"]
 
 _WIDTHS, _DENSER = 12, 1.6
 """Number of widths at which the matrices of a bond are also decomposed, and the power by which they lie closer to each
@@ -34,23 +35,6 @@ _PLAIN = 96
 """Number of widths that are offered without decomposing anything."""
 _ALIGNED = {"cpu": 16, "cuda": 64}
 """Entries whose multiples a device multiplies fast, by type of device."""
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """Holds one matrix of a unit with its metric, float64.
-
-    Attributes:
-        weight: W (out, in).
-        inputs: C (in, in), positive definite.
-        gradients: G (out, out), positive definite.
-        size: rows or columns of it per group of the bond.
-    """
-
-    weight: torch.Tensor
-    inputs: torch.Tensor
-    gradients: torch.Tensor
-    size: int
 
 
 def multiple_of(unit: Unit, multiple: int | None, device: str) -> int:

@@ -80,7 +80,7 @@ def repair_(
             sequences. Memory holds their hidden states twice, in float32. All tokens have equal weight.
         shrinkage: shrinkage of the moments, see `compression.numerics.whitening.shrink`.
         elimination: returns the order in which the groups of a bond are removed, see
-            `compression.decomposition.factors.FactorStore.elimination`; called for the bonds that the schedule cuts.
+            `compression.decomposition.factors.FactorStore.bonds`; called for the bonds that the schedule cuts.
         correct: whether W is replaced by W*. Otherwise W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
             calibration).
         progress: called with the number of blocks done.

@@ -165,6 +165,6 @@ def _costs(current: torch.Tensor, pulled: torch.Tensor, inverse: torch.Tensor, p
         places = torch.arange(groups, device=inverse.device)
         blocks = inverse.reshape(groups, group, groups, group)[places, :, places, :]
         blocks = blocks.where(present[:, None, None], torch.eye(group, dtype=blocks.dtype, device=blocks.device))
-        solved: torch.Tensor = torch.linalg.solve(blocks, left @ right.mT)  # of P_JJ and W_Jᵀ G W_J
+        solved: torch.Tensor = torch.cholesky_solve(left @ right.mT, torch.linalg.cholesky(blocks))  # P_JJ⁻¹ W_Jᵀ G W_J
         costs = solved.diagonal(dim1=1, dim2=2).sum(1)
     return costs.where(present, torch.inf)

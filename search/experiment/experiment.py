@@ -238,7 +238,7 @@ class Experiment:
             progress: as for `compression.decomposition.repair.repair_`.
         """
         statistics, batches = self.calibration(), self.repair_batches(tokens)
-        order = self.store.elimination
+        order = self.store.bonds.elimination
         return repair_(
             self.loaded.model, self.sites, schedule, statistics, batches, SHRINKAGE, order, progress=progress
         )

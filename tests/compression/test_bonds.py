@@ -128,15 +128,15 @@ def test_a_unit_offers_widths_and_bond_dimensions_at_their_exact_size_and_cost(n
 def direct_cost(store: FactorStore, name: str, choice: Choice) -> float:
     """½·tr(G E C Eᵀ) of the error E of one site: the whole matrix for the reader, the rows left for a writer."""
     [cut_of] = next(site.cuts for site in store.sites if site.name == name)
-    whole = store._matrix(name)
+    whole = store._measured.matrix(name)
     rows = columns = slice(None)
     if choice.widths:
-        kept = store._kept(cut_of, *choice.widths)
+        kept = next(each for each in store.bonds.kept(name, choice.widths) if each is not None)
         rows, columns = (kept, slice(None)) if cut_of.of_rows else (slice(None), kept)
     if choice.is_dense:
         return 0.0
     if choice.is_plain:
-        made = store.plain(name, choice.widths).double()
+        made = store.bonds.plain(name, choice.widths).double()
     else:
         left, right = (core.double() for core in store.cores(name, choice))
         made = left[0, :, 0] @ right[:, 0, :, 0]
@@ -154,7 +154,7 @@ def test_a_schedule_with_widths_computes_what_the_masked_dense_model_does_and_is
     plain = {}
     for unit in units(store.sites):
         if isinstance(unit, Unit):
-            width = (store.elimination(unit.name).order.numel() + 1) // 2
+            width = (store.bonds.elimination(unit.name).order.numel() + 1) // 2
             plain |= {site.name: Choice("dense", 0, "none", (width,)) for site in unit.sites}
     schedule = Schedule(tuple((site.name, plain.get(site.name, DENSE)) for site in store.sites))
     assert Schedule.from_json(schedule.to_json()) == schedule
@@ -165,7 +165,7 @@ def test_a_schedule_with_widths_computes_what_the_masked_dense_model_does_and_is
     for site in store.sites:
         if site.name in plain and not site.cuts[0].of_rows:
             weight = torch.zeros(site.out_features, site.in_features)
-            weight[:, store._kept(site.cuts[0], *plain[site.name].widths)] = store.plain(
+            weight[:, store.bonds.kept(site.name, plain[site.name].widths)[1]] = store.bonds.plain(
                 site.name, plain[site.name].widths
             )
             layer = nn.Linear(site.in_features, site.out_features, bias=model.get_submodule(site.name).bias is not None)

@@ -74,7 +74,7 @@ def test_repair_lowers_the_divergence_of_the_first_blocks_of_the_real_model(job:
         applier.apply_(schedule)
         decomposed = judge.measure(model).kl
     batches = experiment.repair_batches(2048)
-    repair_(model, sites, schedule, experiment.calibration(), batches, SHRINKAGE, store.elimination)
+    repair_(model, sites, schedule, experiment.calibration(), batches, SHRINKAGE, store.bonds.elimination)
     repaired = judge.measure(model).kl
     assert decomposed is not None
     assert repaired is not None

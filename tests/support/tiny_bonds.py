@@ -61,7 +61,7 @@ class Subject:
         return Schedule(tuple(choices))
 
     def repair_(self, schedule: Schedule, correct: bool = True) -> dict[str, nn.Module]:
-        order = self.store.elimination
+        order = self.store.bonds.elimination
         return dict(repair_(self.model, self.sites, schedule, self.statistics, self.batches, SHRINKAGE, order, correct))
 
     def logits(self, batches: list[Batch]) -> torch.Tensor:

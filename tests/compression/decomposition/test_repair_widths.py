@@ -71,7 +71,7 @@ def test_a_reader_moves_from_its_refit_straight_towards_the_least_squares_soluti
         if site.block == 1 and site.cuts and not site.cuts[0].of_rows and site.cuts[0].groups > 2
     )
     blocks = reader.name.split(".1.")[0]
-    refit = subject.store.plain(reader.name, schedule[reader.name].widths).double()
+    refit = subject.store.bonds.plain(reader.name, schedule[reader.name].widths).double()
     bias = model.get_submodule(reader.name).bias
     shift = 0 if bias is None else bias.double()
     if at_stream:  # the stream after the block, less the stream that the repaired block makes without the reader
@@ -104,9 +104,9 @@ def test_writers_and_readers_have_the_parts_that_the_store_keeps(name: str) -> N
             continue
         layer, widths = subject.model.get_submodule(site.name), schedule[site.name].widths
         assert (layer.out_features, layer.in_features) == site.shape(widths)
-        torch.testing.assert_close(layer.weight, subject.store.plain(site.name, widths), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.weight, subject.store.bonds.plain(site.name, widths), rtol=1e-4, atol=1e-6)
         if layer.bias is not None:
-            rows = subject.store.rows(site.name, widths)
+            rows = subject.store.bonds.kept(site.name, widths)[0]
             whole = dense[site.name].bias
             assert torch.equal(layer.bias, whole if rows is None else whole[rows])
 
