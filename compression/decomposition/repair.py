@@ -20,6 +20,8 @@ stays dense takes W* itself, which repairs it without adding parameters.
 Where a bond between matrices is cut to a width, a site that writes the bond has only the rows of the kept groups. The
 site that reads it receives only their values, x̂_S. Its start is the exact refit of W on the dense values x_S (see
 `compression.numerics.elimination.refit`) instead of W, its target is the same, and C is that of x_S.
+A start from the columns of W, without the refit, ends with a larger error on other text: the sequences of a repair are
+too few for the correction to find the refit by itself.
 
 Matching dense outputs from compressed inputs goes back to the layer-wise reconstruction of channel pruning (He, Zhang &
 Sun 2017).

@@ -92,3 +92,19 @@ def test_what_cannot_be_eliminated_is_refused(changes: dict, said: str) -> None:
         eliminate(**{"weight": weight, "inputs": inputs, "gradients": gradients} | changes)
     with pytest.raises(ValueError, match="width must be between 0 and 12, got 13"):
         eliminate(weight, inputs, gradients).kept(13)
+
+
+def test_wide_groups_are_priced_with_several_threads() -> None:
+    """A batch of large systems solved by LU fails in MKL with two threads."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1200, 576, generator=generator).double()
+    inputs, weight = sample.mT @ sample / 1200, torch.randn(4, 576, generator=generator).double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = eliminate(weight, inputs, torch.eye(4).double(), 192)
+    finally:
+        torch.set_num_threads(threads)
+    for width in (1, 2):
+        kept = (found.kept(width)[:, None] * 192 + torch.arange(192)).flatten()
+        assert float(found.cost[width]) == pytest.approx(cost(weight, inputs, torch.eye(4).double(), kept))
