@@ -1,7 +1,7 @@
 """Measures whether a prior found on one model saves evaluations or improves quality on another.
 
     python -m benchmarks.transfer [--quick] [--write] [--models A B] [--budget 60] [--seeds 0 1 2] [--target-kept 0.8]
-        [--rules price chi]
+        [--rules price chi] [--form factors] [--calibration-tokens 24576] [--heldout-tokens 3072] …
 
 Priors are transferred both ways between two models, by default the default model and Gemma 3 270M. For each direction
 the benchmark makes a cold search, which starts from the closed form, and a warm search with the same agent, budget,
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from agents import SLOPES_COST
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from benchmarks.second_model import second_model
-from search.config import Config
+from search.config import FORMS, Config
 from search.pipeline.apply import apply
 from search.pipeline.run import run
 from search.priors.format import Prior
@@ -38,6 +38,11 @@ from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
 
 QUICK: dict[str, Any] = dict(calibration_tokens=1500, search_items=2, search_text_tokens=128, search_shards=2)
 QUICK |= dict(heldout_tokens=600, report_items=6, budget=8)
+SIZES = (
+    *("calibration_tokens", "search_shards", "search_text_tokens", "search_items"),
+    *("heldout_tokens", "report_items"),
+)
+"""Fields of the configuration that have a flag here."""
 
 
 class Figure(NamedTuple):
@@ -191,8 +196,12 @@ def main() -> None:
     parser.add_argument("--target-kept", type=float, default=0.8, help="as for search.py (default: 0.8)")
     parser.add_argument("--runs", type=Path, default=RESULTS / "transfer-runs", help="folder that keeps the runs")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="rules to transfer bare priors")
+    parser.add_argument("--form", choices=FORMS, default=Config().form, help="as for search.py")
+    for name in SIZES:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=getattr(Config(), name), metavar="N", help="as for search.py")
     given = parser.parse_args()
-    values: dict[str, Any] = dict(agent=given.agent, budget=given.budget, target_kept=given.target_kept)
+    values: dict[str, Any] = {name: getattr(given, name) for name in ("agent", "budget", "target_kept", "form", *SIZES)}
     values |= {"repair_tokens": 0, "heal_minutes": 0}  # repair and healing would mask differences in allocation
     if given.quick:
         models, seeds, values = ["random:tiny-llama", "random:tiny-qwen2"], [0], values | QUICK
