@@ -72,7 +72,7 @@ def test_a_menu_with_fits_is_never_worse_than_without() -> None:
         for choice, cost in zip(other.choices, other.cost, strict=True):
             if "mpo" in choice.topology:
                 error = weights[one.site.name].double() - _matrix(store, one.site.name, choice)
-                c, g = (store._moments(one.site.name, "two-sided")[side] for side in (0, 1))
+                c, g = (store._measured.moments(one.site.name, "two-sided")[side] for side in (0, 1))
                 exact = 0.5 * float(torch.trace(shrink(g, 0.01) @ error @ shrink(c, 0.01) @ error.T))
                 assert cost == pytest.approx(OPTIMISM * exact, rel=1e-3)
     assert fits > 0

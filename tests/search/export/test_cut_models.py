@@ -186,7 +186,7 @@ def test_fewer_heads_generate_with_a_cache_what_they_generate_without(name, form
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_cut_model_loads_and_is_close(form, kind, tmp_path):
     cut = cut_model("random:tiny-qwen2", form)
-    model, sites, statistics = cut.loaded.model, cut.store.sites, cut.store._statistics()
+    model, sites, statistics = cut.loaded.model, cut.store.sites, cut.store._measured.statistics()
     cut.apply()
     expected = logits(model)
     known = {site.name for site in sites}
