@@ -29,7 +29,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     """The folder of a finished job, the document that it printed, and its messages."""
     folder = tmp_path_factory.mktemp("job") / "a run é"
     command = [sys.executable, str(ROOT / "search.py"), "--quick", "--budget", "6", "--out", str(folder), "--json"]
-    command += ["--calibration-tokens", "2048", "--repair-tokens", "0", "--heal-minutes", "0.1"]
+    command += ["--calibration-tokens", "1024", "--repair-tokens", "0", "--heal-minutes", "0.1"]
     command += ["--search-text-tokens", "128", "--heldout-tokens", "512", "--report-items", "6"]
     command += ["--benchmark-items", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2400, cwd=folder.parent)
