@@ -194,7 +194,7 @@ def main() -> None:
         return
     local, far, candidates = (4, 4, 3) if arguments.quick else (8, 8, 4)
 
-    config, device = Config.of({"device": "cpu"}), resolve_device("cpu")
+    config, device = Config.of({"device": "cpu", "form": "factors"}), resolve_device("cpu")
     loaded, sites = open_model(config, device)
     experiment = Experiment.of(config, loaded, sites, device)
     dealt = len(experiment.shards("search")) + 4

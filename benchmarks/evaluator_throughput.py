@@ -45,7 +45,7 @@ def main() -> None:
     config = Config.of({"model": given.model})
     device = resolve_device(config.device)
     loaded, sites = open_model(config, device)
-    menu = Experiment.of(config, loaded, sites, device).store.menu()
+    menu = Experiment.of(config, loaded, sites, device).menu()
     problem = Problem.build(menu, config.target_kept, config.granularity)
     generator = np.random.default_rng(0)
     episodes = problem.middle + generator.integers(-2, 3, (trials, problem.steps))

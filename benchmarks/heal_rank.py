@@ -123,7 +123,7 @@ def main() -> None:
     plan = options.plan(0, experiment.device)
     table = Table(experiment, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
     outcomes = []
-    for name, schedule in schedules(experiment.store.menu(), arguments.schedules or (4 if quick else 13)):
+    for name, schedule in schedules(experiment.menu(), arguments.schedules or (4 if quick else 13)):
         record = folder / f"{schedule.digest[:16]}-{config.repair_tokens}-{plan.length}.json"
         if not record.exists():
             del table.rows[1:]

@@ -113,7 +113,7 @@ def main() -> None:
     given = {name: value for name, value in sizes.items() if value is not None}
     config = Config.of({"target_kept": KEPT, **({"repair_tokens": 4096} if quick else {}), **given})
     experiment = Experiment.open(config)
-    menu = experiment.store.menu()
+    menu = experiment.menu()
     schedule = to_schedule(menu, lagrangian(menu, math.floor(KEPT * menu.dense_parameters)))
     table = Table(
         experiment, arguments.heldout_tokens or (512 if quick else 4096), arguments.items or (8 if quick else 200)

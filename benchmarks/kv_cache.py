@@ -139,7 +139,7 @@ def main() -> None:
     config = Config(target_kept=given.kept)
     experiment = Experiment.open(config)
     model = experiment.loaded.model
-    menu = experiment.store.menu()
+    menu = experiment.menu()
     schedule = to_schedule(menu, lagrangian(menu, math.floor(given.kept * menu.dense_parameters)))
     texts = _texts(experiment, max(contexts) + _STEPS, given.texts or (1 if given.quick else 2))
     dense = sharing_copy(model)

@@ -43,10 +43,10 @@ import torch
 from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
-from compression.bonds import discover_bonds, with_bonds
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
+from compression.schedule import Form
 from compression.sites import put_modules
 from envs import Problem
 from search.config import Config
@@ -71,7 +71,7 @@ VARIANTS = (
     "repaired-joint",
     "complete",
 )
-_BONDED = ("widths", "joint")
+_BONDED: dict[str, Form] = {"widths": "plain", "joint": "any"}
 _REPAIRED = {"sequential": "menu", "repaired": "menu", "repaired-widths": "widths", "repaired-joint": "joint"}
 """Variants that visit the blocks in order, by the variant whose menu they take."""
 _PASSES = 6
@@ -107,24 +107,13 @@ class Bench:
         calibration = experiment.calibration.unweighted
         return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache)
 
-    @cached_property
-    def bonded(self) -> FactorStore:
-        """Factors of the same sites, which know the bonds between them."""
-        experiment = self.experiment
-        sites = with_bonds(experiment.sites, discover_bonds(experiment.loaded.model, experiment.sites))
-        return factor_store(experiment.loaded, sites, experiment.calibration, experiment.calibration.cache)
-
     def store(self, variant: str) -> FactorStore:
         variant = _REPAIRED.get(variant, variant)
-        if variant in _BONDED:
-            return self.bonded
         return self.unweighted if variant in ("lowrank", "pivoted") else self.experiment.store
 
     def menu(self, variant: str) -> Menu:
         variant = _REPAIRED.get(variant, variant)
         kind = variant if variant in ("lowrank", "pivoted", "weighted", *_BONDED) else "menu"
-        if kind in _BONDED and kind not in self._menus:
-            self._menus[kind] = self.bonded.menu(form="plain" if kind == "widths" else "any")
         if kind not in self._menus:
             store, size = self.store(kind), head_size(self.experiment.loaded.model)
             fitted = {
@@ -133,7 +122,7 @@ class Bench:
                 if kind == "menu" and site.family in self.fitted_families
             }
             topology = "lowrank" if kind == "lowrank" else "pivoted-lowrank"
-            self._menus[kind] = store.menu(topology=topology, fitted=fitted)
+            self._menus[kind] = store.menu(topology=topology, fitted=fitted, form=_BONDED.get(kind, "factors"))
         return self._menus[kind]
 
     def schedule(self, variant: str, kept: float) -> Schedule:
@@ -204,12 +193,14 @@ def main() -> None:
     parser.add_argument("--only-measured", action="store_true", help="measure nothing; use the figures in --measured")
     parser.add_argument("--heldout-tokens", type=int, default=4096, help="held-out tokens (default: 4096)")
     parser.add_argument("--repair-tokens", type=int, default=Config().repair_tokens, help="as for search.py")
+    parser.add_argument("--calibration-tokens", type=int, default=Config().calibration_tokens, help="as for search.py")
     arguments = parser.parse_args()
     quick = arguments.quick
     fractions = arguments.kept or ([0.8, 0.5] if quick else [0.9, 0.8, 0.7, 0.6, 0.5])
     wanted = arguments.variants or (("lowrank", "pivoted", "weighted", "repaired") if quick else VARIANTS)
     variants = [name for name in VARIANTS if name in wanted or name == "lowrank"]
     config = Config(
+        calibration_tokens=arguments.calibration_tokens,
         heldout_tokens=1024 if quick else arguments.heldout_tokens,
         repair_tokens=min(4096 if quick else sys.maxsize, arguments.repair_tokens),
     )

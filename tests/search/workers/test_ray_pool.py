@@ -115,7 +115,7 @@ def test_several_evaluators_give_the_scores_and_slopes_of_the_one_in_this_proces
     config = Config.of({**VALUES, "evaluators": "2"})
     loaded, sites = open_model(config, torch.device("cpu"))
     experiment = Experiment.of(config, loaded, sites, torch.device("cpu"))
-    problem = Problem.build(experiment.store.menu(), config.target_kept, config.granularity)
+    problem = Problem.build(experiment.menu(), config.target_kept, config.granularity)
     middle = (problem.middle,) * problem.steps
     schedules = [problem.schedule((level, *middle[1:])) for level in range(problem.middle)]
     jobs = [Job(schedule, repeat) for schedule in schedules for repeat in range(2)]
