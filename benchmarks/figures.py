@@ -22,7 +22,7 @@ from search.priors.format import Prior
 DEFAULT = RESULTS / "priors" / "smollm2-135m-instruct-113m.json"
 FOLDER = RESULTS.parent / "docs" / "figures"
 _SHOWN = (("q", 15), ("v", 15), ("gate", 2), ("gate", 27), ("down", 2), ("down", 27))
-_BLUE, _GREY = "#3b6ea8", "#555555"
+_BLUE, _GREY, _RED = "#3b6ea8", "#555555", "#b3452c"
 
 
 def mpo(figure: Any) -> None:
@@ -48,6 +48,35 @@ def mpo(figure: Any) -> None:
         for place, bond in enumerate(bonds):
             axis.plot([place, place + 1], [0, 0], color=_BLUE, lw=3, zorder=1)
             axis.text(place + 0.5, 0.18, bond, ha="center", fontsize=9)
+
+
+def block(figure: Any) -> None:
+    """Draws the matrices of an attention and of an MLP, with the bonds between them."""
+    axes = figure.subplots(1, 2)
+    pictures = (
+        ("attention", ("q", "k", "v"), "o", "heads", "key/value groups,\nwith their queries"),
+        ("MLP", ("gate", "up"), "down", "hidden", "hidden units"),
+    )
+    for axis, (title, writers, reader, bond, unit) in zip(axes, pictures, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(-1.1, 3.1)
+        axis.set_ylim(-1.5, 1.5)
+        axis.axis("off")
+        heights = np.linspace(1, -1, len(writers))
+        for name, height in zip(writers, heights, strict=True):
+            axis.plot([-1, 0], [height, height], color=_GREY, lw=1.5, zorder=1)
+            axis.plot([0, 1], [height, 0], color=_RED, lw=4, zorder=1)
+            axis.scatter([0], [height], s=700, color=_BLUE, zorder=2)
+            axis.text(0, height, name, ha="center", va="center", color="white", fontsize=9, zorder=3)
+        axis.plot([1, 2], [0, 0], color=_RED, lw=4, zorder=1)
+        axis.plot([2, 3], [0, 0], color=_GREY, lw=1.5, zorder=1)
+        axis.scatter([1], [0], s=260, color="white", edgecolors=_RED, linewidths=2, zorder=2)
+        axis.scatter([2], [0], s=700, color=_BLUE, zorder=2)
+        axis.text(2, 0, reader, ha="center", va="center", color="white", fontsize=9, zorder=3)
+        axis.text(1.5, 0.25, bond, ha="center", color=_RED, fontsize=9)
+        axis.text(1.3, -0.75, f"width: number of\n{unit}", ha="left", va="center", fontsize=8)
+        axis.text(-1, 1.35, "stream", ha="left", fontsize=8)
+        axis.text(3, 0.25, "stream", ha="right", fontsize=8)
 
 
 def chi(figure: Any) -> None:
@@ -83,6 +112,7 @@ def metric(figure: Any) -> None:
 
 FIGURES: Mapping[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
     "mpo": (mpo, (6.4, 1.9)),
+    "block": (block, (6.4, 2.6)),
     "chi": (chi, (6.4, 2.3)),
     "metric": (metric, (5.2, 3.0)),
 }

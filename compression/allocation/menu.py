@@ -19,6 +19,7 @@ from compression.sites import Site, Unit, members
 from compression.size import choice_multiply_adds, choice_parameters
 
 __all__ = [
+    "FEWEST",
     "Menu",
     "Option",
     "SiteMenu",
@@ -32,7 +33,8 @@ __all__ = [
     "worth_their_time",
 ]
 
-_FEWEST = 8  # smallest number of options that `aligned` leaves a site
+FEWEST = 8
+"""Smallest number of options that alignment leaves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,23 +214,15 @@ def worth_their_time(menu: Menu, burdens: Sequence[NDArray[np.float64]]) -> Menu
     return Menu(tuple(sites))
 
 
-def aligned(menu: Menu, entries: int) -> Menu:
-    """Returns the menu without bond dimensions that are not multiples of `entries`, whose products are slow.
+def aligned(options: SiteMenu, entries: int) -> SiteMenu:
+    """Returns the menu of a site without bond dimensions that are not multiples of `entries`, whose products are slow.
 
-    The first and the last option of a site stay. A site that would keep fewer than eight options keeps all.
+    The first and the last option stay. A menu that would keep fewer than eight options keeps all.
     """
-    sites = []
-    for options in menu.sites:
-        ends = (0, len(options.choices) - 1)
-        kept = [i for i, choice in enumerate(options.choices) if i in ends or _is_aligned(choice, entries)]
-        sites.append(options if len(kept) < _FEWEST else _only(options, kept))
-    return Menu(tuple(sites))
-
-
-def _is_aligned(choice: Choice | Joint, entries: int) -> bool:
-    if isinstance(choice, Joint):
-        return all(_is_aligned(one, entries) for one in choice.choices)
-    return choice.chi % entries == 0 and all(width % entries == 0 for width in choice.widths)
+    last = len(options.choices) - 1
+    chis = [0 if isinstance(choice, Joint) else choice.chi for choice in options.choices]
+    kept = [index for index, chi in enumerate(chis) if index in (0, last) or chi % entries == 0]
+    return options if len(kept) < FEWEST else _only(options, kept)
 
 
 def _only(options: SiteMenu, kept: list[int]) -> SiteMenu:

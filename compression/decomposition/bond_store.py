@@ -95,12 +95,15 @@ class BondStore:
             weight, gradients = weight[rows], gradients[rows][:, rows]
         return Matrix(weight, inputs, gradients)
 
-    def menu(self, unit: Unit, topology: str, metric: str, plain: bool, multiple: int | None) -> SiteMenu:
+    def menu(
+        self, unit: Unit, topology: str, metric: str, plain: bool, multiple: int | None, chi_multiple: int = 1
+    ) -> SiteMenu:
         """Returns the options of a unit: every width of its bond, with every χ of what is left unless `plain`.
 
         Args:
             topology, metric: of the decompositions.
             multiple: as for `compression.decomposition.joint_menu.multiple_of`.
+            chi_multiple: as for `compression.decomposition.joint_menu.joint_menu`.
         """
         elimination, (reader, cut) = self.elimination(unit.name), self._reader(unit.name)
         step = multiple_of(unit, multiple, self._measured.weights[reader.name].device.type)
@@ -119,7 +122,7 @@ class BondStore:
         key = self._measured.key_of(*names, kind="joint spectra", format=_FORMAT, widths=widths)
         tensors = self._cache.get_or_build(key, build).tensors
         spectrum = {(name, width): tensors[f"{name}/{width}"].numpy() for name in names for width in widths}
-        return joint_menu(unit, cost, spectrum, topology, metric, step)
+        return joint_menu(unit, cost, spectrum, topology, metric, step, chi_multiple)
 
     def _reader(self, bond: str) -> tuple[Site, Cut]:
         """The site that reads a bond, and how the bond cuts it."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compression.allocation.menu import Menu, Option, dense_menu, envelope, nested_options
+from compression.allocation.menu import Menu, Option, aligned, dense_menu, envelope, nested_options
 from compression.calibration.statistics import Statistics
 from compression.decomposition.bond_store import BondStore
 from compression.decomposition.measured import FORMAT, Measured
@@ -144,6 +144,7 @@ class FactorStore:
         progress: Callable[[int], None] = lambda done: None,
         form: Form = "any",
         multiple: int | None = None,
+        chi_multiple: int = 1,
     ) -> Menu:
         """Returns the menus of all sites and units: the lower envelope of dense, `topology` at every χ, and fits.
 
@@ -158,13 +159,14 @@ class FactorStore:
             progress: called with the number of sites done.
             form: what the menus offer, see `compression.schedule.Form`.
             multiple: rows and columns that bonds leave are multiples of this; None means what is fast on the device.
+            chi_multiple: bond dimensions are multiples of this, except at sites that have too few of them.
         """
         menus = []
         done = 0
         for site in self.sites if form == "factors" else units(self.sites):
             done += len(site.sites) if isinstance(site, Unit) else 1
             if isinstance(site, Unit):
-                menus.append(self.bonds.menu(site, topology, metric, form == "plain", multiple))
+                menus.append(self.bonds.menu(site, topology, metric, form == "plain", multiple, chi_multiple))
             elif site.dense_because or form == "plain":
                 menus.append(dense_menu(site))
             else:
@@ -172,7 +174,7 @@ class FactorStore:
                 options = nested_options(topology, metric, spectrum, site, self._max_chi)
                 for other in (fitted or {}).get(site.name, ()):
                     options += self._fitted_options(site, other, metric, options)
-                menus.append(envelope(site, options))
+                menus.append(aligned(envelope(site, options), chi_multiple))
             progress(done)
         return Menu(tuple(menus))
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compression.allocation.menu import Option, SiteMenu, convex_hull, envelope, tail_costs, undominated
+from compression.allocation.menu import FEWEST, Option, SiteMenu, convex_hull, envelope, tail_costs, undominated
 from compression.decomposition.measured import Matrix
 from compression.numerics.elimination import Elimination, indices_of
 from compression.numerics.legs import resolve
@@ -127,6 +127,7 @@ def joint_menu(
     topology: str,
     metric: str,
     multiple: int = 1,
+    chi_multiple: int = 1,
 ) -> SiteMenu:
     """Returns the undominated options of a unit.
 
@@ -140,6 +141,7 @@ def joint_menu(
         spectrum: singular values by site name and width, see `spectra`; empty to offer widths without factors only.
         topology, metric: of the decompositions.
         multiple: number of groups whose multiples are offered as widths.
+        chi_multiple: number whose multiples are offered as χ, at matrices that have enough of them.
     """
     groups = len(cost) - 1
     least = {0} if all(cut.least == 0 for site in unit.sites for cut in site.cuts) else set[int]()
@@ -147,7 +149,9 @@ def joint_menu(
     paths = []
     for width in widths:
         cut = (width,) if width < groups else ()
-        paths.append(_path([_curve(site, cut, topology, spectrum.get((site.name, width))) for site in unit.sites]))
+        paths.append(
+            _path([_curve(site, cut, topology, spectrum.get((site.name, width)), chi_multiple) for site in unit.sites])
+        )
     sizes = np.concatenate([path.sizes.sum(axis=1) for path in paths])
     costs = np.concatenate([cost[width] + path.costs.sum(axis=1) for width, path in zip(widths, paths, strict=True)])
     chis = np.concatenate([path.chis for path in paths])
@@ -174,18 +178,22 @@ class _Curve:
     chis: NDArray[np.int64]
 
 
-def _curve(site: Site, cut: tuple[int, ...], topology: str, spectrum: NDArray[np.float64] | None) -> _Curve:
+def _curve(
+    site: Site, cut: tuple[int, ...], topology: str, spectrum: NDArray[np.float64] | None, multiple: int
+) -> _Curve:
     """Returns the options of one matrix that lie on the lower convex hull of cost over parameters."""
     rows, columns = site.shape(cut)
-    sizes, costs = [rows * columns], np.zeros(1)
+    chis: list[int] = []
+    sizes, costs = [rows * columns], [0.0]
     if spectrum is not None:
-        legs = resolve(topology, rows, columns)
+        legs, tail = resolve(topology, rows, columns), tail_costs(spectrum)
         last = min(legs.break_even_chi, len(spectrum))
-        sizes = [*(legs.parameters(chi) for chi in range(1, last + 1)), *sizes]
-        costs = np.append(tail_costs(spectrum)[1 : last + 1], 0.0)
-    chis = np.append(np.arange(1, len(sizes)), 0)
-    kept = convex_hull(np.array(sizes), costs)
-    return _Curve(np.array(sizes, dtype=np.int64)[kept], costs[kept], chis[kept])
+        chis = list(range(1, last + 1)) if last < FEWEST * multiple else list(range(multiple, last + 1, multiple))
+        sizes = [*(legs.parameters(chi) for chi in chis), *sizes]
+        costs = [*tail[chis], *costs]
+    curve = _Curve(np.array(sizes, dtype=np.int64), np.array(costs), np.array([*chis, 0], dtype=np.int64))
+    kept = convex_hull(curve.sizes, curve.costs)
+    return _Curve(curve.sizes[kept], curve.costs[kept], curve.chis[kept])
 
 
 def _path(curves: Sequence[_Curve]) -> _Curve:

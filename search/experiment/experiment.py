@@ -16,7 +16,7 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from compression.allocation.menu import Menu, aligned, worth_their_time
+from compression.allocation.menu import Menu, worth_their_time
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
 from compression.layers.planner import Planner
@@ -260,11 +260,11 @@ class Experiment:
         memory and worth their time.
         """
         form, multiple = self.config.form, self.config.width_multiple
-        menu = self.store.menu(progress=progress, form=form, multiple=multiple)
         weight = self.config.latency_weight
         if not weight:
-            return menu
-        menu, times = aligned(menu, ALIGNED), self.times()
+            return self.store.menu(progress=progress, form=form, multiple=multiple)
+        menu = self.store.menu(progress=progress, form=form, multiple=multiple, chi_multiple=ALIGNED)
+        times = self.times()
         return worth_their_time(menu, [weight * times.shares(options) for options in menu.sites])
 
     def times(self) -> SiteTimes:

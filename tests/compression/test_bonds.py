@@ -230,3 +230,23 @@ def test_a_menu_offers_widths_without_factors_or_factors_without_widths_when_ask
     factors = store.menu(form="factors")
     assert [options.site.name for options in factors.sites] == [site.name for site in store.sites]
     assert not any(choice.widths for options in factors.sites for _, choice in options.assigned(0))
+
+
+def test_bond_dimensions_of_units_are_the_multiples_that_are_asked_for() -> None:
+    for options in store_of("random:tiny-llama")[1].menu(chi_multiple=2).sites:
+        pairs = [options.assigned(index) for index in range(len(options.choices))]
+        choices = [choice for pair in pairs for name, choice in pair if name.endswith(("gate_proj", "q_proj"))]
+        chis = {choice.chi for choice in choices if not choice.widths}  # a narrow matrix has too few multiples
+        assert len(chis) > 5
+        assert not any(chi % 2 for chi in chis)
+
+
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_widths_are_the_multiples_that_are_asked_for(multiple: int) -> None:
+    store = store_of("random:tiny-llama")[1]
+    for form in ("any", "plain"):
+        for options in store.menu(form=form, multiple=multiple).sites:
+            found = {choice.widths for index in range(len(options.choices)) for _, choice in options.assigned(index)}
+            sizes = {site.shape(widths) for site in options.sites for widths in found}
+            assert len(found) > 1
+            assert not any(side % multiple for shape in sizes for side in shape)
