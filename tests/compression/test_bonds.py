@@ -237,7 +237,7 @@ def test_bond_dimensions_of_units_are_the_multiples_that_are_asked_for() -> None
         pairs = [options.assigned(index) for index in range(len(options.choices))]
         choices = [choice for pair in pairs for name, choice in pair if name.endswith(("gate_proj", "q_proj"))]
         chis = {choice.chi for choice in choices if not choice.widths}  # a narrow matrix has too few multiples
-        assert len(chis) > 5
+        assert len(chis) > 2
         assert not any(chi % 2 for chi in chis)
 
 
