@@ -397,6 +397,6 @@ def _target(menu: Menu, target_kept: float) -> int:
         least = menu.smallest_parameters / menu.dense_parameters
         nearest = math.ceil(least * 1000) / 1000
         raise Refusal(
-            f"target_kept {target_kept} is below what the smallest χ keeps, {least:.4f}; nearest: {nearest:.3f}"
+            f"target_kept {target_kept} is below what the smallest options keep, {least:.4f}; nearest: {nearest:.3f}"
         )
     return target

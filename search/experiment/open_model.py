@@ -102,6 +102,6 @@ def _refuse_without_widths(config: Config, sites: Sequence[Site], device: torch.
     widest = [unit.groups // multiple_of(unit, config.width_multiple, device.type) for unit in joined]
     if config.width_multiple is not None and max(widest) < 2:
         raise Refusal(
-            f"width_multiple must leave a choice of widths, got {config.width_multiple} for {config.model}, whose "
-            f"widest bond has {max(unit.groups for unit in joined)} units"
+            f"width_multiple must be at most {max(unit.groups for unit in joined) // 2} for a choice of widths of "
+            f"{config.model}, got {config.width_multiple}"
         )

@@ -169,7 +169,7 @@ def test_the_forecast_agrees_with_the_schedule_it_stands_for(granularity):
         (dict(target_kept=0.0), r"\(0, 1\]"),
         (dict(target_kept=1.5), r"\(0, 1\]"),
         (dict(target_kept=float("nan")), r"\(0, 1\]"),
-        (dict(target_kept=0.01), r"smallest χ keeps, 0\.0625; nearest: 0\.063"),
+        (dict(target_kept=0.01), r"smallest options keep, 0\.0625; nearest: 0\.063"),
         (dict(granularity="layer"), "block, family"),
         (dict(levels=7), "nearest: 8"),
         (dict(reach=0.0), r"\(0, 3\)"),

@@ -247,3 +247,10 @@ def test_a_name_that_is_no_text_is_refused(name):
     # It could not be stored in the configuration of a prior.
     with pytest.raises(ValueError, match=rf"^{name} must be UTF-8 text, got 'caf\\udce9.jsonl'"):
         Config.of({name: "caf\udce9.jsonl"})
+
+
+def test_a_run_that_recorded_no_form_has_the_one_of_its_time():
+    assert Config.of({}).form == "any"
+    assert Config.of_run({}, trusted=False).form == "factors"
+    assert Config.of_run({"form": "plain"}, trusted=False).form == "plain"
+    assert Config.of_file({}, trusted=False).form == "any"

@@ -19,7 +19,7 @@ from torch import nn
 from compression import Schedule
 from search import cli
 from search.evaluation.evaluator import ModelEvaluator
-from search.experiment import experiment
+from search.experiment import experiment, open_model
 from search.export.restore import restore
 from search.healing import repaired_start
 from search.healing.repaired_start import repair_did_harm
@@ -40,7 +40,7 @@ def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytes
         seen.append((loaded.model, state))
         return loaded
 
-    monkeypatch.setattr(experiment, "load_model", remember)
+    monkeypatch.setattr(open_model, "load_model", remember)
     run(tmp_path / "run", budget=2, **HEAL)
     [(model, before)] = seen
     after = model.state_dict()
@@ -117,7 +117,7 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
     ends = dict(out=tmp_path / "run", budget=0, agent="lagrangian", benchmark_items=2, export="hf", **HEAL)
     loads: list[str] = []
     load = experiment.load_model
-    monkeypatch.setattr(experiment, "load_model", lambda name, *how: loads.append(name) or load(name, *how))
+    monkeypatch.setattr(open_model, "load_model", lambda name, *how: loads.append(name) or load(name, *how))
     assert cli.main(words(**ends)) == cli.DONE
     out = capsys.readouterr().out
     assert out.index("uniform-plain") < out.index("boolq") < out.index("load it with")

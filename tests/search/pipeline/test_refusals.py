@@ -15,7 +15,7 @@ from small_run import SMALL, words
 
 from search import cli
 from search.config import Config
-from search.experiment import experiment
+from search.experiment import open_model
 from search.runtime.run_folder import RunFolder
 
 __all__ = ["fake_data"]
@@ -47,7 +47,13 @@ def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_writte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_kept": 0.01}, "--target-kept must be at least"),
+        ({"target_kept": 0.01, "form": "factors"}, "--target-kept must be at least"),
+        ({"form": "factors", "width_multiple": 8}, "width_multiple needs form any or plain"),
+        (
+            {"width_multiple": 48},
+            "--width-multiple must be at most 24 for a choice of widths of random:tiny-llama, got 48",
+        ),
+        ({"model": "random:tiny-gpt2", "form": "plain", "target_kept": 0.1}, "--target-kept must be at least"),
         ({"model": "random:tiny-lama"}, "random:tiny-llama"),
         ({"device": "cuda:7"}, "device must exist"),
         (
@@ -75,7 +81,7 @@ def test_an_unreadable_jsonl_is_refused_before_the_model_is_loaded(
 ) -> None:
     proxy = tmp_path / "exam.jsonl"
     proxy.write_text('{"question": "Q", "choices": ["a", "b"], "answer": 0}\n{"question": "R", "choices": ["a"]\n')
-    monkeypatch.setattr(experiment, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(open_model, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert cli.main(words(out=tmp_path / "run", proxy=proxy)) == cli.REFUSED
     assert "line 2" in capsys.readouterr().err.replace(":2:", " line 2")
 
@@ -98,10 +104,23 @@ def test_a_pickle_offered_as_questions_is_refused_and_not_executed(
 def test_a_second_run_in_a_folder_is_refused_and_told_who_holds_it_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiment, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(open_model, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with RunFolder.new(str(tmp_path), "random", "m", 0) as folder:
         for commands in ([words(out=tmp_path)], [words(out=tmp_path), words(resume=tmp_path)]):
             for command in commands:
                 assert cli.main(command) == cli.REFUSED
                 assert f"is in use by process {os.getpid()} on " in capsys.readouterr().err
             folder.write_text("config.json", Config.of(SMALL).to_json())
+
+
+@pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize("changes", [{"form": "plain"}, {"width_multiple": 2}])
+def test_widths_of_a_model_whose_matrices_are_not_joined_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    monkeypatch.setattr(open_model, "discover_bonds", lambda *_: ())
+    assert cli.main(words(out=tmp_path / "run", **changes)) == cli.REFUSED
+    _, err = capsys.readouterr()
+    assert "no MLP and no attention of random:tiny-llama can lose units by itself" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ from agents import SavedPolicy
 from compression import Choice, Schedule
 from search import cli
 from search.config import Config
-from search.experiment import experiment
+from search.experiment import open_model
 from search.model import random_models
 from search.priors.format import Prior
 
@@ -249,7 +249,7 @@ def test_what_stays_dense_is_told_and_counted(
         second.weight = first.weight
         return loaded
 
-    monkeypatch.setattr(experiment, "load_model", share_a_weight)
+    monkeypatch.setattr(open_model, "load_model", share_a_weight)
     flags = words(out=tmp_path / "run", budget=2)
     assert cli.main([flag for flag in flags if flag != "--quiet"]) == cli.DONE
     name, reason = "model.layers.0.mlp.up_proj", "shared by model.layers.0.mlp.up_proj and model.layers.1.mlp.up_proj"
