@@ -32,7 +32,7 @@ __all__ = ["fake_data"]
 @pytest.mark.slow
 def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    load = experiment.load_model
+    load = open_model.load_model
 
     def remember(*args: Any) -> Any:
         loaded = load(*args)
@@ -116,7 +116,7 @@ def test_a_run_may_end_with_benchmarks_and_a_folder_that_others_load(
     monkeypatch.setattr("search.pipeline.finish.TASKS", ("arc_easy", "boolq"))
     ends = dict(out=tmp_path / "run", budget=0, agent="lagrangian", benchmark_items=2, export="hf", **HEAL)
     loads: list[str] = []
-    load = experiment.load_model
+    load = open_model.load_model
     monkeypatch.setattr(open_model, "load_model", lambda name, *how: loads.append(name) or load(name, *how))
     assert cli.main(words(**ends)) == cli.DONE
     out = capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_writte
         ({"form": "factors", "width_multiple": 8}, "width_multiple needs form any or plain"),
         (
             {"width_multiple": 48},
-            "--width-multiple must be at most 24 for a choice of widths of random:tiny-llama, got 48",
+            "--width-multiple must be at most 24 for a choice of widths of random:tiny",
         ),
         ({"model": "random:tiny-gpt2", "form": "plain", "target_kept": 0.1}, "--target-kept must be at least"),
         ({"model": "random:tiny-lama"}, "random:tiny-llama"),

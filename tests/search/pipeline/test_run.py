@@ -241,7 +241,7 @@ def test_a_dry_run_tells_sites_ladder_cost_data_and_output_and_writes_nothing(
 def test_what_stays_dense_is_told_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = experiment.load_model
+    load = open_model.load_model
 
     def share_a_weight(*args: Any) -> Any:
         loaded = load(*args)
