@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
-from compression.allocation.menu import Menu, SiteMenu, dense_menu
+from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice, Schedule
-from compression.sites import Site
-from compression.size import choice_parameters
+from compression.schedule import Choice, Form, Joint, Schedule
+from compression.sites import Site, Unit, members, units
 from envs import Problem
 from search.benchmarking.documents import always_searched, select
 from search.benchmarking.tasks import named_tasks
@@ -62,7 +59,7 @@ def rehearse(experiment: Experiment, start: StartingPoint) -> None:
 def rehearse_prior(experiment: Experiment) -> Prior:
     """Return a prior of the model, read as a file is read, that is as large as that of any run but for its table.
 
-    Every matrix that may be compressed has χ = 1 and a long trace.
+    Every matrix that may be compressed has χ = 1 and a long trace, and every bond its least width.
 
     Raises:
         ValueError: the prior would be refused; one line that names the field and the value.
@@ -85,14 +82,22 @@ def rehearse_prior(experiment: Experiment) -> Prior:
 
 
 def _menu(experiment: Experiment) -> Menu:
-    """A menu of χ = 1 and dense for every site, with costs that mean nothing."""
-    return Menu(tuple(_options(site) for site in experiment.sites))
+    """A menu of one small option and dense for every site and unit, with costs that mean nothing."""
+    chosen = units(experiment.sites) if experiment.config.form != "factors" else experiment.sites
+    return Menu(tuple(_options(unit, experiment.config.form) for unit in chosen))
 
 
-def _options(site: Site) -> SiteMenu:
-    legs = resolve(_TOPOLOGY, site.out_features, site.in_features)
-    if site.dense_because or not legs.break_even_chi:
-        return dense_menu(site)
-    choices = (Choice(_TOPOLOGY, 1, "two-sided"), DENSE)
-    sizes = np.array([choice_parameters(site, choice) for choice in choices], dtype=np.int64)
-    return SiteMenu(site, choices, parameters=sizes, cost=np.array([1.0, 0.0]), multiply_adds=sizes)
+def _options(unit: Site | Unit, form: Form) -> SiteMenu:
+    """The menu of a unit whose bond has its least width, or of a site; what is left has χ = 1 if the form allows it."""
+    widths = (unit.sites[0].cuts[0].least,) if isinstance(unit, Unit) else ()
+    small = tuple(_smallest(site, widths, form) for site in members(unit))
+    if isinstance(unit, Unit):
+        return envelope(unit, [Option(Joint(small), 1.0)])
+    return dense_menu(unit) if small[0].is_dense else envelope(unit, [Option(small[0], 1.0)])
+
+
+def _smallest(site: Site, widths: tuple[int, ...], form: Form) -> Choice:
+    shape = site.shape(widths)
+    if form != "plain" and not site.dense_because and all(shape) and resolve(_TOPOLOGY, *shape).break_even_chi:
+        return Choice(_TOPOLOGY, 1, "two-sided", widths)
+    return Choice("dense", 0, "none", widths)

@@ -23,6 +23,14 @@ __all__ = ["fake_data"]
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize("form", ["any", "plain"])
+def test_a_policy_over_units_is_continued_at_another_target(tmp_path: Path, form: str) -> None:
+    run(tmp_path / "first", budget=1, form=form)
+    run(tmp_path / "second", budget=1, form=form, target_kept=0.3, policy=tmp_path / "first")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fake_data")
 def test_a_policy_of_another_agent_or_model_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
