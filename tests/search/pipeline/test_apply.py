@@ -172,6 +172,6 @@ def test_the_modules_of_a_schedule_can_be_had_in_place(tmp_path: Path) -> None:
     before = dict(loaded.model.named_modules())
     applier = compress_(experiment, prior.schedule)
     for name, choice in prior.schedule:
-        assert isinstance(loaded.model.get_submodule(name), MPOLinear) != choice.is_dense
+        assert isinstance(loaded.model.get_submodule(name), MPOLinear) != choice.is_plain
     applier.restore_()
     assert dict(loaded.model.named_modules()) == before
