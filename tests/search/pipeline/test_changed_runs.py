@@ -112,7 +112,7 @@ def test_a_run_that_was_changed_is_refused_by_name_before_anything_is_loaded(
 ) -> None:
     edit, said = CHANGES[kind]
     edit(run)
-    monkeypatch.setattr("search.experiment.experiment.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("search.experiment.open_model.load_model", lambda *_: pytest.fail("a model was loaded"))
     later = commands(run, tmp_path)
     if kind != "summary removed":
         later.append(["report", str(run)])
