@@ -14,9 +14,9 @@ from fake_data import data_for_processes
 from safetensors.torch import load_file, save_file
 from small_run import HEAL, words
 
-from compression.numerics.legs import resolve
 from search import api, cli
 from search.model.loading import load_model
+from search.priors.format import PriorSite
 from search.runtime.run_digest import refuse_changed
 
 Edit = Callable[[Path], object]
@@ -173,9 +173,7 @@ def test_without_a_digest_a_state_that_the_table_contradicts_is_refused_too(
 def fit_sizes(document: dict[str, Any]) -> None:
     """Make the sizes in an edited prior those of its sites, as a careful editor does."""
     for site in document["sites"]:
-        if site["topology"] != "dense":
-            legs = resolve(site["topology"], *site["shape"])
-            site["parameters"] = legs.parameters(site["chi"])
+        site["parameters"] = PriorSite.model_validate_json(json.dumps(site)).stored
     stored, whole = (sum(sizes) for sizes in zip(*map(sizes_of, document["sites"]), strict=True))
     document["kept_fraction"] = stored / whole
 
