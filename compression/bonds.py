@@ -20,7 +20,7 @@ from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
 from compression.sites import Cut, Site, dense_weight, put_modules
 
-__all__ = ["Bond", "cut", "discover_bonds", "linear", "with_bonds"]
+__all__ = ["Bond", "cut", "discover_bonds", "linear_layer", "with_bonds"]
 
 _TOKENS = 6  # length of the text that bonds are tested on
 _TOLERANCE = 1e-3  # largest difference of two outputs, relative to their largest entry, in float32
@@ -125,10 +125,10 @@ def cut(module: nn.Module, rows: torch.Tensor | None, columns: torch.Tensor | No
         bias = bias if bias is None else bias[rows.to(bias.device)]
     if columns is not None:
         weight = weight[:, columns.to(weight.device)]
-    return linear(weight, bias)
+    return linear_layer(weight, bias)
 
 
-def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def linear_layer(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """Returns a linear layer that holds these tensors, without gradients."""
     layer = nn.Linear(1, 1, bias is not None, device="meta")  # made without entries, it would warn
     layer.out_features, layer.in_features = weight.shape
@@ -189,7 +189,7 @@ def _holds(model: nn.Module, bond: Bond, kept: torch.Tensor, args: tuple[Any, ..
     columns = bond.columns_of(bond.reader, kept)
     unread[:, columns] = weight[:, columns]
     try:
-        model.set_submodule(bond.reader, linear(unread, bias))
+        model.set_submodule(bond.reader, linear_layer(unread, bias))
         expected = _tensor(module(*args, **kwargs))
         put_modules(
             model,

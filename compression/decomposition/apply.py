@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from compression.bonds import linear
+from compression.bonds import linear_layer
 from compression.decomposition.factors import FactorStore
 from compression.layers.kept import keep_
 from compression.layers.mpo_linear import MPOLinear
@@ -111,7 +111,7 @@ class ScheduleApplier:
         cores = [values.to(device=weight.device, dtype=weight.dtype) for values in made]
         layer: nn.Module
         if choice.is_plain:
-            layer = linear(cores[0], bias)
+            layer = linear_layer(cores[0], bias)
         else:
             layer = MPOLinear(stored(cores, choice.topology.startswith("pivoted-")) if self._packed else cores, bias)
             if self._planner is not None:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compression.bonds import linear
+from compression.bonds import linear_layer
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
 from compression.decomposition.factors import lowrank_cores
@@ -229,7 +229,7 @@ def _compressed(
     if bias is not None and rows is not None:
         bias = bias[rows]
     if choice.is_plain:
-        return linear(weight.to(old_weight.dtype), bias)
+        return linear_layer(weight.to(old_weight.dtype), bias)
     legs = resolve(choice.topology, *weight.shape)
     if is_lowrank(legs):
         cores, _ = lowrank_cores(weight, Whitening.of(input_moment, gradient, shrinkage), choice.chi)

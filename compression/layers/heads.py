@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from compression.bonds import linear
+from compression.bonds import linear_layer
 from compression.sites import Site, dense_weight
 
 __all__ = ["HeadLinear", "split_heads_"]
@@ -34,7 +34,7 @@ class HeadLinear(nn.ModuleList):
             biases = list(torch.split(bias, size))
         elif bias is not None:
             biases[0] = bias
-        super().__init__(linear(*pair) for pair in zip(weights, biases, strict=True))
+        super().__init__(linear_layer(*pair) for pair in zip(weights, biases, strict=True))
         self.size = size
         self.along_output = along_output
 

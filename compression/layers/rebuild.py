@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from compression.bonds import linear
+from compression.bonds import linear_layer
 from compression.layers.kept import check_kept, keep_
 from compression.layers.skeleton import check_places, empty_mpo
 from compression.numerics.legs import resolve
@@ -35,7 +35,7 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
     layer: nn.Module
     try:
         if choice.is_plain:
-            layer = linear(torch.empty(rows, columns, device="meta"), bias)
+            layer = linear_layer(torch.empty(rows, columns, device="meta"), bias)
         else:
             legs = resolve(choice.topology, rows, columns)
             dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)

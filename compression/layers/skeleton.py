@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.bonds import linear
+from compression.bonds import linear_layer
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import keep_, kept
 from compression.layers.mpo_linear import MPOLinear
@@ -149,7 +149,9 @@ def _left(shape: tuple[int, ...], description: Mapping[str, Any]) -> tuple[int, 
 
 def _linear(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> nn.Linear:
     dtype = dense_weight(dense).dtype
-    return linear(torch.empty(shape, device="meta", dtype=dtype), _empty_bias(description["bias"], shape[0], dense))
+    return linear_layer(
+        torch.empty(shape, device="meta", dtype=dtype), _empty_bias(description["bias"], shape[0], dense)
+    )
 
 
 def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> MPOLinear:

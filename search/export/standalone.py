@@ -67,25 +67,30 @@ def standalone_source(config: str, model: str) -> str:
         config, model: names of the architecture's configuration class and model class in transformers.
 
     Raises:
-        ValueError: two modules define the same name, so that their definitions cannot share one file.
+        ValueError: two modules define or import the same name, so that their definitions cannot share one file.
     """
     modules: dict[str, _Module] = {}
     wanted: dict[str, set[str]] = {}
     pending = [(_ROOT, name) for name in ("register", "lora_layers", "ChiselQuantizer")]
     owner: dict[str, str] = {}
     imports: set[str] = {"import transformers"}
+
+    def claim(name: str, by: str) -> None:
+        if owner.setdefault(name, by) != by:
+            raise Refusal(f"{owner[name]} and {by} both define {name}; one of them needs another name")
+
     while pending:
         module, name = pending.pop()
         source = modules.setdefault(module, _read(module))
         if name in wanted.setdefault(module, set()):
             continue
         wanted[module].add(name)
-        if owner.setdefault(name, module) != module:
-            raise Refusal(f"{owner[name]} and {module} both define {name}; one of them needs another name")
+        claim(name, module)
         for used in _used(source.definitions[name]):
             if used in source.ours:
                 pending.append((source.ours[used], used))
             elif used in source.imports:
+                claim(used, source.imports[used])
                 imports.add(source.imports[used])
             elif used in source.definitions:
                 pending.append((module, used))

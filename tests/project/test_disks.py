@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         data_for_processes(folder, patch)
-        assert cli.main([*SEARCH, "--budget", "2", "--out", str(folder / "run")]) == cli.DONE
+        assert cli.main([*SEARCH, "--budget", "2", "--form", "factors", "--out", str(folder / "run")]) == cli.DONE
         yield folder / "run"
 
 

@@ -66,3 +66,21 @@ def test_two_things_of_one_name_are_refused(monkeypatch):
     monkeypatch.setattr(standalone, "_read", clashing)
     with pytest.raises(ValueError, match="both define _values"):
         standalone_source("LlamaConfig", "LlamaForCausalLM")
+
+
+def test_a_name_that_one_module_imports_and_another_defines_is_refused(monkeypatch):
+    read = standalone._read
+
+    def clashing(module):
+        source = read(module)
+        if module == "compression.layers.skeleton":
+            source.imports["_factor"] = "from somewhere import other as _factor"
+            source.definitions["describe"] = ast.parse("def describe(model): return _factor(linear_layer)").body[0]
+        if module == "compression.bonds":
+            source.definitions["linear_layer"] = ast.parse("def linear_layer(weight): return _factor(weight)").body[0]
+            source.definitions["_factor"] = ast.parse("def _factor(weight): return weight").body[0]
+        return source
+
+    monkeypatch.setattr(standalone, "_read", clashing)
+    with pytest.raises(ValueError, match="both define _factor"):
+        standalone_source("LlamaConfig", "LlamaForCausalLM")

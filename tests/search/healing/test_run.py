@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from small_run import words
 
 from compression import MPOLinear, Schedule
+from compression.bonds import discover_bonds, with_bonds
 from compression.layers.skeleton import describe
 from compression.sites import discover_sites
 from search import cli
@@ -55,8 +56,9 @@ def test_a_finished_run_is_healed_and_its_weights_can_be_put_into_the_dense_mode
     assert set(contents(out)) == {"healing.json", "weights.safetensors", CURVES}
     model = load_model("random:tiny-llama", "cpu").model
     sites, schedule = discover_sites(model), Schedule.from_json(json.dumps(state["schedule"]))
+    sites = with_bonds(sites, discover_bonds(model, sites))
     load_sites_(model, sites, schedule, load_file(out / "weights.safetensors"))
-    kinds = {isinstance(model.get_submodule(name), MPOLinear) for name, choice in schedule if not choice.is_dense}
+    kinds = {isinstance(model.get_submodule(name), MPOLinear) for name, choice in schedule if not choice.is_plain}
     assert kinds == {True}
     assert torch.isfinite(model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits).all()
     whole = load_model("random:tiny-llama", "cpu").model

@@ -80,9 +80,11 @@ def test_the_prior_describes_the_searched_schedule(tmp_path: Path) -> None:
     prior = json.loads((tmp_path / "run" / "prior.json").read_text())
     searched = document["rows"][-1]
     choices = [
-        (site["name"], Choice(site["topology"], site.get("chi", 0), site.get("metric", "none")))
+        (site["name"], Choice(site["topology"], site.get("chi", 0), site.get("metric", "none"), widths))
         for site in prior["sites"]
+        for widths in [tuple(bond["width"] for bond in site.get("bonds", ()))]
     ]
+    assert any(choice.widths for _, choice in choices)
     assert Schedule(tuple(choices)).digest == prior["schedule_digest"]
     parameters = sum(site["parameters"] for site in prior["sites"])
     dense = sum(site["shape"][0] * site["shape"][1] for site in prior["sites"])
