@@ -56,7 +56,7 @@ class Cut:
     of_rows: bool
     least: int = 1
 
-    def members(self, groups: torch.Tensor) -> torch.Tensor:
+    def indices(self, groups: torch.Tensor) -> torch.Tensor:
         """Returns the indices of the rows or columns of the site that belong to these groups."""
         return indices_of(groups, self.size)
 

@@ -67,7 +67,7 @@ class BondStore:
         """
         rows = columns = None
         for cut, width in zip(self._site[name].cuts, widths, strict=bool(widths)):
-            left = cut.members(self.elimination(cut.bond).kept(width))
+            left = cut.indices(self.elimination(cut.bond).kept(width))
             rows, columns = (left, columns) if cut.of_rows else (rows, left)
         return rows, columns
 

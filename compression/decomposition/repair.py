@@ -162,7 +162,7 @@ def _start(
     if not choice.widths:
         return _Start(weight)
     [cut], [width] = site.cuts, choice.widths
-    kept = cut.members(elimination(cut.bond).kept(width)).to(weight.device)
+    kept = cut.indices(elimination(cut.bond).kept(width)).to(weight.device)
     if cut.of_rows:
         return _Start(weight[kept], rows=kept)
     moment = shrink(statistics.input(site.name).to(weight.device), shrinkage)

@@ -124,7 +124,7 @@ def test_an_evaluator_that_repairs_scores_widths_lower_and_gives_the_dense_model
 def test_times_of_schedules_with_widths_are_estimated_and_measured() -> None:
     subject = Subject.of("random:tiny-llama")
     half, none = subject.schedule(0.5), subject.schedule(0, heads=False)
-    times = SiteTimes(subject.sites, Planner("latency", None), torch.float32, CPU)
+    times = SiteTimes(subject.sites, Planner("latency", None, measure=False), torch.float32, CPU)
     assert times(half) == pytest.approx(0.5)
     mlp = sum(site.parameters for site in subject.sites if site.cuts[0].groups > 2)
     assert times(none) == pytest.approx(1 - mlp / sum(site.parameters for site in subject.sites))

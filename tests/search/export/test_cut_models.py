@@ -91,7 +91,7 @@ def test_every_form_of_export_computes_what_the_cut_model_does(name, form, tmp_p
         if not choice.is_plain or not choice.widths:
             continue
         [width], [how] = choice.widths, site.cuts
-        kept = how.members(cut.store.bonds.elimination(how.bond).kept(width))
+        kept = how.indices(cut.store.bonds.elimination(how.bond).kept(width))
         place = (kept,) if how.of_rows else (slice(None), kept)
         left = original[site.name] if how.of_rows else torch.zeros(weight.shape)
         left = left if how.of_rows else left.index_copy(1, kept, cut.store.bonds.plain(site.name, choice.widths))
