@@ -30,7 +30,7 @@ __all__ = ["joint_menu", "multiple_of", "spectra", "widths_of"]
 
 _WIDTHS, _DENSER = 12, 1.6
 """Number of widths at which the matrices of a bond are also decomposed, and the power by which they lie closer to each
-other near the full width: twice as many lower the predicted cost by 1 % at most, between kept 0.3 and 0.9."""
+other near the full width. On four MLPs of SmolLM2-135M, 48 even widths lowered the predicted cost by 2 % at most."""
 _PLAIN = 96
 """Number of widths that are offered without decomposing anything."""
 _ALIGNED = {"cpu": 16, "cuda": 64}
