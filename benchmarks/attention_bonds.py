@@ -236,7 +236,8 @@ def main() -> None:
     body, bars = report(predicted, measured)
     counts = (
         f"Attentions of the blocks {', '.join(map(str, predicted))} of SmolLM2-135M-Instruct, with "
-        f"{config.calibration_tokens:,} calibration tokens. KL in nats per token on {workload.tokens:,} tokens of the search text."
+        f"{config.calibration_tokens:,} calibration tokens. KL in nats per token on {workload.tokens:,} tokens of the "
+        "search text."
     )
     publish("benchmarks.attention_bonds", "Bonds inside attention heads", f"{counts}\n\n{body}", bars, arguments.write)
 
