@@ -211,13 +211,17 @@ def block_results(
             for method in METHODS:
                 predicted[label, method, kept] = found[method][0]
                 if kept in MEASURED:
-                    measured[label, method, kept] = measured_kl(model, workload, names, found[method][1])
+                    kl = measured_kl(model, workload, names, found[method][1])
+                    measured[label, method, kept] = kl
+                    print(
+                        f"{bond.name}: {label}, {method}, kept {kept}: {found[method][0]:.6f}, KL {kl:.6f}", flush=True
+                    )
     return predicted, measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="measure one block")
+    parser.add_argument("--quick", action="store_true", help="measure one block on two texts")
     parser.add_argument("--write", action="store_true", help="write the tables to results/")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 15, 22, 28], help="blocks to measure")
     arguments = parser.parse_args()
@@ -226,7 +230,7 @@ def main() -> None:
     loaded, sites = open_model(config, device)
     experiment = Experiment.of(config, loaded, sites, device)
     blocks = arguments.blocks[:1] if arguments.quick else arguments.blocks
-    text = experiment.splits.search_text.labelled[:_TEXTS]
+    text = experiment.splits.search_text.labelled[: 2 if arguments.quick else _TEXTS]
     workload = Workload(workload_sequences(loaded, [], config.proxy, config.proxy_form, text), device)
     workload.reference(loaded.model)
     start, predicted, measured = time.perf_counter(), {}, {}
