@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 _TURNS = 4
-"""Number of times that the weights of a direction are made anew. On two attentions of SmolLM2-135M, 8 lowered the
-predicted cost by 1 % at most, and 2 raised it by 2 % at most."""
+"""Number of times that the weights of a direction are made anew. On two attentions of SmolLM2-135M, at ranks 8 to 48 of
+64, 8 lowered the predicted cost by 2 % at most, and 2 raised it by 3 % at most."""
 
 
 @dataclass(frozen=True, eq=False)
