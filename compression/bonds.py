@@ -20,7 +20,16 @@ from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
 from compression.sites import Cut, Site, dense_weight, put_modules
 
-__all__ = ["Bond", "cut", "discover_bonds", "linear_layer", "with_bonds"]
+__all__ = [
+    "Bond",
+    "cut",
+    "discover_bonds",
+    "first_calls",
+    "hidden_states",
+    "linear_layer",
+    "tolerance",
+    "with_bonds",
+]
 
 _TOKENS = 6  # length of the text that bonds are tested on
 _TOLERANCE = 1e-3  # largest difference of two outputs, relative to their largest entry, in float32
@@ -82,7 +91,7 @@ def discover_bonds(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
         parent: list(_candidates(parent, model.get_submodule(parent), indices_of))
         for parent, indices_of in inside.items()
     }
-    calls = _calls(model, [parent for parent, found in candidates.items() if found])
+    calls = first_calls(model, [parent for parent, found in candidates.items() if found])
     held = []
     for parent, found in candidates.items():
         for bond in found if parent in calls else ():
@@ -157,7 +166,7 @@ def _candidates(parent: str, module: nn.Module, inside: Sequence[Site]) -> Itera
 
 
 @torch.no_grad()
-def _calls(model: nn.Module, parents: Sequence[str]) -> Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+def first_calls(model: nn.Module, parents: Sequence[str]) -> Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Returns the arguments of the first call of each module in a pass over a short text."""
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hooks = []
@@ -190,24 +199,28 @@ def _holds(model: nn.Module, bond: Bond, kept: torch.Tensor, args: tuple[Any, ..
     unread[:, columns] = weight[:, columns]
     try:
         model.set_submodule(bond.reader, linear_layer(unread, bias))
-        expected = _tensor(module(*args, **kwargs))
+        expected = hidden_states(module(*args, **kwargs))
         put_modules(
             model,
             {name: cut(old, bond.rows_of(name, kept), bond.columns_of(name, kept)) for name, old in taken.items()},
         )
-        found = _tensor(module(*args, **kwargs))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        found = hidden_states(module(*args, **kwargs))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError):
         return False
     finally:
         put_modules(model, taken)
     if expected is None or found is None or found.shape != expected.shape:
         return False
     scale = float(expected.float().abs().max())
-    slack = _TOLERANCE if expected.dtype == torch.float32 else 30 * _TOLERANCE
-    return bool((found - expected).float().abs().max() <= slack * scale)
+    return bool((found - expected).float().abs().max() <= tolerance(expected.dtype) * scale)
 
 
-def _tensor(output: object) -> torch.Tensor | None:
-    """The hidden states in the output of a module: the output itself or its first entry."""
+def tolerance(dtype: torch.dtype) -> float:
+    """Returns the largest difference of two outputs that counts as rounding, relative to their largest entry."""
+    return _TOLERANCE if dtype == torch.float32 else 30 * _TOLERANCE
+
+
+def hidden_states(output: object) -> torch.Tensor | None:
+    """Returns the hidden states in the output of a module: the output itself or its first entry."""
     first = output[0] if isinstance(output, tuple) and output else output
     return first if isinstance(first, torch.Tensor) else None
