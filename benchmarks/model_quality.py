@@ -52,7 +52,7 @@ from envs import Problem
 from search.config import Config
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
-from search.experiment.calibration import SHRINKAGE, factor_store
+from search.experiment.calibration import factor_store
 from search.experiment.experiment import Experiment, workload_sequences
 from search.experiment.open_model import open_model
 from search.model.architecture import head_size
@@ -140,9 +140,10 @@ class Bench:
                 applier.apply_(schedule)
                 yield schedule
             return
-        store, batches = self.store(variant), self.experiment.repair_batches(self.experiment.config.repair_tokens)
-        statistics, correct = self.experiment.calibration(), variant != "sequential"
-        taken = repair_(model, store.sites, schedule, statistics, batches, SHRINKAGE, store.bonds.elimination, correct)
+        store, config, calibration = self.store(variant), self.experiment.config, self.experiment.calibration
+        batches, order = self.experiment.repair_batches(config.repair_tokens), store.bonds.elimination
+        correct = variant != "sequential"
+        taken = repair_(model, store.sites, schedule, calibration(), batches, config.shrinkage, order, correct)
         try:
             yield schedule
         finally:

@@ -37,7 +37,6 @@ from compression.sites import Site, put_modules
 from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
-from search.experiment.calibration import SHRINKAGE
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.export.folder import footprint
@@ -83,13 +82,14 @@ class Front:
     def moment(self, name: str) -> torch.Tensor | None:
         """Input moment of a site in whose metric rounding errors are fed back; None rounds to nearest."""
         known = self.feedback and any(site.name == name for site in self.sites)
-        return shrink(self.statistics.input(name), SHRINKAGE) if known else None
+        return shrink(self.statistics.input(name), self.experiment.calibration.shrinkage) if known else None
 
     def noise(self, site: Site) -> dict[int, Noise]:
         """Measures the costs of rounding one site as `changed` rounds it, by number of bits."""
         dense = self.model.get_submodule(site.name)
         weight = dense_weight(dense)
-        whitening = Whitening.of(self.statistics.input(site.name), self.statistics.gradient(site.name), SHRINKAGE)
+        moments = self.statistics.input(site.name), self.statistics.gradient(site.name)
+        whitening = Whitening.of(*moments, self.experiment.calibration.shrinkage)
         legs_chi = max(1, int(_PROBE * site.parameters / (site.out_features + site.in_features)))
         cores = self.experiment.store.cores(site.name, Choice("pivoted-lowrank", legs_chi, "two-sided"))
 

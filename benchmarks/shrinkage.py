@@ -24,11 +24,12 @@ from compression.decomposition.factors import lowrank_cores
 from compression.numerics.whitening import Whitening
 from compression.sites import dense_weight
 from search.config import Config
-from search.experiment.calibration import SHRINKAGE, calibration_batches
+from search.experiment.calibration import calibration_batches
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 
-SHRINKAGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+SHRINKAGE = Config().shrinkage
+SHRINKAGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.05, 0.1)
 KEPT = (0.8, 0.5)
 SIDES = ("both", "input", "output")
 """The sides that are shrunk by the tried value; the other side is shrunk by the constant."""

@@ -46,12 +46,13 @@ from compression import (
 from compression.decomposition.factors import lowrank_cores
 from compression.numerics import fit
 from search.config import Config
-from search.experiment.calibration import SHRINKAGE, calibration_batches
+from search.experiment.calibration import calibration_batches
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.model.architecture import head_size
 
 VARIANTS = ("heads", "mpo2", "shuffled", "ordered", "sum", "mpo3", "mpo3 adapted")
+_SHRINKAGE = Config().shrinkage
 _ROUNDS = 3  # alternating fits of the two parts of a sum
 _GLANCE = 20  # products of a short fit
 
@@ -61,7 +62,7 @@ class Trial:
 
     def __init__(self, site: Site, weight: torch.Tensor, gradient: torch.Tensor, inputs: torch.Tensor, kept: float):
         self.site, self.weight, self.parameters = site, weight.double(), int(kept * site.parameters)
-        self.gradient, self.inputs = shrink(gradient, SHRINKAGE), shrink(inputs, SHRINKAGE)
+        self.gradient, self.inputs = shrink(gradient, _SHRINKAGE), shrink(inputs, _SHRINKAGE)
 
     def low_rank(self, weight: torch.Tensor, parameters: int) -> torch.Tensor:
         """Returns the best approximation, in the metric, of the rank that `parameters` allow."""

@@ -25,6 +25,7 @@ __all__ = [
     "Site",
     "Unit",
     "check_weight",
+    "check_widths",
     "dense_weight",
     "discover_sites",
     "find_blocks",
@@ -239,6 +240,24 @@ def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> 
         raise Refusal(f"site {name}: the weight has no values, it is on the meta device; load the model first")
     if not torch.isfinite(weight).all():
         raise Refusal(f"site {name}: the weight has NaN or infinite entries")
+
+
+def check_widths(sites: Sequence[Site], widths: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that sites can be cut to these widths.
+
+    Args:
+        widths: by site name, one width per cut; empty if all bonds have their full width.
+
+    Raises:
+        ValueError: as for `Site.shape`; or a bond would have different widths at two of its sites.
+    """
+    first: dict[str, tuple[str, int]] = {}
+    for site in sites:
+        site.shape(widths[site.name])
+        for cut, width in zip(site.cuts, widths[site.name] or [cut.groups for cut in site.cuts], strict=True):
+            name, known = first.setdefault(cut.bond, (site.name, width))
+            if known != width:
+                raise Refusal(f"{name} and {site.name} must have the same width, as {cut.bond} joins them")
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:

@@ -101,7 +101,7 @@ FREE_AFTERWARDS = (
 """Fields that may change after a run has finished: they say where and how it works, not what its results are of."""
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of the stages after the search."""
-EARLIER: Mapping[str, object] = {"form": "factors"}
+EARLIER: Mapping[str, object] = {"form": "factors", "shrinkage": 0.01}
 """Values of fields that earlier versions did not record, where their runs behaved otherwise than by the default."""
 RECORDED = ("digests",)
 """Fields that a run fills in by itself; they have no flag."""
@@ -259,6 +259,9 @@ class Config(BaseModel):
     )
     calibration_tokens: int = _whole("sizes", 24576, 512, _MOST)
     """Tokens of calibration text, half of it exam questions, that the statistics are collected from."""
+    shrinkage: float = _field("sizes", 0.05, "a number above 0 and at most 1", "SHARE", gt=0.0, le=1.0)
+    """Share of the statistics that is replaced by equal weights for all directions, against the noise of too little
+    text. Less text needs more."""
     repair_tokens: int = _whole("sizes", 24576, 0, _MOST)
     """Tokens of calibration text that the searched schedule is repaired on, without training. Repair is discarded if it
     raises the KL on the selection text; 0 skips it."""

@@ -21,7 +21,7 @@ from compression.layers.planner import Planner
 from compression.numerics.gauge import stored
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
-from compression.sites import Site, Unit, dense_weight
+from compression.sites import Site, Unit, check_widths, dense_weight
 
 __all__ = ["ScheduleApplier"]
 
@@ -57,12 +57,14 @@ class ScheduleApplier:
 
         Raises:
             ValueError: the schedule names an unknown site, omits a site, asks for a χ above the largest that saves
-                parameters, or compresses a site that must stay dense. The model is then unchanged.
+                parameters, compresses a site that must stay dense, or cuts a bond to different widths at two of its
+                sites. The model is then unchanged.
         """
         wanted = dict(schedule.choices)
         if wanted.keys() != self._current.keys():
             odd = sorted(wanted.keys() ^ self._current.keys())
             raise Refusal(f"a schedule must name every site of the model and no other, check {odd[0]!r}")
+        check_widths(self._store.sites, {name: choice.widths for name, choice in wanted.items()})
         changed = [name for name, choice in wanted.items() if choice != self._current[name]]
         modules = {name: self.module(name, wanted[name]) for name in changed}
         for name, module in modules.items():

@@ -50,7 +50,7 @@ from compression.numerics.legs import resolve
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
-from compression.sites import Site, dense_weight, put_modules
+from compression.sites import Site, check_widths, dense_weight, put_modules
 
 __all__ = ["repair_"]
 
@@ -92,11 +92,12 @@ def repair_(
         already.
 
     Raises:
-        ValueError: a site is already compressed, there are fewer than two sequences, or a fit fails (see
-            `compression.numerics.fit`).
+        ValueError: a site is already compressed, there are fewer than two sequences, a bond would have different widths
+            at two of its sites, or a fit fails (see `compression.numerics.fit`).
     """
     if sum(len(ids) for ids, _ in batches) < _FOLDS:
         raise Refusal(f"repair needs at least {_FOLDS} sequences of calibration text")
+    check_widths(sites, {site.name: schedule[site.name].widths for site in sites})
     free = [site for site in sites if not site.dense_because]
     masks = [mask for _, mask in batches]
     taken = {site.name: model.get_submodule(site.name) for site in free}

@@ -21,14 +21,11 @@ from compression.storage.factor_cache import FactorCache, cache_key
 from search.data.splits import Text
 from search.model.loading import LoadedModel
 
-__all__ = ["CHUNK_TOKENS", "SHRINKAGE", "Calibration", "calibration_batches", "factor_store"]
+__all__ = ["CHUNK_TOKENS", "Calibration", "calibration_batches", "factor_store"]
 
 CHUNK_TOKENS = 256
 """Longest text sequence in tokens: attention over longer ones costs time and improves the statistics little."""
 _CALIBRATION_BATCH = 1024
-SHRINKAGE = 0.01
-"""Shrinkage of the second moments, see `compression.numerics.whitening.shrink`; slightly better on search text than
-0.003."""
 
 
 @dataclass
@@ -40,6 +37,7 @@ class Calibration:
         sites: the sites to collect for.
         text: the calibration text.
         seed: seed of the order of the batches and of the random draws.
+        shrinkage: shrinkage of the moments where they are used, see `compression.numerics.whitening.shrink`.
         cache: cache of the statistics.
         progress: called with the number of tokens processed so far.
         weighted: whether tokens are weighted, see `compression.calibration.statistics`. Without weights these are the
@@ -51,6 +49,7 @@ class Calibration:
     sites: Sequence[Site]
     text: Text
     seed: int
+    shrinkage: float
     cache: FactorCache
     progress: Callable[[int], None] = lambda tokens: None
     weighted: bool = True
@@ -95,7 +94,7 @@ def factor_store(
     weights = {
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
-    return FactorStore(sites, weights, calibration, calibration.key, SHRINKAGE, cache)
+    return FactorStore(sites, weights, calibration, calibration.key, calibration.shrinkage, cache)
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -35,7 +35,7 @@ from search.evaluation.latency import layer_costs
 from search.evaluation.packed_sequences import Packed, packed_item, packed_text
 from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
-from search.experiment.calibration import CHUNK_TOKENS, SHRINKAGE, Calibration, calibration_batches, factor_store
+from search.experiment.calibration import CHUNK_TOKENS, Calibration, calibration_batches, factor_store
 from search.experiment.open_model import open_model
 from search.model.devices import resolve_device
 from search.model.loading import LoadedModel
@@ -120,7 +120,7 @@ class Experiment:
         )
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
-        calibration = Calibration(loaded, sites, splits.calibration, config.seed, cache)
+        calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
         return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
 
     @classmethod
@@ -238,10 +238,8 @@ class Experiment:
             progress: as for `compression.decomposition.repair.repair_`.
         """
         statistics, batches = self.calibration(), self.repair_batches(tokens)
-        order = self.store.bonds.elimination
-        return repair_(
-            self.loaded.model, self.sites, schedule, statistics, batches, SHRINKAGE, order, progress=progress
-        )
+        how = self.calibration.shrinkage, self.store.bonds.elimination
+        return repair_(self.loaded.model, self.sites, schedule, statistics, batches, *how, progress=progress)
 
     def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first calibration batches with `tokens` tokens or slightly more, in the order of the calibration."""

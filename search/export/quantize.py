@@ -16,7 +16,6 @@ from compression.layers.mpo_linear import MPOLinear
 from compression.layers.quantize import quantize_
 from compression.numerics.whitening import shrink
 from compression.sites import Site
-from search.experiment.calibration import SHRINKAGE
 from search.experiment.experiment import Experiment
 
 __all__ = ["QUANTIZE", "ends", "module_bits", "quantize_experiment_"]
@@ -58,6 +57,6 @@ def quantize_experiment_(
     known = {site.name for site in experiment.sites if not site.dense_because}
 
     def moment(name: str) -> torch.Tensor | None:
-        return shrink(statistics.input(name), SHRINKAGE) if name in known else None
+        return shrink(statistics.input(name), experiment.calibration.shrinkage) if name in known else None
 
     quantize_(experiment.loaded.model, bits, moment, progress=progress)

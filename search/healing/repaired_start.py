@@ -13,6 +13,7 @@ from compression.decomposition.apply import ScheduleApplier
 from compression.refusal import Refusal
 from compression.schedule import Schedule
 from compression.sites import put_modules
+from search.config import EARLIER
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
@@ -87,8 +88,8 @@ def stored_repair(folder: Path | None, experiment: Experiment, schedule: Schedul
         stored = StoredWeights.read(folder, REPAIR)
     except Refusal:
         return None
-    made_for = _made_for(experiment, schedule)
-    return stored if all(stored.document.get(name) == value for name, value in made_for.items()) else None
+    made_for, written = _made_for(experiment, schedule), {**EARLIER, **stored.document}
+    return stored if all(written.get(name) == value for name, value in made_for.items()) else None
 
 
 def _made_for(experiment: Experiment, schedule: Schedule) -> dict[str, object]:
@@ -97,6 +98,7 @@ def _made_for(experiment: Experiment, schedule: Schedule) -> dict[str, object]:
         "model": {"id": experiment.loaded.model_id, "digest": experiment.loaded.digest},
         "schedule": json.loads(schedule.to_json()),
         "statistics": experiment.calibration.key,
+        "shrinkage": experiment.config.shrinkage,
         "repair_tokens": experiment.config.repair_tokens,
     }
 

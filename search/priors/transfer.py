@@ -22,7 +22,7 @@ from compression.allocation.prices import departures
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal, nearest
 from compression.schedule import Choice, Schedule
-from compression.sites import Site, Unit
+from compression.sites import Site, Unit, check_widths
 from search.priors.format import Prior, PriorSite
 
 __all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fits", "transfer"]
@@ -67,7 +67,6 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
             to the same width.
     """
     wanted = {site.name: site for site in prior.sites}
-    widths: dict[str, tuple[str, tuple[int, ...]]] = {}
     for site in sites:
         if site.name not in wanted:
             raise Refusal(f"sites: the prior lacks {site.name}, which the model has")
@@ -82,15 +81,14 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
                 f"sites: the prior cuts {site.name} by {names}, a bond that the model does not have or that "
                 "--form factors leaves out"
             )
-        site.shape(own.widths)  # raises Refusal if the bond cannot be as narrow
-        for cut in site.cuts:
-            first, width = widths.setdefault(cut.bond, (site.name, own.widths))
-            if width != own.widths:
-                raise Refusal(f"sites: {first} and {site.name} must have the same width, as {cut.bond} joins them")
     if wanted:
         name = next(iter(wanted))
         raise Refusal(f"sites: the model has no {name}; the nearest is {nearest(name, [site.name for site in sites])}")
     choices = prior.schedule
+    try:
+        check_widths(sites, {site.name: choices[site.name].widths for site in sites})
+    except Refusal as error:
+        raise Refusal(f"sites: {error}") from None
     return Schedule(tuple((site.name, choices[site.name]) for site in sites))
 
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.shrinkage import SIDES, against, held_out_costs, measure, report, trials, weighted
+from benchmarks.shrinkage import SHRINKAGE, SIDES, against, held_out_costs, measure, report, trials, weighted
 from compression.numerics.whitening import Whitening
 from compression.sites import discover_sites
-from search.experiment.calibration import SHRINKAGE
 from search.model.loading import load_model
 
 

@@ -15,7 +15,6 @@ from compression.decomposition.repair import repair_
 from compression.schedule import DENSE, Schedule
 from search.config import Config, read_fields
 from search.evaluation.workload import Workload
-from search.experiment.calibration import SHRINKAGE
 from search.experiment.experiment import Experiment
 from search.priors.format import Prior
 from search.runtime.run_folder import CONFIG, PRIOR
@@ -74,7 +73,10 @@ def test_repair_lowers_the_divergence_of_the_first_blocks_of_the_real_model(job:
         applier.apply_(schedule)
         decomposed = judge.measure(model).kl
     batches = experiment.repair_batches(2048)
-    repair_(model, sites, schedule, experiment.calibration(), batches, SHRINKAGE, store.bonds.elimination)
+    repair_(
+        *(model, sites, schedule, experiment.calibration(), batches),
+        *(experiment.calibration.shrinkage, store.bonds.elimination),
+    )
     repaired = judge.measure(model).kl
     assert decomposed is not None
     assert repaired is not None

@@ -14,6 +14,7 @@ from compression import ScheduleApplier
 from compression.calibration.blocks import Batch
 from compression.decomposition import repair
 from compression.layers.mpo_linear import MPOLinear
+from compression.schedule import DENSE, Schedule
 from compression.sites import dense_weight, model_parameters, put_modules
 from compression.size import SizeModel
 
@@ -144,3 +145,17 @@ def test_factors_at_reduced_widths_are_pivoted_layers_of_the_reduced_shape() -> 
         assert layer.legs.pivoted
     put_modules(subject.model, taken)
     assert dict(subject.model.named_modules()) == before
+
+
+def test_a_schedule_that_cuts_a_bond_to_two_widths_is_refused_and_changes_nothing() -> None:
+    subject = Subject.of(MODELS[0])
+    dense, (name, _) = subject.logits(subject.batches), next(item for item in subject.schedule(0.5) if item[1].widths)
+    torn = Schedule(tuple((site, DENSE if site == name else choice) for site, choice in subject.schedule(0.5)))
+    with (
+        ScheduleApplier(subject.model, subject.store) as applier,
+        pytest.raises(ValueError, match="the same width, as"),
+    ):
+        applier.apply_(torn)
+    with pytest.raises(ValueError, match="the same width, as"):
+        subject.repair_(torn)
+    assert torch.equal(subject.logits(subject.batches), dense)
