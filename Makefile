@@ -4,6 +4,8 @@
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start many processes; each would compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -153,13 +153,14 @@ def rage(
         model: model, as for search.py.
         evaluators: number of evaluators, at least 1.
         seed: seed of the times and of the choice among evaluators.
-        cluster: cluster to which a node for the evaluators is added; None lets the search start its own Ray.
+        cluster: cluster with a node for all evaluators, which is added if there is none; None lets the search start its
+            own Ray.
 
     Raises:
         RuntimeError: the search ended by itself.
     """
     chance, tally = random.Random(seed), Tally()
-    if cluster:
+    if cluster and not cluster.nodes:
         cluster.add(evaluators)
     search = Search(folder, model, evaluators, cluster)
     try:

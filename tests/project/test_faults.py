@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 from fake_data import data_for_processes
 from search_process import started
 
-from benchmarks.chaos import ROOT, SMALL, journal, rage
+from benchmarks.chaos import SMALL, journal, rage
 from search import cli
 
 pytestmark = pytest.mark.slow
@@ -29,7 +27,7 @@ def test_a_driver_killed_again_and_again_loses_nothing_and_ends_as_if_it_had_not
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
     undisturbed, cut = tmp_path / "whole", tmp_path / "cut"
-    words = [*TINY, "--budget", "90"]  # so many that all kills come before the end on a fast machine too
+    words = [*TINY, "--budget", "60"]  # so many that all kills come before the end on a fast machine too
     assert ended(started(*words, "--out", str(undisturbed))) == cli.DONE
     process, kills, chance = started(*words, "--out", str(cut)), 0, random.Random(5)
     seen: dict[int, list[tuple[object, ...]]] = {}
@@ -73,26 +71,22 @@ def test_a_polite_end_tells_how_to_go_on_and_leaves_no_process(
     evaluators: int, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_for_processes(tmp_path, monkeypatch)
-    run = tmp_path / "mit leerzeichen"
-    process = psutil.Popen(
-        [sys.executable, "search.py", *TINY, "--budget", "5000", "--evaluators", str(evaluators), "--out", str(run)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while len(journal(run / "study.db")) < 2 and process.poll() is None:
+    run, said = tmp_path / "mit leerzeichen", tmp_path / "said"
+    words = [*TINY, "--budget", "5000", "--evaluators", str(evaluators), "--out", str(run)]
+    process = started(*words, said=said)
+    while len(journal(run / "study.db")) < 2 and process.is_alive():
         time.sleep(0.1)
-    family = process.children(recursive=True)
+    assert process.pid is not None
+    family = psutil.Process(process.pid).children(recursive=True)
     assert bool(family) == (evaluators > 1)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does on Ctrl-C
     else:
-        process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert said.endswith(f"search.py: interrupted; continue with: python search.py --resume '{run}'\n"), said
+        os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 130
+    ending = f"search.py: interrupted; continue with: python search.py --resume '{run}'\n"
+    assert said.read_text().endswith(ending), said.read_text()
     assert not psutil.wait_procs(family, timeout=30)[1]
     before = journal(run / "study.db")
     more = ["--budget", str(len(before) + 2), "--evaluators", "1", "--quiet"]

@@ -18,7 +18,7 @@ SMALL = {
     "model": "random:tiny-llama",
     "device": "cpu",
     "target_kept": 0.7,
-    "calibration_tokens": 600,
+    "calibration_tokens": 1500,
     "repair_tokens": 300,
     "heal_minutes": 0.0,
     "search_items": 2,

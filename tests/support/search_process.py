@@ -1,6 +1,6 @@
-"""search.py in a process of its own that starts at once: forked from a server that has imported torch and transformers.
+"""Processes that start at once: forked from a server that has imported torch and transformers.
 
-For tests that start and kill many such processes; a fresh interpreter spends seconds on imports.
+For tests that start many processes; a fresh interpreter spends seconds on imports.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from search.data import packages
 
-__all__ = ["started"]
+__all__ = ["forked", "started"]
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -22,21 +22,33 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def started(*words: str) -> ForkServerProcess:
-    """Starts search.py with these words, the environment of this process and one thread; its output is dropped."""
-    process = _SERVER.Process(target=_run, args=(words, dict(os.environ), packages.REQUIREMENTS))
+def forked(work: Callable[..., None], *arguments: object, **environment: str) -> ForkServerProcess:
+    """Starts a function of a module in a process with the environment of this one, changed as given, and one thread."""
+    process = _SERVER.Process(target=_run, args=(work, arguments, {**os.environ, **environment}))
     process.start()
     return process
 
 
-def _run(words: tuple[str, ...], environment: Mapping[str, str], requirements: Path) -> None:
-    import torch
+def started(*words: str, said: Path | None = None) -> ForkServerProcess:
+    """Starts search.py with these words in a session of its own; stdout is dropped, and stderr goes into `said`."""
+    return forked(_search, words, packages.REQUIREMENTS, said)
 
-    from search.cli import main
+
+def _run(work: Callable[..., None], arguments: tuple[object, ...], environment: Mapping[str, str]) -> None:
+    import torch
 
     os.environ.clear()
     os.environ.update(environment)
-    packages.REQUIREMENTS = requirements
     torch.set_num_threads(1)
+    work(*arguments)
+
+
+def _search(words: tuple[str, ...], requirements: Path, said: Path | None) -> None:
+    from search.cli import main
+
+    os.setsid()
+    packages.REQUIREMENTS = requirements
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if said is not None:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     sys.exit(main(list(words)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +63,28 @@ def heal(
 
 def parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def heal_again(folder: Path, tokens: Sequence[int], told: Path) -> None:
+    """Heals for each number of tokens, from where the one before stood; writes what it measures into `told`.
+
+    That is the KL after each, and before the end of each the share of the blocks that this process holds, if sharded.
+    """
+    from torch.distributed.tensor import DTensor
+
+    from search.healing.sharding import Sharding
+
+    measured: dict[str, list[float | None]] = {"KL": [], "SHARE": []}
+    ended = Sharding.end
+
+    def end(self: Sharding) -> None:
+        held = [one for each in (model, dense) for one in each.parameters() if isinstance(one, DTensor)]
+        measured["SHARE"].append(sum(one.to_local().numel() for one in held) / sum(one.numel() for one in held))
+        ended(self)
+
+    Sharding.end = end  # type: ignore[method-assign]
+    for count in tokens:
+        dense, model, text, judge = subject()
+        heal(model, dense, text, judge, replace(PLAN, tokens=count), folder)
+        measured["KL"].append(judge.measure(model).kl)
+    told.write_text(json.dumps(measured))

@@ -8,7 +8,9 @@ import torch
 
 from compression import DENSE, Choice, Planner, Schedule, Site
 from compression.allocation.menu import SiteMenu
+from search.evaluation.latency import prefill
 from search.evaluation.site_times import SiteTimes
+from search.model.loading import load_model
 
 SITES = (Site("a", 0, "q", 64, 64), Site("b", 0, "down", 64, 192))
 
@@ -47,3 +49,10 @@ def test_the_shares_of_all_sites_add_up_to_the_fraction() -> None:
     for place, choice in enumerate(choices):
         schedule = Schedule(tuple((site.name, choice) for site in SITES))
         assert sum(each[place] for each in shares) == pytest.approx(times()(schedule))
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(60.0, 3), (0.0, 1)])
+def test_no_round_begins_once_the_time_is_up_but_one_is_always_measured(seconds: float, rounds: int) -> None:
+    model = load_model("random:tiny-llama", "cpu").model
+    found = prefill(model, {"dense": {}, "same": {}}, 8, 3, torch.device("cpu"), seconds=seconds)
+    assert [len(times) for times in found.values()] == [rounds, rounds]

@@ -15,7 +15,7 @@ from search.model.loading import load_for_use
 from search.runtime.console import Console
 
 FLAGS = (
-    "--model random:tiny-llama --budget 1 --target-kept 0.7 --calibration-tokens 600 --repair-tokens 600 "
+    "--model random:tiny-llama --budget 1 --target-kept 0.7 --calibration-tokens 1500 --repair-tokens 600 "
     "--heal-minutes 0 --benchmark-items 0 --export none"
 )
 SIZES = "--search-items 4 --search-shards 1 --search-text-tokens 64 --heldout-tokens 128 --report-items 6 --device cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,10 @@ def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: P
 def test_a_damaged_cache_is_said_and_the_trials_are_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    factors = tmp_path / "cache" / "factors"
+    shutil.rmtree(factors)  # only the files of this run
     run(tmp_path / "a", budget=2)
-    files = list((tmp_path / "cache" / "factors").rglob("*.safetensors"))
+    files = list(factors.rglob("*.safetensors"))
     for file in files:
         file.write_bytes(file.read_bytes()[:50])
     capsys.readouterr()

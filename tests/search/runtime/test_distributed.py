@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 from fake_data import data_for_processes
 from safetensors.torch import load_file
+from search_process import forked
 from small_run import words
-from tiny_healing import PLAN, heal, subject
+from tiny_healing import PLAN, heal, heal_again, subject
 
 from search import cli
 
@@ -23,26 +25,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 TOKENS = (480, 960)
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` leaves it
-SCRIPT = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from dataclasses import replace
-from pathlib import Path
-from tiny_healing import PLAN, heal, subject
-from torch.distributed.tensor import DTensor
-from search.healing.sharding import Sharding
-ended = Sharding.end
-def end(self):
-    held = [p for each in (model, dense) for p in each.parameters() if isinstance(p, DTensor)]
-    print(f"SHARE {{sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held):.3f}}", flush=True)
-    ended(self)
-Sharding.end = end
-for tokens in {tokens}:
-    dense, model, text, judge = subject()
-    heal(model, dense, text, judge, replace(PLAN, tokens=tokens), Path({folder!r}))
-    print(f"KL {{judge.measure(model).kl:.8f}}", flush=True)
-"""
-"""Heals, and once more for as long again, from where it stood; tells what share of the blocks a process holds."""
 
 
 def free_port() -> int:
@@ -51,27 +33,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def told(script: Path, count: int, **environment: str) -> dict[str, list[float]]:
-    """What every process prints; the environment is what `accelerate launch` and torchrun set."""
-    shared = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_port())
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
+def told(folder: Path, count: int, **environment: str) -> dict[str, list[float]]:
+    """What every process measures; the environment is what `accelerate launch` and torchrun set."""
+    shared = {**environment, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    places = [folder.with_suffix(f".{rank}.json") for rank in range(count)]
+    processes = [
+        forked(heal_again, folder, TOKENS, place, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, place in enumerate(places)
     ]
-    results: dict[str, list[float]] = {"KL": [], "SHARE": []}
-    for process in started:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
-        for name, value in (line.split() for line in out.splitlines()):
-            results[name].append(float(value))
-    return results
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+    found = [json.loads(place.read_text()) for place in places]
+    return {name: [value for one in found for value in one[name]] for name in ("KL", "SHARE")}
 
 
 def test_two_processes_heal_like_one(tmp_path: Path) -> None:
@@ -81,13 +55,7 @@ def test_two_processes_heal_like_one(tmp_path: Path) -> None:
         heal(model, dense, text, judge, replace(PLAN, tokens=tokens), tmp_path / "one")
         alone.append(judge.measure(model).kl)
     for name, environment in (("two", {}), ("sharded", SHARDED)):
-        script = tmp_path / f"{name}.py"
-        script.write_text(
-            SCRIPT.format(
-                root=str(ROOT), tests=str(ROOT / "tests" / "support"), folder=str(tmp_path / name), tokens=TOKENS
-            )
-        )
-        found[name] = told(script, 2, **environment)
+        found[name] = told(tmp_path / name, 2, **environment)
     first, second = alone
     assert second < first
     for name in ("two", "sharded"):

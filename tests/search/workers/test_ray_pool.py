@@ -162,7 +162,7 @@ def test_evaluators_in_another_folder_find_the_model_and_the_questions_of_a_rela
     loaded.tokenizer.save_pretrained("my model")
     choices = ["one", "two", "three"]
     jsonl(Path("exam.jsonl"), [{"question": f"What is {n}?", "choices": choices, "answer": n % 3} for n in range(40)])
-    values = {**VALUES, "model": "my model", "proxy": "exam.jsonl", "out": "läuft", "evaluators": "2"}
+    values = {**VALUES, "model": "my model", "proxy": "exam.jsonl", "out": "läuft", "trial_timeout": 300.0}
     values |= {"budget": 3, "agent": "random", "repair_tokens": 0, "heal_minutes": 0}
     values |= {"benchmark_items": 0, "export": "none"}
     flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -258,7 +258,10 @@ def test_workers_that_cannot_start_end_the_search(scripted: Any) -> None:
             time.sleep(0.2)
 
 
-def test_workers_that_cannot_start_for_a_while_do_not_end_a_search_that_was_under_way(scripted: Any) -> None:
+def test_workers_that_cannot_start_for_a_while_do_not_end_a_search_that_was_under_way(
+    scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.workers.ray_pool._PAUSE", 0.0)
     pool = scripted(1, "", "dies", "dies", "dies", "dies", "")
     pool.submit(0, job(2))
     assert drain(pool, 1)[0].score.kl == 2
