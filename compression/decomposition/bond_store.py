@@ -21,6 +21,10 @@ __all__ = ["BondStore"]
 
 _FORMAT, _STEPS = 2, 128
 """Part of the cache keys of what is made here, and the number of steps that eliminate all groups of a long bond."""
+_HEADS = 2.0
+"""Factor on the predicted costs of removing groups of several values, as heads are, in menus. A head does more damage
+than its cost says, beside that of other options: on search text, the KL of the closed form of SmolLM2-135M fell by 3 %
+at kept 0.8 and by 6 % at 0.6 when no head could be removed, and by as much with this factor."""
 
 
 class BondStore:
@@ -100,6 +104,8 @@ class BondStore:
     ) -> SiteMenu:
         """Returns the options of a unit: every width of its bond, with every χ of what is left unless `plain`.
 
+        Their costs are predictions, but that of removing heads is doubled.
+
         Args:
             topology, metric: of the decompositions.
             multiple: as for `compression.decomposition.joint_menu.multiple_of`.
@@ -107,7 +113,7 @@ class BondStore:
         """
         elimination, (reader, cut) = self.elimination(unit.name), self._reader(unit.name)
         step = multiple_of(unit, multiple, self._measured.weights[reader.name].device.type)
-        cost = elimination.cost.numpy()
+        cost = elimination.cost.numpy() * (1.0 if cut.size == 1 else _HEADS)
         if plain:
             return joint_menu(unit, cost, {}, topology, metric, step)
         names, widths = [site.name for site in unit.sites], widths_of(cut.groups, step)
