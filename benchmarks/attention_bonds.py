@@ -42,7 +42,6 @@ from compression.numerics.whitening import shrink
 from compression.sites import dense_weight, put_modules
 from search.config import Config
 from search.evaluation.workload import Workload
-from search.experiment.calibration import SHRINKAGE
 from search.experiment.experiment import Experiment, workload_sequences
 from search.experiment.open_model import open_model
 
@@ -186,8 +185,8 @@ def block_results(
     query, key, value, output = (
         Matrix(
             dense_weight(model.get_submodule(name)).detach().double(),
-            shrink(statistics.input(name), SHRINKAGE),
-            shrink(statistics.gradient(name), SHRINKAGE),
+            shrink(statistics.input(name), experiment.calibration.shrinkage),
+            shrink(statistics.gradient(name), experiment.calibration.shrinkage),
         )
         for name in bond.sites
     )
