@@ -73,11 +73,10 @@ def refilled(name, shape, loaded, file):
     return other
 
 
-@pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", [LLAMA, QWEN])
-def test_a_file_that_is_read_back_gives_the_same_logits(name, shape, untied, tmp_path):
-    loaded, file = cut_to(name, shape, untied), tmp_path / "model.gguf"
+def test_a_file_that_is_read_back_gives_the_same_logits(name, shape, tmp_path):
+    loaded, file = cut_to(name, shape, untied=SHAPES.index(shape) % 2 == 0), tmp_path / "model.gguf"
     expected = logits(loaded.model)
     write_gguf(loaded.model, loaded.tokenizer, file, "float32")
     alike = shape in (ALIKE, FEWER_HEADS) if name == LLAMA else shape is ALIKE
