@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from compression.refusal import Refusal, nearest
 from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, add_trust, parse
-from search.config import EXPORTS
+from search.export.forms import DTYPES, FORMATS, QUANTIZE, check_form
 from search.runtime.console import Console
 
 __all__ = ["run"]
@@ -19,11 +18,11 @@ Write the compressed model of a finished run as a folder.
   hf          small; transformers loads it after `import search.hf`, or with trust_remote_code=True without Chisel
   dense       merged matrices that every tool loads (vLLM, llama.cpp's converter, Ollama); it has the quality of the
               compressed model, but the size and speed of the original
-  gguf-ready  dense in float16, checked against the requirements of llama.cpp's converter"""
-
-_FORMATS = EXPORTS[1:]
-_DTYPES = ("bfloat16", "float16", "float32")
-_QUANTIZE = ("none", "int8", "int4", "mixed")
+  gguf-ready  dense in float16, checked against the requirements of llama.cpp's converter
+  plain       small; a smaller model of the original's architecture, which every tool loads; for results without
+              factors (--form plain) whose blocks all have the same widths
+  gguf        small; a GGUF file for llama.cpp and Ollama; for results without factors (--form plain), whose blocks may
+              have different widths"""
 
 
 def run(words: list[str]) -> int:
@@ -31,12 +30,7 @@ def run(words: list[str]) -> int:
     given = parse(_parser(), words)
     shown = Console(quiet=given["quiet"])
     try:
-        for field, valid in (("format", _FORMATS), ("dtype", _DTYPES), ("quantize", _QUANTIZE)):
-            if given[field] not in (None, *valid):
-                raise Refusal(
-                    f"{field} must be one of {', '.join(valid)}, got {given[field]!r}; the nearest is "
-                    f"{nearest(given[field], valid)}"
-                )
+        check_form(given["format"], given["dtype"], given["quantize"])
         folder = Path(given["out"] or Path(given["run"]) / given["format"])
         healed = Path(given["healed"]) if given["healed"] else None
         with shown:
@@ -63,17 +57,20 @@ def _parser() -> argparse.ArgumentParser:
         usage="python search.py export RUN [FLAGS]",
     )
     parser.add_argument("run", metavar="RUN", help="Folder of a finished run.")
-    parser.add_argument("--format", metavar="NAME", default="hf", help=f"One of {', '.join(_FORMATS)}. Default: hf.")
+    parser.add_argument("--format", metavar="NAME", default="hf", help=f"One of {', '.join(FORMATS)}. Default: hf.")
     parser.add_argument("--out", metavar="DIR", help="New or empty folder. Default: RUN/FORMAT.")
     parser.add_argument(
-        "--dtype", metavar="NAME", help=f"One of {', '.join(_DTYPES)}. Default: bfloat16, for gguf-ready float16."
+        "--dtype",
+        metavar="NAME",
+        help=f"One of {', '.join(DTYPES)}. Default: bfloat16, for gguf-ready and gguf float16.",
     )
     parser.add_argument(
         "--quantize",
         metavar="NAME",
         default="none",
-        help=f"One of {', '.join(_QUANTIZE)}. int8 and int4 store all matrices as integers; mixed keeps the cores as "
-        "they are and stores all other matrices in 4 bits. The quantized model is measured again. Default: none.",
+        help=f"One of {', '.join(QUANTIZE)}. int8 and int4 store all matrices as integers; mixed keeps the cores as "
+        "they are and stores all other matrices in 4 bits. Those that begin with q are types of GGUF files, for "
+        "--format gguf. The quantized model is measured again. Default: none.",
     )
     parser.add_argument(
         "--state",

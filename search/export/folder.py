@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +25,34 @@ from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
+from search.export.forms import FORMATS
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
+from search.export.gguf_file import check_gguf, write_gguf
+from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
+from search.model.loading import load_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
 
-__all__ = ["CARD", "FORMATS", "Footprint", "check_export", "export_dense_", "export_model", "footprint", "forms"]
+__all__ = [
+    "CARD",
+    "FORMATS",
+    "GGUF",
+    "Footprint",
+    "check_export",
+    "export_dense_",
+    "export_gguf",
+    "export_model",
+    "export_plain",
+    "footprint",
+    "forms",
+]
 
-FORMATS = ("hf", "dense", "gguf-ready")
 CARD = "README.md"
+GGUF = "model.gguf"
 _VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
 
 
@@ -133,6 +149,55 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
         _save(model, tokenizer, partial, card, beside)
 
 
+def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
+    """Write a model with fewer hidden units or heads as an ordinary folder of a smaller model of its architecture.
+
+    The folder is loaded once, and every tensor compared, before it gets its name. The arguments are those of
+    `export_model`.
+
+    Raises:
+        ValueError: as `search.export.plain.plain_model`; or the folder is in use or not empty.
+        OSError: the folder cannot be written; nothing is left behind.
+    """
+    small = plain_model(model)
+    with _whole(folder) as partial:
+        _save(small, tokenizer, partial, card, beside)
+        found = load_model(str(partial), "cpu", small.dtype).model.state_dict()
+        for name, values in small.state_dict().items():
+            if name not in found or not found[name].equal(values.cpu()):
+                raise Refusal(
+                    f"{folder} was written wrongly: {name} differs; the disk may be faulty, so write it again"
+                )
+
+
+def export_gguf(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    kind: str,
+    card: Callable[[Path], str] = lambda file: "",
+    beside: Sequence[Path] = (),
+    **about: str,
+) -> None:
+    """Write a model without factors as a GGUF file in a new folder; the file is read back before the folder appears.
+
+    Args:
+        kind: type of the weights, one of `search.export.gguf_file.GGUF_TYPES`.
+        card: makes the text of README.md from the file, which is finished by then; it may measure it.
+        about: as for `search.export.gguf_file.write_gguf`.
+
+    Raises:
+        ValueError: as `write_gguf`; or the folder is in use or not empty.
+        OSError: the folder cannot be written; nothing is left behind.
+    """
+    with _whole(folder) as partial:
+        write_gguf(model, tokenizer, partial / GGUF, kind, **about)
+        if text := card(partial / GGUF):
+            (partial / CARD).write_text(text, encoding="utf-8")
+        for file in beside:
+            shutil.copyfile(file, partial / file.name)
+
+
 def check_export(form: str, model: Any, tokenizer: Any) -> None:
     """Refuse a model that cannot be exported in a form, before any work is done for it; no weights are written.
 
@@ -142,8 +207,8 @@ def check_export(form: str, model: Any, tokenizer: Any) -> None:
 
     Raises:
         ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
-            llama.cpp converts, and a tokenizer with a tokenizer.json; or transformers cannot save the model's settings
-            or tokenizer.
+            llama.cpp converts, and a tokenizer with a tokenizer.json; "gguf" needs what `check_gguf` asks for; or
+            transformers cannot save the model's settings or tokenizer.
     """
     _check_form(form, model, tokenizer)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
@@ -165,11 +230,13 @@ def _check_form(form: str, model: Any, tokenizer: Any) -> None:
         ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
             llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    if form == "hf" and not type(model).__module__.startswith("transformers.models."):
+    if form in ("hf", "plain") and not type(model).__module__.startswith("transformers.models."):
         raise Refusal(
-            f"the hf format needs an architecture that transformers defines, and {type(model).__name__} comes with the "
-            "model; export it as dense"
+            f"the {form} format needs an architecture that transformers defines, and {type(model).__name__} comes with "
+            "the model; export it as dense"
         )
+    if form == "gguf":
+        check_gguf(model, tokenizer)
     if form != "gguf-ready":
         return
     if (architecture := type(model).__name__) not in CONVERTIBLE:

@@ -32,6 +32,23 @@ The compressed matrices are multiplied out into dense ones, and removed hidden u
 so every tool that loads the original loads this folder.
 **It has the quality of the compressed model, but it is as large as the original and no faster.** The `hf` export is the
 small one.""",
+    "plain": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({quoted})
+tokenizer = AutoTokenizer.from_pretrained({quoted})
+```
+
+The folder is an ordinary one of the original's architecture with smaller matrices: every tool that loads the original
+loads it, and no code comes with it.""",
+    "gguf": """\
+```sh
+llama-server -m model.gguf        # or llama-cli; Ollama: a Modelfile with the line FROM ./model.gguf
+```
+
+The file `model.gguf` holds the weights, the tokenizer and the chat template. Where blocks have different widths, its
+architecture is llama.cpp's `deci`. It was compared with the original implementation by its log-probabilities.""",
 }
 
 
@@ -71,12 +88,12 @@ def model_card(
         {
             "license": licence.lower(),
             "base_model": model.get("id"),
-            "library_name": "transformers",
+            "library_name": "gguf" if form == "gguf" else "transformers",
             "pipeline_tag": "text-generation",
             "tags": ["chisel", "tensor-network", "compression"],
         }
     )
-    loading = _LOAD["hf" if form == "hf" else "dense"].replace("{quoted}", json.dumps(plain(name), ensure_ascii=False))
+    loading = _LOAD.get(form, _LOAD["dense"]).replace("{quoted}", json.dumps(plain(name), ensure_ascii=False))
     return f"""\
 {head}
 # {markdown_text(name)}

@@ -6,16 +6,29 @@ Knows run folders and how to restore their models; `search.export.folder` knows 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from compression.refusal import Refusal
 from search.experiment.experiment import Experiment
-from search.export.folder import check_export, export_dense_, export_model, footprint, forms
+from search.export.folder import (
+    GGUF,
+    check_export,
+    export_dense_,
+    export_gguf,
+    export_model,
+    export_plain,
+    footprint,
+    forms,
+)
+from search.export.forms import check_form
+from search.export.gguf_file import GGUF_TYPES, read_values
 from search.export.model_card import model_card
 from search.export.quantize import module_bits, quantize_experiment_
 from search.export.restore import RestoredRun, restore
+from search.priors.format import Prior
 from search.runtime.console import Console
 from search.runtime.run_folder import PRIOR
 
@@ -42,6 +55,8 @@ _AFTER = {
     "dense": "dense: every tool loads it; it has the quality of the compressed model and the size of the original",
     "gguf-ready": "dense float16: it has the quality of the compressed model and the size of the original; "
     "next: python llama.cpp/convert_hf_to_gguf.py {folder}",
+    "plain": "a smaller model of the original's architecture; every tool that loads the original loads it",
+    "gguf": "a GGUF file as small as the model; next: llama-server -m {folder}/{file}",
 }
 
 
@@ -50,9 +65,9 @@ class ExportForm:
     """The form in which a model is exported.
 
     Attributes:
-        kind: "hf", "dense" or "gguf-ready".
-        dtype: name of a torch dtype; None means bfloat16, or float16 for "gguf-ready".
-        quantize: "none", "int8", "int4" or "mixed".
+        kind: one of `search.export.forms.FORMATS`.
+        dtype: name of a torch dtype; None means bfloat16, or float16 for "gguf-ready" and "gguf".
+        quantize: "none"; "int8", "int4" or "mixed"; or for "gguf" a type of GGUF files, such as "q8_0".
         state: one of `search.export.restore.STATES`; None takes the furthest state that the run reached.
         device: device on which the model is restored.
         trusted: as for `search.export.restore.restore`.
@@ -87,13 +102,21 @@ def export_run(
         ValueError: as `search.export.restore.restore`, or the model cannot be exported in this form.
         DataUnavailable: as `search.export.restore.restore`.
     """
+    check_form(form.kind, form.dtype, form.quantize)
     quantized = form.quantize != "none"
-    check = partial(check_export, form.kind)
+
+    def check(model: Any, tokenizer: Any) -> None:
+        check_export(form.kind, model, tokenizer)
+        if form.kind in ("plain", "gguf"):
+            _refuse_factors(form.kind, source)
+
     restored = restore(source, console, form.device, form.state, healed, quantized or None, opened, check, form.trusted)
     loaded, summary, state = restored.experiment.loaded, restored.summary, restored.state
     other, measured = healed if state == "healed" else None, []
     if not quantized and (other is not None or restored.measured is None):
         measured = [_row_of(restored, other)]
+    if form.kind == "gguf":
+        return _gguf(restored, folder, form, console, source, measured)
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
     changes = [CHANGES[state]]
@@ -107,9 +130,66 @@ def export_run(
         card = model_card(folder.name, form.kind, restored.document, summary, state, size, changes, measured)
         if form.kind == "hf":
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
+        elif form.kind == "plain":
+            export_plain(model, loaded.tokenizer, folder, card, [source / PRIOR])
         else:
             export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
     return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
+
+
+def _refuse_factors(kind: str, run: Path) -> None:
+    """Refuse a run whose schedule has factors, which the forms for other programs cannot hold.
+
+    Raises:
+        Refusal: names a factored matrix and what to do.
+    """
+    if factored := [name for name, choice in Prior.read(run / PRIOR).schedule if not choice.is_plain]:
+        raise Refusal(
+            f"the {kind} format holds no factored matrices, and {len(factored)} are factored, such as {factored[0]}; "
+            "search with --form plain, or export with --format hf"
+        )
+
+
+def _gguf(
+    restored: RestoredRun,
+    folder: Path,
+    form: ExportForm,
+    console: Console,
+    source: Path,
+    measured: list[dict[str, object]],
+) -> str:
+    """Write the GGUF file of a restored run; quantized weights are measured as the file holds them."""
+    loaded, state = restored.experiment.loaded, restored.state
+    kind = form.quantize if form.quantize != "none" else form.dtype or "float16"
+    changes, said = [CHANGES[state]], []
+    if form.quantize != "none":
+        changes.append(f"The matrices are stored as {GGUF_TYPES[kind]}, rounded to the nearest value.")
+
+    def card(file: Path) -> str:
+        size = file.stat().st_size
+        rows = list(measured)
+        if form.quantize != "none":
+            rows = [_measured_file(restored, file, kind, console)]
+        said.append(f"Compressed: a file of {size / 1e6:,.1f} MB. {forms(loaded.model)}")
+        return model_card(folder.name, form.kind, restored.document, restored.summary, state, said[0], changes, rows)
+
+    with console.stage("write"):
+        about = {"name": folder.name, "license_": loaded.license, "source": loaded.model_id}
+        export_gguf(loaded.model, loaded.tokenizer, folder, kind, card, [source / PRIOR], **about)
+    return f"{said[0]}\n{_AFTER[form.kind].format(folder=str(folder), file=GGUF)}"
+
+
+@torch.no_grad()
+def _measured_file(restored: RestoredRun, file: Path, kind: str, console: Console) -> dict[str, object]:
+    """Put the weights of a GGUF file into the model, measure them on held-out text, and return the table's row."""
+    model, workload = restored.experiment.loaded.model, restored.workload
+    assert workload is not None
+    for name, values in read_values(model, file).items():
+        parameter = model.get_parameter(name)
+        parameter.data = values.to(parameter)  # as in model.to(…); the reference keeps the values of the dense head
+    quality = workload.measure(model)
+    console.note(f"held-out KL after quantization: {quality.kl:.4f} nats a token")
+    return {"schedule": f"{restored.state}, {kind}", **quality.to_row(), "bytes": file.stat().st_size}
 
 
 def _row_of(restored: RestoredRun, healed: Path | None) -> dict[str, object]:

@@ -233,7 +233,14 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, tmp_path, capsys):
     ("words", "message"),
     [
         (["nowhere"], "a finished run has config.json and prior.json"),
-        (["nowhere", "--format", "gguf"], "the nearest is gguf-ready"),
+        (["nowhere", "--format", "gguf-read"], "the nearest is gguf-ready"),
+        (["nowhere", "--quantize", "q8_0"], "q8_0 is a type of GGUF files; use it with --format gguf"),
+        (
+            ["nowhere", "--format", "gguf", "--quantize", "int4"],
+            "cannot be quantized to int4; use --quantize one of q8",
+        ),
+        (["nowhere", "--format", "plain", "--quantize", "int4"], "cannot be quantized to int4; use --quantize none"),
+        (["nowhere", "--format", "gguf", "--quantize", "q8_0", "--dtype", "float16"], "use one of them"),
         (["nowhere", "--dtype", "float"], "dtype must be one of"),
     ],
 )

@@ -1,0 +1,103 @@
+"""Turns a model with fewer hidden units or heads into a smaller model of the same architecture, without code of ours.
+
+An architecture of transformers has one number of hidden units and one of heads for all blocks. Whether the settings of
+a smaller model describe this one is not guessed from names: a model is made from them, and every shape is compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from compression.layers.kept import KEPT, kept
+from compression.layers.skeleton import describe
+from compression.refusal import Refusal
+from compression.sites import dense_weight
+from search.model.architecture import bare_model
+
+__all__ = ["plain_model"]
+
+_HIDDEN = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
+_OR = "or export with --format hf"
+_ELSE = "use --format gguf for llama.cpp, or --format hf for transformers"
+
+
+@torch.no_grad()
+def plain_model(model: Any) -> Any:
+    """Return a model of the same architecture with smaller settings, which shares the weights of this one.
+
+    Args:
+        model: a model that lost the same number of hidden units, and of heads, in every block; it does not change.
+
+    Raises:
+        Refusal: a matrix is factored, nothing was removed, or the architecture has no settings for such a model; the
+            message says what stands in the way and which form can be exported.
+    """
+    if factored := [name for name, each in describe(model).items() if each["kind"] != "linear"]:
+        raise Refusal(
+            f"{factored[0]} is factored, and the plain format has no factors; search with --form plain, {_OR}"
+        )
+    changes = _changes(model)
+    if not changes:
+        raise Refusal("no hidden unit and no head was removed from this model; export it with --format dense")
+    settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    config = type(model.config).from_dict({**settings, **changes})
+    try:
+        with torch.device("meta"):
+            small = type(model)(config)
+    except (ValueError, ZeroDivisionError) as error:
+        raise Refusal(f"{type(model).__name__} takes no settings such as {changes}; {_ELSE}") from error
+    tensors = _tensors(model)
+    shapes = {name: tuple(values.shape) for name, values in small.state_dict().items()}
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise Refusal(f"{type(model).__name__} has no settings for this model: {name} is {found}; {_ELSE}")
+    small.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
+    small.tie_weights()
+    small.generation_config = model.generation_config
+    small.config._name_or_path = model.config._name_or_path
+    return small.eval().requires_grad_(False)
+
+
+def _changes(model: Any) -> dict[str, int]:
+    """The settings of the smaller model that differ from those of the original."""
+    changes: dict[str, int] = {}
+    modules = dict(model.named_modules())
+    readers = sorted({_leaf(name) for name, module in modules.items() if "kept_columns" in kept(module)})
+    for leaf in readers:
+        alike = [module for name, module in modules.items() if _leaf(name) == leaf]
+        widths = [dense_weight(module).shape[1] for module in alike]
+        if min(widths) < max(widths) or not widths[0]:
+            raise Refusal(
+                f"the blocks have different widths ({leaf} has {min(widths):,} to {max(widths):,} inputs), and this "
+                f"architecture has one for all; {_ELSE}"
+                if widths[0] or max(widths)
+                else f"{leaf} has no inputs left, which this architecture cannot have; {_ELSE}"
+            )
+        parent = next(name for name in modules if _leaf(name) == leaf).rpartition(".")[0]
+        size = getattr(modules[parent], "head_dim", None)
+        if isinstance(size, int):
+            rows = [dense_weight(each).shape[0] for each in modules[parent].children() if "kept_rows" in kept(each)]
+            changes |= {"num_attention_heads": widths[0] // size, "num_key_value_heads": min(rows) // size}
+            changes["head_dim"] = size
+        else:
+            changes |= {field: widths[0] for field in _HIDDEN if hasattr(model.config, field)}
+    return changes
+
+
+def _leaf(name: str) -> str:
+    """The last two parts of a module's name, such as "mlp.down_proj", which are the same in every block."""
+    return ".".join(name.split(".")[-2:])
+
+
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The stored tensors by name, in the form in which the architecture stores them, without `KEPT`."""
+    bare = bare_model(model)
+    found = {name: values for name, values in model.state_dict().items() if name.rpartition(".")[2] not in KEPT}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not isinstance(bare.get_submodule(name), nn.Linear):
+            found[f"{name}.weight"] = module.weight.T.contiguous()
+    return found

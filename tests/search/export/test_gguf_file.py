@@ -1,0 +1,294 @@
+"""GGUF files of models whose widths are alike, differ, or are 0: what is read back computes the same."""
+
+from dataclasses import replace
+
+import gguf
+import pytest
+import torch
+import transformers
+from cut_model import Cut, cut_model
+from llama_cpp import BANNED, needs_llama_cpp, run_llama_cpp
+from merging_tokenizer import TEMPLATE, merging_tokenizer
+from tiny_model import assert_same_logits, tensorized
+
+from compression.refusal import Refusal
+from compression.schedule import DENSE, Choice, Schedule
+from compression.sites import Unit, units
+from search.export.gguf_file import GGUF_TYPES, check_gguf, read_values, write_gguf
+from search.export.gguf_vocabulary import vocabulary
+from search.model.loading import load_model
+
+PROMPT = torch.arange(40).reshape(2, 20)
+QWEN, LLAMA = "random:tiny-qwen2", "random:tiny-llama"
+# (hidden units, key/value groups) of each of the three blocks; None leaves a bond whole
+ALIKE, DIFFER = ((24, None),) * 3, ((24, None), (16, None), (40, None))
+FEWER_HEADS, ONE_HEAD_LESS = ((24, 1),) * 3, ((24, None), (None, 1), (40, None))
+NO_MLP, NO_MLP_AT_THE_END = ((0, None), (24, 1), (None, None)), ((None, None), (24, None), (0, None))
+NO_ATTENTION, NOTHING, NEITHER = ((None, None), (24, 0), (None, 1)), ((0, 0),) * 3, ((None, 0), (0, 0), (0, None))
+SHAPES = [ALIKE, DIFFER, FEWER_HEADS, ONE_HEAD_LESS, NO_MLP, NO_MLP_AT_THE_END, NO_ATTENTION, NOTHING, NEITHER]
+
+
+def cut_to(name, shape, untied=False):
+    cut = cut_model(name)
+    wanted = dict(enumerate(shape))
+    chosen = {}
+    for unit in units(cut.store.sites):
+        assert isinstance(unit, Unit)
+        width = wanted[unit.block][0 if unit.family == "mlp" else 1]
+        if width is not None:
+            chosen |= {site.name: Choice("dense", 0, "none", (width,)) for site in unit.sites}
+    schedule = Schedule(tuple((site.name, chosen.get(site.name, DENSE)) for site in cut.store.sites))
+    cut = Cut(replace(cut.loaded, tokenizer=merging_tokenizer()), cut.store, schedule)
+    cut.apply()
+    if untied:
+        untie_(cut.loaded.model)
+    return cut.loaded
+
+
+@torch.no_grad()
+def untie_(model):
+    model.config.tie_word_embeddings = False
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.flip(0).contiguous(), requires_grad=False)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(PROMPT, attention_mask=torch.ones_like(PROMPT)).logits
+
+
+def architecture(file):
+    return gguf.GGUFReader(file).get_field("general.architecture").contents()
+
+
+@torch.no_grad()
+def refilled(name, shape, loaded, file):
+    """Another model of this shape, whose weights are those of the file."""
+    other = cut_to(name, shape, loaded.model.lm_head.weight is not loaded.model.model.embed_tokens.weight).model
+    for path, parameter in other.named_parameters():
+        parameter.fill_(1)
+        assert parameter.numel() == 0 or not torch.equal(parameter, loaded.model.get_parameter(path)) or "norm" in path
+    for path, values in read_values(other, file).items():
+        other.get_parameter(path).copy_(values)
+    return other
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [LLAMA, QWEN])
+def test_a_file_that_is_read_back_gives_the_same_logits(name, shape, tmp_path):
+    loaded, file = cut_to(name, shape, untied=SHAPES.index(shape) % 2 == 0), tmp_path / "model.gguf"
+    expected = logits(loaded.model)
+    write_gguf(loaded.model, loaded.tokenizer, file, "float32")
+    alike = shape in (ALIKE, FEWER_HEADS) if name == LLAMA else shape is ALIKE
+    assert architecture(file) == ({LLAMA: "llama", QWEN: "qwen2"}[name] if alike else "deci")
+    assert_same_logits(logits(refilled(name, shape, loaded, file)), expected)
+    if alike:
+        assert_same_logits(logits(load_model(str(file), "cpu").model), expected)
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [LLAMA, QWEN])
+def test_llama_cpp_gives_the_same_tokens_and_log_probabilities(name, shape, untied, tmp_path):
+    loaded, file = cut_to(name, shape, untied), tmp_path / "model.gguf"
+    write_gguf(loaded.model, loaded.tokenizer, file, "float32")
+    assert_llama_cpp_agrees(loaded, file, 2e-2)
+
+
+def assert_llama_cpp_agrees(loaded, file, tolerance):
+    text = "the weather, 123 times"
+    prompt = loaded.tokenizer(text)["input_ids"]
+    by_ids, by_text = run_llama_cpp(file, [prompt, text])
+    assert by_ids["tokens"] == by_text["tokens"]
+    assert by_text["read"] == len(prompt)
+    assert len(by_ids["tokens"]) == 8
+    ids = torch.tensor([prompt])
+    for token, top in zip(by_ids["tokens"], by_ids["top"], strict=True):
+        with torch.no_grad():
+            scores = loaded.model(ids).logits[0, -1].log_softmax(-1)
+        for other, found in top:
+            assert abs(float(scores[other]) - found) < tolerance
+        scores[BANNED] = -torch.inf
+        assert float(scores[token]) > float(scores.max()) - tolerance
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "q8_0", "q4_0"])
+def test_llama_cpp_runs_every_type(kind, tmp_path):
+    loaded, file = cut_to(LLAMA, NO_MLP), tmp_path / "model.gguf"
+    write_gguf(loaded.model, loaded.tokenizer, file, kind)
+    for path, values in read_values(loaded.model, file).items():
+        loaded.model.get_parameter(path).copy_(values)
+    assert_llama_cpp_agrees(loaded, file, 0.2)
+
+
+@pytest.mark.parametrize("kind", sorted(GGUF_TYPES))
+def test_every_type_is_read_back_within_its_rounding(kind, tmp_path):
+    loaded, file = cut_to(QWEN, NO_MLP), tmp_path / "model.gguf"
+    write_gguf(loaded.model, loaded.tokenizer, file, kind)
+    worst = {"float32": 0, "float16": 0.001, "bfloat16": 0.01, "q8_0": 0.01, "q5_1": 0.05, "q5_0": 0.08}.get(kind, 0.12)
+    read = read_values(loaded.model, file)
+    assert {*read} == {name for name, values in loaded.model.named_parameters()}
+    for name, values in read.items():
+        before = loaded.model.get_parameter(name)
+        assert values.shape == before.shape
+        assert (values - before).norm() <= worst * before.norm()
+        if before.dim() == 1:
+            assert torch.equal(values, before)
+
+
+def test_scaled_rotary_frequencies_are_written_as_llama_cpp_divides_them(tmp_path):
+    loaded, file = cut_to(LLAMA, DIFFER), tmp_path / "model.gguf"
+    rope = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    loaded.model.config.rope_parameters = rope
+    loaded.model.model.rotary_emb = type(loaded.model.model.rotary_emb)(loaded.model.config)
+    write_gguf(loaded.model, loaded.tokenizer, file, "float32")
+    [factors] = [each.data for each in gguf.GGUFReader(file).tensors if each.name == "rope_freqs.weight"]
+    assert factors[0] == 1
+    assert factors[-1] == pytest.approx(8.0, rel=1e-3)
+    if needs_llama_cpp.args[0]:
+        return
+    assert_llama_cpp_agrees(loaded, file, 2e-2)
+
+
+def test_the_tokenizer_and_its_template_are_in_the_file(tmp_path):
+    loaded, file = cut_to(LLAMA, ALIKE), tmp_path / "model.gguf"
+    write_gguf(loaded.model, loaded.tokenizer, file, "float16", name="small", license_="mit", source="large")
+    reader = gguf.GGUFReader(file)
+    said = {name: reader.get_field(f"tokenizer.{name}").contents() for name in ("ggml.pre", "chat_template")}
+    assert said == {"ggml.pre": "gpt-2", "chat_template": TEMPLATE}
+    assert reader.get_field("general.name").contents() == "small"
+    tokenizer = load_model(str(file), "cpu").tokenizer
+    for text in ("the weather", "  two spaces, 1234\n\nñandú <|endoftext|>"):
+        assert tokenizer(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]
+
+
+def split(pattern):
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [cut, byte_level]}
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (None, "gpt-2"),
+        (DIGITS, "smollm"),
+        (split(LLAMA_3), "llama-bpe"),
+        (split(LLAMA_3.replace("{1,3}", "")), "qwen2"),
+    ],
+)
+def test_llama_cpp_s_name_of_the_way_to_cut_texts(rule, name):
+    assert vocabulary(merging_tokenizer(rule), 257).rule == name
+
+
+def test_tokens_that_the_tokenizer_lacks_are_marked_as_unused():
+    found = vocabulary(merging_tokenizer(), 260)
+    assert found.tokens[-3:] == ("[PAD257]", "[PAD258]", "[PAD259]")
+    assert (found.types[255], found.types[256], found.types[257]) == (1, 3, 5)
+    assert (found.begins, found.ends) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows", "message"),
+    [
+        (split(r"\w+"), 257, "no known name for the way .*Split, ByteLevel"),
+        (None, 200, "makes token 256, and the model has embeddings for 200"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_cannot_follow_are_refused(rule, rows, message):
+    with pytest.raises(Refusal, match=message) as refused:
+        vocabulary(merging_tokenizer(rule), rows)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_without_merges_is_refused():
+    with pytest.raises(Refusal, match="needs a tokenizer with merges"):
+        vocabulary(load_model(LLAMA, "cpu").tokenizer, 257)
+
+
+def test_factored_matrices_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(Refusal, match="search with --form plain"):
+        write_gguf(tensorized().model, merging_tokenizer(), tmp_path / "model.gguf", "float16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "silu, not with gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "of the kind yarn"),
+        ({"layer_types": ["sliding_attention"]}, "sliding window"),
+    ],
+)
+def test_settings_that_llama_cpp_would_ignore_are_refused(change, message):
+    model = load_model(LLAMA, "cpu").model
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(Refusal, match=message):
+        check_gguf(model, merging_tokenizer())
+
+
+def test_other_architectures_are_refused_with_the_form_that_works():
+    with pytest.raises(Refusal, match=r"not for GPT2LMHeadModel; use --format gguf-ready"):
+        check_gguf(load_model("random:tiny-gpt2", "cpu").model, merging_tokenizer())
+
+
+def test_a_weight_beyond_float16_is_refused(tmp_path):
+    loaded = cut_to(LLAMA, ALIKE)
+    loaded.model.model.layers[0].mlp.gate_proj.weight[0, 0] = 1e6
+    with pytest.raises(Refusal, match="too large for float16; use --dtype bfloat16"):
+        write_gguf(loaded.model, loaded.tokenizer, tmp_path / "model.gguf", "float16")
+
+
+def test_a_file_that_was_written_wrongly_is_noticed(tmp_path, monkeypatch):
+    loaded = cut_to(LLAMA, DIFFER)
+    plain = gguf.GGUFWriter.write_tensor_data
+    seen = []
+
+    def wrong(self, values, *more):
+        seen.append(values)
+        plain(self, values * 0 if len(seen) == 5 else values, *more)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", wrong)
+    with pytest.raises(Refusal, match=r"was written wrongly: model\.layers\.0"):
+        write_gguf(loaded.model, loaded.tokenizer, tmp_path / "model.gguf", "float32")
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [ALIKE, NEITHER])
+def test_biases_of_every_matrix_are_computed_by_llama_cpp(shape, tmp_path):
+    loaded, file = cut_to(LLAMA, shape), tmp_path / "model.gguf"
+    generator = torch.Generator().manual_seed(3)
+    for module in loaded.model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            bias = torch.randn(module.out_features, generator=generator) * 0.3
+            module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    write_gguf(loaded.model, loaded.tokenizer, file, "float32")
+    assert_llama_cpp_agrees(loaded, file, 2e-2)
+
+
+def test_mistral_with_a_sliding_window_is_refused():
+    config = transformers.MistralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=257
+    )
+    with pytest.raises(Refusal, match="sliding window"):
+        check_gguf(transformers.MistralForCausalLM(config), merging_tokenizer())
