@@ -192,6 +192,7 @@ def _play(
     wanted |= {mark.digest for entry in entries for mark in entry.marks}
     wanted -= contest.heldout.keys()
     contest.schedules = {digest: one for digest, one in contest.schedules.items() if digest in wanted}
+    contest.write(folder)  # also if all that is wanted is measured already
     with (
         experiment.evaluator("heldout") as evaluator,
         console.stage("measure", len(contest.schedules), "schedules") as stage,
