@@ -48,7 +48,7 @@ llama-server -m model.gguf        # or llama-cli; Ollama: a Modelfile with the l
 ```
 
 The file `model.gguf` holds the weights, the tokenizer and the chat template. Where blocks have different widths, its
-architecture is llama.cpp's `deci`. It was compared with the original implementation by its log-probabilities.""",
+architecture is llama.cpp's `deci`. It was read back after writing, and every tensor compared.""",
 }
 
 
