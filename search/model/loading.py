@@ -25,6 +25,7 @@ from search.model.pretrained import quiet_transformers, read_pretrained, read_to
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
 from search.model.source_files import SourceFiles
 from search.model.sources import locate
+from search.model.unpacked import read_gguf
 
 __all__ = ["LoadedModel", "assemble", "can_be_assembled", "load_for_use", "load_model", "model_digest"]
 
@@ -130,6 +131,8 @@ def load_model(
         if source.folder is None:
             make = shaped_model if source.name in SHAPES else tiny_model
             model, tokenizer = make(source.name, dtype), byte_tokenizer()
+        elif source.gguf is not None:
+            model, tokenizer = read_gguf(source, dtype)
         else:
             model, tokenizer = read_pretrained(source, dtype)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from search.model import loading, sources
 from search.model.devices import resolve_device
 from search.model.loading import LoadedModel, load_for_use, load_model, model_digest
 from search.model.sources import locate
+from search.model.verified_folders import write_digests
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import file_digest
 
@@ -208,7 +209,7 @@ def test_the_unpacked_default_is_made_once_and_again_when_damaged(
         loaded = load_model("random:tiny-llama", "cpu")
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        sources.write_digests(folder)
+        write_digests(folder)
         return folder
 
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
