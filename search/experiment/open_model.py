@@ -5,11 +5,11 @@ Knows the configuration and the model; does not know the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from compression.bonds import discover_bonds, with_bonds
+from compression.bonds import bonds_by_kind, discover_bonds, with_bonds
 from compression.decomposition.joint_menu import multiple_of
 from compression.layers.heads import split_heads_
 from compression.numerics.legs import resolve
@@ -28,12 +28,16 @@ __all__ = ["open_model", "smallest_parameters"]
 
 
 def open_model(
-    config: Config, device: torch.device, loaded: LoadedModel | None = None
+    config: Config,
+    device: torch.device,
+    loaded: LoadedModel | None = None,
+    progress: Callable[[int], None] = lambda percent: None,
 ) -> tuple[LoadedModel, tuple[Site, ...]]:
     """Load the model of a configuration and find its sites.
 
     Args:
-        loaded: the model, if it is already in memory.
+        loaded: the model, if it is already in memory; it may be an outline.
+        progress: as for `load_model`.
 
     Raises:
         ValueError: as for `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
@@ -48,21 +52,24 @@ def open_model(
         place, dtype = device, working_dtype(config.dtype, device)
         if config.device_map is not None:  # the whole model may not fit on one device
             place = torch.device("cpu")
-        loaded = load_model(config.model, place, dtype, config.trust_remote_code)
+        loaded = load_model(config.model, place, dtype, config.trust_remote_code, progress)
     if loaded.positions is not None and loaded.positions < CHUNK_TOKENS:
         raise Refusal(
             f"model must have at least {CHUNK_TOKENS} positions, the length of the calibration texts, got "
             f"{config.model} with {loaded.positions}"
         )
     if config.device_map is not None:
-        spread_(loaded.model, device, devices_of(config.device_map, device))
-    sites = discover_sites(loaded.model)
+        devices = devices_of(config.device_map, device)
+        if not loaded.is_outline:
+            spread_(loaded.model, device, devices)
+    sites = discover_sites(loaded.model, shapes_only=loaded.is_outline)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
             raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")
-        sites = discover_sites(loaded.model)
+        sites = discover_sites(loaded.model, shapes_only=loaded.is_outline)
     if config.form != "factors":
-        sites = with_bonds(sites, discover_bonds(loaded.model, sites))
+        discover = bonds_by_kind if loaded.is_outline else discover_bonds
+        sites = with_bonds(sites, discover(loaded.model, sites))
         _refuse_without_widths(config, sites, device)
     before = sum(site.parameters for site in sites)
     if smallest_parameters(sites, config.form) == before:

@@ -90,10 +90,16 @@ def reading(files: Sequence[Path], reader: Any) -> Iterator[None]:
 def joined_reader(files: Sequence[Path]) -> Any:
     """A reader of the first of some GGUF files that has the tensors of all of them.
 
+    Of the lists of the tokenizer, only that of the tokens keeps its length, and none has texts, see `QuickReader`: the
+    loader of the tensors needs no more, and would parse every entry.
+
     Raises:
         ValueError: as `joined`.
     """
     reader = QuickReader(files[0])
+    for name, field in reader.fields.items():
+        if name.startswith("tokenizer.") and name != "tokenizer.ggml.tokens" and len(field.data) > 1:
+            reader.fields[name] = field._replace(data=[])
     if (count := _number(reader, "split.count") or 1) != len(files):
         raise Refusal(f"{files[0]} is one of {count} files of a model; name them as NAME-00001-of-{count:05}.gguf")
     if len(files) == 1:

@@ -11,7 +11,7 @@ import errno
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,15 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 _PARTS = 8  # the conversion takes at most about this share of a model at a time
 
 
-def read_gguf(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
+def read_gguf(
+    source: Source, dtype: torch.dtype, progress: Callable[[int], None] = lambda percent: None
+) -> tuple[Any, Any]:
     """The model of a GGUF file with memory-mapped parameters, and its tokenizer.
+
+    Args:
+        source: a GGUF model.
+        dtype: dtype of the parameters.
+        progress: called with percents of the conversion as they are done.
 
     Raises:
         ValueError: as for `search.model.pretrained.read_pretrained`.
@@ -54,7 +61,7 @@ def read_gguf(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         except Exception as error:  # as in `read_pretrained`
             raise unusable(source, error) from error
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(unpacked(source, model, dtype).glob("*.safetensors")):
+    for path in sorted(unpacked(source, model, dtype, progress).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -64,13 +71,16 @@ def read_gguf(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def unpacked(source: Source, model: Any, dtype: torch.dtype) -> Path:
+def unpacked(
+    source: Source, model: Any, dtype: torch.dtype, progress: Callable[[int], None] = lambda percent: None
+) -> Path:
     """The folder in the cache with the tensors of a GGUF model, which is made at the first call.
 
     Args:
         source: a GGUF model.
         model: its model without weights, see `search.model.architecture.empty_model`.
         dtype: dtype of the tensors.
+        progress: as for `read_gguf`.
 
     Raises:
         ValueError, DataUnavailable, OSError: as for `read_gguf`.
@@ -85,22 +95,26 @@ def unpacked(source: Source, model: Any, dtype: torch.dtype) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)
                 _check_space(home, model_parameters(model) * dtype.itemsize)
                 with temporary_folder(home, "unpack") as temporary, system_errors(home):
-                    _unpack(source, model, dtype, temporary / "made")
+                    _unpack(source, model, dtype, temporary / "made", progress)
                     (temporary / "made").rename(folder)
     except PermissionError as error:
         raise unwritable(home, error) from error
     return folder
 
 
-def _unpack(source: Source, model: Any, dtype: torch.dtype, made: Path) -> None:
+def _unpack(source: Source, model: Any, dtype: torch.dtype, made: Path, progress: Callable[[int], None]) -> None:
     """Write the tensors of a model into the new folder `made`."""
     shapes = _shapes(model)
     made.mkdir()
     written: dict[str, torch.Size] = {}
+    total, percent = sum(shape.numel() for shape in shapes.values()), 0
     for number, tensors in enumerate(_converted(source, model, dtype)):
         taken = {name: values for name, values in tensors.items() if name in shapes}
         save_file(taken, made / f"part-{number:05}.safetensors")
         written |= {name: values.shape for name, values in taken.items()}
+        done = 100 * sum(shape.numel() for shape in written.values()) // total
+        progress(done - percent)
+        percent = done
     if written != shapes:  # transformers knows how to convert the whole, or says what is missing
         shutil.rmtree(made)
         made.mkdir()
