@@ -67,7 +67,9 @@ class BlockStatistics:
     def _load(self, block: int) -> Bundle:
         bundle = self._cache.load(self._of(block))
         if bundle is None:
-            raise Refusal(f"the statistics of block {block} are missing or damaged in the cache; start again to make them")
+            raise Refusal(
+                f"the statistics of block {block} are missing or damaged in the cache; start again to make them"
+            )
         return bundle
 
     def _of(self, block: int) -> str:

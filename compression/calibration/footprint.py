@@ -54,7 +54,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Holds the bytes needed by the phases of `compression.calibration.streaming.stream`, with a two-sided `lowrank` decomposition of every site.
+    """Holds the bytes needed by the phases of `stream`, with a two-sided `lowrank` decomposition of every site.
 
     Attributes:
         ends: the embedding or head with one row of logits, its softmax, cumulative sum and gradients in float32.

@@ -200,7 +200,8 @@ def factor_store(
     weights = {
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
-    return FactorStore(sites, weights, calibration, calibration.key, calibration.shrinkage, cache)
+    how = calibration.key, calibration.shrinkage
+    return FactorStore(sites, weights, calibration, *how, cache, half=calibration.by_block)
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

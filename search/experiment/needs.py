@@ -54,7 +54,7 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         written = 3 * kept  # of two passes, and the state of an unfinished one
     square = max(max(site.out_features, site.in_features) for site in sites) ** 2
     lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
-    factors = 4 * (2 * lowrank + sum(site.parameters for site in sites))
+    factors = (2 if calibration.by_block else 4) * (2 * lowrank + sum(site.parameters for site in sites))
     return (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),

@@ -70,8 +70,8 @@ def check_space(experiment: Experiment, note: Callable[[str], None]) -> None:
     if available is not None and experiment.device.type == "cpu" and hungriest.memory > available:
         smaller = "; --dtype bfloat16 halves the model" if experiment.loaded.model.dtype == torch.float32 else ""
         note(
-            f"stage {hungriest.stage} takes about {hungriest.memory / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB "
-            f"are available{smaller}"
+            f"stage {hungriest.stage} takes about {hungriest.memory / 1e9:.1f} GB of memory, and "
+            f"{available / 1e9:.1f} GB are available{smaller}"
         )
     calibration.cache.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(calibration.cache.root).free

@@ -1,7 +1,7 @@
 """Reads the header of a GGUF file as gguf.GGUFReader does, but in a fraction of the time.
 
-gguf makes several objects of every entry of a list, which takes 15 s for a vocabulary of 150,000 tokens with its merges,
-and transformers parses each entry again. Knows the file format; does not know models.
+gguf makes several objects of every entry of a list, which takes 15 s for a vocabulary of 150,000 tokens with its
+merges, and transformers parses each entry again. Knows the file format; does not know models.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class QuickReader(gguf.GGUFReader):  # type: ignore[misc]
             if item == types.STRING:
                 at = start
                 for _ in range(entries):
-                    at += 8 + struct.unpack_from("<Q", raw, at)[0]
+                    at += 8 + struct.unpack_from("<Q", raw.data, at)[0]
                 return at - orig_offs, [kind, count, raw[:0]], [2] * entries, [types.ARRAY, item]
             if item in self.gguf_scalar_to_np:
                 number = np.dtype(self.gguf_scalar_to_np[item])

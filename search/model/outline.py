@@ -15,7 +15,7 @@ from search.model.architecture import empty_model
 from search.model.gguf_shards import joined
 from search.model.loading import LoadedModel, parameters_as
 from search.model.pretrained import quiet_transformers, read_tokenizer, unusable
-from search.model.random_models import SHAPES, TINY, byte_tokenizer
+from search.model.random_models import TINY, byte_tokenizer
 from search.model.source_files import SourceFiles
 from search.model.sources import locate
 
@@ -51,7 +51,9 @@ def outline(name: str, device: torch.device, dtype: torch.dtype, trusted: bool =
         where = {} if source.gguf is None else {"gguf_file": source.gguf}
         try:
             with quiet_transformers():
-                tokenizer = byte_tokenizer() if source.folder is None else read_tokenizer(source.folder, trusted, **where)
+                tokenizer = (
+                    byte_tokenizer() if source.folder is None else read_tokenizer(source.folder, trusted, **where)
+                )
         except Exception as error:  # as in `search.model.pretrained.read_pretrained`
             raise unusable(source, error) from error
     files = SourceFiles.of(source)

@@ -11,8 +11,8 @@ import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import torch

@@ -20,7 +20,9 @@ def intact(folder: Path) -> bool:
     """Whether a folder holds the files that `write_digests` listed and no others. Lists those of an earlier version."""
     try:
         text = (folder / "sha256").read_text(encoding="utf-8")
-        if "  " not in text and text == remembered_digest(folder / "model.safetensors"):  # earlier versions wrote no more
+        if "  " not in text and text == remembered_digest(
+            folder / "model.safetensors"
+        ):  # earlier versions wrote no more
             write_digests(folder)
             return True
         listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}

@@ -101,8 +101,11 @@ def plan(config: Config) -> Mapping[str, object]:
         "cost": {
             "forward_tokens": forward,
             "estimated_minutes": round(forward * experiment.seconds_per_token() / 60 + config.heal_minutes, 1),
-            "needs": [dataclasses.asdict(need) for need in needs(experiment)],
             "statistics_cached": experiment.calibration.is_cached,
+        },
+        "needs": {
+            need.stage: {"memory_gb": round(need.memory / 1e9, 1), "cache_gb": round(need.disk / 1e9, 1)}
+            for need in needs(experiment)
         },
         "device": f"{_devices(loaded.model, device)}, {str(loaded.model.dtype).removeprefix('torch.')}, "
         f"{torch.get_num_threads()} threads",

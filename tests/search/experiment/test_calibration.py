@@ -45,7 +45,8 @@ def test_a_killed_calibration_continues_and_gives_the_same(
     monkeypatch.setattr(calibration, "_PAUSE", -1.0)
     monkeypatch.setattr(calibration, "_REST", -1.0)
     first = made(loaded, tmp_path, "killed")
-    (first if killed_in == "weighted" else first.unweighted).progress = kill
+    parts = {"unweighted": first.unweighted, "weighted": first}
+    parts[killed_in].progress = kill
     with pytest.raises(Killed):
         first()
     seen: list[int] = []
@@ -63,6 +64,7 @@ def test_a_killed_calibration_continues_and_gives_the_same(
     assert part.tokens_done == 0
 
 
+@pytest.mark.slow
 def test_by_block_the_moments_are_the_same_but_for_rounding_and_a_killed_calibration_continues(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from search.model.loading import load_model
 from search.model.source_files import SourceFiles
 from search.model.sources import locate
 
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
