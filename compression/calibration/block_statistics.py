@@ -38,7 +38,6 @@ class BlockStatistics:
     def has(self, block: int) -> bool:
         return self._cache.has(self._of(block))
 
-    @property
     def complete(self) -> bool:
         return all(map(self.has, self.blocks))
 

@@ -108,27 +108,30 @@ class FactorCache:
 
     def store(self, key: str, bundle: Bundle) -> None:
         """Write the bundle of `key`; the complete file appears at once, or no file does."""
-        if self.root is None:
-            return
+        if self.root is not None:
+            self._write(key, bundle)
+
+    def _write(self, key: str, bundle: Bundle) -> Path:
+        """Write the bundle of `key`; returns its file."""
         folder = self._folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {**bundle.metadata, _KEY: key, **self._made_for}
         with new_tensor_file(folder / key, bundle.tensors, metadata) as partial:
-            partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
+            written = partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
         for path in folder.glob(f"{key}.*.safetensors"):
             header = _header(path)
             if header is not None and _KEY not in header:
                 path.unlink(missing_ok=True)
+        return written
 
     def replace(self, key: str, bundle: Bundle) -> None:
         """Write another bundle of `key` and remove the earlier ones; one of them is complete at any time."""
         if self.root is None:
             return
         earlier = list(self._folder(key).glob(f"{key}.*.safetensors"))
-        self.store(key, bundle)
-        newest = max(self._folder(key).glob(f"{key}.*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        written = self._write(key, bundle)
         for path in earlier:
-            if path != newest:
+            if path != written:
                 path.unlink(missing_ok=True)
 
     def drop(self, key: str) -> None:

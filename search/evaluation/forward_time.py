@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _SHARE = 8  # the output head is timed with one of this many of its rows
 def seconds_per_token(model: Any, tokens: int) -> float:
     """Seconds per token of a forward pass, measured now on two rows of `tokens` tokens."""
     ids = torch.ones(2, tokens, dtype=torch.long, device=model.device)
-    return _fastest(lambda: model(ids, use_cache=False).logits[0, 0, 0]) / ids.numel()
+    return _fastest(lambda: model(ids, use_cache=False).logits) / ids.numel()
 
 
 @torch.inference_mode()
@@ -35,13 +36,13 @@ def seconds_per_token_by_parts(model: Any, tokens: int) -> float:
     blocks, [hidden] = record_blocks(model, names, [(ids, torch.ones_like(ids, dtype=torch.bool))])
     total = 0.0
     for alike in kinds.values():
-        block = blocks[alike[0]]
-        total += len(alike) * _fastest(lambda block=block: block.forward(0, hidden)[0, 0, 0])
+        run = partial(blocks[alike[0]].forward, 0, hidden)
+        total += len(alike) * _fastest(run)
     head = model.get_output_embeddings()
     if head is not None:
         rows = head.weight[: max(1, len(head.weight) // _SHARE)]
         states = hidden.to(rows.dtype)
-        total += len(head.weight) / len(rows) * _fastest(lambda: (states @ rows.T)[0, 0, 0])
+        total += len(head.weight) / len(rows) * _fastest(lambda: states @ rows.T)
     return total / tokens
 
 
@@ -50,6 +51,6 @@ def _fastest(run: Callable[[], torch.Tensor]) -> float:
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        float(run())
+        float(run()[0, 0, 0])
         times.append(time.perf_counter() - start)
     return min(times)

@@ -83,7 +83,7 @@ class Calibration:
     @property
     def is_cached(self) -> bool:
         """Whether the cache has the statistics."""
-        return self._blocks.complete if self.by_block else self.cache.has(self.key)
+        return self._blocks.complete() if self.by_block else self.cache.has(self.key)
 
     @property
     def parts(self) -> Sequence[tuple[str, Calibration]]:
@@ -164,7 +164,7 @@ class Calibration:
         """Make sure that the cache has the statistics of every block. One process makes them, and others wait."""
         blocks, root = self._blocks, self.cache.root
         assert root is not None
-        if blocks.complete:
+        if blocks.complete():
             return
         model, kept = self.loaded.model, root / "unfinished" / self.key
 
@@ -172,7 +172,7 @@ class Calibration:
             blocks.store(sites[0].block, statistics)
 
         with exclusive(root / "unfinished" / f"{self.key}.lock"), ResidentModel(model, self.sites) as resident:
-            if blocks.complete:
+            if blocks.complete():
                 return
             generator = torch.Generator(device=model.device).manual_seed(self.seed)
             batches = list(calibration_batches(self.loaded, self.text, self.seed))

@@ -167,7 +167,8 @@ class ResidentModel(StreamedModel):
 
     def block(self, index: int) -> nn.Module:
         """See `BlockwiseModel`."""
-        return self._templates[index]
+        template: nn.Module = self._templates[index]
+        return template
 
     @contextmanager
     def _loaded(self, module: nn.Module) -> Iterator[None]:
