@@ -14,7 +14,7 @@ from compression.sites import model_parameters
 from search.model.architecture import empty_model
 from search.model.gguf_shards import joined
 from search.model.loading import LoadedModel, parameters_as
-from search.model.pretrained import quiet_transformers, read_tokenizer, unusable
+from search.model.pretrained import quiet_transformers, read_tokenizer, refuse_quantized, unusable
 from search.model.random_models import TINY, byte_tokenizer
 from search.model.source_files import SourceFiles
 from search.model.sources import locate
@@ -48,6 +48,7 @@ def outline(name: str, device: torch.device, dtype: torch.dtype, trusted: bool =
         model = empty_model(source)
         if model_parameters(model) * dtype.itemsize < LARGE:
             return None
+        refuse_quantized(source, model.config)
         where = {} if source.gguf is None else {"gguf_file": source.gguf}
         try:
             with quiet_transformers():

@@ -22,6 +22,7 @@ __all__ = [
     "quiet_transformers",
     "read_pretrained",
     "read_tokenizer",
+    "refuse_quantized",
     "unusable",
     "with_attention",
 ]
@@ -93,12 +94,22 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
             f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
         )
     _refuse_ignored(source, model, info["unexpected_keys"])
-    if getattr(model.config, "quantization_config", None) is not None:
-        if source.gguf is None:
-            raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
+    if source.gguf is None:
+        refuse_quantized(source, model.config)
+    elif getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
+
+
+def refuse_quantized(source: Source, config: Any) -> None:
+    """Refuse a model whose config says that its weights are quantized.
+
+    Raises:
+        Refusal: names the model.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
 
 
 def _refuse_ignored(source: Source, model: Any, unexpected: Iterable[str]) -> None:

@@ -43,7 +43,7 @@ def test_stored_statistics_take_what_is_estimated(
     opened.calibration()
     stored = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     kept = moment_bytes(opened.sites) // (4 if by_block else 2)
-    assert kept < stored < 1.3 * kept  # names and diagonals come on top
+    assert kept < stored < 1.5 * kept  # names and diagonals come on top
     assert calibrate.disk > kept
     assert decompose.disk > kept
 
