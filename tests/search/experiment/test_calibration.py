@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression import discover_sites
-from compression.storage.factor_cache import FactorCache
+from compression import FactorCache, FactorStore, Statistics, dense_weight, discover_sites
+from compression.allocation.menu import Menu
 from search.data.splits import Text
 from search.experiment import calibration
 from search.experiment.calibration import Calibration
@@ -26,6 +26,12 @@ def made(loaded: LoadedModel, root: Path, name: str) -> Calibration:
     return Calibration(
         loaded, discover_sites(loaded.model), Text(prose, (), frozenset()), 0, 0.05, FactorCache(root / name)
     )
+
+
+def menu_of(loaded: LoadedModel, statistics: Statistics) -> Menu:
+    sites = discover_sites(loaded.model)
+    weights = {site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites}
+    return FactorStore(sites, weights, lambda: statistics, "key", 0.05, FactorCache(None)).menu()
 
 
 class Killed(Exception):
@@ -79,6 +85,8 @@ def test_by_block_the_moments_are_the_same_but_for_rounding_and_a_killed_calibra
             moment, other = found(site.name), known(site.name)
             scale = other.diagonal().sqrt()
             assert ((moment - other).abs() <= 1e-4 * scale * scale[:, None]).all()
+    for ours, theirs in zip(menu_of(loaded, whole).sites, menu_of(loaded, exact).sites, strict=True):
+        assert ours.cost == pytest.approx(theirs.cost, rel=1e-3, abs=1e-9)
     first = made(loaded, tmp_path, "killed")
     passes = 4 * (1 + 3 * 3)
     for stop in (3, 17, 25):  # in the forward pass, in the first and in the second pass backward through the last block
