@@ -221,7 +221,7 @@ class Workload:
         agree = compared.logits.argmax(-1) == batch.dense.choice
         owner = batch.owner[: batch.compared]
         text = self._is_text[batch.owner.cpu()]
-        branches = batch.branch[batch.branch >= 0].cpu().unique()
+        branches = torch.unique(batch.branch[batch.branch >= 0].cpu())
         contributions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             "kl": (owner, kl),
             "agree": (owner, agree),
