@@ -221,14 +221,14 @@ class Workload:
         agree = compared.logits.argmax(-1) == batch.dense.choice
         owner = batch.owner[: batch.compared]
         text = self._is_text[batch.owner.cpu()]
-        branches = torch.unique(batch.branch[batch.branch >= 0].cpu())
+        branches = batch.branch[batch.branch >= 0].cpu().bincount(minlength=len(self._branch_owner)) > 0
         contributions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             "kl": (owner, kl),
             "agree": (owner, agree),
             "compared": (owner, torch.ones_like(kl)),
             "nll": (batch.owner, torch.where(text, -chosen.cpu().double(), 0.0)),
             "scored": (batch.owner, text),
-            "branches": (self._branch_owner[branches], torch.ones(len(branches))),
+            "branches": (self._branch_owner, branches),
         }
         sums = {
             name: _scatter(torch.zeros(len(self.sequences), dtype=torch.float64), place, values)
