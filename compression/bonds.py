@@ -18,7 +18,7 @@ from torch import nn
 
 from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
-from compression.sites import Cut, Site, dense_weight, put_modules
+from compression.sites import Cut, Site, dense_weight, expert_of, put_modules
 
 __all__ = [
     "Bond",
@@ -91,7 +91,7 @@ def discover_bonds(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
         parent: list(_candidates(parent, model.get_submodule(parent), indices_of))
         for parent, indices_of in inside.items()
     }
-    calls = first_calls(model, [parent for parent, found in candidates.items() if found])
+    calls = _shared_calls(first_calls(model, [parent for parent, found in candidates.items() if found]), inside)
     held = []
     for parent, found in candidates.items():
         for bond in found if parent in calls else ():
@@ -163,6 +163,15 @@ def _candidates(parent: str, module: nn.Module, inside: Sequence[Site]) -> Itera
     if groups > 1 and not reader.in_features % groups and not any(out % (groups * size) for out in outs):
         rows = tuple(out // groups for out in outs)
         yield Bond(parent, reader.block, "heads", names, reader.name, groups, rows, reader.in_features // groups)
+
+
+def _shared_calls(
+    calls: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]], inside: Mapping[str, Sequence[Site]]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Returns the calls, and for an expert that the short text did not reach the call of another one of its list."""
+    lists = {parent: expert[0] for parent, sites in inside.items() if (expert := expert_of(sites[0])) is not None}
+    of_list = {lists[parent]: call for parent, call in calls.items() if parent in lists}
+    return {**{parent: of_list[name] for parent, name in lists.items() if name in of_list}, **calls}
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ modules that replace dense ones (see `compression.layers.skeleton`). The archite
 In a process without this plug-in, transformers does not know the method and would fill the missing dense weights with
 random numbers. To prevent that, the folder stores, for every compressed matrix, a tensor of another shape under the
 name of the dense weight, on which such a process raises: an empty one, or the matrix itself if it is a plain one that
-lost rows or columns. Which rows and columns are left is stored beside it (see `compression.layers.kept`). This also
+lost rows or columns. Experts that were taken apart have empty ones under the names of their fused tensors. Tensors are
+stored under the names of the modules, whatever names the architecture gives them in its own files. Which rows and columns are left is stored beside it (see `compression.layers.kept`). This also
 protects the folders that `save_pretrained` and Trainer write, and needs no special file name. The header of each weight
 file holds the sha256 of every tensor, the values of config.json and the descriptions of the compressed modules. All of
 that is verified before any tensor is used, so that a config with another epsilon or activation is refused too.
@@ -91,6 +92,10 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return whether `save_pretrained` works; it does."""
         return True
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Return no conversions: the files hold the tensors under the names of the modules."""
+        return []
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
@@ -166,7 +171,12 @@ def lora_layers() -> dict[type, type]:
 
 def _placeholders(modules: Mapping[str, Any]) -> set[str]:
     """Return the names of the empty tensors; a plain matrix that lost rows or columns has its own weight instead."""
-    return {f"{name}.weight" for name, each in modules.items() if each["kind"] != "linear"}
+    return {
+        f"{name}.{tensor}"
+        for name, each in modules.items()
+        if each["kind"] != "linear"
+        for tensor in each.get("tensors", ("weight",))
+    }
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:

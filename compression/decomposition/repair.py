@@ -23,6 +23,9 @@ site that reads it receives only their values, x̂_S. Its start is the exact ref
 A start from the columns of W, without the refit, ends with a larger error on other text: the sequences of a repair are
 too few for the correction to find the refit by itself.
 
+Experts of a mixture are not corrected: the compressed model routes other tokens to them than the dense one, so that no
+rows of the two belong together, and each expert reads too few of them.
+
 Matching dense outputs from compressed inputs goes back to the layer-wise reconstruction of channel pruning (He, Zhang &
 Sun 2017).
 """
@@ -50,7 +53,7 @@ from compression.numerics.legs import resolve
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
-from compression.sites import Site, check_widths, dense_weight, put_modules
+from compression.sites import Site, check_widths, dense_weight, expert_of, put_modules
 
 __all__ = ["repair_"]
 
@@ -117,14 +120,17 @@ def repair_(
                     _start(site, taken[site.name], schedule[site.name], statistics, shrinkage, elimination)
                     for site in group
                 ]
-                inputs, drift, missing = targets.moments(place, states, starts)
-                for site, start, cross in zip(group, starts, missing, strict=True):
+                found = None if expert_of(group[0]) else targets.moments(place, states, starts)
+                for at, (site, start) in enumerate(zip(group, starts, strict=True)):
                     weight = start.weight
                     gradient = _part(statistics.gradient(site.name).to(weight), start.rows)
-                    if cross is not None:
-                        weight = weight + _correction(inputs, cross, gradient)
-                    dense_inputs = _part(statistics.input(site.name).to(weight), start.columns)
-                    metrics = dense_inputs + drift if correct else inputs.sum(0), gradient
+                    seen = _part(statistics.input(site.name).to(weight), start.columns)
+                    if found is not None:
+                        inputs, drift, missing = found
+                        if (cross := missing[at]) is not None:
+                            weight = weight + _correction(inputs, cross, gradient)
+                        seen = seen + drift if correct else inputs.sum(0)
+                    metrics = seen, gradient
                     old, choice = taken[site.name], schedule[site.name]
                     new = _compressed(old, weight, choice, *metrics, start.rows, shrinkage)
                     shape = site.out_features, site.in_features
@@ -283,9 +289,13 @@ class _Targets:
         self._weights = {name: dense_weight(module).double() for name, module in dense.items()}
         self._biases = {name: _bias(module) for name, module in dense.items()}
         with ExitStack() as stack:
-            self._inputs = [stack.enter_context(block.caught(group[0])) for group in groups]
+            self._inputs = [
+                [] if expert_of(group[0]) else stack.enter_context(block.caught(group[0])) for group in groups
+            ]
             self.outputs = block.run(states)
         for number in range(len(groups)):
+            if expert_of(groups[number][0]):
+                continue
             with block.silent(self._later(number)):
                 if self._writes(number, states[0]):
                     self._streams[number] = block.run(states) if self._later(number) else self.outputs

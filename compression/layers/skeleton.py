@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from compression.bonds import linear_layer
+from compression.layers.experts import Experts
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import keep_, kept
 from compression.layers.mpo_linear import MPOLinear
@@ -45,6 +46,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
           MPO, "topology", "bonds" and "bias". A packed linear layer has "bias" and "tied": the name of the embedding
           that holds its matrix, or "".
         * For a linear layer that lost rows or columns: {"kind": "linear", "bias"}.
+        * For a layer of experts that was taken apart: {"kind": "experts", "tensors": names of the fused tensors}. Its
+          experts have their own descriptions.
 
         All that lost rows or columns also have "shape": those that are left.
     """
@@ -55,6 +58,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             found[name] = {"kind": "mpo", "topology": topology, "bonds": bonds, "bias": module.bias is not None}
         elif isinstance(module, HeadLinear):
             found[name] = {"kind": "heads", "size": module.size, "along_output": module.along_output}
+        elif isinstance(module, Experts):
+            found[name] = {"kind": "experts", "tensors": module.tensors}
         elif isinstance(module, PackedMPO):
             topology, bonds = leg_name(module.legs), list(module.bonds)
             plain = {"kind": "packed-mpo", "topology": topology, "bonds": bonds, "bias": module.bias is not None}
@@ -93,6 +98,9 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
     # Containers before their parts, and layers that share a matrix after the embedding that holds it.
     for name in sorted(descriptions, key=lambda name: (bool(_get(descriptions[name], "tied")), name)):
         description = descriptions[name]
+        if _get(description, "kind") == "experts":
+            _take_apart_(model, name, description)
+            continue
         try:
             dense = model.get_submodule(name)
             weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
@@ -101,7 +109,8 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             raise Refusal(f"compressed module {name:.200}: the model has no matrix of this name") from None
         kind = _get(description, "kind")
         if kind not in makers:
-            raise Refusal(f"compressed module {name}: kind must be {' or '.join(makers)}, got {kind!r:.80}")
+            kinds = " or ".join((*makers, "experts"))
+            raise Refusal(f"compressed module {name}: kind must be {kinds}, got {kind!r:.80}")
         try:
             if _get(description, "tied"):
                 holder = model.get_submodule(description["tied"])
@@ -114,6 +123,17 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             raise Refusal(f"compressed module {name} does not fit a matrix {shape}: {error}") from None
     _check_bonds(model, shapes)
     return shapes
+
+
+def _take_apart_(model: nn.Module, name: str, description: Mapping[str, Any]) -> None:
+    """Take a fused layer of experts apart, without looking at its values."""
+    try:
+        apart = Experts(model.get_submodule(name))
+    except (AttributeError, ValueError) as error:
+        raise Refusal(f"compressed module {name:.200}: {error}") from None
+    if description.get("tensors") != apart.tensors:
+        raise Refusal(f"compressed module {name}: tensors must be {apart.tensors}, got {description.get('tensors')!r:.80}")
+    model.set_submodule(name, apart)
 
 
 def _check_bonds(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from compression.bonds import discover_bonds, with_bonds
 from compression.decomposition.joint_menu import multiple_of
+from compression.layers.experts import take_apart_
 from compression.layers.heads import split_heads_
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
@@ -24,7 +25,7 @@ from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model
 from search.model.spreading import devices_of, spread_
 
-__all__ = ["open_model", "smallest_parameters"]
+__all__ = ["open_model", "smallest_parameters", "staying_dense"]
 
 
 def open_model(
@@ -56,6 +57,7 @@ def open_model(
         )
     if config.device_map is not None:
         spread_(loaded.model, device, devices_of(config.device_map, device))
+    take_apart_(loaded.model)
     sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
@@ -66,15 +68,36 @@ def open_model(
         _refuse_without_widths(config, sites, device)
     before = sum(site.parameters for site in sites)
     if smallest_parameters(sites, config.form) == before:
-        why = next((site.dense_because for site in sites if site.dense_because), "") or "its matrices are too small"
+        why = staying_dense(sites) or "its matrices are too small"
         raise Refusal(f"no matrix of {config.model} can be made smaller: {why}")
     smallest = smallest_parameters(sites, config.form) / before
     if config.target_kept < smallest:
+        why = f"; {stay}" if (stay := staying_dense(sites)) else ""
         raise Refusal(
             f"target_kept must be at least {smallest:.4f}, the smallest fraction that this model can keep with "
-            f"form {config.form}, got {config.target_kept}"
+            f"form {config.form}, got {config.target_kept}{why}"
         )
     return loaded, sites
+
+
+def staying_dense(sites: Sequence[Site]) -> str:
+    """What stays dense: for each reason the share of the sites' parameters and the first matrix; largest share first.
+
+    Returns:
+        An empty text if everything can be tensorized.
+    """
+    total = sum(site.parameters for site in sites)
+    reasons: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.dense_because:
+            reasons.setdefault(site.dense_because, []).append(site)
+    ordered = sorted(reasons.items(), key=lambda pair: -sum(site.parameters for site in pair[1]))
+    parts = (
+        f"{sum(site.parameters for site in staying) / total:.1%} of the parameters stay dense, such as "
+        f"{staying[0].name}: {reason}"
+        for reason, staying in ordered
+    )
+    return "; ".join(parts)
 
 
 def smallest_parameters(sites: Sequence[Site], form: Form) -> int:

@@ -303,6 +303,7 @@ def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
         for name in original:
             merge_(model, skeleton, only=name)
         model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+        model._weight_conversions = []  # names of modules, as `ChiselQuantizer` reads them
         yield
     finally:
         for owner, key in _attached(model):
@@ -315,7 +316,12 @@ def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _attached(model: Any) -> list[tuple[Any, str]]:
-    return [(model, "hf_quantizer"), (model.config, "quantization_config"), (model.config, "auto_map")]
+    return [
+        (model, "hf_quantizer"),
+        (model, "_weight_conversions"),
+        (model.config, "quantization_config"),
+        (model.config, "auto_map"),
+    ]
 
 
 @contextmanager
