@@ -11,10 +11,10 @@ by gᵀG⁻¹g and in G by xᵀC⁻¹x, each divided by its mean over the batch.
 flip-flop iteration for a Kronecker covariance (Dutilleul 1999). Both passes must use the same text: on other text the
 gradients have such heavy tails that a few tokens would outweigh all others.
 
-An expert of a mixture reads only the tokens that are routed to it, n of N. Its C is the mean over these n, its G the sum
+An expert of a mixture reads only the n of N tokens that are routed to it. Its C is the mean over these n, its G the sum
 over them divided by N, so that ½·tr(G E C Eᵀ) is the cost per token of the text. Both are shrunk towards those of all
-experts of the layer, see `compression.numerics.pooled_moments`, and n counts half a token more, so that an expert that
-the text never reaches is not free. A row whose input or gradient is zero contributes nothing and does not count.
+experts of the layer (`compression.numerics.pooled_moments`), and n counts half a token more, so that an expert that the
+text never reaches is not free. A row whose input or gradient is zero contributes nothing and does not count.
 
 Knows torch modules and token batches; does not know tokenizers or files. Each batch takes one forward and one backward
 pass, without weight gradients.

@@ -49,14 +49,24 @@ class _Layout:
         """Returns the layout of a fused layer, or None if a module is none or one of an unknown layout."""
         tensors = dict(fused.named_parameters())
         first, down = tensors.get("gate_up_proj", tensors.get("up_proj")), tensors.get("down_proj")
-        if first is None or down is None or first.ndim != 3 or down.ndim != 3 or next(fused.buffers(), None) is not None:
+        if (
+            first is None
+            or down is None
+            or first.ndim != 3
+            or down.ndim != 3
+            or next(fused.buffers(), None) is not None
+        ):
             return None
         gated = "gate_up_proj" in tensors
         name, parts = "gate_up_proj" if gated else "up_proj", 2 if gated else 1
         straight = first.shape[1] == parts * down.shape[2] and first.shape[2] == down.shape[1]
         transposed = first.shape[2] == parts * down.shape[1] and first.shape[1] == down.shape[2]
         matrices, biases = {name, "down_proj"}, {f"{name}_bias", "down_proj_bias"}
-        if len(first) != len(down) or not (straight or transposed) or tensors.keys() not in (matrices, matrices | biases):
+        if (
+            len(first) != len(down)
+            or not (straight or transposed)
+            or tensors.keys() not in (matrices, matrices | biases)
+        ):
             return None
         origin = copy.copy(fused)
         vars(origin)["_parameters"] = {}

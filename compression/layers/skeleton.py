@@ -132,7 +132,9 @@ def _take_apart_(model: nn.Module, name: str, description: Mapping[str, Any]) ->
     except (AttributeError, ValueError) as error:
         raise Refusal(f"compressed module {name:.200}: {error}") from None
     if description.get("tensors") != apart.tensors:
-        raise Refusal(f"compressed module {name}: tensors must be {apart.tensors}, got {description.get('tensors')!r:.80}")
+        raise Refusal(
+            f"compressed module {name}: tensors must be {apart.tensors}, got {description.get('tensors')!r:.80}"
+        )
     model.set_submodule(name, apart)
 
 
