@@ -294,11 +294,7 @@ def model_bytes(model: nn.Module) -> int:
 
 def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:
     """Yields every parameter of two or more axes in a block, checked. `prefix` is the name of the block."""
-    routed = {
-        path.rpartition(".")[0]: len(module)
-        for path, module in block.named_modules()
-        if isinstance(module, nn.ModuleList) and any(_is_linear(inner) for inner in module.modules())
-    }
+    routed = {path.rpartition(".")[0]: count for path, module in block.named_modules() if (count := _experts(module))}
     for path, module in block.named_modules():
         experts = routed.get(path.rpartition(".")[0], 0)
         if _is_linear(module):
@@ -319,6 +315,15 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
             inner = f"{path}.{name}".removeprefix(".").removesuffix(".weight")
             check_weight(f"{prefix}.{inner}", values, shapes_only)
             yield _Matrix(inner, values, values, _router(values, experts) or _not_linear(module, values))
+
+
+def _experts(module: nn.Module) -> int:
+    """The number of experts that a router or a layer of experts states, or that such a layer holds; otherwise 0."""
+    stated = getattr(module, "num_experts", None)
+    if isinstance(stated, int):
+        return stated
+    held = isinstance(module, nn.ModuleList) and any(_is_linear(inner) for inner in module.modules())
+    return len(module) if held else 0  # type: ignore[arg-type]
 
 
 def _router(values: torch.Tensor, experts: int) -> str:

@@ -7,105 +7,16 @@ stays what it is: it still hands the layer the tokens, the numbers of their expe
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from compression.bonds import linear_layer, tolerance
+from compression.layers.expert_layout import ExpertLayout
 from compression.refusal import Refusal
 
 __all__ = ["Expert", "Experts", "experts_apart", "take_apart_"]
 
 _ROWS, _CHOSEN = 16, 2  # rows, and experts of each row, of the test that a layer computes the same when taken apart
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Describes how a fused layer stores its matrices and what it computes between them.
-
-    Attributes:
-        origin: the fused layer without its tensors; it knows the activation.
-        gated: whether a gate multiplies the hidden values; gate and up are then stored in one tensor.
-        transposed: whether matrices are stored as (in, out).
-        interleaved: whether rows of gate and up alternate; otherwise all of gate come first.
-        biased: whether the matrices have biases.
-        routed: whether the layer is told the experts of each row; otherwise it receives equally many rows for each
-            expert, in the order of the experts.
-    """
-
-    origin: nn.Module
-    gated: bool
-    transposed: bool
-    interleaved: bool
-    biased: bool
-    routed: bool
-
-    @classmethod
-    def of(cls, fused: nn.Module) -> _Layout | None:
-        """Returns the layout of a fused layer, or None if a module is none or one of an unknown layout."""
-        tensors = dict(fused.named_parameters())
-        first, down = tensors.get("gate_up_proj", tensors.get("up_proj")), tensors.get("down_proj")
-        if (
-            first is None
-            or down is None
-            or first.ndim != 3
-            or down.ndim != 3
-            or next(fused.buffers(), None) is not None
-        ):
-            return None
-        gated = "gate_up_proj" in tensors
-        name, parts = "gate_up_proj" if gated else "up_proj", 2 if gated else 1
-        straight = first.shape[1] == parts * down.shape[2] and first.shape[2] == down.shape[1]
-        transposed = first.shape[2] == parts * down.shape[1] and first.shape[1] == down.shape[2]
-        matrices, biases = {name, "down_proj"}, {f"{name}_bias", "down_proj_bias"}
-        if (
-            len(first) != len(down)
-            or not (straight or transposed)
-            or tensors.keys() not in (matrices, matrices | biases)
-        ):
-            return None
-        origin = copy.copy(fused)
-        vars(origin)["_parameters"] = {}
-        interleaved = not getattr(fused, "is_concatenated", True)
-        arguments = list(inspect.signature(fused.forward).parameters.values())
-        routed = sum(each.kind != each.KEYWORD_ONLY for each in arguments) > 1
-        return cls(origin, gated, not straight, interleaved, len(tensors) > 2, routed)
-
-    @property
-    def first(self) -> str:
-        """Name of the tensor that holds the matrices that read the layer's input."""
-        return "gate_up_proj" if self.gated else "up_proj"
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the fused tensors."""
-        names = [self.first, "down_proj"]
-        return names + [f"{name}_bias" for name in names] if self.biased else names
-
-    def hidden(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """Returns what an expert makes of the outputs of its first matrices, each (…, width)."""
-        if gate is None:
-            values: torch.Tensor = self.origin.act_fn(up)  # type: ignore[operator]
-        elif hasattr(self.origin, "_apply_gate"):
-            joined = torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
-            values = self.origin._apply_gate(joined)  # type: ignore[operator]
-        else:
-            values = self.origin.act_fn(gate) * up  # type: ignore[operator]
-        return values
-
-    def split(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Returns the rows of gate and of up, or those of up alone."""
-        if not self.gated:
-            return (values,)
-        return (values[::2], values[1::2]) if self.interleaved else values.chunk(2)
-
-    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns the rows from which `split` makes these parts."""
-        return torch.stack(tuple(parts), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(parts))
 
 
 class Expert(nn.Module):
@@ -116,7 +27,7 @@ class Expert(nn.Module):
         layout: how the layer that they come from computes its hidden values.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], layout: _Layout) -> None:
+    def __init__(self, layers: dict[str, nn.Linear], layout: ExpertLayout) -> None:
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -137,19 +48,20 @@ class Experts(nn.ModuleList):
 
     Attributes:
         tensors: names of the tensors of the fused layer.
+        num_experts: number of experts.
 
     Raises:
         ValueError: the module is no fused layer of a known layout.
     """
 
     def __init__(self, fused: nn.Module) -> None:
-        layout = _Layout.of(fused)
+        layout = ExpertLayout.of(fused)
         if layout is None:
             raise Refusal(f"a {type(fused).__name__} is no fused layer of experts of a known layout")
         tensors = dict(fused.named_parameters())
         super().__init__(_expert(tensors, number, layout) for number in range(len(tensors["down_proj"])))
         self._layout = layout
-        self.tensors = layout.names
+        self.tensors, self.num_experts = layout.names, len(self)
 
     def forward(
         self,
@@ -192,14 +104,10 @@ class Experts(nn.ModuleList):
             if layout.biased:
                 stacks.setdefault(layout.names[2], []).append(layout.joined([each.bias for each in firsts]))
                 stacks.setdefault(layout.names[3], []).append(expert.down_proj.bias)
-        whole = copy.copy(layout.origin)
-        vars(whole)["_parameters"] = {
-            name: nn.Parameter(torch.stack(stacks[name]).detach(), requires_grad=False) for name in layout.names
-        }
-        return whole.train(self.training)
+        return layout.whole({name: torch.stack(stacks[name]) for name in layout.names}, self.training)
 
 
-def _expert(tensors: dict[str, torch.Tensor], number: int, layout: _Layout) -> Expert:
+def _expert(tensors: dict[str, torch.Tensor], number: int, layout: ExpertLayout) -> Expert:
     layers: dict[str, nn.Linear] = {}
     for name, parts in ((layout.first, ("gate_proj", "up_proj")[not layout.gated :]), ("down_proj", ("down_proj",))):
         weight, bias = tensors[name][number], tensors.get(f"{name}_bias")
@@ -223,7 +131,7 @@ def take_apart_(model: nn.Module) -> list[str]:
     """
     names = []
     for name, module in list(model.named_modules()):
-        if name and _Layout.of(module) is not None and _same(module, apart := Experts(module)):
+        if name and ExpertLayout.of(module) is not None and _same(module, apart := Experts(module)):
             model.set_submodule(name, apart.train(module.training))
             names.append(name)
     return names

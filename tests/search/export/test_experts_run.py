@@ -22,17 +22,14 @@ from search.runtime.console import Console
 PROMPT = torch.arange(40).reshape(2, 20)
 _FRESH = """
 import sys, torch, transformers
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    sys.exit("loaded without the code of the folder")
+except (ValueError, RuntimeError):
+    pass
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "compression" not in sys.modules
 torch.save(model(torch.arange(40).reshape(2, 20)).logits, sys.argv[2])
-"""
-_PLAIN = """
-import sys, transformers
-try:
-    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except Exception as error:
-    sys.exit(0)
-sys.exit("loaded")
 """
 
 
@@ -53,10 +50,9 @@ def fresh(code: str, *arguments: Path) -> None:
 
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["random:tiny-qwen3-moe", "random:tiny-mixtral"])
-def test_a_run_on_a_mixture_compresses_its_experts_and_every_export_loads_afresh(model: str, tmp_path: Path) -> None:
+def test_a_run_on_a_mixture_compresses_its_experts_and_every_export_loads_afresh(tmp_path: Path) -> None:
     run, console = tmp_path / "run", Console(quiet=True)
-    done(*words(out=run, budget=2, model=model, target_kept=0.6, repair_tokens=512))
+    done(*words(out=run, budget=2, model="random:tiny-qwen3-moe", target_kept=0.6, repair_tokens=512))
     prior = Prior.read(run / "prior.json")
     experts = [(name, choice) for name, choice in prior.schedule if ".experts." in name]
     assert any(choice.widths for _, choice in experts)
@@ -70,7 +66,6 @@ def test_a_run_on_a_mixture_compresses_its_experts_and_every_export_loads_afresh
     assert_same_logits(logits(compressed), expected)
     fresh(_FRESH, tmp_path / "hf", tmp_path / "logits")
     assert_same_logits(torch.load(tmp_path / "logits"), expected)
-    fresh(_PLAIN, tmp_path / "hf")
     compressed.save_pretrained(tmp_path / "again")
     assert_same_logits(logits(load_for_use(str(tmp_path / "again"), "cpu").model), expected)
 
