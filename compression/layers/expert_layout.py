@@ -75,6 +75,11 @@ class ExpertLayout:
         return "gate_up_proj" if self.gated else "up_proj"
 
     @property
+    def parts(self) -> list[str]:
+        """Names of the matrices that read the layer's input, in the order of `split`."""
+        return ["gate_proj", "up_proj"] if self.gated else ["up_proj"]
+
+    @property
     def names(self) -> list[str]:
         """Names of the fused tensors."""
         names = [self.first, "down_proj"]
@@ -91,11 +96,13 @@ class ExpertLayout:
             values = self.origin.act_fn(gate) * up  # type: ignore[operator]
         return values
 
-    def split(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Returns the rows of gate and of up, or those of up alone."""
+    def split(self, values: torch.Tensor, axis: int = 0) -> Sequence[torch.Tensor]:
+        """Returns the rows of gate and of up along an axis, or those of up alone."""
         if not self.gated:
             return (values,)
-        return (values[::2], values[1::2]) if self.interleaved else values.chunk(2)
+        if self.interleaved:
+            return values.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        return values.chunk(2, axis)
 
     def whole(self, tensors: Mapping[str, torch.Tensor], training: bool) -> nn.Module:
         """Returns a fused layer with these tensors, by the names in `names`, without gradients."""
@@ -104,6 +111,8 @@ class ExpertLayout:
         vars(fused)["_parameters"] = parameters
         return fused.train(training)
 
-    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def joined(self, parts: Sequence[torch.Tensor], axis: int = 0) -> torch.Tensor:
         """Returns the rows from which `split` makes these parts."""
-        return torch.stack(tuple(parts), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(parts))
+        if self.interleaved:
+            return torch.stack(tuple(parts), axis + 1).flatten(axis, axis + 1)
+        return torch.cat(tuple(parts), axis)

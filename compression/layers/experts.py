@@ -12,7 +12,9 @@ from torch import nn
 
 from compression.bonds import linear_layer, tolerance
 from compression.layers.expert_layout import ExpertLayout
+from compression.layers.stacked_experts import StackedExperts
 from compression.refusal import Refusal
+from compression.schedule import ExpertForm
 
 __all__ = ["Expert", "Experts", "experts_apart", "take_apart_"]
 
@@ -97,7 +99,7 @@ class Experts(nn.ModuleList):
         """
         layout, stacks = self._layout, dict[str, list[torch.Tensor]]()
         for expert in self:
-            firsts = [getattr(expert, name) for name in ("gate_proj", "up_proj") if hasattr(expert, name)]
+            firsts = [expert.get_submodule(name) for name in layout.parts]
             weights = layout.joined([each.weight for each in firsts]), expert.down_proj.weight
             for name, weight in zip(layout.names, weights, strict=False):
                 stacks.setdefault(name, []).append(weight.T if layout.transposed else weight)
@@ -109,50 +111,58 @@ class Experts(nn.ModuleList):
 
 def _expert(tensors: dict[str, torch.Tensor], number: int, layout: ExpertLayout) -> Expert:
     layers: dict[str, nn.Linear] = {}
-    for name, parts in ((layout.first, ("gate_proj", "up_proj")[not layout.gated :]), ("down_proj", ("down_proj",))):
-        weight, bias = tensors[name][number], tensors.get(f"{name}_bias")
-        rows = weight.T if layout.transposed else weight
-        several = len(parts) > 1
-        weights = layout.split(rows) if several else (rows,)
-        biases = [None] * len(parts) if bias is None else layout.split(bias[number]) if several else [bias[number]]
-        for part, values, shift in zip(parts, weights, biases, strict=True):
-            layers[part] = linear_layer(values, shift)
+    first, down = (tensors[name][number].T if layout.transposed else tensors[name][number] for name in layout.names[:2])
+    shifts = [tensors[name][number] for name in layout.names[2:]]
+    weights = layout.split(first)
+    biases = layout.split(shifts[0]) if shifts else [None] * len(weights)
+    for part, values, shift in zip(layout.parts, weights, biases, strict=True):
+        layers[part] = linear_layer(values, shift)
+    layers["down_proj"] = linear_layer(down, shifts[1] if shifts else None)
     return Expert(layers, layout)
 
 
-def take_apart_(model: nn.Module) -> list[str]:
+def take_apart_(model: nn.Module, form: ExpertForm = "single", checked: bool = True) -> list[str]:
     """Take every fused layer of experts apart, in place, if it computes the same then.
 
     The test runs the layer on random rows before and after. A layer that fails it, or whose layout is unknown, stays
-    fused.
+    fused. Layers that are not told which experts a row has are never stacked.
+
+    Args:
+        form: what the layers become.
+        checked: whether the test is made, which a model on the meta device does not allow.
 
     Returns:
         The names of the layers that were taken apart.
     """
     names = []
-    for name, module in list(model.named_modules()):
-        if name and ExpertLayout.of(module) is not None and _same(module, apart := Experts(module)):
+    for name, module in list(model.named_modules()) if form != "fused" else ():
+        layout = ExpertLayout.of(module)
+        if not name or layout is None:
+            continue
+        apart = StackedExperts(module) if form == "shared" and layout.routed else Experts(module)
+        if not checked or _same(module, apart, layout):
             model.set_submodule(name, apart.train(module.training))
             names.append(name)
     return names
 
 
-def experts_apart(model: nn.Module) -> dict[str, Experts]:
+def experts_apart(model: nn.Module) -> dict[str, Experts | StackedExperts]:
     """Returns the layers of experts that were taken apart, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts | StackedExperts)}
 
 
 @torch.no_grad()
-def _same(fused: nn.Module, apart: Experts) -> bool:
-    """Whether a fused layer and the layer of its single experts give the same outputs; not for the meta device."""
-    down = apart[0].down_proj.weight
+def _same(fused: nn.Module, apart: Experts | StackedExperts, layout: ExpertLayout) -> bool:
+    """Whether a fused layer and what it was taken apart into give the same outputs; not for the meta device."""
+    down = fused.down_proj
     assert isinstance(down, torch.Tensor)
     generator = torch.Generator().manual_seed(0)
-    count = len(apart) * _ROWS
-    rows = torch.randn(count, len(down), generator=generator).to(down)
+    count = apart.num_experts * _ROWS
+    width = down.shape[2] if layout.transposed else down.shape[1]
+    rows = torch.randn(count, width, generator=generator).to(down)
     arguments: tuple[torch.Tensor, ...] = (rows,)
-    if apart._layout.routed:
-        chosen = torch.rand(count, len(apart), generator=generator).argsort(1)[:, :_CHOSEN].to(down.device)
+    if layout.routed:
+        chosen = torch.rand(count, apart.num_experts, generator=generator).argsort(1)[:, :_CHOSEN].to(down.device)
         arguments = rows, chosen, torch.rand(chosen.shape, generator=generator).to(down)
     try:
         expected, found = fused(*arguments), apart(*arguments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compression.layers.experts import Experts, experts_apart
+from compression.layers.experts import experts_apart
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept, widened
 from compression.layers.mpo_linear import MPOLinear
@@ -39,7 +39,7 @@ def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
     names: list[str] = []
     apart = experts_apart(model)
     for name in apart.keys() - experts_apart(skeleton).keys():
-        skeleton.set_submodule(name, Experts(skeleton.get_submodule(name)))
+        skeleton.set_submodule(name, type(apart[name])(skeleton.get_submodule(name)))
     for name, module in list(model.named_modules()):
         if (only and name != only) or any(name.startswith(f"{other}.") for other in names):
             continue

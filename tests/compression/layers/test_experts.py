@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compression.layers.experts import Experts, experts_apart, take_apart_
+from compression.schedule import ExpertForm
 
 _SHARED = {
     "vocab_size": 61,
@@ -50,17 +51,18 @@ def made(kind: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("form", ["single", "shared"])
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_experts_taken_apart_compute_the_same_and_are_fused_again_bit_for_bit(kind: str) -> None:
+def test_experts_taken_apart_compute_the_same_and_are_fused_again_bit_for_bit(kind: str, form: ExpertForm) -> None:
     model = made(kind)
     ids = torch.arange(40).reshape(2, 20)
     expected, before = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
-    names = take_apart_(model)
+    names = take_apart_(model, form)
     assert names == list(experts_apart(model)) != []
-    matrices = 2 if kind == "nemotron_h" else 3
+    matrices, parts = 2 if kind == "nemotron_h" else 3, 1 if form == "shared" and kind != "llama4_text" else 5
     for experts in experts_apart(model).values():
-        assert len(experts) == 5
-        assert sum(isinstance(module, nn.Linear) for module in experts.modules()) == 5 * matrices
+        assert experts.num_experts == 5
+        assert sum(isinstance(module, nn.Linear) for module in experts.modules()) == parts * matrices
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
     for name, experts in experts_apart(model).items():
         model.set_submodule(name, experts.fused())
