@@ -1,0 +1,169 @@
+"""Measures how much of public mixtures can be compressed, and compares the forms of experts on a small trained one.
+
+    python -m benchmarks.experts [--quick] [--write] [--steps 500]
+
+The first table is arithmetic on shapes: the default configurations of transformers, which are those of public models,
+are built without values, and the parameters of the sites that can be tensorized are divided by those of the model. No
+small mixture with weights comes with the data packages. The second table therefore trains one, byte by byte, on the
+prose of the calibration split, and gives the KL of the closed form to it on held-out text. Its experts are specialized,
+but a model of this size says nothing about quality at large sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional
+
+from benchmarks.report import markdown, publish
+from compression import lagrangian, to_schedule
+from compression.decomposition.apply import ScheduleApplier
+from compression.layers.experts import experts_apart, take_apart_
+from compression.schedule import ExpertForm
+from compression.sites import discover_sites, model_parameters
+from search.config import Config
+from search.evaluation.workload import Workload
+from search.experiment.experiment import Experiment
+from search.experiment.open_model import open_model
+from search.model.random_models import byte_tokenizer
+
+PUBLIC = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "deepseek_v3", "llama4_text")
+BLOCKS = 4
+"""Blocks that are built of a public model; its blocks repeat, and its embeddings are counted once."""
+FORMS: tuple[ExpertForm, ...] = ("single", "shared")
+KEPT = (0.8, 0.6, 0.4)
+SHAPE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 257,
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "output_router_logits": False,
+}
+ROWS, LENGTH, TRAINING = 16, 128, 262_144
+"""Rows and bytes of a step of training, and bytes of the text that they are taken from."""
+
+
+def reach(kind: str) -> tuple[float, float]:
+    """Shares of the parameters inside the blocks that can be tensorized, with experts fused and taken apart."""
+    config = transformers.AutoConfig.for_model(kind)
+    config.num_hidden_layers = min(BLOCKS, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    if hasattr(config, "first_k_dense_replace"):
+        config.first_k_dense_replace = 0
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    shares = []
+    for form in ("fused", "single"):
+        take_apart_(model, form, checked=False)
+        sites = discover_sites(model, shapes_only=True)
+        free = sum(site.parameters for site in sites if not site.dense_because)
+        shares.append(free / sum(site.parameters for site in sites))
+    return shares[0], shares[1]
+
+
+def trained(steps: int, rows: torch.Tensor) -> tuple[torch.nn.Module, float]:
+    """A small mixture trained on random windows of a byte sequence, and its last losses' mean in nats per byte."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SHAPE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    losses = []
+    for step in range(steps):
+        starts = torch.randint(len(rows) - LENGTH, (ROWS,))
+        ids = torch.stack([rows[start : start + LENGTH] for start in starts])
+        output = model(input_ids=ids, output_router_logits=True)
+        loss = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        balance = getattr(output, "aux_loss", None)
+        (loss if balance is None else loss + 0.01 * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        if step % 50 == 0:
+            print(f"step {step}: {losses[-1]:.3f} nats per byte", flush=True)
+    return model.eval().requires_grad_(False), sum(losses[-20:]) / len(losses[-20:])
+
+
+def compared(folder: Path, config: Config) -> list[list[object]]:
+    """Rows of the second table: the form, what it reaches, and the KL of the closed form at each kept fraction."""
+    rows: list[list[object]] = []
+    device = torch.device("cpu")
+    for form in FORMS:
+        own = config.model_copy(update={"model": str(folder), "experts": form})
+        loaded, sites = open_model(own, device)
+        experiment = Experiment.of(own, loaded, sites, device)
+        menu = experiment.menu()
+        workload = Workload(experiment.shards("heldout")[0], device)
+        workload.reference(loaded.model)
+        cells: list[object] = [form]
+        for kept in KEPT:
+            schedule = to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
+            with ScheduleApplier(loaded.model, experiment.store, packed=True) as applier:
+                applier.apply_(schedule)
+                quality = workload.measure(loaded.model)
+            empty = sum(choice.widths == (0,) for name, choice in schedule if name.endswith("down_proj"))
+            cells.append(f"{quality.kl:.4f} ± {quality.kl_standard_error:.4f}")
+            print(f"{form} kept {kept}: KL {quality.kl:.4f}, {empty} experts left out", flush=True)
+        rows.append(cells)
+        assert experts_apart(loaded.model)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="three public shapes, and 60 steps of training")
+    parser.add_argument("--write", action="store_true", help="write the tables to results/")
+    parser.add_argument("--steps", type=int, default=500, help="steps of training (default: 500)")
+    arguments = parser.parse_args()
+    steps = 60 if arguments.quick else arguments.steps
+    shares = []
+    for kind in PUBLIC[:3] if arguments.quick else PUBLIC:
+        fused, apart = reach(kind)
+        shares.append([kind, f"{fused:.1%}", f"{apart:.1%}"])
+        print(*shares[-1], flush=True)
+    config = Config(device="cpu", calibration_tokens=8192, heldout_tokens=4096, search_text_tokens=512, shrinkage=0.05)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        byte_tokenizer().save_pretrained(folder)
+        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SHAPE)).save_pretrained(
+            folder
+        )
+        loaded, sites = open_model(config.model_copy(update={"model": str(folder)}), torch.device("cpu"))
+        more = config.model_copy(update={"model": str(folder), "calibration_tokens": TRAINING})
+        text = Experiment.of(more, loaded, sites, torch.device("cpu")).splits.calibration
+        bytes_ = torch.tensor([token for row in text.prose for token in row])
+        model, loss = trained(steps, bytes_)
+        parameters = model_parameters(model)
+        model.save_pretrained(folder)
+        rows = compared(folder, config)
+    body = (
+        "Share of the parameters inside the blocks that can be compressed, with experts fused as before and taken "
+        f"apart, from shapes alone ({BLOCKS} blocks of each default configuration of transformers):\n\n"
+        + markdown(["architecture", "experts fused", "experts taken apart"], shares)
+        + f"\n\nKL of the closed form to a mixture of {parameters:,} parameters (8 experts in each of 3 blocks, 2 per "
+        f"token), trained for {steps} steps on {len(bytes_):,} bytes to {loss:.2f} nats per byte, on held-out text, in "
+        "nats per byte ± one standard error:\n\n" + markdown(["experts", *(f"kept {kept}" for kept in KEPT)], rows)
+    )
+    publish("benchmarks.experts", "Mixtures of experts", body, [], arguments.write)
+
+
+if __name__ == "__main__":
+    main()
