@@ -334,7 +334,7 @@ def _router(values: torch.Tensor, experts: int) -> str:
 def _not_linear(module: nn.Module, values: torch.Tensor) -> str:
     """Why a parameter of a module that is no linear layer stays dense."""
     if values.ndim == 3 and min(values.shape[1:]) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
-        return f"{len(values)} matrices are fused in one tensor, in a layout that is not known"
+        return f"{len(values)} matrices are fused in one tensor"
     return "not the weight of a linear map"
 
 

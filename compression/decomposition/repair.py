@@ -327,12 +327,14 @@ class _Targets:
                 if number == len(self._groups) - 1:
                     self._before.append((before, reaching))
             mask = mask.to(reaching.device)
+            reaching = reaching.reshape(*mask.shape, -1)  # some modules flatten their tokens
             folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
             sequences += len(mask)
             tokens += int(mask.sum())
             aim = None  # factor of x̂ᵀ in the cross moment: x, or the target minus the stream before the site
             if self._inputs:
-                aim = self._inputs[number][batch] if streams is None else streams[batch] - before
+                meant = self._inputs[number][batch].reshape(*mask.shape, -1)
+                aim = meant if streams is None else streams[batch] - before
             if batch == 0:
                 width = reaching.shape[-1]
                 inputs = reaching.new_zeros(_FOLDS, width, width, dtype=torch.float64)
@@ -340,7 +342,6 @@ class _Targets:
                 drift = inputs.new_zeros(width, width)
                 cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
             if self._inputs:
-                meant = self._inputs[number][batch]
                 apart = (reaching - (meant if columns is None else meant[..., columns]))[mask].float()
                 drift += (apart.T @ apart).double()
             for fold in range(_FOLDS):
@@ -371,7 +372,7 @@ class _Targets:
             return self._block.run(states)
         last = self._block.model.get_submodule(self._groups[-1][0].name)
         with self._block.arithmetic():
-            return [before + last(rows) for before, rows in self._before]
+            return [before + last(rows).reshape(before.shape) for before, rows in self._before]
 
     def _later(self, number: int) -> list[Site]:
         return [site for group in self._groups[number + 1 :] for site in group]

@@ -178,7 +178,7 @@ STAYING: dict[str, tuple[Callable[[], Model], dict[str, str]]] = {
     "class": (lambda: model(q_proj=Plain(torch.eye(12))), {Q: "not the weight of a linear map"}),
     "experts": (
         lambda: model(q_proj=Experts()),
-        {f"{Q}.gate_up_proj": "3 matrices are fused in one tensor, in a layout that is not known"},
+        {f"{Q}.gate_up_proj": "3 matrices are fused in one tensor"},
     ),
 }
 
