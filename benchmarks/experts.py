@@ -36,7 +36,7 @@ PUBLIC = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "d
 BLOCKS = 4
 """Blocks that are built of a public model; its blocks repeat, and its embeddings are counted once."""
 FORMS: tuple[ExpertForm, ...] = ("single", "shared")
-KEPT = (0.8, 0.6, 0.4)
+KEPT = (0.6, 0.4, 0.2)
 SHAPE = {
     "model_type": "qwen3_moe",
     "vocab_size": 257,
@@ -96,7 +96,7 @@ def trained(steps: int, rows: torch.Tensor) -> tuple[torch.nn.Module, float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 50 == 0:
             print(f"step {step}: {losses[-1]:.3f} nats per byte", flush=True)
     return model.eval().requires_grad_(False), sum(losses[-20:]) / len(losses[-20:])
@@ -137,7 +137,7 @@ def main() -> None:
     shares = []
     for kind in PUBLIC[:3] if arguments.quick else PUBLIC:
         fused, apart = reach(kind)
-        shares.append([kind, f"{fused:.1%}", f"{apart:.1%}"])
+        shares.append([kind, f"{fused:.2%}", f"{apart:.2%}"])
         print(*shares[-1], flush=True)
     config = Config(device="cpu", calibration_tokens=8192, heldout_tokens=4096, search_text_tokens=512, shrinkage=0.05)
     with tempfile.TemporaryDirectory() as place:

@@ -21,16 +21,20 @@ from compression.refusal import Refusal
 from compression.sites import Cut, Site, dense_weight, expert_of, put_modules
 
 __all__ = [
+    "KEPT",
     "Bond",
     "cut",
     "discover_bonds",
     "first_calls",
     "hidden_states",
+    "keep_",
     "linear_layer",
     "tolerance",
     "with_bonds",
 ]
 
+KEPT = ("kept_rows", "kept_columns")
+"""Names under which a layer stores which rows and columns of its dense matrix are left."""
 _TOKENS = 6  # length of the text that bonds are tested on
 _TOLERANCE = 1e-3  # largest difference of two outputs, relative to their largest entry, in float32
 
@@ -123,18 +127,38 @@ def with_bonds(sites: Sequence[Site], bonds: Sequence[Bond]) -> tuple[Site, ...]
 def cut(module: nn.Module, rows: torch.Tensor | None, columns: torch.Tensor | None) -> nn.Linear:
     """Returns a linear layer with some of the rows and columns of a linear module, and the bias of its rows.
 
+    The layer stores which ones they are, see `keep_`.
+
     Args:
         module: a module that `compression.sites` counts as linear.
         rows, columns: indices of what to keep; None keeps all.
     """
     weight, bias = dense_weight(module), module.bias
     assert bias is None or isinstance(bias, torch.Tensor)
+    shape = tuple(weight.shape)
     if rows is not None:
         weight = weight[rows.to(weight.device)]
         bias = bias if bias is None else bias[rows.to(bias.device)]
     if columns is not None:
         weight = weight[:, columns.to(weight.device)]
-    return linear_layer(weight, bias)
+    layer = linear_layer(weight, bias)
+    keep_(layer, shape, *(each if each is None else each.to(weight.device) for each in (rows, columns)))
+    return layer
+
+
+def keep_(
+    layer: nn.Module, shape: tuple[int, ...], rows: torch.Tensor | None, columns: torch.Tensor | None
+) -> nn.Module:
+    """Store in a layer which rows and columns of its dense matrix it holds; returns the layer.
+
+    Args:
+        shape: shape of the dense matrix. Nothing is stored for a side of which nothing was removed.
+        rows, columns: ascending numbers of what is left; None means everything.
+    """
+    for name, size, numbers in zip(KEPT, shape, (rows, columns), strict=True):
+        if numbers is not None and len(numbers) < size:
+            layer.register_buffer(name, numbers.to(dtype=torch.int32))
+    return layer
 
 
 def linear_layer(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

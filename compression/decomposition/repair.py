@@ -39,11 +39,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compression.bonds import linear_layer
+from compression.bonds import keep_, linear_layer
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
 from compression.decomposition.factors import lowrank_cores
-from compression.layers.kept import keep_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import is_lowrank
 from compression.numerics.elimination import Elimination, refit

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.bonds import linear_layer
+from compression.bonds import keep_, linear_layer
 from compression.layers.experts import Experts
 from compression.layers.heads import HeadLinear
-from compression.layers.kept import keep_, kept
+from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
 from compression.layers.stacked_experts import StackedExperts

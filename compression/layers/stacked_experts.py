@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compression.bonds import linear_layer
+from compression.bonds import KEPT, linear_layer
 from compression.layers.expert_layout import ExpertLayout
 from compression.refusal import Refusal
 
@@ -22,6 +22,7 @@ class StackedExperts(nn.Module):
     """Computes what a fused layer of experts computes, with one matrix per role: `up_proj`, `down_proj`, `gate_proj`.
 
     Every row is computed for every expert, so that with few experts per row this takes longer than the fused layer.
+    Hidden units may be removed from any expert; `down_proj` then stores which are left, see `compression.bonds.keep_`.
 
     Args:
         fused: the fused layer.
@@ -63,8 +64,9 @@ class StackedExperts(nn.Module):
         weights = weights.scatter_add(1, chosen, top_k_weights.to(weights.dtype))[:, :-1]
         gate = self.gate_proj(hidden_states) if self._layout.gated else None
         hidden = self._layout.hidden(gate, self.up_proj(hidden_states))
-        weighted = hidden.unflatten(1, (self.num_experts, -1)) * weights[..., None].to(hidden.dtype)
-        result: torch.Tensor = self.down_proj(weighted.flatten(1))
+        factors = weights.to(hidden.dtype).repeat_interleave(self.hidden_units // self.num_experts, 1)
+        left = getattr(self.down_proj, KEPT[1], None)
+        result: torch.Tensor = self.down_proj(hidden * (factors if left is None else factors[:, left]))
         if self._layout.biased:
             result = result + weights.to(result.dtype) @ self.down_bias.unflatten(0, (self.num_experts, -1))
         return result.to(hidden_states.dtype)

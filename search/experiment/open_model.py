@@ -29,7 +29,7 @@ from search.model.spreading import devices_of, spread_
 
 __all__ = ["open_model", "smallest_parameters", "staying_dense"]
 
-_LARGEST_STACK = 16_384  # a second moment of so many units takes a gigabyte, and each layer has three
+_LARGEST_STACK = 8_192  # a second moment of so many units takes 256 MiB, and each layer has three
 
 
 def open_model(

@@ -2,8 +2,8 @@
 
 The architecture is built on the meta device, and its blocks are replaced by recorders. The model's own forward pass
 then computes embeddings, attention masks, rotary tables and logits, whatever the architecture. Knows where parameters
-are stored (safetensors shards, or seeded random ones) and how a transformers decoder calls its blocks. Experts are taken
-apart where the files hold them one by one, under the names that they then have.
+are stored (safetensors shards, or seeded random ones) and how a transformers decoder calls its blocks. Experts are
+taken apart where the files hold them one by one, under the names that they then have.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compression import discover_sites
+from compression.bonds import discover_bonds
 from compression.layers.experts import Experts, experts_apart, take_apart_
 from compression.schedule import ExpertForm
 
@@ -70,6 +72,18 @@ def test_experts_taken_apart_compute_the_same_and_are_fused_again_bit_for_bit(ki
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_the_hidden_units_of_stacked_experts_are_one_bond_and_those_of_single_experts_one_each(kind: str) -> None:
+    groups = {}
+    for form in ("single", "shared"):
+        model = made(kind)
+        take_apart_(model, form)
+        found = [bond for bond in discover_bonds(model, discover_sites(model)) if bond.kind == "hidden"]
+        assert all(bond.least == 0 for bond in found)
+        groups[form] = [bond.groups for bond in found]
+    assert groups == {"single": [12] * 10, "shared": [60] * 2}
 
 
 class Odd(nn.Module):
