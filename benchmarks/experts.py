@@ -6,7 +6,9 @@ The first table is arithmetic on shapes: the default configurations of transform
 are built without values, and the parameters of the sites that can be tensorized are divided by those of the model. No
 small mixture with weights comes with the data packages. The second table therefore trains one, byte by byte, on the
 prose of the calibration split, and gives the KL of the closed form to it on held-out text. Its experts are specialized,
-but a model of this size says nothing about quality at large sizes.
+but a model of this size says nothing about quality at large sizes. The third table leaves out the experts of least
+predicted cost in every layer, and compares three answers to a token that is sent to one of them: nothing, as in a
+schedule; the token's other experts with weights of the same sum; or the router's next choice.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -37,6 +41,7 @@ BLOCKS = 4
 """Blocks that are built of a public model; its blocks repeat, and its embeddings are counted once."""
 FORMS: tuple[ExpertForm, ...] = ("single", "shared")
 KEPT = (0.6, 0.4, 0.2)
+ANSWERS = ("nothing", "others", "next")
 SHAPE = {
     "model_type": "qwen3_moe",
     "vocab_size": 257,
@@ -127,6 +132,68 @@ def compared(folder: Path, config: Config) -> list[list[object]]:
     return rows
 
 
+def left_out(folder: Path, config: Config) -> list[list[object]]:
+    """Rows of the third table: the experts left out per layer, the share of choices that they had, and the KLs."""
+    own, device = config.model_copy(update={"model": str(folder)}), torch.device("cpu")
+    loaded, sites = open_model(own, device)
+    experiment = Experiment.of(own, loaded, sites, device)
+    experiment.menu()
+    model, bonds = loaded.model, experiment.store.bonds
+    workload = Workload(experiment.shards("heldout")[0], device)
+    workload.reference(model)
+    rows = []
+    for count in (1, 2, 4):
+        gone: dict[str, list[int]] = {}
+        for path, experts in experts_apart(model).items():
+            costs = [float(bonds.elimination(f"{path}.{number}").cost[0]) for number in range(len(experts))]
+            gone[path] = sorted(range(len(costs)), key=costs.__getitem__)[:count]
+        found: list[object] = [count]
+        for answer in ANSWERS:
+            chosen = {"all": 0, "gone": 0}
+            with ExitStack() as stack:
+                for path, numbers in gone.items():
+                    parent = path.rpartition(".")[0]
+                    experts, router = model.get_submodule(path), model.get_submodule(f"{parent}.gate")
+                    if answer == "next":
+                        stack.callback(router.register_forward_hook(_rerouted(numbers)).remove)
+                    stack.callback(experts.register_forward_pre_hook(_without(numbers, answer, chosen)).remove)
+                quality = workload.measure(model)
+            if answer == "nothing":
+                found.append(f"{chosen['gone'] / chosen['all']:.1%}")
+            found.append(f"{quality.kl:.4f} ± {quality.kl_standard_error:.4f}")
+        print(*found, flush=True)
+        rows.append(found)
+    return rows
+
+
+def _rerouted(gone: list[int]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A hook that makes a router choose among the other experts."""
+
+    def hook(module: torch.nn.Module, args: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits = output[0].clone()
+        logits[:, gone] = -torch.inf
+        weights, index = logits.softmax(-1).topk(output[2].shape[1], -1)
+        return logits, weights / weights.sum(-1, keepdim=True) if module.norm_topk_prob else weights, index
+
+    return hook
+
+
+def _without(gone: list[int], answer: str, chosen: dict[str, int]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A hook that sets the weights of some experts of a layer to zero, and counts how often they were chosen."""
+
+    def hook(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, index, weights = args
+        lost = torch.isin(index, torch.tensor(gone))
+        chosen["all"] += lost.numel()
+        chosen["gone"] += int(lost.sum())
+        left = weights.masked_fill(lost, 0)
+        if answer == "others":
+            left = left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True).clamp_min(1e-9))
+        return hidden, index, left
+
+    return hook
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="three public shapes, and 60 steps of training")
@@ -154,13 +221,18 @@ def main() -> None:
         parameters = model_parameters(model)
         model.save_pretrained(folder)
         rows = compared(folder, config)
+        without = left_out(folder, config)
     body = (
         "Share of the parameters inside the blocks that can be compressed, with experts fused as before and taken "
         f"apart, from shapes alone ({BLOCKS} blocks of each default configuration of transformers):\n\n"
         + markdown(["architecture", "experts fused", "experts taken apart"], shares)
         + f"\n\nKL of the closed form to a mixture of {parameters:,} parameters (8 experts in each of 3 blocks, 2 per "
         f"token), trained for {steps} steps on {len(bytes_):,} bytes to {loss:.2f} nats per byte, on held-out text, in "
-        "nats per byte ± one standard error:\n\n" + markdown(["experts", *(f"kept {kept}" for kept in KEPT)], rows)
+        "nats per byte ± one standard error:\n\n"
+        + markdown(["experts", *(f"kept {kept}" for kept in KEPT)], rows)
+        + "\n\nThe same without the experts of least predicted cost in every layer, by what a token gets that was sent "
+        "to one of them:\n\n"
+        + markdown(["left out, of 8", "of all choices", "nothing", "its other experts", "the router's next"], without)
     )
     publish("benchmarks.experts", "Mixtures of experts", body, [], arguments.write)
 

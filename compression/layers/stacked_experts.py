@@ -22,7 +22,7 @@ class StackedExperts(nn.Module):
     """Computes what a fused layer of experts computes, with one matrix per role: `up_proj`, `down_proj`, `gate_proj`.
 
     Every row is computed for every expert, so that with few experts per row this takes longer than the fused layer.
-    Hidden units may be removed from any expert; `down_proj` then stores which are left, see `compression.bonds.keep_`.
+    Hidden units may be removed from any expert; `up_proj` then stores which are left, see `compression.bonds.keep_`.
 
     Args:
         fused: the fused layer.
@@ -65,7 +65,7 @@ class StackedExperts(nn.Module):
         gate = self.gate_proj(hidden_states) if self._layout.gated else None
         hidden = self._layout.hidden(gate, self.up_proj(hidden_states))
         factors = weights.to(hidden.dtype).repeat_interleave(self.hidden_units // self.num_experts, 1)
-        left = getattr(self.down_proj, KEPT[1], None)
+        left = getattr(self.up_proj, KEPT[0], None)
         result: torch.Tensor = self.down_proj(hidden * (factors if left is None else factors[:, left]))
         if self._layout.biased:
             result = result + weights.to(result.dtype) @ self.down_bias.unflatten(0, (self.num_experts, -1))

@@ -75,11 +75,11 @@ def open_model(
         _refuse_without_widths(config, sites, device)
     before = sum(site.parameters for site in sites)
     if smallest_parameters(sites, config.form) == before:
-        why = staying_dense(sites) or "its matrices are too small"
+        why = staying_dense(sites) or "they are too small"
         raise Refusal(f"no matrix of {config.model} can be made smaller: {why}")
     smallest = smallest_parameters(sites, config.form) / before
     if config.target_kept < smallest:
-        why = f"; {stay}" if (stay := staying_dense(sites)) else ""
+        why = f"; what stays dense is {staying}" if (staying := staying_dense(sites)) else ""
         raise Refusal(
             f"target_kept must be at least {smallest:.4f}, the smallest fraction that this model can keep with "
             f"form {config.form}, got {config.target_kept}{why}"
@@ -100,11 +100,10 @@ def staying_dense(sites: Sequence[Site]) -> str:
             reasons.setdefault(site.dense_because, []).append(site)
     ordered = sorted(reasons.items(), key=lambda pair: -sum(site.parameters for site in pair[1]))
     parts = (
-        f"{sum(site.parameters for site in staying) / total:.1%} of the parameters stay dense, such as "
-        f"{staying[0].name}: {reason}"
+        f"{sum(site.parameters for site in staying) / total:.1%} of the parameters, such as {staying[0].name} ({reason})"
         for reason, staying in ordered
     )
-    return "; ".join(parts)
+    return ", and ".join(parts)
 
 
 def smallest_parameters(sites: Sequence[Site], form: Form) -> int:
