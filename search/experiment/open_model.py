@@ -99,11 +99,11 @@ def staying_dense(sites: Sequence[Site]) -> str:
         if site.dense_because:
             reasons.setdefault(site.dense_because, []).append(site)
     ordered = sorted(reasons.items(), key=lambda pair: -sum(site.parameters for site in pair[1]))
-    parts = (
-        f"{sum(site.parameters for site in staying) / total:.1%} of the parameters, such as {staying[0].name} ({reason})"
-        for reason, staying in ordered
+    shares = [sum(site.parameters for site in staying) / total for _, staying in ordered]
+    return ", and ".join(
+        f"{share:.1%} of the parameters, such as {staying[0].name} ({reason})"
+        for share, (reason, staying) in zip(shares, ordered, strict=True)
     )
-    return ", and ".join(parts)
 
 
 def smallest_parameters(sites: Sequence[Site], form: Form) -> int:

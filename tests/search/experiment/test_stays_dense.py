@@ -31,5 +31,5 @@ def test_a_target_that_fused_experts_put_out_of_reach_is_refused_with_their_shar
 def test_stacked_experts_of_too_many_hidden_units_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("search.experiment.open_model._LARGEST_STACK", 95)
     values = {"model": "random:tiny-qwen3-moe", "device": "cpu", "experts": "shared", "form": "factors"}
-    with pytest.raises(ValueError, match="experts shared needs layers of at most 95 hidden units .* has 96; use experts"):
+    with pytest.raises(ValueError, match=r"at most 95 hidden units .* has 96; use experts single"):
         open_model(Config.of(values), torch.device("cpu"))
