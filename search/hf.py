@@ -93,10 +93,6 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return whether `save_pretrained` works; it does."""
         return True
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Return no conversions: the files hold the tensors under the names of the modules."""
-        return []
-
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
