@@ -28,6 +28,7 @@ __all__ = [
     "check_widths",
     "dense_weight",
     "discover_sites",
+    "expert_of",
     "find_blocks",
     "members",
     "model_bytes",
@@ -36,6 +37,7 @@ __all__ = [
     "units",
 ]
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -147,8 +149,15 @@ def units(sites: Sequence[Site]) -> list[Site | Unit]:
     found: list[Site | Unit] = []
     for bond, members in groupby(sites, key=lambda site: site.cuts[0].bond if site.cuts else ""):
         inside = tuple(members)
-        found += [Unit(bond, inside[0].block, bond.rsplit(".", 1)[-1], inside)] if bond else inside
+        found += [Unit(bond, inside[0].block, _NUMBER.sub("", bond).rsplit(".", 1)[-1], inside)] if bond else inside
     return found
+
+
+def expert_of(site: Site) -> tuple[str, int] | None:
+    """Returns the name of the list of experts whose member holds a site, and the member's number; None if none does."""
+    path = site.name.partition(f".{site.block}.")[2]
+    experts, _, number = path.rpartition(".")[0].rpartition(".")
+    return (site.name.removesuffix(path) + experts, int(number)) if experts and number.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -159,13 +168,13 @@ class _Matrix:
         path: name of the parameter within the block.
         values: the parameter as (…, in); a view, transposed if the module stores it transposed.
         parameter: the parameter as stored.
-        linear: whether it is the weight of a linear map.
+        dense_because: why its kind cannot be tensorized; empty for the weight of a linear map.
     """
 
     path: str
     values: torch.Tensor
     parameter: nn.Parameter
-    linear: bool
+    dense_because: str = ""
 
 
 def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, ...]:
@@ -285,7 +294,9 @@ def model_bytes(model: nn.Module) -> int:
 
 def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:
     """Yields every parameter of two or more axes in a block, checked. `prefix` is the name of the block."""
+    routed = {path.rpartition(".")[0]: count for path, module in block.named_modules() if (count := _experts(module))}
     for path, module in block.named_modules():
+        experts = routed.get(path.rpartition(".")[0], 0)
         if _is_linear(module):
             weight = module.weight
             if not isinstance(weight, nn.Parameter):
@@ -293,7 +304,7 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
                     f"site {prefix}.{path}: the weight must be a parameter, but is computed; remove its parametrization"
                 )
             check_weight(f"{prefix}.{path}", weight, shapes_only)
-            yield _Matrix(path, dense_weight(module), weight, linear=True)
+            yield _Matrix(path, dense_weight(module), weight, _router(weight, experts))
             continue
         own = [(name, values) for name, values in module.named_parameters(recurse=False) if values.ndim > 1]
         if _lacks_matrix(module, [values for _, values in own]):
@@ -303,7 +314,28 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
         for name, values in own:
             inner = f"{path}.{name}".removeprefix(".").removesuffix(".weight")
             check_weight(f"{prefix}.{inner}", values, shapes_only)
-            yield _Matrix(inner, values, values, linear=False)
+            yield _Matrix(inner, values, values, _router(values, experts) or _not_linear(module, values))
+
+
+def _experts(module: nn.Module) -> int:
+    """The number of experts that a router or a layer of experts states, or that such a layer holds; otherwise 0."""
+    stated = getattr(module, "num_experts", None)
+    if isinstance(stated, int):
+        return stated
+    held = isinstance(module, nn.ModuleList) and any(_is_linear(inner) for inner in module.modules())
+    return len(module) if held else 0  # type: ignore[arg-type]
+
+
+def _router(values: torch.Tensor, experts: int) -> str:
+    """Why a matrix stays dense if it has a row for each of the experts beside it; otherwise an empty text."""
+    return f"chooses among {experts} experts" if experts > 1 and values.ndim == 2 and len(values) == experts else ""
+
+
+def _not_linear(module: nn.Module, values: torch.Tensor) -> str:
+    """Why a parameter of a module that is no linear layer stays dense."""
+    if values.ndim == 3 and min(values.shape[1:]) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
+        return f"{len(values)} matrices are fused in one tensor"
+    return "not the weight of a linear map"
 
 
 def _lacks_matrix(module: nn.Module, own: Sequence[torch.Tensor]) -> bool:
@@ -319,8 +351,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _dense_because(matrix: _Matrix, users: list[str]) -> str:
-    if not matrix.linear:
-        return "not the weight of a linear map"
+    if matrix.dense_because:
+        return matrix.dense_because
     if len(users) > 1:
         return f"shared by {' and '.join(user.removesuffix('.weight') for user in users)}"
     outputs, inputs = matrix.values.shape
@@ -338,7 +370,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _families(paths: list[str]) -> dict[str, str]:
     """Returns the family name of each path: its last part without `_proj`, or the whole path if that part repeats."""
-    without_index = {path: re.sub(r"\.\d+(?=\.|$)", "", path) for path in paths}
+    without_index = {path: _NUMBER.sub("", path) for path in paths}
     leaves = Counter(name.rsplit(".", 1)[-1] for name in set(without_index.values()))
     families = {}
     for path, name in without_index.items():

@@ -1,7 +1,7 @@
 """Writes a model in memory, compressed or dense, as a folder that others can load.
 
-Works on any causal language model whose compressed modules are in place, wherever they came from. The folder appears
-complete or not at all.
+Works on any causal language model whose compressed modules are in place, wherever they came from. The folder is loaded
+once and its logits compared before it gets its name, so that it appears complete and right, or not at all.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from compression.storage.tensor_files import system_errors
 from search.export.forms import FORMATS
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
+from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
-from search.model.loading import load_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
@@ -131,6 +131,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
             "AutoModelForCausalLM": f"{MODULE}.{architecture}",
         }
         (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        refuse_unlike(model, partial, folder)
 
 
 def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
@@ -147,13 +148,13 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
     model.tie_weights()
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card, beside)
+        refuse_unlike(model, partial, folder)
 
 
 def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Write a model with fewer hidden units or heads as an ordinary folder of a smaller model of its architecture.
 
-    The folder is loaded once, and every tensor compared, before it gets its name. The arguments are those of
-    `export_model`.
+    The arguments are those of `export_model`.
 
     Raises:
         ValueError: as `search.export.plain.plain_model`; or the folder is in use or not empty.
@@ -162,12 +163,7 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     small = plain_model(model)
     with _whole(folder) as partial:
         _save(small, tokenizer, partial, card, beside)
-        found = load_model(str(partial), "cpu", small.dtype).model.state_dict()
-        for name, values in small.state_dict().items():
-            if name not in found or not found[name].equal(values.cpu()):
-                raise Refusal(
-                    f"{folder} was written wrongly: {name} differs; the disk may be faulty, so write it again"
-                )
+        refuse_unlike(model, partial, folder, small)
 
 
 def export_gguf(
@@ -230,7 +226,7 @@ def _check_form(form: str, model: Any, tokenizer: Any) -> None:
         ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
             llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    if form in ("hf", "plain") and not type(model).__module__.startswith("transformers.models."):
+    if form in ("hf", "plain") and is_own_architecture(model):
         raise Refusal(
             f"the {form} format needs an architecture that transformers defines, and {type(model).__name__} comes with "
             "the model; export it as dense"
@@ -315,7 +311,12 @@ def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _attached(model: Any) -> list[tuple[Any, str]]:
-    return [(model, "hf_quantizer"), (model.config, "quantization_config"), (model.config, "auto_map")]
+    return [
+        (model, "hf_quantizer"),
+        (model, "_weight_conversions"),
+        (model.config, "quantization_config"),
+        (model.config, "auto_map"),
+    ]
 
 
 @contextmanager

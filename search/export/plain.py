@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.layers.kept import KEPT, kept
+from compression.bonds import KEPT
+from compression.layers.kept import kept
 from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.sites import dense_weight

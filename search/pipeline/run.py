@@ -16,7 +16,7 @@ from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
 from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Experiment
-from search.experiment.open_model import open_model
+from search.experiment.open_model import open_model, staying_dense
 from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.healing.state import HEALED, STATE
 from search.pipeline.baselines import baseline_schedules
@@ -81,9 +81,8 @@ def run(config: Config, console: Console) -> RunSummary:
         loaded, sites = open_model(config, device)
     start.check(loaded, sites)
     if staying := stays_dense(sites):
-        name, reason = next(iter(staying.items()))
         console.note(
-            f"{len(staying)} of {len(sites)} sites stay dense and are counted as dense, such as {name}: {reason}"
+            f"{len(staying)} of {len(sites)} sites stay dense and are counted as dense: {staying_dense(sites)}"
         )
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
