@@ -34,6 +34,7 @@ __all__ = [
     "model_bytes",
     "model_parameters",
     "put_modules",
+    "router_weights",
     "units",
 ]
 
@@ -280,6 +281,17 @@ def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Replace modules of `model` by qualified name."""
     for name, module in modules.items():
         model.set_submodule(name, module)
+
+
+def router_weights(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the matrices that choose among the experts of a layer, one row per expert."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if (count := _experts(module)) > 1
+        for name, values in module.named_parameters(recurse=False)
+        if values.ndim == 2 and len(values) == count
+    )
 
 
 def model_parameters(model: nn.Module) -> int:
