@@ -126,6 +126,8 @@ def try_model(name: str, folder: Path) -> Member:
         member.reachable = free / model_parameters(experiment.loaded.model)
         member.packed = packed_error(experiment.loaded.model)
         finish(member.folder, experiment, console)
+        if summary.fault is not None:
+            raise summary.fault
         export_run(member.folder, folder / "dense", ExportForm("dense", device="cpu"), console)
         compressed, dense = (load_for_use(str(path), "cpu").model for path in (member.folder / "hf", folder / "dense"))
         dense = dense.to(compressed.dtype)

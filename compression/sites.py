@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_MATTERS = 16  # a matrix with sides so many times shorter than is usual in its block stays dense
+_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -204,12 +206,13 @@ def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, .
     for index, block in enumerate(blocks):
         matrices = list(_matrices(block, f"{prefix}.{index}", shapes_only))
         families = _families([matrix.path for matrix in matrices])
+        sides = sorted(max(matrix.values.shape) for matrix in matrices)
         for matrix in matrices:
             if id(matrix.parameter) in seen:
                 continue
             seen.add(id(matrix.parameter))
             shape = prod(matrix.values.shape[:-1]), matrix.values.shape[-1]
-            reason = _dense_because(matrix, users[id(matrix.parameter)])
+            reason = _dense_because(matrix, users[id(matrix.parameter)], sides[len(sides) // 2])
             sites.append(Site(f"{prefix}.{index}.{matrix.path}", index, families[matrix.path], *shape, reason))
     return tuple(sites)
 
@@ -362,7 +365,8 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dense_because(matrix: _Matrix, users: list[str]) -> str:
+def _dense_because(matrix: _Matrix, users: list[str], usual: int) -> str:
+    """Why a matrix must stay dense; empty if it need not. `usual` is the median longer side in its block."""
     if matrix.dense_because:
         return matrix.dense_because
     if len(users) > 1:
@@ -370,6 +374,8 @@ def _dense_because(matrix: _Matrix, users: list[str]) -> str:
     outputs, inputs = matrix.values.shape
     if outputs * inputs <= outputs + inputs:
         return f"{outputs} × {inputs} is too small to factor"
+    if max(outputs, inputs) * _MATTERS <= usual:
+        return f"{outputs} × {inputs} is too small to matter"
     return ""
 
 
@@ -381,11 +387,17 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _families(paths: list[str]) -> dict[str, str]:
-    """Returns the family name of each path: its last part without `_proj`, or the whole path if that part repeats."""
+    """Returns the family name of each path: its role if the last part names one, else that part.
+
+    The whole path is the name where several matrices of the block would have the same, such as a router `gate` and the
+    `gate_proj` of an expert.
+    """
     without_index = {path: _NUMBER.sub("", path) for path in paths}
-    leaves = Counter(name.rsplit(".", 1)[-1] for name in set(without_index.values()))
-    families = {}
-    for path, name in without_index.items():
-        leaf = name.rsplit(".", 1)[-1]
-        families[path] = leaf.removesuffix("_proj") if leaves[leaf] == 1 else name
-    return families
+    roles = {name: _role(name.rsplit(".", 1)[-1]) for name in without_index.values()}
+    counts = Counter(roles.values())
+    return {path: roles[name] if counts[roles[name]] == 1 else name for path, name in without_index.items()}
+
+
+def _role(leaf: str) -> str:
+    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` and `in_proj` stay as they are."""
+    return leaf.removesuffix("_proj") if leaf.removesuffix("_proj") in _ROLES else leaf

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compression.bonds import discover_bonds, with_bonds
+from compression.calibration.reach import with_reach
 from compression.decomposition.joint_menu import multiple_of
 from compression.layers.experts import experts_apart, take_apart_
 from compression.layers.heads import split_heads_
@@ -70,6 +71,7 @@ def open_model(
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
             raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")
         sites = discover_sites(loaded.model)
+    sites = with_reach(loaded.model, sites)
     if config.form != "factors":
         sites = with_bonds(sites, discover_bonds(loaded.model, sites))
         _refuse_without_widths(config, sites, device)

@@ -54,12 +54,14 @@ class RunSummary:
         document: the content of summary.json.
         failures: trials that failed, at least 0.
         experiment: the model, dense again, with its data and statistics.
+        fault: the fault of ours that kept the result from being repaired and healed; raise it once all is written.
     """
 
     folder: Path
     document: Mapping[str, object]
     failures: int
     experiment: Experiment
+    fault: Exception | None = None
 
     @property
     def rows(self) -> Sequence[Mapping[str, object]]:
@@ -120,7 +122,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
     schedules["searched"] = chosen
-    scores = measure(experiment, schedules, chosen, folder.path, console)
+    scores, fault = measure(experiment, schedules, chosen, folder.path, console)
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
         latencies = against_dense(experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs())
@@ -159,7 +161,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     folder.write_text(PRIOR, prior.to_json())
     write_digest(folder, MADE_OF, experiment.loaded.identity, FREE_AFTERWARDS)
     folder.write_text(REPORT, report([folder.path]))
-    return RunSummary(folder.path, document, failures, experiment)
+    return RunSummary(folder.path, document, failures, experiment, fault)
 
 
 def _search(
