@@ -34,6 +34,7 @@ __all__ = [
     "model_bytes",
     "model_parameters",
     "put_modules",
+    "router_weights",
     "units",
 ]
 
@@ -285,6 +286,17 @@ def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
+def router_weights(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the matrices that choose among the experts of a layer, one row per expert."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if (count := _experts(module)) > 1
+        for name, values in module.named_parameters(recurse=False)
+        if values.ndim == 2 and len(values) == count
+    )
+
+
 def model_parameters(model: nn.Module) -> int:
     """Returns the number of parameters of the whole model, tied weights counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -387,5 +399,5 @@ def _families(paths: list[str]) -> dict[str, str]:
 
 
 def _role(leaf: str) -> str:
-    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` and `in_proj` stay as they are."""
+    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` stays as it is."""
     return leaf.removesuffix("_proj") if leaf.removesuffix("_proj") in _ROLES else leaf
