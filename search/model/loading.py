@@ -15,11 +15,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-import transformers
 
 from compression.refusal import Refusal
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
+from search.model.kinds import auto_class
 from search.model.own_code import is_compressed
 from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable, with_attention
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
@@ -157,7 +157,7 @@ def load_for_use(name: str, device: str | torch.device = "auto", trusted: bool =
     with quiet_transformers():
         try:
             model = with_attention(
-                lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
+                lambda attention: auto_class(source.kind).from_pretrained(
                     source.folder, attn_implementation=attention, local_files_only=True, trust_remote_code=False
                 )
             )

@@ -17,13 +17,14 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from compression.refusal import Refusal
 from compression.storage.strict_json import read_object
+from search.model.kinds import Kind
 
 __all__ = ["MODULE", "is_compressed", "is_model_folder", "read_config", "references", "refuse_own_code"]
 
 MODULE = "modeling_chisel"
 """Name, without .py, of the file that an export writes for loaders without Chisel; we never import it ourselves."""
 
-_OURS = {"AutoConfig", "AutoModelForCausalLM"}  # what an export names in auto_map
+_OURS = {"AutoConfig", *Kind}  # what an export names in auto_map
 _LARGEST = 1 << 26  # bytes of a config; the largest that we know, with its added tokens, has 3 MB
 
 
