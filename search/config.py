@@ -216,6 +216,9 @@ class Config(BaseModel):
     files, and later commands refuse other code. Default: such a model is refused."""
     per_head: bool = _flag(_DATA)
     """Split attention matrices by head and compress every head by itself; slower, meant for analysis."""
+    split_fused: bool = _flag(_DATA)
+    """Split fused matrices into their parts q, k and v, or gate and up, so that each part is compressed by itself and
+    families mean the same as in models that do not fuse."""
     device: str = _field(_DATA, "auto", "auto, cpu, cuda or cuda:N", "DEVICE", pattern=_DEVICE)
     """Device of the model; auto uses a GPU if there is one."""
     device_map: str | None = _field(
@@ -395,6 +398,12 @@ class Config(BaseModel):
     def _has_the_heads_it_groups(self) -> Self:
         if self.granularity == "head" and not self.per_head:
             raise Refusal("granularity head needs per_head, which cuts attention matrices into their heads")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_a_matrix_once(self) -> Self:
+        if self.split_fused and self.per_head:
+            raise Refusal("split_fused and per_head both split attention matrices: give one of them")
         return self
 
     @classmethod

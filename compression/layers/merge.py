@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from compression.layers.fused import FusedLinear
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept, widened
 from compression.layers.mpo_linear import MPOLinear
@@ -16,7 +17,7 @@ from compression.sites import dense_weight
 
 __all__ = ["dense_layer", "merge_"]
 
-_COMPRESSED = (MPOLinear, HeadLinear, PackedMPO, PackedLinear, PackedEmbedding)
+_COMPRESSED = (MPOLinear, HeadLinear, FusedLinear, PackedMPO, PackedLinear, PackedEmbedding)
 
 
 @torch.no_grad()
@@ -64,6 +65,12 @@ def _values(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         if module.along_output:
             return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
         return torch.cat(weights, dim=1), biases[0]
+    if isinstance(module, FusedLinear):
+        weights, biases = zip(*(_values(part) for part in module.children()), strict=True)
+        order = torch.tensor([row for rows in module.rows().values() for row in rows]).argsort()
+        weight = torch.cat(weights)
+        order = order.to(weight.device)
+        return weight[order], None if biases[0] is None else torch.cat(biases)[order]
     bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, torch.Tensor)
     weight = module.weight if isinstance(module, _COMPRESSED) else dense_weight(module)

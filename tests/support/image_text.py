@@ -12,17 +12,35 @@ import transformers
 from search.model.random_models import byte_tokenizer
 
 _TEXT = {
-    **{"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256},
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048, "initializer_range": 0.2},
+    "vocab_size": 257,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
 }
 _VISION = {
-    **{"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2},
-    **{"image_size": 28, "patch_size": 14},
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
 }
 _QWEN = {
-    **{"hidden_size": 64, "intermediate_size": 256, "depth": 4, "num_heads": 2, "out_hidden_size": 32},
-    **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "depth": 4,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
 }
 _ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 SHAPES: dict[str, dict[str, Any]] = {
