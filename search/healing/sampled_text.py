@@ -36,7 +36,7 @@ def sampled_rows(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         while (missing := rows - sum(map(len, done))) > 0:
-            first = _first_tokens(given, begin, model.config.vocab_size, min(missing, most)).to(device)
+            first = _first_tokens(given, begin, model.config.get_text_config().vocab_size, min(missing, most)).to(device)
             done.append(
                 model.generate(
                     first,
