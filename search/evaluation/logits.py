@@ -108,11 +108,15 @@ def read(
     """Make a forward pass and read the logits, in float32, at `source`; the head computes no other positions.
 
     Args:
-        inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible.
+        inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible. An
+            encoder has an integer mask (batch, length), 0 where a row is filled up.
         source: flat positions (batch × length) whose logits are read.
         cache: KV cache of the tokens before the inputs; the inputs are appended to it. None uses no cache.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:  # a classifier, which makes one prediction for a row
+        logits = model(**inputs).logits.float()[source // inputs["input_ids"].shape[1]]
+        return Reading(logits, logits, nn.Identity())
     fed: list[torch.Tensor] = []
 
     def feed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
@@ -121,7 +125,8 @@ def read(
 
     hook = head.register_forward_pre_hook(feed)
     try:
-        logits = model(**_masked(model, inputs), past_key_values=cache, use_cache=cache is not None).logits
+        given = {} if cache is None else {"past_key_values": cache}
+        logits = model(**_masked(model, inputs), **given, use_cache=cache is not None).logits
     finally:
         hook.remove()
     return Reading(logits[0].float(), fed[0], head)

@@ -14,7 +14,19 @@ import torch
 
 from compression.refusal import Refusal
 
-__all__ = ["Packed", "Prediction", "group", "layout", "mix", "pack", "packed_item", "packed_text", "predictions"]
+__all__ = [
+    "Packed",
+    "Prediction",
+    "classified_text",
+    "group",
+    "layout",
+    "masked_text",
+    "mix",
+    "pack",
+    "packed_item",
+    "packed_text",
+    "predictions",
+]
 
 _BATCH_COST = 48
 
@@ -29,6 +41,8 @@ class Packed:
         branches: (start, stop, first scored token) of each branch, as indices into `tokens`.
         answer: index of the correct branch, or None for text.
         corpus: name of the corpus of a text, which then has a perplexity of its own; empty for none.
+        masked: (place, original token) of the mask tokens of a text for a masked language model.
+        classified: whether a classifier sorts the whole text; there is then one branch for every class, without tokens.
     """
 
     tokens: tuple[int, ...]
@@ -36,11 +50,35 @@ class Packed:
     branches: tuple[tuple[int, int, int], ...] = ()
     answer: int | None = None
     corpus: str = ""
+    masked: tuple[tuple[int, int], ...] = ()
+    classified: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether an encoder reads the text, which then has a row of its own."""
+        return bool(self.masked) or self.classified
 
 
 def packed_text(tokens: Sequence[int], corpus: str = "") -> Packed:
     """Pack plain text, in which every token after the first is scored."""
     return Packed(tuple(tokens), len(tokens), corpus=corpus)
+
+
+def masked_text(tokens: Sequence[int], masked: tuple[tuple[int, int], ...], corpus: str = "") -> Packed:
+    """Pack a text for a masked language model, in which the original of every mask token is scored."""
+    return Packed(tuple(tokens), len(tokens), corpus=corpus, masked=masked)
+
+
+def classified_text(tokens: Sequence[int], classes: int, answer: int) -> Packed:
+    """Pack a text for a classifier, in which the number of the class is scored.
+
+    Raises:
+        ValueError: `answer` is not the number of a class.
+    """
+    if not 0 <= answer < classes:
+        raise Refusal(f"the class of a text must be a number below {classes}, got {answer}")
+    end = len(tokens)
+    return Packed(tuple(tokens), end, ((end, end, end),) * classes, answer, classified=True)
 
 
 def packed_item(encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int) -> Packed:
@@ -74,11 +112,11 @@ def packed_item(encode: Callable[[str], list[int]], context: str, continuations:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One next-token prediction of a sequence.
+    """One prediction of a sequence: of the next token, a masked token or a class.
 
     Attributes:
-        source: flat position whose logits predict `target`.
-        target: the predicted token.
+        source: flat position whose logits predict `target`; the first position of a row for a class.
+        target: the predicted token or class.
         owner: number of the sequence.
         branch: global number of the branch whose score includes this prediction, -1 for none.
         compared: whether it counts for KL and agreement; tokens of the prefix and of the correct answer do.
@@ -100,6 +138,10 @@ def predictions(sequence: Packed, number: int, base: int, branches: range) -> li
         branches: global numbers of its branches.
     """
     tokens = sequence.tokens
+    if sequence.masked:
+        return [Prediction(base + at, token, number, -1, True) for at, token in sequence.masked]
+    if sequence.classified:
+        return [Prediction(base, at, number, branch, at == sequence.answer) for at, branch in enumerate(branches)]
     found = [Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(1, sequence.prefix)]
     for index, (start, stop, first) in enumerate(sequence.branches):
         for at in range(start, stop):

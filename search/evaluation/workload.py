@@ -79,7 +79,9 @@ class Workload:
         self._device, self._batch_tokens, self._mixed = device, batch_tokens, mixed
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
         lengths = [len(sequence.tokens) for sequence in sequences]
-        rows = mix(pack(lengths), lengths) if mixed else pack(lengths)
+        alone = any(sequence.alone for sequence in sequences)
+        rows = [[number] for number in range(len(lengths))] if alone else pack(lengths)
+        rows = mix(rows, lengths) if mixed else rows
         self._batches = [self._batch(rows, device) for rows in group(rows, lengths, batch_tokens, not mixed)]
         self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
 
@@ -294,6 +296,9 @@ class Workload:
             for name in ("source", "target", "owner", "branch")
         )
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
+        if any(self.sequences[number].alone for row in rows for number in row):
+            sizes = torch.tensor([len(self.sequences[number].tokens) for [number] in rows])
+            inputs = {"input_ids": ids, "attention_mask": (torch.arange(length) < sizes[:, None]).long()}
         compared = sum(prediction.compared for prediction in found)
         placed = {name: tensor.to(device) for name, tensor in inputs.items()}
         return _Batch(placed, compared, source, target, owner, branch)

@@ -51,7 +51,12 @@ The file `model.gguf` holds the weights, the tokenizer and the chat template. Wh
 architecture is llama.cpp's `deci`. It was read back after writing, and every tensor compared.""",
 }
 
-_PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+}
 """What the hub calls the use of a model, by the class that loads it."""
 
 

@@ -25,7 +25,12 @@ _PAIRS = {
     **modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }
-_TAKEN = "Chisel compresses causal language models and the language part of image-text models"
+_PRETRAINED = modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES
+_CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+_TAKEN = (
+    "Chisel compresses causal language models, the language part of image-text models, and encoders that predict "
+    "masked tokens or classify texts"
+)
 
 
 class Kind(StrEnum):
@@ -33,6 +38,13 @@ class Kind(StrEnum):
 
     CAUSAL = "AutoModelForCausalLM"
     IMAGE_TEXT = "AutoModelForImageTextToText"
+    MASKED = "AutoModelForMaskedLM"
+    CLASSIFIER = "AutoModelForSequenceClassification"
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether every token sees the whole text, so that the model cannot continue it."""
+        return self in (Kind.MASKED, Kind.CLASSIFIER)
 
 
 def auto_class(kind: Kind) -> Any:
@@ -61,14 +73,20 @@ def kind_of(name: str, config: Mapping[str, Any]) -> Kind:
     if family in _IMAGE_TEXT and (architecture in _classes(_IMAGE_TEXT, family) or not causal):
         return Kind.IMAGE_TEXT
     if family in _MASKED and not (causal and config.get("is_decoder")):
-        raise Refusal(f"{called}, an encoder, which does not continue text; {_TAKEN}")
+        if architecture in _classes(_CLASSIFIERS, family):
+            return Kind.CLASSIFIER
+        if not architecture or causal or architecture in (*_classes(_MASKED, family), *_classes(_PRETRAINED, family)):
+            return Kind.MASKED
+        raise Refusal(f"{called}, an encoder of another kind; {_TAKEN}")
     if family not in _CAUSAL:
-        raise Refusal(f"{called}, which does not write text; {_TAKEN}")
+        raise Refusal(f"{called}, which is no language model; {_TAKEN}")
     return Kind.CAUSAL
 
 
 def kind_of_model(model: Any) -> Kind:
-    """The kind of a model in memory."""
+    """The kind of a model in memory; one that is not of transformers is taken to be causal."""
+    if not hasattr(model, "config"):
+        return Kind.CAUSAL
     return kind_of(type(model).__name__, {**model.config.to_dict(), "architectures": [type(model).__name__]})
 
 

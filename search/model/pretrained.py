@@ -109,13 +109,20 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         raise Refusal(
             f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
         )
-    _refuse_ignored(source, model, info["unexpected_keys"])
+    _refuse_ignored(
+        source, model, (str(key) for key in info["unexpected_keys"] if not _is_other_head(source, str(key)))
+    )
     if getattr(model.config, "quantization_config", None) is not None:
         if source.gguf is None:
             raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
+
+
+def _is_other_head(source: Source, name: str) -> bool:
+    """Whether a stored tensor belongs to the next-sentence head that encoders are published with beside their own."""
+    return source.kind.is_encoder and any(part in ("pooler", "seq_relationship") for part in name.split("."))
 
 
 def _refuse_ignored(source: Source, model: Any, unexpected: Iterable[str]) -> None:

@@ -17,18 +17,18 @@ from search.model.loading import load_model
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "a pair of an encoder and a decoder"),
         ({"model_type": "bart"}, "a bart, a pair of an encoder and a decoder"),
         ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, "a pair of an encoder"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "an encoder"),
-        ({"model_type": "roberta"}, "a roberta, an encoder"),
-        ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, "an encoder"),
-        ({"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]}, "an encoder"),
-        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "a CLIPModel, which does not write text"),
+        ({"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}, "an encoder of another kind"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "a BertModel, an encoder of another kind"),
+        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "a CLIPModel, which is no language model"),
     ],
 )
-def test_a_model_that_does_not_continue_text_is_refused_by_what_it_is(config: dict[str, object], said: str) -> None:
+def test_a_model_of_a_kind_that_is_not_compressed_is_refused_by_what_it_is(
+    config: dict[str, object], said: str
+) -> None:
     with pytest.raises(Refusal, match=said) as refused:
         kind_of("m", config)
     assert "\n" not in str(refused.value)
-    assert str(refused.value).endswith("the language part of image-text models")
+    assert str(refused.value).endswith("predict masked tokens or classify texts")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,12 @@ def test_a_model_that_does_not_continue_text_is_refused_by_what_it_is(config: di
         ({"model_type": "of-my-own"}, Kind.CAUSAL),
         ({"model_type": "bart", "architectures": ["BartForCausalLM"], "is_decoder": True}, Kind.CAUSAL),
         ({"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True}, Kind.CAUSAL),
+        ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, Kind.MASKED),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, Kind.MASKED),
+        ({"model_type": "bert", "architectures": ["BertForPreTraining"]}, Kind.MASKED),
+        ({"model_type": "roberta"}, Kind.MASKED),
+        ({"model_type": "roberta", "architectures": ["RobertaForCausalLM"]}, Kind.MASKED),
+        ({"model_type": "modernbert", "architectures": ["ModernBertForSequenceClassification"]}, Kind.CLASSIFIER),
         ({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}, Kind.IMAGE_TEXT),
         ({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForCausalLM"]}, Kind.CAUSAL),
         ({"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}, Kind.CAUSAL),
