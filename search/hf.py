@@ -118,9 +118,18 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise Refusal(f"compressed module {name}: {error}") from None
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Return no conversions: tensors are stored under the names and in the shapes that they have in the model.
+
+        For many architectures transformers otherwise renames, splits or merges tensors when it saves and loads, which
+        it can do for dense weights only.
+        """
+        return []
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Return the tensors and the file header that `save_pretrained` writes; updates the module description."""
         self.quantization_config.modules = describe(model)
+        model._weight_conversions = []  # saved as in `update_weight_conversions`, wherever the model came from
         if not model.is_remote_code():
             vars(model.config).pop("auto_map", None)  # no code is written beside the weights
         state = dict(model.state_dict())
@@ -255,7 +264,8 @@ def _verify_config(files: Sequence[str], kind: type[Any], modules: Mapping[str, 
                 continue
             written = json.loads(text)
             raw = {name: value for name, value in json.loads(place.read_text("utf-8")).items() if name not in _FREE}
-            now = _config_values(kind.from_dict(dict(raw)), modules)
+            decoded, _ = kind.get_config_dict(place.parent, local_files_only=True)  # JSON has no infinity of its own
+            now = _config_values(kind.from_dict({name: decoded[name] for name in raw}), modules)
         except (SafetensorError, OSError, ValueError, AttributeError) as error:
             raise Refusal(f"{file} or its config.json is damaged: {error}") from error
         if difference := _difference("", written, now, {**raw, _MODULES: modules}):

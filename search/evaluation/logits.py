@@ -89,7 +89,7 @@ def _plain_weight(reading: Reading) -> torch.Tensor | None:
         return None
     weight, some = reading.head.weight, slice(0, 8)
     exact = weight.dtype == torch.float32
-    if weight.is_inference() or not (exact or weight.device.type in _SHORT_OF_MEMORY):
+    if not len(reading.logits) or weight.is_inference() or not (exact or weight.device.type in _SHORT_OF_MEMORY):
         return None
     given, wanted = functional.linear(reading.hidden[some], weight).float(), reading.logits[some]
     relative, absolute = (1e-4, 1e-3) if exact else (1e-2, 1e-2 * float(wanted.abs().max()))
@@ -108,8 +108,9 @@ def read(
     """Make a forward pass and read the logits, in float32, at `source`; the head computes no other positions.
 
     Args:
-        inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible. An
-            encoder has an integer mask (batch, length), 0 where a row is filled up.
+        inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible; without
+            one, every row is read as one text. An encoder has an integer mask (batch, length), 0 where a row is filled
+            up.
         source: flat positions (batch × length) whose logits are read.
         cache: KV cache of the tokens before the inputs; the inputs are appended to it. None uses no cache.
     """

@@ -34,6 +34,7 @@ from search.data.splits import SEARCHED, OwnText, Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.latency import layer_costs
 from search.evaluation.packed_sequences import Packed, classified_text, masked_text, packed_item, packed_text
+from search.evaluation.shared_rows import APART, shares_rows
 from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS, Calibration, calibration_batches, factor_store
@@ -99,7 +100,7 @@ class Experiment:
         """Read and divide the data for a loaded model, without computing anything yet.
 
         Args:
-            warn: called with a message if a file in the cache is damaged.
+            warn: called with a message if a file in the cache is damaged, or if texts cannot share rows in this model.
 
         Raises:
             ValueError, DataUnavailable: as for `search.data.splits.build_splits`.
@@ -123,6 +124,9 @@ class Experiment:
             parts=parts,
             own=_own_text(config, loaded),
         )
+        encoder = loaded.kind.is_encoder  # reads one text at a time anyway
+        if not encoder and not shares_rows(loaded.model, max(splits.calibration.chunks, key=len)[:CHUNK_TOKENS]):
+            warn(APART)
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
@@ -214,7 +218,7 @@ class Experiment:
         racing = part == "selection"
         batch_tokens = _RACING_BATCH if racing else _BATCH
         shards = self.shards(part) if extract is None else [self.extract(extract)]
-        workloads = [Workload(one, self.device, batch_tokens, mixed=racing) for one in shards]
+        workloads = [Workload(one, self.loaded.model, batch_tokens, mixed=racing) for one in shards]
         repairing = config.reward_repair_tokens and not reported
         evaluator = ModelEvaluator(
             self.loaded.model,

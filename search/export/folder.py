@@ -1,7 +1,7 @@
 """Writes a model in memory, compressed or dense, as a folder that others can load.
 
-Works on any causal language model whose compressed modules are in place, wherever they came from. The folder appears
-complete or not at all.
+Works on any causal language model whose compressed modules are in place, wherever they came from. The folder is loaded
+once and its logits compared before it gets its name, so that it appears complete and right, or not at all.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
+from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
 from search.model.kinds import kind_of_model
-from search.model.loading import load_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
@@ -126,7 +126,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     _check_form("hf", model, tokenizer)
     config, architecture = type(model.config).__name__, type(model).__name__
     with _whole(folder) as partial, _plugged_in(model, modules):
-        _save(model, tokenizer, partial, card, beside, own_names=True)
+        _save(model, tokenizer, partial, card, beside)
         (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
         document = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         document["auto_map"] = {
@@ -134,6 +134,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
             kind_of_model(model).value: f"{MODULE}.{architecture}",
         }
         (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        refuse_unlike(model, partial, folder)
 
 
 def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
@@ -150,13 +151,13 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
     model.tie_weights()
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card, beside)
+        refuse_unlike(model, partial, folder)
 
 
 def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Write a model with fewer hidden units or heads as an ordinary folder of a smaller model of its architecture.
 
-    The folder is loaded once, and every tensor compared, before it gets its name. The arguments are those of
-    `export_model`.
+    The arguments are those of `export_model`.
 
     Raises:
         ValueError: as `search.export.plain.plain_model`; or the folder is in use or not empty.
@@ -165,12 +166,7 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     small = plain_model(model)
     with _whole(folder) as partial:
         _save(small, tokenizer, partial, card, beside)
-        found = load_model(str(partial), "cpu", small.dtype).model.state_dict()
-        for name, values in small.state_dict().items():
-            if name not in found or not found[name].equal(values.cpu()):
-                raise Refusal(
-                    f"{folder} was written wrongly: {name} differs; the disk may be faulty, so write it again"
-                )
+        refuse_unlike(model, partial, folder, small)
 
 
 def export_gguf(
@@ -233,7 +229,7 @@ def _check_form(form: str, model: Any, tokenizer: Any) -> None:
         ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
             llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    if form in ("hf", "plain") and not type(model).__module__.startswith("transformers.models."):
+    if form in ("hf", "plain") and is_own_architecture(model):
         raise Refusal(
             f"the {form} format needs an architecture that transformers defines, and {type(model).__name__} comes with "
             "the model; export it as dense"
@@ -251,15 +247,9 @@ def _check_form(form: str, model: Any, tokenizer: Any) -> None:
         raise Refusal("the tokenizer must be a fast one, which has a tokenizer.json, and this one is not")
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[Path], own_names: bool = False) -> None:
-    """Write the parts of a folder.
-
-    Args:
-        own_names: store the tensors under the names of their modules; otherwise under those of the original's folder,
-            which differ in some architectures.
-    """
+def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[Path]) -> None:
     with quiet_transformers():
-        model.save_pretrained(folder, save_original_format=not own_names)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     original = Path(str(getattr(tokenizer, "name_or_path", "")))
     for name in _COPIED:

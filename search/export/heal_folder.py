@@ -83,7 +83,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
         experiment = Experiment.of(config, loaded, sites, device, console.note)
         text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))
         judge = judge_of(experiment, loaded.model)
-        workload = Workload(experiment.shards("heldout")[0], device)
+        workload = Workload(experiment.shards("heldout")[0], loaded.model)
         rows = [_row("dense", workload.reference(loaded.model), loaded.model)]
     rows.append(_row("exported", workload.measure(model), model))
     with held(unfinished):

@@ -40,6 +40,11 @@ class {model}(transformers.{model}):
     """The architecture's own model."""
 
     config_class = {config}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return False, so that transformers initializes buffers that are not stored as in its own class."""
+        return False
 '''
 
 

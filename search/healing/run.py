@@ -192,7 +192,7 @@ def judge_of(experiment: Experiment, dense: nn.Module) -> Workload:
 
     Healing does not learn from this text, and no result is reported on it.
     """
-    return referenced(Workload(experiment.mixture(_JUDGED), experiment.device), dense)
+    return referenced(Workload(experiment.mixture(_JUDGED), dense), dense)
 
 
 def _document(

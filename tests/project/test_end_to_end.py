@@ -68,7 +68,7 @@ def test_repair_lowers_the_divergence_of_the_first_block_of_the_real_model(job: 
     names = {site.name for site in sites}
     schedule = Prior.read(folder / PRIOR).schedule
     schedule = Schedule(tuple((name, choice if name in names else DENSE) for name, choice in schedule))
-    judge = Workload(experiment.shards("selection")[0], experiment.device)
+    judge = Workload(experiment.shards("selection")[0], experiment.loaded.model)
     judge.reference(model)
     with ScheduleApplier(model, store) as applier:
         applier.apply_(schedule)

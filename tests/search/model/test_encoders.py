@@ -29,7 +29,6 @@ TEXTS = [
     "x",
 ]
 CASES = [(kind, classifies) for kind in SHAPES for classifies in (False, True)]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -73,7 +72,7 @@ def test_a_masked_text_is_the_same_every_time_and_keeps_its_special_tokens(tmp_p
 def test_scores_equal_those_of_every_text_in_a_pass_of_its_own(loaded: LoadedModel) -> None:
     dense, other = loaded.model, tensorized(str(loaded.tokenizer.name_or_path)).model
     found = sequences(loaded)
-    workload = Workload(found, CPU, batch_tokens=200)
+    workload = Workload(found, dense, batch_tokens=200)
     workload.reference(dense)
     quality = workload.measure(other)
     kl, right, chosen = [], [], []
