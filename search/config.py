@@ -194,7 +194,8 @@ class Config(BaseModel):
     )
     """Model to compress: default (SmolLM2-135M-Instruct, downloaded once), a local folder, or a hub id."""
     proxy: str = _field(_DATA, "mmlu", f"{_one_of(PROXIES)}, or an existing .jsonl file", "NAME")
-    """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines."""
+    """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines, or for a
+    classifier of {"text", "label"} lines."""
     proxy_form: ProxyForm = _name(_DATA, "answer", PROXY_FORMS, "FORM")
     """How a question is scored: by the text of its answers, or by the letters A to D."""
     calibration: str | None = _field(

@@ -28,9 +28,9 @@ from compression.storage.tensor_files import system_errors
 from search.export.forms import FORMATS
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
+from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
-from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
 from search.model.kinds import kind_of_model

@@ -94,10 +94,11 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
 
 def _masked(loaded: LoadedModel, text: HealingText) -> HealingText:
     """The same rows for a masked language model, which learns what it predicts at their mask tokens."""
+    assert loaded.mask_token is not None
     room = text.tokens.shape[1] - len(loaded.ending)
     rows = [loaded.masked(row[:room])[0] for row in text.tokens.tolist()]
     tokens = torch.tensor(rows, dtype=torch.int32)
-    return replace(text, tokens=tokens, wanted=tokens == loaded.mask_token)
+    return replace(text, tokens=tokens, wanted=torch.eq(tokens, loaded.mask_token))
 
 
 def _from_one_source(

@@ -133,7 +133,7 @@ class LoadedModel:
             return None
         tables = [module for name, module in self.model.named_modules() if name.endswith("position_embeddings")]
         padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
-        return length - sum(place + 1 for place in padding)  # RoBERTa counts from the position after that of padding
+        return int(length - sum(place + 1 for place in padding))  # RoBERTa counts from the one after that of padding
 
     def encode_whole(self, text: str) -> list[int]:
         """Token ids of a text from its beginning on, without a length limit.
