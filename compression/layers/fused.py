@@ -39,21 +39,27 @@ class FusedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         for name, rows in self.rows().items():
             self.add_module(name, linear_layer(weight[rows], None if bias is None else bias[rows]))
-        order = [row for rows in self.rows().values() for row in rows]
-        self._order = None if order == sorted(order) else torch.tensor(order).argsort()
 
     def rows(self) -> dict[str, list[int]]:
-        """Returns the rows of each part by its name, in the order of the outputs of the parts."""
+        """Returns the rows of each part by its name, in the order of the outputs of the part."""
         return {name: [row for run in runs for row in range(*run)] for name, runs in self.runs.items()}
+
+    def joined(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        """Returns what all parts give, in the order of the fused matrix.
+
+        Args:
+            parts: a tensor of each part, in the order of the parts.
+            dim: the axis along which each tensor has the rows of its part.
+        """
+        pieces: list[tuple[int, torch.Tensor]] = []
+        for runs, values in zip(self.runs.values(), parts, strict=True):
+            sizes = [stop - start for start, stop in runs]
+            pieces += zip((start for start, _ in runs), torch.split(values, sizes, dim), strict=True)
+        return torch.cat([values for _, values in sorted(pieces, key=lambda piece: piece[0])], dim)
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """Maps (…, in) to (…, out)."""
-        outputs = torch.cat([part(activations) for part in self.children()], dim=-1)
-        if self._order is None:
-            return outputs
-        if self._order.device != outputs.device:
-            self._order = self._order.to(outputs.device)
-        return outputs[..., self._order]
+        return self.joined([part(activations) for part in self.children()], dim=-1)
 
 
 def split_fused_(model: nn.Module, sites: Iterable[Site]) -> list[str]:

@@ -67,9 +67,7 @@ def _values(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         return torch.cat(weights, dim=1), biases[0]
     if isinstance(module, FusedLinear):
         weights, biases = zip(*(_values(part) for part in module.children()), strict=True)
-        rows = torch.tensor([row for rows in module.rows().values() for row in rows])
-        order = rows.argsort().to(weights[0].device)
-        return torch.cat(weights)[order], None if biases[0] is None else torch.cat(biases)[order]
+        return module.joined(weights, 0), None if biases[0] is None else module.joined(biases, 0)
     bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, torch.Tensor)
     weight = module.weight if isinstance(module, _COMPRESSED) else dense_weight(module)

@@ -103,10 +103,10 @@ class Experiment:
             warn: called with a message if a file in the cache is damaged, or if texts cannot share rows in this model.
 
         Raises:
-            ValueError, DataUnavailable: as for `search.data.splits.build_splits`.
+            ValueError, DataUnavailable: as for `search.data.splits.build_splits`; or an item has no label that a
+                classifier knows.
         """
         parts = config.search_shards + _SELECTION
-        longest = _longest(loaded)
         splits = build_splits(
             loaded.encode,
             config.proxy,
@@ -118,9 +118,7 @@ class Experiment:
             chunk_tokens=CHUNK_TOKENS,
             seed=config.seed,
             beginning=loaded.beginning,
-            fits=lambda item: (
-                loaded.kind.is_encoder or _is_short(_packed(loaded, item, config.proxy, config.proxy_form), longest)
-            ),
+            fits=partial(_fits, loaded, config),
             parts=parts,
             own=_own_text(config, loaded),
         )
@@ -352,6 +350,17 @@ def _classified(loaded: LoadedModel, item: Item) -> Packed:
             f"classes, got {choice!r:.60}; give texts with such labels as --proxy FILE.jsonl"
         )
     return classified_text(loaded.whole(loaded.encode_whole(item.question)), classes, number)
+
+
+def _fits(loaded: LoadedModel, config: Config, item: Item) -> bool:
+    """Whether the model can score an item as a whole; for an encoder, a long one is cut.
+
+    Raises:
+        Refusal: the model is a classifier, and the item has no label that it knows.
+    """
+    if loaded.kind is Kind.CLASSIFIER:
+        _classified(loaded, item)
+    return loaded.kind.is_encoder or _is_short(_packed(loaded, item, config.proxy, config.proxy_form), _longest(loaded))
 
 
 def _longest(loaded: LoadedModel) -> int:

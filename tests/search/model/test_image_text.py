@@ -65,8 +65,8 @@ def test_an_export_is_of_the_original_class_with_the_tower_as_it_was(folder: Pat
 
 
 @pytest.mark.slow
-def test_a_compressed_folder_loads_where_this_project_is_not_installed(folder: Path, tmp_path: Path) -> None:
-    loaded = tensorized(str(folder))
+def test_a_compressed_folder_loads_where_this_project_is_not_installed(tmp_path: Path) -> None:
+    loaded = tensorized(str(image_text_folder(tmp_path / "model", "gemma3")))
     expected = logits(loaded.model)
     export_model(loaded.model, loaded.tokenizer, tmp_path / "out")
     done = subprocess.run([sys.executable, "-c", _ELSEWHERE], cwd=tmp_path, capture_output=True, text=True)
