@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from compression.calibration.blocks import record_blocks
-from compression.sites import find_blocks
+from compression.sites import first_of_kind
 
 __all__ = ["seconds_per_token", "seconds_per_token_by_parts"]
 
@@ -27,17 +28,13 @@ def seconds_per_token(model: Any, tokens: int) -> float:
 @torch.inference_mode()
 def seconds_per_token_by_parts(model: Any, tokens: int) -> float:
     """The same for a large model: one block of each kind is timed on one row of tokens, and a part of the head."""
-    prefix, modules = find_blocks(model)
-    kinds: dict[str, list[int]] = {}
-    for index, module in enumerate(modules):
-        kinds.setdefault(repr(module), []).append(index)
+    prefix, like = first_of_kind(model)
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    names = [f"{prefix}.{index}" for index in range(len(modules))]
+    names = [f"{prefix}.{index}" for index in range(len(like))]
     blocks, [hidden] = record_blocks(model, names, [(ids, torch.ones_like(ids, dtype=torch.bool))])
     total = 0.0
-    for alike in kinds.values():
-        run = partial(blocks[alike[0]].forward, 0, hidden)
-        total += len(alike) * _fastest(run)
+    for first, alike in Counter(like).items():
+        total += alike * _fastest(partial(blocks[first].forward, 0, hidden))
     head = model.get_output_embeddings()
     if head is not None:
         rows = head.weight[: max(1, len(head.weight) // _SHARE)]
@@ -51,6 +48,6 @@ def _fastest(run: Callable[[], torch.Tensor]) -> float:
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        float(run()[0, 0, 0])
+        float(run().flatten()[0])
         times.append(time.perf_counter() - start)
     return min(times)

@@ -69,7 +69,9 @@ class Calibration:
     def key(self) -> str:
         sites = [site.name for site in self.sites]
         kind = "statistics" if self.weighted else "unweighted statistics"
-        how = {"by": "block"} if self.by_block else {}
+        how: dict[str, object] = {"read": self.loaded.kind.value} if self.loaded.kind.is_encoder else {}
+        if self.by_block:
+            how["by"] = "block"
         return cache_key(
             kind=kind, format=3, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed, **how
         )
@@ -77,6 +79,8 @@ class Calibration:
     @property
     def by_block(self) -> bool:
         """Whether moments are collected, rounded and stored one block at a time, as those of large models are."""
+        if self.loaded.kind.is_encoder:
+            return False
         one_device = len({parameter.device for parameter in self.loaded.model.parameters()}) == 1
         return self.cache.root is not None and one_device and moment_bytes(self.sites) > LARGE
 
@@ -144,7 +148,8 @@ class Calibration:
         batches = calibration_batches(self.loaded, self.text, self.seed)
         first = self.unweighted() if self.weighted else None
         begun = self.cache.load(self._unfinished)
-        return collect(model, self.sites, batches, generator, self.progress, first, begun, self._keeper())
+        how = self.loaded.mask_token, begun, self._keeper()
+        return collect(model, self.sites, batches, generator, self.progress, first, *how)
 
     def _keeper(self) -> Callable[[Callable[[], Bundle]], None]:
         """A function that stores a state if the last one is old enough; storing takes at most a tenth of the time."""
@@ -208,12 +213,15 @@ def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[
     """Batches (input_ids, mask) of calibration text, from a seeded shuffle sorted by descending row length.
 
     Questions are concatenated and cut into rows of `CHUNK_TOKENS` tokens, so that almost no row needs padding. Every
-    row starts with the special tokens that start a text.
+    row starts with the special tokens that start a text. For an encoder it also ends with those that end one, and some
+    tokens are masked if the model predicts masked ones.
     """
     device, separator, beginning = loaded.model.device, loaded.encode("\n\n"), loaded.beginning
     stream = [token for question in text.exam for token in (*question[len(beginning) :], *separator)]
     room = CHUNK_TOKENS - len(beginning)
     rows = [*text.prose, *((*beginning, *stream[start : start + room]) for start in range(0, len(stream), room))]
+    if loaded.kind.is_encoder:
+        rows = [loaded.whole(row) if loaded.mask_token is None else loaded.masked(row)[0] for row in rows]
     random.Random(seed).shuffle(rows)
     rows.sort(key=len, reverse=True)
     count = max(1, _CALIBRATION_BATCH // CHUNK_TOKENS)

@@ -47,7 +47,8 @@ def plan(config: Config) -> Mapping[str, object]:
     if start.policy is not None and loaded.digest == UNREAD:  # the run itself compares the weights
         loaded = dataclasses.replace(loaded, digest=start.policy.model)
     start.check(loaded, sites)
-    experiment = Experiment.of(config, loaded, sites, device)
+    notes: list[str] = []
+    experiment = Experiment.of(config, loaded, sites, device, notes.append)
     rehearse(experiment, start)
     searched, [selected], [heldout] = (experiment.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
@@ -96,7 +97,7 @@ def plan(config: Config) -> Mapping[str, object]:
             "search_items": len(experiment.splits.search_items),
             "report_items": len(experiment.splits.report_items),
             "benchmark_items": measured,
-            "notes": list(experiment.splits.notes),
+            "notes": [*experiment.splits.notes, *notes],
         },
         "cost": {
             "forward_tokens": forward,
