@@ -23,6 +23,7 @@ from compression.sites import Site, dense_weight
 from compression.storage.exclusive import exclusive
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 from search.data.splits import Text
+from search.model.kinds import Kind
 from search.model.loading import LoadedModel
 from search.model.streaming import ResidentModel
 
@@ -79,10 +80,9 @@ class Calibration:
     @property
     def by_block(self) -> bool:
         """Whether moments are collected, rounded and stored one block at a time, as those of large models are."""
-        if self.loaded.kind.is_encoder:
+        if self.cache.root is None or self.loaded.kind is not Kind.CAUSAL or moment_bytes(self.sites) <= LARGE:
             return False
-        one_device = len({parameter.device for parameter in self.loaded.model.parameters()}) == 1
-        return self.cache.root is not None and one_device and moment_bytes(self.sites) > LARGE
+        return len({parameter.device for parameter in self.loaded.model.parameters()}) == 1
 
     @property
     def is_cached(self) -> bool:
