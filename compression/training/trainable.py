@@ -6,6 +6,7 @@ form, so the size of the model does not change.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -57,15 +58,19 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Replace parameters of `model` by name; returns the previous ones."""
+    """Replace parameters of `model` by name, wherever they are tied to; returns the previous ones."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
     before = {}
     for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        before[name] = module.get_parameter(leaf)
-        setattr(module, leaf, parameter)
-        if isinstance(module, MPOLinear):
-            module.prepare()
+        before[name] = model.get_parameter(name)
+        for place in places[id(before[name])]:
+            owner, _, leaf = place.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, leaf, parameter)
+            if isinstance(module, MPOLinear):
+                module.prepare()
     return before
 
 

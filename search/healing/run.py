@@ -150,6 +150,8 @@ def heal_experiment_(
         "repaired", or "searched" if there was no repair or it was discarded; and "healed" if there is a plan.
     """
     model = experiment.loaded.model
+    if plan is not None and plan.loss == "labels":
+        experiment.loaded.must_continue_text("loss labels")
     scores, healed = {"dense": evaluator.dense}, Healed(())
     dense = sharing_copy(model)
     # Training replaces norms, biases and routers, so they have to be put back at the end.
