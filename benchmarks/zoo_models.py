@@ -15,7 +15,7 @@ import transformers
 
 from search.model.random_models import byte_tokenizer
 
-__all__ = ["ZOO", "make_model", "write_model"]
+__all__ = ["KINDS", "ZOO", "make_model", "write_model"]
 
 _SCALE = 0.12  # standard deviation of matrices that an architecture initializes smaller
 _TOKENS = dict(vocab_size=257, bos_token_id=256, eos_token_id=256, pad_token_id=256)
@@ -266,6 +266,12 @@ ZOO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }
 """Model type and settings by name, in groups of what is unlike a plain decoder."""
+
+KINDS = (
+    *("gpt_neox", "gptj", "opt", "bloom", "gemma4-capped", "granite", "qwen3_moe", "llama4_text", "deepseek_v3"),
+    *("qwen3_5_text", "jamba", "falcon_h1", "gemma3", "t5"),
+)
+"""One model for each way of being unlike a plain decoder."""
 
 _CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
 _ENCODERS = ("bert", "roberta", "modernbert")

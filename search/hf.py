@@ -6,10 +6,12 @@ modules that replace dense ones (see `compression.layers.skeleton`). The archite
 In a process without this plug-in, transformers does not know the method and would fill the missing dense weights with
 random numbers. To prevent that, the folder stores, for every compressed matrix, a tensor of another shape under the
 name of the dense weight, on which such a process raises: an empty one, or the matrix itself if it is a plain one that
-lost rows or columns. Which rows and columns are left is stored beside it (see `compression.layers.kept`). This also
-protects the folders that `save_pretrained` and Trainer write, and needs no special file name. The header of each weight
-file holds the sha256 of every tensor, the values of config.json and the descriptions of the compressed modules. All of
-that is verified before any tensor is used, so that a config with another epsilon or activation is refused too.
+lost rows or columns. Experts that were taken apart have empty ones under the names of their fused tensors. Which rows
+and columns are left is stored beside it (see `compression.layers.kept`). This also protects the folders that
+`save_pretrained` and Trainer write, and needs no special file name. Tensors have the names of the modules, whatever
+names the architecture has in files of its own. The header of each weight file holds the sha256 of every tensor, the
+values of config.json and the descriptions of the compressed modules. All of that is verified before any tensor is used,
+so that a config with another epsilon or activation is refused too.
 
 A copy of this module and of the parts of `compression` that it uses is exported beside the weights as one file: see
 `search.export.standalone`.
@@ -175,7 +177,12 @@ def lora_layers() -> dict[type, type]:
 
 def _placeholders(modules: Mapping[str, Any]) -> set[str]:
     """Return the names of the empty tensors; a plain matrix that lost rows or columns has its own weight instead."""
-    return {f"{name}.weight" for name, each in modules.items() if each["kind"] != "linear"}
+    return {
+        f"{name}.{tensor}"
+        for name, each in modules.items()
+        if each["kind"] != "linear"
+        for tensor in each.get("tensors", ("weight",))
+    }
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from compression.layers.experts import experts_apart
 from compression.layers.fused import FusedLinear
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept, widened
@@ -24,18 +25,22 @@ _COMPRESSED = (MPOLinear, HeadLinear, FusedLinear, PackedMPO, PackedLinear, Pack
 def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
     """Replace every compressed module by a dense one, and every linear layer whose type differs in `skeleton`.
 
-    Rows and columns that were removed come back as zeros, and so do the biases of such rows.
+    Rows and columns that were removed come back as zeros, and so do the biases of such rows. Experts that were taken
+    apart are fused again.
 
     Args:
         model: changed in place.
         skeleton: the dense model without values. It gives every module its type, so a weight that the architecture
-            stores transposed is stored transposed again.
+            stores transposed is stored transposed again. Its experts are taken apart where those of the model are.
         only: the name of a single module to replace; empty for all.
 
     Returns:
         The names of the replaced modules.
     """
     names: list[str] = []
+    apart = experts_apart(model)
+    for name in apart.keys() - experts_apart(skeleton).keys():
+        skeleton.set_submodule(name, type(apart[name])(skeleton.get_submodule(name)))
     for name, module in list(model.named_modules()):
         if (only and name != only) or any(name.startswith(f"{other}.") for other in names):
             continue
@@ -43,6 +48,9 @@ def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
         if isinstance(module, _COMPRESSED) or type(dense) is not type(module) or kept(module):
             model.set_submodule(name, dense_layer(module, dense))
             names.append(name)
+    for name, experts in apart.items() if not only else ():
+        model.set_submodule(name, experts.fused())
+        names.append(name)
     return names
 
 

@@ -315,7 +315,12 @@ def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _attached(model: Any) -> list[tuple[Any, str]]:
-    return [(model, "hf_quantizer"), (model.config, "quantization_config"), (model.config, "auto_map")]
+    return [
+        (model, "hf_quantizer"),
+        (model, "_weight_conversions"),
+        (model.config, "quantization_config"),
+        (model.config, "auto_map"),
+    ]
 
 
 @contextmanager

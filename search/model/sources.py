@@ -43,7 +43,8 @@ def locate(name: str, trusted: bool = False) -> Source:
     """Find the files of a model without loading it; downloads them if necessary.
 
     Args:
-        name: "default"; "random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2" or "random:tiny-gemma2";
+        name: "default"; "random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2", "random:tiny-gemma2",
+            "random:tiny-mixtral" or "random:tiny-qwen3-moe";
             "random:llama-3.2-1b", "random:qwen2.5-1.5b" or "random:llama-2-7b" for random weights in these shapes; a
             local folder or GGUF file, of which any shard stands for all; or a hub id.
         trusted: whether code that comes with the model may run.
