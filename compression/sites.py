@@ -387,5 +387,5 @@ def _families(paths: list[str]) -> dict[str, str]:
 
 
 def _role(leaf: str) -> str:
-    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` and `in_proj` stay as they are."""
+    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` and `in_proj` stay."""
     return leaf.removesuffix("_proj") if leaf.removesuffix("_proj") in _ROLES else leaf
