@@ -34,6 +34,7 @@ __all__ = [
     "model_bytes",
     "model_parameters",
     "put_modules",
+    "router_weights",
     "units",
 ]
 
@@ -182,11 +183,10 @@ class _Matrix:
 def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, ...]:
     """Returns the sites of `model` in module order.
 
-    The blocks are the `nn.ModuleList` whose linear maps hold the most parameters; if several lists tie, the longest.
-    Every parameter of two or more axes inside a block is a site; a weight shared by two places counts once. A site can
-    be tensorized if it is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2), nothing else
-    uses it, and two factors of rank 1 have fewer entries than it. The other sites state in `dense_because` why they
-    stay dense.
+    Every parameter of two or more axes inside a block (see `find_blocks`) is a site; a weight shared by two places
+    counts once. A site can be tensorized if it is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D`
+    of GPT-2), nothing else uses it, and two factors of rank 1 have fewer entries than it. The other sites state in
+    `dense_because` why they stay dense.
 
     Args:
         shapes_only: skip the check of the values, which also allows a model on the meta device. The code that loads the
@@ -219,19 +219,32 @@ def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, .
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Returns the name and value of the list of blocks of a dense model.
 
+    The blocks are those of the innermost module that holds both the embedding of tokens and a list of blocks. In an
+    image-text model these are the blocks of the language part, however large the vision tower is. If that module has
+    several lists, the one whose linear maps hold the most parameters counts, and the longest if they tie.
+
     Raises:
         ValueError: the model has no list of modules that hold linear maps.
     """
-    best, chosen = (0, 0), None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            weights = [inner.weight for inner in module.modules() if _is_linear(inner)]
-            rank = (sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), len(module))
-            if weights and rank > best:
-                best, chosen = rank, (name, module)
-    if chosen is None:
-        raise Refusal("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
-    return chosen
+    for around in _around_embedding(model):
+        best, chosen = (0, 0), None  # parameters and length
+        for name, module in model.get_submodule(around).named_modules(prefix=around):
+            if isinstance(module, nn.ModuleList):
+                weights = [inner.weight for inner in module.modules() if _is_linear(inner)]
+                rank = (sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), len(module))
+                if weights and rank > best:
+                    best, chosen = rank, (name, module)
+        if chosen is not None:
+            return chosen
+    raise Refusal("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
+
+
+def _around_embedding(model: nn.Module) -> Iterator[str]:
+    """Yields the names of the modules around the embedding of tokens, innermost first; the last one is the model."""
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = find() if find is not None else None
+    parts = next((name for name, module in model.named_modules() if module is embedding), "").split(".")
+    yield from (".".join(parts[:count]) for count in range(len(parts) - 1, -1, -1))
 
 
 def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> None:
@@ -283,6 +296,17 @@ def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Replace modules of `model` by qualified name."""
     for name, module in modules.items():
         model.set_submodule(name, module)
+
+
+def router_weights(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the matrices that choose among the experts of a layer, one row per expert."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if (count := _experts(module)) > 1
+        for name, values in module.named_parameters(recurse=False)
+        if values.ndim == 2 and len(values) == count
+    )
 
 
 def model_parameters(model: nn.Module) -> int:

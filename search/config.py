@@ -199,7 +199,8 @@ class Config(BaseModel):
     )
     """Model to compress: default (SmolLM2-135M-Instruct, downloaded once), a local folder, or a hub id."""
     proxy: str = _field(_DATA, "mmlu", f"{_one_of(PROXIES)}, or an existing .jsonl file", "NAME")
-    """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines."""
+    """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines, or for a
+    classifier of {"text", "label"} lines."""
     proxy_form: ProxyForm = _name(_DATA, "answer", PROXY_FORMS, "FORM")
     """How a question is scored: by the text of its answers, or by the letters A to D."""
     calibration: str | None = _field(
@@ -224,6 +225,9 @@ class Config(BaseModel):
     matrix, whose factors share a basis; or fused, not at all."""
     per_head: bool = _flag(_DATA)
     """Split attention matrices by head and compress every head by itself; slower, meant for analysis."""
+    split_fused: bool = _flag(_DATA)
+    """Split fused matrices into their parts q, k and v, or gate and up, so that each part is compressed by itself and
+    families mean the same as in models that do not fuse."""
     device: str = _field(_DATA, "auto", "auto, cpu, cuda or cuda:N", "DEVICE", pattern=_DEVICE)
     """Device of the model; auto uses a GPU if there is one."""
     device_map: str | None = _field(
@@ -406,6 +410,12 @@ class Config(BaseModel):
     def _has_the_heads_it_groups(self) -> Self:
         if self.granularity == "head" and not self.per_head:
             raise Refusal("granularity head needs per_head, which cuts attention matrices into their heads")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_a_matrix_once(self) -> Self:
+        if self.split_fused and self.per_head:
+            raise Refusal("split_fused and per_head both split attention matrices: give one of them")
         return self
 
     @classmethod

@@ -92,12 +92,16 @@ def collect(
     generator: torch.Generator,
     progress: Callable[[int], None] = lambda tokens: None,
     first: Statistics | None = None,
+    mask_token: int | None = None,
 ) -> Statistics:
     """Collect C and G of every site that can be tensorized.
 
+    A causal language model predicts at every token, a masked one at its mask tokens, and a classifier once for a text.
+    G is scaled so that predicted costs are per prediction.
+
     Args:
-        model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary); has
-            `get_input_embeddings()`. Its parameters must not require gradients.
+        model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary), or (batch,
+            classes) for a classifier; has `get_input_embeddings()`. Its parameters must not require gradients.
         sites: the sites of the model.
         batches: (input_ids, mask) pairs, each (batch, length), int64 and bool, on the model's device. Masked-out
             positions (right padding) are ignored.
@@ -105,6 +109,7 @@ def collect(
         progress: called with the number of tokens done after each batch.
         first: statistics of an earlier pass over the same batches, which weight the tokens; None weights all tokens
             equally.
+        mask_token: the token at which a masked language model predicts; None for models of other kinds.
 
     Raises:
         ValueError: there is no token; or the statistics of a site are not finite, the text never reaches the site, the
@@ -116,7 +121,13 @@ def collect(
         for input_ids, mask in batches:
             accumulator.expect(mask)
             logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
-            logits.backward(sampled_gradient(logits.detach(), mask, generator))
+            predicted = mask if mask_token is None else mask & (input_ids == mask_token)
+            if logits.ndim == 2:
+                predicted = mask.any(-1)
+            gradient = sampled_gradient(logits.detach(), predicted, generator)
+            if predicted is not mask:
+                gradient *= math.sqrt(float(mask.sum()) / max(1.0, float(predicted.sum())))
+            logits.backward(gradient)
             progress(accumulator.count())
     return accumulator.result()
 
@@ -127,8 +138,8 @@ def sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.
     It is the softmax minus the one-hot vector of the sampled token, and zero where masked out.
 
     Args:
-        logits: (batch, length, vocabulary).
-        mask: (batch, length), bool.
+        logits: (batch, length, vocabulary), or without the length.
+        mask: which predictions count, bool, of the shape of `logits` without the last axis.
         generator: draws one token per position; on the device of `logits`.
     """
     gradient = torch.softmax(logits.float(), dim=-1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compression.layers.experts import experts_apart
+from compression.layers.fused import FusedLinear
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept, widened
 from compression.layers.mpo_linear import MPOLinear
@@ -17,7 +18,7 @@ from compression.sites import dense_weight
 
 __all__ = ["dense_layer", "merge_"]
 
-_COMPRESSED = (MPOLinear, HeadLinear, PackedMPO, PackedLinear, PackedEmbedding)
+_COMPRESSED = (MPOLinear, HeadLinear, FusedLinear, PackedMPO, PackedLinear, PackedEmbedding)
 
 
 @torch.no_grad()
@@ -72,6 +73,9 @@ def _values(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         if module.along_output:
             return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
         return torch.cat(weights, dim=1), biases[0]
+    if isinstance(module, FusedLinear):
+        weights, biases = zip(*(_values(part) for part in module.children()), strict=True)
+        return module.joined(weights, 0), None if biases[0] is None else module.joined(biases, 0)
     bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, torch.Tensor)
     weight = module.weight if isinstance(module, _COMPRESSED) else dense_weight(module)

@@ -17,6 +17,7 @@ from torch import nn
 
 from compression.bonds import keep_, linear_layer
 from compression.layers.experts import Experts
+from compression.layers.fused import FusedLinear
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
@@ -45,6 +46,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         * For an `MPOLinear`: {"kind": "mpo", "topology": see `compression.numerics.legs.leg_name`, "bonds": inner
           bonds, "bias": whether it has one}.
         * For a `HeadLinear`: {"kind": "heads", "size", "along_output"}. Its parts have their own descriptions.
+        * For a `FusedLinear`: {"kind": "fused", "parts": {name: [[start, stop], …]}}. Its parts have their own
+          descriptions.
         * For packed modules: {"kind": "packed-mpo", "packed-linear" or "packed-embedding", "bits", "group"} and, for an
           MPO, "topology", "bonds" and "bias". A packed linear layer has "bias" and "tied": the name of the embedding
           that holds its matrix, or "".
@@ -64,6 +67,9 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         elif isinstance(module, Experts | StackedExperts):
             kind = next(kind for kind, made in _APART.items() if isinstance(module, made))
             found[name] = {"kind": kind, "tensors": module.tensors}
+        elif isinstance(module, FusedLinear):
+            parts = {part: [list(run) for run in runs] for part, runs in module.runs.items()}
+            found[name] = {"kind": "fused", "parts": parts}
         elif isinstance(module, PackedMPO):
             topology, bonds = leg_name(module.legs), list(module.bonds)
             plain = {"kind": "packed-mpo", "topology": topology, "bonds": bonds, "bias": module.bias is not None}
@@ -93,6 +99,7 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
     makers: Mapping[str, Callable[..., nn.Module]] = {
         "mpo": _mpo,
         "heads": _heads,
+        "fused": _fused,
         "packed-mpo": _packed_mpo,
         "packed-linear": _packed_linear,
         "packed-embedding": _packed_embedding,
@@ -231,6 +238,18 @@ def _heads(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, A
         raise Refusal(f"size must divide {side} and along_output be true or false, got {size!r} and {along_output!r}")
     bias = _empty_bias(getattr(dense, "bias", None) is not None, shape[0], dense)
     return HeadLinear(torch.empty(shape, device="meta", dtype=dense_weight(dense).dtype), bias, size, along_output)
+
+
+def _fused(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> FusedLinear:
+    parts = description["parts"]
+    runs = [run for part in parts.values() for run in part]
+    sizes = [stop - start for start, stop in runs]
+    if not all(map(_is_size, sizes)) or sorted(row for run in runs for row in range(*run)) != [*range(shape[0])]:
+        raise Refusal(f"parts must hold each of the {shape[0]} rows once, as [start, stop] of rows, got {parts!r:.80}")
+    if not all(isinstance(name, str) and name.isidentifier() for name in parts):
+        raise Refusal(f"the names of parts must be words, got {list(parts)!r:.80}")
+    bias = _empty_bias(getattr(dense, "bias", None) is not None, shape[0], dense)
+    return FusedLinear(torch.empty(shape, device="meta", dtype=dense_weight(dense).dtype), bias, parts)
 
 
 def _packed_mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedMPO:

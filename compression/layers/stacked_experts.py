@@ -72,7 +72,7 @@ class StackedExperts(nn.Module):
         return result.to(hidden_states.dtype)
 
     def fused(self) -> nn.Module:
-        """Returns the fused layer with these values; the matrices must be linear layers."""
+        """Returns the fused layer with these values; the matrices must be linear layers that lost no hidden units."""
         layout, count = self._layout, self.num_experts
         firsts = [self.get_submodule(name) for name in layout.parts]
         first = layout.joined([each.weight.unflatten(0, (count, -1)) for each in firsts], 1)  # type: ignore[operator]

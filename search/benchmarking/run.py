@@ -176,6 +176,7 @@ class _Bench:
 
     def measure(self, model: ComparedModel) -> None:
         for name, loaded in zip(model.names, model.models(), strict=True):
+            loaded.must_continue_text("a benchmark")
             for selection in self._selections:
                 self._outcomes.append(self._outcome(name, loaded, selection))
                 self._write()

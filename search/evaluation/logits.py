@@ -109,11 +109,15 @@ def read(
 
     Args:
         inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible; without
-            one, every row is read as one text.
+            one, every row is read as one text. An encoder has an integer mask (batch, length), 0 where a row is filled
+            up.
         source: flat positions (batch × length) whose logits are read.
         cache: KV cache of the tokens before the inputs; the inputs are appended to it. None uses no cache.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:  # a classifier, which makes one prediction for a row
+        logits = model(**inputs).logits.float()[source // inputs["input_ids"].shape[1]]
+        return Reading(logits, logits, nn.Identity())
     fed: list[torch.Tensor] = []
 
     def feed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:

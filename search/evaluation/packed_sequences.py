@@ -18,8 +18,10 @@ __all__ = [
     "Packed",
     "Prediction",
     "apart",
+    "classified_text",
     "group",
     "layout",
+    "masked_text",
     "mix",
     "pack",
     "packed_item",
@@ -41,6 +43,8 @@ class Packed:
         branches: (start, stop, first scored token) of each branch, as indices into `tokens`.
         answer: index of the correct branch, or None for text and for the only branch of a wrong answer (see `apart`).
         corpus: name of the corpus of a text, which then has a perplexity of its own; empty for none.
+        masked: (place, original token) of the mask tokens of a text for a masked language model.
+        classified: whether a classifier sorts the whole text; there is then one branch for every class, without tokens.
     """
 
     tokens: tuple[int, ...]
@@ -48,11 +52,35 @@ class Packed:
     branches: tuple[tuple[int, int, int], ...] = ()
     answer: int | None = None
     corpus: str = ""
+    masked: tuple[tuple[int, int], ...] = ()
+    classified: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether an encoder reads the text, which then has a row of its own."""
+        return bool(self.masked) or self.classified
 
 
 def packed_text(tokens: Sequence[int], corpus: str = "") -> Packed:
     """Pack plain text, in which every token after the first is scored."""
     return Packed(tuple(tokens), len(tokens), corpus=corpus)
+
+
+def masked_text(tokens: Sequence[int], masked: tuple[tuple[int, int], ...], corpus: str = "") -> Packed:
+    """Pack a text for a masked language model, in which the original of every mask token is scored."""
+    return Packed(tuple(tokens), len(tokens), corpus=corpus, masked=masked)
+
+
+def classified_text(tokens: Sequence[int], classes: int, answer: int) -> Packed:
+    """Pack a text for a classifier, in which the number of the class is scored.
+
+    Raises:
+        ValueError: `answer` is not the number of a class.
+    """
+    if not 0 <= answer < classes:
+        raise Refusal(f"the class of a text must be a number below {classes}, got {answer}")
+    end = len(tokens)
+    return Packed(tuple(tokens), end, ((end, end, end),) * classes, answer, classified=True)
 
 
 def packed_item(encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int) -> Packed:
@@ -86,11 +114,11 @@ def packed_item(encode: Callable[[str], list[int]], context: str, continuations:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One next-token prediction of a sequence.
+    """One prediction of a sequence: of the next token, a masked token or a class.
 
     Attributes:
-        source: flat position whose logits predict `target`.
-        target: the predicted token.
+        source: flat position whose logits predict `target`; the first position of a row for a class.
+        target: the predicted token or class.
         owner: number of the sequence.
         branch: global number of the branch whose score includes this prediction, -1 for none.
         compared: whether it counts for KL and agreement; tokens of the prefix and of the correct answer do.
@@ -115,6 +143,10 @@ def predictions(sequence: Packed, number: int, base: int, branches: range) -> li
         branches: global numbers of its branches.
     """
     tokens = sequence.tokens
+    if sequence.masked:
+        return [Prediction(base + at, token, number, -1, True) for at, token in sequence.masked]
+    if sequence.classified:
+        return [Prediction(base, at, number, branch, at == sequence.answer) for at, branch in enumerate(branches)]
     found = [Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(1, sequence.prefix)]
     for index, (start, stop, first) in enumerate(sequence.branches):
         for at in range(start, stop):
@@ -139,7 +171,7 @@ def apart(sequence: Packed) -> list[Packed]:
 
     The correct branch has the answer 0 and the others None.
     """
-    if not sequence.branches:
+    if sequence.alone or not sequence.branches:
         return [sequence]
     prefix, found = sequence.tokens[: sequence.prefix], []
     for number, (start, stop, first) in enumerate(sequence.branches):
@@ -154,7 +186,8 @@ def row_inputs(rows: Sequence[Sequence[Packed]], shared: bool) -> dict[str, torc
 
     Args:
         shared: give the positions and the mask (rows, 1, length, length) that keep the sequences of a row and their
-            branches apart. Otherwise every row must be one plain text; a causal model needs nothing else.
+            branches apart. Otherwise every row must be one plain text; a causal model needs nothing else, and an
+            encoder a mask (rows, length) that is 0 where a row is filled up.
 
     Returns:
         Arguments of the model by name; `input_ids` is (rows, length), int64.
@@ -171,11 +204,12 @@ def row_inputs(rows: Sequence[Sequence[Packed]], shared: bool) -> dict[str, torc
             if shared:
                 positions[place, span], visible[place, span, span] = layout(sequence)
             start = span.stop
-    return (
-        {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
-        if shared
-        else {"input_ids": ids}
-    )
+    if shared:
+        return {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
+    if any(sequence.alone for row in rows for sequence in row):
+        sizes = torch.tensor([sum(len(sequence.tokens) for sequence in row) for row in rows])
+        return {"input_ids": ids, "attention_mask": (torch.arange(length) < sizes[:, None]).long()}
+    return {"input_ids": ids}
 
 
 def pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:

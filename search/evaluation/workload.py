@@ -87,7 +87,8 @@ class Workload:
         self._branch_owner = torch.arange(len(sequences)).repeat_interleave(counts)
         self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
         texts = [text.tokens for sequence in sequences for text in apart(sequence)]
-        self._shared = shares_rows(model, max(texts, key=len))
+        alone = any(sequence.alone for sequence in sequences)
+        self._shared = not alone and shares_rows(model, max(texts, key=len))
         self._batch_tokens, self._batches = batch_tokens, self._batched(batch_tokens)
 
     def halved(self) -> Workload | None:

@@ -14,6 +14,7 @@ from compression.bonds import discover_bonds, with_bonds
 from compression.calibration.reach import with_reach
 from compression.decomposition.joint_menu import multiple_of
 from compression.layers.experts import experts_apart, take_apart_
+from compression.layers.fused import split_fused_
 from compression.layers.heads import split_heads_
 from compression.layers.stacked_experts import StackedExperts
 from compression.numerics.legs import resolve
@@ -48,8 +49,8 @@ def open_model(
             `search.model.pretrained.set_attention_`,
             `search.model.spreading.spread_` and `compression.sites.discover_sites`; the model has fewer positions than
             a calibration text has tokens; the target is below the smallest kept fraction; `per_head` is set for a model
-            without several heads; or the form needs bonds between matrices, and the model has none, or none as wide as
-            `width_multiple`.
+            without several heads, or `split_fused` for one without fused matrices; or the form needs bonds between
+            matrices, and the model has none, or none as wide as `width_multiple`.
         DataUnavailable: as for `search.model.loading.load_model`.
     """
     check_files(config)
@@ -71,6 +72,12 @@ def open_model(
     sites = discover_sites(loaded.model)
     if config.experts == "shared":
         _refuse_large_stacks(loaded.model)
+    if config.split_fused:
+        if not split_fused_(loaded.model, sites):
+            raise Refusal(
+                f"split_fused needs matrices of several parts (q, k, v; gate, up), and {config.model} has none"
+            )
+        sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
             raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")

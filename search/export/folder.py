@@ -33,6 +33,7 @@ from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
+from search.model.kinds import kind_of_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
@@ -53,7 +54,9 @@ __all__ = [
 
 CARD = "README.md"
 GGUF = "model.gguf"
-_VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
+_COPIED = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of the original's folder that neither its model nor its tokenizer writes: the sentencepiece vocabulary, which
+llama.cpp's converter needs, and what prepares the images of an image-text model."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
         document = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         document["auto_map"] = {
             "AutoConfig": f"{MODULE}.{config}",
-            "AutoModelForCausalLM": f"{MODULE}.{architecture}",
+            kind_of_model(model).value: f"{MODULE}.{architecture}",
         }
         (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         refuse_unlike(model, partial, folder)
@@ -248,11 +251,12 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    original = Path(str(getattr(tokenizer, "name_or_path", "")))
+    for name in _COPIED:
+        if (original / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(original / name, folder / name)
     for file in folder.glob("*.json"):
         _drop_absent_code(file)
-    vocabulary = Path(str(getattr(tokenizer, "name_or_path", ""))) / _VOCABULARY
-    if vocabulary.is_file() and not (folder / _VOCABULARY).exists():
-        shutil.copyfile(vocabulary, folder / _VOCABULARY)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:

@@ -26,6 +26,7 @@ from search.healing.teacher import output_head
 from search.healing.text import heal_text
 from search.healing.training import heal_
 from search.model.devices import resolve_device
+from search.model.kinds import kind_of_model
 from search.model.loading import load_for_use
 from search.model.own_code import refuse_own_code
 from search.priors.format import Prior
@@ -97,7 +98,8 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
 
 def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
     document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}. {forms(model)}"
-    card = model_card(folder.name, "hf", document, {}, "healed", size, [CHANGES["healed"]], rows)
+    loader = kind_of_model(model).value
+    card = model_card(folder.name, "hf", document, {}, "healed", size, [CHANGES["healed"]], rows, loader)
     export_model(model, tokenizer, folder, card, [prior])
 
 

@@ -125,7 +125,10 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     scores, fault = measure(experiment, schedules, chosen, folder.path, console)
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
-        latencies = against_dense(experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs())
+        continues = not experiment.loaded.kind.is_encoder
+        latencies = against_dense(
+            experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs(), continues
+        )
     latency = latencies.get("searched")
     if latency:
         console.note(f"searched: {latency}")

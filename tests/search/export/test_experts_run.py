@@ -15,7 +15,8 @@ from tiny_model import assert_same_logits
 from compression.layers.experts import experts_apart
 from search import cli
 from search.export.restore import restore
-from search.model.loading import load_for_use
+from search.healing.state import StoredWeights
+from search.model.loading import load_for_use, load_model
 from search.priors.format import Prior
 from search.runtime.console import Console
 
@@ -78,6 +79,9 @@ def test_a_run_on_a_mixture_compresses_its_experts_and_every_export_loads_afresh
         "heal", run, "--tokens", 300, "--row-tokens", 32, "--batch-tokens", 64, "--quiet", "--out", tmp_path / "healed"
     )
     done(*command[:-2], "--healed", tmp_path / "healed", "--state", "healed", "--out", tmp_path / "healed-hf")
+    router = "model.layers.1.mlp.gate.weight"
+    trained = StoredWeights.read(tmp_path / "healed").tensors[router]
+    assert not torch.equal(trained, load_model("random:tiny-qwen3-moe", "cpu").model.get_parameter(router))
     healed = logits(restore(run, console, "cpu", "healed", tmp_path / "healed").experiment.loaded.model)
     assert_same_logits(logits(load_for_use(str(tmp_path / "healed-hf"), "cpu").model), healed)
     done("export", run, "--quiet", "--device", "cpu", "--quantize", "int8", "--out", tmp_path / "int8")
