@@ -254,3 +254,10 @@ def test_a_run_that_recorded_no_form_has_the_one_of_its_time():
     assert Config.of_run({}, trusted=False).form == "factors"
     assert Config.of_run({"form": "plain"}, trusted=False).form == "plain"
     assert Config.of_file({}, trusted=False).form == "any"
+
+
+@pytest.mark.parametrize("agent", RETIRED)
+def test_the_configuration_of_a_run_by_a_retired_agent_is_still_read_and_the_agent_is_not_made(agent):
+    assert Config.of({"agent": agent}).agent == agent
+    with pytest.raises(ValueError, match="agent must be one of bandit"):
+        agents.find(agent)

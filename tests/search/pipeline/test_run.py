@@ -134,7 +134,7 @@ def test_a_search_starts_from_what_an_earlier_one_learned(tmp_path: Path, agent:
     run(tmp_path / "first", agent=agent)
     learned = SavedPolicy.read(tmp_path / "first")
     # A policy that has gone far, so that it can be told from the closed form.
-    key = "bias" if agent == "reinforce" else "action_net.linear.weight"
+    key = "mean" if agent == "reinforce" else "action_net.linear.weight"
     far = learned.arrays[key].copy()
     far.reshape(-1)[-2:] = 1.0
     replace(learned, arrays={**learned.arrays, key: far}).write(tmp_path / "first")
