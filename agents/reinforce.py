@@ -30,7 +30,7 @@ slopes. So the policy explores what is not known yet (guided policy search, Levi
 
 **Looks with and without slopes.** A look with slopes costs `SLOPES_COST` evaluations and is made at the policy's mode,
 on a shard that has given few slopes near there. A pair of looks without slopes costs two. Each round buys what the
-critic expects to lower its regret more per evaluation. The last evaluations, too few for slopes, are looks without.
+critic expects to lower its regret more per evaluation.
 
 Asks for the next round without rewards that are still missing; the critic uses them when they arrive, but a pair that
 another policy made is not used in the first term. Does not know models; uses the digests and sizes of schedules.
@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 
 from agents.ledger import Ledger
 from agents.policy_file import SavedPolicy
-from agents.protocol import AgentContext, ProblemLike, Proposal
+from agents.protocol import SLOPES_COST, AgentContext, ProblemLike, Proposal
 from agents.slope_critic import SlopeCritic
 from compression.refusal import Refusal
 from compression.schedule import Schedule
@@ -65,7 +65,7 @@ class ReinforceSettings:
     pairs: int = 3  # mirrored pairs of real episodes per round without slopes
     imagined: int = 16  # mirrored pairs of imagined episodes
     updates: int = 4  # Newton steps per round
-    trust: float = 0.1  # ε, nats per site
+    trust: float = 0.4  # ε, nats per site
     damping: float = 0.05  # β, as a fraction of the mean of H·V
     sigma: float = 0.15  # part of V that is alike for all sites, in log price, at the start
     slowing: float = 6.0  # number of looks with slopes after which it has halved
@@ -242,10 +242,8 @@ class Reinforce:
         sloped = not self.critic.passes or worth > self.critic.worth_of_looks(self.policy.sample(4, self._generator))
         if sloped and self._look(self.policy.mean, shards, slopes=True) is not None:
             return
-        for _ in range(min(self.settings.pairs, self._ledger.left // 2)):
+        for _ in range(self.settings.pairs):
             self._look_both_ways()
-        if not self._planned:
-            self._look(self.policy.mean, range(self._context.shards))
 
     def _look_both_ways(self) -> None:
         """Plans a mirrored pair on one shard; samples again, wider, until both schedules are new on that shard."""
@@ -253,21 +251,23 @@ class Reinforce:
         for attempt in range(_TRIES):
             actions = self.policy.sample(1, self._generator, 1.1**attempt)
             pair = [episode for action in actions if (episode := self._look(action, [shard])) is not None]
-            if len(pair) == 2:
+            if len(pair) == 2 and not attempt:
+                self._pairs.append((pair[0], pair[1]))
+            if pair:  # of a pair, one may be known on this shard already, or too dear
                 self._mirrored += 1
-                if not attempt:
-                    self._pairs.append((pair[0], pair[1]))
-                return
-            if pair:  # one of the two is known on this shard already; the other is made alone
                 return
 
     def _look(self, action: Floats, shards: Iterable[int], slopes: bool = False) -> _Episode | None:
-        """Plans a measurement of an action on the first shard where it is new; None if there is none."""
+        """Plans a measurement of an action on the first shard where it is new; None if there is none.
+
+        If the rest of the budget does not pay for slopes, the same measurement is made without, so that a search with
+        a larger budget proposes the same schedules in the same order.
+        """
         schedule = self._schedule(action)
-        probe = self._problem.probe(schedule) if slopes else None
-        for shard in shards:
+        probe = self._problem.probe(schedule) if slopes and self._ledger.left >= SLOPES_COST else None
+        for shard in shards if self._ledger.left else ():
             proposal = Proposal(schedule, None, self._context.repeat(schedule, shard), probe)
-            if self._ledger.left >= proposal.cost and self._ledger.add(proposal):
+            if self._ledger.add(proposal):
                 self._planned.append(proposal)
                 episode = _Episode(action, self._problem.costs(schedule), shard)
                 self._open[schedule.digest, proposal.repeat] = episode

@@ -64,7 +64,7 @@ AGENTS = (
 )
 RETIRED = ("guided", "portfolio")
 """Agents of earlier versions. Their runs can still be read, healed and exported; they search no more."""
-PLANNERS = ("ppo", "ppo-masked", "reinforce")
+PLANNERS = ("ppo", "ppo-masked")
 """Agents that plan with their budget: with another budget they would have proposed other schedules."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+import agents
 from compression.refusal import Refusal, nearest
-from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, RECORDED, Config, read_fields
+from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, RECORDED, RETIRED, Config, read_fields
 from search.trials.fingerprints import with_defaults
 
 
