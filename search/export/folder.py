@@ -1,7 +1,7 @@
 """Writes a model in memory, compressed or dense, as a folder that others can load.
 
-Works on any causal language model whose compressed modules are in place, wherever they came from. The folder appears
-complete or not at all.
+Works on any causal language model whose compressed modules are in place, wherever they came from. The folder is loaded
+once and its logits compared before it gets its name, so that it appears complete and right, or not at all.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from compression.storage.tensor_files import system_errors
 from search.export.forms import FORMATS
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
+from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model.architecture import bare_model
-from search.model.loading import load_model
+from search.model.kinds import kind_of_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
@@ -53,7 +54,9 @@ __all__ = [
 
 CARD = "README.md"
 GGUF = "model.gguf"
-_VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
+_COPIED = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of the original's folder that neither its model nor its tokenizer writes: the sentencepiece vocabulary, which
+llama.cpp's converter needs, and what prepares the images of an image-text model."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,10 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
         document = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         document["auto_map"] = {
             "AutoConfig": f"{MODULE}.{config}",
-            "AutoModelForCausalLM": f"{MODULE}.{architecture}",
+            kind_of_model(model).value: f"{MODULE}.{architecture}",
         }
         (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        refuse_unlike(model, partial, folder)
 
 
 def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
@@ -147,13 +151,13 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
     model.tie_weights()
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card, beside)
+        refuse_unlike(model, partial, folder)
 
 
 def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Write a model with fewer hidden units or heads as an ordinary folder of a smaller model of its architecture.
 
-    The folder is loaded once, and every tensor compared, before it gets its name. The arguments are those of
-    `export_model`.
+    The arguments are those of `export_model`.
 
     Raises:
         ValueError: as `search.export.plain.plain_model`; or the folder is in use or not empty.
@@ -162,12 +166,7 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     small = plain_model(model)
     with _whole(folder) as partial:
         _save(small, tokenizer, partial, card, beside)
-        found = load_model(str(partial), "cpu", small.dtype).model.state_dict()
-        for name, values in small.state_dict().items():
-            if name not in found or not found[name].equal(values.cpu()):
-                raise Refusal(
-                    f"{folder} was written wrongly: {name} differs; the disk may be faulty, so write it again"
-                )
+        refuse_unlike(model, partial, folder, small)
 
 
 def export_gguf(
@@ -230,7 +229,7 @@ def _check_form(form: str, model: Any, tokenizer: Any) -> None:
         ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
             llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    if form in ("hf", "plain") and not type(model).__module__.startswith("transformers.models."):
+    if form in ("hf", "plain") and is_own_architecture(model):
         raise Refusal(
             f"the {form} format needs an architecture that transformers defines, and {type(model).__name__} comes with "
             "the model; export it as dense"
@@ -252,11 +251,12 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    original = Path(str(getattr(tokenizer, "name_or_path", "")))
+    for name in _COPIED:
+        if (original / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(original / name, folder / name)
     for file in folder.glob("*.json"):
         _drop_absent_code(file)
-    vocabulary = Path(str(getattr(tokenizer, "name_or_path", ""))) / _VOCABULARY
-    if vocabulary.is_file() and not (folder / _VOCABULARY).exists():
-        shutil.copyfile(vocabulary, folder / _VOCABULARY)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:
@@ -315,7 +315,12 @@ def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _attached(model: Any) -> list[tuple[Any, str]]:
-    return [(model, "hf_quantizer"), (model.config, "quantization_config"), (model.config, "auto_map")]
+    return [
+        (model, "hf_quantizer"),
+        (model, "_weight_conversions"),
+        (model.config, "quantization_config"),
+        (model.config, "auto_map"),
+    ]
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.layers.kept import KEPT, kept
+from compression.bonds import KEPT
+from compression.layers.experts import Expert, experts_apart
+from compression.layers.kept import kept
 from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.sites import dense_weight
@@ -20,6 +22,8 @@ from search.model.architecture import bare_model
 __all__ = ["plain_model"]
 
 _HIDDEN = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
+_OF_EXPERTS = ("moe_intermediate_size", *_HIDDEN)
+_PLAIN = ("linear", "experts")
 _OR = "or export with --format hf"
 _ELSE = "use --format gguf for llama.cpp, or --format hf for transformers"
 
@@ -35,9 +39,10 @@ def plain_model(model: Any) -> Any:
         Refusal: a matrix is factored, nothing was removed, or the architecture has no settings for such a model; the
             message says what stands in the way and which form can be exported.
     """
-    if factored := [name for name, each in describe(model).items() if each["kind"] != "linear"]:
+    if factored := [name for name, each in describe(model).items() if each["kind"] not in _PLAIN]:
         raise Refusal(
-            f"{factored[0]} is factored, and the plain format has no factors; search with --form plain, {_OR}"
+            f"{factored[0]} is factored or stacked, and the plain format has neither; search with --form plain and "
+            f"without --experts shared, {_OR}"
         )
     changes = _changes(model)
     if not changes:
@@ -83,21 +88,31 @@ def _changes(model: Any) -> dict[str, int]:
             rows = [dense_weight(each).shape[0] for each in modules[parent].children() if "kept_rows" in kept(each)]
             changes |= {"num_attention_heads": widths[0] // size, "num_key_value_heads": min(rows) // size}
             changes["head_dim"] = size
+        elif isinstance(modules[parent], Expert):
+            field = next((name for name in _OF_EXPERTS if hasattr(model.config, name)), _OF_EXPERTS[0])
+            changes[field] = widths[0]
         else:
             changes |= {field: widths[0] for field in _HIDDEN if hasattr(model.config, field)}
     return changes
 
 
 def _leaf(name: str) -> str:
-    """The last two parts of a module's name, such as "mlp.down_proj", which are the same in every block."""
-    return ".".join(name.split(".")[-2:])
+    """The last two parts of a module's name, such as "mlp.down_proj", which are the same in every block and expert."""
+    return ".".join([part for part in name.split(".") if not part.isdecimal()][-2:])
 
 
 def _tensors(model: Any) -> dict[str, torch.Tensor]:
     """The stored tensors by name, in the form in which the architecture stores them, without `KEPT`."""
     bare = bare_model(model)
     found = {name: values for name, values in model.state_dict().items() if name.rpartition(".")[2] not in KEPT}
+    apart = experts_apart(model)
+    inside = tuple(f"{path}." for path in apart)
+    found = {name: values for name, values in found.items() if not name.startswith(inside)}
+    for path, experts in apart.items():
+        found |= {f"{path}.{name}": values for name, values in experts.fused().named_parameters()}
     for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
         if isinstance(module, nn.Linear) and not isinstance(bare.get_submodule(name), nn.Linear):
             found[f"{name}.weight"] = module.weight.T.contiguous()
     return found

@@ -19,7 +19,7 @@ __all__ = ["standalone_source"]
 _ROOT = "search.hf"
 _OURS = ("compression", "search")
 
-_HEAD = '''"""Reads this folder's model: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+_HEAD = '''"""Reads this folder's model: from_pretrained(DIR, trust_remote_code=True) of the class in config.json.
 
 Made by Chisel from its sources; needs torch, safetensors and transformers 5.23 or newer, nothing else.
 """
@@ -40,6 +40,11 @@ class {model}(transformers.{model}):
     """The architecture's own model."""
 
     config_class = {config}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return False, so that transformers initializes buffers that are not stored as in its own class."""
+        return False
 '''
 
 
