@@ -34,6 +34,7 @@ __all__ = [
     "PROXY_FORMS",
     "QUICK",
     "RECORDED",
+    "RETIRED",
     "Config",
     "Dtype",
     "absolute_name",
@@ -51,7 +52,6 @@ AGENTS = (
     "bandit",
     "evolution",
     "gradient",
-    "guided",
     "knapsack",
     "lagrangian",
     "optuna-cmaes",
@@ -59,14 +59,15 @@ AGENTS = (
     "optuna-nsga2",
     "optuna-qmc",
     "optuna-tpe",
-    "portfolio",
     "ppo",
     "ppo-masked",
     "random",
     "reinforce",
     "uniform",
 )
-PLANNERS = ("guided", "portfolio", "ppo", "ppo-masked", "reinforce")
+RETIRED = ("guided", "portfolio")
+"""Agents of earlier versions. Their runs can still be read, healed and exported; they search no more."""
+PLANNERS = ("ppo", "ppo-masked")
 """Agents that plan with their budget: with another budget they would have proposed other schedules."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
@@ -330,7 +331,7 @@ class Config(BaseModel):
     @field_validator("agent")
     @classmethod
     def _is_an_agent(cls, value: str) -> str:
-        if value not in AGENTS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        if value not in (*AGENTS, *RETIRED) and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
             raise Refusal(value)
         return value
 

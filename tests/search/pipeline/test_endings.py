@@ -112,7 +112,7 @@ def test_nonfinite_trials_are_recorded_as_such_and_the_search_goes_on(
             hook.remove()
 
     monkeypatch.setattr(ModelEvaluator, "evaluate", poison_the_second)
-    run(tmp_path / "run", budget=4)
+    run(tmp_path / "run", agent="evolution", budget=4)
     found = sqlite3.connect(tmp_path / "run" / "study.db").execute("select state, count(*) from trials group by state")
     assert dict(found.fetchall()) == {"COMPLETE": 3, "FAIL": 1}
     header, *lines = (tmp_path / "run" / "trials.csv").read_text().splitlines()
