@@ -122,21 +122,21 @@ def test_statistics_are_per_prediction(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("form", ["hf", "dense"])
+@pytest.mark.parametrize(("kind", "classifies"), [("bert", False), ("modernbert", True)])
 def test_an_export_is_of_the_original_class_and_computes_the_same(
-    loaded: LoadedModel, form: str, tmp_path: Path
+    kind: str, classifies: bool, form: str, tmp_path: Path
 ) -> None:
-    small = tensorized(str(loaded.tokenizer.name_or_path))
-    ids = torch.tensor([loaded.tokenizer("a text")["input_ids"]])
+    small = tensorized(str(encoder_folder(tmp_path / "model", kind, classifies)))
+    ids = torch.tensor([small.tokenizer("a text")["input_ids"]])
     with torch.no_grad():
         expected = small.model(input_ids=ids).logits
     {"hf": export_model, "dense": export_dense_}[form](small.model, small.tokenizer, tmp_path / "out")
     if form == "hf":
-        named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
-        assert loaded.kind.value in named
+        assert small.kind.value in json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
         read = load_for_use(str(tmp_path / "out"), "cpu").model
     else:
-        read = getattr(transformers, loaded.kind.value).from_pretrained(tmp_path / "out")
-    assert type(read) is type(loaded.model)
+        read = getattr(transformers, small.kind.value).from_pretrained(tmp_path / "out").eval()
+    assert type(read) is type(small.model)
     with torch.no_grad():
         assert (read(input_ids=ids).logits - expected).abs().max() < 1e-3 * expected.abs().max()
 
