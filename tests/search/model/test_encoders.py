@@ -21,7 +21,7 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import workload_sequences
 from search.export.folder import export_dense_, export_model
 from search.model.kinds import Kind
-from search.model.loading import LoadedModel, load_for_use, load_model
+from search.model.loading import LoadedModel, assemble, load_for_use, load_model
 
 TEXTS = [
     "The first text of several.",
@@ -139,6 +139,14 @@ def test_an_export_is_of_the_original_class_and_computes_the_same(
     assert type(read) is type(small.model)
     with torch.no_grad():
         assert (read(input_ids=ids).logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_evaluators_assemble_the_same_model_from_shared_parameters(loaded: LoadedModel, folder: Path) -> None:
+    shared = dict(loaded.model.named_parameters())
+    found = assemble(str(folder), torch.device("cpu"), shared, loaded.digest)
+    tokens = (259, 5, 6, 7, 260)
+    assert found.kind is loaded.kind
+    assert torch.equal(alone(found.model, tokens), alone(loaded.model, tokens))
 
 
 def test_an_encoder_does_not_continue_text(loaded: LoadedModel) -> None:

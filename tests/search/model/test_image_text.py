@@ -17,7 +17,7 @@ from tiny_model import assert_same_logits, tensorized
 
 from compression.sites import discover_sites, model_parameters
 from search.export.folder import export_dense_, export_model, export_plain
-from search.model.loading import load_for_use, load_model
+from search.model.loading import assemble, load_for_use, load_model
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -49,6 +49,12 @@ def test_the_whole_model_is_loaded_and_only_its_language_part_has_sites(folder: 
     assert all(".language_model.layers." in site.name for site in sites)
     language = sum(site.parameters for site in sites)
     assert sum(values.numel() for values in tower(found).values()) > 2 * language
+
+
+def test_evaluators_assemble_the_same_model_from_shared_parameters(folder: Path) -> None:
+    loaded = load_model(str(folder), "cpu")
+    found = assemble(str(folder), torch.device("cpu"), dict(loaded.model.named_parameters()), loaded.digest)
+    assert torch.equal(logits(found.model), logits(loaded.model))
 
 
 @pytest.mark.parametrize("form", ["hf", "dense"])
