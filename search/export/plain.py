@@ -6,6 +6,7 @@ a smaller model describe this one is not guessed from names: a model is made fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def plain_model(model: Any) -> Any:
     if not changes:
         raise Refusal("no hidden unit and no head was removed from this model; export it with --format dense")
     settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
-    config = type(model.config).from_dict({**settings, **changes})
+    config = type(model.config).from_dict(_with(settings, _place(model.config), changes))
     try:
         with torch.device("meta"):
             small = type(model)(config)
@@ -67,9 +68,21 @@ def plain_model(model: Any) -> Any:
     return small.eval().requires_grad_(False)
 
 
+def _place(config: Any) -> str:
+    """The name of the settings of the language part inside those of an image-text model; otherwise empty."""
+    language = config.get_text_config()
+    return next((name for name, value in vars(config).items() if value is language), "")
+
+
+def _with(settings: Mapping[str, Any], place: str, changes: Mapping[str, int]) -> dict[str, Any]:
+    return {**settings, place: {**settings[place], **changes}} if place else {**settings, **changes}
+
+
 def _changes(model: Any) -> dict[str, int]:
-    """The settings of the smaller model that differ from those of the original."""
+    """The settings of the smaller model that differ from those of the original; of an image-text model, those of its
+    language part."""
     changes: dict[str, int] = {}
+    config = model.config.get_text_config()
     modules = dict(model.named_modules())
     readers = sorted({_leaf(name) for name, module in modules.items() if "kept_columns" in kept(module)})
     for leaf in readers:
@@ -89,10 +102,10 @@ def _changes(model: Any) -> dict[str, int]:
             changes |= {"num_attention_heads": widths[0] // size, "num_key_value_heads": min(rows) // size}
             changes["head_dim"] = size
         elif isinstance(modules[parent], Expert):
-            field = next((name for name in _OF_EXPERTS if hasattr(model.config, name)), _OF_EXPERTS[0])
+            field = next((name for name in _OF_EXPERTS if hasattr(config, name)), _OF_EXPERTS[0])
             changes[field] = widths[0]
         else:
-            changes |= {field: widths[0] for field in _HIDDEN if hasattr(model.config, field)}
+            changes |= {field: widths[0] for field in _HIDDEN if hasattr(config, field)}
     return changes
 
 

@@ -21,7 +21,7 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import workload_sequences
 from search.export.folder import export_dense_, export_model
 from search.model.kinds import Kind
-from search.model.loading import LoadedModel, load_for_use, load_model
+from search.model.loading import LoadedModel, assemble, load_for_use, load_model
 
 TEXTS = [
     "The first text of several.",
@@ -122,23 +122,31 @@ def test_statistics_are_per_prediction(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("form", ["hf", "dense"])
+@pytest.mark.parametrize(("kind", "classifies"), [("bert", False), ("modernbert", True)])
 def test_an_export_is_of_the_original_class_and_computes_the_same(
-    loaded: LoadedModel, form: str, tmp_path: Path
+    kind: str, classifies: bool, form: str, tmp_path: Path
 ) -> None:
-    small = tensorized(str(loaded.tokenizer.name_or_path))
-    ids = torch.tensor([loaded.tokenizer("a text")["input_ids"]])
+    small = tensorized(str(encoder_folder(tmp_path / "model", kind, classifies)))
+    ids = torch.tensor([small.tokenizer("a text")["input_ids"]])
     with torch.no_grad():
         expected = small.model(input_ids=ids).logits
     {"hf": export_model, "dense": export_dense_}[form](small.model, small.tokenizer, tmp_path / "out")
     if form == "hf":
-        named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
-        assert loaded.kind.value in named
+        assert small.kind.value in json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
         read = load_for_use(str(tmp_path / "out"), "cpu").model
     else:
-        read = getattr(transformers, loaded.kind.value).from_pretrained(tmp_path / "out")
-    assert type(read) is type(loaded.model)
+        read = getattr(transformers, small.kind.value).from_pretrained(tmp_path / "out").eval()
+    assert type(read) is type(small.model)
     with torch.no_grad():
         assert (read(input_ids=ids).logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_evaluators_assemble_the_same_model_from_shared_parameters(loaded: LoadedModel, folder: Path) -> None:
+    shared = dict(loaded.model.named_parameters())
+    found = assemble(str(folder), torch.device("cpu"), shared, loaded.digest)
+    tokens = (259, 5, 6, 7, 260)
+    assert found.kind is loaded.kind
+    assert torch.equal(alone(found.model, tokens), alone(loaded.model, tokens))
 
 
 def test_an_encoder_does_not_continue_text(loaded: LoadedModel) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from cut_model import cut_model
 from image_text import SHAPES, image_text_folder
 from tiny_model import assert_same_logits, tensorized
 
 from compression.sites import discover_sites, model_parameters
-from search.export.folder import export_dense_, export_model
-from search.model.loading import load_for_use, load_model
+from search.export.folder import export_dense_, export_model, export_plain
+from search.model.loading import assemble, load_for_use, load_model
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -50,6 +51,12 @@ def test_the_whole_model_is_loaded_and_only_its_language_part_has_sites(folder: 
     assert sum(values.numel() for values in tower(found).values()) > 2 * language
 
 
+def test_evaluators_assemble_the_same_model_from_shared_parameters(folder: Path) -> None:
+    loaded = load_model(str(folder), "cpu")
+    found = assemble(str(folder), torch.device("cpu"), dict(loaded.model.named_parameters()), loaded.digest)
+    assert torch.equal(logits(found.model), logits(loaded.model))
+
+
 @pytest.mark.parametrize("form", ["hf", "dense"])
 def test_an_export_is_of_the_original_class_with_the_tower_as_it_was(folder: Path, form: str, tmp_path: Path) -> None:
     loaded = tensorized(str(folder))
@@ -62,6 +69,18 @@ def test_an_export_is_of_the_original_class_with_the_tower_as_it_was(folder: Pat
     found = tower(read)
     assert all(torch.equal(values, found[name]) for name, values in whole.items())
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {"do_resize": True}
+
+
+def test_a_language_part_with_fewer_units_and_heads_is_exported_as_a_plain_model(tmp_path: Path) -> None:
+    cut = cut_model(str(image_text_folder(tmp_path / "model", "mistral3")), "plain")
+    cut.apply()
+    expected, whole = logits(cut.loaded.model), tower(cut.loaded.model)
+    export_plain(cut.loaded.model, cut.loaded.tokenizer, tmp_path / "out")
+    read = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert read.config.text_config.intermediate_size == 24
+    assert model_parameters(read) < model_parameters(load_model(str(tmp_path / "model"), "cpu").model)
+    assert_same_logits(logits(read), expected)
+    assert all(torch.equal(values, tower(read)[name]) for name, values in whole.items())
 
 
 @pytest.mark.slow

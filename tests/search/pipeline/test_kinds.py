@@ -72,7 +72,9 @@ RUNS: dict[str, tuple[Callable[[Path], Path], str, dict[str, object], list[str]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_ends_with_an_export_of_the_original_class(kind: str, tmp_path: Path) -> None:
+def test_a_run_ends_with_an_export_of_the_original_class(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write, auto, changes, flags = RUNS[kind]
     model, run = write(tmp_path / "model"), tmp_path / "run"
     fields: dict[str, Any] = {
@@ -100,6 +102,12 @@ def test_a_run_ends_with_an_export_of_the_original_class(kind: str, tmp_path: Pa
     assert any(isinstance(module, FusedLinear) for module in read.modules()) == (kind == "fused")
     if kind == "fused":
         assert {"q", "k", "v", "gate", "up", "down", "o"} == {site.family for site in restored.experiment.sites}
+    if kind == "encoder":
+        assert cli.main(["benchmark", str(run), "--samples", "2", "--quiet"]) == cli.REFUSED
+        assert cli.main(["generate", str(out), "--prompt", "a", "--quiet"]) == cli.REFUSED
+        said = capsys.readouterr().err
+        assert "a benchmark needs a model that continues text" in said
+        assert "generate needs a model that continues text" in said
     ids = torch.arange(1, 41).reshape(2, 20)
     with torch.no_grad():
         found, expected = (each(input_ids=ids).logits for each in (read, restored.experiment.loaded.model))
