@@ -422,5 +422,5 @@ def _families(paths: list[str]) -> dict[str, str]:
 
 
 def _role(leaf: str) -> str:
-    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` stays as it is."""
+    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` and `in_proj` stay."""
     return leaf.removesuffix("_proj") if leaf.removesuffix("_proj") in _ROLES else leaf

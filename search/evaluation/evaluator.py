@@ -221,7 +221,7 @@ class ModelEvaluator:
         return self._workloads[shard]
 
     def _shard(self, schedule: Schedule, repeat: int) -> int:
-        return (int(schedule.digest[:8], 16) + repeat) % len(self._workloads)
+        return schedule.shard(repeat, len(self._workloads))
 
     def _with_room(self, shard: int, work: Callable[[], Value]) -> Value:
         """Call `work`; whenever memory runs out, halve the batches and call it again, down to single rows.

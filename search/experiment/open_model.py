@@ -27,6 +27,7 @@ from search.experiment.user_files import check_files
 from search.model.architecture import head_size
 from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model
+from search.model.pretrained import set_attention_
 from search.model.spreading import devices_of, spread_
 
 __all__ = ["open_model", "smallest_parameters", "staying_dense"]
@@ -49,6 +50,7 @@ def open_model(
     Raises:
         ValueError: the experts of a layer are to be stacked and have too many hidden units; as for
             `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
+            `search.model.pretrained.set_attention_`,
             `search.model.spreading.spread_` and `compression.sites.discover_sites`; the model has fewer positions than
             a calibration text has tokens; the target is below the smallest kept fraction; `per_head` is set for a model
             without several heads, or `split_fused` for one without fused matrices; or the form needs bonds between
@@ -61,6 +63,8 @@ def open_model(
         if config.device_map is not None:  # the whole model may not fit on one device
             place = torch.device("cpu")
         loaded = load_model(config.model, place, dtype, config.trust_remote_code, progress)
+    if config.attention != "auto":
+        set_attention_(loaded.model, config.attention)
     if loaded.positions is not None and loaded.positions < CHUNK_TOKENS:
         raise Refusal(
             f"model must have at least {CHUNK_TOKENS} positions, the length of the calibration texts, got "

@@ -25,6 +25,7 @@ __all__ = [
     "read_pretrained",
     "read_tokenizer",
     "refuse_quantized",
+    "set_attention_",
     "unusable",
     "with_attention",
 ]
@@ -182,6 +183,23 @@ def with_attention(make: Callable[[str], _Made]) -> _Made:
         if 'attn_implementation="eager"' not in str(error):
             raise
     return make("eager")
+
+
+def set_attention_(model: Any, attention: str) -> None:
+    """Have a loaded model compute its attention in another way, in place.
+
+    Raises:
+        Refusal: the architecture has no attention of this name, or a package that it needs is missing.
+    """
+    used = model.config._attn_implementation
+    try:
+        with quiet_transformers():
+            model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Refusal(f"attention {attention} does not work with {type(model).__name__}: {reason}") from error
+    if model.config._attn_implementation != attention:  # transformers only logs that it kept the old one
+        raise Refusal(f"attention {attention} does not work with {type(model).__name__}, which has {used}; use auto")
 
 
 def unusable(source: Source, error: Exception) -> Refusal:

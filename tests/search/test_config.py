@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+import agents
 from compression.refusal import Refusal, nearest
-from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, RECORDED, Config, read_fields
+from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, RECORDED, RETIRED, Config, read_fields
 from search.trials.fingerprints import with_defaults
 
 
@@ -255,3 +256,10 @@ def test_a_run_that_recorded_no_form_has_the_one_of_its_time():
     assert Config.of_run({"form": "plain"}, trusted=False).form == "plain"
     assert Config.of_run({}, trusted=False).experts == "fused"
     assert Config.of_file({}, trusted=False).form == "any"
+
+
+@pytest.mark.parametrize("agent", RETIRED)
+def test_the_configuration_of_a_run_by_a_retired_agent_is_still_read_and_the_agent_is_not_made(agent):
+    assert Config.of({"agent": agent}).agent == agent
+    with pytest.raises(ValueError, match="agent must be one of bandit"):
+        agents.find(agent)
