@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "hidden_states",
     "keep_",
     "linear_layer",
+    "one_of_a_kind",
     "tolerance",
     "with_bonds",
 ]
@@ -113,10 +115,45 @@ def bonds_by_kind(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
     Other blocks of its kind have its bonds, see `compression.sites.first_of_kind`.
     """
     prefix, like = first_of_kind(model)
-    tested = discover_bonds(model, [site for site in sites if like[site.block] == site.block])
+    with one_of_a_kind(model, prefix, like):
+        tested = discover_bonds(model, [site for site in sites if like[site.block] == site.block])
     return tuple(
         _in_block(bond, prefix, index) for index, kind in enumerate(like) for bond in tested if bond.block == kind
     )
+
+
+@contextmanager
+def one_of_a_kind(model: nn.Module, prefix: str, like: Sequence[int]) -> Iterator[None]:
+    """Inside the context, only the first block of every kind computes; the others pass their hidden states on.
+
+    Args:
+        prefix, like: as `compression.sites.first_of_kind` returns them.
+    """
+    alike = [f"{prefix}.{index}" for index, first in enumerate(like) if first != index]
+    taken = {name: model.get_submodule(name) for name in alike}
+    wrapped: list[bool] = []  # whether blocks return a tuple
+    handle = model.get_submodule(f"{prefix}.0").register_forward_hook(
+        lambda module, arguments, output: wrapped.append(isinstance(output, tuple))
+    )
+    put_modules(model, {name: _Passing(block, wrapped) for name, block in taken.items()})
+    try:
+        yield
+    finally:
+        handle.remove()
+        put_modules(model, taken)
+
+
+class _Passing(nn.Module):
+    """Returns its input as a block would return it."""
+
+    def __init__(self, block: nn.Module, wrapped: Sequence[bool]) -> None:
+        super().__init__()
+        if hasattr(block, "attention_type"):  # models with mixed attention choose the mask of a block by this
+            self.attention_type = block.attention_type
+        self._wrapped = wrapped
+
+    def forward(self, hidden: torch.Tensor, *arguments: Any, **named: Any) -> object:
+        return (hidden,) if self._wrapped and self._wrapped[0] else hidden
 
 
 def _in_block(bond: Bond, prefix: str, index: int) -> Bond:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compression.bonds import tolerance
+from compression.bonds import one_of_a_kind, tolerance
 from compression.sites import Site, dense_weight, expert_of, first_of_kind
 
 __all__ = ["reach_by_kind", "with_reach"]
@@ -70,7 +70,8 @@ def with_reach(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
 def reach_by_kind(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
     """Returns what `with_reach` returns, but looks at one block of every kind; other blocks of its kind are alike."""
     prefix, like = first_of_kind(model)
-    found = with_reach(model, [site for site in sites if like[site.block] == site.block])
+    with one_of_a_kind(model, prefix, like):
+        found = with_reach(model, [site for site in sites if like[site.block] == site.block])
     because = {site.name: site.dense_because for site in found}
     return tuple(
         replace(

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from compression import FactorCache, FactorStore, ScheduleApplier, collect, discover_sites, lagrangian, to_schedule
-from compression.bonds import cut, discover_bonds, with_bonds
+from compression.bonds import bonds_by_kind, cut, discover_bonds, with_bonds
+from compression.calibration.reach import reach_by_kind, with_reach
 from compression.calibration.slopes import watch_slopes
 from compression.schedule import DENSE, Choice, Joint, Schedule
 from compression.sites import Unit, dense_weight, model_parameters, put_modules, units
@@ -253,3 +254,12 @@ def test_widths_are_the_multiples_that_are_asked_for(multiple: int) -> None:
             sizes = {site.shape(widths) for site in options.sites for widths in found}
             assert len(found) > 1
             assert not any(side % multiple for shape in sizes for side in shape)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "random:tiny-gemma2"])
+def test_one_block_of_every_kind_tells_the_bonds_and_the_use_of_all(name: str) -> None:
+    model = load_model(name, "cpu").model
+    sites, modules = discover_sites(model), list(model.modules())
+    assert bonds_by_kind(model, sites) == discover_bonds(model, sites)
+    assert reach_by_kind(model, sites) == with_reach(model, sites)
+    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))

@@ -9,6 +9,7 @@ import torch
 
 from compression import Statistics, collect, discover_sites
 from compression.calibration.triangles import Triangles, triangle, whole
+from compression.layers.experts import take_apart_
 from compression.storage.factor_cache import Bundle
 from search.model.loading import load_model
 
@@ -23,9 +24,10 @@ def test_a_triangle_makes_the_same_matrix_again() -> None:
     assert {name: len(moment) for name, moment in Triangles({"a": vector}).items()} == {"a": 5}
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_continued_collection_is_the_undisturbed_one(weighted: bool) -> None:
-    model = load_model("random:tiny-llama", "cpu").model
+@pytest.mark.parametrize(("name", "weighted"), [("llama", False), ("llama", True), ("mixtral", True)])
+def test_a_continued_collection_is_the_undisturbed_one(name: str, weighted: bool) -> None:
+    model = load_model(f"random:tiny-{name}", "cpu").model
+    take_apart_(model, "single")
     sites = discover_sites(model)
     ids = torch.randint(0, 200, (5, 2, 40), generator=torch.Generator().manual_seed(3))
     batches = [(one, torch.ones_like(one, dtype=torch.bool)) for one in ids]
@@ -36,7 +38,7 @@ def test_a_continued_collection_is_the_undisturbed_one(weighted: bool) -> None:
             states.append(state())
 
         generator = torch.Generator().manual_seed(1)
-        return collect(model, sites, batches, generator, seen.append, first, begun, keep)
+        return collect(model, sites, batches, generator, seen.append, first, begun=begun, keep=keep)
 
     first = collected(None, None, []) if weighted else None
     states.clear()
