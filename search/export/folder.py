@@ -31,11 +31,14 @@ from search.export.gguf_file import check_gguf, write_gguf
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
+from search.model import deci
 from search.model.architecture import bare_model
+from search.model.deci import DeciLMForCausalLM
 from search.model.loading import load_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
+from search.serving.backbone import ARCHITECTURE
 
 __all__ = [
     "CARD",
@@ -53,6 +56,7 @@ __all__ = [
 
 CARD = "README.md"
 GGUF = "model.gguf"
+_DECI = "modeling_deci"  # name of the file, without .py, that transformers needs for a DeciLM model
 _VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
 
 
@@ -121,16 +125,13 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     if not modules:
         raise Refusal("nothing in this model is compressed; export it with --format dense")
     _check_form("hf", model, tokenizer)
-    config, architecture = type(model.config).__name__, type(model).__name__
+    config, architecture, base = (type(each).__name__ for each in (model.config, model, model.base_model))
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
-        (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
-        document = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        document["auto_map"] = {
-            "AutoConfig": f"{MODULE}.{config}",
-            "AutoModelForCausalLM": f"{MODULE}.{architecture}",
-        }
-        (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture, base), encoding="utf-8")
+        names = {"AutoConfig": config, "AutoModel": base, "AutoModelForCausalLM": ARCHITECTURE}
+        auto_map = {kind: f"{MODULE}.{name}" for kind, name in names.items()}
+        _state(partial, {"architectures": [ARCHITECTURE], "auto_map": auto_map})
 
 
 def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
@@ -150,10 +151,10 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
 
 
 def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
-    """Write a model with fewer hidden units or heads as an ordinary folder of a smaller model of its architecture.
+    """Write a model with fewer hidden units or heads as a smaller model without code of ours, see `plain_model`.
 
-    The folder is loaded once, and every tensor compared, before it gets its name. The arguments are those of
-    `export_model`.
+    The folder of a DeciLM model brings the file that transformers needs for it. The folder is loaded once, and every
+    tensor compared, before it gets its name. The arguments are those of `export_model`.
 
     Raises:
         ValueError: as `search.export.plain.plain_model`; or the folder is in use or not empty.
@@ -162,7 +163,14 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     small = plain_model(model)
     with _whole(folder) as partial:
         _save(small, tokenizer, partial, card, beside)
-        found = load_model(str(partial), "cpu", small.dtype).model.state_dict()
+        if isinstance(small, DeciLMForCausalLM):
+            shutil.copyfile(deci.__file__, partial / f"{_DECI}.py")
+            names = {"AutoConfig": "DeciLMConfig", "AutoModelForCausalLM": "DeciLMForCausalLM"}
+            _state(partial, {"auto_map": {kind: f"{_DECI}.{name}" for kind, name in names.items()}})
+            with quiet_transformers():
+                found = DeciLMForCausalLM.from_pretrained(partial, local_files_only=True).state_dict()
+        else:
+            found = load_model(str(partial), "cpu", small.dtype).model.state_dict()
         for name, values in small.state_dict().items():
             if name not in found or not found[name].equal(values.cpu()):
                 raise Refusal(
@@ -261,6 +269,13 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:
         shutil.copyfile(file, folder / file.name)
+
+
+def _state(folder: Path, values: Mapping[str, object]) -> None:
+    """Put values into the config.json of a folder."""
+    file = folder / "config.json"
+    document = json.loads(file.read_text(encoding="utf-8")) | values
+    file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _drop_absent_code(file: Path) -> None:

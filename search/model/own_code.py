@@ -23,7 +23,7 @@ __all__ = ["MODULE", "is_compressed", "is_model_folder", "read_config", "referen
 MODULE = "modeling_chisel"
 """Name, without .py, of the file that an export writes for loaders without Chisel; we never import it ourselves."""
 
-_OURS = {"AutoConfig", "AutoModelForCausalLM"}  # what an export names in auto_map
+_OURS = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}  # what an export names in auto_map
 _LARGEST = 1 << 26  # bytes of a config; the largest that we know, with its added tokens, has 3 MB
 
 
