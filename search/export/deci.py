@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from compression.refusal import Refusal
 from search.model.deci import DeciLMConfig, DeciLMForCausalLM
 
-__all__ = ["deci_model"]
+__all__ = ["check_deci", "deci_model"]
 
 _LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _ROUNDED = 256  # of "ffn_mult", which engines without "intermediate_size" read
@@ -53,7 +52,7 @@ def deci_model(model: Any) -> DeciLMForCausalLM:
     Raises:
         Refusal: the architecture is none of these, or has settings that DeciLM has not.
     """
-    _check(model)
+    check_deci(model)
     config, layers = model.config, model.model.layers
     head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     ratio = config.num_attention_heads // config.num_key_value_heads
@@ -102,10 +101,17 @@ def deci_model(model: Any) -> DeciLMForCausalLM:
     return made.eval().requires_grad_(False)
 
 
-def _check(model: Any) -> None:
+def check_deci(model: Any) -> None:
+    """Refuse a model whose blocks cannot have different widths in DeciLM; looks at no weights.
+
+    Raises:
+        Refusal: says what stands in the way, and which form can be exported.
+    """
     name, config = type(model).__name__, model.config
     if name not in _LLAMA_LIKE:
         raise Refusal(f"blocks of different widths need a Llama-like model, and {name} is none; {_ELSE}")
+    if config.hidden_act != "silu":
+        raise Refusal(f"blocks of different widths need the activation silu, not {config.hidden_act}; {_ELSE}")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (name == "MistralForCausalLM" and config.sliding_window is not None):
         raise Refusal(f"blocks of different widths cannot have attention in a sliding window; {_ELSE}")

@@ -3,10 +3,10 @@
 vLLM, SGLang and TensorRT-LLM have it built in, transformers has not: a folder of such a model brings this file, which
 `trust_remote_code=True` runs. Needs torch and transformers, nothing else.
 
-`block_configs` in config.json has an entry for each block: "attention" with "no_op" and "n_heads_in_group", the number
-of query heads of a key/value head; and "ffn" with "no_op" and the number of hidden units, as "intermediate_size" or, for
-engines that know no other way, as "ffn_mult": 2/3 of the size of the residual stream times it, rounded up to a multiple
-of 256. All blocks have the same number of query heads.
+`block_configs` in config.json has an entry for each block. "attention" has "no_op" and "n_heads_in_group", the number
+of query heads of a key/value head; all blocks have the same number of query heads. "ffn" has "no_op" and the number of
+hidden units: "intermediate_size", or "ffn_mult", which some engines need; 2/3 of the size of the residual stream times
+it, rounded up to a multiple of 256, are the hidden units.
 """
 
 from __future__ import annotations

@@ -112,7 +112,9 @@ def serve_backbone_(model: Any, config: Any) -> None:
     prefix = f"{model.base_model_prefix}."
     modules = description_of(config)
     if outside := [name for name in modules if not name.startswith(prefix)]:
-        raise Refusal(f"{outside[0]} is compressed, and an engine has an output head of its own; export without quantize")
+        raise Refusal(
+            f"{outside[0]} is compressed, and an engine has an output head of its own; export without quantize"
+        )
     serve_(model, put_skeleton_(model, {name.removeprefix(prefix): each for name, each in modules.items()}))
     empty = [rf"^{re.escape(name)}\.weight$" for name, each in modules.items() if each["kind"] == "heads"]
     model._keys_to_ignore_on_load_unexpected = [_IGNORED, *empty]

@@ -37,6 +37,9 @@ class ChiselForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
         if heads and whole.per_layer_overrides is None:
             layers = [heads.get(layer, {}) for layer in range(self.config.num_hidden_layers)]
             self.model_config.model_arch_config = ModelArchitectureConfig.from_layers(
-                [replace(whole, **{f"total_{name.replace('key_value', 'kv')}": n for name, n in each.items()}) for each in layers]
+                [
+                    replace(whole, **{f"total_{name.replace('key_value', 'kv')}": n for name, n in each.items()})
+                    for each in layers
+                ]
             )
         super()._create_attention_instances(prefix)
