@@ -312,7 +312,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_what_the_engine_runs(cls, values: Any) -> Any:
-        engine = values.get("serve") if isinstance(values, dict) else None
+        engine = str(values.get("serve")) if isinstance(values, dict) else ""
         return {"form": "plain", "export": _PLAIN_EXPORTS[engine], **values} if engine in _PLAIN_EXPORTS else values
 
     @field_validator("evaluators", mode="before")

@@ -8,7 +8,6 @@ modules only; does not know an engine.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cache
 
 import torch
 from torch import nn
@@ -113,7 +112,7 @@ def serve_(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         inside = {name: part for name, part in around.named_children() if f"{parent}.{name}" in shapes}
         if any(0 in (part.in_features, part.out_features) for part in inside.values() if isinstance(part, nn.Linear)):
             _leave_out_(around, {name: shapes[f"{parent}.{name}"] for name in inside})
-        around.__class__ = _kind(type(around), tuple(type(part) for part in around.children()))
+        around.__class__ = _kind(type(around), *(type(part) for part in around.children()))
 
 
 def _leave_out_(around: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -128,7 +127,10 @@ def _leave_out_(around: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Non
         around.set_submodule(name, Absent(rows // units if writes else rows, None if writes else part.bias))
 
 
-@cache
-def _kind(base: type[nn.Module], parts: tuple[type[nn.Module], ...]) -> type[nn.Module]:
-    """A class like `base` for modules with parts of these kinds."""
-    return type(base.__name__, (base,), {"parts": parts, "__module__": base.__module__})
+_KINDS: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
+
+
+def _kind(*kinds: type[nn.Module]) -> type[nn.Module]:
+    """A class like the first one, for modules whose parts are of the others; the same on every call."""
+    base = kinds[0]
+    return _KINDS.setdefault(kinds, type(base.__name__, (base,), {"__module__": base.__module__}))

@@ -42,8 +42,8 @@ class _Shape:
 
 
 @torch.no_grad()
-def deci_model(model: Any) -> DeciLMForCausalLM:
-    """Return a DeciLM model that computes the same.
+def deci_model(model: Any) -> Any:
+    """Return a `DeciLMForCausalLM` that computes the same.
 
     Args:
         model: a Llama, Mistral or Qwen2 model with plain matrices; it does not change, and shares its weights where
@@ -152,8 +152,9 @@ def _filled(values: torch.Tensor, shape: torch.Size, parts: int, size: int | Non
         return values
     axis = next(axis for axis, (old, new) in enumerate(zip(values.shape, shape, strict=True)) if old < new)
     there = values.shape[axis] if size is None else size
-    wide = values.new_zeros(shape).unflatten(axis, (parts, -1))
+    before, after = values.shape[:axis], values.shape[axis + 1 :]
+    wide = values.new_zeros(*before, parts, shape[axis] // parts, *after)
     if there:
         count = values.shape[axis] // there
-        wide.narrow(axis, 0, count).narrow(axis + 1, 0, there).copy_(values.unflatten(axis, (count, there)))
-    return wide.flatten(axis, axis + 1)
+        wide.narrow(axis, 0, count).narrow(axis + 1, 0, there).copy_(values.reshape(*before, count, there, *after))
+    return wide.reshape(shape)
