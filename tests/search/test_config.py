@@ -270,7 +270,7 @@ def test_an_engine_without_factors_decides_form_and_export(engine, form, export)
         ({"serve": "vllm", "form": "any"}, "serve vllm needs form plain"),
         ({"export": "gguf"}, "export gguf holds no factored matrices; it needs form plain, got any"),
         ({"export": "plain", "form": "factors"}, "export plain holds no factored matrices"),
-        ({"serve": "vlm"}, "the nearest is vllm"),
+        ({"serve": "vlm"}, r"serve must be one of transformers, vllm, llama\.cpp"),
     ],
 )
 def test_what_an_engine_cannot_run_is_refused(values, message):
