@@ -25,7 +25,7 @@ from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
-from search.export.forms import FORMATS
+from search.export.forms import FORMATS, GGUF
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
 from search.export.plain import plain_model
@@ -55,7 +55,6 @@ __all__ = [
 ]
 
 CARD = "README.md"
-GGUF = "model.gguf"
 _DECI = "modeling_deci"  # name of the file, without .py, that transformers needs for a DeciLM model
 _VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
 

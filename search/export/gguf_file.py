@@ -29,7 +29,7 @@ from compression.refusal import Refusal
 from compression.sites import dense_weight
 from search.export.gguf_vocabulary import Vocabulary, vocabulary
 
-__all__ = ["GGUF_TYPES", "check_gguf", "read_values", "write_gguf"]
+__all__ = ["GGUF_TYPES", "check_gguf", "check_whole", "read_values", "write_gguf"]
 
 GGUF_TYPES = {
     "float32": "F32",
@@ -187,6 +187,18 @@ def read_values(model: Any, file: Path) -> dict[str, torch.Tensor]:
     if more := sorted(stored.keys() - {"rope_freqs.weight"}):
         raise Refusal(f"{file} holds {len(more)} tensors that the model does not have, such as {more[0]}")
     return found
+
+
+def check_whole(file: Path) -> None:
+    """Refuse a file that is cut or no GGUF file. Values that were changed are not noticed, as it holds no checksums.
+
+    Raises:
+        Refusal: the file cannot be read to its end.
+    """
+    try:
+        gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as error:
+        raise Refusal(f"{file} is cut or damaged ({error}); export it again") from error
 
 
 def _layout(model: Any, kind: gguf.GGMLQuantizationType) -> _Layout:
