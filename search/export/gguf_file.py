@@ -351,11 +351,15 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, layout: _Layout) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.rule)
+    writer.add_tokenizer_model("gpt2" if words.rule else "llama")
+    writer.add_tokenizer_pre(words.rule or "default")
     writer.add_token_list(list(words.tokens))
     writer.add_token_types(list(words.types))
-    writer.add_token_merges(list(words.merges))
+    if words.rule:
+        writer.add_token_merges(list(words.merges))
+    else:
+        writer.add_token_scores([-float(number) for number in range(len(words.tokens))])
+        writer.add_add_space_prefix(words.spaced)
     adders = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,

@@ -1,5 +1,7 @@
 """GGUF files of models whose widths are alike, differ, or are 0: what is read back computes the same."""
 
+import json
+
 import gguf
 import pytest
 import torch
@@ -16,7 +18,9 @@ from cut_shapes import (
 )
 from llama_cpp import BANNED, needs_llama_cpp, run_llama_cpp
 from merging_tokenizer import TEMPLATE, merging_tokenizer
+from pieces_tokenizer import pieces_tokenizer
 from tiny_model import assert_same_logits, tensorized
+from tokenizers import Tokenizer
 
 from compression.refusal import Refusal
 from search.export.gguf_file import GGUF_TYPES, check_gguf, read_values, write_gguf
@@ -193,6 +197,42 @@ def test_tokenizers_that_llama_cpp_cannot_follow_are_refused(rule, rows, message
     with pytest.raises(Refusal, match=message) as refused:
         vocabulary(merging_tokenizer(rule), rows)
     assert "\n" not in str(refused.value)
+
+
+def test_a_sentencepiece_vocabulary_has_scores_in_the_order_of_its_merges(tmp_path):
+    tokenizer = pieces_tokenizer()
+    found = vocabulary(tokenizer, 300)
+    assert (found.rule, found.merges, found.spaced, found.begins, found.ends) == ("", (), True, True, False)
+    assert found.types[:4] == (2, 3, 3, 6)
+    assert (found.types[tokenizer.convert_tokens_to_ids("▁the")], found.types[299]) == (1, 5)
+    assert not vocabulary(pieces_tokenizer(prefix=False), 300).spaced
+
+
+def test_a_sentencepiece_vocabulary_in_another_order_is_refused():
+    tokenizer = pieces_tokenizer()
+    stated = json.loads(tokenizer.backend_tokenizer.to_str())
+    stated["model"]["merges"].reverse()
+    with pytest.raises(Refusal, match="in the order of their numbers"):
+        vocabulary(transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(stated))), 300)
+    stated["normalizer"] = {"type": "Lowercase"}
+    with pytest.raises(Refusal, match=r"does not change texts as this tokenizer does \(Lowercase"):
+        vocabulary(transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(stated))), 300)
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_reads_texts_by_a_sentencepiece_vocabulary(prefix, tmp_path):
+    loaded, file = cut_to(LLAMA, DIFFER), tmp_path / "model.gguf"
+    tokenizer = pieces_tokenizer(prefix)
+    loaded.model.resize_token_embeddings(300, mean_resizing=False)
+    write_gguf(loaded.model, tokenizer, file, "float32")
+    texts = ["the weather", "ther weath  the", "the (weather) ñ the", "a the"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    by_ids, by_text = run_llama_cpp(file, ids), run_llama_cpp(file, texts)
+    for given, one, other in zip(ids, by_ids, by_text, strict=True):
+        assert other["read"] == len(given)
+        assert other["tokens"] == one["tokens"]
 
 
 def test_a_tokenizer_without_merges_is_refused():
