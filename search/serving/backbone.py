@@ -21,7 +21,15 @@ from compression.layers.skeleton import put_skeleton_
 from compression.refusal import Refusal
 from search.hf import ChiselConfig, verify_folder
 
-__all__ = ["ARCHITECTURE", "EngineConfig", "description_of", "heads_by_layer", "ordinary", "serve_backbone_"]
+__all__ = [
+    "ARCHITECTURE",
+    "EngineConfig",
+    "description_of",
+    "heads_by_layer",
+    "ordinary",
+    "serve_backbone_",
+    "verify_once",
+]
 
 ARCHITECTURE = "ChiselForCausalLM"
 """What `architectures` in the config.json of a compressed folder names, whatever its original was: an engine that
