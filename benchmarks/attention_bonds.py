@@ -230,7 +230,7 @@ def main() -> None:
     experiment = Experiment.of(config, loaded, sites, device)
     blocks = arguments.blocks[:1] if arguments.quick else arguments.blocks
     text = experiment.splits.search_text.labelled[: 2 if arguments.quick else _TEXTS]
-    workload = Workload(workload_sequences(loaded, [], config.proxy, config.proxy_form, text), device)
+    workload = Workload(workload_sequences(loaded, [], config.proxy, config.proxy_form, text), loaded.model)
     workload.reference(loaded.model)
     start, predicted, measured = time.perf_counter(), {}, {}
     for bond in heads(loaded.model, sites, blocks):

@@ -143,7 +143,7 @@ def finalists(experiment: Experiment, problem: Problem, count: int) -> Race:
     Hidden states of one selection are not reused in the other.
     """
     [sequences] = experiment.shards("selection")
-    workload = Workload(sequences, torch.device("cpu"), 512, mixed=True)
+    workload = Workload(sequences, experiment.loaded.model, 512, mixed=True)
     store = plain_store(experiment.loaded, experiment.sites)
     evaluator = ModelEvaluator(experiment.loaded.model, store, [workload])
     schedules = [s for reach in (1, 4, 7) for s in global_draws(problem, -(-count // 3), reach, reach)]

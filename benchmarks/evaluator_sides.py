@@ -229,7 +229,7 @@ class Ours:
         loaded = load_model("default", "cpu")
         self._model = loaded.model
         store = plain_store(loaded, discover_sites(self._model))
-        self.workload = Workload(work.packed(loaded), torch.device("cpu"))
+        self.workload = Workload(work.packed(loaded), self._model)
         self.evaluator = ModelEvaluator(self._model, store, [self.workload])
 
     def __call__(self, schedule: Schedule) -> Figures:

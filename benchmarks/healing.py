@@ -65,11 +65,11 @@ class Table:
             stream = [token for text in regions(prose[place])[2] for token in loaded.encode(text + "\n\n")][:tokens]
             pieces = [stream[start : start + room] for start in range(0, len(stream) - 1, room)]
             texts = [packed_text([*loaded.beginning, *piece]) for piece in pieces if len(piece) > 1]
-            self.workloads[name] = Workload(texts, device, batch_tokens)
+            self.workloads[name] = Workload(texts, experiment.loaded.model, batch_tokens)
         for task in tasks:
             chosen = stratified(load_proxy(task), items, 0)
             items_of = workload_sequences(loaded, chosen, task, "answer", [])
-            self.workloads[task] = Workload(items_of, device, batch_tokens)
+            self.workloads[task] = Workload(items_of, experiment.loaded.model, batch_tokens)
         self.sizes = SizeModel(experiment.loaded.model, experiment.store.sites)
         self.rows: list[dict[str, Quality]] = [
             {name: workload.reference(experiment.loaded.model) for name, workload in self.workloads.items()}

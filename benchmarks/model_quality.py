@@ -93,7 +93,7 @@ class Bench:
 
         def workload(corpus: str) -> Workload:
             text = [(name, chunk) for name, chunk in held.labelled if name == corpus]
-            made = Workload(workload_sequences(experiment.loaded, [], "mmlu", "answer", text), experiment.device)
+            made = Workload(workload_sequences(experiment.loaded, [], "mmlu", "answer", text), model)
             made.reference(model)
             return made
 

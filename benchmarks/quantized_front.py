@@ -70,7 +70,7 @@ class Front:
     def __post_init__(self) -> None:
         self.model = self.experiment.loaded.model
         self.sites = [site for site in self.experiment.sites if not site.dense_because]
-        self.workload = Workload(self.experiment.shards("heldout")[0], self.experiment.device)
+        self.workload = Workload(self.experiment.shards("heldout")[0], self.model)
         self.workload.reference(self.model)
         self.statistics = self.experiment.calibration()
         self.float32 = footprint(self.model).float32
@@ -139,9 +139,7 @@ class Front:
 
     def rate(self, noises: Mapping[str, Mapping[int, Noise]]) -> float:
         """Ratio of the KL per predicted nat of rounding to 4 bits to that of truncation, measured on search text."""
-        workload = Workload(
-            [one for shard in self.experiment.shards("search") for one in shard], self.experiment.device
-        )
+        workload = Workload([one for shard in self.experiment.shards("search") for one in shard], self.model)
         workload.reference(self.model)
         menus = [byte_menu(site, self.spectrum(site), {}, GROUP) for site in self.sites]
         room = int(_TRUNCATED * sum(2 * site.parameters for site in self.sites))

@@ -25,14 +25,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Bar, markdown, publish
 from benchmarks.serving import default_folders
-from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, TOP, write_tiny_folders
+from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
 
 _PATIENCE = 900.0  # seconds until a server must answer
 _TOLERANCE = {"vllm": 1e-3, "llama.cpp": 0.02}
@@ -54,9 +54,10 @@ class Served:
     resident: int
 
 
-def llama_cpp(python: str, folder: Path, prompts: list[list[int]]) -> Served:
-    """The answers of llama.cpp for a folder of the format gguf."""
+def llama_cpp(python: str, folder: Path, prompts: list[list[int]], banned: Sequence[int]) -> Served:
+    """The answers of llama.cpp for a folder of the format gguf; tokens that are banned are not generated."""
     request = {"model": str(folder / "model.gguf"), "prompts": prompts, "tokens": NEW_TOKENS, "top": TOP}
+    request["banned"] = list(banned)
     script = _ROOT / "benchmarks" / "llama_cpp.py"
     ran = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=True)
     said = json.loads(ran.stdout.splitlines()[-1])
@@ -180,7 +181,8 @@ def _all(given: argparse.Namespace, folder: Path, prompts: list[list[int]]) -> I
     """Yields the engine, how it loads the folder, and its answers, for every engine that loads this form."""
     if folder.name == "gguf":
         if given.llama_cpp:
-            yield "llama.cpp", "-", llama_cpp(given.llama_cpp, folder, prompts)
+            banned = NO_TEXT if folder.parent.name == "tiny" else ()
+            yield "llama.cpp", "-", llama_cpp(given.llama_cpp, folder, prompts, banned)
     elif given.vllm:
         if folder.name != "plain":
             yield "vllm", "plug-in", vllm(given.vllm, folder, prompts, False)

@@ -6,6 +6,7 @@ from .calibration.statistics import Statistics, collect
 from .decomposition.apply import ScheduleApplier
 from .decomposition.factors import Factors, FactorStore
 from .decomposition.repair import repair_
+from .layers.fused import FusedLinear, split_fused_
 from .layers.heads import HeadLinear, split_heads_
 from .layers.mpo_linear import MPOLinear
 from .layers.planner import Planned, Planner
@@ -28,6 +29,7 @@ __all__ = [
     "FactorStore",
     "Factors",
     "Fit",
+    "FusedLinear",
     "HeadLinear",
     "Legs",
     "MPOLinear",
@@ -66,6 +68,7 @@ __all__ = [
     "repair_",
     "resolve",
     "shrink",
+    "split_fused_",
     "split_heads_",
     "to_schedule",
     "truncate",

@@ -18,19 +18,23 @@ from torch import nn
 
 from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
-from compression.sites import Cut, Site, dense_weight, put_modules
+from compression.sites import Cut, Site, dense_weight, expert_of, put_modules
 
 __all__ = [
+    "KEPT",
     "Bond",
     "cut",
     "discover_bonds",
     "first_calls",
     "hidden_states",
+    "keep_",
     "linear_layer",
     "tolerance",
     "with_bonds",
 ]
 
+KEPT = ("kept_rows", "kept_columns")
+"""Names under which a layer stores which rows and columns of its dense matrix are left."""
 _TOKENS = 6  # length of the text that bonds are tested on
 _TOLERANCE = 1e-3  # largest difference of two outputs, relative to their largest entry, in float32
 
@@ -91,7 +95,7 @@ def discover_bonds(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
         parent: list(_candidates(parent, model.get_submodule(parent), indices_of))
         for parent, indices_of in inside.items()
     }
-    calls = first_calls(model, [parent for parent, found in candidates.items() if found])
+    calls = _shared_calls(first_calls(model, [parent for parent, found in candidates.items() if found]), inside)
     held = []
     for parent, found in candidates.items():
         for bond in found if parent in calls else ():
@@ -123,18 +127,38 @@ def with_bonds(sites: Sequence[Site], bonds: Sequence[Bond]) -> tuple[Site, ...]
 def cut(module: nn.Module, rows: torch.Tensor | None, columns: torch.Tensor | None) -> nn.Linear:
     """Returns a linear layer with some of the rows and columns of a linear module, and the bias of its rows.
 
+    The layer stores which ones they are, see `keep_`.
+
     Args:
         module: a module that `compression.sites` counts as linear.
         rows, columns: indices of what to keep; None keeps all.
     """
     weight, bias = dense_weight(module), module.bias
     assert bias is None or isinstance(bias, torch.Tensor)
+    shape = tuple(weight.shape)
     if rows is not None:
         weight = weight[rows.to(weight.device)]
         bias = bias if bias is None else bias[rows.to(bias.device)]
     if columns is not None:
         weight = weight[:, columns.to(weight.device)]
-    return linear_layer(weight, bias)
+    layer = linear_layer(weight, bias)
+    keep_(layer, shape, *(each if each is None else each.to(weight.device) for each in (rows, columns)))
+    return layer
+
+
+def keep_(
+    layer: nn.Module, shape: tuple[int, ...], rows: torch.Tensor | None, columns: torch.Tensor | None
+) -> nn.Module:
+    """Store in a layer which rows and columns of its dense matrix it holds; returns the layer.
+
+    Args:
+        shape: shape of the dense matrix. Nothing is stored for a side of which nothing was removed.
+        rows, columns: ascending numbers of what is left; None means everything.
+    """
+    for name, size, numbers in zip(KEPT, shape, (rows, columns), strict=True):
+        if numbers is not None and len(numbers) < size:
+            layer.register_buffer(name, numbers.to(dtype=torch.int32))
+    return layer
 
 
 def linear_layer(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -163,6 +187,15 @@ def _candidates(parent: str, module: nn.Module, inside: Sequence[Site]) -> Itera
     if groups > 1 and not reader.in_features % groups and not any(out % (groups * size) for out in outs):
         rows = tuple(out // groups for out in outs)
         yield Bond(parent, reader.block, "heads", names, reader.name, groups, rows, reader.in_features // groups)
+
+
+def _shared_calls(
+    calls: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]], inside: Mapping[str, Sequence[Site]]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Returns the calls, and for an expert that the short text did not reach the call of another one of its list."""
+    lists = {parent: expert[0] for parent, sites in inside.items() if (expert := expert_of(sites[0])) is not None}
+    of_list = {lists[parent]: call for parent, call in calls.items() if parent in lists}
+    return {**{parent: of_list[name] for parent, name in lists.items() if name in of_list}, **calls}
 
 
 @torch.no_grad()

@@ -15,11 +15,14 @@ from typing import Literal
 
 from compression.refusal import Refusal
 
-__all__ = ["DENSE", "METRICS", "Choice", "Form", "Joint", "Schedule"]
+__all__ = ["DENSE", "METRICS", "Choice", "ExpertForm", "Form", "Joint", "Schedule"]
 
 Form = Literal["any", "plain", "factors"]
 """What the matrices of a model may become: "plain", smaller dense matrices, because bonds between matrices are cut;
 "factors", decomposed each by itself; or "any", both together."""
+ExpertForm = Literal["single", "shared", "fused"]
+"""How the experts of a mixture are compressed: "single", the matrices of each expert by themselves; "shared", those of
+all experts of a layer as one matrix per role, whose factors share a basis; or "fused", not at all."""
 METRICS = ("none", "plain", "input", "two-sided")
 
 

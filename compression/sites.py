@@ -28,14 +28,19 @@ __all__ = [
     "check_widths",
     "dense_weight",
     "discover_sites",
+    "expert_of",
     "find_blocks",
     "members",
     "model_bytes",
     "model_parameters",
     "put_modules",
+    "router_weights",
     "units",
 ]
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_MATTERS = 16  # a matrix with sides so many times shorter than is usual in its block stays dense
+_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -147,8 +152,15 @@ def units(sites: Sequence[Site]) -> list[Site | Unit]:
     found: list[Site | Unit] = []
     for bond, members in groupby(sites, key=lambda site: site.cuts[0].bond if site.cuts else ""):
         inside = tuple(members)
-        found += [Unit(bond, inside[0].block, bond.rsplit(".", 1)[-1], inside)] if bond else inside
+        found += [Unit(bond, inside[0].block, _NUMBER.sub("", bond).rsplit(".", 1)[-1], inside)] if bond else inside
     return found
+
+
+def expert_of(site: Site) -> tuple[str, int] | None:
+    """Returns the name of the list of experts whose member holds a site, and the member's number; None if none does."""
+    path = site.name.partition(f".{site.block}.")[2]
+    experts, _, number = path.rpartition(".")[0].rpartition(".")
+    return (site.name.removesuffix(path) + experts, int(number)) if experts and number.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -159,23 +171,22 @@ class _Matrix:
         path: name of the parameter within the block.
         values: the parameter as (…, in); a view, transposed if the module stores it transposed.
         parameter: the parameter as stored.
-        linear: whether it is the weight of a linear map.
+        dense_because: why its kind cannot be tensorized; empty for the weight of a linear map.
     """
 
     path: str
     values: torch.Tensor
     parameter: nn.Parameter
-    linear: bool
+    dense_because: str = ""
 
 
 def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, ...]:
     """Returns the sites of `model` in module order.
 
-    The blocks are the `nn.ModuleList` whose linear maps hold the most parameters; if several lists tie, the longest.
-    Every parameter of two or more axes inside a block is a site; a weight shared by two places counts once. A site can
-    be tensorized if it is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D` of GPT-2), nothing else
-    uses it, and two factors of rank 1 have fewer entries than it. The other sites state in `dense_because` why they
-    stay dense.
+    Every parameter of two or more axes inside a block (see `find_blocks`) is a site; a weight shared by two places
+    counts once. A site can be tensorized if it is the weight of a linear map (`nn.Linear`, or the transposed `Conv1D`
+    of GPT-2), nothing else uses it, and two factors of rank 1 have fewer entries than it. The other sites state in
+    `dense_because` why they stay dense.
 
     Args:
         shapes_only: skip the check of the values, which also allows a model on the meta device. The code that loads the
@@ -194,12 +205,13 @@ def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, .
     for index, block in enumerate(blocks):
         matrices = list(_matrices(block, f"{prefix}.{index}", shapes_only))
         families = _families([matrix.path for matrix in matrices])
+        sides = sorted(max(matrix.values.shape) for matrix in matrices)
         for matrix in matrices:
             if id(matrix.parameter) in seen:
                 continue
             seen.add(id(matrix.parameter))
             shape = prod(matrix.values.shape[:-1]), matrix.values.shape[-1]
-            reason = _dense_because(matrix, users[id(matrix.parameter)])
+            reason = _dense_because(matrix, users[id(matrix.parameter)], sides[len(sides) // 2])
             sites.append(Site(f"{prefix}.{index}.{matrix.path}", index, families[matrix.path], *shape, reason))
     return tuple(sites)
 
@@ -207,19 +219,32 @@ def discover_sites(model: nn.Module, shapes_only: bool = False) -> tuple[Site, .
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Returns the name and value of the list of blocks of a dense model.
 
+    The blocks are those of the innermost module that holds both the embedding of tokens and a list of blocks. In an
+    image-text model these are the blocks of the language part, however large the vision tower is. If that module has
+    several lists, the one whose linear maps hold the most parameters counts, and the longest if they tie.
+
     Raises:
         ValueError: the model has no list of modules that hold linear maps.
     """
-    best, chosen = (0, 0), None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            weights = [inner.weight for inner in module.modules() if _is_linear(inner)]
-            rank = (sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), len(module))
-            if weights and rank > best:
-                best, chosen = rank, (name, module)
-    if chosen is None:
-        raise Refusal("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
-    return chosen
+    for around in _around_embedding(model):
+        best, chosen = (0, 0), None  # parameters and length
+        for name, module in model.get_submodule(around).named_modules(prefix=around):
+            if isinstance(module, nn.ModuleList):
+                weights = [inner.weight for inner in module.modules() if _is_linear(inner)]
+                rank = (sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), len(module))
+                if weights and rank > best:
+                    best, chosen = rank, (name, module)
+        if chosen is not None:
+            return chosen
+    raise Refusal("no tensorizable site: the model has no nn.ModuleList of blocks that hold linear maps")
+
+
+def _around_embedding(model: nn.Module) -> Iterator[str]:
+    """Yields the names of the modules around the embedding of tokens, innermost first; the last one is the model."""
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = find() if find is not None else None
+    parts = next((name for name, module in model.named_modules() if module is embedding), "").split(".")
+    yield from (".".join(parts[:count]) for count in range(len(parts) - 1, -1, -1))
 
 
 def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> None:
@@ -273,6 +298,17 @@ def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
+def router_weights(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the matrices that choose among the experts of a layer, one row per expert."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if (count := _experts(module)) > 1
+        for name, values in module.named_parameters(recurse=False)
+        if values.ndim == 2 and len(values) == count
+    )
+
+
 def model_parameters(model: nn.Module) -> int:
     """Returns the number of parameters of the whole model, tied weights counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -285,7 +321,9 @@ def model_bytes(model: nn.Module) -> int:
 
 def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:
     """Yields every parameter of two or more axes in a block, checked. `prefix` is the name of the block."""
+    routed = {path.rpartition(".")[0]: count for path, module in block.named_modules() if (count := _experts(module))}
     for path, module in block.named_modules():
+        experts = routed.get(path.rpartition(".")[0], 0)
         if _is_linear(module):
             weight = module.weight
             if not isinstance(weight, nn.Parameter):
@@ -293,7 +331,7 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
                     f"site {prefix}.{path}: the weight must be a parameter, but is computed; remove its parametrization"
                 )
             check_weight(f"{prefix}.{path}", weight, shapes_only)
-            yield _Matrix(path, dense_weight(module), weight, linear=True)
+            yield _Matrix(path, dense_weight(module), weight, _router(weight, experts))
             continue
         own = [(name, values) for name, values in module.named_parameters(recurse=False) if values.ndim > 1]
         if _lacks_matrix(module, [values for _, values in own]):
@@ -303,7 +341,28 @@ def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Mat
         for name, values in own:
             inner = f"{path}.{name}".removeprefix(".").removesuffix(".weight")
             check_weight(f"{prefix}.{inner}", values, shapes_only)
-            yield _Matrix(inner, values, values, linear=False)
+            yield _Matrix(inner, values, values, _router(values, experts) or _not_linear(module, values))
+
+
+def _experts(module: nn.Module) -> int:
+    """The number of experts that a router or a layer of experts states, or that such a layer holds; otherwise 0."""
+    stated = getattr(module, "num_experts", None)
+    if isinstance(stated, int):
+        return stated
+    held = isinstance(module, nn.ModuleList) and any(_is_linear(inner) for inner in module.modules())
+    return len(module) if held else 0  # type: ignore[arg-type]
+
+
+def _router(values: torch.Tensor, experts: int) -> str:
+    """Why a matrix stays dense if it has a row for each of the experts beside it; otherwise an empty text."""
+    return f"chooses among {experts} experts" if experts > 1 and values.ndim == 2 and len(values) == experts else ""
+
+
+def _not_linear(module: nn.Module, values: torch.Tensor) -> str:
+    """Why a parameter of a module that is no linear layer stays dense."""
+    if values.ndim == 3 and min(values.shape[1:]) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
+        return f"{len(values)} matrices are fused in one tensor"
+    return "not the weight of a linear map"
 
 
 def _lacks_matrix(module: nn.Module, own: Sequence[torch.Tensor]) -> bool:
@@ -318,14 +377,17 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dense_because(matrix: _Matrix, users: list[str]) -> str:
-    if not matrix.linear:
-        return "not the weight of a linear map"
+def _dense_because(matrix: _Matrix, users: list[str], usual: int) -> str:
+    """Why a matrix must stay dense; empty if it need not. `usual` is the median longer side in its block."""
+    if matrix.dense_because:
+        return matrix.dense_because
     if len(users) > 1:
         return f"shared by {' and '.join(user.removesuffix('.weight') for user in users)}"
     outputs, inputs = matrix.values.shape
     if outputs * inputs <= outputs + inputs:
         return f"{outputs} × {inputs} is too small to factor"
+    if max(outputs, inputs) * _MATTERS <= usual:
+        return f"{outputs} × {inputs} is too small to matter"
     return ""
 
 
@@ -337,11 +399,17 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _families(paths: list[str]) -> dict[str, str]:
-    """Returns the family name of each path: its last part without `_proj`, or the whole path if that part repeats."""
-    without_index = {path: re.sub(r"\.\d+(?=\.|$)", "", path) for path in paths}
-    leaves = Counter(name.rsplit(".", 1)[-1] for name in set(without_index.values()))
-    families = {}
-    for path, name in without_index.items():
-        leaf = name.rsplit(".", 1)[-1]
-        families[path] = leaf.removesuffix("_proj") if leaves[leaf] == 1 else name
-    return families
+    """Returns the family name of each path: its role if the last part names one, else that part.
+
+    The whole path is the name where several matrices of the block would have the same, such as a router `gate` and the
+    `gate_proj` of an expert.
+    """
+    without_index = {path: _NUMBER.sub("", path) for path in paths}
+    roles = {name: _role(name.rsplit(".", 1)[-1]) for name in without_index.values()}
+    counts = Counter(roles.values())
+    return {path: roles[name] if counts[roles[name]] == 1 else name for path, name in without_index.items()}
+
+
+def _role(leaf: str) -> str:
+    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` stays as it is."""
+    return leaf.removesuffix("_proj") if leaf.removesuffix("_proj") in _ROLES else leaf

@@ -66,6 +66,8 @@ def run(*, quiet: bool = False, **fields: Any) -> OpenedRun:
     with _console(quiet) as console:
         summary = _run(Config.of(fields), console)
         finish(summary.folder, summary.experiment, console)
+    if summary.fault is not None:
+        raise summary.fault
     return OpenedRun.of(summary.folder)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from compression.refusal import Refusal, nearest
-from compression.schedule import Form
+from compression.schedule import ExpertForm, Form
 from compression.storage.strict_json import read_object, shown
 from search.runtime.files import is_text, user_path
 
@@ -23,6 +23,7 @@ __all__ = [
     "AGENTS",
     "EARLIER",
     "EVALUATORS",
+    "EXPERT_FORMS",
     "EXPORTS",
     "FORMS",
     "FREE_AFTERWARDS",
@@ -73,6 +74,7 @@ SERVE: tuple[str, ...] = get_args(Serve)
 _PLAIN_EXPORTS: Mapping[str, str] = {"vllm": "plain", "llama.cpp": "gguf"}
 """The format that an engine loads which has no factored matrices."""
 FORMS: tuple[str, ...] = get_args(Form)
+EXPERT_FORMS: tuple[str, ...] = get_args(ExpertForm)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -106,7 +108,7 @@ FREE_AFTERWARDS = (
 """Fields that may change after a run has finished: they say where and how it works, not what its results are of."""
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of the stages after the search."""
-EARLIER: Mapping[str, object] = {"form": "factors", "shrinkage": 0.01}
+EARLIER: Mapping[str, object] = {"form": "factors", "shrinkage": 0.01, "experts": "fused"}
 """Values of fields that earlier versions did not record, where their runs behaved otherwise than by the default."""
 RECORDED = ("digests",)
 """Fields that a run fills in by itself; they have no flag."""
@@ -203,7 +205,8 @@ class Config(BaseModel):
     )
     """Model to compress: default (SmolLM2-135M-Instruct, downloaded once), a local folder, or a hub id."""
     proxy: str = _field(_DATA, "mmlu", f"{_one_of(PROXIES)}, or an existing .jsonl file", "NAME")
-    """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines."""
+    """Questions that measure quality: a data set, or a .jsonl file of {"question", "choices", "answer"} lines, or for a
+    classifier of {"text", "label"} lines."""
     proxy_form: ProxyForm = _name(_DATA, "answer", PROXY_FORMS, "FORM")
     """How a question is scored: by the text of its answers, or by the letters A to D."""
     calibration: str | None = _field(
@@ -223,8 +226,14 @@ class Config(BaseModel):
     trust_remote_code: bool = _flag(_DATA)
     """Run the code that comes with the model, which can do anything that you can do. The run records the sha256 of its
     files, and later commands refuse other code. Default: such a model is refused."""
+    experts: ExpertForm = _name(_DATA, "single", EXPERT_FORMS, "FORM")
+    """How the experts of a mixture are compressed: single, each expert by itself; shared, all experts of a layer as one
+    matrix, whose factors share a basis; or fused, not at all."""
     per_head: bool = _flag(_DATA)
     """Split attention matrices by head and compress every head by itself; slower, meant for analysis."""
+    split_fused: bool = _flag(_DATA)
+    """Split fused matrices into their parts q, k and v, or gate and up, so that each part is compressed by itself and
+    families mean the same as in models that do not fuse."""
     device: str = _field(_DATA, "auto", "auto, cpu, cuda or cuda:N", "DEVICE", pattern=_DEVICE)
     """Device of the model; auto uses a GPU if there is one."""
     device_map: str | None = _field(
@@ -420,6 +429,12 @@ class Config(BaseModel):
             raise Refusal("granularity head needs per_head, which cuts attention matrices into their heads")
         return self
 
+    @model_validator(mode="after")
+    def _splits_a_matrix_once(self) -> Self:
+        if self.split_fused and self.per_head:
+            raise Refusal("split_fused and per_head both split attention matrices: give one of them")
+        return self
+
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Config:
         """The validated configuration with these values; other fields have their defaults.
@@ -539,6 +554,7 @@ def _one_line(error: ValidationError) -> str:
         "proxy_form": PROXY_FORMS,
         "granularity": GRANULARITIES,
         "form": FORMS,
+        "experts": EXPERT_FORMS,
     }.get(name)
     if names and isinstance(value, str) and not (name == "proxy" and value.endswith(".jsonl")):
         return f"{name} must be {rule}, got {shown(value)}; the nearest is {nearest(value[:100], names)}"

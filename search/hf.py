@@ -6,10 +6,12 @@ modules that replace dense ones (see `compression.layers.skeleton`). The archite
 In a process without this plug-in, transformers does not know the method and would fill the missing dense weights with
 random numbers. To prevent that, the folder stores, for every compressed matrix, a tensor of another shape under the
 name of the dense weight, on which such a process raises: an empty one, or the matrix itself if it is a plain one that
-lost rows or columns. Which rows and columns are left is stored beside it (see `compression.layers.kept`). This also
-protects the folders that `save_pretrained` and Trainer write, and needs no special file name. The header of each weight
-file holds the sha256 of every tensor, the values of config.json and the descriptions of the compressed modules. All of
-that is verified before any tensor is used, so that a config with another epsilon or activation is refused too.
+lost rows or columns. Experts that were taken apart have empty ones under the names of their fused tensors. Which rows
+and columns are left is stored beside it (see `compression.layers.kept`). This also protects the folders that
+`save_pretrained` and Trainer write, and needs no special file name. Tensors have the names of the modules, whatever
+names the architecture has in files of its own. The header of each weight file holds the sha256 of every tensor, the
+values of config.json and the descriptions of the compressed modules. All of that is verified before any tensor is used,
+so that a config with another epsilon or activation is refused too.
 
 A copy of this module and of the parts of `compression` that it uses is exported beside the weights as one file: see
 `search.export.standalone`.
@@ -121,9 +123,18 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         model.half, model.float = partial(model.to, torch.float16), partial(model.to, torch.float32)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Return no conversions: tensors are stored under the names and in the shapes that they have in the model.
+
+        For many architectures transformers otherwise renames, splits or merges tensors when it saves and loads, which
+        it can do for dense weights only.
+        """
+        return []
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Return the tensors and the file header that `save_pretrained` writes; updates the module description."""
         self.quantization_config.modules = describe(model)
+        model._weight_conversions = []  # saved as in `update_weight_conversions`, wherever the model came from
         if not model.is_remote_code():
             vars(model.config).pop("auto_map", None)  # no code is written beside the weights
         state = dict(model.state_dict())
@@ -169,7 +180,12 @@ def lora_layers() -> dict[type, type]:
 
 def _placeholders(modules: Mapping[str, Any]) -> set[str]:
     """Return the names of the empty tensors; a plain matrix that lost rows or columns has its own weight instead."""
-    return {f"{name}.weight" for name, each in modules.items() if each["kind"] != "linear"}
+    return {
+        f"{name}.{tensor}"
+        for name, each in modules.items()
+        if each["kind"] != "linear"
+        for tensor in each.get("tensors", ("weight",))
+    }
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -258,7 +274,8 @@ def _verify_config(files: Sequence[str], kind: type[Any], modules: Mapping[str, 
                 continue
             written = json.loads(text)
             raw = {name: value for name, value in json.loads(place.read_text("utf-8")).items() if name not in _FREE}
-            now = _config_values(kind.from_dict(dict(raw)), modules)
+            decoded, _ = kind.get_config_dict(place.parent, local_files_only=True)  # JSON has no infinity of its own
+            now = _config_values(kind.from_dict({name: decoded[name] for name in raw}), modules)
         except (SafetensorError, OSError, ValueError, AttributeError) as error:
             raise Refusal(f"{file} or its config.json is damaged: {error}") from error
         if difference := _difference("", written, now, {**raw, _MODULES: modules}):

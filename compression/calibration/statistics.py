@@ -11,6 +11,11 @@ by gᵀG⁻¹g and in G by xᵀC⁻¹x, each divided by its mean over the batch.
 flip-flop iteration for a Kronecker covariance (Dutilleul 1999). Both passes must use the same text: on other text the
 gradients have such heavy tails that a few tokens would outweigh all others.
 
+An expert of a mixture reads only the n of N tokens that are routed to it. Its C is the mean over these n, its G the sum
+over them divided by N, so that ½·tr(G E C Eᵀ) is the cost per token of the text. Both are shrunk towards those of all
+experts of the layer (`compression.numerics.pooled_moments`), and n counts half a token more, so that an expert that the
+text never reaches is not free. A row whose input or gradient is zero contributes nothing and does not count.
+
 Knows torch modules and token batches; does not know tokenizers or files. Each batch takes one forward and one backward
 pass, without weight gradients.
 """
@@ -26,15 +31,17 @@ from functools import partial
 import torch
 from torch import nn
 
+from compression.numerics.pooled_moments import MomentSum, pooled_moments
 from compression.numerics.whitening import shrink
 from compression.refusal import Refusal
-from compression.sites import Site
+from compression.sites import Site, expert_of
 from compression.storage.factor_cache import Bundle
 
 __all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
 
 _SKETCH = 64  # number of random directions that estimate xᵀC⁻¹x, with a relative standard error of √(2/64)
 _SHRINKAGE = 0.003  # shrinkage of the first pass's moments before they weight the tokens
+_HALF = 0.5  # tokens that an expert counts as reached by beside those that reach it (Jeffreys prior of a rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +92,16 @@ def collect(
     generator: torch.Generator,
     progress: Callable[[int], None] = lambda tokens: None,
     first: Statistics | None = None,
+    mask_token: int | None = None,
 ) -> Statistics:
     """Collect C and G of every site that can be tensorized.
 
+    A causal language model predicts at every token, a masked one at its mask tokens, and a classifier once for a text.
+    G is scaled so that predicted costs are per prediction.
+
     Args:
-        model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary); has
-            `get_input_embeddings()`. Its parameters must not require gradients.
+        model: maps `input_ids` and `attention_mask` to an output with `logits` (batch, length, vocabulary), or (batch,
+            classes) for a classifier; has `get_input_embeddings()`. Its parameters must not require gradients.
         sites: the sites of the model.
         batches: (input_ids, mask) pairs, each (batch, length), int64 and bool, on the model's device. Masked-out
             positions (right padding) are ignored.
@@ -98,17 +109,25 @@ def collect(
         progress: called with the number of tokens done after each batch.
         first: statistics of an earlier pass over the same batches, which weight the tokens; None weights all tokens
             equally.
+        mask_token: the token at which a masked language model predicts; None for models of other kinds.
 
     Raises:
         ValueError: there is no token; or the statistics of a site are not finite, the text never reaches the site, the
-            prediction does not depend on it, or it does not read one row per token. The message names the site.
+            prediction does not depend on it, or it does not read one row per token and is no expert that reads those
+            routed to it. The message names the site.
     """
     accumulator = MomentAccumulator(model, sites, first)
     with accumulator:
         for input_ids, mask in batches:
             accumulator.expect(mask)
             logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
-            logits.backward(sampled_gradient(logits.detach(), mask, generator))
+            predicted = mask if mask_token is None else mask & (input_ids == mask_token)
+            if logits.ndim == 2:
+                predicted = mask.any(-1)
+            gradient = sampled_gradient(logits.detach(), predicted, generator)
+            if predicted is not mask:
+                gradient *= math.sqrt(float(mask.sum()) / max(1.0, float(predicted.sum())))
+            logits.backward(gradient)
             progress(accumulator.count())
     return accumulator.result()
 
@@ -119,8 +138,8 @@ def sampled_gradient(logits: torch.Tensor, mask: torch.Tensor, generator: torch.
     It is the softmax minus the one-hot vector of the sampled token, and zero where masked out.
 
     Args:
-        logits: (batch, length, vocabulary).
-        mask: (batch, length), bool.
+        logits: (batch, length, vocabulary), or without the length.
+        mask: which predictions count, bool, of the shape of `logits` without the last axis.
         generator: draws one token per position; on the device of `logits`.
     """
     gradient = torch.softmax(logits.float(), dim=-1)
@@ -149,8 +168,9 @@ class MomentAccumulator:
         self.tokens = 0
         self._mask = torch.empty(0)
         self._full = False  # whether the mask contains every position
-        self._inputs: dict[str, torch.Tensor] = {}
-        self._gradients: dict[str, torch.Tensor] = {}
+        self._inputs: dict[str, MomentSum] = {}
+        self._gradients: dict[str, MomentSum] = {}
+        self._expert = {site.name: expert for site in self.sites if (expert := expert_of(site)) is not None}
         self._input_of: dict[str, str] = {}  # site -> site whose input it shares
         # By site, the sketches of C⁻¹ (in, 64) and G⁻¹ (out, 64).
         self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -187,19 +207,57 @@ class MomentAccumulator:
     def result(self) -> Statistics:
         if self.tokens == 0:
             raise Refusal("no calibration token: statistics need at least one")
+        for table in (self._inputs, self._gradients):
+            for found in table.values():
+                _mirror_upper_(found.outer)
+        moments = self._routed()
         for site in self.sites:
+            if site.name in moments:
+                continue
             if site.name not in self._input_of:
                 raise Refusal(f"site {site.name}: never reached by the calibration text; it cannot be calibrated")
             if site.name not in self._gradients:
                 raise _not_differentiable(site.name)
-        for kind, table in (("inputs", self._inputs), ("gradients", self._gradients)):
-            for site in self.sites:
-                _checked(site.name, kind, _mirror_upper_(table[site.name].div_(self.tokens)))
-        return Statistics(self._inputs, self._input_of, self._gradients, self.tokens)
+            both = (table[site.name].outer.div_(self.tokens) for table in (self._inputs, self._gradients))
+            moments[site.name] = tuple(both)
+        inputs = {site.name: _checked(site.name, "inputs", moments[site.name][0]) for site in self.sites}
+        gradients = {site.name: _checked(site.name, "gradients", moments[site.name][1]) for site in self.sites}
+        return Statistics(inputs, self._input_of, gradients, self.tokens)
+
+    def _routed(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Returns C and G of the experts that read only some tokens, by site; completes `_input_of`."""
+        moments: dict[str, tuple[torch.Tensor, ...]] = {}
+        for inside in self._lists():
+            reached = [name for name in self._input_of if name in inside and name in self._gradients]
+            if not reached or all(self._inputs[name].rows == self.tokens for name in inside if name in reached):
+                continue
+            order = list(dict.fromkeys(name.rpartition(".")[2] for name in reached))  # as an expert runs them
+            for leaf in order:
+                alike = [name for name in inside if name.rpartition(".")[2] == leaf]
+                first = next(name for name in reached if name.rpartition(".")[2] == leaf)
+                for name in alike:
+                    other = self._input_of[first].rpartition(".")[2]
+                    self._input_of.setdefault(name, f"{name.removesuffix(leaf)}{other}")
+                # Only the last matrix of an expert reads hidden values, and the others write them.
+                inputs, gradients = (
+                    pooled_moments({name: table.get(name, _nothing(table[first])) for name in alike}, aligned)
+                    for table, aligned in ((self._inputs, leaf != order[-1]), (self._gradients, leaf == order[-1]))
+                )
+                for name in alike:
+                    rows = self._gradients[name].rows if name in self._gradients else 0
+                    moments[name] = inputs[name], gradients[name] * ((rows + _HALF) / self.tokens)
+        return moments
+
+    def _lists(self) -> list[list[str]]:
+        """Returns the sites of each layer of experts."""
+        lists: dict[str, list[str]] = {}
+        for name, (experts, _) in self._expert.items():
+            lists.setdefault(experts, []).append(name)
+        return list(lists.values())
 
     def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if not args or args[0].shape[:-1].numel() != self._mask.numel():
+            if not args or (args[0].shape[:-1].numel() != self._mask.numel() and name not in self._expert):
                 read = f"shape {tuple(args[0].shape)}" if args else "a keyword argument"
                 raise Refusal(f"site {name}: must read one row per token to be calibrated, reads {read}")
             if not output.requires_grad:
@@ -215,15 +273,25 @@ class MomentAccumulator:
 
     def _add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         both = [values.reshape(-1, values.shape[-1]) for values in (inputs, gradients)]
-        mask = self._mask.flatten().to(inputs.device)  # a model may be spread over several devices
-        rows = [(values if self._full else values[mask]).float() for values in both]
+        if name in self._expert:  # padding has no gradient
+            mask = (both[0] != 0).any(1) & (both[1] != 0).any(1)
+        else:
+            mask = self._mask.flatten().to(inputs.device)  # a model may be spread over several devices
+        rows = [(values if self._full and name not in self._expert else values[mask]).float() for values in both]
         weights = [torch.ones(len(values), device=values.device) for values in rows]
         if name in self._sketches:
             weights = [_weights(*pair) for pair in zip(rows, self._sketches[name], strict=True)]
         for table, values, weight in zip((self._inputs, self._gradients), rows, reversed(weights), strict=True):
             if name not in table:
-                table[name] = torch.zeros(values.shape[1], values.shape[1], device=values.device)
-            _add_upper_gram_(table[name], values, weight)
+                table[name] = MomentSum(torch.zeros(values.shape[1], values.shape[1], device=values.device), 0.0, 0)
+            found = table[name]
+            _add_upper_gram_(found.outer, values, weight)
+            found.fourth += float((values.square().sum(1) * weight).square().sum()) if name in self._expert else 0.0
+            found.rows += len(values)
+
+
+def _nothing(like: MomentSum) -> MomentSum:
+    return MomentSum(torch.zeros_like(like.outer), 0.0, 0)
 
 
 def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:

@@ -13,9 +13,8 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from compression.bonds import linear_layer
+from compression.bonds import keep_, linear_layer
 from compression.decomposition.factors import FactorStore
-from compression.layers.kept import keep_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
 from compression.numerics.gauge import stored

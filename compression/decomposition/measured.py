@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,7 +44,7 @@ class Measured:
     """Holds the weights of the sites of one model and their second moments.
 
     Attributes:
-        weights: dense matrix (out, in) by site name; not needed for sites that must stay dense.
+        weights: dense matrix (out, in) by site name, which must not change; not needed for sites that must stay dense.
         statistics: returns the second moments, when they are first needed.
         key: identifies these statistics (model, text, seed).
         shrinkage: see `compression.numerics.whitening.shrink`.
@@ -54,6 +54,7 @@ class Measured:
     statistics: Callable[[], Statistics]
     key: str
     shrinkage: float
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     def moments(self, name: str, metric: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns C and G of a site, not shrunk, on the device of its weight; None for those the metric does not use.
@@ -78,9 +79,11 @@ class Measured:
         return Matrix(self.weights[name].detach().double(), *shrunk, size)
 
     def digest(self, name: str) -> str:
-        """Returns the SHA-256 of a weight's bytes, 64 hexadecimal digits."""
-        weight = self.weights[name].detach().cpu().contiguous()
-        return hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        """Returns the SHA-256 of a weight's bytes, 64 hexadecimal digits; each weight is read once."""
+        if name not in self._digests:
+            weight = self.weights[name].detach().cpu().contiguous()
+            self._digests[name] = hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        return self._digests[name]
 
     def key_of(self, *names: str, **parts: object) -> str:
         """Returns the cache key of something that is made from the weights and the two-sided metrics of some sites."""

@@ -23,6 +23,9 @@ site that reads it receives only their values, x̂_S. Its start is the exact ref
 A start from the columns of W, without the refit, ends with a larger error on other text: the sequences of a repair are
 too few for the correction to find the refit by itself.
 
+Experts of a mixture are not corrected: the compressed model routes other tokens to them than the dense one, so that no
+rows of the two belong together, and each expert reads too few of them.
+
 Matching dense outputs from compressed inputs goes back to the layer-wise reconstruction of channel pruning (He, Zhang &
 Sun 2017).
 """
@@ -36,11 +39,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compression.bonds import linear_layer
+from compression.bonds import keep_, linear_layer
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
 from compression.decomposition.factors import lowrank_cores
-from compression.layers.kept import keep_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import is_lowrank
 from compression.numerics.elimination import Elimination, refit
@@ -50,7 +52,7 @@ from compression.numerics.legs import resolve
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
-from compression.sites import Site, check_widths, dense_weight, put_modules
+from compression.sites import Site, check_widths, dense_weight, expert_of, put_modules
 
 __all__ = ["repair_"]
 
@@ -117,14 +119,17 @@ def repair_(
                     _start(site, taken[site.name], schedule[site.name], statistics, shrinkage, elimination)
                     for site in group
                 ]
-                inputs, drift, missing = targets.moments(place, states, starts)
-                for site, start, cross in zip(group, starts, missing, strict=True):
+                found = None if expert_of(group[0]) else targets.moments(place, states, starts)
+                for at, (site, start) in enumerate(zip(group, starts, strict=True)):
                     weight = start.weight
                     gradient = _part(statistics.gradient(site.name).to(weight), start.rows)
-                    if cross is not None:
-                        weight = weight + _correction(inputs, cross, gradient)
-                    dense_inputs = _part(statistics.input(site.name).to(weight), start.columns)
-                    metrics = dense_inputs + drift if correct else inputs.sum(0), gradient
+                    seen = _part(statistics.input(site.name).to(weight), start.columns)
+                    if found is not None:
+                        inputs, drift, missing = found
+                        if (cross := missing[at]) is not None:
+                            weight = weight + _correction(inputs, cross, gradient)
+                        seen = seen + drift if correct else inputs.sum(0)
+                    metrics = seen, gradient
                     old, choice = taken[site.name], schedule[site.name]
                     new = _compressed(old, weight, choice, *metrics, start.rows, shrinkage)
                     shape = site.out_features, site.in_features
@@ -283,9 +288,13 @@ class _Targets:
         self._weights = {name: dense_weight(module).double() for name, module in dense.items()}
         self._biases = {name: _bias(module) for name, module in dense.items()}
         with ExitStack() as stack:
-            self._inputs = [stack.enter_context(block.caught(group[0])) for group in groups]
+            self._inputs = [
+                [] if expert_of(group[0]) else stack.enter_context(block.caught(group[0])) for group in groups
+            ]
             self.outputs = block.run(states)
         for number in range(len(groups)):
+            if expert_of(groups[number][0]):
+                continue
             with block.silent(self._later(number)):
                 if self._writes(number, states[0]):
                     self._streams[number] = block.run(states) if self._later(number) else self.outputs
@@ -317,12 +326,14 @@ class _Targets:
                 if number == len(self._groups) - 1:
                     self._before.append((before, reaching))
             mask = mask.to(reaching.device)
+            reaching = reaching.reshape(*mask.shape, -1)  # some modules flatten their tokens
             folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
             sequences += len(mask)
             tokens += int(mask.sum())
             aim = None  # factor of x̂ᵀ in the cross moment: x, or the target minus the stream before the site
             if self._inputs:
-                aim = self._inputs[number][batch] if streams is None else streams[batch] - before
+                meant = self._inputs[number][batch].reshape(*mask.shape, -1)
+                aim = meant if streams is None else streams[batch] - before
             if batch == 0:
                 width = reaching.shape[-1]
                 inputs = reaching.new_zeros(_FOLDS, width, width, dtype=torch.float64)
@@ -330,7 +341,6 @@ class _Targets:
                 drift = inputs.new_zeros(width, width)
                 cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
             if self._inputs:
-                meant = self._inputs[number][batch]
                 apart = (reaching - (meant if columns is None else meant[..., columns]))[mask].float()
                 drift += (apart.T @ apart).double()
             for fold in range(_FOLDS):
@@ -361,7 +371,7 @@ class _Targets:
             return self._block.run(states)
         last = self._block.model.get_submodule(self._groups[-1][0].name)
         with self._block.arithmetic():
-            return [before + last(rows) for before, rows in self._before]
+            return [before + last(rows).reshape(before.shape) for before, rows in self._before]
 
     def _later(self, number: int) -> list[Site]:
         return [site for group in self._groups[number + 1 :] for site in group]

@@ -1,4 +1,4 @@
-"""Marks the layers that hold only some rows or columns of their dense matrix, and widens them to it again.
+"""Reads which rows and columns of their dense matrix layers hold, and widens them to it again.
 
 Knows torch modules only. A layer whose bond to other matrices was cut (see `compression.bonds`) stores the numbers of
 the rows or columns that are left, `kept_rows` or `kept_columns` (int32), among its own tensors. They go wherever the
@@ -12,30 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from compression.bonds import KEPT
 from compression.refusal import Refusal
 
-__all__ = ["KEPT", "check_kept", "keep_", "kept", "put_kept_", "widened"]
-
-KEPT = ("kept_rows", "kept_columns")
-
-
-def keep_(
-    layer: nn.Module, shape: tuple[int, ...], rows: torch.Tensor | None, columns: torch.Tensor | None
-) -> nn.Module:
-    """Store in a layer which rows and columns of its dense matrix it holds; returns the layer.
-
-    Args:
-        shape: shape of the dense matrix. Nothing is stored for a side of which nothing was removed.
-        rows, columns: ascending numbers of what is left; None means everything.
-    """
-    for name, size, numbers in zip(KEPT, shape, (rows, columns), strict=True):
-        if numbers is not None and len(numbers) < size:
-            layer.register_buffer(name, numbers.to(dtype=torch.int32))
-    return layer
+__all__ = ["check_kept", "kept", "put_kept_", "widened"]
 
 
 def kept(layer: nn.Module) -> Mapping[str, torch.Tensor]:
-    """Returns the numbers that `keep_` stored in a layer, by the names in `KEPT`; empty for a whole matrix."""
+    """Returns the numbers that `compression.bonds.keep_` stored in a layer, by name; empty for a whole matrix."""
     return {name: numbers for name, numbers in layer.named_buffers(recurse=False) if name in KEPT}
 
 

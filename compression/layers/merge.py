@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from compression.layers.experts import experts_apart
+from compression.layers.fused import FusedLinear
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept, widened
 from compression.layers.mpo_linear import MPOLinear
@@ -16,25 +18,29 @@ from compression.sites import dense_weight
 
 __all__ = ["dense_layer", "merge_"]
 
-_COMPRESSED = (MPOLinear, HeadLinear, PackedMPO, PackedLinear, PackedEmbedding)
+_COMPRESSED = (MPOLinear, HeadLinear, FusedLinear, PackedMPO, PackedLinear, PackedEmbedding)
 
 
 @torch.no_grad()
 def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
     """Replace every compressed module by a dense one, and every linear layer whose type differs in `skeleton`.
 
-    Rows and columns that were removed come back as zeros, and so do the biases of such rows.
+    Rows and columns that were removed come back as zeros, and so do the biases of such rows. Experts that were taken
+    apart are fused again.
 
     Args:
         model: changed in place.
         skeleton: the dense model without values. It gives every module its type, so a weight that the architecture
-            stores transposed is stored transposed again.
+            stores transposed is stored transposed again. Its experts are taken apart where those of the model are.
         only: the name of a single module to replace; empty for all.
 
     Returns:
         The names of the replaced modules.
     """
     names: list[str] = []
+    apart = experts_apart(model)
+    for name in apart.keys() - experts_apart(skeleton).keys():
+        skeleton.set_submodule(name, type(apart[name])(skeleton.get_submodule(name)))
     for name, module in list(model.named_modules()):
         if (only and name != only) or any(name.startswith(f"{other}.") for other in names):
             continue
@@ -42,6 +48,9 @@ def merge_(model: nn.Module, skeleton: nn.Module, only: str = "") -> list[str]:
         if isinstance(module, _COMPRESSED) or type(dense) is not type(module) or kept(module):
             model.set_submodule(name, dense_layer(module, dense))
             names.append(name)
+    for name, experts in apart.items() if not only else ():
+        model.set_submodule(name, experts.fused())
+        names.append(name)
     return names
 
 
@@ -64,6 +73,9 @@ def _values(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         if module.along_output:
             return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
         return torch.cat(weights, dim=1), biases[0]
+    if isinstance(module, FusedLinear):
+        weights, biases = zip(*(_values(part) for part in module.children()), strict=True)
+        return module.joined(weights, 0), None if biases[0] is None else module.joined(biases, 0)
     bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, torch.Tensor)
     weight = module.weight if isinstance(module, _COMPRESSED) else dense_weight(module)

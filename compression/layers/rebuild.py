@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from compression.bonds import linear_layer
-from compression.layers.kept import check_kept, keep_
+from compression.bonds import keep_, linear_layer
+from compression.layers.kept import check_kept
 from compression.layers.skeleton import check_places, empty_mpo
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal

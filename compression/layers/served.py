@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from compression.layers.kept import KEPT
+from compression.bonds import KEPT
 from compression.layers.mpo_linear import MPOLinear
-from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMPO
 from compression.layers.routes import Plan, default_plan
 from compression.layers.skeleton import check_places
 from compression.refusal import Refusal
@@ -96,14 +95,9 @@ def serve_(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     Args:
         model: a model with a skeleton, see `compression.layers.skeleton.put_skeleton_`.
         shapes: the shapes of the dense matrices by module name, as `put_skeleton_` returns them.
-
-    Raises:
-        ValueError: a module is stored in integers.
     """
     for name in shapes:
         module = model.get_submodule(name)
-        if isinstance(module, PackedMPO | PackedLinear | PackedEmbedding):
-            raise Refusal(f"{name} is stored in integers, which is read by transformers only; export without quantize")
         if isinstance(module, MPOLinear):
             module.plan = Plan(((1, default_plan(module.legs, module.chi).route(1)),))
             module.__class__ = ServedMPO

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.bonds import linear_layer
+from compression.bonds import keep_, linear_layer
+from compression.layers.experts import Experts
+from compression.layers.fused import FusedLinear
 from compression.layers.heads import HeadLinear
-from compression.layers.kept import keep_, kept
+from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
+from compression.layers.stacked_experts import StackedExperts
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.group_integers import BITS, Codes
 from compression.numerics.legs import Legs, leg_name, resolve
@@ -33,6 +36,8 @@ LARGEST = 1 << 20
 
 _CUT = ("mpo", "packed-mpo", "packed-linear", "linear")  # the kinds that can have lost rows or columns
 
+_APART: Mapping[str, type[Experts | StackedExperts]] = {"experts": Experts, "stacked-experts": StackedExperts}
+
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns a description of every compressed module of `model` by qualified name, containers before their parts.
@@ -41,10 +46,14 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         * For an `MPOLinear`: {"kind": "mpo", "topology": see `compression.numerics.legs.leg_name`, "bonds": inner
           bonds, "bias": whether it has one}.
         * For a `HeadLinear`: {"kind": "heads", "size", "along_output"}. Its parts have their own descriptions.
+        * For a `FusedLinear`: {"kind": "fused", "parts": {name: [[start, stop], …]}}. Its parts have their own
+          descriptions.
         * For packed modules: {"kind": "packed-mpo", "packed-linear" or "packed-embedding", "bits", "group"} and, for an
           MPO, "topology", "bonds" and "bias". A packed linear layer has "bias" and "tied": the name of the embedding
           that holds its matrix, or "".
         * For a linear layer that lost rows or columns: {"kind": "linear", "bias"}.
+        * For a layer of experts that was taken apart: {"kind": "experts" or "stacked-experts", "tensors": names of the
+          fused tensors}. Its matrices have their own descriptions.
 
         All that lost rows or columns also have "shape": those that are left.
     """
@@ -55,6 +64,12 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             found[name] = {"kind": "mpo", "topology": topology, "bonds": bonds, "bias": module.bias is not None}
         elif isinstance(module, HeadLinear):
             found[name] = {"kind": "heads", "size": module.size, "along_output": module.along_output}
+        elif isinstance(module, Experts | StackedExperts):
+            kind = next(kind for kind, made in _APART.items() if isinstance(module, made))
+            found[name] = {"kind": kind, "tensors": module.tensors}
+        elif isinstance(module, FusedLinear):
+            parts = {part: [list(run) for run in runs] for part, runs in module.runs.items()}
+            found[name] = {"kind": "fused", "parts": parts}
         elif isinstance(module, PackedMPO):
             topology, bonds = leg_name(module.legs), list(module.bonds)
             plain = {"kind": "packed-mpo", "topology": topology, "bonds": bonds, "bias": module.bias is not None}
@@ -84,6 +99,7 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
     makers: Mapping[str, Callable[..., nn.Module]] = {
         "mpo": _mpo,
         "heads": _heads,
+        "fused": _fused,
         "packed-mpo": _packed_mpo,
         "packed-linear": _packed_linear,
         "packed-embedding": _packed_embedding,
@@ -93,6 +109,9 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
     # Containers before their parts, and layers that share a matrix after the embedding that holds it.
     for name in sorted(descriptions, key=lambda name: (bool(_get(descriptions[name], "tied")), name)):
         description = descriptions[name]
+        if _get(description, "kind") in _APART:
+            _take_apart_(model, name, description)
+            continue
         try:
             dense = model.get_submodule(name)
             weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
@@ -101,7 +120,8 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             raise Refusal(f"compressed module {name:.200}: the model has no matrix of this name") from None
         kind = _get(description, "kind")
         if kind not in makers:
-            raise Refusal(f"compressed module {name}: kind must be {' or '.join(makers)}, got {kind!r:.80}")
+            kinds = " or ".join((*makers, *_APART))
+            raise Refusal(f"compressed module {name}: kind must be {kinds}, got {kind!r:.80}")
         try:
             if _get(description, "tied"):
                 holder = model.get_submodule(description["tied"])
@@ -114,6 +134,19 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
             raise Refusal(f"compressed module {name} does not fit a matrix {shape}: {error}") from None
     _check_bonds(model, shapes)
     return shapes
+
+
+def _take_apart_(model: nn.Module, name: str, description: Mapping[str, Any]) -> None:
+    """Take a fused layer of experts apart, without looking at its values."""
+    try:
+        apart = _APART[description["kind"]](model.get_submodule(name))
+    except (AttributeError, ValueError) as error:
+        raise Refusal(f"compressed module {name:.200}: {error}") from None
+    if description.get("tensors") != apart.tensors:
+        raise Refusal(
+            f"compressed module {name}: tensors must be {apart.tensors}, got {description.get('tensors')!r:.80}"
+        )
+    model.set_submodule(name, apart)
 
 
 def _check_bonds(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -205,6 +238,18 @@ def _heads(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, A
         raise Refusal(f"size must divide {side} and along_output be true or false, got {size!r} and {along_output!r}")
     bias = _empty_bias(getattr(dense, "bias", None) is not None, shape[0], dense)
     return HeadLinear(torch.empty(shape, device="meta", dtype=dense_weight(dense).dtype), bias, size, along_output)
+
+
+def _fused(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> FusedLinear:
+    parts = description["parts"]
+    runs = [run for part in parts.values() for run in part]
+    sizes = [stop - start for start, stop in runs]
+    if not all(map(_is_size, sizes)) or sorted(row for run in runs for row in range(*run)) != [*range(shape[0])]:
+        raise Refusal(f"parts must hold each of the {shape[0]} rows once, as [start, stop] of rows, got {parts!r:.80}")
+    if not all(isinstance(name, str) and name.isidentifier() for name in parts):
+        raise Refusal(f"the names of parts must be words, got {list(parts)!r:.80}")
+    bias = _empty_bias(getattr(dense, "bias", None) is not None, shape[0], dense)
+    return FusedLinear(torch.empty(shape, device="meta", dtype=dense_weight(dense).dtype), bias, parts)
 
 
 def _packed_mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedMPO:

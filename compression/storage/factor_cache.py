@@ -83,8 +83,8 @@ class FactorCache:
             bundle = self._mend(key)  # another process may have made it in the meantime
             if bundle is None:
                 bundle = build()
-                self.store(key, bundle)
-                bundle = self._mend(key) or bundle  # memory-mapped from here on
+                if (path := self.store(key, bundle)) is not None:
+                    bundle = Bundle(_mapped(path).tensors, bundle.metadata)  # memory-mapped from here on
             return bundle
 
     def has(self, key: str) -> bool:
@@ -106,19 +106,24 @@ class FactorCache:
                 bundle = self._mend(key)
         return bundle
 
-    def store(self, key: str, bundle: Bundle) -> None:
-        """Write the bundle of `key`; the complete file appears at once, or no file does."""
+    def store(self, key: str, bundle: Bundle) -> Path | None:
+        """Write the bundle of `key`; the complete file appears at once, or no file does.
+
+        Returns:
+            The file; None if nothing is stored on disk.
+        """
         if self.root is None:
-            return
+            return None
         folder = self._folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {**bundle.metadata, _KEY: key, **self._made_for}
         with new_tensor_file(folder / key, bundle.tensors, metadata) as partial:
-            partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
+            written = partial.replace(folder / f"{key}.{_digest(partial)}.safetensors")
         for path in folder.glob(f"{key}.*.safetensors"):
             header = _header(path)
             if header is not None and _KEY not in header:
                 path.unlink(missing_ok=True)
+        return written
 
     def _find(self, key: str) -> tuple[Bundle | None, list[Path]]:
         """Returns the bundle of `key`, or None, and the damaged files that were found before it."""
@@ -184,6 +189,11 @@ def _read(path: Path) -> Bundle:
     """Read a file; raises ValueError if its checksum differs, SafetensorError if it is not a safetensors file."""
     if _digest(path) != path.name.split(".")[1]:
         raise Refusal("its checksum differs")
+    return _mapped(path)
+
+
+def _mapped(path: Path) -> Bundle:
+    """The content of a file, memory-mapped, without a look at its checksum."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return Bundle(tensors, file.metadata() or {})

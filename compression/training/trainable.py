@@ -1,4 +1,4 @@
-"""Selects the parameters that healing trains: cores, cut matrices, norms and biases. Everything else stays frozen.
+"""Selects the parameters that healing trains: cores, cut matrices, norms, biases and routers. All else stays frozen.
 
 Knows the module tree of a torch model; does not know losses or optimizers. Healing trains an `MPOLinear` in its stored
 form, so the size of the model does not change.
@@ -6,6 +6,7 @@ form, so the size of the model does not change.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from torch import nn
 from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
 from compression.refusal import Refusal
+from compression.sites import router_weights
 
 __all__ = ["captured_head_input", "frozen", "put_parameters", "trainable_"]
 
@@ -22,8 +24,9 @@ __all__ = ["captured_head_input", "frozen", "put_parameters", "trainable_"]
 def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     """Replace the parameters that healing trains by trainable copies in `dtype`, in place; freeze all others.
 
-    Healing trains the cores of every `MPOLinear`, every matrix that lost rows or columns, and every vector of the model
-    (norms and biases). The copies keep another model that shares the tensors unchanged.
+    Healing trains the cores of every `MPOLinear`, every matrix that lost rows or columns, every router of a layer of
+    experts, and every vector of the model (norms and biases). The copies keep another model that shares the tensors
+    unchanged.
 
     Returns:
         The new parameters by name. To undo the change, call `put_parameters` with the original ones.
@@ -39,6 +42,7 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
     }
     if not compressed:
         raise Refusal("healing needs a compressed model, and no matrix of this one is compressed")
+    compressed |= router_weights(model)
     chosen = {
         name: p
         for name, p in model.named_parameters()
@@ -54,15 +58,19 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Replace parameters of `model` by name; returns the previous ones."""
+    """Replace parameters of `model` by name, wherever they are tied to; returns the previous ones."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
     before = {}
     for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        before[name] = module.get_parameter(leaf)
-        setattr(module, leaf, parameter)
-        if isinstance(module, MPOLinear):
-            module.prepare()
+        before[name] = model.get_parameter(name)
+        for place in places[id(before[name])]:
+            owner, _, leaf = place.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, leaf, parameter)
+            if isinstance(module, MPOLinear):
+                module.prepare()
     return before
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from compression.refusal import Refusal
 from search.evaluation.logits import read
+from search.evaluation.shared_rows import shares_rows
 from search.model.kv_cache import keep_positions, new_cache
 
 __all__ = ["NonFinite", "generate"]
@@ -55,7 +56,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt with the likeliest token, step by step; returns the continuations in order.
 
-    Models with sliding-window layers process one prompt at a time, because their caches drop old positions.
+    A model in which prompts cannot share a row processes them one at a time: its caches drop old positions, or the test
+    of `search.evaluation.shared_rows` fails.
 
     Args:
         prompts: token sequences, none empty.
@@ -69,7 +71,8 @@ def generate(
     """
     if not all(prompts):
         raise Refusal("a prompt must have at least one token")
-    alone = any(new_cache(model).is_sliding)
+    longest = max(prompts, key=len, default=())
+    alone = bool(prompts) and (any(new_cache(model).is_sliding) or not shares_rows(model, longest))
     shared = 0 if alone else _shared(prompts)
     waiting = [_Prompt(number, list(tokens[shared:])) for number, tokens in enumerate(prompts)]
     for row in [[one] for one in waiting] if alone else [waiting]:
@@ -139,9 +142,9 @@ def _append(
 ) -> torch.Tensor:
     """Feed tokens that follow those in the cache; returns the logits at the positions `source`, by default the last."""
     device = next(model.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}
+    inputs: dict[str, Any] = {"input_ids": ids[None].to(device)}
     if visible is not None:
-        inputs["attention_mask"] = visible[None, None].to(device)
+        inputs |= {"position_ids": positions[None].to(device), "attention_mask": visible[None, None].to(device)}
     source = torch.tensor([len(ids) - 1]) if source is None else source
     return read(model, inputs, source.to(device), cache).logits
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from compression.refusal import Refusal
@@ -64,7 +63,7 @@ def continuations(
             sequences += [(_shortened(packed, one, limit), [number]) for one, number in enumerate(numbers)]
     found: dict[int, Continuation] = {}
     for chunk in _chunks(sequences):
-        workload = Workload([packed for packed, _ in chunk], _device(model), batch_tokens)
+        workload = Workload([packed for packed, _ in chunk], model, batch_tokens)
         for answers, (_, numbers) in zip(workload.continuations(model), chunk, strict=True):
             found.update(zip(numbers, answers, strict=True))
         progress(sum(len(numbers) for _, numbers in chunk))
@@ -92,7 +91,7 @@ def text_likelihoods(
         windows += [(_scored(tokens[start : start + limit], 1), [number]) for start in starts]
     totals = [0.0] * len(texts)
     for chunk in _chunks(windows):
-        answers = Workload([packed for packed, _ in chunk], _device(model), batch_tokens).continuations(model)
+        answers = Workload([packed for packed, _ in chunk], model, batch_tokens).continuations(model)
         for [answer], (_, [number]) in zip(answers, chunk, strict=True):
             totals[number] += answer.loglikelihood
         progress(len(chunk))
@@ -134,7 +133,3 @@ def _shortened(packed: Packed, branch: int, limit: int) -> Packed:
 def _scored(tokens: Sequence[int], first: int) -> Packed:
     """A sequence whose tokens from index `first` on are scored together."""
     return Packed(tuple(tokens), first, ((first, len(tokens), first),), 0)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -26,6 +26,7 @@ from search.benchmarking.documents import SOURCES, always_searched, select
 from search.benchmarking.outcome import Outcome, mean_and_error, paired
 from search.benchmarking.selection import Selection
 from search.benchmarking.tasks import named_tasks
+from search.evaluation.shared_rows import APART, keeps_rows_apart
 from search.experiment.experiment import Experiment
 from search.model.devices import resolve_device
 from search.model.loading import LoadedModel
@@ -171,12 +172,17 @@ class _Bench:
         earlier = _earlier(folder / f"{BENCHMARKS}.json", console.note)
         self._before = {_key(outcome): outcome for outcome in earlier}
         self._unrecorded = False
+        self._apart: set[str] = set()  # words whose models cannot share rows, which was said
 
     def measure(self, model: ComparedModel) -> None:
         for name, loaded in zip(model.names, model.models(), strict=True):
+            loaded.must_continue_text("a benchmark")
             for selection in self._selections:
                 self._outcomes.append(self._outcome(name, loaded, selection))
                 self._write()
+            if keeps_rows_apart(loaded.model) and model.word not in self._apart:
+                self._apart.add(model.word)
+                self._console.note(f"{model.word}: {APART}")
 
     def result(self) -> Result:
         notes = [

@@ -42,6 +42,7 @@ def run(words: list[str]) -> int:
 
             torch.manual_seed(given["seed"])
             loaded = load_for_use(given["model"], given["device"], given["trust_remote_code"])
+            loaded.must_continue_text("generate")
             chat = Chat(loaded, given["tokens"], given["temperature"], given["latent_cache"])
         while prompt or (talking and (prompt := _asked())):
             chat.answer(prompt, lambda piece: say(piece, end=""))

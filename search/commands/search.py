@@ -84,6 +84,8 @@ def start(given: dict[str, Any]) -> int:
         say(json_text(summary.document) if as_json else f"\n{text_table(summary.rows)}")
         with shown:
             more = finish(summary.folder, summary.experiment, shown)
+        if summary.fault is not None:
+            raise summary.fault
     except BaseException as error:
         return explain(error, resumed(shown.folder), shown.folder)
     if not as_json:

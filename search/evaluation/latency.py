@@ -40,7 +40,7 @@ class Latency:
     Attributes:
         optimize: what the execution plans of the layers optimize, "latency" or "memory".
         prefill_ratio: time for a prompt divided by the dense model's in the same round, median over the rounds.
-        decode_ratio: the same ratio for one token after a prompt of 64 tokens.
+        decode_ratio: the same ratio for one token after a prompt of 64 tokens; NaN for an encoder.
         prompt: number of tokens of the prompt.
         stored_bytes: bytes of the compressed matrices.
         resident_bytes: bytes of the compressed matrices and the additional tensors that their plans keep.
@@ -54,9 +54,10 @@ class Latency:
     resident_bytes: int
 
     def __str__(self) -> str:
+        after = "" if math.isnan(self.decode_ratio) else f", {self.decode_ratio:.2f} for each token after it"
         return (
             f"time over dense, optimized for {self.optimize}: {self.prefill_ratio:.2f} for a prompt of {self.prompt} "
-            f"tokens, {self.decode_ratio:.2f} for each token after it; the compressed matrices store "
+            f"tokens{after}; the compressed matrices store "
             f"{self.stored_bytes / 1e6:,.0f} MB and hold {self.resident_bytes / 1e6:,.0f} MB in memory"
         )
 
@@ -67,7 +68,12 @@ def layer_costs() -> Path:
 
 
 def against_dense(
-    model: Any, store: FactorStore, schedules: Mapping[str, Schedule], optimize: Optimize, costs: Path | None
+    model: Any,
+    store: FactorStore,
+    schedules: Mapping[str, Schedule],
+    optimize: Optimize,
+    costs: Path | None,
+    continues: bool = True,
 ) -> dict[str, Latency]:
     """Measure schedules against the dense model, all in the same rounds; the model is dense again afterwards.
 
@@ -76,6 +82,7 @@ def against_dense(
         optimize: what the execution plans optimize, "latency" or "memory".
         costs: the planner's file of measured costs, see `compression.layers.planner.Planner`. Costs missing from it are
             measured for "latency", which takes a minute or two the first time, and estimated for "memory".
+        continues: whether the model continues text; an encoder only reads it.
 
     Returns:
         Results by name of the schedule.
@@ -95,8 +102,10 @@ def against_dense(
             planned[side] = planner.plan_(model)
             sides[side] = {name: model.get_submodule(name) for name in names}
         try:
-            prefilled = _over_dense(prefill(model, sides, prompt, _ROUNDS, device, seconds=_SECONDS))
-            decoded = _over_dense(decode(model, sides, _STEPS, device))
+            prefilled = _over_dense(
+                prefill(model, sides, prompt, _ROUNDS, device, seconds=_SECONDS, continues=continues)
+            )
+            decoded = _over_dense(decode(model, sides, _STEPS, device)) if continues else dict.fromkeys(sides, math.nan)
         finally:
             put_modules(model, sides[_DENSE])  # the applier does not know which side was timed last
     return {
@@ -121,8 +130,11 @@ def prefill(
     device: torch.device,
     batch: int = 1,
     seconds: float = math.inf,
+    continues: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of a forward pass over prompts that fills a KV cache and computes logits for the last token only.
+
+    An encoder fills no cache and computes all its predictions.
 
     Args:
         sides: the sets of layers to compare, by name.
@@ -130,6 +142,7 @@ def prefill(
         rounds: measurements per side, after one warm-up round.
         batch: number of prompts.
         seconds: time after which no further round begins, except the first after the warm-up.
+        continues: whether the model continues text.
 
     Returns:
         The times of the rounds, by name of the side.
@@ -142,7 +155,8 @@ def prefill(
             break
         for side in _rotated(sides, turn):
             put_modules(model, sides[side])
-            times[side].append(timed(partial(model, ids, use_cache=True, logits_to_keep=1), device))
+            how = {"use_cache": True, "logits_to_keep": 1} if continues else {}
+            times[side].append(timed(partial(model, ids, **how), device))
     return {side: each[1:] for side, each in times.items()}
 
 

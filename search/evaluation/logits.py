@@ -89,7 +89,7 @@ def _plain_weight(reading: Reading) -> torch.Tensor | None:
         return None
     weight, some = reading.head.weight, slice(0, 8)
     exact = weight.dtype == torch.float32
-    if weight.is_inference() or not (exact or weight.device.type in _SHORT_OF_MEMORY):
+    if not len(reading.logits) or weight.is_inference() or not (exact or weight.device.type in _SHORT_OF_MEMORY):
         return None
     given, wanted = functional.linear(reading.hidden[some], weight).float(), reading.logits[some]
     relative, absolute = (1e-4, 1e-3) if exact else (1e-2, 1e-2 * float(wanted.abs().max()))
@@ -108,11 +108,16 @@ def read(
     """Make a forward pass and read the logits, in float32, at `source`; the head computes no other positions.
 
     Args:
-        inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible.
+        inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible; without
+            one, every row is read as one text. An encoder has an integer mask (batch, length), 0 where a row is filled
+            up.
         source: flat positions (batch × length) whose logits are read.
         cache: KV cache of the tokens before the inputs; the inputs are appended to it. None uses no cache.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:  # a classifier, which makes one prediction for a row
+        logits = model(**inputs).logits.float()[source // inputs["input_ids"].shape[1]]
+        return Reading(logits, logits, nn.Identity())
     fed: list[torch.Tensor] = []
 
     def feed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
@@ -121,7 +126,8 @@ def read(
 
     hook = head.register_forward_pre_hook(feed)
     try:
-        logits = model(**_masked(model, inputs), past_key_values=cache, use_cache=cache is not None).logits
+        given = {} if cache is None else {"past_key_values": cache}
+        logits = model(**_masked(model, inputs), **given, use_cache=cache is not None).logits
     finally:
         hook.remove()
     return Reading(logits[0].float(), fed[0], head)

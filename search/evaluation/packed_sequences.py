@@ -14,7 +14,21 @@ import torch
 
 from compression.refusal import Refusal
 
-__all__ = ["Packed", "Prediction", "group", "layout", "mix", "pack", "packed_item", "packed_text", "predictions"]
+__all__ = [
+    "Packed",
+    "Prediction",
+    "apart",
+    "classified_text",
+    "group",
+    "layout",
+    "masked_text",
+    "mix",
+    "pack",
+    "packed_item",
+    "packed_text",
+    "predictions",
+    "row_inputs",
+]
 
 _BATCH_COST = 48
 
@@ -27,8 +41,10 @@ class Packed:
         tokens: tokens of the prefix, then of the branches one after the other.
         prefix: length of the prefix; for plain text this is the number of tokens.
         branches: (start, stop, first scored token) of each branch, as indices into `tokens`.
-        answer: index of the correct branch, or None for text.
+        answer: index of the correct branch, or None for text and for the only branch of a wrong answer (see `apart`).
         corpus: name of the corpus of a text, which then has a perplexity of its own; empty for none.
+        masked: (place, original token) of the mask tokens of a text for a masked language model.
+        classified: whether a classifier sorts the whole text; there is then one branch for every class, without tokens.
     """
 
     tokens: tuple[int, ...]
@@ -36,11 +52,35 @@ class Packed:
     branches: tuple[tuple[int, int, int], ...] = ()
     answer: int | None = None
     corpus: str = ""
+    masked: tuple[tuple[int, int], ...] = ()
+    classified: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether an encoder reads the text, which then has a row of its own."""
+        return bool(self.masked) or self.classified
 
 
 def packed_text(tokens: Sequence[int], corpus: str = "") -> Packed:
     """Pack plain text, in which every token after the first is scored."""
     return Packed(tuple(tokens), len(tokens), corpus=corpus)
+
+
+def masked_text(tokens: Sequence[int], masked: tuple[tuple[int, int], ...], corpus: str = "") -> Packed:
+    """Pack a text for a masked language model, in which the original of every mask token is scored."""
+    return Packed(tuple(tokens), len(tokens), corpus=corpus, masked=masked)
+
+
+def classified_text(tokens: Sequence[int], classes: int, answer: int) -> Packed:
+    """Pack a text for a classifier, in which the number of the class is scored.
+
+    Raises:
+        ValueError: `answer` is not the number of a class.
+    """
+    if not 0 <= answer < classes:
+        raise Refusal(f"the class of a text must be a number below {classes}, got {answer}")
+    end = len(tokens)
+    return Packed(tuple(tokens), end, ((end, end, end),) * classes, answer, classified=True)
 
 
 def packed_item(encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int) -> Packed:
@@ -74,11 +114,11 @@ def packed_item(encode: Callable[[str], list[int]], context: str, continuations:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One next-token prediction of a sequence.
+    """One prediction of a sequence: of the next token, a masked token or a class.
 
     Attributes:
-        source: flat position whose logits predict `target`.
-        target: the predicted token.
+        source: flat position whose logits predict `target`; the first position of a row for a class.
+        target: the predicted token or class.
         owner: number of the sequence.
         branch: global number of the branch whose score includes this prediction, -1 for none.
         compared: whether it counts for KL and agreement; tokens of the prefix and of the correct answer do.
@@ -92,7 +132,10 @@ class Prediction:
 
 
 def predictions(sequence: Packed, number: int, base: int, branches: range) -> list[Prediction]:
-    """All predictions of a sequence.
+    """All predictions of a sequence that any figure needs.
+
+    A wrong branch that `apart` took from its item has its own tokens only; those of the prefix belong to the correct
+    one.
 
     Args:
         number: number of the sequence.
@@ -100,13 +143,17 @@ def predictions(sequence: Packed, number: int, base: int, branches: range) -> li
         branches: global numbers of its branches.
     """
     tokens = sequence.tokens
+    if sequence.masked:
+        return [Prediction(base + at, token, number, -1, True) for at, token in sequence.masked]
+    if sequence.classified:
+        return [Prediction(base, at, number, branch, at == sequence.answer) for at, branch in enumerate(branches)]
     found = [Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(1, sequence.prefix)]
     for index, (start, stop, first) in enumerate(sequence.branches):
         for at in range(start, stop):
             before = sequence.prefix - 1 if at == start else at - 1
             branch = branches[index] if at >= first else -1
             found.append(Prediction(base + before, tokens[at], number, branch, index == sequence.answer))
-    return found
+    return found if sequence.answer is not None or not sequence.branches else [one for one in found if one.branch >= 0]
 
 
 def layout(sequence: Packed) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +164,52 @@ def layout(sequence: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         positions[start:stop] = torch.arange(sequence.prefix, sequence.prefix + stop - start)
         visible[start:stop, sequence.prefix : start] = False
     return positions, visible
+
+
+def apart(sequence: Packed) -> list[Packed]:
+    """The sequence as plain texts: one of the prefix and each branch, or the sequence itself if it has no branches.
+
+    The correct branch has the answer 0 and the others None.
+    """
+    if sequence.alone or not sequence.branches:
+        return [sequence]
+    prefix, found = sequence.tokens[: sequence.prefix], []
+    for number, (start, stop, first) in enumerate(sequence.branches):
+        tokens = prefix + sequence.tokens[start:stop]
+        branch = (len(prefix), len(tokens), len(prefix) + first - start)
+        found.append(Packed(tokens, len(prefix), (branch,), 0 if number == sequence.answer else None))
+    return found
+
+
+def row_inputs(rows: Sequence[Sequence[Packed]], shared: bool) -> dict[str, torch.Tensor]:
+    """The inputs of a model for rows of sequences, filled with token 0 on the right.
+
+    Args:
+        shared: give the positions and the mask (rows, 1, length, length) that keep the sequences of a row and their
+            branches apart. Otherwise every row must be one plain text; a causal model needs nothing else, and an
+            encoder a mask (rows, length) that is 0 where a row is filled up.
+
+    Returns:
+        Arguments of the model by name; `input_ids` is (rows, length), int64.
+    """
+    length = max(sum(len(sequence.tokens) for sequence in row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+    for place, row in enumerate(rows):
+        start = 0
+        for sequence in row:
+            span = slice(start, start + len(sequence.tokens))
+            ids[place, span] = torch.tensor(sequence.tokens)
+            if shared:
+                positions[place, span], visible[place, span, span] = layout(sequence)
+            start = span.stop
+    if shared:
+        return {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
+    if any(sequence.alone for row in rows for sequence in row):
+        sizes = torch.tensor([sum(len(sequence.tokens) for sequence in row) for row in rows])
+        return {"input_ids": ids, "attention_mask": (torch.arange(length) < sizes[:, None]).long()}
+    return {"input_ids": ids}
 
 
 def pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:

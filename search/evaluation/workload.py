@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from torch import nn
 
 from compression.refusal import Refusal
 from search.evaluation.logits import Dense, Reading, log_normalizer, read
-from search.evaluation.packed_sequences import Packed, Prediction, group, layout, mix, pack, predictions
+from search.evaluation.packed_sequences import Packed, Prediction, apart, group, mix, pack, predictions, row_inputs
 from search.evaluation.quality import Quality, mean_standard_error, ratio_standard_error
+from search.evaluation.shared_rows import shares_rows
 
-__all__ = ["Continuation", "RunForward", "ShouldStop", "Workload", "is_out_of_memory", "loglikelihoods", "run_directly"]
+__all__ = ["Continuation", "RunForward", "ShouldStop", "Workload", "loglikelihoods", "run_directly"]
 
 ShouldStop = Callable[[Quality, int], bool]
 """Decides whether to stop early, given the quality so far and the largest number of times that it may be called."""
@@ -59,9 +61,12 @@ class Continuation(NamedTuple):
 class Workload:
     """A fixed set of texts and items, tokenized and batched once and compared with the dense model as reference.
 
+    Texts and items share rows if `search.evaluation.shared_rows` finds that this changes nothing in the model.
+    Otherwise every text and every branch has a row of its own.
+
     Args:
         sequences: texts and items with at least one prediction among them.
-        device: device of the model.
+        model: the model, or any other of its architecture on the same device.
         batch_tokens: most tokens in one forward pass, padding included; a longer sequence forms a batch of its own.
         mixed: order the batches so that the first ones represent all of them (texts and items, short and long), at the
             cost of some padding. Otherwise rows of similar length are batched together.
@@ -71,17 +76,20 @@ class Workload:
     """
 
     def __init__(
-        self, sequences: Sequence[Packed], device: torch.device, batch_tokens: int = 1024, mixed: bool = False
+        self, sequences: Sequence[Packed], model: nn.Module, batch_tokens: int = 1024, mixed: bool = False
     ) -> None:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
             raise Refusal("a workload needs at least one sequence of two tokens or more")
         self.sequences = tuple(sequences)
-        self._device, self._batch_tokens, self._mixed = device, batch_tokens, mixed
+        self._device, self._mixed = next(model.parameters()).device, mixed
         self._branch_start = _starts([len(sequence.branches) for sequence in sequences])
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        rows = mix(pack(lengths), lengths) if mixed else pack(lengths)
-        self._batches = [self._batch(rows, device) for rows in group(rows, lengths, batch_tokens, not mixed)]
+        counts = torch.tensor([len(sequence.branches) for sequence in sequences])
+        self._branch_owner = torch.arange(len(sequences)).repeat_interleave(counts)
         self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
+        texts = [text.tokens for sequence in sequences for text in apart(sequence)]
+        alone = any(sequence.alone for sequence in sequences)
+        self._shared = not alone and shares_rows(model, max(texts, key=len))
+        self._batch_tokens, self._batches = batch_tokens, self._batched(batch_tokens)
 
     def halved(self) -> Workload | None:
         """The same workload in batches of half as many tokens, without a reference; None if every batch is one row."""
@@ -89,7 +97,10 @@ class Workload:
         if max(rows) == 1:
             return None
         most = max(batch.inputs["input_ids"].numel() for batch in self._batches)
-        return Workload(self.sequences, self._device, min(self._batch_tokens, most) // 2, self._mixed)
+        smaller = copy(self)
+        smaller._batch_tokens = min(self._batch_tokens, most) // 2
+        smaller._batches = smaller._batched(smaller._batch_tokens)
+        return smaller
 
     @property
     def has_reference(self) -> bool:
@@ -98,7 +109,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that a pass over the workload feeds to the model, without padding."""
+        """Number of tokens of the texts and items, each prefix counted once."""
         return sum(len(sequence.tokens) for sequence in self.sequences)
 
     @property
@@ -143,6 +154,8 @@ class Workload:
         tokens = sum(batch.compared for batch in self._batches)
         for batch in self._batches:
             assert batch.dense is not None, "call reference first"
+            if not batch.compared:
+                continue
             compared = read(model, batch.inputs, batch.source[: batch.compared]).first(batch.compared)
             kl = batch.dense.negentropy - (batch.dense.mean(compared) - compared.logits.logsumexp(-1))
             (kl.sum() / tokens).backward()  # type: ignore[no-untyped-call]
@@ -172,7 +185,8 @@ class Workload:
         """Make one forward pass over all batches; `before` is called with each reading before it is measured."""
         count = len(self.sequences)
         totals = {
-            name: torch.zeros(count, dtype=torch.float64) for name in ("kl", "agree", "compared", "nll", "scored")
+            name: torch.zeros(count, dtype=torch.float64)
+            for name in ("kl", "agree", "compared", "nll", "scored", "branches")
         }
         choices = torch.zeros(int(self._branch_start[-1]), dtype=torch.float64)
         checks = len(self._batches) - 1
@@ -208,12 +222,14 @@ class Workload:
         agree = compared.logits.argmax(-1) == batch.dense.choice
         owner = batch.owner[: batch.compared]
         text = self._is_text[batch.owner.cpu()]
+        branches = batch.branch[batch.branch >= 0].cpu().bincount(minlength=len(self._branch_owner)) > 0
         contributions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             "kl": (owner, kl),
             "agree": (owner, agree),
             "compared": (owner, torch.ones_like(kl)),
             "nll": (batch.owner, torch.where(text, -chosen.cpu().double(), 0.0)),
             "scored": (batch.owner, text),
+            "branches": (self._branch_owner, branches),
         }
         sums = {
             name: _scatter(torch.zeros(len(self.sequences), dtype=torch.float64), place, values)
@@ -244,9 +260,9 @@ class Workload:
         items = [
             (choices[start:stop], sequence.answer)
             for sequence, seen, start, stop in zip(
-                self.sequences, used, self._branch_start[:-1], self._branch_start[1:], strict=True
+                self.sequences, totals["branches"], self._branch_start[:-1], self._branch_start[1:], strict=True
             )
-            if sequence.answer is not None and bool(seen)
+            if sequence.answer is not None and int(seen) == stop - start
         ]
         if not items:
             return quality
@@ -272,46 +288,48 @@ class Workload:
         """Whether each sequence belongs to the corpus (sequences,)."""
         return torch.tensor([sequence.corpus == corpus for sequence in self.sequences])
 
-    def _batch(self, rows: list[list[int]], device: torch.device) -> _Batch:
-        length = max(sum(len(self.sequences[number].tokens) for number in row) for row in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        positions = torch.zeros(len(rows), length, dtype=torch.long)
-        visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+    def _batched(self, batch_tokens: int) -> list[_Batch]:
+        """All sequences in batches. What a row is made of are whole sequences, or the plain texts that they come to."""
+        if self._shared:
+            parts = [(number, self._branches(number), sequence) for number, sequence in enumerate(self.sequences)]
+        else:
+            parts = [
+                (number, self._branches(number)[place:], text)
+                for number, sequence in enumerate(self.sequences)
+                for place, text in enumerate(apart(sequence))
+            ]
+        lengths = [len(sequence.tokens) for _, _, sequence in parts]
+        rows = pack(lengths) if self._shared else [[place] for place, length in enumerate(lengths) if length > 1]
+        grouped = group(mix(rows, lengths) if self._mixed else rows, lengths, batch_tokens, not self._mixed)
+        return [self._batch([[parts[place] for place in row] for row in each]) for each in grouped]
+
+    def _branches(self, number: int) -> range:
+        """The global numbers of the branches of a sequence."""
+        return range(self._branch_start[number], self._branch_start[number + 1])
+
+    def _batch(self, rows: list[list[tuple[int, range, Packed]]]) -> _Batch:
+        """A batch of rows of parts: the number of a sequence, the global numbers of its branches, and its tokens."""
+        inputs = row_inputs([[sequence for _, _, sequence in row] for row in rows], self._shared)
         found: list[Prediction] = []
         for place, row in enumerate(rows):
-            start = 0
-            for number in row:
-                sequence = self.sequences[number]
-                span = slice(start, start + len(sequence.tokens))
-                ids[place, span] = torch.tensor(sequence.tokens)
-                positions[place, span], visible[place, span, span] = layout(sequence)
-                branches = range(self._branch_start[number], self._branch_start[number + 1])
-                found += predictions(sequence, number, place * length + start, branches)
-                start = span.stop
+            base = place * inputs["input_ids"].shape[1]
+            for number, branches, sequence in row:
+                found += predictions(sequence, number, base, branches)
+                base += len(sequence.tokens)
         found.sort(key=lambda prediction: not prediction.compared)
         source, target, owner, branch = (
-            torch.tensor([getattr(prediction, name) for prediction in found], device=device)
+            torch.tensor([getattr(prediction, name) for prediction in found], device=self._device)
             for name in ("source", "target", "owner", "branch")
         )
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None]}
         compared = sum(prediction.compared for prediction in found)
-        placed = {name: tensor.to(device) for name, tensor in inputs.items()}
+        placed = {name: tensor.to(self._device) for name, tensor in inputs.items()}
         return _Batch(placed, compared, source, target, owner, branch)
 
 
-def loglikelihoods(
-    model: nn.Module, items: Sequence[Packed], device: torch.device, batch_tokens: int = 1024
-) -> list[list[float]]:
+def loglikelihoods(model: nn.Module, items: Sequence[Packed], batch_tokens: int = 1024) -> list[list[float]]:
     """Summed log-probability of each continuation of each item, nats."""
-    found = Workload(items, device, batch_tokens).continuations(model)
+    found = Workload(items, model, batch_tokens).continuations(model)
     return [[one.loglikelihood for one in of_item] for of_item in found]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or main memory ran out; torch reports the latter as a RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _scatter(total: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,9 @@ class Calibration:
     def key(self) -> str:
         sites = [site.name for site in self.sites]
         kind = "statistics" if self.weighted else "unweighted statistics"
+        read: dict[str, object] = {"read": self.loaded.kind.value} if self.loaded.kind.is_encoder else {}
         return cache_key(
-            kind=kind, format=3, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed
+            kind=kind, format=3, model=self.loaded.digest, sites=sites, text=self.text.digest, seed=self.seed, **read
         )
 
     def __call__(self) -> Statistics:
@@ -84,7 +85,7 @@ class Calibration:
         generator = torch.Generator(device=model.device).manual_seed(self.seed)
         batches = calibration_batches(self.loaded, self.text, self.seed)
         first = self.unweighted() if self.weighted else None
-        return collect(model, self.sites, batches, generator, self.progress, first)
+        return collect(model, self.sites, batches, generator, self.progress, first, self.loaded.mask_token)
 
 
 def factor_store(
@@ -101,12 +102,15 @@ def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[
     """Batches (input_ids, mask) of calibration text, from a seeded shuffle sorted by descending row length.
 
     Questions are concatenated and cut into rows of `CHUNK_TOKENS` tokens, so that almost no row needs padding. Every
-    row starts with the special tokens that start a text.
+    row starts with the special tokens that start a text. For an encoder it also ends with those that end one, and some
+    tokens are masked if the model predicts masked ones.
     """
     device, separator, beginning = loaded.model.device, loaded.encode("\n\n"), loaded.beginning
     stream = [token for question in text.exam for token in (*question[len(beginning) :], *separator)]
     room = CHUNK_TOKENS - len(beginning)
     rows = [*text.prose, *((*beginning, *stream[start : start + room]) for start in range(0, len(stream), room))]
+    if loaded.kind.is_encoder:
+        rows = [loaded.whole(row) if loaded.mask_token is None else loaded.masked(row)[0] for row in rows]
     random.Random(seed).shuffle(rows)
     rows.sort(key=len, reverse=True)
     count = max(1, _CALIBRATION_BATCH // CHUNK_TOKENS)

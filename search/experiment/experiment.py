@@ -21,6 +21,7 @@ from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
 from compression.layers.planner import Planner
 from compression.numerics.pivoted_product import ALIGNED
+from compression.refusal import Refusal
 from compression.schedule import Form, Schedule
 from compression.sites import Site, Unit
 from compression.storage.factor_cache import FactorCache, cache_key
@@ -32,12 +33,14 @@ from search.data.prose import long_text
 from search.data.splits import SEARCHED, OwnText, Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.latency import layer_costs
-from search.evaluation.packed_sequences import Packed, packed_item, packed_text
+from search.evaluation.packed_sequences import Packed, classified_text, masked_text, packed_item, packed_text
+from search.evaluation.shared_rows import APART, shares_rows
 from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS, Calibration, calibration_batches, factor_store
 from search.experiment.open_model import open_model
 from search.model.devices import resolve_device
+from search.model.kinds import Kind
 from search.model.loading import LoadedModel
 from search.runtime.files import cache_folder
 
@@ -97,13 +100,13 @@ class Experiment:
         """Read and divide the data for a loaded model, without computing anything yet.
 
         Args:
-            warn: called with a message if a file in the cache is damaged.
+            warn: called with a message if a file in the cache is damaged, or if texts cannot share rows in this model.
 
         Raises:
-            ValueError, DataUnavailable: as for `search.data.splits.build_splits`.
+            ValueError, DataUnavailable: as for `search.data.splits.build_splits`; or an item has no label that a
+                classifier knows.
         """
         parts = config.search_shards + _SELECTION
-        longest = _longest(loaded)
         splits = build_splits(
             loaded.encode,
             config.proxy,
@@ -115,10 +118,13 @@ class Experiment:
             chunk_tokens=CHUNK_TOKENS,
             seed=config.seed,
             beginning=loaded.beginning,
-            fits=lambda item: _is_short(_packed(loaded, item, config.proxy, config.proxy_form), longest),
+            fits=partial(_fits, loaded, config),
             parts=parts,
             own=_own_text(config, loaded),
         )
+        encoder = loaded.kind.is_encoder  # reads one text at a time anyway
+        if not encoder and not shares_rows(loaded.model, max(splits.calibration.chunks, key=len)[:CHUNK_TOKENS]):
+            warn(APART)
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
@@ -162,7 +168,7 @@ class Experiment:
             ValueError: the search text is shorter than the requested context.
         """
         if wanted.context:
-            return [packed_text(long_text(self.loaded.encode, wanted.context, self.loaded.beginning))]
+            return [_packed_text(self.loaded, long_text(self.loaded.encode, wanted.context, self.loaded.beginning))]
         return self.mixture(wanted.tokens)
 
     def mixture(self, tokens: int) -> list[Packed]:
@@ -210,7 +216,7 @@ class Experiment:
         racing = part == "selection"
         batch_tokens = _RACING_BATCH if racing else _BATCH
         shards = self.shards(part) if extract is None else [self.extract(extract)]
-        workloads = [Workload(one, self.device, batch_tokens, mixed=racing) for one in shards]
+        workloads = [Workload(one, self.loaded.model, batch_tokens, mixed=racing) for one in shards]
         repairing = config.reward_repair_tokens and not reported
         evaluator = ModelEvaluator(
             self.loaded.model,
@@ -312,17 +318,56 @@ def workload_sequences(
 ) -> list[Packed]:
     """Render and pack items, followed by texts.
 
-    Items longer than the model's context are dropped; texts are cut to it.
+    Items longer than the model's context are dropped; texts are cut to it. For a masked language model, items are texts
+    too: questions with their correct answers. A classifier sorts the questions of items, and has no other texts.
 
     Args:
         proxy: name of the proxy, which determines the prompt.
         form: form of the prompt, see `search.data.prompts.render`.
         text: (corpus, tokens) pairs.
     """
+    if loaded.kind is Kind.CLASSIFIER:
+        return [_classified(loaded, item) for item in items]
     limit = _longest(loaded)
+    texts = [_packed_text(loaded, chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]
+    if loaded.kind is Kind.MASKED:
+        return [_packed_text(loaded, _answered(loaded, item, proxy, form), "exam") for item in items] + texts
     packed = [_packed(loaded, item, proxy, form) for item in items]
-    kept = [sequence for sequence in packed if _is_short(sequence, limit)]
-    return kept + [packed_text(chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]
+    return [sequence for sequence in packed if _is_short(sequence, limit)] + texts
+
+
+def _packed_text(loaded: LoadedModel, tokens: Sequence[int], corpus: str = "") -> Packed:
+    """A text as the model reads it: with masked tokens if it predicts these."""
+    return packed_text(tokens, corpus) if loaded.mask_token is None else masked_text(*loaded.masked(tokens), corpus)
+
+
+def _answered(loaded: LoadedModel, item: Item, proxy: str, form: str) -> list[int]:
+    request = render(item, proxy, form)
+    return loaded.encode_whole(request.context + request.continuations[request.answer])
+
+
+def _classified(loaded: LoadedModel, item: Item) -> Packed:
+    """An item whose question is a text and whose correct choice is the name or number of its class."""
+    names: Mapping[str, int] = loaded.model.config.label2id or {}
+    choice, classes = item.choices[item.answer], int(loaded.model.config.num_labels)
+    number = names.get(choice, int(choice) if choice.isdecimal() else -1)
+    if not 0 <= number < classes:
+        raise Refusal(
+            f"a label must be one of {', '.join(names)} or a number below {classes}, as {loaded.model_id} has these "
+            f"classes, got {choice!r:.60}; give texts with such labels as --proxy FILE.jsonl"
+        )
+    return classified_text(loaded.whole(loaded.encode_whole(item.question)), classes, number)
+
+
+def _fits(loaded: LoadedModel, config: Config, item: Item) -> bool:
+    """Whether the model can score an item as a whole; for an encoder, a long one is cut.
+
+    Raises:
+        Refusal: the model is a classifier, and the item has no label that it knows.
+    """
+    if loaded.kind is Kind.CLASSIFIER:
+        _classified(loaded, item)
+    return loaded.kind.is_encoder or _is_short(_packed(loaded, item, config.proxy, config.proxy_form), _longest(loaded))
 
 
 def _longest(loaded: LoadedModel) -> int:

@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from compression.bonds import discover_bonds, with_bonds
+from compression.calibration.reach import with_reach
 from compression.decomposition.joint_menu import multiple_of
+from compression.layers.experts import experts_apart, take_apart_
+from compression.layers.fused import split_fused_
 from compression.layers.heads import split_heads_
+from compression.layers.stacked_experts import StackedExperts
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import Form
@@ -24,7 +29,9 @@ from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model
 from search.model.spreading import devices_of, spread_
 
-__all__ = ["open_model", "smallest_parameters"]
+__all__ = ["open_model", "smallest_parameters", "staying_dense"]
+
+_LARGEST_STACK = 8_192  # a second moment of so many units takes 256 MiB, and each layer has three
 
 
 def open_model(
@@ -36,11 +43,12 @@ def open_model(
         loaded: the model, if it is already in memory.
 
     Raises:
-        ValueError: as for `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
+        ValueError: the experts of a layer are to be stacked and have too many hidden units; as for
+            `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
             `search.model.spreading.spread_` and `compression.sites.discover_sites`; the model has fewer positions than
             a calibration text has tokens; the target is below the smallest kept fraction; `per_head` is set for a model
-            without several heads; or the form needs bonds between matrices, and the model has none, or none as wide as
-            `width_multiple`.
+            without several heads, or `split_fused` for one without fused matrices; or the form needs bonds between
+            matrices, and the model has none, or none as wide as `width_multiple`.
         DataUnavailable: as for `search.model.loading.load_model`.
     """
     check_files(config)
@@ -56,25 +64,55 @@ def open_model(
         )
     if config.device_map is not None:
         spread_(loaded.model, device, devices_of(config.device_map, device))
+    take_apart_(loaded.model, config.experts)
     sites = discover_sites(loaded.model)
+    if config.experts == "shared":
+        _refuse_large_stacks(loaded.model)
+    if config.split_fused:
+        if not split_fused_(loaded.model, sites):
+            raise Refusal(
+                f"split_fused needs matrices of several parts (q, k, v; gate, up), and {config.model} has none"
+            )
+        sites = discover_sites(loaded.model)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
             raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")
         sites = discover_sites(loaded.model)
+    sites = with_reach(loaded.model, sites)
     if config.form != "factors":
         sites = with_bonds(sites, discover_bonds(loaded.model, sites))
         _refuse_without_widths(config, sites, device)
     before = sum(site.parameters for site in sites)
     if smallest_parameters(sites, config.form) == before:
-        why = next((site.dense_because for site in sites if site.dense_because), "") or "its matrices are too small"
+        why = staying_dense(sites) or "they are too small"
         raise Refusal(f"no matrix of {config.model} can be made smaller: {why}")
     smallest = smallest_parameters(sites, config.form) / before
     if config.target_kept < smallest:
+        why = f"; what stays dense is {staying}" if (staying := staying_dense(sites)) else ""
         raise Refusal(
             f"target_kept must be at least {smallest:.4f}, the smallest fraction that this model can keep with "
-            f"form {config.form}, got {config.target_kept}"
+            f"form {config.form}, got {config.target_kept}{why}"
         )
     return loaded, sites
+
+
+def staying_dense(sites: Sequence[Site]) -> str:
+    """What stays dense: for each reason the share of the sites' parameters and the first matrix; largest share first.
+
+    Returns:
+        An empty text if everything can be tensorized.
+    """
+    total = sum(site.parameters for site in sites)
+    reasons: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.dense_because:
+            reasons.setdefault(site.dense_because, []).append(site)
+    ordered = sorted(reasons.items(), key=lambda pair: -sum(site.parameters for site in pair[1]))
+    shares = [sum(site.parameters for site in staying) / total for _, staying in ordered]
+    return ", and ".join(
+        f"{share:.1%} of the parameters, such as {staying[0].name} ({reason})"
+        for share, (reason, staying) in zip(shares, ordered, strict=True)
+    )
 
 
 def smallest_parameters(sites: Sequence[Site], form: Form) -> int:
@@ -89,6 +127,16 @@ def smallest_parameters(sites: Sequence[Site], form: Form) -> int:
         if rows and columns and form != "plain" and not site.dense_because:
             total -= max(0, rows * columns - resolve("pivoted-lowrank", rows, columns).parameters(1))
     return total
+
+
+def _refuse_large_stacks(model: nn.Module) -> None:
+    """Refuse stacked experts whose second moments, square in all hidden units of a layer, would not fit in memory."""
+    for name, experts in experts_apart(model).items():
+        if isinstance(experts, StackedExperts) and experts.hidden_units > _LARGEST_STACK:
+            raise Refusal(
+                f"experts shared needs layers of at most {_LARGEST_STACK:,} hidden units in all experts together, and "
+                f"{name} has {experts.hidden_units:,}; use experts single"
+            )
 
 
 def _refuse_without_widths(config: Config, sites: Sequence[Site], device: torch.device) -> None:

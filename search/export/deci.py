@@ -101,20 +101,23 @@ def deci_model(model: Any) -> Any:
     return made.eval().requires_grad_(False)
 
 
-def check_deci(model: Any) -> None:
+def check_deci(model: Any, what: str = "blocks of different widths") -> None:
     """Refuse a model whose blocks cannot have different widths in DeciLM; looks at no weights.
+
+    Args:
+        what: what needs DeciLM, for the message.
 
     Raises:
         Refusal: says what stands in the way, and which form can be exported.
     """
     name, config = type(model).__name__, model.config
     if name not in _LLAMA_LIKE:
-        raise Refusal(f"blocks of different widths need a Llama-like model, and {name} is none; {_ELSE}")
+        raise Refusal(f"{what} need a Llama-like model, and {name} is none; {_ELSE}")
     if config.hidden_act != "silu":
-        raise Refusal(f"blocks of different widths need the activation silu, not {config.hidden_act}; {_ELSE}")
+        raise Refusal(f"{what} need the activation silu, not {config.hidden_act}; {_ELSE}")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (name == "MistralForCausalLM" and config.sliding_window is not None):
-        raise Refusal(f"blocks of different widths cannot have attention in a sliding window; {_ELSE}")
+        raise Refusal(f"{what} cannot have attention in a sliding window; {_ELSE}")
 
 
 def _biased(model: Any, part: str, names: tuple[str, ...]) -> bool:

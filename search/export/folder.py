@@ -1,7 +1,7 @@
 """Writes a model in memory, compressed or dense, as a folder that others can load.
 
-Works on any causal language model whose compressed modules are in place, wherever they came from. The folder appears
-complete or not at all.
+Works on any causal language model whose compressed modules are in place, wherever they came from. The folder is loaded
+once and its logits compared before it gets its name, so that it appears complete and right, or not at all.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from compression.storage.tensor_files import system_errors
 from search.export.forms import FORMATS, GGUF
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
+from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
 from search.model import deci
 from search.model.architecture import bare_model
 from search.model.deci import DeciLMForCausalLM
-from search.model.loading import load_model
+from search.model.kinds import Kind, kind_of, kind_of_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
@@ -56,7 +57,9 @@ __all__ = [
 
 CARD = "README.md"
 _DECI = "modeling_deci"  # name of the file, without .py, that transformers needs for a DeciLM model
-_VOCABULARY = "tokenizer.model"  # sentencepiece; transformers no longer writes it, and llama.cpp's converter needs it
+_COPIED = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of the original's folder that neither its model nor its tokenizer writes: the sentencepiece vocabulary, which
+llama.cpp's converter needs, and what prepares the images of an image-text model."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,15 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     config, architecture, base = (type(each).__name__ for each in (model.config, model, model.base_model))
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
-        (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture, base), encoding="utf-8")
-        names = {"AutoConfig": config, "AutoModel": base, "AutoModelForCausalLM": ARCHITECTURE}
-        auto_map = {kind: f"{MODULE}.{name}" for kind, name in names.items()}
-        _state(partial, {"architectures": [ARCHITECTURE], "auto_map": auto_map})
+        kind, served = kind_of_model(model), _is_served(model)
+        source = standalone_source(config, architecture, base if served else "")
+        (partial / f"{MODULE}.py").write_text(source, encoding="utf-8")
+        names = {"AutoConfig": config, kind.value: ARCHITECTURE if served else architecture}
+        if served:
+            names["AutoModel"] = base
+            _state(partial, {"architectures": [ARCHITECTURE]})
+        _state(partial, {"auto_map": {name: f"{MODULE}.{each}" for name, each in names.items()}})
+        refuse_unlike(model, partial, folder)
 
 
 def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
@@ -147,13 +155,14 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
     model.tie_weights()
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card, beside)
+        refuse_unlike(model, partial, folder)
 
 
 def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Write a model with fewer hidden units or heads as a smaller model without code of ours, see `plain_model`.
 
-    The folder of a DeciLM model brings the file that transformers needs for it. The folder is loaded once, and every
-    tensor compared, before it gets its name. The arguments are those of `export_model`.
+    The folder of a DeciLM model brings the file that transformers needs for it. The arguments are those of
+    `export_model`.
 
     Raises:
         ValueError: as `search.export.plain.plain_model`; or the folder is in use or not empty.
@@ -166,15 +175,7 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
             shutil.copyfile(deci.__file__, partial / f"{_DECI}.py")
             names = {"AutoConfig": "DeciLMConfig", "AutoModelForCausalLM": "DeciLMForCausalLM"}
             _state(partial, {"auto_map": {kind: f"{_DECI}.{name}" for kind, name in names.items()}})
-            with quiet_transformers():
-                found = DeciLMForCausalLM.from_pretrained(partial, local_files_only=True).state_dict()
-        else:
-            found = load_model(str(partial), "cpu", small.dtype).model.state_dict()
-        for name, values in small.state_dict().items():
-            if name not in found or not found[name].equal(values.cpu()):
-                raise Refusal(
-                    f"{folder} was written wrongly: {name} differs; the disk may be faulty, so write it again"
-                )
+        refuse_unlike(model, partial, folder, small)
 
 
 def export_gguf(
@@ -237,7 +238,7 @@ def _check_form(form: str, model: Any, tokenizer: Any) -> None:
         ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
             llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    if form in ("hf", "plain") and not type(model).__module__.startswith("transformers.models."):
+    if form in ("hf", "plain") and is_own_architecture(model):
         raise Refusal(
             f"the {form} format needs an architecture that transformers defines, and {type(model).__name__} comes with "
             "the model; export it as dense"
@@ -259,15 +260,30 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    original = Path(str(getattr(tokenizer, "name_or_path", "")))
+    for name in _COPIED:
+        if (original / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(original / name, folder / name)
     for file in folder.glob("*.json"):
         _drop_absent_code(file)
-    vocabulary = Path(str(getattr(tokenizer, "name_or_path", ""))) / _VOCABULARY
-    if vocabulary.is_file() and not (folder / _VOCABULARY).exists():
-        shutil.copyfile(vocabulary, folder / _VOCABULARY)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:
         shutil.copyfile(file, folder / file.name)
+
+
+def _is_served(model: Any) -> bool:
+    """Whether an engine can make the model from its configuration: it is causal, and all of it is language.
+
+    The name in `architectures` must not change as what the folder is loaded.
+    """
+    config = model.config
+    if config.get_text_config() is not config or not hasattr(config, "num_attention_heads"):
+        return False
+    try:
+        return kind_of("", {**config.to_dict(), "architectures": [ARCHITECTURE]}) is kind_of_model(model) is Kind.CAUSAL
+    except Refusal:
+        return False
 
 
 def _state(folder: Path, values: Mapping[str, object]) -> None:
@@ -329,7 +345,12 @@ def _plugged_in(model: Any, modules: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _attached(model: Any) -> list[tuple[Any, str]]:
-    return [(model, "hf_quantizer"), (model.config, "quantization_config"), (model.config, "auto_map")]
+    return [
+        (model, "hf_quantizer"),
+        (model, "_weight_conversions"),
+        (model.config, "quantization_config"),
+        (model.config, "auto_map"),
+    ]
 
 
 @contextmanager

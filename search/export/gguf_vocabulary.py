@@ -79,11 +79,12 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     pieces = bool(model.get("byte_fallback"))
     if not model["merges"]:
         raise Refusal("llama.cpp needs a tokenizer with merges, and this one has none; use --format hf or plain")
+    spaced, rule, merges = False, "", tuple[str, ...]()
     if pieces:
-        spaced, rule, merges = _spaced(stated), "", ()
+        spaced = _spaced(stated)
         _check_order(model)
     else:
-        spaced, rule = False, _rule(stated.get("pre_tokenizer") or {})
+        rule = _rule(stated.get("pre_tokenizer") or {})
         normalizer = (stated.get("normalizer") or {}).get("type")
         if normalizer not in (None, "NFC"):
             raise Refusal(f"the tokenizer changes texts by {normalizer}, which llama.cpp does not; {_ELSE}")

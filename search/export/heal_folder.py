@@ -26,6 +26,7 @@ from search.healing.teacher import output_head
 from search.healing.text import heal_text
 from search.healing.training import heal_
 from search.model.devices import resolve_device
+from search.model.kinds import kind_of_model
 from search.model.loading import load_for_use
 from search.model.own_code import refuse_own_code
 from search.priors.format import Prior
@@ -82,7 +83,7 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
         experiment = Experiment.of(config, loaded, sites, device, console.note)
         text = heal_text(loaded, options.data, options.row_tokens, plan.seed, text_tokens(plan, device, options))
         judge = judge_of(experiment, loaded.model)
-        workload = Workload(experiment.shards("heldout")[0], device)
+        workload = Workload(experiment.shards("heldout")[0], loaded.model)
         rows = [_row("dense", workload.reference(loaded.model), loaded.model)]
     rows.append(_row("exported", workload.measure(model), model))
     with held(unfinished):
@@ -97,7 +98,8 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
 
 def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
     document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}. {forms(model)}"
-    card = model_card(folder.name, "hf", document, {}, "healed", size, [CHANGES["healed"]], rows)
+    loader = kind_of_model(model).value
+    card = model_card(folder.name, "hf", document, {}, "healed", size, [CHANGES["healed"]], rows, loader)
     export_model(model, tokenizer, folder, card, [prior])
 
 

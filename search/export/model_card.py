@@ -19,9 +19,9 @@ _LOAD = {
     "hf": """\
 ```python
 import search.hf                      # if Chisel is installed; otherwise pass trust_remote_code=True below
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({quoted})
+model = {loader}.from_pretrained({quoted})
 tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
@@ -39,9 +39,9 @@ so every tool that loads the original loads this folder.
 small one.""",
     "plain": """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({quoted})    # with trust_remote_code=True if modeling_deci.py is beside it
+model = {loader}.from_pretrained({quoted})    # with trust_remote_code=True if modeling_deci.py is beside it
 tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
@@ -61,6 +61,14 @@ The file `model.gguf` holds the weights, the tokenizer and the chat template. Wh
 architecture is llama.cpp's `deci`. It was read back after writing, and every tensor compared.""",
 }
 
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+}
+"""What the hub calls the use of a model, by the class that loads it."""
+
 
 def model_card(
     name: str,
@@ -71,6 +79,7 @@ def model_card(
     size: str,
     changes: Sequence[str],
     measured: Sequence[Row] = (),
+    loader: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the text of README.md.
 
@@ -83,6 +92,7 @@ def model_card(
         changes: one sentence for each step that followed the search.
         measured: rows measured on this exact model, needed where the run's table has none for it, as after
             quantization.
+        loader: the class of transformers that loads the model.
     """
     model, environment, data = (_part(prior, key) for key in ("model", "environment", "data"))
     rows = summary.get("rows")
@@ -99,11 +109,12 @@ def model_card(
             "license": licence.lower(),
             "base_model": model.get("id"),
             "library_name": "gguf" if form == "gguf" else "transformers",
-            "pipeline_tag": "text-generation",
+            "pipeline_tag": _PIPELINES[loader],
             "tags": ["chisel", "tensor-network", "compression"],
         }
     )
     loading = _LOAD.get(form, _LOAD["dense"]).replace("{quoted}", json.dumps(plain(name), ensure_ascii=False))
+    loading = loading.replace("{loader}", loader)
     return f"""\
 {head}
 # {markdown_text(name)}

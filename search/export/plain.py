@@ -14,16 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression.layers.kept import KEPT, kept
+from compression.bonds import KEPT
+from compression.layers.experts import Expert, experts_apart
+from compression.layers.kept import kept
 from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.sites import dense_weight
-from search.export.deci import deci_model
+from search.export.deci import check_deci, deci_model
 from search.model.architecture import bare_model
 
 __all__ = ["plain_model"]
 
 _HIDDEN = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
+_OF_EXPERTS = ("moe_intermediate_size", *_HIDDEN)
+_PLAIN = ("linear", "experts")
 _OR = "or export with --format hf"
 _ELSE = "use --format gguf for llama.cpp, or --format hf for transformers"
 
@@ -40,15 +44,18 @@ def plain_model(model: Any) -> Any:
         Refusal: a matrix is factored, nothing was removed, or neither architecture has settings for such a model; the
             message says what stands in the way and which form can be exported.
     """
-    if factored := [name for name, each in describe(model).items() if each["kind"] != "linear"]:
+    if factored := [name for name, each in describe(model).items() if each["kind"] not in _PLAIN]:
         raise Refusal(
-            f"{factored[0]} is factored, and the plain format has no factors; search with --form plain, {_OR}"
+            f"{factored[0]} is factored or stacked, and the plain format has neither; search with --form plain and "
+            f"without --experts shared, {_OR}"
         )
     widths = _widths(model)
     if not widths:
         raise Refusal("no hidden unit and no head was removed from this model; export it with --format dense")
-    if any(len(set(each)) > 1 or not each[0] for each in widths.values()):
-        return deci_model(model)
+    for leaf, each in widths.items():
+        if len(set(each)) > 1 or not each[0]:
+            check_deci(model, f"different widths ({leaf} has {min(each):,} to {max(each):,} inputs)")
+            return deci_model(model)
     changes = _changes(model, widths)
     settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     config = type(model.config).from_dict({**settings, **changes})
@@ -91,21 +98,31 @@ def _changes(model: Any, widths: Mapping[str, Sequence[int]]) -> dict[str, int]:
             rows = [dense_weight(each).shape[0] for each in modules[parent].children() if "kept_rows" in kept(each)]
             changes |= {"num_attention_heads": width // size, "num_key_value_heads": min(rows) // size}
             changes["head_dim"] = size
+        elif isinstance(modules[parent], Expert):
+            field = next((name for name in _OF_EXPERTS if hasattr(model.config, name)), _OF_EXPERTS[0])
+            changes[field] = width
         else:
             changes |= {field: width for field in _HIDDEN if hasattr(model.config, field)}
     return changes
 
 
 def _leaf(name: str) -> str:
-    """The last two parts of a module's name, such as "mlp.down_proj", which are the same in every block."""
-    return ".".join(name.split(".")[-2:])
+    """The last two parts of a module's name, such as "mlp.down_proj", which are the same in every block and expert."""
+    return ".".join([part for part in name.split(".") if not part.isdecimal()][-2:])
 
 
 def _tensors(model: Any) -> dict[str, torch.Tensor]:
     """The stored tensors by name, in the form in which the architecture stores them, without `KEPT`."""
     bare = bare_model(model)
     found = {name: values for name, values in model.state_dict().items() if name.rpartition(".")[2] not in KEPT}
+    apart = experts_apart(model)
+    inside = tuple(f"{path}." for path in apart)
+    found = {name: values for name, values in found.items() if not name.startswith(inside)}
+    for path, experts in apart.items():
+        found |= {f"{path}.{name}": values for name, values in experts.fused().named_parameters()}
     for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
         if isinstance(module, nn.Linear) and not isinstance(bare.get_submodule(name), nn.Linear):
             found[f"{name}.weight"] = module.weight.T.contiguous()
     return found

@@ -121,7 +121,7 @@ def restore(
     workload = None
     if reference or (reference is None and measured is None):
         with console.stage("reference"):
-            workload = Workload(experiment.shards("heldout")[0], where)
+            workload = Workload(experiment.shards("heldout")[0], loaded.model)
             workload.reference(loaded.model)
     if kept is not None:
         kept.check(schedule, loaded.digest)

@@ -30,6 +30,7 @@ from search.export.gguf_file import GGUF_TYPES, read_values
 from search.export.model_card import model_card
 from search.export.quantize import module_bits, quantize_experiment_
 from search.export.restore import RestoredRun, restore
+from search.model.kinds import kind_of_model
 from search.priors.format import Prior
 from search.runtime.console import Console
 from search.runtime.run_folder import PRIOR
@@ -52,7 +53,7 @@ CHANGES = {
 """What happened to the model after the search, by the state that is exported; a sentence of the model card."""
 
 _AFTER = {
-    "hf": "load it with: import search.hf; AutoModelForCausalLM.from_pretrained({folder!r}), "
+    "hf": "load it with: import search.hf; {loader}.from_pretrained({folder!r}), "
     "or anywhere with trust_remote_code=True",
     "dense": "dense: every tool loads it; it has the quality of the compressed model and the size of the original",
     "gguf-ready": "dense float16: it has the quality of the compressed model and the size of the original; "
@@ -122,6 +123,7 @@ def export_run(
         measured = [_row_of(restored, other)]
     if form.kind == "gguf":
         return _gguf(restored, folder, form, console, source, measured)
+    loader = kind_of_model(loaded.model).value
     dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
     changes = [CHANGES[state]]
@@ -132,14 +134,14 @@ def export_run(
         )
     size = f"Compressed: {footprint(model)}. {forms(model)}"
     with console.stage("write"):
-        card = model_card(folder.name, form.kind, restored.document, summary, state, size, changes, measured)
+        card = model_card(folder.name, form.kind, restored.document, summary, state, size, changes, measured, loader)
         if form.kind == "hf":
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
         elif form.kind == "plain":
             export_plain(model, loaded.tokenizer, folder, card, [source / PRIOR])
         else:
             export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
-    return f"{size}\n{_AFTER[form.kind].format(folder=str(folder))}"
+    return f"{size}\n{_AFTER[form.kind].format(folder=str(folder), loader=loader)}"
 
 
 def _refuse_factors(kind: str, run: Path) -> None:

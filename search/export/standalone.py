@@ -17,17 +17,14 @@ from search.serving.backbone import ARCHITECTURE
 
 __all__ = ["standalone_source"]
 
-_HF, _SERVING = "search.hf", "search.serving.backbone"
-_ROOTS = (
-    *((_HF, name) for name in ("register", "lora_layers", "ChiselQuantizer")),
-    *((_SERVING, name) for name in ("EngineConfig", "ordinary", "serve_backbone_")),
-)
+_HF, _LOADING = "search.hf", ("register", "lora_layers", "ChiselQuantizer")
+_BACKBONE, _SERVING = "search.serving.backbone", ("EngineConfig", "ordinary", "serve_backbone_")
 _OURS = ("compression", "search")
 
-_HEAD = '''"""Reads this folder's model: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+_HEAD = '''"""Reads this folder's model: from_pretrained(DIR, trust_remote_code=True) of the class in config.json.
 
 Made by Chisel from its sources; needs torch, safetensors and transformers 5.16 or newer, nothing else.
-vLLM serves it too: vllm serve DIR --trust-remote-code.
+vLLM serves a causal language model too: vllm serve DIR --trust-remote-code.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ _TAIL = '''
 register(replace=False)
 
 
-class {config}(EngineConfig, transformers.{config}):
+class {config}({mixed}transformers.{config}):
     """The architecture's own configuration. Loading it from this file registers the plug-in."""
 
 
@@ -47,6 +44,13 @@ class {name}(transformers.{model}):
 
     config_class = {config}
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return False, so that transformers initializes buffers that are not stored as in its own class."""
+        return False
+'''
+
+_SERVED = '''
     @classmethod
     def from_pretrained(cls, place, *args, config=None, **kwargs):
         """Loads the model by the plug-in, which verifies what it reads."""
@@ -87,15 +91,15 @@ def standalone_source(config: str, model: str, base: str) -> str:
     """Return the text of the file for one architecture; it is the same text on every call.
 
     Args:
-        config, model, base: names of the architecture's configuration class, of its model class and of that without a
-            head, in transformers.
+        config, model: names of the architecture's configuration class and model class in transformers.
+        base: name of that without a head, for engines; empty if the model is none that engines serve.
 
     Raises:
         ValueError: two modules define or import the same name, so that their definitions cannot share one file.
     """
     modules: dict[str, _Module] = {}
     wanted: dict[str, set[str]] = {}
-    pending = list(_ROOTS)
+    pending = [(_HF, name) for name in _LOADING] + [(_BACKBONE, name) for name in _SERVING if base]
     owner: dict[str, str] = {}
     imports: set[str] = {"import transformers"}
 
@@ -124,7 +128,9 @@ def standalone_source(config: str, model: str, base: str) -> str:
         source = modules[module]
         chosen = {id(source.definitions[name]): source.definitions[name] for name in wanted[module]}
         parts += [_text(source.text, node) for node in sorted(chosen.values(), key=lambda node: node.lineno)]
-    return "\n".join(parts) + _TAIL.format(config=config, model=model, base=base, name=ARCHITECTURE)
+    tail = _TAIL + _SERVED if base else _TAIL
+    named = {"name": ARCHITECTURE, "mixed": "EngineConfig, "} if base else {"name": model, "mixed": ""}
+    return "\n".join(parts) + tail.format(config=config, model=model, base=base, **named)
 
 
 def _read(module: str) -> _Module:

@@ -122,7 +122,7 @@ def _repaired_(
     """
     model, blocks = experiment.loaded.model, 1 + max(site.block for site in experiment.sites)
     with console.stage("judge"):
-        judge = referenced(Workload(experiment.shards("selection")[0], experiment.device), dense)
+        judge = referenced(Workload(experiment.shards("selection")[0], dense), dense)
         before = judge.measure(model)
         put_modules(model, taken)
     with console.stage("repair", blocks, "blocks") as stage:

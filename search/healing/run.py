@@ -19,7 +19,7 @@ from torch import nn
 
 from compression.refusal import Refusal
 from compression.schedule import Schedule
-from compression.sites import put_modules
+from compression.sites import put_modules, router_weights
 from compression.training.trainable import put_parameters
 from search.config import Config, read_fields
 from search.evaluation.score import Score
@@ -150,10 +150,13 @@ def heal_experiment_(
         "repaired", or "searched" if there was no repair or it was discarded; and "healed" if there is a plan.
     """
     model = experiment.loaded.model
+    if plan is not None and plan.loss == "labels":
+        experiment.loaded.must_continue_text("loss labels")
     scores, healed = {"dense": evaluator.dense}, Healed(())
     dense = sharing_copy(model)
-    # Training replaces the norms and biases, so they have to be put back at the end.
-    vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1}
+    # Training replaces norms, biases and routers, so they have to be put back at the end.
+    routers = router_weights(dense)
+    vectors = {name: p for name, p in dense.named_parameters() if p.ndim == 1 or name in routers}
     resumable = None if plan is None else folder / f"{UNFINISHED}-{schedule.digest[:12]}"
     text = None
     if plan is not None:
@@ -190,7 +193,7 @@ def judge_of(experiment: Experiment, dense: nn.Module) -> Workload:
 
     Healing does not learn from this text, and no result is reported on it.
     """
-    return referenced(Workload(experiment.mixture(_JUDGED), experiment.device), dense)
+    return referenced(Workload(experiment.mixture(_JUDGED), dense), dense)
 
 
 def _document(

@@ -28,6 +28,7 @@ def sampled_rows(
         given: rows of other text (n, length). Each sampled row continues a random piece of them. Without `given`, it
             continues the special tokens that start a text, or one random token if the tokenizer has none.
     """
+    loaded.must_continue_text("sampled text")
     model, rows, begin = loaded.model, -(-tokens // length), loaded.beginning
     done: list[torch.Tensor] = []
     device = model.device
@@ -36,7 +37,9 @@ def sampled_rows(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         while (missing := rows - sum(map(len, done))) > 0:
-            first = _first_tokens(given, begin, model.config.vocab_size, min(missing, most)).to(device)
+            first = _first_tokens(given, begin, model.config.get_text_config().vocab_size, min(missing, most)).to(
+                device
+            )
             done.append(
                 model.generate(
                     first,

@@ -1,7 +1,7 @@
 """Store the weights of a healed or repaired model, and load them back into the dense model.
 
-A safetensors file holds all stored tensors of the sites and every vector (norm or bias) of the model. A JSON file,
-written last, says what the weights belong to and how they were made. Does not know training.
+A safetensors file holds all stored tensors of the sites, every vector (norm or bias) and every router of the model. A
+JSON file, written last, says what the weights belong to and how they were made. Does not know training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from compression.layers.rebuild import rebuilt
 from compression.refusal import Refusal
 from compression.schedule import Schedule
-from compression.sites import Site, dense_weight, put_modules
+from compression.sites import Site, dense_weight, put_modules, router_weights
 from compression.storage.strict_json import json_digest, read_object
 from compression.storage.tensor_files import new_tensor_file
 from compression.training.trainable import put_parameters
@@ -45,7 +45,7 @@ _FORMAT, _VERSION = "chisel-healed", 2  # version 1 holds no cut matrices
 
 @dataclass(frozen=True, eq=False)
 class StoredWeights:
-    """Stored weights of a healed or repaired model: its compressed sites and all its norms and biases.
+    """Stored weights of a healed or repaired model: its compressed sites and all its norms, biases and routers.
 
     Attributes:
         document: the content of healing.json or repair.json: what the weights belong to and how they were made.
@@ -118,14 +118,19 @@ class StoredWeights:
 def write_weights(
     folder: Path, name: str, model: nn.Module, sites: Sequence[Site], document: Mapping[str, Any]
 ) -> None:
-    """Write the compressed sites, norms and biases of `model`, then the file `name` with `document`.
+    """Write the compressed sites, norms, biases and routers of `model`, then the file `name` with `document`.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = site_tensors(model, [site for site in sites if not site.dense_because])
-    vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1 and name not in tensors}
+    routers = router_weights(model)
+    vectors = {
+        name: p.detach()
+        for name, p in model.named_parameters()
+        if (p.ndim == 1 or name in routers) and name not in tensors
+    }
     tensors |= {name: value.clone() for name, value in vectors.items()}
     with new_tensor_file(folder / _WEIGHTS, tensors) as partial:
         content = {"format": _FORMAT, "version": _VERSION, "sha256": file_digest(partial), **document}

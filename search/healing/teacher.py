@@ -98,9 +98,13 @@ def output_head(model: nn.Module) -> Head:
     """The output head of a model, with the scale and cap of logits that its configuration states.
 
     Raises:
-        ValueError: the head is not a linear layer, or the model changes its output in another way.
+        ValueError: there is no head, it is not a linear layer, or the model changes its output in another way.
     """
     module = model.get_output_embeddings()  # type: ignore[operator]
+    if module is None:
+        raise Refusal(
+            f"healing needs a model that predicts tokens, and this one is a {type(model).__name__}; use heal_minutes 0"
+        )
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     fed: list[torch.Tensor] = []
     hook = module.register_forward_hook(lambda module, args, output: fed.extend((args[0], output)))

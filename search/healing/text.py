@@ -19,6 +19,7 @@ import gzip
 import json
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def default_documents() -> list[Document]:
 
 
 def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None = None) -> HealingText:
-    """Rows of `length` tokens from a source, see the module docstring.
+    """Rows of `length` tokens from a source, see the module docstring; with mask tokens for a masked language model.
 
     Args:
         source: a value of `--data`.
@@ -82,12 +83,22 @@ def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: 
         missing = None if tokens is None else tokens - sum(part.tokens.numel() for part in parts)
         if missing is None or missing >= length or not parts:
             parts.append(_from_one_source(loaded, name, length, seed, missing, [part.tokens for part in parts]))
-    return HealingText(
+    found = HealingText(
         torch.cat([part.tokens for part in parts]),
         torch.cat([part.wanted for part in parts]),
         "+".join(part.name for part in parts),
         sum(part.left_out for part in parts),
     )
+    return found if loaded.mask_token is None else _masked(loaded, found)
+
+
+def _masked(loaded: LoadedModel, text: HealingText) -> HealingText:
+    """The same rows for a masked language model, which learns what it predicts at their mask tokens."""
+    assert loaded.mask_token is not None
+    room = text.tokens.shape[1] - len(loaded.ending)
+    rows = [loaded.masked(row[:room])[0] for row in text.tokens.tolist()]
+    tokens = torch.tensor(rows, dtype=torch.int32)
+    return replace(text, tokens=tokens, wanted=torch.eq(tokens, loaded.mask_token))
 
 
 def _from_one_source(

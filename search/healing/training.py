@@ -29,7 +29,8 @@ from compression.training.gates import absorb_gates_, add_gates_
 from compression.training.replay import replayed
 from compression.training.trainable import captured_head_input, frozen, put_parameters, trainable_
 from search.evaluation.quality import Quality
-from search.evaluation.workload import Workload, is_out_of_memory
+from search.evaluation.shared_rows import is_out_of_memory
+from search.evaluation.workload import Workload
 from search.healing.plan import HealingPlan
 from search.healing.progress import Measurement, Progress
 from search.healing.rows import HealingText

@@ -9,6 +9,7 @@ import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
 from compression.refusal import Refusal
+from search.model.kinds import auto_class
 from search.model.pretrained import Source, quiet_transformers, with_attention
 from search.model.random_models import random_config, random_parameter
 
@@ -17,7 +18,7 @@ __all__ = ["bare_model", "empty_model", "head_size", "shaped_model"]
 
 def head_size(model: Any) -> int | None:
     """Features of one attention head according to the configuration of a model; None if it has no heads."""
-    config = model.config
+    config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     named = getattr(config, "head_dim", None)
     if named or not heads:
@@ -43,7 +44,7 @@ def empty_model(source: Source) -> Any:
                     source.folder, local_files_only=True, trust_remote_code=source.trusted
                 )
             model = with_attention(
-                lambda attention: transformers.AutoModelForCausalLM.from_config(
+                lambda attention: auto_class(source.kind).from_config(
                     config, attn_implementation=attention, trust_remote_code=source.trusted
                 )
             )

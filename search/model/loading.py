@@ -8,18 +8,19 @@ model only if it is trusted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import torch
-import transformers
 
 from compression.refusal import Refusal
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
+from search.model.kinds import Kind, auto_class, kind_of_model
+from search.model.masking import masked
 from search.model.own_code import is_compressed
 from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable, with_attention
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
@@ -75,12 +76,64 @@ class LoadedModel:
             )
         return found
 
-    @property
+    @cached_property
+    def kind(self) -> Kind:
+        """What kind of model this is."""
+        return kind_of_model(self.model)
+
+    @cached_property
+    def mask_token(self) -> int | None:
+        """The token that a masked language model predicts the original of; None for models of other kinds.
+
+        Raises:
+            Refusal: the model is a masked language model, and its tokenizer has no such token.
+        """
+        if self.kind is not Kind.MASKED:
+            return None
+        if (token := self.tokenizer.mask_token_id) is None:
+            raise Refusal(
+                f"model {self.model_id!r} predicts masked tokens, but its tokenizer has no mask token; set mask_token "
+                "in its tokenizer_config.json"
+            )
+        return int(token)
+
+    def masked(self, tokens: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """A text as a masked language model reads it, see `search.model.masking.masked`. Needs a `mask_token`.
+
+        Args:
+            tokens: the text with its `beginning`, without its `ending`. What exceeds the positions is cut off.
+        """
+        assert self.mask_token is not None
+        return masked(self.whole(tokens), self.mask_token, self.tokenizer.all_special_ids)
+
+    def whole(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """A text with its `ending`; what exceeds the positions of the model is cut off before that."""
+        room = None if self.positions is None else self.positions - len(self.ending)
+        return (*tokens[:room], *self.ending)
+
+    def must_continue_text(self, purpose: str) -> None:
+        """Refuse an encoder where text has to be continued.
+
+        Args:
+            purpose: what needs it, as the subject of the message.
+        """
+        if self.kind.is_encoder:
+            raise Refusal(
+                f"{purpose} needs a model that continues text, and {self.model_id} is a {type(self.model).__name__}, "
+                "an encoder"
+            )
+
+    @cached_property
     def positions(self) -> int | None:
         """The most tokens of a sequence; None if the model's configuration sets no limit."""
         config = self.model.config.get_text_config()
         named = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
-        return next((int(length) for length in named if length), None)
+        length = next((int(length) for length in named if length), None)
+        if length is None:
+            return None
+        tables = [module for name, module in self.model.named_modules() if name.endswith("position_embeddings")]
+        padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+        return int(length - sum(place + 1 for place in padding))  # RoBERTa counts from the one after that of padding
 
     def encode_whole(self, text: str) -> list[int]:
         """Token ids of a text from its beginning on, without a length limit.
@@ -95,13 +148,24 @@ class LoadedModel:
         """Special tokens that the tokenizer puts before a text, such as the beginning-of-sequence token; often none.
 
         A model that was trained with such a token gives wrong likelihoods without it. What is scored, or used for
-        statistics or training, therefore starts with these tokens. Tokens that a tokenizer puts after a text are never
-        used, since a causal model scores texts that go on.
+        statistics or training, therefore starts with these tokens. Tokens that a tokenizer puts after a text are used
+        for encoders only, since a causal model scores texts that go on.
         """
+        return self._around[0]
+
+    @cached_property
+    def ending(self) -> tuple[int, ...]:
+        """Special tokens that the tokenizer puts after a text, for an encoder; empty for models that continue text."""
+        return self._around[1] if self.kind.is_encoder else ()
+
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Special tokens that the tokenizer puts before and after a text."""
         text = "a"
         bare, whole = self.encode(text), list(self.tokenizer(text, verbose=False)["input_ids"])
         starts = range(len(whole) - len(bare) + 1)
-        return tuple(whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)])
+        at = next((at for at in starts if whole[at : at + len(bare)] == bare), None)
+        return ((), ()) if at is None else (tuple(whole[:at]), tuple(whole[at + len(bare) :]))
 
     @cached_property
     def _beginning_text(self) -> str:
@@ -157,7 +221,7 @@ def load_for_use(name: str, device: str | torch.device = "auto", trusted: bool =
     with quiet_transformers():
         try:
             model = with_attention(
-                lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
+                lambda attention: auto_class(source.kind).from_pretrained(
                     source.folder, attn_implementation=attention, local_files_only=True, trust_remote_code=False
                 )
             )

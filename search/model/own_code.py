@@ -17,13 +17,15 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from compression.refusal import Refusal
 from compression.storage.strict_json import read_object
+from search.model.kinds import Kind
 
 __all__ = ["MODULE", "is_compressed", "is_model_folder", "read_config", "references", "refuse_own_code"]
 
 MODULE = "modeling_chisel"
-"""Name, without .py, of the file that an export writes for loaders without Chisel; we never import it ourselves."""
+"""Name, without .py, of the file that an export writes for loaders without Chisel. An export imports the copy that it
+has just written, to check it; we never import that of a folder that we are given."""
 
-_OURS = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}  # what an export names in auto_map
+_OURS = {"AutoConfig", "AutoModel", *Kind}  # what an export names in auto_map
 _LARGEST = 1 << 26  # bytes of a config; the largest that we know, with its added tokens, has 3 MB
 
 

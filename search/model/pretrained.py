@@ -14,6 +14,8 @@ import transformers
 
 from compression.refusal import Refusal
 from search.model.gguf_shards import gguf_files, joined
+from search.model.kinds import Kind, auto_class, kind_of
+from search.model.own_code import read_config
 from search.model.weight_files import stored_tensors
 
 __all__ = [
@@ -58,6 +60,21 @@ class Source:
         """
         return () if self.folder is None or self.gguf is None else gguf_files(self.folder / self.gguf)
 
+    @property
+    def kind(self) -> Kind:
+        """What kind of model this is. Trusted code that brings a causal language model has the say over its config.
+
+        Raises:
+            Refusal: as for `search.model.kinds.kind_of`.
+        """
+        if self.folder is None or self.gguf is not None:
+            return Kind.CAUSAL
+        config = read_config(self.folder, "config.json")
+        classes = config.get("auto_map")
+        if self.trusted and isinstance(classes, dict) and Kind.CAUSAL in classes:
+            return Kind.CAUSAL
+        return kind_of(self.name, config)
+
 
 def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a dense model and its tokenizer from safetensors or a GGUF file.
@@ -74,7 +91,7 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         with joined(source.gguf_files):
             model, info = with_attention(
-                lambda attention: transformers.AutoModelForCausalLM.from_pretrained(
+                lambda attention: auto_class(source.kind).from_pretrained(
                     source.folder,
                     dtype=dtype,
                     attn_implementation=attention,
@@ -92,13 +109,20 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         raise Refusal(
             f"model {source.name!r} lacks {len(broken)} weights that its config asks for, such as {broken[0]}"
         )
-    _refuse_ignored(source, model, info["unexpected_keys"])
+    _refuse_ignored(
+        source, model, (str(key) for key in info["unexpected_keys"] if not _is_other_head(source, str(key)))
+    )
     if getattr(model.config, "quantization_config", None) is not None:
         if source.gguf is None:
             raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
+
+
+def _is_other_head(source: Source, name: str) -> bool:
+    """Whether a stored tensor belongs to the next-sentence head that encoders are published with beside their own."""
+    return source.kind.is_encoder and any(part in ("pooler", "seq_relationship") for part in name.split("."))
 
 
 def _refuse_ignored(source: Source, model: Any, unexpected: Iterable[str]) -> None:

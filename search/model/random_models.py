@@ -84,6 +84,15 @@ TINY: dict[str, dict[str, Any]] = {
     "random:tiny-gemma2": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 256},
     "random:tiny-gpt2": {"model_type": "gpt2", "n_inner": 48},
     "random:tiny-qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "random:tiny-mixtral": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4},
+    "random:tiny-qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
 }
 TINY_SHAPE: dict[str, Any] = {
     "hidden_size": 32,

@@ -19,6 +19,7 @@ from search.data import hub
 from search.data.packages import extract, read_requirements
 from search.model.declared_shape import refuse_impossible
 from search.model.gguf_shards import first_shards, gguf_files, model_name
+from search.model.kinds import Kind
 from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
@@ -42,20 +43,23 @@ def locate(name: str, trusted: bool = False) -> Source:
     """Find the files of a model without loading it; downloads them if necessary.
 
     Args:
-        name: "default"; "random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2" or "random:tiny-gemma2";
+        name: "default"; "random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2", "random:tiny-gemma2",
+            "random:tiny-mixtral" or "random:tiny-qwen3-moe";
             "random:llama-3.2-1b", "random:qwen2.5-1.5b" or "random:llama-2-7b" for random weights in these shapes; a
             local folder or GGUF file, of which any shard stands for all; or a hub id.
         trusted: whether code that comes with the model may run.
 
     Raises:
         ValueError: the name is unknown; the folder has no config, no weights or pickled weights only; it is not certain
-            which weights are the model's, see `search.model.weight_files.stored_tensors`; or
-            `search.model.own_code.refuse_own_code` refuses it.
+            which weights are the model's, see `search.model.weight_files.stored_tensors`;
+            `search.model.own_code.refuse_own_code` refuses it; or no model of its kind can be compressed, see
+            `search.model.kinds.kind_of`.
         DataUnavailable: the packaged model or the hub cannot be reached.
     """
     source = _found(name, trusted)
     if source.folder is not None and not trusted:
         refuse_own_code(name, source.folder, source.gguf is not None)
+    assert source.kind in Kind  # refuses models of other kinds before anything is loaded
     return source
 
 

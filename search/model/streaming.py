@@ -2,7 +2,8 @@
 
 The architecture is built on the meta device, and its blocks are replaced by recorders. The model's own forward pass
 then computes embeddings, attention masks, rotary tables and logits, whatever the architecture. Knows where parameters
-are stored (safetensors shards, or seeded random ones) and how a transformers decoder calls its blocks.
+are stored (safetensors shards, or seeded random ones) and how a transformers decoder calls its blocks. Experts are
+taken apart where the files hold them one by one, under the names that they then have.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from compression.calibration.statistics import Statistics
 from compression.calibration.streaming import Batch, stream
 from compression.decomposition.factors import FactorStore
+from compression.layers.experts import take_apart_
 from compression.refusal import Refusal
 from compression.sites import Site, check_weight, dense_weight, discover_sites
 from compression.storage.factor_cache import FactorCache
@@ -49,6 +51,9 @@ class StreamedModel:
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         source = locate(name)
         self._model = empty_model(source)
+        stored = {} if source.folder is None else stored_tensors(source.name, source.folder)
+        fused = any(name in stored for name, values in self._model.named_parameters() if values.ndim == 3)
+        take_apart_(self._model, "fused" if fused else "single", checked=False)
         self._read = random_parameter if source.folder is None else _reader(source.name, source.folder, self._model)
         self._device, self._dtype = device, dtype
         self.sites: tuple[Site, ...] = discover_sites(self._model, shapes_only=True)
@@ -192,7 +197,8 @@ def decompose_streamed(
         if blocks is not None and sites[0].block not in blocks:
             return
         start = f"{model.prefix}.{sites[0].block}."
-        weights = {site.name: dense_weight(block.get_submodule(site.name.removeprefix(start))) for site in sites}
+        free = [site.name for site in sites if not site.dense_because]
+        weights = {name: dense_weight(block.get_submodule(name.removeprefix(start))) for name in free}
         store = FactorStore(sites, weights, lambda: statistics, statistics_key, shrinkage, cache, max_chi)
         for site in sites:
             if site.dense_because:

@@ -37,7 +37,8 @@ def plan(config: Config) -> Mapping[str, object]:
     config, device, start = preflight(config)
     loaded, sites = open_model(config, device)
     start.check(loaded, sites)
-    experiment = Experiment.of(config, loaded, sites, device)
+    notes: list[str] = []
+    experiment = Experiment.of(config, loaded, sites, device, notes.append)
     rehearse(experiment, start)
     searched, [selected], [heldout] = (experiment.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
@@ -86,7 +87,7 @@ def plan(config: Config) -> Mapping[str, object]:
             "search_items": len(experiment.splits.search_items),
             "report_items": len(experiment.splits.report_items),
             "benchmark_items": measured,
-            "notes": list(experiment.splits.notes),
+            "notes": [*experiment.splits.notes, *notes],
         },
         "cost": {
             "forward_tokens": forward,

@@ -26,7 +26,7 @@ SCHEDULES = ("dense", "uniform", "lagrangian", "searched")
 
 
 def finish(run: Path, experiment: Experiment, console: Console) -> list[str]:
-    """Benchmark and export as the configuration asks; returns text for the user.
+    """Benchmark and export as the configuration asks; returns text for the user. Encoders are not benchmarked.
 
     Args:
         experiment: that of the run, with its dense model; exporting compresses the model in place.
@@ -35,7 +35,7 @@ def finish(run: Path, experiment: Experiment, console: Console) -> list[str]:
         ValueError, DataUnavailable: as `search.benchmarking.run.benchmark` and `search.export.run.export_run`.
     """
     config, said = experiment.config, []
-    if config.benchmark_items:
+    if config.benchmark_items and not experiment.loaded.kind.is_encoder:
         said.append(_benchmarks(run, experiment, console))  # it takes the folder's lock itself
     with RunFolder(run) as folder:
         if config.export != "none":

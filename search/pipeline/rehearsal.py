@@ -53,7 +53,7 @@ def rehearse(experiment: Experiment, start: StartingPoint) -> None:
         if config.export == "plain":  # a search leaves other widths in each block
             check_deci(loaded.model)
         model_card(config.export, config.export, prior.model_dump(mode="json"), {}, "searched", "", [])
-    if config.benchmark_items:
+    if config.benchmark_items and not loaded.kind.is_encoder:
         searched = always_searched().union(prior.data.search_items)
         for task in named_tasks(TASKS):
             select(task, config.benchmark_items, config.seed, searched)

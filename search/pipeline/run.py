@@ -16,7 +16,7 @@ from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
 from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Experiment
-from search.experiment.open_model import open_model
+from search.experiment.open_model import open_model, staying_dense
 from search.experiment.preparation import calibrate, check_space, stays_dense
 from search.healing.state import HEALED, STATE
 from search.pipeline.baselines import baseline_schedules
@@ -54,12 +54,14 @@ class RunSummary:
         document: the content of summary.json.
         failures: trials that failed, at least 0.
         experiment: the model, dense again, with its data and statistics.
+        fault: the fault of ours that kept the result from being repaired and healed; raise it once all is written.
     """
 
     folder: Path
     document: Mapping[str, object]
     failures: int
     experiment: Experiment
+    fault: Exception | None = None
 
     @property
     def rows(self) -> Sequence[Mapping[str, object]]:
@@ -81,9 +83,8 @@ def run(config: Config, console: Console) -> RunSummary:
         loaded, sites = open_model(config, device)
     start.check(loaded, sites)
     if staying := stays_dense(sites):
-        name, reason = next(iter(staying.items()))
         console.note(
-            f"{len(staying)} of {len(sites)} sites stay dense and are counted as dense, such as {name}: {reason}"
+            f"{len(staying)} of {len(sites)} sites stay dense and are counted as dense: {staying_dense(sites)}"
         )
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
@@ -121,10 +122,13 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
     schedules["searched"] = chosen
-    scores = measure(experiment, schedules, chosen, folder.path, console)
+    scores, fault = measure(experiment, schedules, chosen, folder.path, console)
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
-        latencies = against_dense(experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs())
+        continues = not experiment.loaded.kind.is_encoder
+        latencies = against_dense(
+            experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs(), continues
+        )
     latency = latencies.get("searched")
     if latency:
         console.note(f"searched: {latency}")
@@ -160,7 +164,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     folder.write_text(PRIOR, prior.to_json())
     write_digest(folder, MADE_OF, experiment.loaded.identity, FREE_AFTERWARDS)
     folder.write_text(REPORT, report([folder.path]))
-    return RunSummary(folder.path, document, failures, experiment)
+    return RunSummary(folder.path, document, failures, experiment, fault)
 
 
 def _search(

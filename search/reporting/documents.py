@@ -61,7 +61,7 @@ class _Difference(Part):
 class _Latency(Part):
     optimize: Word
     prefill_ratio: Figure
-    decode_ratio: Figure
+    decode_ratio: Figure | None = None  # an encoder does not decode
     prompt: Amount
     stored_bytes: Amount
     resident_bytes: Amount

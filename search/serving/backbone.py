@@ -36,6 +36,7 @@ ARCHITECTURE = "ChiselForCausalLM"
 knows the original by name would otherwise take the folder for one."""
 
 _ASIDE = "chisel"
+_SERVED = ("mpo", "heads", "linear")
 _IGNORED = r"\.kept_(rows|columns)$"
 
 
@@ -121,8 +122,11 @@ def serve_backbone_(model: Any, config: Any) -> None:
     modules = description_of(config)
     if outside := [name for name in modules if not name.startswith(prefix)]:
         raise Refusal(
-            f"{outside[0]} is compressed, and an engine has an output head of its own; export without quantize"
+            f"{outside[0]} is compressed, and an engine has an output head of its own; export without --quantize"
         )
+    for name, each in modules.items():
+        if each["kind"] not in _SERVED:
+            raise Refusal(f"{name} is of the kind {each['kind']}, which transformers reads, but no engine")
     serve_(model, put_skeleton_(model, {name.removeprefix(prefix): each for name, each in modules.items()}))
     empty = [rf"^{re.escape(name)}\.weight$" for name, each in modules.items() if each["kind"] == "heads"]
     model._keys_to_ignore_on_load_unexpected = [_IGNORED, *empty]

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 from compression.refusal import Refusal
 from compression.storage.strict_json import parse
 from compression.storage.whole_files import regular
-from search.runtime.files import finite
+from search.runtime.files import finite, write_whole
 from search.runtime.signals import shield
 from search.trials.fingerprints import differences, plain_values, with_defaults, with_later
 
@@ -123,7 +123,10 @@ class Journal:
         refuse_another(path, plain, defaults)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with _disk(path), _content(path):
-            self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path))
+            if not path.exists() or not path.stat().st_size:
+                write_whole(path, _empty())
+            # The tables are those of `_empty`, or `refuse_another` has compared them.
+            self._storage = RDBStorage("sqlite://", engine_kwargs=_engine(path), skip_compatibility_check=True)
             self._study = optuna.create_study(
                 study_name=_STUDY, storage=self._storage, direction="maximize", load_if_exists=True
             )
@@ -408,13 +411,22 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection | None]:
 
 
 @cache
+def _empty() -> bytes:
+    """A file with the tables that the installed Optuna makes. It makes them slowly, so that a process does it once."""
+    with closing(sqlite3.connect(":memory:", check_same_thread=False)) as connection:
+        storage = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: connection}, skip_compatibility_check=True)
+        content = connection.serialize()
+        storage.remove_session()
+        storage.engine.dispose()
+        return content
+
+
+@cache
 def _schema() -> str:
     """The revision of the tables that the installed Optuna makes."""
-    storage = RDBStorage("sqlite:///:memory:")
-    try:
-        return storage.get_head_version()
-    finally:
-        storage.engine.dispose()
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.deserialize(_empty())
+        return str(connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
 
 
 def _engine(path: Path) -> dict[str, Any]:

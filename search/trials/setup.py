@@ -31,7 +31,12 @@ __all__ = [
 
 
 def reward_of(config: Config, dense: Score) -> Reward:
-    """The reward of a configuration, given the dense model's score on the search data."""
+    """The reward of a configuration, given the dense model's score on the search data.
+
+    P(correct) has no weight if the search data have no questions with choices, as for a masked language model.
+    """
+    if not dense.quality.items:
+        return replace(_weighted(config), correct_weight=0.0)
     return replace(_weighted(config), dense_expected_accuracy=dense.expected_accuracy)
 
 

@@ -70,7 +70,7 @@ class RemoteEvaluator:
             dtype = working_dtype(config.dtype, device)
             loaded = (
                 None
-                if config.per_head
+                if config.per_head or config.split_fused
                 else shared_model(config.model, device, dtype, model["weights"], cache, config.trust_remote_code)
             )
         loaded, sites = open_model(config, device, loaded)

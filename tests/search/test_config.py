@@ -253,6 +253,7 @@ def test_a_run_that_recorded_no_form_has_the_one_of_its_time():
     assert Config.of({}).form == "any"
     assert Config.of_run({}, trusted=False).form == "factors"
     assert Config.of_run({"form": "plain"}, trusted=False).form == "plain"
+    assert Config.of_run({}, trusted=False).experts == "fused"
     assert Config.of_file({}, trusted=False).form == "any"
 
 

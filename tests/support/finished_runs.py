@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 from fake_data import jsonl
+from optuna.storages import RDBStorage
 from small_run import words
 
 from search import cli
@@ -15,7 +16,8 @@ from search import cli
 
 def trials(folder: Path) -> list[tuple[object, ...]]:
     """What identifies the trials of a run, wall time left out."""
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
+    storage = RDBStorage(f"sqlite:///{folder / 'study.db'}", skip_compatibility_check=True)
+    study = optuna.load_study(study_name=None, storage=storage)
     return [
         (
             trial.user_attrs["trial.number"],

@@ -176,7 +176,10 @@ STAYING: dict[str, tuple[Callable[[], Model], dict[str, str]]] = {
     "weight": (shared_weight, {"layers.0.q_proj": f"shared by layers.0.q_proj and {Q}"}),
     "module": (shared_module, {"layers.0.q_proj": f"shared by layers.0.q_proj and {Q}"}),
     "class": (lambda: model(q_proj=Plain(torch.eye(12))), {Q: "not the weight of a linear map"}),
-    "experts": (lambda: model(q_proj=Experts()), {f"{Q}.gate_up_proj": "not the weight of a linear map"}),
+    "experts": (
+        lambda: model(q_proj=Experts()),
+        {f"{Q}.gate_up_proj": "3 matrices are fused in one tensor"},
+    ),
 }
 
 

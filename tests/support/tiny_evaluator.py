@@ -34,7 +34,7 @@ def evaluator_of(loaded: LoadedModel, **how: Any) -> tuple[ModelEvaluator, Facto
             packed_item(loaded.encode, "Question: What?\nAnswer:", (" this", " that one"), 1),
             packed_text(loaded.encode("Something else that is read.")),
         ],
-        CPU,
+        loaded.model,
     )
     return ModelEvaluator(loaded.model, store, [workload], **how), store
 

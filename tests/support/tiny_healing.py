@@ -48,7 +48,7 @@ def subject(name: str = "random:tiny-llama", kept: float = 0.5) -> tuple[Any, An
         )
     tokens = rows.to(torch.int32)
     text = HealingText(tokens[:40], torch.ones_like(tokens[:40], dtype=torch.bool), "sampled")
-    judge = Workload([packed_text(row) for row in tokens[40:].tolist()], torch.device("cpu"))
+    judge = Workload([packed_text(row) for row in tokens[40:].tolist()], dense)
     judge.reference(dense)
     return dense, model, text, judge
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_evaluator import CPU, evaluator_of, everywhere
+from tiny_evaluator import evaluator_of, everywhere
 
 from compression import Choice, FactorStore, Schedule
 from envs import Reward
@@ -89,7 +89,7 @@ def test_where_memory_runs_out_batches_are_halved_and_the_score_stays(
 ) -> None:
     evaluator, store = evaluator_of(loaded)
     text = [packed_text(loaded.encode(f"Sentence number {n}, of some length, to be read. " * 6)) for n in range(6)]
-    evaluator = ModelEvaluator(loaded.model, store, [Workload(text, CPU, 2048)])
+    evaluator = ModelEvaluator(loaded.model, store, [Workload(text, loaded.model, 2048)])
     before = evaluator.evaluate([everywhere(store, 3)])[0]
     forward, rows = loaded.model.forward, []
 
@@ -144,12 +144,12 @@ def test_a_schedule_is_measured_on_the_shard_of_its_digest_and_corrected_by_the_
     item = packed_item(loaded.encode, "Question: What?\nAnswer:", (" this", " that one"), 1)
     parts = [[item, packed_text(loaded.encode(text))] for text in texts]
     anchor = everywhere(store, 6)
-    alone = [ModelEvaluator(loaded.model, store, [Workload(part, CPU)]) for part in parts]
+    alone = [ModelEvaluator(loaded.model, store, [Workload(part, loaded.model)]) for part in parts]
     anchored = []
     for one in alone:
         anchored.append(one.evaluate([anchor])[0].kl)
         one.close()
-    sharded = ModelEvaluator(loaded.model, store, [Workload(part, CPU) for part in parts], anchor)
+    sharded = ModelEvaluator(loaded.model, store, [Workload(part, loaded.model) for part in parts], anchor)
     schedules = [everywhere(store, chi) for chi in range(1, 9)]
     scores = sharded.evaluate(schedules)
     sharded.close()
@@ -167,7 +167,7 @@ def test_a_schedule_is_measured_on_the_shard_of_its_digest_and_corrected_by_the_
 def test_several_workloads_need_an_anchor(loaded: LoadedModel) -> None:
     evaluator, store = evaluator_of(loaded)
     evaluator.close()
-    workloads = [Workload([packed_text([1, 2, 3])], CPU) for _ in range(2)]
+    workloads = [Workload([packed_text([1, 2, 3])], loaded.model) for _ in range(2)]
     with pytest.raises(ValueError, match="anchor"):
         ModelEvaluator(loaded.model, store, workloads)
 
@@ -176,7 +176,9 @@ def racing_evaluator(loaded: LoadedModel) -> tuple[ModelEvaluator, FactorStore]:
     evaluator, store = evaluator_of(loaded)
     evaluator.close()
     texts = [f"Text number {number} is about the {number * 7} things that one may count." for number in range(24)]
-    workload = Workload([packed_text(loaded.encode(text)) for text in texts], CPU, batch_tokens=300, mixed=True)
+    workload = Workload(
+        [packed_text(loaded.encode(text)) for text in texts], loaded.model, batch_tokens=300, mixed=True
+    )
     return ModelEvaluator(loaded.model, store, [workload]), store
 
 

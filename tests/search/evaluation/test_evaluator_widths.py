@@ -31,7 +31,7 @@ def evaluator_of(subject: Subject, limit: int = 1 << 26, repairing: bool = False
     return ModelEvaluator(
         subject.model,
         subject.store,
-        [Workload(texts, CPU, 40)],
+        [Workload(texts, subject.model, 40)],
         reuse_bytes=limit,
         repair=subject.repair_ if repairing else None,
     )

@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import lm_eval.tasks
 import pytest
-import torch
 from fake_data import ARC_ROWS, HELLASWAG_ROWS, PIQA_ROWS, SCIQ_ROWS, fake_data, mmlu_rows
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -94,6 +93,6 @@ def test_loglikelihoods_of_a_run_equal_those_of_lm_eval(name: str, proxy: str, f
         with_beginning(loaded)
     items = load_proxy(proxy)[:5]
     theirs = lm_eval_loglikelihoods(loaded.model, loaded.tokenizer, [render(item, proxy, form) for item in items])
-    ours = loglikelihoods(loaded.model, workload_sequences(loaded, items, proxy, form, []), torch.device("cpu"))
+    ours = loglikelihoods(loaded.model, workload_sequences(loaded, items, proxy, form, []))
     for mine, reference in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(reference, rel=1e-4, abs=1e-3)

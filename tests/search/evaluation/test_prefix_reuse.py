@@ -41,7 +41,7 @@ def store_of(loaded: LoadedModel) -> FactorStore:
 def workload(loaded: LoadedModel, batch_tokens: int = 40) -> Workload:
     texts = ["Something that is read.", "And a second text, a little longer.", "The third one."]
     item = packed_item(loaded.encode, "Question: What?\nAnswer:", (" this", " that one"), 1)
-    return Workload([item, *(packed_text(loaded.encode(text)) for text in texts)], CPU, batch_tokens)
+    return Workload([item, *(packed_text(loaded.encode(text)) for text in texts)], loaded.model, batch_tokens)
 
 
 def evaluator_of(loaded: LoadedModel, limit: int = LIMIT) -> ModelEvaluator:

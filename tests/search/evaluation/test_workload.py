@@ -14,7 +14,6 @@ from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload, loglikelihoods
 from search.model.loading import LoadedModel, load_model
 
-CPU = torch.device("cpu")
 ITEMS = [
     ("Question: What is the capital of France?\nAnswer:", (" Paris", " London", " a small town", " Rome"), 0),
     ("Question: 2 + 2 = ?\nAnswer:", (" 3", " 4", " twenty-two", " 5"), 1),
@@ -47,15 +46,13 @@ def test_shared_prefix_gives_the_same_loglikelihoods_as_one_pass_per_choice(
     loaded: LoadedModel, batch_tokens: int
 ) -> None:
     packed = [packed_item(loaded.encode, *item) for item in ITEMS]
-    for got, (context, continuations, _) in zip(
-        loglikelihoods(loaded.model, packed, CPU, batch_tokens), ITEMS, strict=True
-    ):
+    for got, (context, continuations, _) in zip(loglikelihoods(loaded.model, packed, batch_tokens), ITEMS, strict=True):
         want = [direct_loglikelihood(loaded, context, continuation) for continuation in continuations]
         assert got == pytest.approx(want, abs=1e-3)
 
 
 def test_the_dense_model_has_no_divergence_from_itself(loaded: LoadedModel) -> None:
-    quality = Workload(sequences(loaded), CPU).reference(loaded.model)
+    quality = Workload(sequences(loaded), loaded.model).reference(loaded.model)
     assert quality.kl == pytest.approx(0, abs=1e-5)
     assert quality.agreement == 1
     assert quality.items == 3
@@ -65,7 +62,7 @@ def test_the_dense_model_has_no_divergence_from_itself(loaded: LoadedModel) -> N
 def test_kl_and_perplexity_equal_a_direct_computation() -> None:
     loaded = load_model("random:tiny-llama", "cpu")
     tokens = loaded.encode(TEXTS[0])
-    workload = Workload([packed_text(tokens)], CPU)
+    workload = Workload([packed_text(tokens)], loaded.model)
     workload.reference(loaded.model)
     ids = torch.tensor([tokens])
     before = loaded.model(ids).logits[0].log_softmax(-1)[:-1]
@@ -83,18 +80,18 @@ def test_kl_and_perplexity_equal_a_direct_computation() -> None:
 def test_every_corpus_has_the_perplexity_it_has_alone(loaded: LoadedModel) -> None:
     texts = [("prose", TEXTS[0]), ("exam", TEXTS[1]), ("prose", TEXTS[1])]
     packed = [packed_text(loaded.encode(text), corpus) for corpus, text in texts]
-    together = dict(Workload(packed, CPU).reference(loaded.model).perplexity_by_corpus)
+    together = dict(Workload(packed, loaded.model).reference(loaded.model).perplexity_by_corpus)
     assert list(together) == ["prose", "exam"]
     for corpus, perplexity in together.items():
-        alone = Workload([one for one in packed if one.corpus == corpus], CPU).reference(loaded.model)
+        alone = Workload([one for one in packed if one.corpus == corpus], loaded.model).reference(loaded.model)
         assert perplexity == pytest.approx(alone.perplexity, rel=1e-4)
-    assert Workload([packed_text(packed[0].tokens)], CPU).reference(loaded.model).perplexity_by_corpus == ()
+    assert Workload([packed_text(packed[0].tokens)], loaded.model).reference(loaded.model).perplexity_by_corpus == ()
 
 
 def test_accuracy_probability_and_margin_follow_from_the_loglikelihoods(loaded: LoadedModel) -> None:
     packed = [packed_item(loaded.encode, *item) for item in ITEMS]
-    values = [torch.tensor(row) for row in loglikelihoods(loaded.model, packed, CPU)]
-    quality = Workload(packed, CPU).reference(loaded.model)
+    values = [torch.tensor(row) for row in loglikelihoods(loaded.model, packed)]
+    quality = Workload(packed, loaded.model).reference(loaded.model)
     answers = [answer for _, _, answer in ITEMS]
     right = [float(row.argmax() == answer) for row, answer in zip(values, answers, strict=True)]
     correct = [float(row.softmax(0)[answer]) for row, answer in zip(values, answers, strict=True)]
@@ -112,7 +109,7 @@ def test_accuracy_probability_and_margin_follow_from_the_loglikelihoods(loaded: 
 
 def test_batching_changes_no_figure(loaded: LoadedModel) -> None:
     def measured(batch_tokens: int) -> Quality:
-        workload = Workload(sequences(loaded), CPU, batch_tokens)
+        workload = Workload(sequences(loaded), loaded.model, batch_tokens)
         return workload.reference(loaded.model)
 
     one, many = measured(1), measured(10_000)
@@ -123,7 +120,7 @@ def test_batching_changes_no_figure(loaded: LoadedModel) -> None:
 
 def test_nonfinite_logits_are_a_state_and_never_an_accuracy(loaded: LoadedModel) -> None:
     fresh = load_model(loaded.model_id, "cpu")
-    workload = Workload(sequences(fresh), CPU)
+    workload = Workload(sequences(fresh), fresh.model)
     workload.reference(fresh.model)
     next(module for name, module in fresh.model.named_modules() if name.endswith("mlp")).register_forward_hook(
         lambda module, args, output: output * torch.nan
@@ -139,7 +136,7 @@ def test_a_dense_model_with_nonfinite_logits_is_refused() -> None:
     fresh = load_model("random:tiny-llama", "cpu")
     fresh.model.lm_head.register_forward_hook(lambda module, args, output: output * torch.inf)
     with pytest.raises(ValueError, match="infinite logits"):
-        Workload([packed_text(fresh.encode(TEXTS[0]))], CPU).reference(fresh.model)
+        Workload([packed_text(fresh.encode(TEXTS[0]))], fresh.model).reference(fresh.model)
 
 
 def test_tokens_that_merge_across_the_boundary_are_scored_as_lm_eval_cuts_them() -> None:
@@ -172,13 +169,15 @@ def test_items_that_cannot_be_scored_are_refused(context: str, continuations: tu
         packed_item(lambda text: list(map(ord, text)), context, continuations, answer)
 
 
-def test_an_empty_workload_is_refused() -> None:
+def test_an_empty_workload_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(ValueError, match="at least one sequence"):
-        Workload([packed_text([3])], CPU)
+        Workload([packed_text([3])], loaded.model)
 
 
 def test_mixed_batches_change_no_figure(loaded: LoadedModel) -> None:
-    plain, mixed = (Workload(sequences(loaded), CPU, 300, mixed).reference(loaded.model) for mixed in (False, True))
+    plain, mixed = (
+        Workload(sequences(loaded), loaded.model, 300, mixed).reference(loaded.model) for mixed in (False, True)
+    )
     for name, value in plain.scalars().items():
         if isinstance(value, float):
             assert getattr(mixed, name) == pytest.approx(value, abs=1e-4, rel=1e-3)
@@ -223,7 +222,7 @@ def test_any_beginning_of_mixed_rows_is_like_the_whole() -> None:
 
 
 def test_a_measurement_stops_when_it_is_called_hopeless(loaded: LoadedModel) -> None:
-    workload = Workload(sequences(loaded), CPU, 100)
+    workload = Workload(sequences(loaded), loaded.model, 100)
     whole = workload.reference(loaded.model)
     asked: list[tuple[int, int]] = []
 
@@ -266,7 +265,7 @@ def test_kl_equals_a_direct_computation_whatever_the_head_does(case: str, monkey
         other.model.layers[1].mlp.down_proj.weight.mul_(0.3)
         head = 1.2 * model.lm_head.weight if case.startswith("other") else model.lm_head.weight
     other.lm_head.weight = torch.nn.Parameter(head, requires_grad=False) if case.startswith("other") else head
-    workload = Workload([packed_text(tokens)], CPU)
+    workload = Workload([packed_text(tokens)], loaded.model)
     assert workload.reference(model).kl == 0
     assert hasattr(workload._batches[0].dense, "_probability") == ("capped" in case or case == "half precision")
     tolerance = 0.02 if case.startswith("half") else 1e-3
@@ -275,7 +274,7 @@ def test_kl_equals_a_direct_computation_whatever_the_head_does(case: str, monkey
 
 def test_a_head_that_was_written_to_after_the_reference_is_noticed() -> None:
     loaded = load_model("random:tiny-llama", "cpu")
-    workload = Workload([packed_text(loaded.encode(TEXTS[0]))], CPU)
+    workload = Workload([packed_text(loaded.encode(TEXTS[0]))], loaded.model)
     workload.reference(loaded.model)
     with torch.no_grad():
         loaded.model.lm_head.weight.mul_(1.1)

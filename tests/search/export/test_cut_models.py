@@ -208,7 +208,7 @@ def test_a_model_that_is_quantized_in_half_precision_is_measured_against_the_den
     measured = []
     for dtype in (torch.float32, torch.bfloat16):
         cut = cut_model(form="factors")
-        model, workload = cut.loaded.model, Workload([packed_text(row) for row in PROMPT.tolist()], torch.device("cpu"))
+        model, workload = cut.loaded.model, Workload([packed_text(row) for row in PROMPT.tolist()], cut.loaded.model)
         workload.reference(model)
         cut.apply()
         quantize_(model.to(dtype), module_bits(model, cut.store.sites, "int8"), lambda name: None)

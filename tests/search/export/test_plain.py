@@ -13,12 +13,16 @@ from model_folder import model_folder
 from small_run import words
 from tiny_model import assert_same_logits, tensorized
 
+from compression.bonds import cut as cut_out
+from compression.bonds import discover_bonds
+from compression.layers.experts import take_apart_
 from compression.schedule import DENSE, Schedule
-from compression.sites import Unit, units
+from compression.sites import Unit, discover_sites, units
 from search import cli
 from search.export import folder as folders
 from search.export.folder import export_gguf, export_plain, footprint
 from search.export.gguf_file import read_values
+from search.export.plain import plain_model
 from search.export.restore import restore
 from search.model.loading import load_model
 from search.priors.format import Prior
@@ -77,7 +81,7 @@ def test_half_precision_stays_half_precision(tmp_path):
     [
         (lambda: applied("random:tiny-gpt2", blocks=(1,)), r"different widths .*GPT2LMHeadModel is none; use .*hf"),
         (lambda: applied(blocks=()), "no hidden unit and no head was removed.* --format dense"),
-        (tensorized, "is factored.*search with --form plain, or export with --format hf"),
+        (tensorized, "is factored or stacked.*search with --form plain and .*, or export with --format hf"),
     ],
 )
 def test_models_without_settings_of_their_own_are_refused_and_nothing_is_written(make, message, tmp_path):
@@ -152,3 +156,25 @@ def test_a_run_is_exported_for_llama_cpp_and_measured_as_the_file_holds_it(tmp_p
         assert "search with --form plain, or export with --format hf" in error
         assert error.count("\n") == 1
         assert not (tmp_path / form).exists()
+
+
+def test_a_mixture_whose_experts_are_equally_narrow_is_a_smaller_mixture(tmp_path):
+    loaded = load_model("random:tiny-mixtral", "cpu")
+    model = loaded.model
+    take_apart_(model)
+    sites = discover_sites(model)
+    for bond in discover_bonds(model, sites):
+        if bond.kind == "hidden":
+            kept = torch.arange(0, bond.groups, 3)
+            for name in bond.sites:
+                places = bond.rows_of(name, kept), bond.columns_of(name, kept)
+                model.set_submodule(name, cut_out(model.get_submodule(name), *places))
+    expected = model(PROMPT).logits
+    export_plain(model, loaded.tokenizer, tmp_path / "plain")
+    small = load_model(str(tmp_path / "plain"), "cpu").model
+    assert small.config.intermediate_size == 16
+    torch.testing.assert_close(small(PROMPT).logits, expected, rtol=1e-4, atol=1e-5)
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    model.set_submodule(name, cut_out(model.get_submodule(name), None, torch.arange(9)))
+    with pytest.raises(ValueError, match=r"different widths \(experts.down_proj has 9 to 16 inputs\)"):
+        plain_model(model)

@@ -11,6 +11,7 @@ from torch import nn
 
 from compression import FactorCache, FactorStore, Site, Statistics, collect, dense_weight, discover_sites
 from compression.calibration.streaming import BlockShape, footprint, stream
+from compression.layers.experts import take_apart_
 from search.model.loading import load_model, model_digest
 from search.model.random_models import SHAPES
 from search.model.streaming import StreamedModel, decompose_streamed
@@ -70,6 +71,23 @@ def test_streaming_gives_the_statistics_of_the_whole_model(folder: Path, padded:
     sites = discover_sites(loaded.model)
     whole = collect(loaded.model, sites, batches(padded=padded), torch.Generator().manual_seed(3))
     assert_equal_moments(streamed(str(folder), batches(padded=padded)), whole, sites)
+
+
+def test_experts_are_streamed_one_by_one_where_the_files_hold_them_so(tmp_path: Path) -> None:
+    loaded = load_model("random:tiny-qwen3-moe", "cpu")
+    loaded.model.save_pretrained(tmp_path / "model")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
+    take_apart_(loaded.model)
+    sites = discover_sites(loaded.model)
+    whole = collect(loaded.model, sites, batches(padded=True), torch.Generator().manual_seed(3))
+    free = tuple(site for site in sites if not site.dense_because)
+    assert sum(".experts." in site.name for site in free) == 3 * 4 * 3
+    assert_equal_moments(streamed(str(tmp_path / "model"), batches(padded=True)), whole, free)
+    model = StreamedModel(str(tmp_path / "model"), CPU, torch.float32)
+    assert model.sites == sites
+    decompose_streamed(
+        model, batches(), torch.Generator(), FactorCache(None), statistics_key="key", shrinkage=0.01, blocks=[2]
+    )
 
 
 @pytest.mark.parametrize("split", [1, 6])

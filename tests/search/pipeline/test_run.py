@@ -258,7 +258,8 @@ def test_what_stays_dense_is_told_and_counted(
     flags = words(out=tmp_path / "run", budget=2)
     assert cli.main([flag for flag in flags if flag != "--quiet"]) == cli.DONE
     name, reason = "model.layers.0.mlp.up_proj", "shared by model.layers.0.mlp.up_proj and model.layers.1.mlp.up_proj"
-    assert f"1 of 20 sites stay dense and are counted as dense, such as {name}: {reason}" in capsys.readouterr().err
+    told = f"1 of 20 sites stay dense and are counted as dense: 7.1% of the parameters, such as {name} ({reason})"
+    assert told in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stays_dense"] == {name: reason}
     sites = {site["name"]: site for site in json.loads((tmp_path / "run" / "prior.json").read_text())["sites"]}
     assert sites[name]["dense_because"] == reason
