@@ -14,7 +14,6 @@ import json
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 from pathlib import Path
@@ -76,7 +75,8 @@ def environment(folder: Path, version: str) -> Path:
     if not python.exists():
         venv.create(folder / version, with_pip=True)
         packages = next((folder / version / "lib").glob("python*/site-packages"))
-        (packages / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
+        here = [place for place in sys.path if place.endswith("site-packages")]
+        (packages / "rest.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
     install = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}"]
     subprocess.run(install, check=True)
     return python
