@@ -4,15 +4,14 @@ from agents.bandit import Bandit, BanditSettings
 from agents.baselines import Knapsack, Lagrangian, Uniform
 from agents.evolution import Evolution, EvolutionSettings
 from agents.gradient import Gradient, GradientSettings
-from agents.guided import Guided, GuidedSettings
 from agents.policy_file import SavedPolicy
-from agents.portfolio import Turns, TurnsSettings
 from agents.protocol import SLOPES_COST, Agent, AgentContext, Learner, ProblemLike, Proposal, SlopeAgent
 from agents.random_search import RandomSearch
-from agents.registry import NAMES, find, make
+from agents.registry import METHODS, NAMES, find, make
 from agents.reinforce import Reinforce, ReinforceSettings
 
 __all__ = [
+    "METHODS",
     "NAMES",
     "SLOPES_COST",
     "Agent",
@@ -23,8 +22,6 @@ __all__ = [
     "EvolutionSettings",
     "Gradient",
     "GradientSettings",
-    "Guided",
-    "GuidedSettings",
     "Knapsack",
     "Lagrangian",
     "Learner",
@@ -35,8 +32,6 @@ __all__ = [
     "ReinforceSettings",
     "SavedPolicy",
     "SlopeAgent",
-    "Turns",
-    "TurnsSettings",
     "Uniform",
     "find",
     "make",

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.policy_file import SavedPolicy
+from compression.allocation.price_table import Tradeoff
 from compression.refusal import Refusal
 from compression.schedule import Schedule
 
@@ -45,6 +46,10 @@ class ProblemLike(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """The group of sites that each step decides about, such as "block_07" or "family_down"; names are unique."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the rows of the menu: units of sites that a bond joins, and single sites. Called sites below."""
 
     @property
     def target_kept(self) -> float:
@@ -90,6 +95,12 @@ class ProblemLike(Protocol):
     def around(self, offsets: NDArray[np.float64], residuals: NDArray[np.float64] | None = None) -> ProblemLike:
         """Returns the same problem with `weighted(offsets, residuals)` replacing the closed form."""
 
+    def costs(self, schedule: Schedule) -> NDArray[np.float64]:
+        """Predicted cost of every site in a schedule, (sites,), nats per token."""
+
+    def tradeoff(self, log_weights: NDArray[np.float64]) -> Tradeoff:
+        """Predicted cost of every site for n allocations by log weights, (n, sites), and its derivatives."""
+
     def probe(self, schedule: Schedule) -> Schedule:
         """Makes each site a little larger, or a little smaller if it is dense; the result may miss the target."""
 
@@ -128,6 +139,14 @@ class AgentContext:
     compression_weight: float = 1.0
     model: str = ""
     policy: SavedPolicy | None = None
+
+    def shard(self, schedule: Schedule, repeat: int) -> int:
+        """The shard that a measurement of `schedule` reads, 0 to shards − 1."""
+        return schedule.shard(repeat, self.shards)
+
+    def repeat(self, schedule: Schedule, shard: int) -> int:
+        """The `Proposal.repeat` with which a measurement of `schedule` reads a shard."""
+        return (shard - schedule.shard(0, self.shards)) % self.shards
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("budget", 0), ("shards", 1)):

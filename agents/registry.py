@@ -8,14 +8,13 @@ from importlib import import_module
 from agents.protocol import Agent, AgentContext, Learner, ProblemLike
 from compression.refusal import Refusal, nearest
 
-__all__ = ["NAMES", "find", "make"]
+__all__ = ["METHODS", "NAMES", "find", "make"]
 
 #: Name -> "module:callable"; the callable makes an agent from (problem, context).
 _AGENTS = {
     "bandit": "agents.bandit:Bandit",
     "evolution": "agents.evolution:Evolution",
     "gradient": "agents.gradient:Gradient",
-    "guided": "agents.guided:Guided",
     "knapsack": "agents.baselines:Knapsack",
     "lagrangian": "agents.baselines:Lagrangian",
     "optuna-cmaes": "agents.optuna_agents:cmaes",
@@ -23,7 +22,6 @@ _AGENTS = {
     "optuna-nsga2": "agents.optuna_pareto:OptunaPareto",
     "optuna-qmc": "agents.optuna_agents:qmc",
     "optuna-tpe": "agents.optuna_agents:tpe",
-    "portfolio": "agents.portfolio:portfolio",
     "ppo": "agents.ppo:Ppo",
     "ppo-masked": "agents.ppo:PpoMasked",
     "random": "agents.random_search:RandomSearch",
@@ -32,6 +30,9 @@ _AGENTS = {
 }
 
 NAMES: tuple[str, ...] = tuple(_AGENTS)
+
+METHODS = {"reinforce": "log prices of sites, with slopes"}
+"""What agents do that did something else under the same name in earlier versions; journals record it."""
 
 
 def find(name: str) -> Callable[[ProblemLike, AgentContext], Agent]:

@@ -1,313 +1,329 @@
-"""REINFORCE with a learned baseline, warm-started from the closed form. Contains the whole algorithm.
+"""REINFORCE over log prices, with a critic learned from slopes and rewards. Contains the whole algorithm.
 
-The policy (Williams 1992) chooses one level per step. At step t it keeps the group dense with probability sigmoid(d_t),
-else it takes rung l of the ladder with probability ∝ exp(−(o_l − μ_t)² / 2σ_t²), where o_l is the rung's offset and
-μ_t = b_t + w·observation_t. It starts with b = w = 0, so its mode, the first proposal, is the closed form.
+An action is a vector z of log weights, one for every site: it multiplies the predicted costs by exp(z), and the closed
+form is allocated with these. The policy (Williams 1992) is N(μ, V). It starts at μ = 0, so its mode, the first
+proposal, is the closed form.
 
-A trial costs forward passes of a language model, so a few hundred trials must suffice. The baseline is therefore
-strong: a critic Q (`agents.surrogate`) that predicts the reward of a whole episode from all trials so far. A baseline
-that depends on the actions biases the gradient unless its own gradient is added back, as in Q-Prop (Gu et al. 2017):
+A trial costs passes of a language model, so a few hundred must suffice. The critic Q (`agents.slope_critic`) is fitted
+to all slopes and rewards so far and predicts the quality of any z, with its gradient by z. A baseline that depends on
+the action biases the policy gradient unless its own gradient is added back, which is exact here since a sample is
+z = μ + V^½ ε (Q-Prop, Gu et al. 2017; stochastic value gradients, Heess et al. 2015):
 
-    ∇J  =  E[(R − Q) ∇log π] over real episodes  +  E[(Q − mean Q) ∇log π] over imagined episodes.
+    ∇_μ E[R]  =  E[(R − Q) V⁻¹(z − μ)] over real episodes  +  E[∇_z Q] over imagined episodes.
 
-Imagined episodes cost no trial: the policy samples them in antithetic pairs and the critic scores them. A round of
-learning follows every batch. It uses the first term once, while the policy is still the one that made the batch, and
-the second term at every gradient step. An entropy bonus that falls to 0 as the budget is spent keeps σ from shrinking
-early. Adam makes the steps.
+Proof: the score function gives ∇_μ E[R] = E[R V⁻¹(z − μ)], and by parts E[Q V⁻¹(z − μ)] = E[∇_z Q] under a Gaussian. So
+the sum is unbiased for any Q that was not fitted to these real episodes; the critic scores them before it learns from
+them. Real episodes come in mirrored pairs z = μ ± V^½ ε that read the same shard, so what a shard adds to all rewards
+cancels. The first term is noisy. It enters with the factor max(0, 1 − noise / ‖term‖²) (James & Stein 1961), where the
+noise is estimated from how pairs disagree: it counts where the critic is wrong beyond doubt. That factor is the only
+bias, and it vanishes as pairs are added.
 
-With several evaluators, the reward of an episode may arrive after the policy π has moved on from the policy π' that
-made the episode. The episode is then used in the first term of the next round, also once, with the weight
-min(1, π / π') (as in V-trace, Espeholt et al. 2018); for an episode whose reward arrives in time, that weight is 1. The
-critic uses all trials alike.
+A round ends with Newton steps on the right side, each shortened until it raises the expectation, with the critic's
+curvature H:
 
-Does not know models, and uses only the digests of schedules.
+    (H + β V⁻¹) Δ  =  gradient − β V⁻¹ (μ − μ_before).
+
+They are cut such that the KL of the new policy from the old one, ½ (μ − μ_before)ᵀ V⁻¹ (μ − μ_before), is at most ε per
+site (trust region, Schulman et al. 2015). V then becomes the critic's posterior covariance of the best z, in which
+blocks and families move together and each site on top of them, plus σ² I with a σ that falls with every look with
+slopes. So the policy explores what is not known yet (guided policy search, Levine & Koltun 2013).
+
+**Looks with and without slopes.** A look with slopes costs `SLOPES_COST` evaluations and is made at the policy's mode,
+on a shard that has given few slopes near there. A pair of looks without slopes costs two. Each round buys what the
+critic expects to lower its regret more per evaluation.
+
+Asks for the next round without rewards that are still missing; the critic uses them when they arrive, but a pair that
+another policy made is not used in the first term. Does not know models; uses the digests and sizes of schedules.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.batch_agent import BatchAgent
+from agents.ledger import Ledger
 from agents.policy_file import SavedPolicy
-from agents.protocol import AgentContext, ProblemLike, Proposal
-from agents.surrogate import Surrogate, without_outliers
+from agents.protocol import SLOPES_COST, AgentContext, ProblemLike, Proposal
+from agents.slope_critic import SlopeCritic
+from compression.refusal import Refusal
+from compression.schedule import Schedule
 
-__all__ = ["Policy", "Reinforce", "ReinforceSettings"]
+__all__ = ["Policy", "Reinforce", "ReinforceSettings", "policy_gradient", "shrunk"]
 
-_TRIES = 50  # rounds of sampling to fill a batch; if they yield nothing new, the neighbourhood counts as exhausted
+_TRIES = 30  # rounds of sampling, each wider, until a pair is new; then the neighbourhood counts as exhausted
 
 Floats = NDArray[np.float64]
-Levels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ReinforceSettings:
-    """Settings of REINFORCE; the defaults were chosen on synthetic costs, where halving or doubling changed little."""
+    """Settings of REINFORCE."""
 
-    batch: int = 10  # real episodes between two rounds of learning, including the greedy one
-    updates: int = 30  # gradient steps per round
-    imagined: int = 32  # imagined episodes per gradient step, an even number
-    learning_rate: float = 0.03  # of Adam, in log price
-    sigma: float = 0.3  # σ at the start, in log price
-    smallest_sigma: float = 0.05
-    largest_sigma: float = 0.6
-    entropy: float = 0.1  # bonus per nat at the start, in standard deviations of the critic's prediction; falls to 0
-    dense_groups: float = 0.1  # mean number of groups that an episode keeps dense at the start
-    memory: int = 400  # number of latest trials that the critic is fitted to
-    survivors: int = 0  # repeats per batch of the trials the critic rates highest; they gave no gain at 4 % noise
+    pairs: int = 3  # mirrored pairs of real episodes per round without slopes
+    imagined: int = 16  # mirrored pairs of imagined episodes
+    updates: int = 4  # Newton steps per round
+    trust: float = 0.4  # ε, nats per site
+    damping: float = 0.05  # β, as a fraction of the mean of H·V
+    sigma: float = 0.15  # part of V that is alike for all sites, in log price, at the start
+    slowing: float = 6.0  # number of looks with slopes after which it has halved
+    largest_sigma: float = 0.3  # of the part of V that the critic gives
+    reach: float = 2.5  # largest |μ|, in log price
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Policy:
-    """Sequential policy over (steps, levels). Its parameters are numbers per step and weights on the observation.
+    """Gaussian over the log weights of sites.
 
     Attributes:
-        problem: the problem whose episodes the policy samples.
-        rungs: offsets of the ladder, (levels − 1,).
-        features: observation at each step after closed-form choices, (steps, k), standardised, and 0 where all steps
-            observe the same. The actual prefix matters only for whether dense is legal.
-        legal: whether dense is legal at each step if no earlier step chose it, (steps,).
-        bias: b, (steps,).
-        weights: w, (k,).
-        log_sigma: log σ, (steps,).
-        dense_logit: d, (steps,).
+        mean: μ, (sites,).
+        covariance: V, (sites, sites), positive definite.
     """
 
-    problem: ProblemLike
-    rungs: Floats
-    features: Floats
-    legal: NDArray[np.bool_]
-    bias: Floats
-    weights: Floats
-    log_sigma: Floats
-    dense_logit: Floats
+    mean: Floats
+    covariance: Floats
 
-    @classmethod
-    def build(cls, problem: ProblemLike, settings: ReinforceSettings) -> Policy:
-        """Makes the warm start, a policy whose mode is the closed form."""
-        prefixes = [(problem.middle,) * step for step in range(problem.steps)]
-        seen = np.array([problem.observation(prefix) for prefix in prefixes], dtype=np.float64)
-        spread = seen.std(axis=0)
-        varies = spread > 1e-6
-        features = np.where(varies, seen - seen.mean(axis=0), 0.0) / np.where(varies, spread, 1.0)
-        chance = min(0.5, settings.dense_groups / problem.steps)
-        return cls(
-            problem=problem,
-            rungs=np.asarray(problem.offsets[:-1], dtype=np.float64),
-            features=features / max(1.0, np.sqrt(varies.sum())),
-            legal=np.array([problem.mask(prefix)[-1] for prefix in prefixes]),
-            bias=np.zeros(problem.steps),
-            weights=np.zeros(features.shape[1]),
-            log_sigma=np.full(problem.steps, np.log(settings.sigma)),
-            dense_logit=np.full(problem.steps, np.log(chance / (1 - chance))),
-        )
+    def sample(self, pairs: int, generator: np.random.Generator, widening: float = 1.0) -> Floats:
+        """Mirrored pairs of actions in neighbouring rows, (2·pairs, sites); `widening` multiplies V^½."""
+        noise = generator.standard_normal((pairs, len(self.mean))) @ np.linalg.cholesky(self.covariance).T
+        mirrored = np.stack([noise, -noise], axis=1).reshape(2 * pairs, -1)
+        return np.asarray(self.mean + widening * mirrored, dtype=np.float64)
 
-    @property
-    def mean(self) -> Floats:
-        """μ, (steps,)."""
-        return self.bias + self.features @ self.weights
-
-    def rung_probabilities(self, widening: float = 1.0) -> Floats:
-        """Probability of every rung given that the step is not dense, (steps, levels − 1); `widening` multiplies σ."""
-        logits = -0.5 * ((self.rungs - self.mean[:, None]) / (widening * np.exp(self.log_sigma)[:, None])) ** 2
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities: Floats = weights / weights.sum(axis=1, keepdims=True)
-        return probabilities
-
-    def arrays(self) -> dict[str, Floats]:
-        """The parameters by name."""
-        return {name: getattr(self, name) for name in ("bias", "weights", "log_sigma", "dense_logit")}
-
-    def mode(self) -> Levels:
-        """The greedy episode, (1, steps): the rung nearest to μ, or dense if its probability is above one half."""
-        rungs = np.abs(self.rungs - self.mean[:, None]).argmin(axis=1)
-        dense = (self.dense_logit > 0)[None]
-        return np.where(self._masked(dense)[0], len(self.rungs), rungs[None])
-
-    def sample(
-        self, count: int, generator: np.random.Generator, widening: float = 1.0
-    ) -> tuple[Levels, NDArray[np.bool_]]:
-        """Samples episodes, with the rungs in antithetic pairs; `widening` multiplies σ.
-
-        Returns:
-            The episodes and whether dense was legal at each of their steps, (count, steps) each.
-        """
-        half = generator.random((-(-count // 2), self.problem.steps))
-        uniform = np.stack([half, 1 - half], axis=1).reshape(-1, self.problem.steps)[:count]
-        below = np.cumsum(self.rung_probabilities(widening), axis=1)[:, :-1]
-        rungs = (uniform[:, :, None] > below).sum(axis=2)
-        dense, legal = self._masked(generator.random((count, self.problem.steps)) < 1 / (1 + np.exp(-self.dense_logit)))
-        return np.where(dense, len(self.rungs), rungs), legal
-
-    def _masked(self, dense: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Drops illegal dense choices.
-
-        Asks the problem only about episodes with dense choices, since masks cost time.
-
-        Args:
-            dense: wanted dense choices, (n, steps).
-
-        Returns:
-            The legal dense choices and whether dense was legal, (n, steps) each.
-        """
-        legal = np.tile(self.legal, (len(dense), 1))
-        dense = dense & legal
-        rows = np.flatnonzero(dense.any(axis=1))
-        if len(rows):
-            levels = np.full((len(rows), self.problem.steps), self.problem.middle)
-            for step in range(self.problem.steps):
-                legal[rows, step] = self.problem.mask(levels[:, :step])[:, -1]
-                dense[rows, step] &= legal[rows, step]
-                levels[dense[rows, step], step] = len(self.rungs)
-        return dense, legal
-
-    def score(self, actions: Levels, legal: NDArray[np.bool_], advantages: Floats) -> Floats:
-        """Mean over episodes of advantage·∇log π with respect to μ (times σ), log σ and d, (3, steps)."""
-        sigma, mean = np.exp(self.log_sigma), self.mean
-        probabilities = self.rung_probabilities()
-        distance = (self.rungs - mean[:, None]) / sigma[:, None]
-        dense = actions == len(self.rungs)
-        taken = (self.rungs[np.minimum(actions, len(self.rungs) - 1)] - mean) / sigma
-        first = np.where(dense, 0.0, taken - (probabilities * distance).sum(axis=1))
-        second = np.where(dense, 0.0, taken**2 - (probabilities * distance**2).sum(axis=1))
-        third = np.where(legal, dense - 1 / (1 + np.exp(-self.dense_logit)), 0.0)
-        weight = advantages / len(actions)
-        return np.stack([weight @ first, weight @ second, weight @ third])
-
-    def log_probability(self, actions: Levels, legal: NDArray[np.bool_]) -> Floats:
-        """Log-probability of episodes, (n,), given where dense was legal in them, (n, steps)."""
-        dense = actions == len(self.rungs)
-        rungs = np.log(self.rung_probabilities() + 1e-300)
-        taken = rungs[np.arange(self.problem.steps), np.minimum(actions, len(self.rungs) - 1)]
-        kept = -np.logaddexp(0.0, self.dense_logit)  # log of the probability of a rung where dense is legal
-        by_step = np.where(dense, kept + self.dense_logit, taken + np.where(legal, kept, 0.0))
-        probability: Floats = by_step.sum(axis=1)
-        return probability
-
-    def entropy_gradient(self) -> Floats:
-        """Derivative of the rungs' entropy by log σ, (steps,): ½·Var((o − μ)²/σ²), near 1 within the ladder."""
-        squared = ((self.rungs - self.mean[:, None]) / np.exp(self.log_sigma)[:, None]) ** 2
-        probabilities = self.rung_probabilities()
-        centred = squared - (probabilities * squared).sum(axis=1, keepdims=True)
-        gradient: Floats = 0.5 * (probabilities * centred**2).sum(axis=1)
-        return gradient
-
-    def climb_(self, gradient: Floats, entropy: float, adam: _Adam, settings: ReinforceSettings) -> None:
-        """Makes one gradient step. Removes the mean over the steps of the gradient by μ, as it changes no schedule."""
-        centre = gradient[0] - gradient[0].mean()
-        spread = gradient[1] + entropy * self.entropy_gradient()
-        step = adam.step(np.concatenate([centre, self.features.T @ centre, spread, gradient[2]]))
-        bias, weights, log_sigma, dense = np.split(
-            step, np.cumsum([self.problem.steps, self.features.shape[1], self.problem.steps])
-        )
-        self.bias = np.clip(self.bias + bias, self.rungs[0], self.rungs[-1])
-        self.weights = self.weights + weights
-        limits = np.log(settings.smallest_sigma), np.log(settings.largest_sigma)
-        self.log_sigma = np.clip(self.log_sigma + log_sigma, *limits)
-        self.dense_logit = np.clip(self.dense_logit + dense, -10.0, 10.0)
+    def score(self, actions: Floats) -> Floats:
+        """Gradient of the log-probability by μ, (n, sites) -> (n, sites)."""
+        return np.asarray(np.linalg.solve(self.covariance, (actions - self.mean).T).T, dtype=np.float64)
 
 
-@dataclass
-class _Adam:
-    """Adam (Kingma & Ba 2015) for gradient ascent on one vector, with β₁ = 0.8 and β₂ = 0.95."""
+def policy_gradient(
+    policy: Policy, critic: SlopeCritic, imagined: Floats, actions: Floats, rewards: Floats
+) -> tuple[Floats, Floats]:
+    """The two terms of the policy gradient, see the module: over real and over imagined episodes, (sites,) each.
 
-    rate: float
-    first: Floats | float = 0.0
-    second: Floats | float = 0.0
-    count: int = 0
+    Args:
+        imagined: actions sampled from the policy, (m, sites).
+        actions: real actions in mirrored pairs, (n, sites).
+        rewards: their rewards, (n,); the critic must not have been fitted to them.
 
-    def step(self, gradient: Floats) -> Floats:
-        self.count += 1
-        self.first = 0.8 * self.first + 0.2 * gradient
-        self.second = 0.95 * self.second + 0.05 * gradient**2
-        mean = self.first / (1 - 0.8**self.count)
-        return np.asarray(self.rate * mean / (np.sqrt(self.second / (1 - 0.95**self.count)) + 1e-3))
+    Returns:
+        The contributions of single pairs to the first term, (n / 2, sites), whose mean is the term, and the second.
+    """
+    residuals = (rewards - critic(actions))[:, None] * policy.score(actions)
+    return (residuals[::2] + residuals[1::2]) / 2, critic.gradient(imagined)[0].mean(axis=0)
 
 
-class Reinforce(BatchAgent):
+def shrunk(terms: Floats) -> Floats:
+    """The mean of independent estimates, (n, sites), times the positive part of 1 − its noise / its square (Stein)."""
+    mean: Floats = terms.mean(axis=0)
+    noise = float(terms.var(axis=0, ddof=1).sum()) / len(terms)
+    return mean * max(0.0, 1 - noise / max(float(mean @ mean), 1e-300))
+
+
+@dataclass(eq=False)
+class _Episode:
+    """An action with its measurement: a proposal without reward yet, or with one."""
+
+    action: Floats
+    cost: Floats  # predicted, by site
+    shard: int
+    reward: float = np.nan  # without the term of the size
+
+
+class Reinforce:
     """See the module."""
 
     name = "reinforce"
 
     def __init__(self, problem: ProblemLike, context: AgentContext, settings: ReinforceSettings | None = None) -> None:
-        super().__init__(problem, context)
         self.settings = settings or ReinforceSettings()
-        self.policy = Policy.build(problem, self.settings)
+        self.critic = SlopeCritic(problem, context.shards)
+        self._problem, self._context = problem, context
+        self._generator = np.random.default_rng(context.seed)
+        self._ledger = Ledger(context)
+        self._planned: list[Proposal] = []
+        self._open: dict[tuple[str, int], _Episode] = {}
+        self._pairs: list[tuple[_Episode, _Episode]] = []  # those that the present policy made
+        self._news: list[_Episode] = []  # episodes that the critic does not know yet
+        self._mirrored = 0  # pairs made so far
+        self._known = 0  # what the critic knew in the last round
+        self._modes: list[Floats] = []
+        self.policy = Policy(np.zeros(len(problem.sites)), self._covariance())
         if context.policy is not None:
-            start = context.policy.restore(
-                self.name, context.model, problem.names, problem.offsets, self.policy.arrays()
-            )
-            for name, values in start.items():
-                setattr(self.policy, name, values)
-        self.surrogate = Surrogate(problem)
-        self._adam = _Adam(self.settings.learning_rate)
-        # Samples not learned from yet: where dense was legal, and their log-probability when they were sampled.
-        self._sampled: dict[tuple[int, ...], tuple[NDArray[np.bool_], float]] = {}
-        self._learned = 0
+            self.policy = Policy(**self._restored(context.policy))
+
+    def ask(self, count: int) -> list[Proposal]:
+        """See `agents.Agent`."""
+        self._ledger.check(count)
+        if not self._planned and self._ledger.left:
+            self._plan()
+        given, self._planned = self._planned[:count], self._planned[count:]
+        return given
+
+    def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
+        """See `agents.SlopeAgent`. A site whose slope is missing or not finite counts as not measured."""
+        assert proposal.probe is not None
+        measured, predicted = self._problem.gains(proposal.schedule, proposal.probe, slopes)
+        known = np.array([name in slopes for name in self._problem.sites])
+        episode = self._open[proposal.schedule.digest, proposal.repeat]
+        then = self._problem.costs(proposal.probe)
+        self.critic.add_slopes(episode.shard, episode.cost, then, np.where(known, measured, np.nan), predicted)
+
+    def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
+        """See `agents.Agent`."""
+        self._ledger.close(proposals, rewards)
+        for proposal, reward in zip(proposals, rewards, strict=True):
+            episode = self._open.pop((proposal.schedule.digest, proposal.repeat))
+            size = self._context.compression_weight * (1 - self._problem.kept(proposal.schedule))
+            episode.reward = float(reward) - size
+            self._news.append(episode)
 
     def recommend(self, count: int) -> list[Proposal]:
-        """See `agents.Agent`. Puts the policy's mode first, then the trials by the reward that the critic predicts."""
+        """See `agents.Agent`.
+
+        Puts the mean over the second half of the rounds of the policy's mode first (Polyak & Juditsky 1992), then the
+        modes, the latest first, then the trials of highest reward.
+        """
         self._learn()
-        if not self._learned:
+        if not self._modes:
             return self._ledger.best(count)
-        return self._distinct(np.vstack([self.policy.mode(), self._believed(self.surrogate)]), count)
+        late = np.mean(self._modes[len(self._modes) // 2 :], axis=0)
+        found = {one.digest: Proposal(one, None) for one in map(self._schedule, (late, *self._modes[::-1]))}
+        for proposal in self._ledger.best(count):
+            found.setdefault(proposal.schedule.digest, Proposal(proposal.schedule, None))
+        return list(found.values())[:count]
 
     def saved_policy(self) -> SavedPolicy:
-        """See `agents.Learner`. Learns from all rewards first; does not save Adam's moments."""
+        """See `agents.Learner`. Learns from all rewards first; does not save what the critic knows."""
         self._learn()
         return SavedPolicy(
             agent=self.name,
             model=self._context.model,
             target_kept=self._problem.target_kept,
             steps=self._problem.names,
-            rungs=tuple(self.policy.rungs.tolist()),
+            rungs=tuple(self._problem.offsets[:-1].tolist()),
             settings=asdict(self.settings),
-            arrays=self.policy.arrays(),
+            arrays=self._arrays(),
         )
 
+    def _arrays(self) -> dict[str, Floats]:
+        return {"mean": self.policy.mean, "covariance": self.policy.covariance}
+
+    def _restored(self, saved: SavedPolicy) -> dict[str, Floats]:
+        """The arrays of a saved policy.
+
+        Raises:
+            Refusal: as `SavedPolicy.restore`, or the policy is of the earlier agent of this name.
+        """
+        if saved.agent == self.name and "bias" in saved.arrays:
+            raise Refusal(
+                "the policy was learned by an earlier reinforce, which chose levels of steps, and cannot be continued; "
+                "start from the prior.json of its run with --prior"
+            )
+        names, offsets = self._problem.names, self._problem.offsets
+        return saved.restore(self.name, self._context.model, names, offsets, self._arrays())
+
+    def _schedule(self, action: Floats) -> Schedule:
+        return self._problem.weighted(np.zeros(self._problem.steps), action)
+
+    def _covariance(self) -> Floats:
+        """V: the critic's covariance of log ω, within the limits of σ."""
+        settings, found = self.settings, self.critic.covariance
+        widest = float(np.sqrt(np.diag(found).max()))
+        shrunk = found * min(1.0, settings.largest_sigma / widest) ** 2
+        sigma = settings.sigma / (1 + self.critic.passes / settings.slowing)
+        covariance: Floats = shrunk + sigma**2 * np.eye(len(found))
+        return covariance
+
     def _plan(self) -> None:
-        """Fills the batch with the policy's mode and samples; samples again, with larger σ, until enough are new."""
+        """Buys a look with slopes at the mode or pairs without, whichever the critic expects to be worth more."""
         self._learn()
-        count = min(self.settings.batch, self._ledger.left)
-        self._enter(self._proposal(self.policy.mode()[0]))
-        if self._learned:
-            for levels in self._believed(self.surrogate)[: min(self.settings.survivors, count - len(self._planned))]:
-                proposal = self._proposal(levels)
-                self._enter(replace(proposal, repeat=len(self.record(proposal).rewards)))
+        worth, shards = self.critic.worth_of_slopes()
+        sloped = not self.critic.passes or worth > self.critic.worth_of_looks(self.policy.sample(4, self._generator))
+        if sloped and self._look(self.policy.mean, shards, slopes=True) is not None:
+            return
+        for _ in range(self.settings.pairs):
+            self._look_both_ways()
+
+    def _look_both_ways(self) -> None:
+        """Plans a mirrored pair on one shard; samples again, wider, until both schedules are new on that shard."""
+        shard = self._mirrored % self._context.shards
         for attempt in range(_TRIES):
-            if len(self._planned) >= count:
+            actions = self.policy.sample(1, self._generator, 1.1**attempt)
+            pair = [episode for action in actions if (episode := self._look(action, [shard])) is not None]
+            if len(pair) == 2 and not attempt:
+                self._pairs.append((pair[0], pair[1]))
+            if pair:  # of a pair, one may be known on this shard already, or too dear
+                self._mirrored += 1
                 return
-            actions, legal = self.policy.sample(2 * (-(-count // 2)), self._generator, 1.1**attempt)
-            chance = self.policy.log_probability(actions, legal)
-            for row in range(len(actions)):
-                if len(self._planned) < count and self._enter(self._proposal(actions[row])) and not attempt:
-                    self._sampled[tuple(actions[row].tolist())] = legal[row], float(chance[row])
+
+    def _look(self, action: Floats, shards: Iterable[int], slopes: bool = False) -> _Episode | None:
+        """Plans a measurement of an action on the first shard where it is new; None if there is none.
+
+        If the rest of the budget does not pay for slopes, the same measurement is made without, so that a search with
+        a larger budget proposes the same schedules in the same order.
+        """
+        schedule = self._schedule(action)
+        probe = self._problem.probe(schedule) if slopes and self._ledger.left >= SLOPES_COST else None
+        for shard in shards if self._ledger.left else ():
+            proposal = Proposal(schedule, None, self._context.repeat(schedule, shard), probe)
+            if self._ledger.add(proposal):
+                self._planned.append(proposal)
+                episode = _Episode(action, self._problem.costs(schedule), shard)
+                self._open[schedule.digest, proposal.repeat] = episode
+                return episode
+        return None
 
     def _learn(self) -> None:
-        """Refits the critic and improves the policy, if there are three trials and new rewards since the last call."""
-        settings = self.settings
-        actions, rewards = self.trials
-        if len(rewards) < 3 or len(rewards) == self._learned:
+        """Refits the critic and improves the policy, if there are rewards since the last call."""
+        if not self._news:
             return
-        self._learned = len(rewards)
-        actions, rewards = actions[-settings.memory :], rewards[-settings.memory :]
-        remembered = [tuple(levels) for levels in actions.tolist()]
-        residuals = self.surrogate.fit(actions, without_outliers(rewards))
-        entropy = settings.entropy * max(0.0, 1 - self._learned / self._context.budget)
-        real = [row for row, levels in enumerate(remembered) if levels in self._sampled]
-        for update in range(settings.updates):
-            imagined, legal = self.policy.sample(settings.imagined, self._generator)
-            returns = self.surrogate(imagined)
-            spread = float(returns.std()) + 1e-12
-            gradient = self.policy.score(imagined, legal, (returns - returns.mean()) / spread)
-            if real and update == 0:
-                legal = np.array([self._sampled[remembered[row]][0] for row in real])
-                before = np.array([self._sampled[remembered[row]][1] for row in real])
-                weight = np.exp(np.minimum(0.0, self.policy.log_probability(actions[real], legal) - before))
-                gradient = gradient + self.policy.score(actions[real], legal, weight * residuals[real] / spread)
-            self.policy.climb_(gradient, entropy, self._adam, settings)
-        for row in real:
-            self._sampled.pop(remembered[row], None)
+        paid = self._paid_back()
+        for episode in self._news:
+            self.critic.add_quality(episode.shard, episode.cost, episode.reward)
+        self._news, self._pairs = [], []
+        if self.critic.known == self._known:
+            return  # all failed
+        self._known = self.critic.known
+        self.critic.fit(self.policy.mean)
+        self._improve(paid)
+        self._modes.append(self.policy.mean)
+
+    def _paid_back(self) -> Floats:
+        """The first term of the policy gradient, shrunk by its noise; 0 before two pairs have their rewards."""
+        told = [pair for pair in self._pairs if all(np.isfinite(one.reward) for one in pair)]
+        if len(told) < 2:
+            return np.zeros_like(self.policy.mean)
+        actions = np.stack([one.action for pair in told for one in pair])
+        rewards = np.array([one.reward for pair in told for one in pair])
+        terms, _ = policy_gradient(self.policy, self.critic, actions, actions, rewards)
+        return shrunk(terms)
+
+    def _improve(self, paid: Floats) -> None:
+        """Makes the Newton steps of a round; see the module."""
+        settings, before = self.settings, self.policy
+        deviations = before.sample(settings.imagined, self._generator) - before.mean
+        mean = before.mean
+        value = self._expected(mean, deviations, paid)
+        for _ in range(settings.updates):
+            gradient, curvature = (one.mean(axis=0) for one in self.critic.gradient(mean + deviations))
+            beta = settings.damping * float((curvature * np.diag(before.covariance)).mean()) + 1e-12
+            system = before.covariance * curvature + beta * np.eye(len(mean))
+            step = np.linalg.solve(system, before.covariance @ (gradient + paid) - beta * (mean - before.mean))
+            for shorter in (1.0, 0.5, 0.25, 0.125):
+                tried = self._expected(mean + shorter * step, deviations, paid)
+                if tried > value:
+                    mean, value = mean + shorter * step, tried
+                    break
+            else:
+                break
+        moved = mean - before.mean
+        moved -= moved.mean()
+        divergence = 0.5 * float(moved @ np.linalg.solve(before.covariance, moved)) / len(moved)
+        moved *= min(1.0, np.sqrt(settings.trust / max(divergence, 1e-12)))
+        mean = np.clip(before.mean + moved, -settings.reach, settings.reach)
+        self.policy = Policy(mean, self._covariance())
+
+    def _expected(self, mean: Floats, deviations: Floats, paid: Floats) -> float:
+        """Expected quality of a policy with this mean, by imagined episodes, with the first term of the gradient."""
+        return float(self.critic(mean + deviations).mean()) + float(paid @ mean)

@@ -106,6 +106,13 @@ class Schedule:
         """SHA-256 of the canonical JSON, 64 hexadecimal digits."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def shard(self, repeat: int, shards: int) -> int:
+        """Returns which of `shards` sets of data measurement number `repeat` of this schedule reads, from 0.
+
+        The digest picks the set for repeat 0, and each further repeat reads the next set.
+        """
+        return (int(self.digest[:8], 16) + repeat) % shards
+
     def to_json(self) -> str:
         """Returns the canonical JSON without spaces: per site a list [name, topology, chi, metric], and its widths."""
         rows = [

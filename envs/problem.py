@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from compression.allocation.closed_form import lagrangian, to_schedule, uniform
 from compression.allocation.knapsack import knapsack
 from compression.allocation.menu import Menu
-from compression.allocation.price_table import Frontier
+from compression.allocation.price_table import Frontier, Tradeoff
 from compression.refusal import Refusal
 from compression.schedule import Schedule
 from envs.groups import Group, group_sites
@@ -125,6 +125,11 @@ class Problem:
     def names(self) -> tuple[str, ...]:
         """Names of the groups."""
         return tuple(group.name for group in self.groups)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the rows of the menu: units of sites that a bond joins, and single sites."""
+        return tuple(row.site.name for row in self.menu.sites)
 
     @property
     def middle(self) -> int:
@@ -316,6 +321,19 @@ class Problem:
         dense = levels == self.dense_level
         weights = np.where(dense, 0.0, self.offsets[np.minimum(levels, self.levels - 2)]) @ self.membership.T
         return self.frontier.costs(self.base + weights, (dense @ self.membership.T) > 0) @ self.membership
+
+    def costs(self, schedule: Schedule) -> NDArray[np.float64]:
+        """Returns the predicted cost of every site in a schedule, (sites,), nats per token."""
+        pairs = zip(self.menu.sites, self._indices(schedule), strict=True)
+        return np.array([site.cost[index] for site, index in pairs], dtype=np.float64)
+
+    def tradeoff(self, log_weights: NDArray[np.float64]) -> Tradeoff:
+        """Predict the cost of every site for n allocations with these log weights, (n, sites), and its derivatives.
+
+        As `forecast`, it uses the tables of the frontier, here smoothed. The log weights are added to `base`; no site
+        is forced dense.
+        """
+        return self.frontier.tradeoff(self.base + np.atleast_2d(log_weights))
 
     @cached_property
     def membership(self) -> NDArray[np.float64]:

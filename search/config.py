@@ -21,6 +21,7 @@ from search.runtime.files import is_text, user_path
 __all__ = [
     "AFTERWARDS",
     "AGENTS",
+    "ATTENTIONS",
     "EARLIER",
     "EVALUATORS",
     "EXPERT_FORMS",
@@ -33,6 +34,7 @@ __all__ = [
     "PROXY_FORMS",
     "QUICK",
     "RECORDED",
+    "RETIRED",
     "SERVE",
     "Config",
     "Dtype",
@@ -45,13 +47,13 @@ ProxyForm = Literal["answer", "letter"]
 Export = Literal["none", "hf", "dense", "gguf-ready", "plain", "gguf"]
 Serve = Literal["transformers", "vllm", "llama.cpp"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Granularity = Literal["block", "family", "site", "head", "block+family"]
 
 AGENTS = (
     "bandit",
     "evolution",
     "gradient",
-    "guided",
     "knapsack",
     "lagrangian",
     "optuna-cmaes",
@@ -59,14 +61,15 @@ AGENTS = (
     "optuna-nsga2",
     "optuna-qmc",
     "optuna-tpe",
-    "portfolio",
     "ppo",
     "ppo-masked",
     "random",
     "reinforce",
     "uniform",
 )
-PLANNERS = ("guided", "portfolio", "ppo", "ppo-masked", "reinforce")
+RETIRED = ("guided", "portfolio")
+"""Agents of earlier versions. Their runs can still be read, healed and exported; they search no more."""
+PLANNERS = ("ppo", "ppo-masked")
 """Agents that plan with their budget: with another budget they would have proposed other schedules."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
@@ -76,6 +79,7 @@ _PLAIN_EXPORTS: Mapping[str, str] = {"vllm": "plain", "llama.cpp": "gguf"}
 FORMS: tuple[str, ...] = get_args(Form)
 EXPERT_FORMS: tuple[str, ...] = get_args(ExpertForm)
 DTYPES: tuple[str, ...] = get_args(Dtype)
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
@@ -244,6 +248,9 @@ class Config(BaseModel):
     dtype: Dtype = _name(_DATA, "auto", DTYPES)
     """Data type of the model's parameters; auto uses bfloat16 where the hardware multiplies it and float32 elsewhere. A
     resumed run keeps its data type on every machine."""
+    attention: Attention = _name(_DATA, "auto", ATTENTIONS)
+    """How transformers computes the attention of the model; auto uses PyTorch's fused attention (sdpa), or eager where
+    the architecture has no other."""
     threads: int | None = _whole(_DATA, None, 1, 1024)
     """CPU threads to use. Default: as many as PyTorch chooses."""
 
@@ -339,7 +346,7 @@ class Config(BaseModel):
     @field_validator("agent")
     @classmethod
     def _is_an_agent(cls, value: str) -> str:
-        if value not in AGENTS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        if value not in (*AGENTS, *RETIRED) and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
             raise Refusal(value)
         return value
 
@@ -549,6 +556,7 @@ def _one_line(error: ValidationError) -> str:
     names = {
         "agent": AGENTS,
         "dtype": DTYPES,
+        "attention": ATTENTIONS,
         "optimize": OPTIMIZE,
         "proxy": PROXIES,
         "proxy_form": PROXY_FORMS,

@@ -9,17 +9,45 @@ the exact `compression.allocation.closed_form.lagrangian`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compression.allocation.menu import Menu
 
-__all__ = ["Frontier"]
+__all__ = ["Frontier", "Tradeoff"]
 
 _SPAN = 5.0  # extent of the grid on both sides of the closed-form price, in log price
 _CELLS = 500  # number of grid points
 _HALVINGS = 12  # number of bisection steps; 10 / 2^12 is finer than a cell
+_WINDOW = 12  # cells on both sides over which the tables are averaged to be smooth, 0.24 in log price
+_FINE_HALVINGS = 30  # number of bisection steps for smooth tables
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Describes smoothed allocations and how they answer to their log weights, with arrays of shape (n, sites).
+
+    Raising the log weight of site j lowers the cost of that site by `rise[j]` and, because the price then rises for
+    all sites, raises the cost of every site i by `share[j]·rise[i]`. The size stays the same.
+
+    Attributes:
+        cost: predicted KL of every site, nats per token.
+        rise: derivative of that cost by the log price of the site, at least 0.
+        share: fraction of the parameters freed by a small increase in price that site j frees; each row adds up to 1,
+            or to 0 if no site frees any.
+    """
+
+    cost: NDArray[np.float64]
+    rise: NDArray[np.float64]
+    share: NDArray[np.float64]
+
+    def gradient(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns the derivative of Σ weights·cost by every log weight, (sites,) -> (n, sites)."""
+        marginal = weights * self.rise
+        found: NDArray[np.float64] = self.share * marginal.sum(axis=1, keepdims=True) - marginal
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +126,46 @@ class Frontier:
             low, high = np.where(over, middle, low), np.where(over, high, middle)
         cost: NDArray[np.float64] = self.cost[sites, self._cell(high[:, None] - log_weights)]
         return np.where(dense, 0.0, cost)
+
+    def tradeoff(self, log_weights: NDArray[np.float64]) -> Tradeoff:
+        """Returns smoothed costs at the price that meets the target, and their derivatives, for (n, sites) log weights.
+
+        The tables are averaged over neighbouring prices and interpolated linearly, so that the derivatives are those of
+        the costs, exactly, almost everywhere.
+        """
+        parameters, cost = self._smooth
+        low, high = np.full(len(log_weights), self.grid[0]), np.full(len(log_weights), self.grid[-1])
+        for _ in range(_FINE_HALVINGS):
+            middle = (low + high) / 2
+            over = self._read(parameters, middle[:, None] - log_weights)[0].sum(axis=1) > self.target_parameters
+            low, high = np.where(over, middle, low), np.where(over, high, middle)
+        at = high[:, None] - log_weights
+        (_, freed), (found, rise) = self._read(parameters, at), self._read(cost, at)
+        total = freed.sum(axis=1, keepdims=True)
+        return Tradeoff(found, rise, np.divide(freed, total, out=np.zeros_like(freed), where=total < 0))
+
+    @cached_property
+    def _smooth(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Tables of parameters and cost, averaged over the window around every cell."""
+        width = 2 * _WINDOW + 1
+        smoothed = []
+        for table in (self.parameters, self.cost):
+            padded = np.pad(table, ((0, 0), (_WINDOW + 1, _WINDOW)), mode="edge").cumsum(axis=1)
+            smoothed.append((padded[:, width:] - padded[:, :-width]) / width)
+        return smoothed[0], smoothed[1]
+
+    def _read(
+        self, table: NDArray[np.float64], log_price: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Interpolated entries of a table and their derivatives by the log price, (n, sites) each."""
+        width = self.grid[1] - self.grid[0]
+        place = (log_price - self.grid[0]) / width
+        inside = (place >= 0) & (place < _CELLS - 1)
+        cell = np.clip(place, 0, _CELLS - 2).astype(np.int64)
+        sites = np.arange(len(table))
+        left, step = table[sites, cell], table[sites, cell + 1] - table[sites, cell]
+        value = left + np.clip(place - cell, 0.0, 1.0) * step
+        return value, np.where(inside, step / width, 0.0)
 
     def _cell(self, log_price: NDArray[np.float64]) -> NDArray[np.int64]:
         width = self.grid[1] - self.grid[0]

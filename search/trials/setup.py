@@ -15,7 +15,7 @@ from search.evaluation.score import Score
 from search.experiment.experiment import Experiment
 from search.reporting.frames import csv_text, read_records
 from search.runtime.files import write_whole
-from search.runtime.run_folder import TRIALS
+from search.runtime.run_folder import ENVIRONMENT, TRIALS
 from search.trials.journal import Journal, refuse_another, stored_fingerprint, stored_trials
 from search.trials.starting_point import StartingPoint
 
@@ -24,6 +24,7 @@ __all__ = [
     "fingerprint_defaults",
     "make_agent",
     "open_journal",
+    "refuse_earlier_agent",
     "refuse_lost_trials",
     "refuse_other_search",
     "reward_of",
@@ -50,11 +51,17 @@ def fingerprint(config: Config, experiment: Experiment, start: StartingPoint) ->
     }
 
 
+def _method(config: Config) -> dict[str, object]:
+    """What the journals of an agent record that did something else in earlier versions."""
+    return {"method": agents.METHODS[config.agent]} if config.agent in agents.METHODS else {}
+
+
 def open_journal(path: Path, config: Config, experiment: Experiment, problem: Problem, start: StartingPoint) -> Journal:
     """Open the journal of a search by `config.agent`; raises ValueError as `Journal` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_lost_trials(path)
-    own = fingerprint(config, experiment, start)
+    refuse_earlier_agent(path, config)
+    own = fingerprint(config, experiment, start) | _method(config)
     journal = Journal(path, own, problem.names, problem.levels, fingerprint_defaults())
     if not (table := path.with_name(TRIALS)).exists():  # from here on, `refuse_lost_trials` knows of the journal
         write_whole(table, csv_text(journal.rows()))
@@ -83,7 +90,23 @@ def refuse_lost_trials(path: Path) -> None:
 
 def refuse_other_search(path: Path, config: Config, experiment: Experiment, start: StartingPoint) -> None:
     """Refuse to continue the journal of another search before anything is computed; raises ValueError as `Journal`."""
-    refuse_another(path, fingerprint(config, experiment, start), fingerprint_defaults())
+    refuse_earlier_agent(path, config)
+    refuse_another(path, fingerprint(config, experiment, start) | _method(config), fingerprint_defaults())
+
+
+def refuse_earlier_agent(path: Path, config: Config) -> None:
+    """Refuse to continue the journal of an agent that had the same name in an earlier version and worked differently.
+
+    Raises:
+        Refusal: `config.agent` would not make the trials of the journal again.
+        OSError: as `search.trials.journal.stored_fingerprint`.
+    """
+    stored = stored_fingerprint(path)
+    if stored is not None and stored.get("method") != _method(config).get("method"):
+        raise Refusal(
+            f"{path} was searched by an earlier agent of the name {config.agent}, which this version cannot continue; "
+            f"start a new search, or continue with the version in {path.with_name(ENVIRONMENT)}"
+        )
 
 
 def fingerprint_defaults() -> dict[str, object]:

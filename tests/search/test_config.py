@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+import agents
 from compression.refusal import Refusal, nearest
-from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, RECORDED, Config, read_fields
+from search.config import AGENTS, GRANULARITIES, PROXIES, PROXY_FORMS, QUICK, RECORDED, RETIRED, Config, read_fields
 from search.trials.fingerprints import with_defaults
 
 
@@ -277,3 +278,10 @@ def test_an_engine_without_factors_decides_form_and_export(engine, form, export)
 def test_what_an_engine_cannot_run_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Config.of(values)
+
+
+@pytest.mark.parametrize("agent", RETIRED)
+def test_the_configuration_of_a_run_by_a_retired_agent_is_still_read_and_the_agent_is_not_made(agent):
+    assert Config.of({"agent": agent}).agent == agent
+    with pytest.raises(ValueError, match="agent must be one of bandit"):
+        agents.find(agent)

@@ -23,7 +23,7 @@ __all__ = ["fake_data"]
 
 
 @pytest.mark.usefixtures("fake_data")
-@pytest.mark.parametrize("agent, budget", [("reinforce", 6), ("gradient", 18)])
+@pytest.mark.parametrize("agent, budget", [("reinforce", 18), ("gradient", 18)])
 @pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     agent: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -21,7 +21,7 @@ from search.evaluation.score import Score
 from search.trials.journal import Journal, Record
 from search.trials.loop import Trial, run_agent
 
-ONE_BY_ONE = ("gradient", "guided", "portfolio")  # the next proposal needs the slopes of the last
+ONE_BY_ONE = ("gradient",)  # the next proposal needs the slopes of the last
 ONE_SCHEDULE = ("knapsack", "lagrangian", "uniform")
 SEARCHERS = [name for name in agents.NAMES if name not in (*ONE_BY_ONE, *ONE_SCHEDULE)]
 LEARNERS = ("reinforce", "evolution", "optuna-tpe", "bandit")
