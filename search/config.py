@@ -35,6 +35,7 @@ __all__ = [
     "QUICK",
     "RECORDED",
     "RETIRED",
+    "SERVE",
     "Config",
     "Dtype",
     "absolute_name",
@@ -43,7 +44,8 @@ __all__ = [
 
 OptimizeFor = Literal["memory", "latency"]
 ProxyForm = Literal["answer", "letter"]
-Export = Literal["none", "hf", "dense", "gguf-ready"]
+Export = Literal["none", "hf", "dense", "gguf-ready", "plain", "gguf"]
+Serve = Literal["transformers", "vllm", "llama.cpp"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Granularity = Literal["block", "family", "site", "head", "block+family"]
@@ -71,6 +73,9 @@ PLANNERS = ("ppo", "ppo-masked")
 """Agents that plan with their budget: with another budget they would have proposed other schedules."""
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
+SERVE: tuple[str, ...] = get_args(Serve)
+_PLAIN_EXPORTS: Mapping[str, str] = {"vllm": "plain", "llama.cpp": "gguf"}
+"""The format that an engine loads which has no factored matrices."""
 FORMS: tuple[str, ...] = get_args(Form)
 EXPERT_FORMS: tuple[str, ...] = get_args(ExpertForm)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -171,6 +176,10 @@ class Config(BaseModel):
     form: Form = _name("search", "any", FORMS, "FORM")
     """What the matrices may become: plain, smaller dense matrices, because MLPs lose hidden units and attentions lose
     heads; factors, each matrix decomposed by itself; or any, both together, which costs the least quality."""
+    serve: Serve = _name("search", "transformers", SERVE, "ENGINE")
+    """Engine that is to run the result. vllm and llama.cpp have no factored matrices: form is then plain, and export
+    plain or gguf. For vllm an attention keeps all of its heads or none, since its models with blocks of different
+    widths have one number of heads."""
     width_multiple: int | None = _whole("search", None, 1, 65536)
     """Rows and columns that lost units or heads leave are multiples of this. Default: what the device multiplies
     fast."""
@@ -316,6 +325,12 @@ class Config(BaseModel):
     def _fill_in_quick_sizes(cls, values: Any) -> Any:
         return {**QUICK, **values} if isinstance(values, dict) and values.get("quick") is True else values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_what_the_engine_runs(cls, values: Any) -> Any:
+        engine = str(values.get("serve")) if isinstance(values, dict) else ""
+        return {"form": "plain", "export": _PLAIN_EXPORTS[engine], **values} if engine in _PLAIN_EXPORTS else values
+
     @field_validator("evaluators", mode="before")
     @classmethod
     def _is_a_word(cls, value: object) -> object:
@@ -381,6 +396,14 @@ class Config(BaseModel):
     def _has_the_widths_it_rounds(self) -> Self:
         if self.form == "factors" and self.width_multiple is not None:
             raise Refusal("width_multiple needs form any or plain; with form factors no width changes")
+        return self
+
+    @model_validator(mode="after")
+    def _is_run_by_its_engine(self) -> Self:
+        if self.serve in _PLAIN_EXPORTS and self.form != "plain":
+            raise Refusal(f"serve {self.serve} needs form plain, since it has no factored matrices; got {self.form}")
+        if self.export in _PLAIN_EXPORTS.values() and self.form != "plain":
+            raise Refusal(f"export {self.export} holds no factored matrices; it needs form plain, got {self.form}")
         return self
 
     @model_validator(mode="after")

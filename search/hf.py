@@ -23,6 +23,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
                     check_places(module, dict(module.named_buffers()))
             except ValueError as error:
                 raise Refusal(f"compressed module {name}: {error}") from None
+        # transformers refuses these two for whatever has a quantizer, though nothing here needs one dtype
+        model.half, model.float = partial(model.to, torch.float16), partial(model.to, torch.float32)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

@@ -30,6 +30,7 @@ __all__ = [
     "nested_options",
     "tail_costs",
     "undominated",
+    "whole",
     "worth_their_time",
 ]
 
@@ -223,6 +224,16 @@ def aligned(options: SiteMenu, entries: int) -> SiteMenu:
     chis = [0 if isinstance(choice, Joint) else choice.chi for choice in options.choices]
     kept = [index for index, chi in enumerate(chis) if index in (0, last) or chi % entries == 0]
     return options if len(kept) < FEWEST else _only(options, kept)
+
+
+def whole(options: SiteMenu) -> SiteMenu:
+    """Returns the menu of a unit with the options that keep all of its bond, or nothing of it."""
+    kept = [index for index, choice in enumerate(options.choices) if not any(_widths(choice))]
+    return _only(options, kept)
+
+
+def _widths(choice: Choice | Joint) -> tuple[int, ...]:
+    return choice.widths if isinstance(choice, Choice) else tuple(n for each in choice.choices for n in each.widths)
 
 
 def _only(options: SiteMenu, kept: list[int]) -> SiteMenu:

@@ -15,12 +15,14 @@ __all__ = ["run"]
 _ABOUT = """\
 Write the compressed model of a finished run as a folder.
 
-  hf          small; transformers loads it after `import search.hf`, or with trust_remote_code=True without Chisel
+  hf          small; transformers loads it after `import search.hf`, or with trust_remote_code=True without Chisel;
+              vLLM serves it if Chisel is installed there, or with --trust-remote-code
   dense       merged matrices that every tool loads (vLLM, llama.cpp's converter, Ollama); it has the quality of the
               compressed model, but the size and speed of the original
   gguf-ready  dense in float16, checked against the requirements of llama.cpp's converter
-  plain       small; a smaller model of the original's architecture, which every tool loads; for results without
-              factors (--form plain) whose blocks all have the same widths
+  plain       small; for results without factors (--form plain): a smaller model of the original's architecture, which
+              every tool loads; if the widths of its blocks differ, a DeciLM model for vLLM and, with
+              trust_remote_code=True, transformers
   gguf        small; a GGUF file for llama.cpp and Ollama; for results without factors (--form plain), whose blocks may
               have different widths"""
 

@@ -15,14 +15,14 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from compression.allocation.menu import Menu, worth_their_time
+from compression.allocation.menu import Menu, whole, worth_their_time
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
 from compression.layers.planner import Planner
 from compression.numerics.pivoted_product import ALIGNED
 from compression.refusal import Refusal
 from compression.schedule import Form, Schedule
-from compression.sites import Site
+from compression.sites import Site, Unit
 from compression.storage.factor_cache import FactorCache, cache_key
 from search.config import Config
 from search.data.items import Item
@@ -283,9 +283,11 @@ class Experiment:
         return self._menus[key]
 
     def _menu(self, progress: Callable[[int], None], form: Form, multiple: int | None, weight: float) -> Menu:
+        menu = self.store.menu(progress=progress, form=form, multiple=multiple, chi_multiple=ALIGNED if weight else 1)
+        if self.config.serve == "vllm":
+            menu = Menu(tuple(whole(each) if _of_heads(each.site) else each for each in menu.sites))
         if not weight:
-            return self.store.menu(progress=progress, form=form, multiple=multiple)
-        menu = self.store.menu(progress=progress, form=form, multiple=multiple, chi_multiple=ALIGNED)
+            return menu
         times = self.times()
         return worth_their_time(menu, [weight * times.shares(options) for options in menu.sites])
 
@@ -298,6 +300,11 @@ class Experiment:
         """Seconds per token of a forward pass of the dense model, measured now."""
         measured = seconds_per_token_by_parts if self.loaded.is_outline else seconds_per_token
         return measured(self.loaded.model, CHUNK_TOKENS)
+
+
+def _of_heads(unit: Site | Unit) -> bool:
+    """Whether a unit is an attention, of whose bond each group has several rows."""
+    return isinstance(unit, Unit) and any(cut.size > 1 for site in unit.sites for cut in site.cuts)
 
 
 def _own_text(config: Config, loaded: LoadedModel) -> OwnText | None:

@@ -25,18 +25,21 @@ from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
-from search.export.forms import FORMATS
+from search.export.forms import FORMATS, GGUF
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
 from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
+from search.model import deci
 from search.model.architecture import bare_model
-from search.model.kinds import kind_of_model
+from search.model.deci import DeciLMForCausalLM
+from search.model.kinds import Kind, kind_of, kind_of_model
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
+from search.serving.backbone import ARCHITECTURE
 
 __all__ = [
     "CARD",
@@ -53,7 +56,7 @@ __all__ = [
 ]
 
 CARD = "README.md"
-GGUF = "model.gguf"
+_DECI = "modeling_deci"  # name of the file, without .py, that transformers needs for a DeciLM model
 _COPIED = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of the original's folder that neither its model nor its tokenizer writes: the sentencepiece vocabulary, which
 llama.cpp's converter needs, and what prepares the images of an image-text model."""
@@ -124,16 +127,17 @@ def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     if not modules:
         raise Refusal("nothing in this model is compressed; export it with --format dense")
     _check_form("hf", model, tokenizer)
-    config, architecture = type(model.config).__name__, type(model).__name__
+    config, architecture, base = (type(each).__name__ for each in (model.config, model, model.base_model))
     with _whole(folder) as partial, _plugged_in(model, modules):
         _save(model, tokenizer, partial, card, beside)
-        (partial / f"{MODULE}.py").write_text(standalone_source(config, architecture), encoding="utf-8")
-        document = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        document["auto_map"] = {
-            "AutoConfig": f"{MODULE}.{config}",
-            kind_of_model(model).value: f"{MODULE}.{architecture}",
-        }
-        (partial / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        kind, served = kind_of_model(model), _is_served(model)
+        source = standalone_source(config, architecture, base if served else "")
+        (partial / f"{MODULE}.py").write_text(source, encoding="utf-8")
+        names = {"AutoConfig": config, kind.value: ARCHITECTURE if served else architecture}
+        if served:
+            names["AutoModel"] = base
+            _state(partial, {"architectures": [ARCHITECTURE]})
+        _state(partial, {"auto_map": {name: f"{MODULE}.{each}" for name, each in names.items()}})
         refuse_unlike(model, partial, folder)
 
 
@@ -155,9 +159,10 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
 
 
 def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
-    """Write a model with fewer hidden units or heads as an ordinary folder of a smaller model of its architecture.
+    """Write a model with fewer hidden units or heads as a smaller model without code of ours, see `plain_model`.
 
-    The arguments are those of `export_model`.
+    The folder of a DeciLM model brings the file that transformers needs for it. The arguments are those of
+    `export_model`.
 
     Raises:
         ValueError: as `search.export.plain.plain_model`; or the folder is in use or not empty.
@@ -166,6 +171,10 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     small = plain_model(model)
     with _whole(folder) as partial:
         _save(small, tokenizer, partial, card, beside)
+        if isinstance(small, DeciLMForCausalLM):
+            shutil.copyfile(deci.__file__, partial / f"{_DECI}.py")
+            names = {"AutoConfig": "DeciLMConfig", "AutoModelForCausalLM": "DeciLMForCausalLM"}
+            _state(partial, {"auto_map": {kind: f"{_DECI}.{name}" for kind, name in names.items()}})
         refuse_unlike(model, partial, folder, small)
 
 
@@ -261,6 +270,27 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in beside:
         shutil.copyfile(file, folder / file.name)
+
+
+def _is_served(model: Any) -> bool:
+    """Whether an engine can make the model from its configuration: it is causal, and all of it is language.
+
+    The name in `architectures` must not change as what the folder is loaded.
+    """
+    config = model.config
+    if config.get_text_config() is not config or not hasattr(config, "num_attention_heads"):
+        return False
+    try:
+        return kind_of("", {**config.to_dict(), "architectures": [ARCHITECTURE]}) is kind_of_model(model) is Kind.CAUSAL
+    except Refusal:
+        return False
+
+
+def _state(folder: Path, values: Mapping[str, object]) -> None:
+    """Put values into the config.json of a folder."""
+    file = folder / "config.json"
+    document = json.loads(file.read_text(encoding="utf-8")) | values
+    file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _drop_absent_code(file: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from compression.refusal import Refusal, nearest
 
-__all__ = ["DTYPES", "FORMATS", "QUANTIZE", "check_form"]
+__all__ = ["DTYPES", "FORMATS", "GGUF", "QUANTIZE", "check_form"]
 
 FORMATS = ("hf", "dense", "gguf-ready", "plain", "gguf")
+GGUF = "model.gguf"
+"""Name of the file in a folder of the format gguf."""
 DTYPES = ("bfloat16", "float16", "float32")
 _INTEGERS = ("int8", "int4", "mixed")
 _GGUF = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

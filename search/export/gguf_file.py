@@ -29,7 +29,7 @@ from compression.refusal import Refusal
 from compression.sites import dense_weight
 from search.export.gguf_vocabulary import Vocabulary, vocabulary
 
-__all__ = ["GGUF_TYPES", "check_gguf", "read_values", "write_gguf"]
+__all__ = ["GGUF_TYPES", "check_gguf", "check_whole", "read_values", "write_gguf"]
 
 GGUF_TYPES = {
     "float32": "F32",
@@ -189,6 +189,18 @@ def read_values(model: Any, file: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def check_whole(file: Path) -> None:
+    """Refuse a file that is cut or no GGUF file. Values that were changed are not noticed, as it holds no checksums.
+
+    Raises:
+        Refusal: the file cannot be read to its end.
+    """
+    try:
+        gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as error:
+        raise Refusal(f"{file} is cut or damaged ({error}); export it again") from error
+
+
 def _layout(model: Any, kind: gguf.GGMLQuantizationType) -> _Layout:
     config = model.config
     head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -339,11 +351,15 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, layout: _Layout) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.rule)
+    writer.add_tokenizer_model("gpt2" if words.rule else "llama")
+    writer.add_tokenizer_pre(words.rule or "default")
     writer.add_token_list(list(words.tokens))
     writer.add_token_types(list(words.types))
-    writer.add_token_merges(list(words.merges))
+    if words.rule:
+        writer.add_token_merges(list(words.merges))
+    else:
+        writer.add_token_scores([-float(number) for number in range(len(words.tokens))])
+        writer.add_add_space_prefix(words.spaced)
     adders = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,

@@ -14,8 +14,9 @@ import torch
 
 from compression.bonds import tolerance
 from compression.refusal import Refusal
+from search.model.kinds import kind_of_model
 from search.model.loading import load_model
-from search.model.own_code import MODULE, is_compressed
+from search.model.own_code import MODULE, is_compressed, read_config, references
 from search.model.pretrained import quiet_transformers
 from search.model.spreading import is_spread
 
@@ -86,8 +87,14 @@ def _compressed(model: Any, written: Path) -> Any:
         spec.loader.exec_module(code)
         attention = model.config._attn_implementation
         with quiet_transformers():
-            return getattr(code, type(model).__name__).from_pretrained(
+            return getattr(code, _named(model, written)).from_pretrained(
                 written, attn_implementation=attention, local_files_only=True, dtype=model.dtype
             )
     finally:
         del sys.modules[spec.name]
+
+
+def _named(model: Any, written: Path) -> str:
+    """The name of the class that the config beside the code names for models of this kind."""
+    stated = dict(references(read_config(written, "config.json")["auto_map"]))
+    return stated[kind_of_model(model).value].partition(".")[2]

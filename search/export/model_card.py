@@ -25,8 +25,13 @@ model = {loader}.from_pretrained({quoted})
 tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
-Without either, loading raises an error, because the folder does not contain the dense matrices that transformers looks
-for. The names, shapes and checksums of all tensors are verified during loading.""",
+```sh
+vllm serve DIR                      # if Chisel is installed beside vLLM 0.32; otherwise with --trust-remote-code
+```
+
+transformers 5.16 or newer is needed. Without Chisel and without trust, loading raises an error, because the folder does
+not contain the dense matrices that transformers looks for. The names, shapes and checksums of all tensors are verified
+during loading.""",
     "dense": """\
 The compressed matrices are multiplied out into dense ones, and removed hidden units and heads are filled up with zeros,
 so every tool that loads the original loads this folder.
@@ -36,12 +41,17 @@ small one.""",
 ```python
 from transformers import {loader}, AutoTokenizer
 
-model = {loader}.from_pretrained({quoted})
+model = {loader}.from_pretrained({quoted})    # with trust_remote_code=True if modeling_deci.py is beside it
 tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
-The folder is an ordinary one of the original's architecture with smaller matrices: every tool that loads the original
-loads it, and no code comes with it.""",
+```sh
+vllm serve DIR                      # with --trust-remote-code if modeling_deci.py is beside it; DIR is this folder
+```
+
+If all blocks have the same widths, the folder is an ordinary one of the original's architecture with smaller matrices,
+and every tool that loads the original loads it. Otherwise it is a model of the architecture DeciLM, as Nemotron-NAS
+models are: vLLM has it built in and takes only the settings from `modeling_deci.py`; transformers needs that file,.""",
     "gguf": """\
 ```sh
 llama-server -m model.gguf        # or llama-cli; Ollama: a Modelfile with the line FROM ./model.gguf

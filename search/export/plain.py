@@ -1,12 +1,14 @@
-"""Turns a model with fewer hidden units or heads into a smaller model of the same architecture, without code of ours.
+"""Turns a model with fewer hidden units or heads into an ordinary smaller model, without code of ours.
 
-An architecture of transformers has one number of hidden units and one of heads for all blocks. Whether the settings of
-a smaller model describe this one is not guessed from names: a model is made from them, and every shape is compared.
+An architecture of transformers has one number of hidden units and one of heads for all blocks. Where these are enough,
+the smaller model has the architecture of the original; whether its settings describe it is not guessed from names: a
+model is made from them, and every shape is compared. Blocks that differ need the architecture of
+`search.export.deci`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from compression.layers.kept import kept
 from compression.layers.skeleton import describe
 from compression.refusal import Refusal
 from compression.sites import dense_weight
+from search.export.deci import check_deci, deci_model
 from search.model.architecture import bare_model
 
 __all__ = ["plain_model"]
@@ -31,13 +34,14 @@ _ELSE = "use --format gguf for llama.cpp, or --format hf for transformers"
 
 @torch.no_grad()
 def plain_model(model: Any) -> Any:
-    """Return a model of the same architecture with smaller settings, which shares the weights of this one.
+    """Return a smaller model that computes the same, and shares the weights of this one.
 
     Args:
-        model: a model that lost the same number of hidden units, and of heads, in every block; it does not change.
+        model: a model that lost hidden units or heads; it does not change. If it lost the same number in every block,
+            the result has its architecture, otherwise it is DeciLM.
 
     Raises:
-        Refusal: a matrix is factored, nothing was removed, or the architecture has no settings for such a model; the
+        Refusal: a matrix is factored, nothing was removed, or neither architecture has settings for such a model; the
             message says what stands in the way and which form can be exported.
     """
     if factored := [name for name, each in describe(model).items() if each["kind"] not in _PLAIN]:
@@ -45,9 +49,14 @@ def plain_model(model: Any) -> Any:
             f"{factored[0]} is factored or stacked, and the plain format has neither; search with --form plain and "
             f"without --experts shared, {_OR}"
         )
-    changes = _changes(model)
-    if not changes:
+    widths = _widths(model)
+    if not widths:
         raise Refusal("no hidden unit and no head was removed from this model; export it with --format dense")
+    for leaf, each in widths.items():
+        if len(set(each)) > 1 or not each[0]:
+            check_deci(model, f"different widths ({leaf} has {min(each):,} to {max(each):,} inputs)")
+            return deci_model(model)
+    changes = _changes(model, widths)
     settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     config = type(model.config).from_dict(_with(settings, _place(model.config), changes))
     try:
@@ -78,34 +87,34 @@ def _with(settings: Mapping[str, Any], place: str, changes: Mapping[str, int]) -
     return {**settings, place: {**settings[place], **changes}} if place else {**settings, **changes}
 
 
-def _changes(model: Any) -> dict[str, int]:
+def _widths(model: Any) -> dict[str, list[int]]:
+    """The number of inputs that is left of every matrix that lost some, by `_leaf` and block."""
+    modules = dict(model.named_modules())
+    readers = sorted({_leaf(name) for name, module in modules.items() if "kept_columns" in kept(module)})
+    return {
+        leaf: [dense_weight(module).shape[1] for name, module in modules.items() if _leaf(name) == leaf]
+        for leaf in readers
+    }
+
+
+def _changes(model: Any, widths: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """The settings of the smaller model that differ from those of the original; of an image-text model, those of its
     language part."""
     changes: dict[str, int] = {}
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
-    readers = sorted({_leaf(name) for name, module in modules.items() if "kept_columns" in kept(module)})
-    for leaf in readers:
-        alike = [module for name, module in modules.items() if _leaf(name) == leaf]
-        widths = [dense_weight(module).shape[1] for module in alike]
-        if min(widths) < max(widths) or not widths[0]:
-            raise Refusal(
-                f"the blocks have different widths ({leaf} has {min(widths):,} to {max(widths):,} inputs), and this "
-                f"architecture has one for all; {_ELSE}"
-                if widths[0] or max(widths)
-                else f"{leaf} has no inputs left, which this architecture cannot have; {_ELSE}"
-            )
+    for leaf, (width, *_) in widths.items():
         parent = next(name for name in modules if _leaf(name) == leaf).rpartition(".")[0]
         size = getattr(modules[parent], "head_dim", None)
         if isinstance(size, int):
             rows = [dense_weight(each).shape[0] for each in modules[parent].children() if "kept_rows" in kept(each)]
-            changes |= {"num_attention_heads": widths[0] // size, "num_key_value_heads": min(rows) // size}
+            changes |= {"num_attention_heads": width // size, "num_key_value_heads": min(rows) // size}
             changes["head_dim"] = size
         elif isinstance(modules[parent], Expert):
             field = next((name for name in _OF_EXPERTS if hasattr(config, name)), _OF_EXPERTS[0])
-            changes[field] = widths[0]
+            changes[field] = width
         else:
-            changes |= {field: widths[0] for field in _HIDDEN if hasattr(config, field)}
+            changes |= {field: width for field in _HIDDEN if hasattr(config, field)}
     return changes
 
 

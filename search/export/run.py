@@ -5,6 +5,7 @@ Knows run folders and how to restore their models; `search.export.folder` knows 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from compression.refusal import Refusal
 from search.experiment.experiment import Experiment
+from search.export.deci import check_deci
 from search.export.folder import (
     GGUF,
     check_export,
@@ -56,7 +58,8 @@ _AFTER = {
     "dense": "dense: every tool loads it; it has the quality of the compressed model and the size of the original",
     "gguf-ready": "dense float16: it has the quality of the compressed model and the size of the original; "
     "next: python llama.cpp/convert_hf_to_gguf.py {folder}",
-    "plain": "a smaller model of the original's architecture; every tool that loads the original loads it",
+    "plain": "a smaller model for every tool that loads the original; if its blocks have different widths, it is "
+    "DeciLM: vllm serve {folder} --trust-remote-code, and trust_remote_code=True in transformers",
     "gguf": "a GGUF file as small as the model; next: llama-server -m {folder}/{file}",
 }
 
@@ -110,6 +113,8 @@ def export_run(
         check_export(form.kind, model, tokenizer)
         if form.kind in ("plain", "gguf"):
             _refuse_factors(form.kind, source)
+        if form.kind == "plain" and _blocks_differ(source):
+            check_deci(model)
 
     restored = restore(source, console, form.device, form.state, healed, quantized or None, opened, check, form.trusted)
     loaded, summary, state = restored.experiment.loaded, restored.summary, restored.state
@@ -150,6 +155,14 @@ def _refuse_factors(kind: str, run: Path) -> None:
             f"the {kind} format holds no factored matrices, and {len(factored)} are factored, such as {factored[0]}; "
             "search with --form plain, or export with --format hf"
         )
+
+
+def _blocks_differ(run: Path) -> bool:
+    """Whether the schedule of a run leaves different widths, or none, in the blocks of its model."""
+    widths: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for name, choice in Prior.read(run / PRIOR).schedule:
+        widths[".".join(name.split(".")[-2:])].add(choice.widths)
+    return any(len(each) > 1 or each == {(0,)} for each in widths.values())
 
 
 def _gguf(

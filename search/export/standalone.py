@@ -1,7 +1,7 @@
-"""Makes the file beside the weights that lets transformers read a compressed folder without Chisel installed.
+"""Makes the file beside the weights that lets transformers and vLLM read a compressed folder without Chisel installed.
 
 The file is assembled from the sources of this project, not written a second time: it copies verbatim every definition
-that `search.hf` needs, directly or indirectly. Knows Python source text only.
+that `search.hf` and `search.serving.backbone` need, directly or indirectly. Knows Python source text only.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compression.refusal import Refusal
+from search.serving.backbone import ARCHITECTURE
 
 __all__ = ["standalone_source"]
 
-_ROOT = "search.hf"
+_HF, _LOADING = "search.hf", ("register", "lora_layers", "ChiselQuantizer")
+_BACKBONE, _SERVING = "search.serving.backbone", ("EngineConfig", "ordinary", "serve_backbone_")
 _OURS = ("compression", "search")
 
 _HEAD = '''"""Reads this folder's model: from_pretrained(DIR, trust_remote_code=True) of the class in config.json.
 
-Made by Chisel from its sources; needs torch, safetensors and transformers 5.23 or newer, nothing else.
+Made by Chisel from its sources; needs torch, safetensors and transformers 5.16 or newer, nothing else.
+vLLM serves a causal language model too: vllm serve DIR --trust-remote-code.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ _TAIL = '''
 register(replace=False)
 
 
-class {config}(transformers.{config}):
+class {config}({mixed}transformers.{config}):
     """The architecture's own configuration. Loading it from this file registers the plug-in."""
 
 
-class {model}(transformers.{model}):
+class {name}(transformers.{model}):
     """The architecture's own model."""
 
     config_class = {config}
@@ -45,6 +48,25 @@ class {model}(transformers.{model}):
     def is_custom_code(cls) -> bool:
         """Return False, so that transformers initializes buffers that are not stored as in its own class."""
         return False
+'''
+
+_SERVED = '''
+    @classmethod
+    def from_pretrained(cls, place, *args, config=None, **kwargs):
+        """Loads the model by the plug-in, which verifies what it reads."""
+        if not isinstance(config, transformers.PretrainedConfig):
+            config = {config}.from_pretrained(place if config is None else config)
+        return super().from_pretrained(place, *args, config=ordinary(config, transformers.{config}), **kwargs)
+
+
+class {base}(transformers.{base}):
+    """The architecture's own model without its head, as an engine makes it that fills it with weights itself."""
+
+    config_class = {config}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        serve_backbone_(self, config)
 '''
 
 
@@ -65,18 +87,19 @@ class _Module:
     ours: dict[str, str]
 
 
-def standalone_source(config: str, model: str) -> str:
+def standalone_source(config: str, model: str, base: str) -> str:
     """Return the text of the file for one architecture; it is the same text on every call.
 
     Args:
         config, model: names of the architecture's configuration class and model class in transformers.
+        base: name of that without a head, for engines; empty if the model is none that engines serve.
 
     Raises:
         ValueError: two modules define or import the same name, so that their definitions cannot share one file.
     """
     modules: dict[str, _Module] = {}
     wanted: dict[str, set[str]] = {}
-    pending = [(_ROOT, name) for name in ("register", "lora_layers", "ChiselQuantizer")]
+    pending = [(_HF, name) for name in _LOADING] + [(_BACKBONE, name) for name in _SERVING if base]
     owner: dict[str, str] = {}
     imports: set[str] = {"import transformers"}
 
@@ -105,7 +128,9 @@ def standalone_source(config: str, model: str) -> str:
         source = modules[module]
         chosen = {id(source.definitions[name]): source.definitions[name] for name in wanted[module]}
         parts += [_text(source.text, node) for node in sorted(chosen.values(), key=lambda node: node.lineno)]
-    return "\n".join(parts) + _TAIL.format(config=config, model=model)
+    tail = _TAIL + _SERVED if base else _TAIL
+    named = {"name": ARCHITECTURE, "mixed": "EngineConfig, "} if base else {"name": model, "mixed": ""}
+    return "\n".join(parts) + tail.format(config=config, model=model, base=base, **named)
 
 
 def _read(module: str) -> _Module:

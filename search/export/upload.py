@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from compression.refusal import Refusal
+from search.export.forms import GGUF
+from search.export.gguf_file import check_whole
 from search.hf import verify_folder
 from search.model.own_code import is_compressed
 from search.runtime.errors import DataUnavailable
@@ -14,6 +16,7 @@ __all__ = ["push"]
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _NEEDED = ("config.json", "README.md", "model.safetensors*")
+_NEEDED_GGUF = ("README.md", GGUF)
 
 
 def push(folder: Path, repository: str, public: bool = False) -> str:
@@ -24,14 +27,17 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         public: make a new repository public; otherwise it is private.
 
     Raises:
-        ValueError: `repository` is not OWNER/NAME, the folder has no config.json, README.md or weights, or its config
-            or weights have changed since they were exported.
+        ValueError: `repository` is not OWNER/NAME, the folder has no README.md or weights or, unless these are a GGUF
+            file, no config.json; or its config or weights have changed since they were exported.
         DataUnavailable: the hub cannot be reached, or does not let this account write there.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise Refusal(f"repository must be OWNER/NAME, got {repository!r}")
-    if absent := [name for name in _NEEDED if not any(folder.glob(name))]:
+    needed = _NEEDED_GGUF if (folder / GGUF).exists() else _NEEDED
+    if absent := [name for name in needed if not any(folder.glob(name))]:
         raise Refusal(f"{folder} has no {absent[0]}; push a folder that search.py export made")
+    if (folder / GGUF).exists():
+        check_whole(folder / GGUF)
     if is_compressed(folder):
         verify_folder(folder)
     from huggingface_hub import HfApi

@@ -25,7 +25,7 @@ MODULE = "modeling_chisel"
 """Name, without .py, of the file that an export writes for loaders without Chisel. An export imports the copy that it
 has just written, to check it; we never import that of a folder that we are given."""
 
-_OURS = {"AutoConfig", *Kind}  # what an export names in auto_map
+_OURS = {"AutoConfig", "AutoModel", *Kind}  # what an export names in auto_map
 _LARGEST = 1 << 26  # bytes of a config; the largest that we know, with its added tokens, has 3 MB
 
 

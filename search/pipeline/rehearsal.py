@@ -17,6 +17,7 @@ from envs import Problem
 from search.benchmarking.documents import always_searched, select
 from search.benchmarking.tasks import named_tasks
 from search.experiment.experiment import Experiment
+from search.export.deci import check_deci
 from search.export.folder import check_export
 from search.export.model_card import model_card
 from search.healing.teacher import output_head
@@ -49,6 +50,8 @@ def rehearse(experiment: Experiment, start: StartingPoint) -> None:
         output_head(loaded.model)
     if config.export != "none":
         check_export(config.export, loaded.model, loaded.tokenizer)
+        if config.export == "plain":  # a search leaves other widths in each block
+            check_deci(loaded.model)
         model_card(config.export, config.export, prior.model_dump(mode="json"), {}, "searched", "", [])
     if config.benchmark_items and not loaded.kind.is_encoder:
         searched = always_searched().union(prior.data.search_items)

@@ -258,6 +258,28 @@ def test_a_run_that_recorded_no_form_has_the_one_of_its_time():
     assert Config.of_file({}, trusted=False).form == "any"
 
 
+@pytest.mark.parametrize(("engine", "form", "export"), [("vllm", "plain", "plain"), ("llama.cpp", "plain", "gguf")])
+def test_an_engine_without_factors_decides_form_and_export(engine, form, export):
+    config = Config.of({"serve": engine})
+    assert (config.form, config.export) == (form, export)
+    assert Config.of({"serve": engine, "export": "none"}).export == "none"
+    assert (Config().form, Config().export) == ("any", "hf")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"serve": "vllm", "form": "any"}, "serve vllm needs form plain"),
+        ({"export": "gguf"}, "export gguf holds no factored matrices; it needs form plain, got any"),
+        ({"export": "plain", "form": "factors"}, "export plain holds no factored matrices"),
+        ({"serve": "vlm"}, r"serve must be one of transformers, vllm, llama\.cpp"),
+    ],
+)
+def test_what_an_engine_cannot_run_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Config.of(values)
+
+
 @pytest.mark.parametrize("agent", RETIRED)
 def test_the_configuration_of_a_run_by_a_retired_agent_is_still_read_and_the_agent_is_not_made(agent):
     assert Config.of({"agent": agent}).agent == agent

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 import yaml
+from cut_shapes import DIFFER, cut_to
 from tiny_model import tensorized
 from transformers import AutoModelForCausalLM
 
 from compression import MPOLinear
+from compression.refusal import Refusal
 from search import cli
-from search.export.folder import check_export, export_dense_, export_model, footprint
+from search.export.folder import check_export, export_dense_, export_gguf, export_model, footprint
 from search.export.model_card import model_card
 from search.export.upload import push
 from search.model.chat import Chat, Spoken
@@ -285,6 +287,17 @@ def test_push_refuses_a_folder_that_was_changed(folder, tmp_path, monkeypatch, n
     (copy / name).write_bytes(change((copy / name).read_bytes()))
     with pytest.raises(ValueError, match=said):
         push(copy, "me/small")
+
+
+def test_push_uploads_a_gguf_file_that_is_whole(tmp_path, monkeypatch):
+    loaded = cut_to("random:tiny-llama", DIFFER)
+    export_gguf(loaded.model, loaded.tokenizer, tmp_path / "gguf", "float16", lambda file: "the card")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert push(tmp_path / "gguf", "me/small") == "https://hub/x"
+    file = tmp_path / "gguf" / "model.gguf"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(Refusal, match=r"model\.gguf is cut or damaged .*export it again"):
+        push(tmp_path / "gguf", "me/small")
 
 
 def test_push_refuses_another_folder_or_name(folder, tmp_path):

@@ -1,55 +1,34 @@
 """GGUF files of models whose widths are alike, differ, or are 0: what is read back computes the same."""
 
-from dataclasses import replace
+import json
 
 import gguf
 import pytest
 import torch
 import transformers
-from cut_model import Cut, cut_model
+from cut_shapes import (
+    ALIKE,
+    DIFFER,
+    FEWER_HEADS,
+    NEITHER,
+    NO_MLP,
+    SHAPES,
+    cut_to,
+    with_biases_,
+)
 from llama_cpp import BANNED, needs_llama_cpp, run_llama_cpp
 from merging_tokenizer import TEMPLATE, merging_tokenizer
+from pieces_tokenizer import pieces_tokenizer
 from tiny_model import assert_same_logits, tensorized
+from tokenizers import Tokenizer
 
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice, Schedule
-from compression.sites import Unit, units
 from search.export.gguf_file import GGUF_TYPES, check_gguf, read_values, write_gguf
 from search.export.gguf_vocabulary import vocabulary
 from search.model.loading import load_model
 
 PROMPT = torch.arange(40).reshape(2, 20)
 QWEN, LLAMA = "random:tiny-qwen2", "random:tiny-llama"
-# (hidden units, key/value groups) of each of the three blocks; None leaves a bond whole
-ALIKE, DIFFER = ((24, None),) * 3, ((24, None), (16, None), (40, None))
-FEWER_HEADS, ONE_HEAD_LESS = ((24, 1),) * 3, ((24, None), (None, 1), (40, None))
-NO_MLP, NO_MLP_AT_THE_END = ((0, None), (24, 1), (None, None)), ((None, None), (24, None), (0, None))
-NO_ATTENTION, NOTHING, NEITHER = ((None, None), (24, 0), (None, 1)), ((0, 0),) * 3, ((None, 0), (0, 0), (0, None))
-SHAPES = [ALIKE, DIFFER, FEWER_HEADS, ONE_HEAD_LESS, NO_MLP, NO_MLP_AT_THE_END, NO_ATTENTION, NOTHING, NEITHER]
-
-
-def cut_to(name, shape, untied=False):
-    cut = cut_model(name)
-    wanted = dict(enumerate(shape))
-    chosen = {}
-    for unit in units(cut.store.sites):
-        assert isinstance(unit, Unit)
-        width = wanted[unit.block][0 if unit.family == "mlp" else 1]
-        if width is not None:
-            chosen |= {site.name: Choice("dense", 0, "none", (width,)) for site in unit.sites}
-    schedule = Schedule(tuple((site.name, chosen.get(site.name, DENSE)) for site in cut.store.sites))
-    cut = Cut(replace(cut.loaded, tokenizer=merging_tokenizer()), cut.store, schedule)
-    cut.apply()
-    if untied:
-        untie_(cut.loaded.model)
-    return cut.loaded
-
-
-@torch.no_grad()
-def untie_(model):
-    model.config.tie_word_embeddings = False
-    head = model.lm_head
-    head.weight = torch.nn.Parameter(head.weight.flip(0).contiguous(), requires_grad=False)
 
 
 @torch.no_grad()
@@ -220,6 +199,42 @@ def test_tokenizers_that_llama_cpp_cannot_follow_are_refused(rule, rows, message
     assert "\n" not in str(refused.value)
 
 
+def test_a_sentencepiece_vocabulary_has_scores_in_the_order_of_its_merges(tmp_path):
+    tokenizer = pieces_tokenizer()
+    found = vocabulary(tokenizer, 300)
+    assert (found.rule, found.merges, found.spaced, found.begins, found.ends) == ("", (), True, True, False)
+    assert found.types[:4] == (2, 3, 3, 6)
+    assert (found.types[tokenizer.convert_tokens_to_ids("▁the")], found.types[299]) == (1, 5)
+    assert not vocabulary(pieces_tokenizer(prefix=False), 300).spaced
+
+
+def test_a_sentencepiece_vocabulary_in_another_order_is_refused():
+    tokenizer = pieces_tokenizer()
+    stated = json.loads(tokenizer.backend_tokenizer.to_str())
+    stated["model"]["merges"].reverse()
+    with pytest.raises(Refusal, match="in the order of their numbers"):
+        vocabulary(transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(stated))), 300)
+    stated["normalizer"] = {"type": "Lowercase"}
+    with pytest.raises(Refusal, match=r"does not change texts as this tokenizer does \(Lowercase"):
+        vocabulary(transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(stated))), 300)
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_reads_texts_by_a_sentencepiece_vocabulary(prefix, tmp_path):
+    loaded, file = cut_to(LLAMA, DIFFER), tmp_path / "model.gguf"
+    tokenizer = pieces_tokenizer(prefix)
+    loaded.model.resize_token_embeddings(300, mean_resizing=False)
+    write_gguf(loaded.model, tokenizer, file, "float32")
+    texts = ["the weather", "ther weath  the", "the (weather) ñ the", "a the"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    by_ids, by_text = run_llama_cpp(file, ids), run_llama_cpp(file, texts)
+    for given, one, other in zip(ids, by_ids, by_text, strict=True):
+        assert other["read"] == len(given)
+        assert other["tokens"] == one["tokens"]
+
+
 def test_a_tokenizer_without_merges_is_refused():
     with pytest.raises(Refusal, match="needs a tokenizer with merges"):
         vocabulary(load_model(LLAMA, "cpu").tokenizer, 257)
@@ -277,11 +292,7 @@ def test_a_file_that_was_written_wrongly_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", [ALIKE, NEITHER])
 def test_biases_of_every_matrix_are_computed_by_llama_cpp(shape, tmp_path):
     loaded, file = cut_to(LLAMA, shape), tmp_path / "model.gguf"
-    generator = torch.Generator().manual_seed(3)
-    for module in loaded.model.model.modules():
-        if isinstance(module, torch.nn.Linear):
-            bias = torch.randn(module.out_features, generator=generator) * 0.3
-            module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    with_biases_(loaded.model)
     write_gguf(loaded.model, loaded.tokenizer, file, "float32")
     assert_llama_cpp_agrees(loaded, file, 2e-2)
 

@@ -79,7 +79,7 @@ def test_half_precision_stays_half_precision(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: applied(blocks=(1,)), r"different widths .* 24 to 48 inputs.* --format gguf"),
+        (lambda: applied("random:tiny-gpt2", blocks=(1,)), r"different widths .*GPT2LMHeadModel is none; use .*hf"),
         (lambda: applied(blocks=()), "no hidden unit and no head was removed.* --format dense"),
         (tensorized, "is factored or stacked.*search with --form plain and .*, or export with --format hf"),
     ],

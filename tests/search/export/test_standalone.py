@@ -9,7 +9,7 @@ import pytest
 from search.export import standalone
 from search.export.standalone import standalone_source
 
-SOURCE = standalone_source("LlamaConfig", "LlamaForCausalLM")
+SOURCE = standalone_source("LlamaConfig", "LlamaForCausalLM", "LlamaModel")
 
 
 def test_it_imports_nothing_of_ours_and_only_what_transformers_brings():
@@ -24,7 +24,7 @@ def test_it_imports_nothing_of_ours_and_only_what_transformers_brings():
 
 
 def test_it_is_the_same_text_every_time():
-    assert standalone_source("LlamaConfig", "LlamaForCausalLM") == SOURCE
+    assert standalone_source("LlamaConfig", "LlamaForCausalLM", "LlamaModel") == SOURCE
 
 
 def test_it_defines_every_name_that_it_uses_once():
@@ -65,7 +65,7 @@ def test_two_things_of_one_name_are_refused(monkeypatch):
 
     monkeypatch.setattr(standalone, "_read", clashing)
     with pytest.raises(ValueError, match="both define _values"):
-        standalone_source("LlamaConfig", "LlamaForCausalLM")
+        standalone_source("LlamaConfig", "LlamaForCausalLM", "LlamaModel")
 
 
 def test_a_name_that_one_module_imports_and_another_defines_is_refused(monkeypatch):
@@ -83,4 +83,4 @@ def test_a_name_that_one_module_imports_and_another_defines_is_refused(monkeypat
 
     monkeypatch.setattr(standalone, "_read", clashing)
     with pytest.raises(ValueError, match="both define _factor"):
-        standalone_source("LlamaConfig", "LlamaForCausalLM")
+        standalone_source("LlamaConfig", "LlamaForCausalLM", "LlamaModel")

