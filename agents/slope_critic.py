@@ -158,6 +158,12 @@ class SlopeCritic:
         return -self._scale * found.gradient(self._marginal), self._scale * found.rise * self._marginal
 
     @property
+    def log_weights(self) -> Floats:
+        """The log weights that the critic believes best around the place of the fit, (sites,), up to a constant."""
+        found: Floats = np.log(self._marginal)
+        return found
+
+    @property
     def covariance(self) -> Floats:
         """Posterior covariance of the best log weights around the place of the fit, (sites, sites)."""
         spread = np.diag(self._variances()[0]) + self._membership @ self._doubts[2:, 2:] @ self._membership.T
