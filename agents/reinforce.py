@@ -88,12 +88,12 @@ class Policy:
     def sample(self, pairs: int, generator: np.random.Generator, widening: float = 1.0) -> Floats:
         """Mirrored pairs of actions in neighbouring rows, (2·pairs, sites); `widening` multiplies V^½."""
         noise = generator.standard_normal((pairs, len(self.mean))) @ np.linalg.cholesky(self.covariance).T
-        return self.mean + widening * np.stack([noise, -noise], axis=1).reshape(2 * pairs, -1)
+        mirrored = np.stack([noise, -noise], axis=1).reshape(2 * pairs, -1)
+        return np.asarray(self.mean + widening * mirrored, dtype=np.float64)
 
     def score(self, actions: Floats) -> Floats:
         """Gradient of the log-probability by μ, (n, sites) -> (n, sites)."""
-        found: Floats = np.linalg.solve(self.covariance, (actions - self.mean).T).T
-        return found
+        return np.asarray(np.linalg.solve(self.covariance, (actions - self.mean).T).T, dtype=np.float64)
 
 
 def policy_gradient(

@@ -116,7 +116,7 @@ def compared(folder: Path, config: Config) -> list[list[object]]:
         loaded, sites = open_model(own, device)
         experiment = Experiment.of(own, loaded, sites, device)
         menu = experiment.menu()
-        workload = Workload(experiment.shards("heldout")[0], device)
+        workload = Workload(experiment.shards("heldout")[0], loaded.model)
         workload.reference(loaded.model)
         cells: list[object] = [form]
         for kept in KEPT:
@@ -139,7 +139,7 @@ def left_out(folder: Path, config: Config) -> list[list[object]]:
     experiment = Experiment.of(own, loaded, sites, device)
     experiment.menu()
     model, bonds = loaded.model, experiment.store.bonds
-    workload = Workload(experiment.shards("heldout")[0], device)
+    workload = Workload(experiment.shards("heldout")[0], loaded.model)
     workload.reference(model)
     rows = []
     for count in (1, 2, 4):

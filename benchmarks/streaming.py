@@ -24,7 +24,7 @@ import torch
 from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import FactorCache
-from compression.calibration.streaming import BlockShape, footprint
+from compression.calibration.footprint import BlockShape, footprint
 from search.model.loading import load_model
 from search.model.random_models import SHAPES
 from search.model.streaming import StreamedModel, decompose_streamed

@@ -74,7 +74,8 @@ class Member:
         sites, dense: numbers of matrices inside blocks, and of those among them that stay dense.
         fresh: largest difference of the exported folder's logits in another process; NaN if there is none.
         merged: likewise of the dense export.
-        packed: largest difference of a log-likelihood from that of a plain pass, nats.
+        packed: largest difference of a log-likelihood from that of a plain pass, nats; NaN for a model that continues
+            no text, whose texts never share rows.
         folder: the run folder.
     """
 
@@ -101,7 +102,7 @@ class Member:
                     ("the dense export", self.merged, _ROUNDED),
                     ("packed scoring", self.packed, _EXACT),
                 )
-                if not value <= most
+                if not (value <= most or (math.isnan(value) and what == "packed scoring"))
             ]
         elif not found and not self.refused_early:
             found = [f"refused after the search began: {self.job}"]
@@ -124,7 +125,8 @@ def try_model(name: str, folder: Path) -> Member:
         member.sites, member.dense = len(sites), sum(bool(site.dense_because) for site in sites)
         free = sum(site.parameters for site in sites if not site.dense_because)
         member.reachable = free / model_parameters(experiment.loaded.model)
-        member.packed = packed_error(experiment.loaded.model)
+        if not experiment.loaded.kind.is_encoder:
+            member.packed = packed_error(experiment.loaded.model)
         finish(member.folder, experiment, console)
         if summary.fault is not None:
             raise summary.fault
@@ -155,7 +157,8 @@ def packed_error(model: Any) -> float:
             row = [*item.tokens[: item.prefix], *item.tokens[start:stop]]
             logs = model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float().log_softmax(-1)
             scored = range(item.prefix + first - start, len(row))
-            worst = max(worst, abs(value - sum(float(logs[at - 1, row[at]]) for at in scored)))
+            wrong = abs(value - sum(float(logs[at - 1, row[at]]) for at in scored))
+            worst = max(worst, math.inf if math.isnan(wrong) else wrong)
     return worst
 
 
@@ -177,7 +180,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 for folder in sys.argv[2:]:
     try:
-        load = transformers.AutoModelForCausalLM.from_pretrained
+        classes = json.load(open(f"{folder}/config.json"))["auto_map"]
+        load = getattr(transformers, next(name for name in classes if name != "AutoConfig")).from_pretrained
         model = load(folder, trust_remote_code=True, local_files_only=True, dtype="auto").eval()
         assert not any(name.partition(".")[0] in ("search", "compression") for name in sys.modules)
         with torch.no_grad():

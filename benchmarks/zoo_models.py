@@ -269,7 +269,7 @@ ZOO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 KINDS = (
     *("gpt_neox", "gptj", "opt", "bloom", "gemma4-capped", "granite", "qwen3_moe", "llama4_text", "deepseek_v3"),
-    *("qwen3_5_text", "jamba", "falcon_h1", "gemma3", "t5"),
+    *("qwen3_5_text", "jamba", "falcon_h1", "gemma3", "bert", "t5"),
 )
 """One model for each way of being unlike a plain decoder."""
 
@@ -302,5 +302,8 @@ def _class_of(kind: str, config: Any) -> Any:
 def write_model(name: str, folder: Path) -> Path:
     """Write a model of the zoo with a tokenizer of single bytes to `folder`; returns the folder."""
     make_model(name).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    if ZOO[name][0] in _ENCODERS:
+        tokenizer.mask_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
     return folder

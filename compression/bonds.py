@@ -18,11 +18,12 @@ from torch import nn
 
 from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
-from compression.sites import Cut, Site, dense_weight, expert_of, put_modules
+from compression.sites import Cut, Site, dense_weight, expert_of, first_of_kind, put_modules
 
 __all__ = [
     "KEPT",
     "Bond",
+    "bonds_by_kind",
     "cut",
     "discover_bonds",
     "first_calls",
@@ -104,6 +105,28 @@ def discover_bonds(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
                 without = _holds(model, bond, half[:0], *calls[parent])
                 held.append(replace(bond, least=0 if without else 1))
     return tuple(held)
+
+
+def bonds_by_kind(model: nn.Module, sites: Sequence[Site]) -> tuple[Bond, ...]:
+    """Returns what `discover_bonds` returns, but tests only one block of every kind.
+
+    Other blocks of its kind have its bonds, see `compression.sites.first_of_kind`.
+    """
+    prefix, like = first_of_kind(model)
+    tested = discover_bonds(model, [site for site in sites if like[site.block] == site.block])
+    return tuple(
+        _in_block(bond, prefix, index) for index, kind in enumerate(like) for bond in tested if bond.block == kind
+    )
+
+
+def _in_block(bond: Bond, prefix: str, index: int) -> Bond:
+    """The same bond in another block."""
+
+    def renamed(name: str) -> str:
+        return f"{prefix}.{index}.{name.removeprefix(f'{prefix}.{bond.block}.')}"
+
+    writers = tuple(map(renamed, bond.writers))
+    return replace(bond, name=renamed(bond.name), block=index, writers=writers, reader=renamed(bond.reader))
 
 
 def with_bonds(sites: Sequence[Site], bonds: Sequence[Bond]) -> tuple[Site, ...]:
@@ -202,21 +225,31 @@ def _shared_calls(
 def first_calls(model: nn.Module, parents: Sequence[str]) -> Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Returns the arguments of the first call of each module in a pass over a short text."""
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    hooks = []
+    hooks, missing = [], set(parents)
     for parent in parents:
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parent: str = parent) -> None:
             calls.setdefault(parent, (args, kwargs))
+            missing.discard(parent)
+            if not missing:
+                raise _AllCalled
 
         hooks.append(model.get_submodule(parent).register_forward_pre_hook(note, with_kwargs=True))
     embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
     ids = torch.arange(_TOKENS, device=embeddings.device)[None] % len(embeddings)
     try:
-        model(input_ids=ids, use_cache=False)
+        if parents:
+            model(input_ids=ids, use_cache=False)
+    except _AllCalled:
+        pass
     finally:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+class _AllCalled(Exception):
+    """Stops a forward pass once every module of interest was called."""
 
 
 @torch.no_grad()

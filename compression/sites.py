@@ -30,6 +30,7 @@ __all__ = [
     "discover_sites",
     "expert_of",
     "find_blocks",
+    "first_of_kind",
     "members",
     "model_bytes",
     "model_parameters",
@@ -247,6 +248,16 @@ def _around_embedding(model: nn.Module) -> Iterator[str]:
     yield from (".".join(parts[:count]) for count in range(len(parts) - 1, -1, -1))
 
 
+def first_of_kind(model: nn.Module) -> tuple[str, list[int]]:
+    """Returns the name of the list of blocks, and for every block the first one of its kind.
+
+    Blocks are of a kind if they are made of the same modules of the same sizes.
+    """
+    prefix, blocks = find_blocks(model)
+    first: dict[str, int] = {}
+    return prefix, [first.setdefault(repr(block), index) for index, block in enumerate(blocks)]
+
+
 def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> None:
     """Reject a weight that cannot be decomposed. The message names the site.
 
@@ -411,5 +422,5 @@ def _families(paths: list[str]) -> dict[str, str]:
 
 
 def _role(leaf: str) -> str:
-    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` stays as it is."""
+    """The last part of a module name, without `_proj` if that leaves a role; `c_proj` and `in_proj` stay."""
     return leaf.removesuffix("_proj") if leaf.removesuffix("_proj") in _ROLES else leaf

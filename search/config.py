@@ -21,6 +21,7 @@ from search.runtime.files import is_text, user_path
 __all__ = [
     "AFTERWARDS",
     "AGENTS",
+    "ATTENTIONS",
     "EARLIER",
     "EVALUATORS",
     "EXPERT_FORMS",
@@ -44,6 +45,7 @@ OptimizeFor = Literal["memory", "latency"]
 ProxyForm = Literal["answer", "letter"]
 Export = Literal["none", "hf", "dense", "gguf-ready"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Granularity = Literal["block", "family", "site", "head", "block+family"]
 
 AGENTS = (
@@ -72,6 +74,7 @@ EXPORTS: tuple[str, ...] = get_args(Export)
 FORMS: tuple[str, ...] = get_args(Form)
 EXPERT_FORMS: tuple[str, ...] = get_args(ExpertForm)
 DTYPES: tuple[str, ...] = get_args(Dtype)
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
 PROXY_FORMS: tuple[str, ...] = get_args(ProxyForm)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 PROXIES = ("arc_easy", "hellaswag", "mmlu", "piqa", "sciq")
@@ -236,6 +239,9 @@ class Config(BaseModel):
     dtype: Dtype = _name(_DATA, "auto", DTYPES)
     """Data type of the model's parameters; auto uses bfloat16 where the hardware multiplies it and float32 elsewhere. A
     resumed run keeps its data type on every machine."""
+    attention: Attention = _name(_DATA, "auto", ATTENTIONS)
+    """How transformers computes the attention of the model; auto uses PyTorch's fused attention (sdpa), or eager where
+    the architecture has no other."""
     threads: int | None = _whole(_DATA, None, 1, 1024)
     """CPU threads to use. Default: as many as PyTorch chooses."""
 
@@ -527,6 +533,7 @@ def _one_line(error: ValidationError) -> str:
     names = {
         "agent": AGENTS,
         "dtype": DTYPES,
+        "attention": ATTENTIONS,
         "optimize": OPTIMIZE,
         "proxy": PROXIES,
         "proxy_form": PROXY_FORMS,

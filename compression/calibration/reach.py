@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from compression.bonds import tolerance
-from compression.sites import Site, dense_weight, expert_of
+from compression.sites import Site, dense_weight, expert_of, first_of_kind
 
-__all__ = ["with_reach"]
+__all__ = ["reach_by_kind", "with_reach"]
 
 _ROWS, _TOKENS = 2, 8
 
@@ -64,6 +64,20 @@ def with_reach(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
             hook.remove()
     return tuple(
         replace(site, dense_because=_reason(site, uses[site.name])) if site.name in uses else site for site in sites
+    )
+
+
+def reach_by_kind(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Returns what `with_reach` returns, but looks at one block of every kind; other blocks of its kind are alike."""
+    prefix, like = first_of_kind(model)
+    found = with_reach(model, [site for site in sites if like[site.block] == site.block])
+    because = {site.name: site.dense_because for site in found}
+    return tuple(
+        replace(
+            site,
+            dense_because=because[site.name.replace(f"{prefix}.{site.block}.", f"{prefix}.{like[site.block]}.", 1)],
+        )
+        for site in sites
     )
 
 

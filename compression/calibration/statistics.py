@@ -31,6 +31,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from compression.calibration.triangles import Triangles, triangle, whole
 from compression.numerics.pooled_moments import MomentSum, pooled_moments
 from compression.numerics.whitening import shrink
 from compression.refusal import Refusal
@@ -40,6 +41,7 @@ from compression.storage.factor_cache import Bundle
 __all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
 
 _SKETCH = 64  # number of random directions that estimate xᵀC⁻¹x, with a relative standard error of √(2/64)
+_TRIANGLES = "upper triangles"
 _SHRINKAGE = 0.003  # shrinkage of the first pass's moments before they weight the tokens
 _HALF = 0.5  # tokens that an expert counts as reached by beside those that reach it (Jeffreys prior of a rate)
 
@@ -69,20 +71,38 @@ class Statistics:
         return _checked(name, "gradients", self.gradients.get(name))
 
     def to_bundle(self) -> Bundle:
-        """Returns the statistics as named tensors with metadata, for the cache."""
-        tensors = {f"input/{name}": moment for name, moment in self.inputs.items()}
-        tensors |= {f"gradient/{name}": moment for name, moment in self.gradients.items()}
-        return Bundle(tensors, {"input_of": json.dumps(dict(self.input_of)), "tokens": str(self.tokens)})
+        """Returns the upper triangles of the moments as named tensors with metadata, for the cache."""
+        return _bundle(self.inputs, self.input_of, self.gradients, self.tokens)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Statistics:
-        """Returns the statistics that `to_bundle` wrote."""
-        table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}}
-        for key, moment in bundle.tensors.items():
-            kind, name = key.split("/", 1)
-            table[kind][name] = moment
-        input_of = json.loads(bundle.metadata["input_of"])
-        return cls(table["input"], input_of, table["gradient"], int(bundle.metadata["tokens"]))
+        """Returns the statistics that `to_bundle` wrote; earlier versions wrote whole matrices."""
+        inputs, input_of, gradients, tokens = _unbundled(bundle)
+        if bundle.metadata.get("stored") == _TRIANGLES:
+            return cls(Triangles(inputs), input_of, Triangles(gradients), tokens)
+        return cls(inputs, input_of, gradients, tokens)
+
+
+def _bundle(
+    inputs: Mapping[str, torch.Tensor],
+    input_of: Mapping[str, str],
+    gradients: Mapping[str, torch.Tensor],
+    tokens: int,
+    **metadata: str,
+) -> Bundle:
+    tables = (("input", inputs), ("gradient", gradients))
+    tensors = {f"{kind}/{name}": triangle(moment) for kind, table in tables for name, moment in table.items()}
+    own = {"input_of": json.dumps(dict(input_of)), "tokens": str(tokens), "stored": _TRIANGLES}
+    return Bundle(tensors, own | metadata)
+
+
+def _unbundled(bundle: Bundle) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, torch.Tensor], int]:
+    table: dict[str, dict[str, torch.Tensor]] = {"input": {}, "gradient": {}}
+    for key, moment in bundle.tensors.items():
+        kind, name = key.split("/", 1)
+        table[kind][name] = moment
+    input_of = json.loads(bundle.metadata["input_of"])
+    return table["input"], input_of, table["gradient"], int(bundle.metadata["tokens"])
 
 
 def collect(
@@ -93,6 +113,8 @@ def collect(
     progress: Callable[[int], None] = lambda tokens: None,
     first: Statistics | None = None,
     mask_token: int | None = None,
+    begun: Bundle | None = None,
+    keep: Callable[[Callable[[], Bundle]], None] = lambda state: None,
 ) -> Statistics:
     """Collect C and G of every site that can be tensorized.
 
@@ -110,6 +132,9 @@ def collect(
         first: statistics of an earlier pass over the same batches, which weight the tokens; None weights all tokens
             equally.
         mask_token: the token at which a masked language model predicts; None for models of other kinds.
+        begun: what an earlier call with the same arguments gave to `keep`; the batches that it counts are skipped, and
+            the result is the same.
+        keep: called after each batch with a function that returns the state so far.
 
     Raises:
         ValueError: there is no token; or the statistics of a site are not finite, the text never reaches the site, the
@@ -117,8 +142,11 @@ def collect(
             routed to it. The message names the site.
     """
     accumulator = MomentAccumulator(model, sites, first)
+    done = 0 if begun is None else accumulator.restore(begun, generator)
     with accumulator:
-        for input_ids, mask in batches:
+        for number, (input_ids, mask) in enumerate(batches, 1):
+            if number <= done:
+                continue
             accumulator.expect(mask)
             logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
             predicted = mask if mask_token is None else mask & (input_ids == mask_token)
@@ -129,6 +157,7 @@ def collect(
                 gradient *= math.sqrt(float(mask.sum()) / max(1.0, float(predicted.sum())))
             logits.backward(gradient)
             progress(accumulator.count())
+            keep(partial(accumulator.state, number, generator))
     return accumulator.result()
 
 
@@ -190,6 +219,31 @@ class MomentAccumulator:
         """Count the tokens of a batch after its backward pass; returns the number of tokens so far."""
         self.tokens, self._last = self.tokens + int(self._mask.sum()), None
         return self.tokens
+
+    @property
+    def _tables(self) -> tuple[dict[str, MomentSum], dict[str, MomentSum]]:
+        return self._inputs, self._gradients
+
+    def state(self, batches: int, generator: torch.Generator) -> Bundle:
+        """Returns the sums over the first `batches` batches, and the state of the generator after them."""
+        drawn = generator.get_state().cpu().numpy().tobytes().hex()
+        inputs, gradients = ({name: sums.outer for name, sums in each.items()} for each in self._tables)
+        rows = json.dumps([{name: (sums.fourth, sums.rows) for name, sums in each.items()} for each in self._tables])
+        found = inputs, self._input_of, gradients, self.tokens
+        return _bundle(*found, batches=str(batches), generator=drawn, rows=rows)
+
+    def restore(self, state: Bundle, generator: torch.Generator) -> int:
+        """Continue from what `state` returned; returns the number of batches."""
+        inputs, self._input_of, gradients, self.tokens = _unbundled(state)
+        device = {site.name: next(self.model.get_submodule(site.name).parameters()).device for site in self.sites}
+        for table, outer, rows in zip(
+            self._tables, (inputs, gradients), json.loads(state.metadata["rows"]), strict=True
+        ):
+            for name, sums in outer.items():
+                table[name] = MomentSum(whole(sums).to(device[name]), *rows[name])
+        drawn = bytearray.fromhex(state.metadata["generator"])
+        generator.set_state(torch.frombuffer(drawn, dtype=torch.uint8))
+        return int(state.metadata["batches"])
 
     def __enter__(self) -> MomentAccumulator:
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]

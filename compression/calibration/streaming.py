@@ -1,10 +1,10 @@
-"""Collects statistics of a model too large for memory, one block at a time, and hands them to a callback per block.
+"""Collects statistics one block at a time and hands them to a callback per block, so that memory holds one block's.
 
 The forward pass runs block by block over all calibration batches and keeps the hidden states between blocks on disk.
 Then the head computes the gradient of sampled tokens. The backward pass runs block by block from the last, and runs
-each block again with gradients on its stored input. Every block is loaded twice, and only one block is in memory at a
-time. The second moments are those of `compression.calibration.statistics.collect` with equally weighted tokens, and are
-computed by the same code.
+each block again with gradients on its stored input. The second moments are those of
+`compression.calibration.statistics.collect`, and are computed by the same code; with weights, the backward pass runs
+each block twice.
 
 Knows torch modules and token batches; does not know where a block's weights come from or how a block is called, which
 is up to the given `BlockwiseModel`.
@@ -12,10 +12,10 @@ is up to the given `BlockwiseModel`.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,9 @@ from compression.sites import Site
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import new_tensor_file
 
-__all__ = ["Batch", "BlockShape", "BlockwiseModel", "Footprint", "footprint", "stream"]
+__all__ = ["Batch", "BlockwiseModel", "passes", "stream"]
+
+_HIDDEN, _GRADIENT = "hidden", "gradient"
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -65,6 +67,11 @@ class BlockwiseModel(Protocol):
         """
 
 
+def passes(blocks: int, batches: int, weighted: bool = False) -> int:
+    """Returns the number of passes of a batch through a block, or the head, that `stream` makes."""
+    return batches * (1 + (3 if weighted else 2) * blocks)
+
+
 def stream(
     model: BlockwiseModel,
     batches: Sequence[Batch],
@@ -72,6 +79,8 @@ def stream(
     visit: Callable[[nn.Module, tuple[Site, ...], Statistics], None],
     scratch: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    weighted: bool = False,
+    kept: Path | None = None,
 ) -> None:
     """Collect the statistics of every block and pass them to `visit`, last block first.
 
@@ -81,57 +90,94 @@ def stream(
             length does not change which tokens are sampled; the order of the rows does.
         generator: draws the sampled tokens; on the model's device.
         visit: called with a block, its sites and their statistics. Anything it keeps stays in memory.
-        scratch: folder for the hidden states, which take (1 + blocks) × tokens × width numbers; None means the system's
+        scratch: folder for the hidden states, which take (3 + blocks) × tokens × width numbers; None means the system's
             folder for temporary files. All files are removed at the end.
-        progress: called with the number of block passes done, out of 2·blocks.
+        progress: called with the number of passes done, out of `passes`.
+        weighted: whether tokens are weighted, as in the second pass of `collect`.
+        kept: folder for the hidden states instead, which stays when the process ends early. The next call with the same
+            arguments then continues: it computes what is missing, and visits only blocks that were not visited.
 
     Raises:
         ValueError: there is no token, or a statistic is not finite.
         OSError: the scratch folder cannot be written or is full.
     """
-    with temporary_folder(scratch or Path(tempfile.gettempdir()), "chisel.borders") as folder:
-        borders = _Borders(folder)
-        _forward(model, batches, borders, progress)
-        _turn(model, batches, borders, generator)
-        for index in reversed(range(model.blocks)):
+    with ExitStack() as stack:
+        if kept is None:
+            folder = stack.enter_context(temporary_folder(scratch or Path(tempfile.gettempdir()), "chisel.borders"))
+        else:
+            (folder := kept).mkdir(parents=True, exist_ok=True)
+        borders, count = _Borders(folder), _Count(progress)
+        last = model.blocks
+        if not any(borders.visited(index) for index in range(last)):
+            _forward(model, batches, borders, count)
+            _turn(model, batches, borders, generator, count)
+        for index in reversed(range(last)):
+            count.done = len(batches) * (1 + last + (2 if weighted else 1) * (last - 1 - index))
+            if borders.visited(index):
+                continue
             block = model.block(index)
             sites = tuple(site for site in model.sites if site.block == index)
-            statistics = _backward(model, index, block, sites, batches, borders)
+            first = _backward(model, index, block, sites, batches, borders, count) if weighted else None
+            statistics = _backward(model, index, block, sites, batches, borders, count, first)
             visit(block, sites, statistics)
-            del block, statistics
-            progress(2 * model.blocks - index)
+            borders.visit(index, len(batches))
+            del block, first, statistics
+        if kept is not None:
+            shutil.rmtree(kept)
+
+
+class _Count:
+    """Counts passes."""
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress = progress
+        self.done = 0
+
+    def one(self) -> None:
+        self.done += 1
+        self._progress(self.done)
 
 
 @torch.no_grad()
-def _forward(
-    model: BlockwiseModel, batches: Sequence[Batch], borders: _Borders, progress: Callable[[int], None]
-) -> None:
+def _forward(model: BlockwiseModel, batches: Sequence[Batch], borders: _Borders, count: _Count) -> None:
     """Store the hidden states at every border: 0 before the first block, `model.blocks` after the last."""
-    with model.embedding() as embed:
-        for number, (input_ids, mask) in enumerate(batches):
-            borders.put(0, number, embed(input_ids, mask))
+    numbered = list(enumerate(batches))
+    if not all(borders.has(_HIDDEN, 0, number) for number, _ in numbered):
+        with model.embedding() as embed:
+            for number, (input_ids, mask) in numbered:
+                borders.put(_HIDDEN, 0, number, embed(input_ids, mask))
     for index in range(model.blocks):
-        block = model.block(index)
-        for number, (_, mask) in enumerate(batches):
-            borders.put(index + 1, number, model.run(index, block, borders.get(index, number, mask.device), mask))
+        block = None
+        for number, (_, mask) in numbered:
+            if not borders.has(_HIDDEN, index + 1, number):
+                block = block or model.block(index)
+                hidden = borders.get(_HIDDEN, index, number, mask.device)
+                borders.put(_HIDDEN, index + 1, number, model.run(index, block, hidden, mask))
+            count.one()
         del block
-        progress(index + 1)
 
 
-def _turn(model: BlockwiseModel, batches: Sequence[Batch], borders: _Borders, generator: torch.Generator) -> None:
-    """Replace the last hidden states on disk by their gradients. Memory holds one row of logits at a time."""
+def _turn(
+    model: BlockwiseModel, batches: Sequence[Batch], borders: _Borders, generator: torch.Generator, count: _Count
+) -> None:
+    """Store the gradients of the last hidden states. Memory holds one row of logits at a time."""
     last = model.blocks
     with model.head() as head:
         for number, (_, mask) in enumerate(batches):
+            if borders.has(_GRADIENT, last, number):
+                generator.set_state(borders.drawn(last, number))
+                count.one()
+                continue
             gradients = []
-            states = borders.get(last, number, mask.device)
+            states = borders.get(_HIDDEN, last, number, mask.device)
             for hidden, row in zip(torch.split(states, 1), torch.split(mask, 1), strict=True):
                 leaf = hidden.detach().requires_grad_()
                 logits = head(leaf, row)
                 logits.backward(sampled_gradient(logits.detach(), row, generator))  # type: ignore[no-untyped-call]
                 assert leaf.grad is not None
                 gradients.append(leaf.grad)
-            borders.put(last, number, torch.cat(gradients))
+            borders.put(_GRADIENT, last, number, torch.cat(gradients), generator.get_state())
+            count.one()
 
 
 def _backward(
@@ -141,19 +187,21 @@ def _backward(
     sites: tuple[Site, ...],
     batches: Sequence[Batch],
     borders: _Borders,
+    count: _Count,
+    first: Statistics | None = None,
 ) -> Statistics:
-    """Returns the statistics of one block, and replaces its inputs on disk by their gradients."""
-    accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites)
+    """Returns the statistics of one block, and stores the gradients of its inputs."""
+    accumulator = MomentAccumulator(_Named(block, f"{model.prefix}.{index}."), sites, first)
     with accumulator:
         for number, (_, mask) in enumerate(batches):
             accumulator.expect(mask)
-            leaf = borders.get(index, number, mask.device).requires_grad_()
+            leaf = borders.get(_HIDDEN, index, number, mask.device).requires_grad_()
             output = model.run(index, block, leaf, mask)
-            output.backward(borders.get(index + 1, number, mask.device))  # type: ignore[no-untyped-call]
+            output.backward(borders.get(_GRADIENT, index + 1, number, mask.device))  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
-            borders.put(index, number, leaf.grad)
+            borders.put(_GRADIENT, index, number, leaf.grad)
             accumulator.count()
-    borders.drop(index + 1, len(batches))
+            count.one()
     return accumulator.result()
 
 
@@ -174,118 +222,35 @@ class _Named(nn.Module):
 
 
 class _Borders:
-    """Stores hidden states by border between blocks and by batch, one safetensors file each."""
+    """Stores hidden states and their gradients by border between blocks and by batch, one safetensors file each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def put(self, border: int, batch: int, hidden: torch.Tensor) -> None:
-        with new_tensor_file(self._folder / "new", {"hidden": hidden}) as new:
-            new.replace(self._path(border, batch))
+    def put(self, kind: str, border: int, batch: int, values: torch.Tensor, drawn: torch.Tensor | None = None) -> None:
+        """Store values, and the state of a generator after them."""
+        tensors = {"values": values} if drawn is None else {"values": values, "drawn": drawn}
+        with new_tensor_file(self._folder / "new", tensors) as new:
+            new.replace(self._path(kind, border, batch))
 
-    def get(self, border: int, batch: int, device: torch.device) -> torch.Tensor:
-        return load_file(self._path(border, batch))["hidden"].to(device)
+    def has(self, kind: str, border: int, batch: int) -> bool:
+        return self._path(kind, border, batch).exists()
 
-    def drop(self, border: int, batches: int) -> None:
+    def get(self, kind: str, border: int, batch: int, device: torch.device) -> torch.Tensor:
+        return load_file(self._path(kind, border, batch))["values"].to(device)
+
+    def drawn(self, border: int, batch: int) -> torch.Tensor:
+        return load_file(self._path(_GRADIENT, border, batch))["drawn"]
+
+    def visited(self, index: int) -> bool:
+        return (self._folder / f"{index}.visited").exists()
+
+    def visit(self, index: int, batches: int) -> None:
+        """Note that a block is done with, and remove what only this block needs."""
+        (self._folder / f"{index}.visited").touch()
         for batch in range(batches):
-            self._path(border, batch).unlink()
+            self._path(_HIDDEN, index + 1, batch).unlink(missing_ok=True)
+            self._path(_GRADIENT, index + 1, batch).unlink(missing_ok=True)
 
-    def _path(self, border: int, batch: int) -> Path:
-        return self._folder / f"{border}.{batch}.safetensors"
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """Holds the shape of a decoder with gated MLP, which determines the memory needed to stream it.
-
-    Attributes:
-        hidden: width of the hidden states.
-        mlp: width of the gate and up outputs.
-        key_value: number of output features of k, equal to that of v.
-        blocks: number of blocks.
-        vocabulary: number of tokens in the vocabulary.
-        tied: whether the head shares its matrix with the embedding.
-        bytes_per_weight: 4 for float32, 2 for bfloat16.
-    """
-
-    hidden: int
-    mlp: int
-    key_value: int
-    blocks: int
-    vocabulary: int
-    tied: bool
-    bytes_per_weight: int
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of q, k, v, o, gate, up, down."""
-        hidden, key_value, mlp = self.hidden, self.key_value, self.mlp
-        attention = ((hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden))
-        return (*attention, (mlp, hidden), (mlp, hidden), (hidden, mlp))
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of the weights of one block, without norms."""
-        return self.bytes_per_weight * sum(out * into for out, into in self.shapes)
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of the weights of the embedding."""
-        return self.bytes_per_weight * self.vocabulary * self.hidden
-
-    @property
-    def model_bytes(self) -> int:
-        """Bytes of the weights of the whole model, without norms and biases."""
-        return self.blocks * self.block_bytes + (1 if self.tied else 2) * self.table_bytes
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Holds the bytes needed by the phases of `stream`, with a two-sided `lowrank` decomposition of every site.
-
-    Attributes:
-        ends: the embedding or head with one row of logits, its softmax, cumulative sum and gradients in float32.
-        collecting: a block, its moments, and the activations of one batch with their gradients.
-        decomposing: a block, its moments, and the float64 workspace of its largest site.
-        scratch: the hidden states on disk.
-    """
-
-    ends: int
-    collecting: int
-    decomposing: int
-    scratch: int
-
-    @property
-    def peak(self) -> int:
-        """Largest memory of any phase in bytes, in addition to the memory of the libraries."""
-        return max(self.ends, self.collecting, self.decomposing)
-
-
-def footprint(shape: BlockShape, tokens: int, batch_tokens: int, row_tokens: int) -> Footprint:
-    """Computes from the shape of a model the memory and disk space that streaming it needs.
-
-    Args:
-        shape: the shape of the model.
-        tokens: number of tokens of the calibration text.
-        batch_tokens: number of tokens of one batch.
-        row_tokens: number of tokens of one row of a batch.
-    """
-    moments = 4 * sum(out**2 + into**2 for out, into in shape.shapes)
-    row = row_tokens * shape.vocabulary
-    # Numbers per token that the backward pass keeps, and their gradients.
-    widths = 12 * shape.hidden + 6 * shape.mlp + 4 * shape.key_value
-    return Footprint(
-        ends=shape.table_bytes + row * (4 * 4 + 2 * shape.bytes_per_weight),
-        collecting=shape.block_bytes + moments + batch_tokens * widths * shape.bytes_per_weight,
-        decomposing=shape.block_bytes + moments + max(_workspace(out, into) for out, into in shape.shapes),
-        scratch=(shape.blocks + 1) * tokens * shape.hidden * shape.bytes_per_weight,
-    )
-
-
-def _workspace(out: int, into: int) -> int:
-    """Returns the bytes that decomposing one site in the two-sided metric needs.
-
-    These are two Cholesky factors, plus the larger of a third square matrix while factorizing and three float64 copies
-    of the weight while whitening.
-    """
-    return 8 * (out**2 + into**2) + max(8 * max(out, into) ** 2, 3 * 8 * out * into)
+    def _path(self, kind: str, border: int, batch: int) -> Path:
+        return self._folder / f"{kind}.{border}.{batch}.safetensors"

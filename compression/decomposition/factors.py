@@ -50,7 +50,7 @@ class Factors:
     """Holds the cores of one site and the values that determine their cost.
 
     Attributes:
-        cores: axes (left, out, in, right), float32. A decomposition has bonds up to the largest χ that saves
+        cores: axes (left, out, in, right), float32 or float16. A decomposition has bonds up to the largest χ that saves
             parameters; slice them for a smaller χ. The cores of a fit are valid for its own χ only.
         spectrum: singular values in the metric, float64, descending. With a cap on χ: the known values, followed by one
             value that is the norm of all others. For a fit: a single value, the square root of twice its cost.
@@ -71,6 +71,8 @@ class FactorStore:
         shrinkage: see `compression.numerics.whitening.shrink`.
         cache: stores the decompositions.
         max_chi: largest χ to decompose to; None means the largest χ that saves parameters.
+        half: store the cores of decompositions in float16, in half the space. The columns and rows of a bond have equal
+            norms, so that they stay within its range.
 
     Attributes:
         sites: as given.
@@ -86,11 +88,13 @@ class FactorStore:
         shrinkage: float,
         cache: FactorCache,
         max_chi: int | None = None,
+        half: bool = False,
     ) -> None:
         self.sites = tuple(sites)
         self._measured = Measured(weights, statistics, statistics_key, shrinkage)
         self._cache = cache
         self._max_chi = max_chi
+        self._stored = torch.float16 if half else torch.float32
         self._site = {site.name: site for site in sites}
         self._memory: dict[_Key, Factors] = {}
         self.bonds = BondStore(sites, self._measured, cache)
@@ -117,7 +121,7 @@ class FactorStore:
     def cores(self, name: str, choice: Choice) -> list[torch.Tensor]:
         """Returns the cores of one site at the χ of `choice`, without gauge fixing.
 
-        They are views into a decomposition or into a fit.
+        They are float32, and views into a decomposition or into a fit unless these are stored in float16.
 
         Raises:
             ValueError: the site must stay dense, no χ of the topology saves parameters at this shape, or χ exceeds the
@@ -134,7 +138,7 @@ class FactorStore:
         if choice.chi > limit:
             raise Refusal(f"chi of {name} must be at most {limit} for {choice.topology}, got {choice.chi}")
         factors = self.factors(name, choice.topology, choice.metric, choice.chi, choice.widths)
-        return truncate(factors.cores, choice.chi)
+        return [core.float() for core in truncate(factors.cores, choice.chi)]
 
     def menu(
         self,
@@ -206,6 +210,7 @@ class FactorStore:
         capped = {} if self._max_chi is None else {"max_chi": self._max_chi}
         fitted = {"chi": key.chi, "evaluations": key.evaluations, "tolerance": _TOLERANCE} if key.chi else {}
         cut = {"widths": key.widths} if key.widths else {}
+        half = {"stored": "float16"} if self._stored == torch.float16 else {}
         return cache_key(
             format=FORMAT,
             weight=measured.digest(key.name),
@@ -217,6 +222,7 @@ class FactorStore:
             **capped,
             **fitted,
             **cut,
+            **half,
         )
 
     def _build(self, key: _Key) -> Bundle:
@@ -236,7 +242,7 @@ class FactorStore:
             cores, spectra = decompose(weight.float(), legs, self._max_chi)
             spectrum = spectra[0].closed()
         cores = truncate(cores, max(1, Legs(legs.out_legs, legs.in_legs, pivoted=True).break_even_chi))
-        tensors = {f"core.{number}": core.float().cpu() for number, core in enumerate(cores)}
+        tensors = {f"core.{number}": core.to(self._stored).cpu() for number, core in enumerate(cores)}
         return Bundle({**tensors, "spectrum": spectrum.cpu()})
 
     def _fit(self, key: _Key, legs: Legs) -> Bundle:

@@ -101,7 +101,7 @@ class ExpertLayout:
         if not self.gated:
             return (values,)
         if self.interleaved:
-            return values.unflatten(axis, (-1, 2)).unbind(axis + 1)
+            return torch.unflatten(values, axis, (-1, 2)).unbind(axis + 1)
         return values.chunk(2, axis)
 
     def whole(self, tensors: Mapping[str, torch.Tensor], training: bool) -> nn.Module:

@@ -7,6 +7,8 @@ stays what it is: it still hands the layer the tokens, the numbers of their expe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -28,6 +30,10 @@ class Expert(nn.Module):
         layers: the matrices by name: `up_proj`, `down_proj` and, in a gated layer, `gate_proj`.
         layout: how the layer that they come from computes its hidden values.
     """
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def __init__(self, layers: dict[str, nn.Linear], layout: ExpertLayout) -> None:
         super().__init__()
@@ -85,7 +91,7 @@ class Experts(nn.ModuleList):
         result = torch.zeros_like(hidden_states)
         pairs, factors = top_k_index.flatten(), top_k_weights.flatten()
         counts = torch.bincount(pairs, minlength=len(self)).tolist()
-        for expert, chosen in zip(self, pairs.argsort(stable=True).split(counts), strict=False):
+        for expert, chosen in zip(self, torch.split(pairs.argsort(stable=True), counts), strict=False):
             if len(chosen):
                 rows = chosen // top_k_index.shape[-1]
                 output = expert(hidden_states[rows]) * factors[chosen, None]
@@ -99,17 +105,19 @@ class Experts(nn.ModuleList):
         """
         layout, stacks = self._layout, dict[str, list[torch.Tensor]]()
         for expert in self:
-            firsts = [expert.get_submodule(name) for name in layout.parts]
-            weights = layout.joined([each.weight for each in firsts]), expert.down_proj.weight
+            firsts, last = [expert.get_submodule(name) for name in layout.parts], expert.get_submodule("down_proj")
+            weights = layout.joined([each.get_parameter("weight") for each in firsts]), last.get_parameter("weight")
             for name, weight in zip(layout.names, weights, strict=False):
                 stacks.setdefault(name, []).append(weight.T if layout.transposed else weight)
             if layout.biased:
-                stacks.setdefault(layout.names[2], []).append(layout.joined([each.bias for each in firsts]))
-                stacks.setdefault(layout.names[3], []).append(expert.down_proj.bias)
+                stacks.setdefault(layout.names[2], []).append(
+                    layout.joined([each.get_parameter("bias") for each in firsts])
+                )
+                stacks.setdefault(layout.names[3], []).append(last.get_parameter("bias"))
         return layout.whole({name: torch.stack(stacks[name]) for name in layout.names}, self.training)
 
 
-def _expert(tensors: dict[str, torch.Tensor], number: int, layout: ExpertLayout) -> Expert:
+def _expert(tensors: Mapping[str, torch.Tensor], number: int, layout: ExpertLayout) -> Expert:
     layers: dict[str, nn.Linear] = {}
     first, down = (tensors[name][number].T if layout.transposed else tensors[name][number] for name in layout.names[:2])
     shifts = [tensors[name][number] for name in layout.names[2:]]

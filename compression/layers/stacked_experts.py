@@ -36,6 +36,10 @@ class StackedExperts(nn.Module):
         ValueError: the module is no fused layer of a known layout, or it is not told which experts a row has.
     """
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         layout = ExpertLayout.of(fused)
@@ -51,7 +55,7 @@ class StackedExperts(nn.Module):
             self.add_module(name, linear_layer(weight.flatten(0, 1), None if shift is None else shift.flatten()))
         down = tensors["down_proj"].mT if layout.transposed else tensors["down_proj"]
         self.hidden_units = down.shape[0] * down.shape[2]
-        self.down_proj: nn.Module = linear_layer(down.transpose(0, 1).flatten(1), None)
+        self.down_proj = linear_layer(down.transpose(0, 1).flatten(1), None)
         if layout.biased:
             self.down_bias = nn.Parameter(tensors["down_proj_bias"].detach().flatten(), requires_grad=False)
 
@@ -68,17 +72,17 @@ class StackedExperts(nn.Module):
         left = getattr(self.up_proj, KEPT[0], None)
         result: torch.Tensor = self.down_proj(hidden * (factors if left is None else factors[:, left]))
         if self._layout.biased:
-            result = result + weights.to(result.dtype) @ self.down_bias.unflatten(0, (self.num_experts, -1))
+            result = result + weights.to(result.dtype) @ torch.unflatten(self.down_bias, 0, (self.num_experts, -1))
         return result.to(hidden_states.dtype)
 
     def fused(self) -> nn.Module:
         """Returns the fused layer with these values; the matrices must be linear layers that lost no hidden units."""
         layout, count = self._layout, self.num_experts
         firsts = [self.get_submodule(name) for name in layout.parts]
-        first = layout.joined([each.weight.unflatten(0, (count, -1)) for each in firsts], 1)  # type: ignore[operator]
-        down = self.down_proj.weight.unflatten(1, (count, -1)).transpose(0, 1)  # type: ignore[operator]
+        first = layout.joined([torch.unflatten(each.get_parameter("weight"), 0, (count, -1)) for each in firsts], 1)
+        down = torch.unflatten(self.down_proj.get_parameter("weight"), 1, (count, -1)).transpose(0, 1)
         matrices = [values.mT.contiguous() if layout.transposed else values.contiguous() for values in (first, down)]
         if layout.biased:
-            biases = layout.joined([each.bias.unflatten(0, (count, -1)) for each in firsts], 1)  # type: ignore[operator]
-            matrices += [biases, self.down_bias.unflatten(0, (count, -1))]
+            biases = layout.joined([torch.unflatten(each.get_parameter("bias"), 0, (count, -1)) for each in firsts], 1)
+            matrices += [biases, torch.unflatten(self.down_bias, 0, (count, -1))]
         return layout.whole(dict(zip(layout.names, matrices, strict=True)), self.training)

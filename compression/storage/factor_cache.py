@@ -125,6 +125,29 @@ class FactorCache:
                 path.unlink(missing_ok=True)
         return written
 
+    def replace(self, key: str, bundle: Bundle) -> None:
+        """Write another bundle of `key` and remove the earlier ones; one of them is complete at any time."""
+        if self.root is None:
+            return
+        earlier = list(self._folder(key).glob(f"{key}.*.safetensors"))
+        written = self.store(key, bundle)
+        for path in earlier:
+            if path != written:
+                path.unlink(missing_ok=True)
+
+    def drop(self, key: str) -> None:
+        """Remove the bundle of `key`. Who has it mapped keeps it."""
+        if self.root is not None:
+            for path in self._folder(key).glob(f"{key}.*.safetensors"):
+                path.unlink(missing_ok=True)
+
+    def metadata(self, key: str) -> Mapping[str, str]:
+        """The metadata of the bundle of `key` without checking it; empty if it is not cached."""
+        for path in self._folder(key).glob(f"{key}.*.safetensors") if self.root is not None else ():
+            if self._fits(path):
+                return _header(path) or {}
+        return {}
+
     def _find(self, key: str) -> tuple[Bundle | None, list[Path]]:
         """Returns the bundle of `key`, or None, and the damaged files that were found before it."""
         damaged: list[Path] = []

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from search.data.packages import missing
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder
+from search.runtime.memory import available_memory
 from search.runtime.run_folder import RESULTS
 
 __all__ = ["Finding", "check_machine"]
@@ -109,11 +109,9 @@ def _devices() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = int(text.split("MemAvailable:")[1].split()[0]) / 2**20
-    except (OSError, IndexError, ValueError):
+    if (available := available_memory()) is None:
         return
+    free = available / 2**30
     short = free < _MEMORY_GIB
     advice = f"free memory: the default job takes about {_MEMORY_GIB:.0f} GiB; or use --quick" if short else ""
     yield Finding("memory", "note" if short else "ok", f"{free:.1f} GiB available", advice)

@@ -29,7 +29,7 @@ from search.config import Config
 from search.evaluation.pool import Pool
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
-from search.experiment.preparation import calibrate
+from search.experiment.preparation import advancing, calibrate
 from search.reporting.opened_run import CONTEST
 from search.runtime.console import Console
 from search.runtime.provenance import environment
@@ -67,8 +67,8 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
     config, device, start = preflight(config)
     for name in names:
         agents.find(name)
-    with console.stage("load"):
-        loaded, sites = open_model(config, device)
+    with console.stage("load", 100, "%") as stage:
+        loaded, sites = open_model(config, device, progress=stage.advance)
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)
     for note in experiment.splits.notes:
@@ -84,7 +84,7 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
         if entered or not contest.complete:
             calibrate(experiment, console)
             with console.stage("decompose", len(sites), "matrices") as stage:
-                menu = experiment.menu(lambda done: stage.advance(1))
+                menu = experiment.menu(advancing(stage))
             experiment.calibration.release()
             problem = Problem.build(menu, config.target_kept, config.granularity)
             _play(folder, experiment, problem, contest, entered, console)

@@ -82,6 +82,8 @@ class ModelEvaluator:
             `compression.decomposition.repair.repair_`). Scores are then those of the repaired model, at many times the
             cost.
         times: gives the time fraction of a schedule; without it `Score.time_fraction` is NaN.
+        progress: called after each pass over a workload that is made here: one of the dense model, and with several
+            workloads one of the anchor.
 
     Attributes:
         dense: score of the dense model; its `kl` and `expected_accuracy` are means over the workloads.
@@ -101,6 +103,7 @@ class ModelEvaluator:
         packed: bool = False,
         repair: Callable[[Schedule], Mapping[str, nn.Module]] | None = None,
         times: Callable[[Schedule], float] | None = None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         if not workloads or (len(workloads) > 1 and anchor is None):
             raise Refusal(
@@ -118,12 +121,18 @@ class ModelEvaluator:
         self._dense = dense = Schedule.dense(tuple(site.name for site in store.sites))
         start = time.perf_counter()
         shards = range(len(workloads))
-        qualities = [self._with_room(shard, partial(self._refer, shard)) for shard in shards]
+        qualities = []
+        for shard in shards:
+            qualities.append(self._with_room(shard, partial(self._refer, shard)))
+            progress()
         size, seconds = self._sizes.size(dense), time.perf_counter() - start
         self.dense = Score("ok", qualities[0], size, seconds, "", 0, *_controls(qualities)[0], self._time(dense))
         self._controls = [(0.0, 0.0)] * len(workloads)
         if anchor is not None and len(workloads) > 1:
-            measured = [self._with_room(shard, partial(self._measure, anchor, shard)) for shard in shards]
+            measured = []
+            for shard in shards:
+                measured.append(self._with_room(shard, partial(self._measure, anchor, shard)))
+                progress()
             self._controls = _controls(measured)
 
     def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, repeat: int = 0) -> list[Score]:

@@ -5,7 +5,6 @@ Knows how the search data are divided; does not know the order of the stages of 
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from search.data.prompts import render
 from search.data.prose import long_text
 from search.data.splits import SEARCHED, OwnText, Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
+from search.evaluation.forward_time import seconds_per_token, seconds_per_token_by_parts
 from search.evaluation.latency import layer_costs
 from search.evaluation.packed_sequences import Packed, classified_text, masked_text, packed_item, packed_text
 from search.evaluation.shared_rows import APART, shares_rows
@@ -123,7 +123,11 @@ class Experiment:
             own=_own_text(config, loaded),
         )
         encoder = loaded.kind.is_encoder  # reads one text at a time anyway
-        if not encoder and not shares_rows(loaded.model, max(splits.calibration.chunks, key=len)[:CHUNK_TOKENS]):
+        if (
+            not encoder
+            and not loaded.is_outline
+            and not shares_rows(loaded.model, max(splits.calibration.chunks, key=len)[:CHUNK_TOKENS])
+        ):
             warn(APART)
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
@@ -203,6 +207,7 @@ class Experiment:
         anchor: Schedule | None = None,
         extract: Extract | None = None,
         reuse_bytes: int = REUSE_BYTES,
+        progress: Callable[[], None] = lambda: None,
     ) -> Iterator[ModelEvaluator]:
         """Context with an evaluator on one part of the data or on an extract; the model is dense again afterwards.
 
@@ -210,7 +215,7 @@ class Experiment:
             part: as for `shards`. On "heldout", scores are measured with the packed tensors that a schedule stores.
             anchor: as for `ModelEvaluator`.
             extract: the data to use instead of the shards of `part`.
-            reuse_bytes: as for `ModelEvaluator`.
+            reuse_bytes, progress: as for `ModelEvaluator`.
         """
         config, reported = self.config, part == "heldout"
         racing = part == "selection"
@@ -227,11 +232,17 @@ class Experiment:
             packed=reported,
             repair=partial(self.repair_, tokens=config.reward_repair_tokens) if repairing else None,
             times=self.times() if config.latency_weight else None,
+            progress=progress,
         )
         try:
             yield evaluator
         finally:
             evaluator.close()
+
+    def references(self, anchor: Schedule | None) -> int:
+        """Number of passes over shards that the evaluator of a search makes before it can score a schedule."""
+        shards = self.config.search_shards
+        return 2 * shards if anchor is not None and shards > 1 else shards
 
     def repair_(
         self, schedule: Schedule, tokens: int, progress: Callable[[int], None] = lambda done: None
@@ -284,15 +295,9 @@ class Experiment:
         return SiteTimes(self.sites, planner, self.loaded.model.dtype, self.device)
 
     def seconds_per_token(self) -> float:
-        """Seconds per token of a forward pass of the dense model, measured now on one short batch."""
-        ids = torch.ones(2, CHUNK_TOKENS, dtype=torch.long, device=self.device)
-        times = []
-        with torch.inference_mode():
-            for _ in range(2):
-                start = time.perf_counter()
-                float(self.loaded.model(ids, use_cache=False).logits[0, 0, 0])
-                times.append(time.perf_counter() - start)
-        return min(times) / ids.numel()
+        """Seconds per token of a forward pass of the dense model, measured now."""
+        measured = seconds_per_token_by_parts if self.loaded.is_outline else seconds_per_token
+        return measured(self.loaded.model, CHUNK_TOKENS)
 
 
 def _own_text(config: Config, loaded: LoadedModel) -> OwnText | None:

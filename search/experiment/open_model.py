@@ -5,13 +5,13 @@ Knows the configuration and the model; does not know the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from compression.bonds import discover_bonds, with_bonds
-from compression.calibration.reach import with_reach
+from compression.bonds import bonds_by_kind, discover_bonds, with_bonds
+from compression.calibration.reach import reach_by_kind, with_reach
 from compression.decomposition.joint_menu import multiple_of
 from compression.layers.experts import experts_apart, take_apart_
 from compression.layers.fused import split_fused_
@@ -27,6 +27,7 @@ from search.experiment.user_files import check_files
 from search.model.architecture import head_size
 from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model
+from search.model.pretrained import set_attention_
 from search.model.spreading import devices_of, spread_
 
 __all__ = ["open_model", "smallest_parameters", "staying_dense"]
@@ -35,16 +36,21 @@ _LARGEST_STACK = 8_192  # a second moment of so many units takes 256 MiB, and ea
 
 
 def open_model(
-    config: Config, device: torch.device, loaded: LoadedModel | None = None
+    config: Config,
+    device: torch.device,
+    loaded: LoadedModel | None = None,
+    progress: Callable[[int], None] = lambda percent: None,
 ) -> tuple[LoadedModel, tuple[Site, ...]]:
     """Load the model of a configuration and find its sites.
 
     Args:
-        loaded: the model, if it is already in memory.
+        loaded: the model, if it is already in memory; it may be an outline.
+        progress: as for `load_model`.
 
     Raises:
         ValueError: the experts of a layer are to be stacked and have too many hidden units; as for
             `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
+            `search.model.pretrained.set_attention_`,
             `search.model.spreading.spread_` and `compression.sites.discover_sites`; the model has fewer positions than
             a calibration text has tokens; the target is below the smallest kept fraction; `per_head` is set for a model
             without several heads, or `split_fused` for one without fused matrices; or the form needs bonds between
@@ -56,16 +62,21 @@ def open_model(
         place, dtype = device, working_dtype(config.dtype, device)
         if config.device_map is not None:  # the whole model may not fit on one device
             place = torch.device("cpu")
-        loaded = load_model(config.model, place, dtype, config.trust_remote_code)
+        loaded = load_model(config.model, place, dtype, config.trust_remote_code, progress)
+    if config.attention != "auto":
+        set_attention_(loaded.model, config.attention)
     if loaded.positions is not None and loaded.positions < CHUNK_TOKENS:
         raise Refusal(
             f"model must have at least {CHUNK_TOKENS} positions, the length of the calibration texts, got "
             f"{config.model} with {loaded.positions}"
         )
     if config.device_map is not None:
-        spread_(loaded.model, device, devices_of(config.device_map, device))
-    take_apart_(loaded.model, config.experts)
-    sites = discover_sites(loaded.model)
+        devices = devices_of(config.device_map, device)
+        if not loaded.is_outline:
+            spread_(loaded.model, device, devices)
+    outlined = loaded.is_outline
+    take_apart_(loaded.model, config.experts, checked=not outlined)
+    sites = discover_sites(loaded.model, shapes_only=outlined)
     if config.experts == "shared":
         _refuse_large_stacks(loaded.model)
     if config.split_fused:
@@ -73,14 +84,15 @@ def open_model(
             raise Refusal(
                 f"split_fused needs matrices of several parts (q, k, v; gate, up), and {config.model} has none"
             )
-        sites = discover_sites(loaded.model)
+        sites = discover_sites(loaded.model, shapes_only=outlined)
     if config.per_head:
         if not (size := head_size(loaded.model)) or not split_heads_(loaded.model, sites, size):
             raise Refusal(f"per_head needs attention matrices of several heads, and {config.model} has none")
-        sites = discover_sites(loaded.model)
-    sites = with_reach(loaded.model, sites)
+        sites = discover_sites(loaded.model, shapes_only=outlined)
+    sites = (reach_by_kind if outlined else with_reach)(loaded.model, sites)
     if config.form != "factors":
-        sites = with_bonds(sites, discover_bonds(loaded.model, sites))
+        discover = bonds_by_kind if loaded.is_outline else discover_bonds
+        sites = with_bonds(sites, discover(loaded.model, sites))
         _refuse_without_widths(config, sites, device)
     before = sum(site.parameters for site in sites)
     if smallest_parameters(sites, config.form) == before:

@@ -9,27 +9,35 @@ import errno
 import shutil
 from collections.abc import Callable, Sequence
 
+import torch
+
 from compression.sites import Site
 from search.experiment.experiment import Experiment
+from search.experiment.needs import needs
 from search.runtime.console import Console, Stage
+from search.runtime.memory import available_memory
 
-__all__ = ["calibrate", "check_space", "stays_dense"]
+__all__ = ["advancing", "calibrate", "check_space", "stays_dense"]
 
 
 def calibrate(experiment: Experiment, console: Console) -> None:
     """Collect the calibration statistics unless the cache has them."""
     calibration = experiment.calibration
-    for name, part in (("calibrate", calibration.unweighted), ("weight tokens", calibration)):
-        if calibration.cache.has(calibration.key):
+    for name, part in calibration.parts:
+        if calibration.is_cached:
             break
-        with console.stage(name, experiment.config.calibration_tokens, "tokens") as stage:
-            part.progress = _advancing(stage)
+        if part.is_cached:
+            continue
+        done = part.tokens_done
+        if done:
+            console.note(f"{name}: {done} tokens of an interrupted run are continued")
+        with console.stage(name, experiment.config.calibration_tokens, "tokens", done) as stage:
+            part.progress = advancing(stage, done)
             part()
 
 
-def _advancing(stage: Stage) -> Callable[[int], None]:
-    """Convert cumulative counts into the increments that `stage.advance` expects."""
-    seen = 0
+def advancing(stage: Stage, seen: int = 0) -> Callable[[int], None]:
+    """A function that takes cumulative counts, `seen` at first, and gives `stage.advance` their increments."""
 
     def progress(done: int) -> None:
         nonlocal seen
@@ -44,21 +52,32 @@ def stays_dense(sites: Sequence[Site]) -> dict[str, str]:
     return {site.name: site.dense_because for site in sites if site.dense_because}
 
 
-def check_space(experiment: Experiment) -> None:
-    """Check that the disk can hold the cache: the moments of two passes and three sets of factors.
+def check_space(experiment: Experiment, note: Callable[[str], None]) -> None:
+    """Check that the disk can hold the cache, and note if the memory seems too small.
+
+    Args:
+        note: called with one line.
 
     Raises:
         OSError: the free disk space is too small (ENOSPC).
     """
-    cache = experiment.calibration.cache
-    if cache.root is None or cache.has(experiment.calibration.key):
+    calibration = experiment.calibration
+    if calibration.cache.root is None or calibration.is_cached:
         return
-    sites = [site for site in experiment.sites if not site.dense_because]
-    moments = sum(site.out_features**2 + site.in_features**2 for site in sites)
-    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
-    needed = 4 * (2 * moments + 2 * lowrank + sum(site.parameters for site in sites))
-    cache.root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache.root).free
-    if free < needed:
-        text = f"the cache {cache.root} needs {needed / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are free"
+    stages = needs(experiment)
+    disk, hungriest = max(need.disk for need in stages), max(stages, key=lambda need: need.memory)
+    available = available_memory()
+    if available is not None and experiment.device.type == "cpu" and hungriest.memory > available:
+        smaller = "; --dtype bfloat16 halves the model" if experiment.loaded.model.dtype == torch.float32 else ""
+        note(
+            f"stage {hungriest.stage} takes about {hungriest.memory / 1e9:.1f} GB of memory, and "
+            f"{available / 1e9:.1f} GB are available{smaller}"
+        )
+    calibration.cache.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(calibration.cache.root).free
+    if free < disk:
+        text = (
+            f"the cache {calibration.cache.root} needs {disk / 1e6:,.1f} MB of disk and {free / 1e6:,.1f} MB are free; "
+            "free some, or name a folder on another disk in CHISEL_CACHE"
+        )
         raise OSError(errno.ENOSPC, text)

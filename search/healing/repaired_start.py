@@ -121,8 +121,9 @@ def _repaired_(
         taken: the dense modules that the factors of the schedule replaced.
     """
     model, blocks = experiment.loaded.model, 1 + max(site.block for site in experiment.sites)
-    with console.stage("judge"):
+    with console.stage("judge", 2, "passes") as stage:
         judge = referenced(Workload(experiment.shards("selection")[0], dense), dense)
+        stage.advance(1)
         before = judge.measure(model)
         put_modules(model, taken)
     with console.stage("repair", blocks, "blocks") as stage:

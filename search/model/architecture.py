@@ -9,8 +9,9 @@ import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
 from compression.refusal import Refusal
+from search.model.gguf_shards import joined
 from search.model.kinds import auto_class
-from search.model.pretrained import Source, quiet_transformers, with_attention
+from search.model.pretrained import Source, quiet_transformers, unusable, with_attention
 from search.model.random_models import random_config, random_parameter
 
 __all__ = ["bare_model", "empty_model", "head_size", "shaped_model"]
@@ -30,18 +31,16 @@ def empty_model(source: Source) -> Any:
     """A model with its buffers in memory, its parameters on the meta device, and its tied parameters tied.
 
     Raises:
-        ValueError: the source is a GGUF file, whose weights cannot be read separately, or transformers refuses the
-            config.
+        ValueError: transformers refuses the config, or the header of the GGUF file.
     """
-    if source.gguf is not None:
-        raise Refusal(f"model {source.name!r} is a GGUF file, which cannot be read block by block; use safetensors")
+    where = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
+        with quiet_transformers(), joined(source.gguf_files), init_empty_weights(include_buffers=False):
             if source.folder is None:
                 config = random_config(source.name)
             else:
                 config = transformers.AutoConfig.from_pretrained(
-                    source.folder, local_files_only=True, trust_remote_code=source.trusted
+                    source.folder, local_files_only=True, trust_remote_code=source.trusted, **where
                 )
             model = with_attention(
                 lambda attention: auto_class(source.kind).from_config(
@@ -49,6 +48,8 @@ def empty_model(source: Source) -> Any:
                 )
             )
     except Exception as error:  # for the reason given in `read_pretrained`
+        if source.gguf is not None:
+            raise unusable(source, error) from error
         raise Refusal(f"model {source.name!r} has a config that cannot be used: {error}") from error
     model.tie_weights()
     return model.eval().requires_grad_(False)

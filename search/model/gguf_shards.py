@@ -15,8 +15,9 @@ from typing import Any
 import gguf
 
 from compression.refusal import Refusal
+from search.model.gguf_reader import QuickReader
 
-__all__ = ["first_shards", "gguf_files", "joined", "model_name"]
+__all__ = ["first_shards", "gguf_files", "joined", "joined_reader", "model_name", "reading"]
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _MOST = 10_000
@@ -58,33 +59,59 @@ def first_shards(names: Sequence[str]) -> list[str]:
 def joined(files: Sequence[Path]) -> Iterator[None]:
     """Inside the context, whoever reads the first of these GGUF files gets the tensors of all of them.
 
+    Their headers are parsed once. Does nothing without files, or inside another such context for the same files.
+
     Raises:
-        ValueError: while reading, if the files do not belong together.
+        ValueError: the files do not belong together, or one of them is no GGUF file.
     """
+    if not files or getattr(gguf.GGUFReader, "files", None) == tuple(files):
+        yield
+        return
+    with reading(files, joined_reader(files)):
+        yield
+
+
+@contextmanager
+def reading(files: Sequence[Path], reader: Any) -> Iterator[None]:
+    """Inside the context, whoever reads the first of these GGUF files gets this reader."""
     plain = gguf.GGUFReader
 
-    class Joined(plain):  # type: ignore[misc, valid-type]
-        def __init__(self, path: Any, *arguments: Any, **named: Any) -> None:
-            super().__init__(path, *arguments, **named)
-            if Path(path) != files[0]:
-                return
-            if (count := _number(self, "split.count") or 1) != len(files):
-                raise Refusal(f"{path} is one of {count} files of a model; name them as NAME-00001-of-{count:05}.gguf")
-            if len(files) == 1:
-                return
-            for number, file in enumerate(files[1:], 1):
-                other = plain(file)
-                if _number(other, "split.no") != number or _number(other, "split.count") != len(files):
-                    raise Refusal(f"{file} is not shard {number + 1} of the {len(files)} shards of a model")
-                self.tensors += other.tensors
-            if (wanted := _number(self, "split.tensors.count")) != len(self.tensors):
-                raise Refusal(f"the shards of {files[0]} hold {len(self.tensors)} tensors, and {wanted} are listed")
+    def given(path: Any, *arguments: Any, **named: Any) -> Any:
+        return reader if Path(path) == files[0] else plain(path, *arguments, **named)
 
-    gguf.GGUFReader = Joined
+    given.files = tuple(files)  # type: ignore[attr-defined]
+    gguf.GGUFReader = given
     try:
         yield
     finally:
         gguf.GGUFReader = plain
+
+
+def joined_reader(files: Sequence[Path]) -> Any:
+    """A reader of the first of some GGUF files that has the tensors of all of them.
+
+    Of the lists of the tokenizer, only that of the tokens keeps its length, and none has texts, see `QuickReader`: the
+    loader of the tensors needs no more, and would parse every entry.
+
+    Raises:
+        ValueError: as `joined`.
+    """
+    reader = QuickReader(files[0])
+    for name, field in reader.fields.items():
+        if name.startswith("tokenizer.") and name != "tokenizer.ggml.tokens" and len(field.data) > 1:
+            reader.fields[name] = field._replace(data=[])
+    if (count := _number(reader, "split.count") or 1) != len(files):
+        raise Refusal(f"{files[0]} is one of {count} files of a model; name them as NAME-00001-of-{count:05}.gguf")
+    if len(files) == 1:
+        return reader
+    for number, file in enumerate(files[1:], 1):
+        other = QuickReader(file)
+        if _number(other, "split.no") != number or _number(other, "split.count") != len(files):
+            raise Refusal(f"{file} is not shard {number + 1} of the {len(files)} shards of a model")
+        reader.tensors += other.tensors
+    if (wanted := _number(reader, "split.tensors.count")) != len(reader.tensors):
+        raise Refusal(f"the shards of {files[0]} hold {len(reader.tensors)} tensors, and {wanted} are listed")
+    return reader
 
 
 def _number(reader: Any, key: str) -> int | None:

@@ -8,7 +8,7 @@ model only if it is trusted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -26,8 +26,9 @@ from search.model.pretrained import quiet_transformers, read_pretrained, read_to
 from search.model.random_models import SHAPES, byte_tokenizer, tiny_model
 from search.model.source_files import SourceFiles
 from search.model.sources import locate
+from search.model.unpacked import read_gguf
 
-__all__ = ["LoadedModel", "assemble", "can_be_assembled", "load_for_use", "load_model", "model_digest"]
+__all__ = ["LoadedModel", "assemble", "can_be_assembled", "load_for_use", "load_model", "model_digest", "parameters_as"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class LoadedModel:
         license: SPDX-like name if known, otherwise "unknown".
         architecture, vocabulary: digests of the files that say what the model computes with its parameters and how it
             reads text, see `search.model.source_files`; empty for a model that comes from no named source.
+        is_outline: whether the weights were not read, see `search.model.outline`.
     """
 
     model: Any
@@ -51,6 +53,7 @@ class LoadedModel:
     license: str
     architecture: str = ""
     vocabulary: str = ""
+    is_outline: bool = False
 
     @property
     def identity(self) -> dict[str, str]:
@@ -173,7 +176,11 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32, trusted: bool = False
+    name: str,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+    trusted: bool = False,
+    progress: Callable[[int], None] = lambda percent: None,
 ) -> LoadedModel:
     """Load a dense model in evaluation mode, without gradients.
 
@@ -182,6 +189,7 @@ def load_model(
         device: as for `resolve_device`, or a torch device.
         dtype: dtype that the parameters are converted to.
         trusted: whether code that comes with the model may run.
+        progress: called with percents of the conversion of a GGUF file as they are done, 100 in all.
 
     Raises:
         ValueError: as for `locate` and `resolve_device`; or weights are missing, misshapen or unreadable.
@@ -194,10 +202,12 @@ def load_model(
         if source.folder is None:
             make = shaped_model if source.name in SHAPES else tiny_model
             model, tokenizer = make(source.name, dtype), byte_tokenizer()
+        elif source.gguf is not None:
+            model, tokenizer = read_gguf(source, dtype, progress)
         else:
             model, tokenizer = read_pretrained(source, dtype)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)
-    digest = files.remembered(f"parameters, {dtype}", lambda: model_digest(model))
+    digest = files.remembered(parameters_as(dtype), lambda: model_digest(model))
     return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
 
 
@@ -271,6 +281,11 @@ def assemble(
         tokenizer = byte_tokenizer() if source.folder is None else read_tokenizer(source.folder, trusted)
     files = SourceFiles.of(source)
     return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
+
+
+def parameters_as(dtype: torch.dtype) -> str:
+    """What `search.model.source_files.SourceFiles` remembers the digest of parameters of this dtype under."""
+    return f"parameters, {dtype}"
 
 
 def model_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:

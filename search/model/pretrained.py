@@ -24,6 +24,8 @@ __all__ = [
     "quiet_transformers",
     "read_pretrained",
     "read_tokenizer",
+    "refuse_quantized",
+    "set_attention_",
     "unusable",
     "with_attention",
 ]
@@ -112,12 +114,22 @@ def read_pretrained(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     _refuse_ignored(
         source, model, (str(key) for key in info["unexpected_keys"] if not _is_other_head(source, str(key)))
     )
-    if getattr(model.config, "quantization_config", None) is not None:
-        if source.gguf is None:
-            raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
+    if source.gguf is None:
+        refuse_quantized(source, model.config)
+    elif getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.config._name_or_path = source.model_id
     return model, tokenizer
+
+
+def refuse_quantized(source: Source, config: Any) -> None:
+    """Refuse a model whose config says that its weights are quantized.
+
+    Raises:
+        Refusal: names the model.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise Refusal(f"model {source.name!r} must be dense floating point, but its weights are quantized")
 
 
 def _is_other_head(source: Source, name: str) -> bool:
@@ -171,6 +183,23 @@ def with_attention(make: Callable[[str], _Made]) -> _Made:
         if 'attn_implementation="eager"' not in str(error):
             raise
     return make("eager")
+
+
+def set_attention_(model: Any, attention: str) -> None:
+    """Have a loaded model compute its attention in another way, in place.
+
+    Raises:
+        Refusal: the architecture has no attention of this name, or a package that it needs is missing.
+    """
+    used = model.config._attn_implementation
+    try:
+        with quiet_transformers():
+            model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Refusal(f"attention {attention} does not work with {type(model).__name__}: {reason}") from error
+    if model.config._attn_implementation != attention:  # transformers only logs that it kept the old one
+        raise Refusal(f"attention {attention} does not work with {type(model).__name__}, which has {used}; use auto")
 
 
 def unusable(source: Source, error: Exception) -> Refusal:

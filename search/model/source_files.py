@@ -71,9 +71,14 @@ class SourceFiles:
             what: what was done to the parameters after they were read, such as the dtype.
             compute: returns the digest.
         """
-        if self.weights is None:
-            return compute()
-        return self.weights.remembered(f"{what}, {self.architecture}, transformers {transformers.__version__}", compute)
+        return compute() if self.weights is None else self.weights.remembered(self._whole(what), compute)
+
+    def known(self, what: str) -> str | None:
+        """The digest that `remembered` would return without computing it; None if it is not remembered."""
+        return None if self.weights is None else self.weights.known(self._whole(what))
+
+    def _whole(self, what: str) -> str:
+        return f"{what}, {self.architecture}, transformers {transformers.__version__}"
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -23,10 +23,10 @@ from search.model.kinds import Kind
 from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
+from search.model.verified_folders import intact, write_digests
 from search.model.weight_files import refuse_adapter, stored_tensors
 from search.runtime.errors import DataUnavailable
-from search.runtime.files import cache_folder, file_digest, user_path, write_whole
-from search.runtime.remembered import remembered_digest
+from search.runtime.files import cache_folder, user_path
 
 __all__ = ["DEFAULT_ID", "locate"]
 
@@ -95,7 +95,7 @@ def _unpacked_default() -> Path:
     try:
         home.mkdir(exist_ok=True)
         with FileLock(home / ".lock"):
-            if not _intact(folder):
+            if not intact(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 with temporary_folder(home, "unpack") as temporary:
                     _unpack_default(temporary).rename(folder)
@@ -115,26 +115,6 @@ def _unpack_default(temporary: Path) -> Path:
             tokenizer.save_pretrained(made)
     write_digests(made)
     return made
-
-
-def write_digests(folder: Path) -> None:
-    """Write the sha256 and name of every file in a folder into its file "sha256", one file a line."""
-    files = sorted(path for path in folder.iterdir() if path.name != "sha256")
-    write_whole(folder / "sha256", "".join(f"{file_digest(path)}  {path.name}\n" for path in files))
-
-
-def _intact(folder: Path) -> bool:
-    """Whether a folder holds the files that `write_digests` listed and no others. Lists those of an earlier version."""
-    try:
-        text = (folder / "sha256").read_text(encoding="utf-8")
-        if text == remembered_digest(folder / "model.safetensors"):  # all that earlier versions wrote
-            write_digests(folder)
-            return True
-        listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-        files = {path.name: path for path in folder.iterdir() if path.name != "sha256"}
-        return files.keys() == listed.keys() and all(remembered_digest(files[name]) == listed[name] for name in listed)
-    except (FileNotFoundError, UnicodeDecodeError):
-        return False
 
 
 def _local(name: str, folder: Path, model_id: str | None = None, trusted: bool = False) -> Source:

@@ -13,18 +13,19 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from compression.calibration.statistics import Statistics
-from compression.calibration.streaming import Batch, stream
+from compression.calibration.streaming import Batch, passes, stream
 from compression.decomposition.factors import FactorStore
 from compression.layers.experts import take_apart_
 from compression.refusal import Refusal
-from compression.sites import Site, check_weight, dense_weight, discover_sites
+from compression.sites import Site, check_weight, dense_weight, discover_sites, find_blocks
 from compression.storage.factor_cache import FactorCache
 from search.model.architecture import empty_model
 from search.model.pretrained import different_ties
@@ -32,7 +33,7 @@ from search.model.random_models import random_parameter
 from search.model.sources import locate
 from search.model.weight_files import stored_tensors
 
-__all__ = ["StreamedModel", "decompose_streamed"]
+__all__ = ["ResidentModel", "StreamedModel", "decompose_streamed"]
 
 
 class StreamedModel:
@@ -144,6 +145,41 @@ class StreamedModel:
         return name
 
 
+class ResidentModel(StreamedModel):
+    """A decoder in memory as a `BlockwiseModel`, so that only its statistics are made one block at a time.
+
+    Use it as a context manager: inside, the blocks of the model are replaced by recorders.
+
+    Args:
+        model: the dense model, on one device.
+        sites: its sites.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[Site]) -> None:
+        self._model = model
+        self.sites = tuple(sites)
+        self.prefix, self._list = find_blocks(model)
+        self._templates = list(self._list)
+        self.blocks = len(self._templates)
+        self._recorders = [_Recorder(template) for template in self._templates]
+
+    def __enter__(self) -> Self:
+        self._model.set_submodule(self.prefix, nn.ModuleList(self._recorders))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._model.set_submodule(self.prefix, self._list)
+
+    def block(self, index: int) -> nn.Module:
+        """See `BlockwiseModel`."""
+        template: nn.Module = self._templates[index]
+        return template
+
+    @contextmanager
+    def _loaded(self, module: nn.Module) -> Iterator[None]:
+        yield
+
+
 class _Recorder(nn.Module):
     """Replaces a block: records the arguments it is called with and returns its input, or `answer` if that is set."""
 
@@ -208,7 +244,11 @@ def decompose_streamed(
             store.factors(site.name, "lowrank", metric)
             progress(site.name)
 
-    stream(model, batches, generator, visit, scratch, lambda done: progress(f"pass {done} of {2 * model.blocks}"))
+    def passed(done: int) -> None:
+        if done % len(batches) == 0:
+            progress(f"pass {done // len(batches)} of {passes(model.blocks, 1)}")
+
+    stream(model, batches, generator, visit, scratch, passed)
 
 
 def _reader(name: str, folder: Path, model: Any) -> Callable[[str, torch.Size, torch.dtype], torch.Tensor]:

@@ -18,7 +18,7 @@ from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
-from search.experiment.preparation import calibrate
+from search.experiment.preparation import advancing, calibrate
 from search.pipeline.rehearsal import rehearse_prior
 from search.priors.build import build_prior, config_digest
 from search.priors.format import Origin, Prior
@@ -101,7 +101,7 @@ def made_menu(experiment: Experiment, console: Console) -> Menu:
     """The menus of all sites; calibration and decomposition run unless the cache has their results."""
     calibrate(experiment, console)
     with console.stage("decompose", len(experiment.sites), "matrices") as stage:
-        return experiment.menu(lambda done: stage.advance(1))
+        return experiment.menu(advancing(stage))
 
 
 def apply(
@@ -127,8 +127,8 @@ def apply(
         DataUnavailable: data or model cannot be had.
     """
     config, device, _ = preflight(config)
-    with console.stage("load"):
-        loaded, sites = open_model(config, device)
+    with console.stage("load", 100, "%") as stage:
+        loaded, sites = open_model(config, device, progress=stage.advance)
     measured = traces(read_profile(profile, loaded)) if profile is not None else {}
     with console.stage("data"):
         experiment = Experiment.of(config, loaded, sites, device, console.note)

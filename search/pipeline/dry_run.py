@@ -5,6 +5,7 @@ Knows how many forward passes each stage of the pipeline costs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from compression.sites import model_bytes, model_parameters
 from envs import LEVELS, REACH
 from search.config import Config
 from search.experiment.experiment import Experiment
+from search.experiment.needs import needs
 from search.experiment.open_model import open_model, smallest_parameters
 from search.experiment.preparation import stays_dense
+from search.model.devices import working_dtype
+from search.model.outline import UNREAD, outline
 from search.pipeline import finish
 from search.pipeline.rehearsal import rehearse
 from search.trials.preflight import preflight
@@ -31,11 +35,17 @@ _REPAIR_PASSES = 6  # forward passes per repaired token, roughly
 def plan(config: Config) -> Mapping[str, object]:
     """Describe what `search.pipeline.run.run` would do. Nothing is calibrated, evaluated or written.
 
+    The weights of a large model are not read, see `search.model.outline`.
+
     Raises:
         ValueError, DataUnavailable: as `search.pipeline.run.run`.
     """
     config, device, start = preflight(config)
-    loaded, sites = open_model(config, device)
+    place = device if config.device_map is None else torch.device("cpu")
+    found = outline(config.model, place, working_dtype(config.dtype, device), config.trust_remote_code)
+    loaded, sites = open_model(config, device, found)
+    if start.policy is not None and loaded.digest == UNREAD:  # the run itself compares the weights
+        loaded = dataclasses.replace(loaded, digest=start.policy.model)
     start.check(loaded, sites)
     notes: list[str] = []
     experiment = Experiment.of(config, loaded, sites, device, notes.append)
@@ -92,7 +102,11 @@ def plan(config: Config) -> Mapping[str, object]:
         "cost": {
             "forward_tokens": forward,
             "estimated_minutes": round(forward * experiment.seconds_per_token() / 60 + config.heal_minutes, 1),
-            "statistics_cached": experiment.calibration.cache.has(experiment.calibration.key),
+            "statistics_cached": experiment.calibration.is_cached,
+        },
+        "needs": {
+            need.stage: {"memory_gb": round(need.memory / 1e9, 1), "cache_gb": round(need.disk / 1e9, 1)}
+            for need in needs(experiment)
         },
         "device": f"{_devices(loaded.model, device)}, {str(loaded.model.dtype).removeprefix('torch.')}, "
         f"{torch.get_num_threads()} threads",

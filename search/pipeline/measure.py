@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from compression.refusal import Refusal
@@ -38,8 +38,9 @@ def measure(
     config, healing = experiment.config, folder / HEALED
     if not config.heal_minutes:  # weights of an earlier healing would be taken for the result
         shutil.rmtree(healing, ignore_errors=True)
-    with experiment.evaluator("heldout") as evaluator:
-        with console.stage("measure", len(schedules), "schedules") as stage:
+    with ExitStack() as opened:
+        with console.stage("measure", 1 + len(schedules), "schedules") as stage:
+            evaluator = opened.enter_context(experiment.evaluator("heldout", progress=lambda: stage.advance(1)))
             scores = {"dense": evaluator.dense}
             known: dict[str, Score] = {}
             for name, schedule in schedules.items():

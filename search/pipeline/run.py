@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from search.config import FREE_AFTERWARDS, Config
 from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model, staying_dense
-from search.experiment.preparation import calibrate, check_space, stays_dense
+from search.experiment.preparation import advancing, calibrate, check_space, stays_dense
 from search.healing.state import HEALED, STATE
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
@@ -79,8 +80,8 @@ def run(config: Config, console: Console) -> RunSummary:
         DataUnavailable: data or model cannot be had.
     """
     config, device, start = preflight(config)
-    with console.stage("load"):
-        loaded, sites = open_model(config, device)
+    with console.stage("load", 100, "%") as stage:
+        loaded, sites = open_model(config, device, progress=stage.advance)
     start.check(loaded, sites)
     if staying := stays_dense(sites):
         console.note(
@@ -102,17 +103,18 @@ def run(config: Config, console: Console) -> RunSummary:
 
 def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, console: Console) -> RunSummary:
     config = experiment.config
-    check_space(experiment)
+    check_space(experiment, console.note)
     calibrate(experiment, console)
     baselines = baseline_schedules(experiment, console)
     with console.stage("decompose", len(experiment.sites), "matrices") as stage:
-        menu = experiment.menu(lambda done: stage.advance(1))
-        plain = Problem.build(menu, config.target_kept, config.granularity)
-        for schedule in baselines.values():
-            for name, choice in schedule:
-                if not choice.is_plain:
-                    experiment.store.cores(name, choice)
+        menu = experiment.menu(advancing(stage))
+    factored = [pair for schedule in baselines.values() for pair in schedule if not pair[1].is_plain]
+    with console.stage("baselines", len(factored), "matrices") as stage:
+        for name, choice in factored:
+            experiment.store.cores(name, choice)
+            stage.advance(1)
     experiment.calibration.release()
+    plain = Problem.build(menu, config.target_kept, config.granularity)
     closed_form = plain.closed_form()
     problem, notes = start.center(plain)
     for note in notes:
@@ -186,7 +188,12 @@ def _search(
     agent = make_agent(config, problem, experiment, start)
     journal = open_journal(folder / STUDY, config, experiment, problem, start)
     try:
-        with search_pool(experiment, closed_form, console.note) as pool, curves(folder.path) as drawn:
+        with ExitStack() as opened:
+            with console.stage("reference", experiment.references(closed_form), "passes") as stage:
+                pool = opened.enter_context(
+                    search_pool(experiment, closed_form, console.note, progress=lambda: stage.advance(1))
+                )
+            drawn = opened.enter_context(curves(folder.path))
             done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:
                 reward = reward_of(config, pool.dense)
@@ -201,8 +208,8 @@ def _search(
     if not finalists:
         return trials, closed_form
     with (
-        experiment.evaluator("selection") as evaluator,
-        console.stage("select", 1 + len(finalists), "schedules") as stage,
+        console.stage("select", 2 + len(finalists), "schedules") as stage,
+        experiment.evaluator("selection", progress=lambda: stage.advance(1)) as evaluator,
     ):
         [reference] = evaluator.evaluate([closed_form])
         stage.advance(1)

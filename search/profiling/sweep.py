@@ -106,8 +106,8 @@ def profile(
         if value is not None and value < 64:
             raise Refusal(f"{name} must be a whole number of at least 64, got {value}")
     config, device, _ = preflight(config)
-    with console.stage("load"):
-        loaded, sites = open_model(config, device)
+    with console.stage("load", 100, "%") as stage:
+        loaded, sites = open_model(config, device, progress=stage.advance)
     if levels and not any(levels.of(site) for site in sites if not site.dense_because):
         raise Refusal("chi or fractions must name a level that makes a matrix of the model smaller, and none does")
     with console.stage("data"):

@@ -49,13 +49,9 @@ class Stamp:
             what: everything besides the files that determines the digest.
             compute: returns the digest, 64 hexadecimal digits.
         """
-        if sum(file[1] for file in self.files) < SMALL:
+        if (found := self._place(what)) is None:
             return compute()
-        key = json_digest({"what": what, "files": self.files})
-        try:
-            place = cache_folder() / "digests" / key[:2] / f"{key}.json"
-        except DataUnavailable:
-            return compute()
+        place, key = found
         if (known := _read(place, key)) is not None:
             return known
         digest, newest = compute(), max(moment for file in self.files for moment in file[4:])
@@ -64,6 +60,21 @@ class Stamp:
                 content = {"key": key, "digest": digest, "sha256": json_digest([key, digest])}
                 write_whole(place, json.dumps(content))
         return digest
+
+    def known(self, what: str) -> str | None:
+        """The digest that an earlier call of `remembered` has stored; None if there is none."""
+        found = self._place(what)
+        return None if found is None else _read(*found)
+
+    def _place(self, what: str) -> tuple[Path, str] | None:
+        """The file of a digest and its key; None if the files are small or the cache cannot be used."""
+        if sum(file[1] for file in self.files) < SMALL:
+            return None
+        key = json_digest({"what": what, "files": self.files})
+        try:
+            return cache_folder() / "digests" / key[:2] / f"{key}.json", key
+        except DataUnavailable:
+            return None
 
 
 def remembered_digest(path: Path) -> str:

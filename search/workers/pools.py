@@ -50,7 +50,11 @@ def _refuse_silent(address: str) -> None:
 
 @contextmanager
 def search_pool(
-    experiment: Experiment, anchor: Schedule, note: Callable[[str], None], extract: Extract | None = None
+    experiment: Experiment,
+    anchor: Schedule,
+    note: Callable[[str], None],
+    extract: Extract | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Iterator[Pool]:
     """The pool that scores the trials of `experiment`; its statistics and factors must be in the cache.
 
@@ -58,12 +62,13 @@ def search_pool(
         anchor: see `search.evaluation.evaluator.ModelEvaluator`.
         note: shows one line to the user.
         extract: data to score on instead of the shards of the search data.
+        progress: called after each of `Experiment.references` passes; not called if evaluators are in other processes.
 
     Raises:
         ValueError: the cluster cannot be reached or has no room, or an evaluator has another model or other data.
     """
     if experiment.config.in_process:
-        with experiment.evaluator("search", anchor, extract) as evaluator:
+        with experiment.evaluator("search", anchor, extract, progress=progress) as evaluator:
             yield SerialPool(evaluator, evaluator.dense)
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

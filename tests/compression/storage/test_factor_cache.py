@@ -80,3 +80,17 @@ def test_values_made_for_something_else_are_passed_over_and_stay(tmp_path: Path)
         found = cache.load(ONE)
         assert found is not None
         assert found.tensors["x"][0] == number
+
+
+def test_a_replaced_bundle_leaves_one_file_and_a_dropped_one_none(tmp_path: Path) -> None:
+    cache = FactorCache(tmp_path)
+    for value in (1.0, 2.0, 2.0):
+        cache.replace(ONE, bundle(value))
+        assert path_of(tmp_path, ONE).exists()
+    found = cache.load(ONE)
+    assert found is not None
+    assert found.tensors["x"].tolist() == [2.0] * 3
+    assert cache.metadata(ONE)["note"] == "kept"
+    cache.drop(ONE)
+    assert found.tensors["x"].tolist() == [2.0] * 3  # still mapped
+    assert (cache.load(ONE), cache.metadata(ONE), list(tmp_path.rglob("*.safetensors"))) == (None, {}, [])

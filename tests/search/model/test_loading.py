@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.zoo_models import write_model
+from compression.refusal import Refusal
 from search.data import hub
 from search.model import loading, sources
 from search.model.devices import resolve_device
 from search.model.loading import LoadedModel, load_for_use, load_model, model_digest
+from search.model.pretrained import set_attention_
 from search.model.sources import locate
+from search.model.verified_folders import write_digests
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import file_digest
 
@@ -208,7 +212,7 @@ def test_the_unpacked_default_is_made_once_and_again_when_damaged(
         loaded = load_model("random:tiny-llama", "cpu")
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        sources.write_digests(folder)
+        write_digests(folder)
         return folder
 
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
@@ -270,3 +274,20 @@ def test_a_folder_with_a_description_of_a_million_values_is_refused_before_a_lib
     for load in (load_model, load_for_use):
         with pytest.raises(ValueError, match=f"cannot use model .*{name}: it holds too many values"):
             load(str(folder), "cpu")
+
+
+def test_the_attention_that_is_asked_for_is_used_or_refused_by_name() -> None:
+    model = load_model("random:tiny-llama", "cpu").model
+    ids = torch.arange(20)[None]
+    fused = model(input_ids=ids).logits
+    set_attention_(model, "eager")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(input_ids=ids).logits, fused, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Refusal, match="attention flash_attention_2 does not work with LlamaForCausalLM: "):
+        set_attention_(model, "flash_attention_2")
+
+
+@pytest.mark.parametrize("name", ["gptj", "bloom", "gpt_oss"])
+def test_an_architecture_without_fused_attention_gets_the_one_it_has(name: str, tmp_path: Path) -> None:
+    loaded = load_model(str(write_model(name, tmp_path / name)), "cpu")
+    assert loaded.model.config._attn_implementation == "eager"

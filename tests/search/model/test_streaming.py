@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from compression import FactorCache, FactorStore, Site, Statistics, collect, dense_weight, discover_sites
-from compression.calibration.streaming import BlockShape, footprint, stream
+from compression.calibration.footprint import BlockShape, footprint
+from compression.calibration.streaming import passes, stream
 from compression.layers.experts import take_apart_
 from search.model.loading import load_model, model_digest
 from search.model.random_models import SHAPES
@@ -99,7 +100,7 @@ def test_the_batches_do_not_matter(folder: Path, split: int) -> None:
 def test_nothing_is_left_on_disk_and_blocks_come_last_first(folder: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    seen, passes = [], []
+    seen, done = [], []
     model = StreamedModel(str(folder), CPU, torch.float32)
     stream(
         model,
@@ -107,10 +108,10 @@ def test_nothing_is_left_on_disk_and_blocks_come_last_first(folder: Path, tmp_pa
         torch.Generator().manual_seed(0),
         lambda block, sites, statistics: seen.append(sites[0].block),
         scratch,
-        passes.append,
+        done.append,
     )
     assert seen == [2, 1, 0]
-    assert passes == [1, 2, 3, 4, 5, 6]
+    assert done == list(range(1, passes(3, 3) + 1))
     assert list(scratch.iterdir()) == []
 
 
@@ -189,7 +190,7 @@ def test_the_footprint_of_a_70b_shape_is_a_fraction_of_the_model() -> None:
     needed = footprint(shape, tokens=65536, batch_tokens=1024, row_tokens=256)
     assert needed.peak == max(needed.ends, needed.collecting, needed.decomposing)
     assert needed.peak < shape.model_bytes / 3
-    assert needed.scratch == 81 * 65536 * 8192 * 2
+    assert needed.scratch == 83 * 65536 * 8192 * 2
 
 
 def test_an_unknown_shape_names_the_nearest_and_all_that_there_are() -> None:

@@ -13,16 +13,18 @@ import pytest
 import torch
 from fake_data import fake_data
 from finished_runs import run
-from small_run import HEAL, HEALED, words
+from small_run import HEAL, HEALED, NAMES, words
 from torch import nn
 
 from compression import Schedule
+from compression.refusal import Refusal
 from search import cli
 from search.evaluation.evaluator import ModelEvaluator
 from search.experiment import experiment, open_model
 from search.export.restore import restore
 from search.healing import repaired_start
 from search.healing.repaired_start import repair_did_harm
+from search.pipeline import measure
 from search.runtime.console import Console
 
 __all__ = ["fake_data"]
@@ -46,6 +48,37 @@ def test_the_model_is_dense_again_after_a_run(tmp_path: Path, monkeypatch: pytes
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fake_data")
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (Refusal("no text is left"), cli.DONE, "the result is not repaired and healed: no text is left"),
+        (IndexError("mask"), 1, "this is a fault of Chisel, not of your input: IndexError: mask"),
+    ],
+)
+def test_a_run_whose_healing_ends_badly_still_leaves_table_prior_and_report(
+    error: Exception,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(measure, "heal_experiment_", fail)
+    flags = [word for word in words(out=tmp_path / "run", budget=1, **HEAL) if word != "--quiet"]
+    assert cli.main(flags) == code
+    output = capsys.readouterr()
+    assert said in output.err
+    assert "searched" in output.out
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert [row["schedule"] for row in rows] == NAMES
+    assert all((tmp_path / "run" / name).is_file() for name in ("prior.json", "report.html", "digest.json"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""Estimate from the shapes of a model how much memory and disk space the stages of a run take.
+
+Knows experiments; computes nothing on the model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from compression.sites import model_bytes
+from search.experiment.calibration import CHUNK_TOKENS, moment_bytes
+from search.experiment.experiment import Experiment
+
+__all__ = ["Need", "needs"]
+
+_BATCH = 1024  # tokens of a batch in calibration
+_LOGITS = 16  # bytes of every logit in a backward pass: itself, its softmax, the cumulative sum and the gradient
+_WORKSPACE = 6  # float64 copies of the largest square matrix while a bond is eliminated
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage takes at its peak.
+
+    Attributes:
+        stage: name of the stage.
+        memory: bytes, with the model but without the libraries.
+        disk: bytes in the cache, with what earlier stages left there.
+    """
+
+    stage: str
+    memory: int
+    disk: int
+
+
+def needs(experiment: Experiment) -> tuple[Need, ...]:
+    """What loading, calibration and decomposition take, in this order; later stages take no more memory or cache."""
+    model, calibration = experiment.loaded.model, experiment.calibration
+    sites = [site for site in experiment.sites if not site.dense_because]
+    resident, moments = model_bytes(model), moment_bytes(sites)
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    tokens, blocks = experiment.splits.calibration.tokens, 1 + max(site.block for site in sites)
+    if calibration.by_block:
+        of_block = Counter[int]()
+        for site in sites:
+            of_block[site.block] += moment_bytes([site])
+        collecting = 2 * max(of_block.values()) + CHUNK_TOKENS * vocabulary * _LOGITS
+        kept = moments // 4
+        written = kept + (blocks + 3) * tokens * width * model.dtype.itemsize
+    else:
+        collecting = moments * 3 // 2 + _BATCH * vocabulary * _LOGITS
+        kept = moments // 2
+        written = 3 * kept  # of two passes, and the state of an unfinished one
+    square = max(max(site.out_features, site.in_features) for site in sites) ** 2
+    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
+    factors = (2 if calibration.by_block else 4) * (2 * lowrank + sum(site.parameters for site in sites))
+    return (
+        Need("load", resident, 0),
+        Need("calibrate", resident + collecting, written),
+        Need("decompose", resident + 8 * _WORKSPACE * square, kept + factors),
+    )

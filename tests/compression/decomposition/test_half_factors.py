@@ -1,0 +1,33 @@
+"""Factors in 16 bits are those in 32 bits but for rounding, in half the space and under other keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compression import Choice, FactorCache, FactorStore, collect, contract, dense_weight, discover_sites
+from search.model.loading import load_model
+
+
+def test_factors_in_16_bits_are_those_in_32_bits_but_for_rounding(tmp_path: Path) -> None:
+    model = load_model("random:tiny-llama", "cpu").model
+    sites = discover_sites(model)
+    weights = {site.name: dense_weight(model.get_submodule(site.name)) for site in sites}
+    ids = torch.randint(0, 200, (4, 40), generator=torch.Generator().manual_seed(0))
+    statistics = collect(model, sites, [(ids, ids >= 0)], torch.Generator().manual_seed(1))
+    whole, half = (
+        FactorStore(sites, weights, lambda: statistics, "key", 0.05, FactorCache(tmp_path / str(bits)), half=bits == 16)
+        for bits in (32, 16)
+    )
+    for site in sites[:7]:
+        for choice in (Choice("lowrank", 8, "two-sided"), Choice("mpo2", 4, "plain")):
+            expected, found = (store.cores(site.name, choice) for store in (whole, half))
+            assert [core.dtype for core in found] == [torch.float32] * len(found)
+            error = contract(found) - contract(expected)
+            assert 0 < float(error.norm()) < 1e-3 * float(contract(expected).norm())
+    assert [one.cost.tolist() for one in half.menu().sites] == [one.cost.tolist() for one in whole.menu().sites]
+    sizes = {
+        bits: sum(file.stat().st_size for file in (tmp_path / bits).rglob("*.safetensors")) for bits in ("16", "32")
+    }
+    assert sizes["16"] < 0.75 * sizes["32"]

@@ -1,0 +1,64 @@
+"""What a run takes is estimated from shapes: exactly for what is stored, and by block where moments are large."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from compression import discover_sites
+from compression.sites import model_bytes
+from compression.storage.factor_cache import FactorCache
+from search.data.splits import Text
+from search.experiment import calibration, preparation
+from search.experiment.calibration import Calibration, moment_bytes
+from search.experiment.needs import needs
+from search.experiment.preparation import check_space
+from search.model.loading import load_model
+
+
+def experiment(root: Path | None) -> Any:
+    loaded = load_model("random:tiny-llama", "cpu")
+    sites = discover_sites(loaded.model)
+    text = Text(tuple((5,) * 256 for _ in range(4)), (), frozenset())
+    made = Calibration(loaded, sites, text, 0, 0.05, FactorCache(root))
+    splits = SimpleNamespace(calibration=text)
+    return SimpleNamespace(loaded=loaded, sites=sites, calibration=made, splits=splits, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_stored_statistics_take_what_is_estimated(
+    by_block: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_block:
+        monkeypatch.setattr(calibration, "LARGE", 0)
+    opened = experiment(tmp_path)
+    load, calibrate, decompose = needs(opened)
+    assert load.memory == model_bytes(opened.loaded.model)
+    assert min(calibrate.memory, decompose.memory) > load.memory
+    opened.calibration()
+    stored = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    kept = moment_bytes(opened.sites) // (4 if by_block else 2)
+    assert kept < stored < 1.5 * kept  # names and diagonals come on top
+    assert calibrate.disk > kept
+    assert decompose.disk > kept
+
+
+def test_too_little_disk_stops_a_run_and_too_little_memory_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    opened = experiment(tmp_path)
+    check_space(opened, said.append)
+    assert said == []
+    monkeypatch.setattr(preparation, "available_memory", lambda: 1000)
+    check_space(opened, said.append)
+    assert "GB of memory, and 0.0 GB are available; --dtype bfloat16 halves the model" in said[0]
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"needs .* MB of disk and 0\.0 MB are free; free some, or name") as refused:
+        check_space(opened, said.append)
+    assert refused.value.errno == errno.ENOSPC
