@@ -27,8 +27,9 @@ noise is shared; its size for a site is estimated from the residuals.
 
 **Rewards give a, b and u**, together with an offset for every shard, by Bayesian linear regression. To first order b
 is 1. As the schedule moves, it meets other singular directions, whose interactions differ, so that less is gained: b is
-expected to be 1/2. For the same reason the critic is to be believed only near the places of its passes. The residuals of the slopes on a shard correct the prediction of rewards on that shard, so that what
-is peculiar to a shard is not taken for an effect of the schedule.
+expected to be 1/2. For the same reason the critic is to be believed only near the places of its passes. The residuals
+of the slopes on a shard correct the prediction of rewards on that shard, so that what is peculiar to a shard is not
+taken for an effect of the schedule.
 
 Knows costs, gains and qualities (rewards without the term of the size); does not know schedules or agents.
 """
