@@ -54,6 +54,7 @@ from compression.schedule import Schedule
 __all__ = ["Policy", "Reinforce", "ReinforceSettings", "policy_gradient", "shrunk"]
 
 _TRIES = 30  # rounds of sampling, each wider, until a pair is new; then the neighbourhood counts as exhausted
+_FEWEST = 3  # rewards that the policy learns from if there are no slopes
 
 Floats = NDArray[np.float64]
 
@@ -282,8 +283,8 @@ class Reinforce:
         for episode in self._news:
             self.critic.add_quality(episode.shard, episode.cost, episode.reward)
         self._news, self._pairs = [], []
-        if self.critic.known == self._known:
-            return  # all failed
+        if self.critic.known == self._known or not (self.critic.passes or self.critic.known >= _FEWEST):
+            return  # all failed, or too little is known
         self._known = self.critic.known
         self.critic.fit(self.policy.mean)
         self._improve(paid)

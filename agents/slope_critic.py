@@ -27,8 +27,9 @@ noise is shared; its size for a site is estimated from the residuals.
 
 **Rewards give a, b and u**, together with an offset for every shard, by Bayesian linear regression. To first order b
 is 1. As the schedule moves, it meets other singular directions, whose interactions differ, so that less is gained: b is
-expected to be 1/2. The residuals of the slopes on a shard correct the prediction of rewards on that shard, so that what
-is peculiar to a shard is not taken for an effect of the schedule.
+expected to be 1/2. For the same reason the critic is to be believed only near the places of its passes. The residuals
+of the slopes on a shard correct the prediction of rewards on that shard, so that what is peculiar to a shard is not
+taken for an effect of the schedule.
 
 Knows costs, gains and qualities (rewards without the term of the size); does not know schedules or agents.
 """
@@ -156,6 +157,12 @@ class SlopeCritic:
         """Derivative of the prediction by the log weights, and its curvature by each of them, (n, sites) each."""
         found = self._problem.tradeoff(places)
         return -self._scale * found.gradient(self._marginal), self._scale * found.rise * self._marginal
+
+    @property
+    def log_weights(self) -> Floats:
+        """The log weights that the critic believes best around the place of the fit, (sites,), up to a constant."""
+        found: Floats = np.log(self._marginal)
+        return found
 
     @property
     def covariance(self) -> Floats:

@@ -5,7 +5,7 @@ Knows the problem, a reward and a callable that scores schedules; does not know 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -71,6 +71,12 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
     It is never below the floor (−30), which is also the reward of a failed or non-finite evaluation. Bytes and time can
     be given a weight. The last step's info holds `schedule`, `score` and `actions`.
 
+    ## Slopes
+    With `slopes`, the last step's info also holds `probe`, the schedule in which each site is a little larger, and
+    `slopes`: by name of the site or unit, the first-order change of the KL in nats per token if that one alone takes
+    its choice in the probe. `problem.gains(schedule, probe, slopes)` compares them with the prediction. Such an episode
+    costs as much as four evaluations. `agents.critic_features.CriticFeatures` adds what they teach to the observation.
+
     ## One-shot variant
     With `one_shot=True` an episode has a single step: the action is `MultiDiscrete` with one level per group, and the
     observation is the first one of the sequential episode. Illegal levels are replaced in the order of the groups.
@@ -85,6 +91,7 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
             together or neither.
         reward: maps a score to a reward; None uses `Reward()`.
         one_shot: whether an episode is a single step, see above.
+        slopes: measures slopes from a schedule towards a probe; None measures none.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
@@ -95,6 +102,7 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
         evaluate: Callable[[Sequence[Schedule]], Sequence[ScoreLike]] | None = None,
         reward: Callable[[ScoreLike], float] | None = None,
         one_shot: bool = False,
+        slopes: Callable[[Schedule, Schedule], Mapping[str, float]] | None = None,
     ) -> None:
         if (problem is None) != (evaluate is None):
             raise Refusal("give both problem and evaluate, or neither for the toy")
@@ -102,6 +110,7 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
         self.evaluate = ToyEvaluator(self.problem.menu) if evaluate is None else evaluate
         self.reward = Reward() if reward is None else reward
         self.one_shot = one_shot
+        self.slopes = slopes
         levels = self.problem.levels
         self.action_space = (
             gym.spaces.MultiDiscrete([levels] * self.problem.steps) if one_shot else gym.spaces.Discrete(levels)
@@ -136,7 +145,10 @@ class BondDimensionEnv(gym.Env[NDArray[np.float32], Any]):
             return observation, 0.0, False, False, {}
         schedule = self.problem.schedule(self._taken)
         score = self.evaluate([schedule])[0]
-        info = {"schedule": schedule, "score": score, "actions": tuple(self._taken)}
+        info: dict[str, Any] = {"schedule": schedule, "score": score, "actions": tuple(self._taken)}
+        if self.slopes is not None:
+            probe = self.problem.probe(schedule)
+            info |= {"probe": probe, "slopes": self.slopes(schedule, probe)}
         return observation, float(self.reward(score)), True, False, info
 
     def action_masks(self) -> NDArray[np.bool_]:

@@ -24,10 +24,11 @@ ROOT = Path(__file__).parents[2]
 CLIMB = "examples.new_agent:HillClimb"
 
 
+@pytest.mark.parametrize("more", [[], ["--slopes"]])
 def test_an_off_the_shelf_agent_trains_and_a_second_run_measures_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--episodes", "120", "--blocks", "3", "--table", str(tmp_path / "scores.json")]
+    words = ["--episodes", "120", "--blocks", "3", "--table", str(tmp_path / "scores.json"), *more]
     train_ppo.main(words)
     first = capsys.readouterr().out
     assert "closed form KL" in first

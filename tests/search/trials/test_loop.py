@@ -93,10 +93,11 @@ def test_no_evaluator_waits_for_the_rest_of_a_batch(name: str, tmp_path: Path) -
     problem = toy()
     pool = Late(problem, count)
     trials = search(tmp_path / "study.db", name, pool, problem, budget, shards=3)
-    assert len(trials) == budget
-    assert [trial.number for trial in trials] == list(range(budget))
-    assert len({(trial.proposal.schedule.digest, trial.proposal.repeat) for trial in trials}) == budget
-    assert pool.busy == [count] * (budget - count + 1) + list(range(count - 1, 0, -1))
+    made = len(trials)
+    assert sum(trial.proposal.cost for trial in trials) == budget
+    assert [trial.number for trial in trials] == list(range(made))
+    assert len({(trial.proposal.schedule.digest, trial.proposal.repeat) for trial in trials}) == made
+    assert pool.busy == [count] * (made - count + 1) + list(range(count - 1, 0, -1))
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
@@ -113,7 +114,7 @@ def test_the_optimum_is_found_by_six_evaluators_as_by_one(name: str, tmp_path: P
     problem = toy()
     _, best = best_by_exhaustion(problem, ToyEvaluator(problem.menu), REWARD)
     trials = search(tmp_path / "study.db", name, Late(problem, 6), problem, 60)
-    assert max(trial.reward for trial in trials) == pytest.approx(best, abs=1e-9)
+    assert max(trial.reward for trial in trials) >= best - 1e-9  # more than the best of all levels may be found
 
 
 @pytest.mark.slow
