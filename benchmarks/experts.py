@@ -73,7 +73,9 @@ def reach(kind: str) -> tuple[float, float]:
     if hasattr(config, "first_k_dense_replace"):
         config.first_k_dense_replace = 0
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=False
+        )
     shares = []
     for form in ("fused", "single"):
         take_apart_(model, form, checked=False)
@@ -86,7 +88,9 @@ def reach(kind: str) -> tuple[float, float]:
 def trained(steps: int, rows: torch.Tensor) -> tuple[torch.nn.Module, float]:
     """A small mixture trained on random windows of a byte sequence, and its last losses' mean in nats per byte."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SHAPE))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**SHAPE), trust_remote_code=False
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     losses = []
@@ -210,9 +214,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         byte_tokenizer().save_pretrained(folder)
-        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SHAPE)).save_pretrained(
-            folder
-        )
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**SHAPE), trust_remote_code=False
+        ).save_pretrained(folder)
         loaded, sites = open_model(config.model_copy(update={"model": str(folder)}), torch.device("cpu"))
         more = config.model_copy(update={"model": str(folder), "calibration_tokens": TRAINING})
         text = Experiment.of(more, loaded, sites, torch.device("cpu")).splits.calibration

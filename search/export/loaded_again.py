@@ -5,6 +5,7 @@ Knows a model in memory and the folder it was written to; does not know how a fo
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
@@ -78,7 +79,8 @@ def _dense(model: Any, written: Path, folder: Path) -> Any:
 
 def _compressed(model: Any, written: Path) -> Any:
     """The model as `trust_remote_code=True` loads it: by the file that was just written beside the weights."""
-    spec = importlib.util.spec_from_file_location(f"{MODULE}_as_written", written / f"{MODULE}.py")
+    name, file = f"{MODULE}_as_written", written / f"{MODULE}.py"
+    spec = importlib.util.spec_from_file_location(name, file, loader=_Unkept(name, str(file)))
     assert spec is not None
     assert spec.loader is not None
     code = importlib.util.module_from_spec(spec)
@@ -88,10 +90,21 @@ def _compressed(model: Any, written: Path) -> Any:
         attention = model.config._attn_implementation
         with quiet_transformers():
             return getattr(code, _named(model, written)).from_pretrained(
-                written, attn_implementation=attention, local_files_only=True, dtype=model.dtype
+                written,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=model.dtype,
             )
     finally:
         del sys.modules[spec.name]
+
+
+class _Unkept(importlib.machinery.SourceFileLoader):
+    """Leaves no compiled file beside the code that it loads."""
+
+    def set_data(self, path: str, data: object, *, _mode: int = 0) -> None:
+        """Called with what would be written."""
 
 
 def _named(model: Any, written: Path) -> str:

@@ -87,7 +87,8 @@ def run_agent(
             return _in_order(trials)
         while calls < record.asked:
             ask()
-        if record.number not in waiting:
+        expected = waiting.get(record.number)
+        if expected is None or (expected.probe is None and record.slopes is not None):
             raise Refusal(f"{journal.path} has a trial {record.number} that the resumed search does not propose")
         tell(record.number, Result(Score.from_dict(record.score), record.slopes))
     for number in waiting:

@@ -36,7 +36,7 @@ def test_the_default_model_has_its_published_size_and_reads_prose() -> None:
     model = experiment.loaded.model
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert len(experiment.sites) == 210
-    judge = Workload(experiment.shards("heldout")[0], experiment.device)
+    judge = Workload(experiment.shards("heldout")[0], model)
     judge.reference(model)
     dense = judge.measure(model)
     assert dense.kl == pytest.approx(0, abs=1e-6)
@@ -74,7 +74,7 @@ def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(job: t
     assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-6)
     for name in list(rows)[1:]:
         assert 0.799 < rows[name]["kept_fraction"] <= 0.8
-    assert rows["uniform-plain"]["kl"] > 5
+    assert rows["uniform-plain"]["kl"] > 3
     assert rows["lagrangian"]["kl"] < 0.75 * rows["uniform"]["kl"]
     assert rows["lagrangian"]["kl"] < 0.75 * rows["uniform-whitened"]["kl"]
     assert rows["healed"]["kl"] < rows["searched"]["kl"]

@@ -13,7 +13,12 @@ NAMES = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_module_says_what_it_is_and_what_it_offers(name):
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == "vllm":  # it brings a torch of its own
+            pytest.skip("vllm is not installed")
+        raise
     assert (module.__doc__ or "").strip()
     # Its order is ruff's affair (RUF022).
     assert len(set(module.__all__)) == len(module.__all__)

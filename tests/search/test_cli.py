@@ -30,7 +30,7 @@ def pipeline(monkeypatch, tmp_path):
         fake.configs.append(config)
         fake.act(config, console)
         return types.SimpleNamespace(
-            folder=tmp_path, rows=ROWS, failures=fake.failures, document={"rows": ROWS}, experiment=None
+            folder=tmp_path, rows=ROWS, failures=fake.failures, document={"rows": ROWS}, experiment=None, fault=None
         )
 
     def plan(config):
@@ -72,14 +72,15 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     texts = dict(
         agent="random", granularity="family", out="o", model="m", proxy="sciq", proxy_form="letter", device="cpu"
     )
-    texts |= dict(optimize="latency", export="hf", dtype="bfloat16", form="plain")
+    texts |= dict(optimize="latency", export="hf", dtype="bfloat16", form="plain", attention="eager", experts="fused")
+    texts |= dict(serve="transformers")
     sizes = dict(calibration_tokens=600, search_items=3, search_text_tokens=100, search_shards=2)
     sizes |= dict(heldout_tokens=101, report_items=4, repair_tokens=512, heal_minutes=0.5, benchmark_items=5)
     weights = dict(kl_weight=2.0, correct_weight=0.0, compression_weight=0.5, bytes_weight=0.1, latency_weight=0.2)
     sizes |= dict(reward_repair_tokens=256, width_multiple=8, shrinkage=0.1)
     where = dict(evaluators="4", gpus_per_evaluator=0.5, ray_address="head:6379", trial_timeout=9.5)
     values = {**texts, **sizes, **weights, **where, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
-    flags = {"quick", "per_head", "trust_remote_code", "calibration_for_search"}
+    flags = {"quick", "per_head", "trust_remote_code", "calibration_for_search", "split_fused"}
     assert set(values) | flags | {"calibration", "device_map", "policy", "prior", "resume", *RECORDED} == set(
         Config.model_fields
     )

@@ -219,7 +219,7 @@ def test_lora_learns_beside_the_cores_and_refuses_to_merge(folder):
 @pytest.mark.slow
 def test_lm_eval_reads_the_folder_with_the_code_beside_the_weights(elsewhere):
     ran, _ = elsewhere
-    assert "LlamaForCausalLM" in ran.stdout
+    assert "ChiselForCausalLM" in ran.stdout
 
 
 def rewritten(path, change):

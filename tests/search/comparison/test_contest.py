@@ -60,7 +60,8 @@ def test_every_agent_and_seed_ends_in_the_table_with_equal_cost(
         (name, seed) for name in ("lagrangian", "random", "reinforce") for seed in (0, 1)
     ]
     for entry in document["entries"][2:]:
-        assert [mark["evaluations"] for mark in entry["marks"]] == [2, 4, 8]
+        first = 4 if entry["agent"] == "reinforce" else 2  # its first look is one with slopes
+        assert [mark["evaluations"] for mark in entry["marks"]] == [first, 4, 8]
         tokens = [mark["tokens"] for mark in entry["marks"]]
         assert tokens == sorted(tokens)
         assert tokens[0] > 0

@@ -65,7 +65,7 @@ def test_no_operation_mixes_the_devices_of_statistics_and_repair(apart: tuple[An
         logits.backward(sampled_gradient(logits.detach(), mask, torch.Generator()))
     assert logits.device == CPU
     for name, moment in accumulator._gradients.items():
-        assert moment.device == model.get_submodule(name).weight.device
+        assert moment.outer.device == model.get_submodule(name).weight.device
     blocks, states = record_blocks(model, [f"{prefix}.{number}" for number in range(3)], [(ids, mask)])
     for number, block in enumerate(blocks):
         states = block.run(states)

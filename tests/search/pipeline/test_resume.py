@@ -62,7 +62,7 @@ def test_a_failed_trial_stays_failed_when_the_run_is_resumed(tmp_path: Path, mon
         return measure(self, model, *how)
 
     monkeypatch.setattr(Workload, "measure", fail_the_second_trial)
-    assert cli.main(words(out=tmp_path / "run", search_shards=1)) == cli.FAILURES
+    assert cli.main(words(out=tmp_path / "run", agent="evolution", search_shards=1)) == cli.FAILURES
     before = trials(tmp_path / "run")
     assert [trial[2] is None for trial in before] == [False, True, False, False, False, False]
     monkeypatch.setattr(Workload, "measure", measure)

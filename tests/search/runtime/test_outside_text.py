@@ -121,7 +121,7 @@ def test_the_front_matter_of_a_model_card_is_yaml_for_every_name(name: str) -> N
     assert (read["base_model"], read["license"]) == (plain(name), plain(name.lower()))
     assert read["tags"] == ["chisel", "tensor-network", "compression"]
     assert not OBEYED.search(text)
-    assert body.count("# ") == 6  # no name adds a heading
+    assert body.count("# ") == 7  # no name adds a heading
 
 
 def test_a_field_of_the_front_matter_that_is_unknown_is_left_out() -> None:

@@ -26,7 +26,7 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.slow
 def test_a_run_leaves_the_curves_of_its_search_and_of_its_healing(tmp_path: Path) -> None:
-    assert cli.main(words(out=str(tmp_path / "run"), **HEAL)) == 0
+    assert cli.main(words(out=str(tmp_path / "run"), agent="evolution", **HEAL)) == 0
     found = read(tmp_path / "run")
     assert [step for step, _ in found["search/KL"]] == list(range(6))
     assert found.keys() == {"search/reward", "search/KL", "search/kept"}

@@ -146,13 +146,13 @@ def test_a_search_goes_on_with_another_number_of_evaluators(tmp_path: Path) -> N
 
 def test_a_journal_from_before_results_could_overtake_each_other_still_replays(tmp_path: Path) -> None:
     problem, path = toy(), tmp_path / "study.db"
-    search(path, "reinforce", Late(problem, 1, -1), problem, 12)
+    search(path, "evolution", Late(problem, 1, -1), problem, 12)
     before = told(path, problem)
     with sqlite3.connect(path) as connection:
         connection.execute("DELETE FROM trial_user_attributes WHERE key = 'trial.asked'")
     assert told(path, problem) == before
     pool = Late(problem, 1)
-    agent = agents.make("reinforce", problem, AgentContext(0, 12))
+    agent = agents.make("evolution", problem, AgentContext(0, 12))
     with journal(path, problem) as kept:
         assert len(run_agent(agent, 12, pool, REWARD, kept)) == 12
     assert pool.busy == []
@@ -161,9 +161,9 @@ def test_a_journal_from_before_results_could_overtake_each_other_still_replays(t
 def test_a_journal_of_another_agent_is_refused(tmp_path: Path) -> None:
     problem, path = toy(), tmp_path / "study.db"
     search(path, "reinforce", Late(problem, 1), problem, 6)
-    with pytest.raises(ValueError, match="the resumed search"):
+    with pytest.raises(ValueError, match="the resumed search does not propose"):
         search(path, "random", Late(problem, 1), problem, 6)
-    with pytest.raises(ValueError, match="a trial 1 that the resumed search does not propose"):
+    with pytest.raises(ValueError, match="a trial 0 that the resumed search does not propose"):
         search(path, "lagrangian", Late(problem, 1), problem, 6)
 
 
