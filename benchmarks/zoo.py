@@ -136,7 +136,7 @@ def try_model(name: str, folder: Path) -> Member:
         member.merged = _difference(_logits(dense), _logits(compressed))
         member.job = "ok"
     except (Refusal, DataUnavailable) as error:
-        member.job, member.refused_early = str(error), not member.folder.exists()
+        member.job, member.refused_early = str(error).replace(str(source), name), not member.folder.exists()
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         member.job = f"traceback: {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})".splitlines()[
