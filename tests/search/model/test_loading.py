@@ -21,7 +21,6 @@ from search.model.devices import resolve_device
 from search.model.loading import LoadedModel, load_for_use, load_model, model_digest
 from search.model.pretrained import set_attention_
 from search.model.sources import locate
-from search.model.verified_folders import write_digests
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import file_digest
 
@@ -206,14 +205,11 @@ def test_the_unpacked_default_is_made_once_and_again_when_damaged(
 ) -> None:
     made: list[Path] = []
 
-    def unpack(temporary: Path) -> Path:
-        made.append(temporary)
-        folder = temporary / "made"
+    def unpack(folder: Path) -> None:
+        made.append(folder)
         loaded = load_model("random:tiny-llama", "cpu")
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        write_digests(folder)
-        return folder
 
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
     monkeypatch.setattr(sources, "_unpack_default", unpack)
