@@ -33,6 +33,15 @@ _HEADS = dict(**_GROUPED, head_dim=16)
 _GPT = dict(n_embd=64, n_layer=3, n_head=4, n_positions=2048, initializer_range=0.15, **_TOKENS)
 _ROUTED = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 _LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
+_SHARED_EXPERTS = dict(
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    moe_intermediate_size=48,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
 _DEEPSEEK = dict(
     **_PLAIN,
     num_key_value_heads=4,
@@ -41,13 +50,7 @@ _DEEPSEEK = dict(
     qk_rope_head_dim=8,
     qk_nope_head_dim=16,
     v_head_dim=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    moe_intermediate_size=48,
-    first_k_dense_replace=1,
-    n_group=1,
-    topk_group=1,
+    **_SHARED_EXPERTS,
 )
 _WINDOW = dict(sliding_window=64)
 _MIXED = dict(**_WINDOW, layer_types=["sliding_attention", "sliding_attention", "full_attention"])
@@ -140,16 +143,7 @@ ZOO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gpt_oss": ("gpt_oss", dict(**_HEADS, **_LOCAL, **_WINDOW)),
     "glm4_moe": (
         "glm4_moe",
-        dict(
-            **_HEADS,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_shared_experts=1,
-            moe_intermediate_size=48,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-        ),
+        dict(**_HEADS, **_SHARED_EXPERTS),
     ),
     "llama4_text": (
         "llama4_text",

@@ -70,11 +70,11 @@ def open_model(
             f"model must have at least {CHUNK_TOKENS} positions, the length of the calibration texts, got "
             f"{config.model} with {loaded.positions}"
         )
+    outlined = loaded.is_outline
     if config.device_map is not None:
         devices = devices_of(config.device_map, device)
-        if not loaded.is_outline:
+        if not outlined:
             spread_(loaded.model, device, devices)
-    outlined = loaded.is_outline
     take_apart_(loaded.model, config.experts, checked=not outlined)
     sites = discover_sites(loaded.model, shapes_only=outlined)
     if config.experts == "shared":
@@ -91,7 +91,7 @@ def open_model(
         sites = discover_sites(loaded.model, shapes_only=outlined)
     sites = (reach_by_kind if outlined else with_reach)(loaded.model, sites)
     if config.form != "factors":
-        discover = bonds_by_kind if loaded.is_outline else discover_bonds
+        discover = bonds_by_kind if outlined else discover_bonds
         sites = with_bonds(sites, discover(loaded.model, sites))
         _refuse_without_widths(config, sites, device)
     before = sum(site.parameters for site in sites)

@@ -7,28 +7,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from toy_search import REWARD, problem, search
 
-from agents import AgentContext, Gradient, Proposal
+from agents import AgentContext, Gradient
 from agents.gradient import GradientSettings
-from envs import Problem, Reward, ToyEvaluator, best_by_exhaustion, toy_menu
-
-REWARD = Reward(compression_weight=0.0, correct_weight=0.0)
-
-
-def problem(blocks: int = 3, target: float = 0.5, granularity: str = "block") -> Problem:
-    return Problem.build(toy_menu(blocks), target, granularity)
-
-
-def search(agent: Gradient, evaluate: ToyEvaluator) -> list[tuple[Proposal, float]]:
-    told = []
-    while proposals := agent.ask(4):
-        (proposal,) = proposals
-        reward = REWARD(evaluate([proposal.schedule])[0])
-        if proposal.probe is not None:
-            agent.tell_slopes(proposal, evaluate.slopes(proposal.schedule, proposal.probe))
-        agent.tell([proposal], [reward])
-        told.append((proposal, reward))
-    return told
+from envs import ToyEvaluator, best_by_exhaustion
 
 
 def test_a_first_proposal_is_the_closed_form_with_slopes() -> None:

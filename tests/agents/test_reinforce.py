@@ -7,30 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from toy_search import REWARD, problem, search
 
-from agents import AgentContext, Gradient, Proposal, Reinforce
+from agents import AgentContext, Gradient, Reinforce
 from agents.reinforce import Policy, policy_gradient, shrunk
 from agents.slope_critic import SlopeCritic
-from envs import Problem, Reward, ToyEvaluator, toy_menu
+from envs import Problem, ToyEvaluator, toy_menu
 
-REWARD = Reward(compression_weight=0.0, correct_weight=0.0)  # −KL
 WEIGHTS = (1.6, 0.7, 1.0, 0.5, 1.3, 0.9, 2.0)
-
-
-def problem(blocks: int = 3, target: float = 0.5, granularity: str = "block") -> Problem:
-    return Problem.build(toy_menu(blocks), target, granularity)
-
-
-def search(agent: Reinforce | Gradient, evaluate: ToyEvaluator) -> list[tuple[Proposal, float]]:
-    told = []
-    while proposals := agent.ask(1):
-        (proposal,) = proposals
-        reward = REWARD(evaluate([proposal.schedule])[0])
-        if proposal.probe is not None:
-            agent.tell_slopes(proposal, evaluate.slopes(proposal.schedule, proposal.probe))
-        agent.tell([proposal], [reward])
-        told.append((proposal, reward))
-    return told
 
 
 def kl(task: Problem, evaluate: ToyEvaluator, agent: Reinforce | Gradient) -> float:
