@@ -28,8 +28,8 @@ from search.evaluation.early_stopping import clearly_worse
 from search.evaluation.prefix_reuse import HiddenStates, prefix_keys
 from search.evaluation.quality import Quality
 from search.evaluation.score import Score
-from search.evaluation.shared_rows import is_out_of_memory
 from search.evaluation.workload import RunForward, ShouldStop, Workload, run_directly
+from search.runtime.memory import is_out_of_memory
 
 __all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator"]
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from search.evaluation.logits import read
 from search.evaluation.packed_sequences import Packed, apart, packed_text, row_inputs
+from search.runtime.memory import is_out_of_memory
 
-__all__ = ["APART", "is_out_of_memory", "keeps_rows_apart", "shares_rows"]
+__all__ = ["APART", "keeps_rows_apart", "shares_rows"]
 
 APART = (
     "in this model, texts that share a row would change each other in spite of the mask between them, so every text "
@@ -65,13 +66,6 @@ def shares_rows(model: nn.Module, tokens: Sequence[int]) -> bool:
 def keeps_rows_apart(model: nn.Module) -> bool:
     """Whether the test of `shares_rows` has failed for a text of this model in this process."""
     return _TESTED.get(model, _Tested()).failed < float("inf")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or main memory ran out; torch reports the latter as a RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 @torch.no_grad()

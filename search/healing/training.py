@@ -29,7 +29,6 @@ from compression.training.gates import absorb_gates_, add_gates_
 from compression.training.replay import replayed
 from compression.training.trainable import captured_head_input, frozen, put_parameters, trainable_
 from search.evaluation.quality import Quality
-from search.evaluation.shared_rows import is_out_of_memory
 from search.evaluation.workload import Workload
 from search.healing.plan import HealingPlan
 from search.healing.progress import Measurement, Progress
@@ -41,6 +40,7 @@ from search.model.spreading import is_spread
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Stage, duration
 from search.runtime.distributed import Processes
+from search.runtime.memory import is_out_of_memory
 from search.runtime.signals import shield
 from search.runtime.tensorboard import Curves
 

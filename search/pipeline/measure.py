@@ -13,13 +13,13 @@ from compression.schedule import Schedule
 from search.evaluation.latency import Latency
 from search.evaluation.quality import paired_kl
 from search.evaluation.score import Score
-from search.evaluation.shared_rows import is_out_of_memory
 from search.experiment.experiment import Experiment
 from search.healing.plan import HealingOptions
 from search.healing.run import heal_experiment_, held
 from search.healing.state import HEALED, REPAIRED
 from search.runtime.console import Console
 from search.runtime.errors import DataUnavailable
+from search.runtime.memory import is_out_of_memory
 
 __all__ = ["against_closed_form", "measure", "speed"]
 
