@@ -109,9 +109,11 @@ def standalone_source(config: str, model: str, base: str) -> str:
 
     while pending:
         module, name = pending.pop()
-        source = modules.setdefault(module, _read(module))
         if name in wanted.setdefault(module, set()):
             continue
+        if module not in modules:
+            modules[module] = _read(module)
+        source = modules[module]
         wanted[module].add(name)
         claim(name, module)
         for used in _used(source.definitions[name]):
