@@ -19,6 +19,9 @@ search. In the following list, each variant includes all earlier ones unless it 
 * repaired: `sequential`, with every site first solved to reproduce the dense model's output or residual stream.
 * repaired-widths, repaired-joint: `widths` and `joint`, repaired in the same way.
 * complete: `repaired`, with the schedule of `corrected`.
+* sparse: `weighted`, but every matrix is pruned or stays dense. The budget is the same share of the bytes at 16 bits a
+  number, and the bit per entry that says which are stored counts (see `compression.allocation.byte_menu`).
+* small: every matrix is pruned, takes the χ of `weighted`, or stays dense, by the same bytes.
 
 The held-out text consists of two corpora, prose and exam questions with their answers, which are scored separately.
 Nothing is tuned on it.
@@ -42,10 +45,13 @@ import torch
 
 from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
-from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
+from compression import DENSE, Menu, Schedule, dense_weight, fitted_topologies, lagrangian, to_schedule
+from compression.allocation.byte_menu import SPARSE, byte_menu
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
+from compression.layers.quantize import GROUP
+from compression.layers.sparse_linear import SparseLinear
 from compression.schedule import Form
 from compression.sites import put_modules
 from envs import Problem
@@ -70,10 +76,14 @@ VARIANTS = (
     "repaired-widths",
     "repaired-joint",
     "complete",
+    "sparse",
+    "small",
 )
 _BONDED: dict[str, Form] = {"widths": "plain", "joint": "any"}
 _REPAIRED = {"sequential": "menu", "repaired": "menu", "repaired-widths": "widths", "repaired-joint": "joint"}
 """Variants that visit the blocks in order, by the variant whose menu they take."""
+_BY_BYTES = ("sparse", "small")
+"""Variants whose budget is in bytes."""
 _PASSES = 6
 
 
@@ -126,6 +136,8 @@ class Bench:
         return self._menus[kind]
 
     def schedule(self, variant: str, kept: float) -> Schedule:
+        if variant in _BY_BYTES:
+            return self.by_bytes(variant, kept)
         menu = self.menu(variant)
         if variant in ("corrected", "complete"):
             return self.corrected(kept)
@@ -136,9 +148,16 @@ class Bench:
         """Compresses the model by a variant within the context, and makes it dense again afterwards."""
         model, schedule = self.experiment.loaded.model, self.schedule(variant, kept)
         if variant not in (*_REPAIRED, "complete"):
+            pruned = {name: choice.chi for name, choice in schedule if choice.topology == SPARSE}
+            others = Schedule(tuple((name, DENSE if name in pruned else choice) for name, choice in schedule))
+            dense = {name: model.get_submodule(name) for name in pruned}
             with ScheduleApplier(model, self.store(variant)) as applier:
-                applier.apply_(schedule)
-                yield schedule
+                applier.apply_(others)
+                put_modules(model, {name: self.sparse(name, entries) for name, entries in pruned.items()})
+                try:
+                    yield schedule
+                finally:
+                    put_modules(model, dense)
             return
         store, config, calibration = self.store(variant), self.experiment.config, self.experiment.calibration
         batches, order = self.experiment.repair_batches(config.repair_tokens), store.bonds.elimination
@@ -148,6 +167,27 @@ class Bench:
             yield schedule
         finally:
             put_modules(model, taken)
+
+    def by_bytes(self, variant: str, kept: float) -> Schedule:
+        """The closed form over pruned matrices, and over χ if `small`, at a share of the bytes at 16 bits a number."""
+        store, menus = self.experiment.store, []
+        for site in store.sites:
+            chi = variant == "small" and not site.dense_because
+            spectrum = store.factors(site.name, "lowrank", "two-sided").spectrum.double() if chi else torch.empty(0)
+            pruned = {} if site.dense_because else store.pruned.costs(site.name)
+            menus.append(byte_menu(site, spectrum.numpy(), {}, GROUP, tensorized=chi, pruned=pruned).menu)
+        menu = Menu(tuple(menus))
+        return to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
+
+    def sparse(self, name: str, entries: int) -> SparseLinear:
+        """The layer of a site that is pruned to some number of entries."""
+        dense, pruned = (
+            self.experiment.loaded.model.get_submodule(name),
+            self.experiment.store.pruned.pruned(name, entries),
+        )
+        bias = dense.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return SparseLinear.of(pruned.matrix.to(dense_weight(dense).dtype), pruned.mask, bias)
 
     def corrected(self, kept: float) -> Schedule:
         """The schedule that the gradient agent believes best after a few passes; computed once per kept fraction."""

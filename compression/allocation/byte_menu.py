@@ -1,28 +1,34 @@
-"""Builds menus by bytes: for every site, each χ and the dense matrix with 16, 8 or 4 bits per number.
+"""Builds menus by bytes: for every site, each χ and the dense matrix with 16, 8 or 4 bits per number, and pruned ones.
 
 Uses NumPy only; does not know weights. The predicted cost of an option is the cost of truncation (see
 `compression.allocation.menu`) plus the cost of rounding, ½·tr(G E C Eᵀ) for the rounding error E. The caller measures
 the cost of rounding for the dense matrix, and for one χ on behalf of all: there it is expressed per unit of
-½·tr(G Ŵ C Ŵᵀ), and scales with what each χ retains of the whitened matrix.
+½·tr(G Ŵ C Ŵᵀ), and scales with what each χ retains of the whitened matrix. A pruned matrix costs what
+`compression.numerics.pruning` says; it has 16 bits per number, and a bit per entry that says which are stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compression.allocation.menu import SiteMenu
+from compression.numerics.bitmask import bitmask_bytes
 from compression.numerics.group_integers import packed_bytes
 from compression.numerics.legs import resolve
+from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice
 from compression.sites import Site
 
-__all__ = ["PLAIN", "ByteMenu", "Noise", "byte_menu", "choice_bytes"]
+__all__ = ["PLAIN", "SPARSE", "ByteMenu", "Noise", "byte_menu", "choice_bytes"]
 
 PLAIN = 16
+SPARSE = "sparse"
+"""Topology of a pruned matrix in menus by bytes; the χ of its choice is the number of entries that are stored."""
 _TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"
 
 
@@ -53,7 +59,15 @@ class ByteMenu:
 
 
 def choice_bytes(site: Site, choice: Choice, bits: int, group: int) -> int:
-    """Returns the bytes of a site as it is stored: numbers, scales, and 4 bytes for every row index."""
+    """Returns the bytes of a site as it is stored: numbers, scales, 4 bytes for every row index, and masks.
+
+    Raises:
+        ValueError: a pruned matrix is to have fewer than 16 bits per number.
+    """
+    if choice.topology == SPARSE:
+        if bits != PLAIN:
+            raise Refusal(f"a pruned matrix must have {PLAIN} bits per number, got {bits}")
+        return 2 * choice.chi + bitmask_bytes(site.out_features, site.in_features)
     stored: tuple[tuple[int, int], ...]
     if choice.is_dense:
         stored = ((site.out_features, site.in_features),)
@@ -66,7 +80,12 @@ def choice_bytes(site: Site, choice: Choice, bits: int, group: int) -> int:
 
 
 def byte_menu(
-    site: Site, spectrum: NDArray[np.float64], noise: Mapping[int, Noise], group: int, tensorized: bool = True
+    site: Site,
+    spectrum: NDArray[np.float64],
+    noise: Mapping[int, Noise],
+    group: int,
+    tensorized: bool = True,
+    pruned: Mapping[int, float] = MappingProxyType({}),
 ) -> ByteMenu:
     """Returns the menu of options that no other option beats in both bytes and cost.
 
@@ -75,7 +94,8 @@ def byte_menu(
         spectrum: singular values of the whitened matrix, descending.
         noise: cost of rounding, by bits. Bits that are missing are not offered, except 16, which costs nothing.
         group: numbers in a row that share a scale.
-        tensorized: whether to offer χ; otherwise only the dense matrix is offered.
+        tensorized: whether to offer χ; otherwise only dense and pruned matrices are offered.
+        pruned: predicted cost of the pruned matrices to offer, by the number of their entries.
     """
     energy = 0.5 * np.cumsum(np.square(spectrum))
     last = resolve(_TOPOLOGY, site.out_features, site.in_features).break_even_chi if tensorized else 0
@@ -87,6 +107,9 @@ def byte_menu(
             choice = Choice(_TOPOLOGY, chi, _METRIC)
             cost = float(energy[-1] - energy[chi - 1] + rounding.share * energy[chi - 1])
             options.append((choice_bytes(site, choice, bits, group), cost, choice, bits))
+    for entries, cost in pruned.items():
+        choice = Choice(SPARSE, entries, _METRIC)
+        options.append((choice_bytes(site, choice, PLAIN, group), cost, choice, PLAIN))
     dense = choice_bytes(site, DENSE, PLAIN, group)
     kept: list[tuple[int, float, Choice, int]] = []
     for option in sorted(options, key=lambda option: (option[0], option[1])):

@@ -17,6 +17,7 @@ from compression.allocation.menu import Menu, Option, aligned, dense_menu, envel
 from compression.calibration.statistics import Statistics
 from compression.decomposition.bond_store import BondStore
 from compression.decomposition.measured import FORMAT, Measured
+from compression.decomposition.pruned_store import PrunedStore
 from compression.numerics.cores import decompose, truncate
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
@@ -77,6 +78,7 @@ class FactorStore:
     Attributes:
         sites: as given.
         bonds: cuts the bonds between the sites.
+        pruned: prunes the sites, for menus by bytes (`compression.allocation.byte_menu`).
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class FactorStore:
         self._site = {site.name: site for site in sites}
         self._memory: dict[_Key, Factors] = {}
         self.bonds = BondStore(sites, self._measured, cache)
+        self.pruned = PrunedStore(sites, self._measured, cache, self._stored)
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.

@@ -14,11 +14,12 @@ from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept, widened
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMPO
+from compression.layers.sparse_linear import SparseLinear
 from compression.sites import dense_weight
 
 __all__ = ["dense_layer", "merge_"]
 
-_COMPRESSED = (MPOLinear, HeadLinear, FusedLinear, PackedMPO, PackedLinear, PackedEmbedding)
+_COMPRESSED = (MPOLinear, HeadLinear, FusedLinear, PackedMPO, PackedLinear, PackedEmbedding, SparseLinear)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Selects the parameters that healing trains: cores, cut matrices, norms, biases and routers. All else stays frozen.
+"""Selects the parameters that healing trains: cores, cut or pruned matrices, norms, biases, routers. All else stays.
 
 Knows the module tree of a torch model; does not know losses or optimizers. Healing trains an `MPOLinear` in its stored
-form, so the size of the model does not change.
+form and the values of a `SparseLinear` under its mask, so the size of the model does not change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
+from compression.layers.sparse_linear import SparseLinear
 from compression.refusal import Refusal
 from compression.sites import router_weights
 
@@ -24,9 +25,9 @@ __all__ = ["captured_head_input", "frozen", "put_parameters", "trainable_"]
 def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     """Replace the parameters that healing trains by trainable copies in `dtype`, in place; freeze all others.
 
-    Healing trains the cores of every `MPOLinear`, every matrix that lost rows or columns, every router of a layer of
-    experts, and every vector of the model (norms and biases). The copies keep another model that shares the tensors
-    unchanged.
+    Healing trains the cores of every `MPOLinear`, the values of every `SparseLinear`, every matrix that lost rows or
+    columns, every router of a layer of experts, and every vector of the model (norms and biases). The copies keep
+    another model that shares the tensors unchanged.
 
     Returns:
         The new parameters by name. To undo the change, call `put_parameters` with the original ones.
@@ -37,7 +38,7 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
     compressed = {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, MPOLinear) or kept(module)
+        if isinstance(module, MPOLinear | SparseLinear) or kept(module)
         for name, _ in module.named_parameters()
     }
     if not compressed:

@@ -1,0 +1,69 @@
+"""Defines `SparseLinear`, a linear layer that stores the entries of its matrix that are not 0, and one bit for each.
+
+Knows tensors and modules; does not know which entries were removed or why. It is smaller than a dense layer, not
+faster: the matrix is filled in whenever it is used, and given up afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compression.numerics.bitmask import pack, unpack
+from compression.refusal import Refusal
+
+__all__ = ["SparseLinear"]
+
+
+class SparseLinear(nn.Module):
+    """Computes y = W x + b with a sparse W (out, in).
+
+    The state dict contains `values` (kept,), row by row, `bitmask` as `compression.numerics.bitmask.pack` makes it, and
+    the bias, if any. Training changes values and never the mask. Parameters are created without gradients.
+
+    Args:
+        values: entries of W, row by row.
+        bitmask: which entries they are, uint8 (out, ⌈in/8⌉).
+        columns: in.
+        bias: (out,) or None.
+
+    Raises:
+        ValueError: the mask is damaged, or does not name as many entries as there are values.
+    """
+
+    values: torch.Tensor
+    bitmask: torch.Tensor
+
+    def __init__(
+        self, values: torch.Tensor, bitmask: torch.Tensor, columns: int, bias: torch.Tensor | None = None
+    ) -> None:
+        super().__init__()
+        named = int(unpack(bitmask, columns).sum())
+        if values.shape != (named,):
+            raise Refusal(f"the mask is damaged: it names {named} entries, but {tuple(values.shape)} values are stored")
+        self.out_features, self.in_features = len(bitmask), columns
+        self.register_parameter("values", nn.Parameter(values, requires_grad=False))
+        self.register_buffer("bitmask", bitmask)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None = None) -> SparseLinear:
+        """Returns the layer that holds the entries of a matrix (out, in) in a mask, bool (out, in)."""
+        return cls(matrix[mask], pack(mask), matrix.shape[1], bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W (out, in), filled in on every access; gradients reach the values."""
+        mask = unpack(self.bitmask, self.in_features)
+        return self.values.new_zeros(mask.shape).masked_scatter(mask, self.values)
+
+    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+        """Maps (…, in) to (…, out)."""
+        return functional.linear(activations, self.weight, self._parameters["bias"])
+
+    def extra_repr(self) -> str:
+        return (
+            f"out={self.out_features}, in={self.in_features}, kept={len(self.values)}, "
+            f"bias={self._parameters['bias'] is not None}"
+        )
