@@ -1,4 +1,4 @@
-"""The command line: picks the command, silences libraries, and returns its exit code.
+"""The command line: picks the command, prepares libraries, and returns its exit code.
 
 Imports no model library. Each command imports what it needs when it runs, so that `--help` and refusals are quick.
 """
@@ -36,7 +36,7 @@ def _run(words: list[str]) -> int:
         return refuse(f"unknown command {command!r}; the nearest is {nearest(command, COMMANDS)}, and --help lists all")
     try:
         with guarded(), warnings.catch_warnings():
-            _quiet_libraries()
+            _prepare_libraries()
             code: int = import_module(f"search.commands.{command}").run(words)
             return code
     except SystemExit as ended:
@@ -45,9 +45,14 @@ def _run(words: list[str]) -> int:
         return explain(error)
 
 
-def _quiet_libraries() -> None:
-    """Silence libraries before they are imported. PYTHONWARNINGS shows their warnings again."""
+def _prepare_libraries() -> None:
+    """Set what libraries read when they are imported. PYTHONWARNINGS shows their warnings again.
+
+    Threads of GNU OpenMP spin while they wait for each other, for milliseconds. Beside another job on the same
+    processors a pass then takes many times as long, so they spin for a shorter time and then sleep.
+    """
     for name, value in {
+        "GOMP_SPINCOUNT": "10000",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -43,6 +43,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def logs_of_stable_baselines3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Its algorithms make a folder whenever they learn; it goes with those of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("sb3")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def a_machine_without_bfloat16() -> Iterator[None]:
     """The number type that "auto" stands for in this process does not depend on the processor.
 
