@@ -2,7 +2,8 @@
 
     python -m benchmarks.figures [--out docs/figures]
 
-No model is needed: the bond dimensions and sensitivity traces come from the published prior of the default job.
+No model is needed: bond dimensions come from the published prior of the default job, and sensitivity traces, which a
+matrix with a cut bond has none of, from that of a job with factors only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from benchmarks.report import RESULTS
 from search.priors.format import Prior
 
-DEFAULT = RESULTS / "priors" / "smollm2-135m-instruct-113m.json"
+DEFAULT = RESULTS / "priors" / "smollm2-135m-instruct-113m-bonds.json"
+_FACTORS = RESULTS / "priors" / "smollm2-135m-instruct-113m.json"
 FOLDER = RESULTS.parent / "docs" / "figures"
 _SHOWN = (("q", 15), ("v", 15), ("gate", 2), ("gate", 27), ("down", 2), ("down", 27))
 _BLUE, _GREY, _RED = "#3b6ea8", "#555555", "#b3452c"
@@ -98,7 +100,7 @@ def chi(figure: Any) -> None:
 
 def metric(figure: Any) -> None:
     """Draws the predicted KL over χ for some matrices, each compressed alone."""
-    prior = Prior.read(DEFAULT)
+    prior = Prior.read(_FACTORS)
     axes = figure.subplots()
     for family, block in _SHOWN:
         site = next(site for site in prior.sites if (site.family, site.block) == (family, block))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from search.reporting.tables import SUMMARY_COLUMNS, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run table -->"
+
+
+def command(made: dict[str, Any]) -> str:
+    """Returns the command of a run without the folder that it was given, which changes no figure."""
+    return re.sub(r" --out \S+", "", str(made["command"]))
 
 
 def section(document: dict[str, Any]) -> str:
@@ -45,8 +51,8 @@ difference, paired over {difference["sequences"]} sequences, is {difference["val
 {difference["standard_error"]:.4f} nats per token, or {low:+.1f} to {high:+.1f} % with 95 % confidence.{repaired}
 Accuracy is noisy with so few items, so it is shown with its standard error.
 
-Made by `{made["command"]}` at commit `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of
-{made["cpu"]} with {made["threads"]} threads, Python {made["python"]}, torch {made["packages"]["torch"]}.
+Made by `{command(made)}` at commit `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of
+{made["cpu"]} with {made["threads"]} {"threads" if made["threads"] > 1 else "thread"}, Python {made["python"]}, torch {made["packages"]["torch"]}.
 """
 
 
@@ -78,7 +84,7 @@ def short_section(document: dict[str, Any]) -> str:
 
 {document["model"]}, kept fraction {document["target_kept"]} of the compressible matrices. KL to the dense model and
 perplexity on held-out text; the last two columns are times over the dense model's, for a prompt and for each token
-after it (lower is faster). Made by `{made["command"]}` at commit
+after it (lower is faster). Made by `{command(made)}` at commit
 `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of {made["cpu"]}.
 [All figures, with intervals and goals](results/README.md).
 """

@@ -19,12 +19,12 @@ thin each one may be. The job loads the model, collects statistics on text, lets
 every matrix keeps), scores each schedule, and prints a table of the best one and of simple baselines of equal size.
 
 It then repairs the best schedule, trains it for a few minutes, measures all models on eight benchmarks, and exports the
-result as a folder to load. Without flags it compresses a small model that it downloads, in 45 minutes on two cores."""
+result as a folder to load. Without flags it compresses a small model that it downloads, in about an hour on two cores."""
 
 _EXAMPLES = """\
 examples:
   python search.py                                          the default job
-  python search.py --quick                                  a small run of everything, in about 15 minutes
+  python search.py --quick                                  a small run of everything, in about 20 minutes
   python search.py --dry-run                                print what would run and how long it takes
   python search.py --target-kept 0.7 --budget 500           a smaller result and a longer search
   python search.py --model ./my-llama --proxy exam.jsonl    your own model and questions
