@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from compression.sites import model_bytes
-from search.experiment.calibration import CHUNK_TOKENS, moment_bytes
+from search.experiment.calibration import CHUNK_TOKENS, factor_limit, moment_bytes
 from search.experiment.experiment import Experiment
 
 __all__ = ["Need", "needs"]
@@ -53,8 +53,13 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         kept = moments // 2
         written = 3 * kept  # of two passes, and the state of an unfinished one
     square = max(max(site.out_features, site.in_features) for site in sites) ** 2
-    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
-    factors = (2 if calibration.by_block else 4) * (2 * lowrank + sum(site.parameters for site in sites))
+    if calibration.by_block:
+        factors = factor_limit(model, sites)
+    else:
+        lowrank = sum(
+            min(each.out_features, each.in_features) * (each.out_features + each.in_features) for each in sites
+        )
+        factors = 4 * (2 * lowrank + sum(site.parameters for site in sites))
     return (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),

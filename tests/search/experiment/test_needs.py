@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from compression import discover_sites
-from compression.sites import model_bytes
+from compression.sites import model_bytes, model_parameters
 from compression.storage.factor_cache import FactorCache
 from search.data.splits import Text
 from search.experiment import calibration, preparation
-from search.experiment.calibration import Calibration, moment_bytes
+from search.experiment.calibration import Calibration, factor_limit, moment_bytes
 from search.experiment.needs import needs
 from search.experiment.preparation import check_space
+from search.model.architecture import empty_model
 from search.model.loading import load_model
+from search.model.pretrained import Source
 
 
 def experiment(root: Path | None) -> Any:
@@ -46,6 +48,14 @@ def test_stored_statistics_take_what_is_estimated(
     assert kept < stored < 1.5 * kept  # names and diagonals come on top
     assert calibrate.disk > kept
     assert decompose.disk > kept
+
+
+@pytest.mark.parametrize("name", ["random:llama-3.2-1b", "random:qwen2.5-1.5b", "random:llama-2-7b"])
+def test_the_cache_of_a_large_model_takes_about_three_times_its_size_in_bfloat16(name: str) -> None:
+    model = empty_model(Source(name, name, "none"))
+    sites = discover_sites(model, shapes_only=True)
+    times = (moment_bytes(sites) // 4 + factor_limit(model, sites)) / (2 * model_parameters(model))
+    assert 2.9 < times < 3.1
 
 
 def test_too_little_disk_stops_a_run_and_too_little_memory_is_noted(
