@@ -17,7 +17,7 @@ from search.config import EARLIER
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
-from search.experiment.repairing import repaired_, unfinished_repair
+from search.experiment.repairing import repaired_
 from search.healing.state import REPAIR, StoredWeights, load_sites_, site_tensors, write_weights
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Console
@@ -78,8 +78,6 @@ def started_(
                     write_weights(repaired, REPAIR, model, experiment.sites, _made_for(experiment, schedule))
     if kept is not None and Processes.is_first():
         kept.save(Checkpoint(0, site_tensors(model, sites), {"row": name}))
-    if experiment.config.repair_tokens:
-        unfinished_repair(experiment, schedule).drop()
     return taken, name
 
 

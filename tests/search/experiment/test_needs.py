@@ -29,7 +29,10 @@ def experiment(root: Path | None) -> Any:
     text = Text(tuple((5,) * 256 for _ in range(4)), (), frozenset())
     made = Calibration(loaded, sites, text, 0, 0.05, FactorCache(root))
     splits = SimpleNamespace(calibration=text)
-    return SimpleNamespace(loaded=loaded, sites=sites, calibration=made, splits=splits, device=torch.device("cpu"))
+    config = SimpleNamespace(repair_tokens=512, target_kept=0.8)
+    return SimpleNamespace(
+        config=config, loaded=loaded, sites=sites, calibration=made, splits=splits, device=torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("by_block", [False, True])
@@ -39,7 +42,7 @@ def test_stored_statistics_take_what_is_estimated(
     if by_block:
         monkeypatch.setattr(calibration, "LARGE", 0)
     opened = experiment(tmp_path)
-    load, calibrate, decompose = needs(opened)
+    load, calibrate, decompose, repair = needs(opened)
     assert load.memory == model_bytes(opened.loaded.model)
     assert min(calibrate.memory, decompose.memory) > load.memory
     opened.calibration()
@@ -47,7 +50,7 @@ def test_stored_statistics_take_what_is_estimated(
     kept = moment_bytes(opened.sites) // (4 if by_block else 2)
     assert kept < stored < 1.5 * kept  # names and diagonals come on top
     assert calibrate.disk > kept
-    assert decompose.disk > kept
+    assert repair.disk > decompose.disk > kept
 
 
 @pytest.mark.parametrize(
