@@ -16,6 +16,7 @@ from compression.numerics.elimination import Elimination, eliminate, refit
 from compression.refusal import Refusal
 from compression.sites import Cut, Site, Unit, units
 from compression.storage.factor_cache import Bundle, FactorCache
+from compression.storage.recent import RecentBundles
 
 __all__ = ["BondStore"]
 
@@ -34,11 +35,13 @@ class BondStore:
         sites: the sites of the model with their cuts.
         measured: their weights and metrics.
         cache: stores the results.
+        recent: stores the refitted matrices.
     """
 
-    def __init__(self, sites: Sequence[Site], measured: Measured, cache: FactorCache) -> None:
+    def __init__(self, sites: Sequence[Site], measured: Measured, cache: FactorCache, recent: RecentBundles) -> None:
         self._measured = measured
         self._cache = cache
+        self._recent = recent
         self._site = {site.name: site for site in sites}
         self._unit = {unit.name: unit for unit in units(sites) if isinstance(unit, Unit)}
         self._eliminations: dict[str, Elimination] = {}
@@ -85,7 +88,7 @@ class BondStore:
         if columns is None:
             return weight.float() if rows is None else weight[rows.to(weight.device)].float()
         key = self._measured.key_of(name, kind="refit", format=_FORMAT, widths=widths)
-        bundle = self._cache.get_or_build(key, lambda: Bundle({"weight": self.cut(name, widths).weight.float().cpu()}))
+        bundle = self._recent.get_or_build(key, lambda: Bundle({"weight": self.cut(name, widths).weight.float().cpu()}))
         return bundle.tensors["weight"].to(weight.device)
 
     def cut(self, name: str, widths: tuple[int, ...]) -> Matrix:

@@ -27,6 +27,7 @@ from compression.schedule import Choice, Form
 from compression.sites import Site, Unit, units
 from compression.size import choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
+from compression.storage.recent import RecentBundles
 
 __all__ = ["OPTIMISM", "FactorStore", "Factors", "is_nested", "lowrank_cores"]
 
@@ -74,6 +75,7 @@ class FactorStore:
         max_chi: largest χ to decompose to; None means the largest χ that saves parameters.
         half: store the cores of decompositions in float16, in half the space. The columns and rows of a bond have equal
             norms, so that they stay within its range.
+        limit: bytes of decompositions that the cache keeps, see `compression.storage.recent`; None keeps all.
 
     Attributes:
         sites: as given.
@@ -91,15 +93,16 @@ class FactorStore:
         cache: FactorCache,
         max_chi: int | None = None,
         half: bool = False,
+        limit: int | None = None,
     ) -> None:
         self.sites = tuple(sites)
         self._measured = Measured(weights, statistics, statistics_key, shrinkage)
-        self._cache = cache
         self._max_chi = max_chi
         self._stored = torch.float16 if half else torch.float32
         self._site = {site.name: site for site in sites}
-        self._memory: dict[_Key, Factors] = {}
-        self.bonds = BondStore(sites, self._measured, cache)
+        self._recent = RecentBundles(cache, limit)
+        self._identities: dict[_Key, str] = {}
+        self.bonds = BondStore(sites, self._measured, cache, self._recent)
         self.pruned = PrunedStore(sites, self._measured, cache, self._stored)
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
@@ -115,11 +118,10 @@ class FactorStore:
         return self._factors(_Key.of(name, topology, metric, chi, widths=widths))
 
     def _factors(self, key: _Key) -> Factors:
-        if key not in self._memory:
-            bundle = self._cache.get_or_build(self._identity(key), lambda: self._build(key))
-            cores = [bundle.tensors[f"core.{number}"] for number in range(len(bundle.tensors) - 1)]
-            self._memory[key] = Factors(cores, bundle.tensors["spectrum"])
-        return self._memory[key]
+        if key not in self._identities:
+            self._identities[key] = self._identity(key)
+        tensors = self._recent.get_or_build(self._identities[key], lambda: self._build(key)).tensors
+        return Factors([tensors[f"core.{number}"] for number in range(len(tensors) - 1)], tensors["spectrum"])
 
     def cores(self, name: str, choice: Choice) -> list[torch.Tensor]:
         """Returns the cores of one site at the χ of `choice`, without gauge fixing.

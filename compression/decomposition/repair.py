@@ -43,6 +43,7 @@ from compression.bonds import keep_, linear_layer
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
 from compression.decomposition.factors import lowrank_cores
+from compression.decomposition.unfinished_repair import UnfinishedRepair
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import is_lowrank
 from compression.numerics.elimination import Elimination, refit
@@ -72,6 +73,7 @@ def repair_(
     elimination: Callable[[str], Elimination],
     correct: bool = True,
     progress: Callable[[int], None] = lambda done: None,
+    unfinished: UnfinishedRepair | None = None,
 ) -> Mapping[str, nn.Module]:
     """Compress `model` in place according to `schedule`, block by block, with repair.
 
@@ -88,6 +90,8 @@ def repair_(
         correct: whether W is replaced by W*. Otherwise W is decomposed in the metric of E[x̂ x̂ᵀ] and G (sequential
             calibration).
         progress: called with the number of blocks done.
+        unfinished: stores the result of every block. If an interrupted repair has stored blocks there, this one
+            continues after them, with the same result, bit for bit.
 
     Returns:
         The replaced modules by site name; putting them back restores the dense model. After an error they are put back
@@ -110,9 +114,15 @@ def repair_(
     blocks, first = record_blocks(model, [f"{prefix}.{number}" for number in numbers], batches)
     dense_states: Sequence[torch.Tensor] = first
     states: Sequence[torch.Tensor] = first
+    before = 0
     try:
-        for done, (block, number) in enumerate(zip(blocks, numbers, strict=True), 1):
-            groups = _groups([site for site in free if site.block == number], statistics)
+        if unfinished is not None and (begun := unfinished.load(model, free, schedule, first[0].device)) is not None:
+            before, states, dense_states = begun.blocks, begun.states, begun.dense_states
+            put_modules(model, begun.modules)
+            progress(before)
+        for done, (block, number) in enumerate(list(zip(blocks, numbers, strict=True))[before:], before + 1):
+            here = [site for site in free if site.block == number]
+            groups = _groups(here, statistics)
             targets = _Targets(block, groups, dense_states, masks, correct)
             for place, group in enumerate(groups):
                 starts = [
@@ -135,6 +145,9 @@ def repair_(
                     shape = site.out_features, site.in_features
                     model.set_submodule(site.name, keep_(new, shape, start.rows, start.columns))
             states, dense_states = targets.advance(states), targets.outputs
+            if unfinished is not None:
+                modules = {site.name: model.get_submodule(site.name) for site in here}
+                unfinished.store(done, modules, states, dense_states)
             progress(done)
     except BaseException:
         put_modules(model, taken)

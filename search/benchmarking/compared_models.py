@@ -24,6 +24,7 @@ from search.config import EXPORTS, Config, read_fields
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate
+from search.experiment.repairing import repaired_, unfinished_repair
 from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import working_dtype
@@ -194,9 +195,9 @@ class _Run:
         if (stored := stored_repair(self.folder / REPAIRED, experiment, schedule)) is not None:
             yield from self._stored(experiment, stored)
             return
-        with self.console.stage("repair", 1 + max(site.block for site in experiment.sites), "blocks") as stage:
-            taken = experiment.repair_(schedule, self.config.repair_tokens, lambda done: stage.advance(1))
-            experiment.calibration.release()
+        taken = repaired_(experiment, schedule, self.console)
+        unfinished_repair(experiment, schedule).drop()
+        experiment.calibration.release()
         try:
             yield _as_is(experiment.loaded)
         finally:

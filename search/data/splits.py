@@ -175,7 +175,8 @@ def build_splits(
     drawn, drawn_note = _drawn(f"proxy {proxy}", known, "search", search_pool, search_items, parts, seed, fits)
     reported, reported_note = _drawn(f"proxy {proxy}", known, "final table", report_pool, report_items, 1, seed, fits)
     # Both are reported on; a question that occurs in both would add less information.
-    heldout_exam = [item for item in test if item.digest not in {item.digest for item in reported}]
+    report_digests = {item.digest for item in reported}
+    heldout_exam = [item for item in test if item.digest not in report_digests]
     calibration, searched, heldout = zip(*(regions(documents) for documents in load_prose()), strict=True)
     text = partial(_text, encode, beginning)
     ordered = [stratified(items, len(items), seed) for items in (exam_pool, heldout_exam)]

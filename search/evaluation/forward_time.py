@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from compression.bonds import one_of_a_kind
 from compression.calibration.blocks import record_blocks
 from compression.sites import first_of_kind
 
@@ -30,11 +31,13 @@ def seconds_per_token_by_parts(model: Any, tokens: int) -> float:
     """The same for a large model: one block of each kind is timed on one row of tokens, and a part of the head."""
     prefix, like = first_of_kind(model)
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    names = [f"{prefix}.{index}" for index in range(len(like))]
-    blocks, [hidden] = record_blocks(model, names, [(ids, torch.ones_like(ids, dtype=torch.bool))])
+    alike = Counter(like)
+    with one_of_a_kind(model, prefix, like):
+        names = [f"{prefix}.{first}" for first in alike]
+        blocks, [hidden] = record_blocks(model, names, [(ids, torch.ones_like(ids, dtype=torch.bool))])
     total = 0.0
-    for first, alike in Counter(like).items():
-        total += alike * _fastest(partial(blocks[first].forward, 0, hidden))
+    for block, count in zip(blocks, alike.values(), strict=True):
+        total += count * _fastest(partial(block.forward, 0, hidden))
     head = model.get_output_embeddings()
     if head is not None:
         rows = head.weight[: max(1, len(head.weight) // _SHARE)]

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from compression.calibration.block_statistics import BlockStatistics
 from compression.calibration.statistics import Statistics, collect
 from compression.calibration.streaming import passes, stream
 from compression.decomposition.factors import FactorStore
-from compression.sites import Site, dense_weight
+from compression.sites import Site, dense_weight, model_parameters
 from compression.storage.exclusive import exclusive
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 from search.data.splits import Text
@@ -27,13 +28,15 @@ from search.model.kinds import Kind
 from search.model.loading import LoadedModel
 from search.model.streaming import ResidentModel
 
-__all__ = ["CHUNK_TOKENS", "Calibration", "calibration_batches", "factor_store", "moment_bytes"]
+__all__ = ["CHUNK_TOKENS", "Calibration", "calibration_batches", "factor_limit", "factor_store", "moment_bytes"]
 
 CHUNK_TOKENS = 256
 """Longest text sequence in tokens: attention over longer ones costs time and improves the statistics little."""
 _CALIBRATION_BATCH = 1024
 LARGE = 1 << 32
 """Bytes of moments from which on statistics are made block by block; those of smaller models are not rounded."""
+_MODELS = 3
+"""The cache of a large model takes at most this many times its size in bfloat16."""
 _PAUSE, _REST = 90.0, 10.0
 """Seconds between two stored states of an unfinished collection, at least this many and this many times as long as
 storing one takes."""
@@ -198,6 +201,17 @@ def moment_bytes(sites: Sequence[Site]) -> int:
     return 4 * sum(site.out_features**2 + site.in_features**2 for site in sites if not site.dense_because)
 
 
+def factor_limit(model: nn.Module, sites: Sequence[Site]) -> int:
+    """Bytes of decompositions that the cache keeps of a model whose statistics are made by block.
+
+    With the statistics they take three times the model in bfloat16, or what one low-rank decomposition of every matrix
+    takes if that is more. A search visits other ranks and widths all the time; what it left long ago is not kept.
+    """
+    free = [site for site in sites if not site.dense_because]
+    one = 2 * sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in free)
+    return max(one, _MODELS * 2 * model_parameters(model) - moment_bytes(sites) // 4)
+
+
 def factor_store(
     loaded: LoadedModel, sites: Sequence[Site], calibration: Calibration, cache: FactorCache
 ) -> FactorStore:
@@ -206,7 +220,8 @@ def factor_store(
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
     how = calibration.key, calibration.shrinkage
-    return FactorStore(sites, weights, calibration, *how, cache, half=calibration.by_block)
+    limit = factor_limit(loaded.model, sites) if calibration.by_block else None
+    return FactorStore(sites, weights, calibration, *how, cache, half=calibration.by_block, limit=limit)
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -18,6 +18,7 @@ from torch import nn
 from compression.allocation.menu import Menu, whole, worth_their_time
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
+from compression.decomposition.unfinished_repair import UnfinishedRepair
 from compression.layers.planner import Planner
 from compression.numerics.pivoted_product import ALIGNED
 from compression.refusal import Refusal
@@ -245,7 +246,11 @@ class Experiment:
         return 2 * shards if anchor is not None and shards > 1 else shards
 
     def repair_(
-        self, schedule: Schedule, tokens: int, progress: Callable[[int], None] = lambda done: None
+        self,
+        schedule: Schedule,
+        tokens: int,
+        progress: Callable[[int], None] = lambda done: None,
+        unfinished: UnfinishedRepair | None = None,
     ) -> Mapping[str, nn.Module]:
         """Apply `schedule` to the dense model and repair it on calibration text; returns the modules it replaced.
 
@@ -253,11 +258,11 @@ class Experiment:
 
         Args:
             tokens: number of calibration tokens to repair with.
-            progress: as for `compression.decomposition.repair.repair_`.
+            progress, unfinished: as for `compression.decomposition.repair.repair_`.
         """
         statistics, batches = self.calibration(), self.repair_batches(tokens)
-        how = self.calibration.shrinkage, self.store.bonds.elimination
-        return repair_(self.loaded.model, self.sites, schedule, statistics, batches, *how, progress=progress)
+        of, how = (self.loaded.model, self.sites, schedule), (self.calibration.shrinkage, self.store.bonds.elimination)
+        return repair_(*of, statistics, batches, *how, progress=progress, unfinished=unfinished)
 
     def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first calibration batches with `tokens` tokens or slightly more, in the order of the calibration."""

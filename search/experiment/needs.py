@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from compression.sites import model_bytes
-from search.experiment.calibration import CHUNK_TOKENS, moment_bytes
+from search.experiment.calibration import CHUNK_TOKENS, factor_limit, moment_bytes
 from search.experiment.experiment import Experiment
 
 __all__ = ["Need", "needs"]
@@ -17,6 +17,7 @@ __all__ = ["Need", "needs"]
 _BATCH = 1024  # tokens of a batch in calibration
 _LOGITS = 16  # bytes of every logit in a backward pass: itself, its softmax, the cumulative sum and the gradient
 _WORKSPACE = 6  # float64 copies of the largest square matrix while a bond is eliminated
+_REPAIR = 7  # the same while a matrix is repaired: two halves, their drift, C, and what a solution copies
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Need:
 
 
 def needs(experiment: Experiment) -> tuple[Need, ...]:
-    """What loading, calibration and decomposition take, in this order; later stages take no more memory or cache."""
-    model, calibration = experiment.loaded.model, experiment.calibration
+    """What loading, calibration, decomposition and repair take, in this order; other stages take no more than these."""
+    model, calibration, config = experiment.loaded.model, experiment.calibration, experiment.config
     sites = [site for site in experiment.sites if not site.dense_because]
     resident, moments = model_bytes(model), moment_bytes(sites)
     vocabulary, width = model.get_input_embeddings().weight.shape
@@ -53,10 +54,21 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         kept = moments // 2
         written = 3 * kept  # of two passes, and the state of an unfinished one
     square = max(max(site.out_features, site.in_features) for site in sites) ** 2
-    lowrank = sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in sites)
-    factors = (2 if calibration.by_block else 4) * (2 * lowrank + sum(site.parameters for site in sites))
-    return (
+    if calibration.by_block:
+        factors = factor_limit(model, sites)
+    else:
+        lowrank = sum(
+            min(each.out_features, each.in_features) * (each.out_features + each.in_features) for each in sites
+        )
+        factors = 4 * (2 * lowrank + sum(site.parameters for site in sites))
+    found = (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),
         Need("decompose", resident + 8 * _WORKSPACE * square, kept + factors),
     )
+    if not config.repair_tokens:
+        return found
+    states = 2 * 4 * min(config.repair_tokens, tokens) * width  # of the dense and the compressed model, in float32
+    repaired = int(config.target_kept * sum(site.parameters for site in sites)) * model.dtype.itemsize
+    repair = Need("repair", resident + states + 8 * _REPAIR * square, kept + factors + states + repaired)
+    return (*found, repair)

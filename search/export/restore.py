@@ -19,6 +19,7 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.experiment.preparation import calibrate
+from search.experiment.repairing import repaired_, unfinished_repair
 from search.healing.repaired_start import stored_repair
 from search.healing.state import HEALED, REPAIRED, STATE, StoredWeights
 from search.model.devices import resolve_device
@@ -132,8 +133,8 @@ def restore(
         return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
     calibrate(experiment, console)
     if state == "repaired":
-        with console.stage("repair", 1 + max(site.block for site in sites), "blocks") as stage:
-            experiment.repair_(schedule, config.repair_tokens, lambda done: stage.advance(1))
+        repaired_(experiment, schedule, console)
+        unfinished_repair(experiment, schedule).drop()
     else:
         with console.stage("compress"):
             ScheduleApplier(loaded.model, experiment.store, packed=True).apply_(schedule)

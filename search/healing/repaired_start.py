@@ -17,6 +17,7 @@ from search.config import EARLIER
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
+from search.experiment.repairing import repaired_
 from search.healing.state import REPAIR, StoredWeights, load_sites_, site_tensors, write_weights
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Console
@@ -120,14 +121,13 @@ def _repaired_(
     Args:
         taken: the dense modules that the factors of the schedule replaced.
     """
-    model, blocks = experiment.loaded.model, 1 + max(site.block for site in experiment.sites)
+    model = experiment.loaded.model
     with console.stage("judge", 2, "passes") as stage:
         judge = referenced(Workload(experiment.shards("selection")[0], dense), dense)
         stage.advance(1)
         before = judge.measure(model)
         put_modules(model, taken)
-    with console.stage("repair", blocks, "blocks") as stage:
-        taken = experiment.repair_(schedule, experiment.config.repair_tokens, lambda done: stage.advance(1))
+    taken = repaired_(experiment, schedule, console)
     after = judge.measure(model)
     if not repair_did_harm(after, before):
         return taken, "repaired"

@@ -26,6 +26,7 @@ from search.evaluation.score import Score
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
+from search.experiment.repairing import unfinished_repair
 from search.healing.plan import HealingOptions, HealingPlan, text_tokens
 from search.healing.repaired_start import UNFINISHED, referenced, started_
 from search.healing.rows import HealingText
@@ -167,6 +168,7 @@ def heal_experiment_(
             console.note(f"{text.left_out} documents are not learned from: they overlap with the reported data")
     with Processes().first_alone():
         taken, name = started_(experiment, schedule, dense, resumable, console, repaired, keep)
+    unfinished_repair(experiment, schedule).drop()  # its result is stored, or is not wanted
     first = Processes.is_first()
     try:
         scores[name] = evaluator.score_as_is(schedule)

@@ -7,12 +7,14 @@ a run writes; each part is implemented in a module of its own.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope
+from compression.bonds import one_of_a_kind
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import Choice, Form, Joint, Schedule
-from compression.sites import Site, Unit, members, units
+from compression.sites import Site, Unit, first_of_kind, members, units
 from envs import Problem
 from search.benchmarking.documents import always_searched, select
 from search.benchmarking.tasks import named_tasks
@@ -47,7 +49,8 @@ def rehearse(experiment: Experiment, start: StartingPoint) -> None:
         make_agent(config, problem, experiment, start)  # refuses a policy of other steps
     prior = rehearse_prior(experiment)
     if config.heal_minutes:
-        output_head(loaded.model)
+        with one_of_a_kind(loaded.model, *first_of_kind(loaded.model)) if loaded.is_outline else nullcontext():
+            output_head(loaded.model)
     if config.export != "none":
         check_export(config.export, loaded.model, loaded.tokenizer)
         if config.export == "plain":  # a search leaves other widths in each block

@@ -109,6 +109,8 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     with console.stage("decompose", len(experiment.sites), "matrices") as stage:
         menu = experiment.menu(advancing(stage))
     factored = [pair for schedule in baselines.values() for pair in schedule if not pair[1].is_plain]
+    if experiment.calibration.by_block:  # the cache of a large model keeps what was used last only
+        factored = []
     with console.stage("baselines", len(factored), "matrices") as stage:
         for name, choice in factored:
             experiment.store.cores(name, choice)

@@ -1,4 +1,7 @@
-"""Factors in 16 bits are those in 32 bits but for rounding, in half the space and under other keys."""
+"""Factors in 16 bits are those in 32 bits but for rounding, in half the space and under other keys.
+
+A cache with a limit keeps those that were used last, and makes the others again.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,24 @@ def test_factors_in_16_bits_are_those_in_32_bits_but_for_rounding(tmp_path: Path
     weights = {site.name: dense_weight(model.get_submodule(site.name)) for site in sites}
     ids = torch.randint(0, 200, (4, 40), generator=torch.Generator().manual_seed(0))
     statistics = collect(model, sites, [(ids, ids >= 0)], torch.Generator().manual_seed(1))
-    whole, half = (
-        FactorStore(sites, weights, lambda: statistics, "key", 0.05, FactorCache(tmp_path / str(bits)), half=bits == 16)
-        for bits in (32, 16)
-    )
+
+    def store(folder: str, limit: int | None = None) -> FactorStore:
+        cache = FactorCache(tmp_path / folder)
+        return FactorStore(sites, weights, lambda: statistics, "key", 0.05, cache, half=folder != "32", limit=limit)
+
+    whole, half, little = store("32"), store("16"), store("little", 20_000)
     for site in sites[:7]:
         for choice in (Choice("lowrank", 8, "two-sided"), Choice("mpo2", 4, "plain")):
             expected, found = (store.cores(site.name, choice) for store in (whole, half))
             assert [core.dtype for core in found] == [torch.float32] * len(found)
+            assert all(map(torch.equal, little.cores(site.name, choice), found))
             error = contract(found) - contract(expected)
             assert 0 < float(error.norm()) < 1e-3 * float(contract(expected).norm())
     assert [one.cost.tolist() for one in half.menu().sites] == [one.cost.tolist() for one in whole.menu().sites]
     sizes = {
-        bits: sum(file.stat().st_size for file in (tmp_path / bits).rglob("*.safetensors")) for bits in ("16", "32")
+        folder.name: sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in tmp_path.iterdir()
     }
     assert sizes["16"] < 0.75 * sizes["32"]
+    assert sizes["little"] < 24_000 < sizes["16"]  # the limit and headers
+    first = sites[0].name, Choice("lowrank", 8, "two-sided")  # was removed, and is the same when it is made again
+    assert all(map(torch.equal, little.cores(*first), half.cores(*first)))

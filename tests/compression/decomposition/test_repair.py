@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
 from compression.calibration.blocks import record_blocks
 from compression.decomposition.repair import _correction, _groups, _start, _Targets, repair_
+from compression.decomposition.unfinished_repair import UnfinishedRepair
 from compression.numerics.elimination import Elimination
 from compression.schedule import DENSE
-from compression.sites import model_parameters
+from compression.sites import model_parameters, put_modules
 from compression.size import SizeModel
+from compression.storage.factor_cache import FactorCache
 from search.model.loading import load_model
 
 MODELS = ("random:tiny-llama", "random:tiny-gpt2", "random:tiny-qwen2")
@@ -129,15 +133,46 @@ def test_a_model_that_is_compressed_already_is_refused() -> None:
         repair_(model, sites, schedule, statistics, batches, 0.003, uncut)
 
 
-def test_an_interrupted_repair_leaves_the_model_dense() -> None:
+def test_an_interrupted_repair_leaves_the_model_dense_and_continues_after_its_last_block_to_the_same_weights(
+    tmp_path: Path,
+) -> None:
     model, sites, statistics, batches = subject("random:tiny-llama")
     schedule = uniform_schedule(sites, "lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites)))
     before = dict(model.named_modules())
 
-    def interrupt(done: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
+    def repaired(kept: UnfinishedRepair, stop: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """The counts of blocks that a repair tells, and the weights that it ends with; none if it is interrupted."""
+        told: list[int] = []
 
-    with pytest.raises(KeyboardInterrupt):
-        repair_(model, sites, schedule, statistics, batches, 0.003, uncut, progress=interrupt)
-    assert dict(model.named_modules()) == before
+        def progress(done: int) -> None:
+            told.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        try:
+            taken = repair_(
+                model, sites, schedule, statistics, batches, 0.003, uncut, progress=progress, unfinished=kept
+            )
+        except KeyboardInterrupt:
+            assert dict(model.named_modules()) == before
+            return told, {}
+        weights = dict(model.state_dict())
+        put_modules(model, taken)
+        return told, weights
+
+    last = 1 + sites[-1].block
+    stored = UnfinishedRepair(FactorCache(tmp_path, warn=lambda text: None), "a repair")
+    told, whole = repaired(UnfinishedRepair(FactorCache(None), ""), 0)
+    assert told == list(range(1, last + 1))
+    for stop in (1, last - 1):
+        assert not repaired(stored, stop)[1]
+    assert stored.blocks == last - 1
+    told, weights = repaired(stored, 0)
+    assert told == [last - 1, last]
+    assert weights.keys() == whole.keys()
+    assert all(torch.equal(weights[name], values) for name, values in whole.items())
+    lost = next(path for path in tmp_path.rglob("*.safetensors") if stored._block(1) in path.name)
+    lost.write_bytes(lost.read_bytes()[:-1])
+    assert repaired(stored, 1)[0] == [1]  # from the start, as the first block is damaged
+    stored.drop()
+    assert not list(tmp_path.rglob("*.safetensors"))

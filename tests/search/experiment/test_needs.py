@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from compression import discover_sites
-from compression.sites import model_bytes
+from compression.sites import model_bytes, model_parameters
 from compression.storage.factor_cache import FactorCache
 from search.data.splits import Text
 from search.experiment import calibration, preparation
-from search.experiment.calibration import Calibration, moment_bytes
+from search.experiment.calibration import Calibration, factor_limit, moment_bytes
 from search.experiment.needs import needs
 from search.experiment.preparation import check_space
+from search.model.architecture import empty_model
 from search.model.loading import load_model
+from search.model.pretrained import Source
 
 
 def experiment(root: Path | None) -> Any:
@@ -27,7 +29,10 @@ def experiment(root: Path | None) -> Any:
     text = Text(tuple((5,) * 256 for _ in range(4)), (), frozenset())
     made = Calibration(loaded, sites, text, 0, 0.05, FactorCache(root))
     splits = SimpleNamespace(calibration=text)
-    return SimpleNamespace(loaded=loaded, sites=sites, calibration=made, splits=splits, device=torch.device("cpu"))
+    config = SimpleNamespace(repair_tokens=512, target_kept=0.8)
+    return SimpleNamespace(
+        config=config, loaded=loaded, sites=sites, calibration=made, splits=splits, device=torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("by_block", [False, True])
@@ -37,7 +42,7 @@ def test_stored_statistics_take_what_is_estimated(
     if by_block:
         monkeypatch.setattr(calibration, "LARGE", 0)
     opened = experiment(tmp_path)
-    load, calibrate, decompose = needs(opened)
+    load, calibrate, decompose, repair = needs(opened)
     assert load.memory == model_bytes(opened.loaded.model)
     assert min(calibrate.memory, decompose.memory) > load.memory
     opened.calibration()
@@ -45,7 +50,17 @@ def test_stored_statistics_take_what_is_estimated(
     kept = moment_bytes(opened.sites) // (4 if by_block else 2)
     assert kept < stored < 1.5 * kept  # names and diagonals come on top
     assert calibrate.disk > kept
-    assert decompose.disk > kept
+    assert repair.disk > decompose.disk > kept
+
+
+@pytest.mark.parametrize(
+    "name, most", [("random:llama-3.2-1b", 3.01), ("random:qwen2.5-1.5b", 3.45), ("random:llama-2-7b", 3.01)]
+)
+def test_the_cache_of_a_large_model_takes_about_three_times_its_size_in_bfloat16(name: str, most: float) -> None:
+    model = empty_model(Source(name, name, "none"))
+    sites = discover_sites(model, shapes_only=True)
+    taken = moment_bytes(sites) // 4 + factor_limit(model, sites)
+    assert 2.99 < taken / (2 * model_parameters(model)) < most
 
 
 def test_too_little_disk_stops_a_run_and_too_little_memory_is_noted(
