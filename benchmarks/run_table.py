@@ -33,6 +33,7 @@ def section(document: dict[str, Any]) -> str:
     closed = rows["lagrangian"]["kl"]
     whitened, uniform = (rows[name]["kl"] / closed for name in ("uniform-whitened", "uniform"))
     low, high = (100 * (difference["value"] + sign * 1.96 * difference["standard_error"]) / closed for sign in (-1, 1))
+    threads = f"{made['threads']} thread{'s' if made['threads'] > 1 else ''}"
     repaired = ""
     if "repaired" in rows:
         gain = 100 * (1 - rows["repaired"]["kl"] / closed)
@@ -52,7 +53,7 @@ difference, paired over {difference["sequences"]} sequences, is {difference["val
 Accuracy is noisy with so few items, so it is shown with its standard error.
 
 Made by `{command(made)}` at commit `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of
-{made["cpu"]} with {made["threads"]} {"threads" if made["threads"] > 1 else "thread"}, Python {made["python"]}, torch {made["packages"]["torch"]}.
+{made["cpu"]} with {threads}, Python {made["python"]}, torch {made["packages"]["torch"]}.
 """
 
 

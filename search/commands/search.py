@@ -19,7 +19,7 @@ thin each one may be. The job loads the model, collects statistics on text, lets
 every matrix keeps), scores each schedule, and prints a table of the best one and of simple baselines of equal size.
 
 It then repairs the best schedule, trains it for a few minutes, measures all models on eight benchmarks, and exports the
-result as a folder to load. Without flags it compresses a small model that it downloads, in about an hour on two cores."""
+result as a folder to load. Without flags it compresses a small model that it downloads, in about an hour on 2 cores."""
 
 _EXAMPLES = """\
 examples:
