@@ -3,8 +3,10 @@
     python -m benchmarks.transformers_versions [--versions 5.16.0 5.24.0] [--environments DIR] [--write]
 
 Each version gets an environment of its own, which takes everything else from this one; pip offers the versions. In it,
-a process without this project loads tiny folders (`benchmarks.tiny_folders`) by the code beside the weights, once more
-after saving them again in shards, and in half precision; without trust, they must be refused.
+a process without this project loads tiny folders (`benchmarks.tiny_folders`), by the code beside the weights where
+there is some. Greedy tokens after four prompts must be ours, and the five largest log-probabilities of the first of
+them ours within 0.0001 nats; once more after the folder was saved again in shards and loaded with a device map; and
+within 0.2 nats after `.half()` and after `.to(torch.bfloat16)`. Without trust, folders with factors must be refused.
 """
 
 from __future__ import annotations
@@ -33,9 +35,15 @@ from transformers import AutoModelForCausalLM
 root, again = Path(sys.argv[1]), sys.argv[2]
 expected = json.loads((root / "expected.json").read_text())
 
-def right(model, name):
+@torch.no_grad()
+def right(model, name, tolerance=1e-4):
     for prompt, answer in zip(expected["prompts"], expected["answers"][name]):
         ids = torch.tensor([prompt])
+        first = model(ids).logits[0, -1].float().log_softmax(-1).topk(5).values
+        if not (first - torch.tensor(answer["first"])).abs().max() < tolerance:
+            return False
+        if model.dtype != torch.float32:
+            continue
         options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=256)
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt):]
         if found.tolist() != answer["tokens"]:
@@ -44,12 +52,16 @@ def right(model, name):
 
 said = {}
 for name in sys.argv[3:]:
-    model = AutoModelForCausalLM.from_pretrained(root / name, trust_remote_code=True).eval()
-    said[f"{name}: same tokens"] = right(model, name)
+    trust = dict(trust_remote_code=name != "plain-alike")
+    model = AutoModelForCausalLM.from_pretrained(root / name, **trust).eval()
+    said[f"{name}: loaded"] = right(model, name)
     model.save_pretrained(f"{again}/{name}", max_shard_size="40KB")
-    model = AutoModelForCausalLM.from_pretrained(f"{again}/{name}", trust_remote_code=True, device_map="cpu").eval()
-    said[f"{name}: same tokens when saved again"] = right(model, name)
-    said[f"{name}: half precision"] = model.half().dtype == torch.float16
+    assert len([*Path(again, name).glob("*.safetensors")]) > 1
+    model = AutoModelForCausalLM.from_pretrained(f"{again}/{name}", device_map="cpu", **trust).eval()
+    said[f"{name}: saved in shards and loaded with a device map"] = right(model, name)
+    said[f"{name}: bfloat16"] = right(model.to(torch.bfloat16), name, 0.2)
+    model = AutoModelForCausalLM.from_pretrained(root / name, **trust).eval()
+    said[f"{name}: half precision"] = right(model.half(), name, 0.2)
     if name.startswith("hf"):
         try:
             AutoModelForCausalLM.from_pretrained(root / name)
@@ -99,7 +111,7 @@ def main() -> None:
         for version in versions:
             python = environment(given.environments or Path(scratch, "environments"), version)
             command = [str(python), "-I", "-c", _PROBE, str(folders), str(Path(scratch, "again", version)), *_FOLDERS]
-            ran = subprocess.run(command, capture_output=True, text=True)
+            ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             said = json.loads(ran.stdout.splitlines()[-1]) if not ran.returncode else {}
             wrong = [name for name, right in said.items() if not right]
             reason = ran.stderr.strip().splitlines()[-1] if ran.returncode else ", ".join(wrong)
