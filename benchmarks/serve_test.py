@@ -1,11 +1,11 @@
 """Serves exported folders by the engines' own servers, and compares their answers with ours; `make serve-test`.
 
-    python -m benchmarks.serve_test --vllm PYTHON --llama-cpp PYTHON [--only NAME ...] [--default] [--write]
+    python -m benchmarks.serve_test [--vllm PYTHON] [--llama-cpp PYTHON] [--only NAME ...] [--default] [--write]
 
 Tiny models in every form (`benchmarks.tiny_folders`), and with `--default` the default model with plain widths and with
-factors at 94 million parameters. PYTHON is that of an environment that has the engine. Each vLLM folder is served
-twice where it matters: by the plug-in of this package, which is put on the path of the server, and with
-`--trust-remote-code` without it. Servers listen on 127.0.0.1 only.
+factors at 94 million parameters. PYTHON is that of an environment that has the engine; for llama.cpp, this one will do.
+Each vLLM folder is served twice where it matters: by the plug-in of this package, which is installed beside vLLM, and
+with `--trust-remote-code` without it. Servers listen on 127.0.0.1 only.
 
 Greedy tokens after all prompts are counted where they are ours. The log-probabilities of the first token must be ours
 within the tolerance: 0.001 nats in float32 for vLLM, 0.02 for llama.cpp, whose cache and products round otherwise.
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -30,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.default_folders import default_folders
 from benchmarks.report import Bar, markdown, publish
-from benchmarks.serving import default_folders
 from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
 
 _PATIENCE = 900.0  # seconds until a server must answer
@@ -101,6 +103,7 @@ def _vllm_server(python: str, folder: Path, trusted: bool) -> Iterator[tuple[str
     command += ["--served-model-name", "served", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     command += ["--max-num-batched-tokens", "16", "--max-num-seqs", "8", *(["--trust-remote-code"] if trusted else [])]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # as many threads as OMP_NUM_THREADS says, on any core
     own |= {"VLLM_PLUGINS": ""} if trusted else {}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -148,7 +151,10 @@ def main() -> None:
     """Serves every folder and prints a table, which is written to results/ if asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM and this package")
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python that has xllamacpp")
+    here = sys.executable if importlib.util.find_spec("xllamacpp") else None
+    parser.add_argument(
+        "--llama-cpp", metavar="PYTHON", default=here, help="one that has xllamacpp (default: this one)"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(FORMS)} (default: all)")
     parser.add_argument("--default", action="store_true", help="the default model too")
     parser.add_argument("--write", action="store_true", help="write the table to results/")

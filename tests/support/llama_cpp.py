@@ -21,7 +21,12 @@ def run_llama_cpp(file: Path, prompts: list[list[int] | str], tokens: int = 8, t
     script = Path(__file__).parents[2] / "benchmarks" / "llama_cpp.py"
     request = {"model": str(file), "prompts": prompts, "tokens": tokens, "top": top, "banned": BANNED}
     ran = subprocess.run(
-        [sys.executable, str(script)], input=json.dumps(request), capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout.splitlines()[-1])["answers"]
