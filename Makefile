@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 IN_PARALLEL := -n logical
 # Environments of other engines, and the version of transformers that they take.
 SERVE := build/serve
-OTHER := build/transformers-5.19.0
+OTHER := build/transformers/5.19.0
 BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage
 
 .PHONY: help setup setup-dev search test test-fast serve-test check docs bench format clean
@@ -51,9 +51,9 @@ $(SERVE)/vllm/.made: pyproject.toml | $(VENV)/.made
 	@touch $@
 
 $(OTHER)/.made: | $(VENV)/.made
-	@echo "set-up: $(notdir $(@D)), for tests of folders that it reads"
+	@echo "set-up: transformers $(notdir $(@D)), for tests of what it reads"
 	@rm -rf $(@D)
-	@$(BIN)/python -m pip install --quiet --no-deps --target $(@D) transformers==$(patsubst transformers-%,%,$(notdir $(@D)))
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(@D) transformers==$(notdir $(@D))
 	@touch $@
 
 check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts

@@ -1,9 +1,9 @@
 """Loads exported folders in every version of transformers that may read them, and compares what they generate.
 
-    python -m benchmarks.transformers_versions [--versions 5.16.0 5.24.0] [--environments DIR] [--write]
+    python -m benchmarks.transformers_versions [--versions 5.16.0 5.24.0] [--folder DIR] [--write]
 
-Each version gets an environment of its own, which takes everything else from this one; pip offers the versions. In it,
-a process without this project loads tiny folders (`benchmarks.tiny_folders`), by the code beside the weights where
+Each version that pip offers gets a folder of its own, and takes everything else from this environment. With it, a
+process without this project loads tiny folders (`benchmarks.tiny_folders`), by the code beside the weights where
 there is some. Greedy tokens after four prompts must be ours, and the five largest log-probabilities of the first of
 them ours within 0.0001 nats; once more after the folder was saved again in shards and loaded with a device map; and
 within 0.2 nats after `.half()` and after `.to(torch.bfloat16)`. Without trust, folders with factors must be refused.
@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 from benchmarks.report import Bar, markdown, publish
@@ -29,10 +28,12 @@ _FOLDERS = [name for name in FORMS if name != "gguf"]
 _PROBE = """
 import json, sys
 from pathlib import Path
-import torch
+sys.path.insert(0, sys.argv[3])
+import torch, transformers
 from transformers import AutoModelForCausalLM
 
-root, again = Path(sys.argv[1]), sys.argv[2]
+root, again, names = Path(sys.argv[1]), sys.argv[2], sys.argv[4:]
+assert Path(transformers.__file__).is_relative_to(sys.argv[3])
 expected = json.loads((root / "expected.json").read_text())
 
 @torch.no_grad()
@@ -52,14 +53,14 @@ def right(model, name, tolerance=1e-4):
     return True
 
 said = {}
-for name in sys.argv[3:]:  # first, since the code of one folder lets the process read them all
+for name in names:  # first, since the code of one folder lets the process read them all
     if name.startswith("hf"):
         try:
             AutoModelForCausalLM.from_pretrained(root / name)
             said[f"{name}: refused without trust"] = False
         except RuntimeError:
             said[f"{name}: refused without trust"] = True
-for name in sys.argv[3:]:
+for name in names:
     trust = dict(trust_remote_code=name != "plain-alike")
     model = AutoModelForCausalLM.from_pretrained(root / name, **trust).eval()
     said[f"{name}: loaded"] = right(model, name)
@@ -83,24 +84,20 @@ def offered() -> list[str]:
     return [version for numbers, version in sorted(numbered.items()) if numbers >= _OLDEST]
 
 
-def environment(folder: Path, version: str) -> Path:
-    """A Python with this version of transformers, and everything else from this environment; made once."""
-    python = folder / version / "bin" / "python"
-    if not python.exists():
-        venv.create(folder / version, with_pip=True)
-        packages = next((folder / version / "lib").glob("python*/site-packages"))
-        here = [place for place in sys.path if place.endswith("site-packages")]
-        (packages / "rest.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
-    install = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}"]
-    subprocess.run(install, check=True)
-    return python
+def installed(folder: Path, version: str) -> Path:
+    """A folder with this version of transformers and nothing else; made once."""
+    place = folder / version
+    if not (place / "transformers").exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
+        subprocess.run([*install, f"transformers=={version}"], check=True)
+    return place
 
 
 def main() -> None:
     """Tries every version and prints a table, which is written to results/ if asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--versions", nargs="+", help="versions of transformers (default: all from 5.16 on)")
-    parser.add_argument("--environments", type=Path, help="folder to keep the environments in")
+    parser.add_argument("--folder", type=Path, help="where to keep the versions")
     parser.add_argument("--quick", action="store_true", help="the newest version only")
     parser.add_argument("--write", action="store_true", help="write the table to results/")
     given = parser.parse_args()
@@ -111,8 +108,9 @@ def main() -> None:
         write_tiny_folders(folders)
         assert (folders / EXPECTED).exists()
         for version in versions:
-            python = environment(given.environments or Path(scratch, "environments"), version)
-            command = [str(python), "-I", "-c", _PROBE, str(folders), str(Path(scratch, "again", version)), *_FOLDERS]
+            place = installed((given.folder or Path(scratch, "versions")).absolute(), version)
+            command = [sys.executable, "-I", "-c", _PROBE, str(folders), str(Path(scratch, "again", version))]
+            command += [str(place), *_FOLDERS]
             ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             said = json.loads(ran.stdout.splitlines()[-1]) if not ran.returncode else {}
             wrong = [name for name, right in said.items() if not right]
