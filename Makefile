@@ -53,7 +53,7 @@ $(SERVE)/vllm/.made: pyproject.toml | $(VENV)/.made
 $(OTHER)/.made: | $(VENV)/.made
 	@echo "set-up: transformers $(notdir $(@D)), for tests of what it reads"
 	@rm -rf $(@D)
-	@$(BIN)/python -m pip install --quiet --no-deps --target $(@D) transformers==$(notdir $(@D))
+	@$(BIN)/python -m pip install --quiet --target $(@D) transformers==$(notdir $(@D))
 	@touch $@
 
 check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts

@@ -2,11 +2,11 @@
 
     python -m benchmarks.transformers_versions [--versions 5.16.0 5.24.0] [--folder DIR] [--write]
 
-Each version that pip offers gets a folder of its own, and takes everything else from this environment. With it, a
-process without this project loads tiny folders (`benchmarks.tiny_folders`), by the code beside the weights where
-there is some. Greedy tokens after four prompts must be ours, and the five largest log-probabilities of the first of
-them ours within 0.0001 nats; once more after the folder was saved again in shards and loaded with a device map; and
-within 0.2 nats after `.half()` and after `.to(torch.bfloat16)`. Without trust, folders with factors must be refused.
+Each version that pip offers gets a folder of its own, and takes torch from this environment. With it, a process without
+this project loads tiny folders (`benchmarks.tiny_folders`), by the code beside the weights where there is some. Greedy
+tokens after four prompts must be ours, and the five largest log-probabilities of the first of them ours within 0.0001
+nats; once more after the folder was saved again in shards and loaded with a device map; and within 0.2 nats after
+`.half()` and after `.to(torch.bfloat16)`. Without trust, folders with factors must be refused.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def offered() -> list[str]:
 
 
 def installed(folder: Path, version: str) -> Path:
-    """A folder with this version of transformers and nothing else; made once."""
+    """A folder with this version of transformers and what it depends on, which is not torch; made once."""
     place = folder / version
     if not (place / "transformers").exists():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(place)]
         subprocess.run([*install, f"transformers=={version}"], check=True)
     return place
 
