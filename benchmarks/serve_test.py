@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -27,12 +28,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.default_folders import default_folders
+from benchmarks.default_folders import KEPT, default_folders
 from benchmarks.report import Bar, markdown, publish
 from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
 
@@ -49,11 +51,13 @@ class Served:
         tokens: greedy tokens after each prompt.
         first: the largest log-probabilities of the first token after each prompt, descending.
         resident: bytes of memory of all processes of the server.
+        version: that of the engine's package.
     """
 
     tokens: list[list[int]]
     first: list[list[float]]
     resident: int
+    version: str
 
 
 def llama_cpp(python: str, folder: Path, prompts: list[list[int]], banned: Sequence[int]) -> Served:
@@ -65,7 +69,7 @@ def llama_cpp(python: str, folder: Path, prompts: list[list[int]], banned: Seque
     said = json.loads(ran.stdout.splitlines()[-1])
     answers = said["answers"]
     first = [[score for _, score in answer["top"][0]] for answer in answers]
-    return Served([answer["tokens"] for answer in answers], first, said["resident"])
+    return Served([answer["tokens"] for answer in answers], first, said["resident"], said["version"])
 
 
 def vllm(python: str, folder: Path, prompts: list[list[int]], trusted: bool) -> Served:
@@ -86,10 +90,12 @@ def vllm(python: str, folder: Path, prompts: list[list[int]], trusted: bool) -> 
         }
         said = _post(f"{address}/v1/completions", request)["choices"]
         resident = _resident(process.pid)
+        with urllib.request.urlopen(f"{address}/version") as answer:
+            version = json.load(answer)["version"]
     chosen = [each["logprobs"] for each in sorted(said, key=lambda each: each["index"])]
     tokens = [[int(token.split(":")[1]) for token in each["tokens"]] for each in chosen]
     first = [sorted(each["top_logprobs"][0].values(), reverse=True)[:TOP] for each in chosen]
-    return Served(tokens, first, resident)
+    return Served(tokens, first, resident, version)
 
 
 @contextlib.contextmanager
@@ -127,7 +133,7 @@ def _wait(address: str, process: subprocess.Popen[bytes], log: Any) -> None:
         time.sleep(1)
     log.seek(0)
     said = log.read().decode(errors="replace").strip().splitlines()
-    raise SystemExit("vLLM did not start:\n" + "\n".join(said[-15:]))
+    raise RuntimeError("vLLM did not start:\n" + "\n".join(said[-15:]))
 
 
 def _post(address: str, request: dict[str, Any]) -> Any:
@@ -160,7 +166,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table to results/")
     given = parser.parse_args()
     rows: list[list[object]] = []
-    bars = []
+    bars, versions = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         roots = [("tiny", Path(scratch, "tiny"))]
         write_tiny_folders(roots[0][1])
@@ -172,28 +178,50 @@ def main() -> None:
             for name, answers in expected["answers"].items():
                 if given.only and name not in given.only:
                     continue
-                for engine, how, served in _all(given, root / name, expected["prompts"]):
-                    worst, equal, count = _compared(served, answers)
-                    size = sum(file.stat().st_size for file in (root / name).iterdir()) / 1e6
-                    rows.append([model, name, engine, how, f"{equal} of {count}", f"{worst:.1e}", f"{size:,.1f}"])
-                    rows[-1].append(f"{served.resident / 1e6:,.0f}")
-                    print(*rows[-1], flush=True)
-                    bars.append(Bar(f"first token, {model} {name}, {engine}", worst, "<=", _TOLERANCE[engine]))
+                size = sum(file.stat().st_size for file in (root / name).iterdir()) / 1e6
+                for engine, how, serve in _ways(given, root / name, expected["prompts"]):
+                    rows.append([model, name, engine, how])
+                    try:
+                        served = serve()
+                    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                        print(*rows[-1], error, flush=True)
+                        rows[-1] += ["failed", "-", f"{size:,.1f}", "-"]
+                        worst = math.inf
+                    else:
+                        versions[engine] = served.version
+                        worst, equal, count = _compared(served, answers)
+                        rows[-1] += [f"{equal} of {count}", f"{worst:.1e}", f"{size:,.1f}"]
+                        rows[-1].append(f"{served.resident / 1e6:,.0f}")
+                        print(*rows[-1], flush=True)
+                    bars.append(Bar(f"first token, {model} {name}, {engine}, {how}", worst, "<=", _TOLERANCE[engine]))
     header = ["model", "form", "engine", "how", "greedy tokens", "first token, nats", "folder MB", "resident MB"]
-    publish("benchmarks.serve_test", "Served by other engines", markdown(header, rows), bars, given.write)
+    intro = (
+        f"Tiny models, and with --default SmolLM2-135M-Instruct at kept fraction {KEPT}, all in float32. "
+        f'"greedy tokens" are those equal to ours, of {NEW_TOKENS} after each prompt; "first token" is the largest '
+        f'difference of the {TOP} best log-probabilities of the first. "plug-in" is Chisel installed beside vLLM, and '
+        '"trust" the code in the folder; "-" needs neither. "resident" is the memory of all processes of a server, with '
+        "1 GB for the cache of keys and values in vLLM. Engines: "
+        f"{', '.join(f'{name} {each}' for name, each in versions.items())}. The version of llama.cpp is that of "
+        "xllamacpp; vLLM runs eagerly."
+    )
+    page = f"{intro}\n\n{markdown(header, rows)}"
+    publish("benchmarks.serve_test", "Served by other engines", page, bars, given.write)
 
 
-def _all(given: argparse.Namespace, folder: Path, prompts: list[list[int]]) -> Iterator[tuple[str, str, Served]]:
-    """Yields the engine, how it loads the folder, and its answers, for every engine that loads this form."""
+def _ways(
+    given: argparse.Namespace, folder: Path, prompts: list[list[int]]
+) -> Iterator[tuple[str, str, Callable[[], Served]]]:
+    """Yields the engine, how it loads the folder, and what asks it, for every engine that loads this form."""
     if folder.name == "gguf":
         if given.llama_cpp:
             banned = NO_TEXT if folder.parent.name == "tiny" else ()
-            yield "llama.cpp", "-", llama_cpp(given.llama_cpp, folder, prompts, banned)
+            yield "llama.cpp", "-", partial(llama_cpp, given.llama_cpp, folder, prompts, banned)
     elif given.vllm:
         if folder.name != "plain":
-            yield "vllm", "plug-in", vllm(given.vllm, folder, prompts, False)
+            how = "-" if folder.name == "plain-alike" else "plug-in"
+            yield "vllm", how, partial(vllm, given.vllm, folder, prompts, False)
         if folder.name != "plain-alike":
-            yield "vllm", "trust", vllm(given.vllm, folder, prompts, True)
+            yield "vllm", "trust", partial(vllm, given.vllm, folder, prompts, True)
 
 
 def _compared(served: Served, answers: list[dict[str, Any]]) -> tuple[float, int, int]:
