@@ -199,8 +199,8 @@ def main() -> None:
         f"Tiny models, and with --default SmolLM2-135M-Instruct at kept fraction {KEPT}, all in float32. "
         f'"greedy tokens" are those equal to ours, of {NEW_TOKENS} after each prompt; "first token" is the largest '
         f'difference of the {TOP} best log-probabilities of the first. "plug-in" is Chisel installed beside vLLM, and '
-        '"trust" the code in the folder; "-" needs neither. "resident" is the memory of all processes of a server, with '
-        "1 GB for the cache of keys and values in vLLM. Engines: "
+        '"trust" the code in the folder; "-" needs neither. "resident" is the memory of all processes of a server; '
+        "vLLM's has 1 GB for the cache of keys and values. Engines: "
         f"{', '.join(f'{name} {each}' for name, each in versions.items())}. The version of llama.cpp is that of "
         "xllamacpp; vLLM runs eagerly."
     )

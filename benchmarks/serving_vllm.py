@@ -26,7 +26,7 @@ from search.model.loading import LoadedModel, load_model
 __all__ = ["report"]
 
 _KINDS = {
-    "prefill": {"requests": 4, "prompt": 512, "new": 1},
+    "prefill": {"requests": 2, "prompt": 512, "new": 1},
     "decode 1": {"requests": 1, "prompt": 4, "new": 33},
     "decode 8": {"requests": 8, "prompt": 4, "new": 33},
 }
