@@ -25,6 +25,11 @@ from benchmarks.tiny_folders import EXPECTED, FORMS, write_tiny_folders
 _OLDEST = (5, 16)
 _FOLDERS = [name for name in FORMS if name != "gguf"]
 
+_INTRO = (
+    "Tiny folders of every form but gguf. Checks of each: loaded; saved again in shards and loaded with a device map; "
+    "bfloat16; half precision; and, of those with factors, refused without trust."
+)
+
 _PROBE = """
 import json, sys
 from pathlib import Path
@@ -120,7 +125,7 @@ def main() -> None:
     publish(
         "benchmarks.transformers_versions",
         "Exported folders in versions of transformers",
-        markdown(["version", "checks that hold", "what does not"], rows),
+        f"{_INTRO}\n\n{markdown(['version', 'checks that hold', 'what does not'], rows)}",
         [Bar("versions in which all holds", sum(row[2] == "-" for row in rows) / len(rows), ">=", 1.0)],
         given.write,
     )
