@@ -2,8 +2,8 @@
 
     PYTHON benchmarks/llama_cpp.py < request.json
 
-PYTHON is an interpreter that has the package, such as that of `make setup-dev`. The request is a JSON object; the answer
-is one on the last line of the output.
+PYTHON is an interpreter that has the package, such as that of `make setup-dev`. The request is a JSON object; the
+answer is one on the last line of the output.
 
     model       path of the GGUF file
     prompts     lists of token ids, or texts
