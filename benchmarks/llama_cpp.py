@@ -2,9 +2,8 @@
 
     PYTHON benchmarks/llama_cpp.py < request.json
 
-The package stays out of this project's environment: PYTHON is an interpreter of an environment that has it
-(`python -m venv ENV; ENV/bin/pip install xllamacpp`). The request is a JSON object; the answer is one on the last line
-of the output.
+PYTHON is an interpreter that has the package, such as that of `make setup-dev`. The request is a JSON object; the
+answer is one on the last line of the output.
 
     model       path of the GGUF file
     prompts     lists of token ids, or texts
@@ -14,6 +13,7 @@ of the output.
                 these out of its answer
     threads     threads of llama.cpp
     context     length of the context in tokens
+    verbosity   how much llama.cpp tells; from 4 on, the buffers that it holds weights in
 
 The answer has `version` of the package, `resident` (bytes of memory that the process gained by loading), and one entry
 of `answers` for each prompt: `tokens` (ids), `top` (pairs of id and log-probability for each token), `read` (number of

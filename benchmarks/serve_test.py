@@ -1,11 +1,11 @@
 """Serves exported folders by the engines' own servers, and compares their answers with ours; `make serve-test`.
 
-    python -m benchmarks.serve_test --vllm PYTHON --llama-cpp PYTHON [--only NAME ...] [--default] [--write]
+    python -m benchmarks.serve_test [--vllm PYTHON] [--llama-cpp PYTHON] [--only NAME ...] [--default] [--write]
 
 Tiny models in every form (`benchmarks.tiny_folders`), and with `--default` the default model with plain widths and with
-factors at 94 million parameters. PYTHON is that of an environment that has the engine. Each vLLM folder is served
-twice where it matters: by the plug-in of this package, which is put on the path of the server, and with
-`--trust-remote-code` without it. Servers listen on 127.0.0.1 only.
+factors at 94 million parameters. PYTHON is that of an environment that has the engine; for llama.cpp, this one will do.
+Each vLLM folder is served twice where it matters: by the plug-in of this package, which is installed beside vLLM, and
+with `--trust-remote-code` without it. Servers listen on 127.0.0.1 only.
 
 Greedy tokens after all prompts are counted where they are ours. The log-probabilities of the first token must be ours
 within the tolerance: 0.001 nats in float32 for vLLM, 0.02 for llama.cpp, whose cache and products round otherwise.
@@ -16,22 +16,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.default_folders import KEPT, default_folders
 from benchmarks.report import Bar, markdown, publish
-from benchmarks.serving import default_folders
 from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
 
 _PATIENCE = 900.0  # seconds until a server must answer
@@ -47,11 +51,13 @@ class Served:
         tokens: greedy tokens after each prompt.
         first: the largest log-probabilities of the first token after each prompt, descending.
         resident: bytes of memory of all processes of the server.
+        version: that of the engine's package.
     """
 
     tokens: list[list[int]]
     first: list[list[float]]
     resident: int
+    version: str
 
 
 def llama_cpp(python: str, folder: Path, prompts: list[list[int]], banned: Sequence[int]) -> Served:
@@ -63,7 +69,7 @@ def llama_cpp(python: str, folder: Path, prompts: list[list[int]], banned: Seque
     said = json.loads(ran.stdout.splitlines()[-1])
     answers = said["answers"]
     first = [[score for _, score in answer["top"][0]] for answer in answers]
-    return Served([answer["tokens"] for answer in answers], first, said["resident"])
+    return Served([answer["tokens"] for answer in answers], first, said["resident"], said["version"])
 
 
 def vllm(python: str, folder: Path, prompts: list[list[int]], trusted: bool) -> Served:
@@ -84,10 +90,12 @@ def vllm(python: str, folder: Path, prompts: list[list[int]], trusted: bool) -> 
         }
         said = _post(f"{address}/v1/completions", request)["choices"]
         resident = _resident(process.pid)
+        with urllib.request.urlopen(f"{address}/version") as answer:
+            version = json.load(answer)["version"]
     chosen = [each["logprobs"] for each in sorted(said, key=lambda each: each["index"])]
     tokens = [[int(token.split(":")[1]) for token in each["tokens"]] for each in chosen]
     first = [sorted(each["top_logprobs"][0].values(), reverse=True)[:TOP] for each in chosen]
-    return Served(tokens, first, resident)
+    return Served(tokens, first, resident, version)
 
 
 @contextlib.contextmanager
@@ -101,6 +109,7 @@ def _vllm_server(python: str, folder: Path, trusted: bool) -> Iterator[tuple[str
     command += ["--served-model-name", "served", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     command += ["--max-num-batched-tokens", "16", "--max-num-seqs", "8", *(["--trust-remote-code"] if trusted else [])]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # as many threads as OMP_NUM_THREADS says, on any core
     own |= {"VLLM_PLUGINS": ""} if trusted else {}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -124,7 +133,7 @@ def _wait(address: str, process: subprocess.Popen[bytes], log: Any) -> None:
         time.sleep(1)
     log.seek(0)
     said = log.read().decode(errors="replace").strip().splitlines()
-    raise SystemExit("vLLM did not start:\n" + "\n".join(said[-15:]))
+    raise RuntimeError("vLLM did not start:\n" + "\n".join(said[-15:]))
 
 
 def _post(address: str, request: dict[str, Any]) -> Any:
@@ -148,13 +157,16 @@ def main() -> None:
     """Serves every folder and prints a table, which is written to results/ if asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM and this package")
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python that has xllamacpp")
+    here = sys.executable if importlib.util.find_spec("xllamacpp") else None
+    parser.add_argument(
+        "--llama-cpp", metavar="PYTHON", default=here, help="one that has xllamacpp (default: this one)"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(FORMS)} (default: all)")
     parser.add_argument("--default", action="store_true", help="the default model too")
     parser.add_argument("--write", action="store_true", help="write the table to results/")
     given = parser.parse_args()
     rows: list[list[object]] = []
-    bars = []
+    bars, versions = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         roots = [("tiny", Path(scratch, "tiny"))]
         write_tiny_folders(roots[0][1])
@@ -166,28 +178,50 @@ def main() -> None:
             for name, answers in expected["answers"].items():
                 if given.only and name not in given.only:
                     continue
-                for engine, how, served in _all(given, root / name, expected["prompts"]):
-                    worst, equal, count = _compared(served, answers)
-                    size = sum(file.stat().st_size for file in (root / name).iterdir()) / 1e6
-                    rows.append([model, name, engine, how, f"{equal} of {count}", f"{worst:.1e}", f"{size:,.1f}"])
-                    rows[-1].append(f"{served.resident / 1e6:,.0f}")
-                    print(*rows[-1], flush=True)
-                    bars.append(Bar(f"first token, {model} {name}, {engine}", worst, "<=", _TOLERANCE[engine]))
+                size = sum(file.stat().st_size for file in (root / name).iterdir()) / 1e6
+                for engine, how, serve in _ways(given, root / name, expected["prompts"]):
+                    rows.append([model, name, engine, how])
+                    try:
+                        served = serve()
+                    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                        print(*rows[-1], error, flush=True)
+                        rows[-1] += ["failed", "-", f"{size:,.1f}", "-"]
+                        worst = math.inf
+                    else:
+                        versions[engine] = served.version
+                        worst, equal, count = _compared(served, answers)
+                        rows[-1] += [f"{equal} of {count}", f"{worst:.1e}", f"{size:,.1f}"]
+                        rows[-1].append(f"{served.resident / 1e6:,.0f}")
+                        print(*rows[-1], flush=True)
+                    bars.append(Bar(f"first token, {model} {name}, {engine}, {how}", worst, "<=", _TOLERANCE[engine]))
     header = ["model", "form", "engine", "how", "greedy tokens", "first token, nats", "folder MB", "resident MB"]
-    publish("benchmarks.serve_test", "Served by other engines", markdown(header, rows), bars, given.write)
+    intro = (
+        f"Tiny models, and with --default SmolLM2-135M-Instruct at kept fraction {KEPT}, all in float32. "
+        f'"greedy tokens" are those equal to ours, of {NEW_TOKENS} after each prompt; "first token" is the largest '
+        f'difference of the {TOP} best log-probabilities of the first. "plug-in" is Chisel installed beside vLLM, and '
+        '"trust" the code in the folder; "-" needs neither. "resident" is the memory of all processes of a server; '
+        "vLLM's has 1 GB for the cache of keys and values. Engines: "
+        f"{', '.join(f'{name} {each}' for name, each in versions.items())}. The version of llama.cpp is that of "
+        "xllamacpp; vLLM runs eagerly."
+    )
+    page = f"{intro}\n\n{markdown(header, rows)}"
+    publish("benchmarks.serve_test", "Served by other engines", page, bars, given.write)
 
 
-def _all(given: argparse.Namespace, folder: Path, prompts: list[list[int]]) -> Iterator[tuple[str, str, Served]]:
-    """Yields the engine, how it loads the folder, and its answers, for every engine that loads this form."""
+def _ways(
+    given: argparse.Namespace, folder: Path, prompts: list[list[int]]
+) -> Iterator[tuple[str, str, Callable[[], Served]]]:
+    """Yields the engine, how it loads the folder, and what asks it, for every engine that loads this form."""
     if folder.name == "gguf":
         if given.llama_cpp:
             banned = NO_TEXT if folder.parent.name == "tiny" else ()
-            yield "llama.cpp", "-", llama_cpp(given.llama_cpp, folder, prompts, banned)
+            yield "llama.cpp", "-", partial(llama_cpp, given.llama_cpp, folder, prompts, banned)
     elif given.vllm:
         if folder.name != "plain":
-            yield "vllm", "plug-in", vllm(given.vllm, folder, prompts, False)
+            how = "-" if folder.name == "plain-alike" else "plug-in"
+            yield "vllm", how, partial(vllm, given.vllm, folder, prompts, False)
         if folder.name != "plain-alike":
-            yield "vllm", "trust", vllm(given.vllm, folder, prompts, True)
+            yield "vllm", "trust", partial(vllm, given.vllm, folder, prompts, True)
 
 
 def _compared(served: Served, answers: list[dict[str, Any]]) -> tuple[float, int, int]:

@@ -1,28 +1,28 @@
-"""Serves a smaller plain model in llama.cpp, and compares size, answers and speed with ours and with the dense model.
+"""Measures the default model in other engines, dense against smaller; results/serving.md and results/serving-vllm.md.
 
-    python -m benchmarks.serving [--quick] [--write] [--kept 0.6] [--llama-cpp PYTHON]
+    python -m benchmarks.serving [--quick] [--write] [--kept 0.618 0.8] [--llama-cpp PYTHON] [--vllm PYTHON]
 
-The default model is cut to smaller plain matrices by the closed form, without repair or healing, and written as GGUF
-files beside the dense model, by the code of `export --format gguf`. llama.cpp runs them with one thread in turns:
-dense, small, dense, small, …; speeds are medians over the turns. Its greedy tokens and the log-probabilities of the
-first token after each prompt are compared with those of transformers on the same weights.
+In llama.cpp: the default model is cut to smaller plain matrices by the closed form, without repair or healing, and
+written as GGUF files beside the dense model, by the code of `export --format gguf`. llama.cpp runs them with one thread
+in turns: dense, small, dense, small, …; a ratio is the median of the ratios within a turn. Its greedy tokens and the
+log-probabilities of the first token after each prompt are compared with those of transformers on the same weights. The
+weights in memory are the buffers that llama.cpp says it holds them in, which are the mapped file and what it repacks;
+resident memory has the cache of 2,048 tokens and what is computed, too.
 
-llama.cpp comes from the package xllamacpp, which stays out of this project's environment. `--llama-cpp` names a Python
-that has it. Without one, sizes alone are measured.
+llama.cpp comes from the package xllamacpp. `--llama-cpp` names a Python that has it (default: this one). In vLLM, if
+`--vllm` names a Python that has it: see `benchmarks.serving_vllm`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
-import math
-import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -30,34 +30,18 @@ from typing import Any
 
 import torch
 
+from benchmarks import serving_vllm
+from benchmarks.default_folders import KEPT, PROMPTS, cut_default
 from benchmarks.report import Bar, markdown, publish
-from benchmarks.tiny_folders import EXPECTED, answers
-from compression import ScheduleApplier, lagrangian, to_schedule
-from compression.schedule import Form
 from compression.sites import model_parameters
-from search.config import Config
-from search.experiment.experiment import Experiment
-from search.export.folder import export_gguf, export_model, export_plain, footprint
 from search.export.gguf_file import write_gguf
-from search.healing.sharding import sharing_copy
-from search.model.loading import LoadedModel
+from search.model.loading import LoadedModel, load_model
 
-_PROMPTS = (
-    "The capital of France is",
-    "Water boils at 100 degrees Celsius, and freezes at",
-    "Question: What do plants need to grow?\nAnswer:",
-    "In 1969, the first people",
-    "def add(a, b):\n    return",
-    "She opened the door and",
-)
 _LONG = "The river rises in the hills in the north and flows for two hundred miles to the sea. "
-_INSTALL = (
-    "llama.cpp was not run: no Python with xllamacpp was found. Install it with `python -m venv ENV` and "
-    "`ENV/bin/pip install xllamacpp`, and pass `--llama-cpp ENV/bin/python`."
-)
 _KINDS = ("float32", "float16", "q8_0")
 _ITEM = {"float32": 4.0, "float16": 2.0, "q8_0": 34 / 32}
-_ROUNDS, _STEPS, _TOP = 5, 64, 8
+_ROUNDS, _STEPS, _TOP = 5, 32, 8
+_BARS = {"prefill": 1.3, "decode": 1.2}
 
 
 @dataclass
@@ -65,40 +49,56 @@ class Served:
     """A model in llama.cpp.
 
     Attributes:
-        name: "dense" or "plain".
-        model: the same model in transformers.
+        kept: kept fraction over the sites, 1 if dense.
+        parameters: number of parameters.
         file: its GGUF file.
         kind: type of its matrices.
-        prefill, decode: tokens a second, for every turn.
+        first, equal: see `differences`.
+        weights: bytes of the buffers that llama.cpp holds the weights in.
         resident: bytes of memory gained by loading.
         version: version of the package.
+        prefill, decode: tokens a second, for every turn.
     """
 
-    name: str
-    model: Any
+    kept: float
+    parameters: int
     file: Path
     kind: str
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
+    first: float = 0.0
+    equal: str = ""
+    weights: float = 0.0
     resident: int = 0
     version: str = ""
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
 
-    def ask(self, python: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[dict[str, Any]]:
-        """Returns llama.cpp's answers to prompts of token ids, see `benchmarks.llama_cpp`."""
-        request = {"model": str(self.file), "prompts": prompts, "tokens": tokens, "top": _TOP, "context": 2048}
-        script = Path(__file__).with_name("llama_cpp.py")
-        ran = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True)
-        if ran.returncode:
-            raise SystemExit(f"llama.cpp failed on {self.file.name}: {ran.stderr.strip().splitlines()[-1]}")
-        said = json.loads(ran.stdout.splitlines()[-1])
-        self.version, self.resident = said["version"], said["resident"]
-        found: list[dict[str, Any]] = said["answers"]
-        return found
+    @property
+    def name(self) -> str:
+        """What it is called in the tables."""
+        return "dense" if self.kept == 1 else f"plain {self.parameters / 1e6:.0f} M"
 
     @property
     def stored(self) -> float:
         """Bytes of the parameters in the type of the file."""
-        return model_parameters(self.model) * _ITEM[self.kind]
+        return self.parameters * _ITEM[self.kind]
+
+    def ask(
+        self, python: str, prompts: Sequence[Sequence[int]], tokens: int, verbosity: int = 0
+    ) -> list[dict[str, Any]]:
+        """Returns llama.cpp's answers to prompts of token ids, see `benchmarks.llama_cpp`."""
+        request = {"model": str(self.file), "prompts": prompts, "tokens": tokens, "top": _TOP, "context": 2048}
+        request["verbosity"] = verbosity
+        script = Path(__file__).with_name("llama_cpp.py")
+        ran = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True)
+        if ran.returncode:
+            raise SystemExit(f"llama.cpp failed on {self.file.name}: {ran.stderr.strip().splitlines()[-1]}")
+        said = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith('{"version"')))
+        self.version, self.resident = said["version"], said["resident"]
+        if verbosity:
+            buffers = re.findall(r"model buffer size = +([\d.]+) MiB", ran.stdout + ran.stderr)
+            self.weights = sum(map(float, buffers)) * 2**20
+        found: list[dict[str, Any]] = said["answers"]
+        return found
 
 
 @torch.no_grad()
@@ -120,140 +120,95 @@ def differences(model: Any, prompts: Sequence[Sequence[int]], given: Sequence[di
     return worst, f"{equal} of {count}"
 
 
-@contextlib.contextmanager
-def cut_default(kept: float, form: Form, serve: str = "transformers") -> Iterator[LoadedModel]:
-    """The default model cut by the closed form, without repair or healing.
-
-    Args:
-        kept: kept fraction over the sites.
-        form, serve: as for `search.config.Config`.
-    """
-    experiment = Experiment.open(Config.of(dict(target_kept=kept, form=form, serve=serve, calibration_tokens=1024)))
-    menu = experiment.menu()
-    schedule = to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
-    with ScheduleApplier(experiment.loaded.model, experiment.store, packed=True) as applier:
-        applier.apply_(schedule)
-        yield experiment.loaded
-
-
-def default_folders(folder: Path, kept: float = 0.6) -> None:
-    """Write the default model for every engine, and what transformers generates, as `write_tiny_folders` does."""
-    said = {}
-    prompts: list[list[int]] = []
-    for name, form, serve in (
-        ("hf", "any", "transformers"),
-        ("plain", "plain", "vllm"),
-        ("gguf", "plain", "llama.cpp"),
-    ):
-        with cut_default(kept, form, serve) as loaded:
-            prompts = [[*loaded.beginning, *loaded.encode(text)] for text in _PROMPTS]
-            said[name] = answers(loaded.model, prompts)
-            if name == "hf":
-                export_model(loaded.model, loaded.tokenizer, folder / name)
-            elif name == "plain":
-                export_plain(loaded.model, loaded.tokenizer, folder / name)
-            else:
-                export_gguf(loaded.model, loaded.tokenizer, folder / name, "float32")
-    (folder / EXPECTED).write_text(json.dumps({"prompts": prompts, "answers": said}), encoding="utf-8")
-
-
-def _python(given: str | None) -> str:
-    """A Python that has xllamacpp, or an empty text."""
-    if given or os.environ.get("XLLAMACPP_PYTHON"):
-        return given or os.environ["XLLAMACPP_PYTHON"]
-    return sys.executable if importlib.util.find_spec("xllamacpp") else ""
-
-
 def main() -> None:
-    """Measures and prints, and writes the report if asked to."""
+    """Measures and prints, and writes the reports if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="one turn with few tokens, in float16 only")
+    parser.add_argument("--quick", action="store_true", help="one turn with few tokens, and in llama.cpp float16 only")
     parser.add_argument("--write", action="store_true", help="write the tables to results/")
-    parser.add_argument("--kept", type=float, default=0.6, help="kept fraction over the sites (default: 0.6)")
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python that has xllamacpp")
+    parser.add_argument(
+        "--kept", type=float, nargs="+", default=[KEPT, 0.8], help=f"kept fractions over the sites ({KEPT} 0.8)"
+    )
+    parser.add_argument("--rounds", type=int, default=_ROUNDS, help=f"number of turns (default: {_ROUNDS})")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python that has xllamacpp (default: this one)")
+    parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM")
     given = parser.parse_args()
-    python = _python(given.llama_cpp)
-    experiment = Experiment.open(Config(target_kept=given.kept, form="plain", calibration_tokens=1024))
-    loaded = experiment.loaded
-    dense = sharing_copy(loaded.model)
-    menu = experiment.store.menu(topology="pivoted-lowrank", fitted={}, form="plain", multiple=None)
-    schedule = to_schedule(menu, lagrangian(menu, math.floor(given.kept * menu.dense_parameters)))
-    kinds = ("float16",) if given.quick else _KINDS
-    prompts = [[*loaded.beginning, *loaded.encode(text)] for text in _PROMPTS]
-    long = [[*loaded.beginning, *loaded.encode(_LONG * 40)][: 128 if given.quick else 512]]
-    rows: list[list[object]] = []
-    bars: list[Bar] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ScheduleApplier(loaded.model, experiment.store, packed=True) as applier,
-    ):
-        applier.apply_(schedule)
-        for kind in kinds:
-            sides = []
-            for name, model in (("dense", dense), ("plain", loaded.model)):
-                side = Served(name, model, Path(folder, f"{name}-{kind}.gguf"), kind)
-                write_gguf(model, loaded.tokenizer, side.file, kind)
-                sides.append(side)
-            agreed = {}
-            for side in sides if python else ():
-                said = side.ask(python, prompts, 8 if given.quick else 24)
-                agreed[side.name] = differences(side.model, prompts, said)
-            for _ in range((1 if given.quick else _ROUNDS) if python else 0):
-                for side in sides:
-                    [answer] = side.ask(python, long, 16 if given.quick else _STEPS)
-                    side.prefill.append(answer["prefill"])
-                    side.decode.append(answer["decode"])
-            rows += [_row(side, sides[0], agreed.get(side.name)) for side in sides]
-            bars += _bars(*sides)
-    header = ["model", "type", "parameters", "file MB", "file / stored", "resident MB", "prefill tok/s", "of dense"]
-    header += ["decode tok/s", "of dense", "first token, nats", "greedy tokens"]
+    rounds = 1 if given.quick else given.rounds
+    if given.vllm:
+        serving_vllm.report(given.vllm, given.kept, rounds, given.quick, given.write)
+    if given.llama_cpp or (not given.vllm and importlib.util.find_spec("xllamacpp")):
+        _report(given.llama_cpp or sys.executable, given.kept, rounds, given.quick, given.write)
+    elif not given.vllm:
+        raise SystemExit("nothing to measure: pass --llama-cpp or --vllm with a Python that has xllamacpp or vLLM")
+
+
+def _report(python: str, kepts: Sequence[float], rounds: int, quick: bool, write: bool) -> None:
+    kinds = ("float16",) if quick else _KINDS
+    with tempfile.TemporaryDirectory() as folder:
+        dense = load_model("default", "cpu")
+        models = _written(python, dense, 1.0, kinds, Path(folder))
+        long = [[*dense.beginning, *dense.encode(_LONG * 40)][: 128 if quick else 512]]
+        for kept in kepts:
+            with cut_default(kept, "plain", "llama.cpp") as loaded:
+                models += _written(python, loaded, kept, kinds, Path(folder))
+        models.sort(key=lambda model: kinds.index(model.kind))
+        for turn in range(rounds):
+            for model in models:
+                [answer] = model.ask(python, long, _STEPS)
+                model.prefill.append(answer["prefill"])
+                model.decode.append(answer["decode"])
+            print(f"turn {turn + 1} of {rounds}", flush=True)
+        whole = {model.kind: model for model in models if model.kept == 1}
+        rows = [_row(model, whole[model.kind]) for model in models]
+        bars = [bar for model in models if model.kept < 1 for bar in _bars(model, whole[model.kind])]
+    header = ["model", "type", "parameters", "file MB", "file / stored", "weights MB", "weights / stored"]
+    header += ["resident MB", "prefill tok/s", "of dense", "decode tok/s", "of dense", "first token, nats"]
+    header += ["greedy tokens"]
     intro = (
-        f"SmolLM2-135M-Instruct, dense and with plain widths at kept fraction {given.kept} by the closed form "
-        f"({footprint(loaded.model).float32 / 4e6:,.0f} M parameters dense), neither repaired nor healed. "
-        '"file / stored" is the size of the file over that of the parameters in its type. "first token" is the largest '
-        "difference of a log-probability from transformers in float32 with the weights before rounding, among the 8 "
-        f"best candidates after {len(prompts)} prompts; "
-        '"greedy tokens" counts those that are also the best of transformers. Speeds are with one thread, a prompt of '
-        f"{len(long[0])} tokens, medians."
+        f"SmolLM2-135M-Instruct, dense and with plain widths at kept fractions {', '.join(map(str, kepts))} by the "
+        'closed form, neither repaired nor healed. "stored" are the bytes of the parameters in the type of the file, '
+        'and "weights" the buffers that llama.cpp holds them in; "resident" has the cache of 2,048 tokens and what is '
+        'computed, too. "first token" is the largest difference of a log-probability from transformers in float32 with '
+        f"the weights before rounding, among the {_TOP} best candidates after {len(PROMPTS)} prompts; "
+        '"greedy tokens" counts those that are also the best of transformers. Speeds are with one thread and a prompt '
+        f"of {len(long[0])} tokens, medians of {rounds} turns; ratios are medians of the ratios within a turn. "
+        f"llama.cpp is that of xllamacpp {models[0].version}."
     )
-    if python:
-        intro += f" llama.cpp is that of xllamacpp {sides[0].version}."
-    publish(
-        "benchmarks.serving",
-        "Serving smaller models",
-        "\n\n".join([intro, *([] if python else [_INSTALL]), markdown(header, rows)]),
-        bars,
-        given.write,
-    )
+    publish("benchmarks.serving", "Serving smaller models", f"{intro}\n\n{markdown(header, rows)}", bars, write)
 
 
-def _row(side: Served, dense: Served, agreed: tuple[float, str] | None) -> list[object]:
-    speeds: list[object] = ["-"] * 4
-    if side.prefill:
-        speeds = []
-        for name in ("prefill", "decode"):
-            mine, others = median(getattr(side, name)), median(getattr(dense, name))
-            speeds += [f"{mine:,.1f}", f"{mine / others:.2f}"]
-    size = side.file.stat().st_size
-    return [
-        side.name,
-        side.kind,
-        f"{model_parameters(side.model) / 1e6:,.1f} M",
-        f"{size / 1e6:,.1f}",
-        f"{size / side.stored:.3f}",
-        f"{side.resident / 1e6:,.0f}" if side.resident else "-",
-        *speeds,
-        f"{agreed[0]:.4f}" if agreed else "-",
-        agreed[1] if agreed else "-",
-    ]
+def _written(python: str, loaded: LoadedModel, kept: float, kinds: Sequence[str], folder: Path) -> list[Served]:
+    """The GGUF files of a model, each compared with it."""
+    prompts = [[*loaded.beginning, *loaded.encode(text)] for text in PROMPTS]
+    models = []
+    for kind in kinds:
+        model = Served(kept, model_parameters(loaded.model), folder / f"{kept}-{kind}.gguf", kind)
+        write_gguf(loaded.model, loaded.tokenizer, model.file, kind)
+        model.first, model.equal = differences(loaded.model, prompts, model.ask(python, prompts, 24, verbosity=4))
+        models.append(model)
+    return models
 
 
-def _bars(dense: Served, small: Served) -> list[Bar]:
-    bars = [Bar(f"file / stored, {small.kind}", small.file.stat().st_size / small.stored, "<=", 1.05)]
-    if small.prefill:
-        for name, least in (("prefill", 1.3), ("decode", 1.2)):
-            ratio = median(getattr(small, name)) / median(getattr(dense, name))
-            bars.append(Bar(f"{name} of dense, {small.kind}", ratio, ">=", least))
+def _ratio(model: Served, dense: Served, name: str) -> float:
+    """How many times as fast as dense."""
+    return median(mine / other for mine, other in zip(getattr(model, name), getattr(dense, name), strict=True))
+
+
+def _row(model: Served, dense: Served) -> list[object]:
+    size = model.file.stat().st_size
+    row: list[object] = [model.name, model.kind, f"{model.parameters / 1e6:,.1f} M"]
+    row += [f"{size / 1e6:,.1f}", f"{size / model.stored:.3f}"]
+    row += [f"{model.weights / 1e6:,.1f}", f"{model.weights / model.stored:.3f}", f"{model.resident / 1e6:,.0f}"]
+    for name in _BARS:
+        row += [f"{median(getattr(model, name)):,.1f}", f"{_ratio(model, dense, name):.2f}"]
+    return [*row, f"{model.first:.4f}", model.equal]
+
+
+def _bars(model: Served, dense: Served) -> list[Bar]:
+    title = f"{model.name} {model.kind}"
+    bars = [Bar(f"file / stored, {title}", model.file.stat().st_size / model.stored, "<=", 1.05)]
+    bars.append(Bar(f"weights / stored, {title}", model.weights / model.stored, "<=", 1.05))
+    if model.kept == KEPT:
+        bars += [Bar(f"{name} of dense, {title}", _ratio(model, dense, name), ">=", _BARS[name]) for name in _BARS]
     return bars
 
 

@@ -123,11 +123,11 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
         model.half, model.float = partial(model.to, torch.float16), partial(model.to, torch.float32)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Return no conversions: tensors are stored under the names and in the shapes that they have in the model.
 
         For many architectures transformers otherwise renames, splits or merges tensors when it saves and loads, which
-        it can do for dense weights only.
+        it can do for dense weights only. Early versions of transformers 5 do not pass the model.
         """
         return []
 

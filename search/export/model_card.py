@@ -6,6 +6,7 @@ Takes plain values and returns Markdown.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 
 from search.reporting.tables import SUMMARY_COLUMNS, Row, markdown_table
@@ -25,13 +26,11 @@ model = {loader}.from_pretrained({quoted})
 tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
-```sh
-vllm serve DIR                      # if Chisel is installed beside vLLM 0.32; otherwise with --trust-remote-code
-```
-
 transformers 5.16 or newer is needed. Without Chisel and without trust, loading raises an error, because the folder does
 not contain the dense matrices that transformers looks for. The names, shapes and checksums of all tensors are verified
-during loading.""",
+during loading.
+{served}
+llama.cpp and Ollama have no factored matrices, and do not load this folder.""",
     "dense": """\
 The compressed matrices are multiplied out into dense ones, and removed hidden units and heads are filled up with zeros,
 so every tool that loads the original loads this folder.
@@ -46,20 +45,31 @@ tokenizer = AutoTokenizer.from_pretrained({quoted})
 ```
 
 ```sh
-vllm serve DIR                      # with --trust-remote-code if modeling_deci.py is beside it; DIR is this folder
+vllm serve {shell}    # with --trust-remote-code if modeling_deci.py is beside it
 ```
 
 If all blocks have the same widths, the folder is an ordinary one of the original's architecture with smaller matrices,
 and every tool that loads the original loads it. Otherwise it is a model of the architecture DeciLM, as Nemotron-NAS
-models are: vLLM has it built in and takes only the settings from `modeling_deci.py`; transformers needs that file,.""",
+models are: vLLM has it built in and takes only the settings from `modeling_deci.py`; transformers needs that file. This
+was tried with vLLM 0.32 and transformers 5.16 and newer, not with SGLang and TensorRT-LLM. llama.cpp needs a file of
+`--format gguf`.""",
     "gguf": """\
 ```sh
-llama-server -m model.gguf        # or llama-cli; Ollama: a Modelfile with the line FROM ./model.gguf
+llama-server -m model.gguf        # or llama-cli; for Ollama (not tried) a Modelfile with the line FROM ./model.gguf
 ```
 
 The file `model.gguf` holds the weights, the tokenizer and the chat template. Where blocks have different widths, its
 architecture is llama.cpp's `deci`. It was read back after writing, and every tensor compared.""",
 }
+
+_SERVED = """
+```sh
+vllm serve {shell}    # with vLLM 0.32, if Chisel is installed beside it; otherwise with --trust-remote-code
+```
+
+vLLM holds the model at this size too. It does not split factored layers over GPUs (`--tensor-parallel-size`), and
+refuses a folder written with `--quantize`.
+"""
 
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -113,8 +123,10 @@ def model_card(
             "tags": ["chisel", "tensor-network", "compression"],
         }
     )
-    loading = _LOAD.get(form, _LOAD["dense"]).replace("{quoted}", json.dumps(plain(name), ensure_ascii=False))
-    loading = loading.replace("{loader}", loader)
+    loading = _LOAD.get(form, _LOAD["dense"])
+    loading = loading.replace("{served}", _SERVED if loader == "AutoModelForCausalLM" else "")
+    loading = loading.replace("{quoted}", json.dumps(plain(name), ensure_ascii=False))
+    loading = loading.replace("{shell}", shlex.quote(plain(name))).replace("{loader}", loader)
     return f"""\
 {head}
 # {markdown_text(name)}

@@ -30,6 +30,11 @@ vLLM serves a causal language model too: vllm serve DIR --trust-remote-code.
 from __future__ import annotations
 '''
 
+_CHECK = """
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 16):
+    raise ImportError(f"this folder needs transformers 5.16 or newer, and this is {transformers.__version__}")
+"""
+
 _TAIL = '''
 
 register(replace=False)
@@ -124,7 +129,7 @@ def standalone_source(config: str, model: str, base: str) -> str:
                 imports.add(source.imports[used])
             elif used in source.definitions:
                 pending.append((module, used))
-    parts = [_HEAD, *sorted(imports, key=lambda line: (line.startswith("from"), line))]
+    parts = [_HEAD, *sorted(imports, key=lambda line: (line.startswith("from"), line)), _CHECK]
     for module in _ordered(modules):
         parts.append(f"\n# {module}\n")
         source = modules[module]

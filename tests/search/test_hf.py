@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,11 +83,16 @@ def test_heads_of_their_own_too(tmp_path):
     assert_same_logits(logits(load(tmp_path / "out")), logits(loaded.model))
 
 
+OTHER = Path(__file__).parents[2] / "build" / "transformers" / "5.19.0"
+"""The version of transformers that vLLM takes, where `make test` has put it; else processes elsewhere have ours."""
+
 ELSEWHERE = """
-import sys, torch
+import sys
+folder, ours, again, logits, other = sys.argv[1:]
+sys.path.insert(0, other)
+import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from safetensors.torch import save_file
-folder, ours, again, logits = sys.argv[1:]
 for each in (folder, ours):
     try:
         AutoModelForCausalLM.from_pretrained(each)
@@ -104,6 +110,7 @@ save_file({"first": found[0], "again": found[1]}, logits)
 from lm_eval.models.huggingface import HFLM
 model = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", batch_size=1)
 print("score", model.loglikelihood_rolling.__name__, type(model.model).__name__, model.max_length)
+print("transformers", transformers.__version__)
 """
 
 
@@ -112,7 +119,7 @@ def elsewhere(folder, tmp_path_factory):
     """What one process without this project makes of the folder, and the logits it finds."""
     place = tmp_path_factory.mktemp("elsewhere")
     load(folder).save_pretrained(place / "ours")
-    ran = alone(ELSEWHERE, folder, place / "ours", place / "again", place / "logits.safetensors")
+    ran = alone(ELSEWHERE, folder, place / "ours", place / "again", place / "logits.safetensors", OTHER)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return ran, load_file(place / "logits.safetensors")
 
@@ -122,6 +129,15 @@ def test_without_this_project_the_code_beside_the_weights_reads_them(original, e
     _, saved = elsewhere
     assert_same_logits(saved["first"], logits(original.model))
     assert_same_logits(saved["again"], logits(original.model))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not OTHER.exists(), reason="`make test` puts the version of transformers that vLLM takes into build/"
+)
+def test_that_code_was_tried_in_the_version_of_transformers_that_vllm_takes(elsewhere):
+    ran, _ = elsewhere
+    assert ran.stdout.endswith(f"transformers {OTHER.name}\n")
 
 
 @pytest.mark.slow

@@ -1,23 +1,16 @@
-"""Runs GGUF files in llama.cpp, where an interpreter with the package xllamacpp is to be had.
-
-XLLAMACPP_PYTHON names that interpreter: the package stays out of this project's environment.
-"""
+"""Runs GGUF files in llama.cpp, which comes with the extra `dev`; each in a process of its own."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PYTHON = os.environ.get("XLLAMACPP_PYTHON") or (sys.executable if importlib.util.find_spec("xllamacpp") else "")
-
-needs_llama_cpp = pytest.mark.skipif(not PYTHON, reason="set XLLAMACPP_PYTHON to a Python that has xllamacpp")
-
+needs_llama_cpp = pytest.mark.skipif(not importlib.util.find_spec("xllamacpp"), reason="needs the package xllamacpp")
 
 BANNED = [*range(94, 257)]
 """Numbers of the tiny tokenizer that are no ASCII: llama.cpp's server leaves bytes of incomplete characters out."""
@@ -28,7 +21,12 @@ def run_llama_cpp(file: Path, prompts: list[list[int] | str], tokens: int = 8, t
     script = Path(__file__).parents[2] / "benchmarks" / "llama_cpp.py"
     request = {"model": str(file), "prompts": prompts, "tokens": tokens, "top": top, "banned": BANNED}
     ran = subprocess.run(
-        [PYTHON, str(script)], input=json.dumps(request), capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout.splitlines()[-1])["answers"]

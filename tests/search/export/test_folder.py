@@ -169,6 +169,9 @@ def test_a_card_has_licence_size_table_and_how_to_load():
     assert text.startswith("---\nlicense: apache-2.0\nbase_model: small\n")
     for part in ("| searched |", "0.2500", "12 MB", 'from_pretrained("mine")', "abababababababab", "0.8000"):
         assert part in text
+    assert "\nvllm serve mine " in text
+    assert "vllm" not in model_card("mine", "hf", prior, {}, "searched", "12 MB", [], (), "AutoModelForMaskedLM")
+    assert "\nvllm serve 'my own' " in model_card("my own", "plain", prior, {}, "searched", "12 MB", [])
     assert "as large as the original" in model_card("mine", "dense", prior, {}, "searched", "12 MB", [])
 
 

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import transformers
 
 from search.export import standalone
 from search.export.standalone import standalone_source
@@ -50,6 +51,12 @@ def test_it_defines_every_name_that_it_uses_once():
         }
         used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
         assert used <= known | local
+
+
+def test_an_older_version_of_transformers_is_told_which_it_needs(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.15.2")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.16 or newer, and this is 5\.15\.2"):
+        exec(compile(SOURCE, "modeling.py", "exec"), {"__name__": "modeling"})
 
 
 def test_two_things_of_one_name_are_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """The model that an engine makes from a compressed folder and fills itself, as vLLM's Transformers backend does."""
 
+import json
 import shutil
 
 import pytest
@@ -116,6 +117,17 @@ def test_a_changed_folder_is_refused(folder, tmp_path):
         AutoModel.from_config(config, trust_remote_code=True)
     with pytest.raises(Refusal, match="damaged"):
         verify_once(str(folder))
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_folder_of_a_newer_format_says_so(folder, trusted, tmp_path):
+    """With trust the code of the folder reads it; without, an engine hands its description to Chisel."""
+    folder = shutil.copytree(folder, tmp_path / "newer")
+    document = json.loads((folder / "config.json").read_text())
+    document["quantization_config"]["format"] = 99
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"this model has format 99, .* reads formats 1 to 2; get a newer Chisel"):
+        description_of(AutoConfig.from_pretrained(folder, trust_remote_code=trusted))
 
 
 def test_integers_are_refused(tmp_path):
