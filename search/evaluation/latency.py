@@ -20,6 +20,7 @@ from compression.layers.planner import Planner
 from compression.layers.routes import Optimize
 from compression.schedule import Schedule
 from compression.sites import put_modules
+from search.model.kv_cache import cache_argument
 from search.runtime.files import cache_folder
 
 __all__ = ["PROMPT", "Latency", "Modules", "against_dense", "decode", "layer_costs", "prefill", "timed"]
@@ -165,15 +166,15 @@ def decode(
 ) -> dict[str, list[float]]:
     """Seconds of each decoding step of one token per sequence after prompts of 64 tokens; otherwise as `prefill`."""
     prompt, token = (torch.randint(_tokens_of(model), (batch, count), device=device) for count in (64, 1))
-    caches = {}
+    caches, name = {}, cache_argument(model)
     for side, modules in sides.items():  # sides may differ in their heads, so that each fills its own cache
         put_modules(model, modules)
-        caches[side] = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        caches[side] = {name: model(prompt, use_cache=True, logits_to_keep=1)[name]}
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(steps + 1):
         for side in _rotated(sides, turn):
             put_modules(model, sides[side])
-            step = partial(model, token, past_key_values=caches[side], use_cache=True)
+            step = partial(model, token, **caches[side], use_cache=True)
             times[side].append(timed(step, device))
     return {side: each[1:] for side, each in times.items()}
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from compression.refusal import Refusal
+from search.model.kv_cache import cache_argument
 
 __all__ = ["Dense", "Reading", "log_normalizer", "read"]
 
@@ -126,7 +127,7 @@ def read(
 
     hook = head.register_forward_pre_hook(feed)
     try:
-        given = {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else {cache_argument(model): cache}
         logits = model(**_masked(model, inputs), **given, use_cache=cache is not None).logits
     finally:
         hook.remove()

@@ -1,8 +1,8 @@
 """Test on a model whether several texts may share a row of a forward pass, kept apart by a mask.
 
 A mask reaches attention only. Convolutions and recurrent states run on from one text into the next, layers with a
-sliding window take a given mask in place of their window, and some models take no mask of pairs at all. None of this
-need raise an error, so one row is compared with plain passes of its texts. Knows a causal language model and tokens;
+sliding window take a given mask in place of their window or count the window along the row, and some models take no mask
+of pairs at all. None of this need raise an error, so one row is compared with plain passes of its texts. Knows a causal language model and tokens;
 does not know data.
 """
 
@@ -28,39 +28,42 @@ APART = (
 )
 """The sentence for the user about a model that `shares_rows` is false for."""
 
-_PREFIX, _BRANCHES = 4, (3, 4)  # tokens of the item that is tested
-_PLACES = 16  # positions of the text that are compared
+_PREFIX, _BRANCH = 4, 4  # tokens of the prefix of an item that is tested, and of its last branch
+_PLACES = 16  # positions of a branch that are compared
 _NOISE = 4.0  # largest difference in units of that of rounding
 _LEAST = 1e-4  # smallest difference that counts, in standard deviations of the logits
 
 
 @dataclass
 class _Tested:
-    """Lengths of text, in tokens, for which the test held, and from which on it failed."""
+    """Lengths of texts and of whole items, in tokens, up to which the test held, and that of an item for which it failed."""
 
-    held: int = 0
+    text: int = 0
+    item: int = 0
     failed: float = float("inf")
 
 
 _TESTED: WeakKeyDictionary[nn.Module, _Tested] = WeakKeyDictionary()
 
 
-def shares_rows(model: nn.Module, tokens: Sequence[int]) -> bool:
+def shares_rows(model: nn.Module, tokens: Sequence[int], item: int = 0) -> bool:
     """Whether texts up to the length of this one may share a row with others, and answers of an item with each other.
 
-    The result is remembered for the process: a longer text is tested again if shorter ones passed.
+    The result is remembered for the process: longer ones are tested again if shorter ones passed.
 
     Args:
         model: a causal language model.
         tokens: a text that the model can read, at least one token.
+        item: number of tokens of the longest item, with its prefix once and all its answers; 0 if no longer than the
+            text.
     """
-    tested = _TESTED.setdefault(model, _Tested())
-    if len(tokens) > tested.held and len(tokens) < tested.failed:
-        if _same_apart(model, tokens):
-            tested.held = len(tokens)
+    tested, item = _TESTED.setdefault(model, _Tested()), max(item, len(tokens))
+    if (len(tokens) > tested.text or item > tested.item) and item < tested.failed:
+        if _same_apart(model, tokens, item):
+            tested.text, tested.item = max(tested.text, len(tokens)), max(tested.item, item)
         else:
-            tested.failed = len(tokens)
-    return len(tokens) <= tested.held
+            tested.failed = item
+    return len(tokens) <= tested.text and item <= tested.item
 
 
 def keeps_rows_apart(model: nn.Module) -> bool:
@@ -69,33 +72,38 @@ def keeps_rows_apart(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _same_apart(model: nn.Module, tokens: Sequence[int]) -> bool:
-    """Whether a text and an item in one row get the logits of plain passes, but for rounding.
+def _same_apart(model: nn.Module, tokens: Sequence[int], length: int) -> bool:
+    """Whether two items in one row, one of this length and a short one, get the logits of plain passes but for rounding.
 
-    How much rounding changes is measured by a plain pass with embeddings that differ in their last digit.
+    The first branch of the long item is as long as the text. Its last branch stands far from the prefix that it
+    continues. How much rounding changes is measured by a plain pass with embeddings that differ in their last digit.
     """
-    text, item = packed_text(tokens), _item(tokens)
-    places = torch.arange(len(tokens) - 1, -1, -max(1, len(tokens) // _PLACES)).flip(0)
+    items = _item(tokens, max(length, len(tokens) + _BRANCH)), _item(tokens, _PREFIX + 2 * _BRANCH)
     device = next(model.parameters()).device
 
     def logits(inputs: dict[str, torch.Tensor], source: torch.Tensor) -> torch.Tensor:
         on_device = {name: values.to(device) for name, values in inputs.items()}
         return read(model, on_device, source.to(device)).logits
 
-    alone = [logits(row_inputs([[text]], False), places)]
-    alone += [
-        logits(row_inputs([[branch]], False), torch.arange(_PREFIX, len(branch.tokens))) for branch in apart(item)
-    ]
+    alone, inside, start = [], [], 0
+    for item in items:
+        texts = apart(item)
+        for number in sorted({0, len(texts) - 1}):
+            end = len(texts[number].tokens)
+            places = torch.arange(end - 1, _PREFIX - 1, -max(1, (end - _PREFIX) // _PLACES)).flip(0)
+            alone.append((texts[number], places))
+            inside.append(places + start + item.branches[number][0] - _PREFIX)
+        start += len(item.tokens)
+    expected = torch.cat([logits(row_inputs([[text]], False), places) for text, places in alone])
+    text, places = alone[0]
     with _rounded_otherwise(model):
-        noise = _difference(logits(row_inputs([[text]], False), places), alone[0])
-    inside = torch.arange(len(tokens) + _PREFIX, len(tokens) + len(item.tokens))
+        noise = _difference(logits(row_inputs([[text]], False), places), expected[: len(places)])
     try:
-        together = logits(row_inputs([[text, item]], True), torch.cat([places, inside]))
+        together = logits(row_inputs([items], True), torch.cat(inside))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         return False
-    expected = torch.cat(alone)
     least = max(_LEAST, _NOISE * torch.finfo(next(model.parameters()).dtype).eps) * float(expected.std())
     return _difference(together, expected) <= _NOISE * noise + least
 
@@ -115,11 +123,17 @@ def _rounded_otherwise(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _item(tokens: Sequence[int]) -> Packed:
-    """An item of one prefix and two branches, made of the tokens of a text."""
-    own = [tokens[at % len(tokens)] for at in range(_PREFIX + sum(_BRANCHES))]
-    middle = _PREFIX + _BRANCHES[0]
-    return Packed(tuple(own), _PREFIX, ((_PREFIX, middle, _PREFIX), (middle, len(own), middle)), 0)
+def _item(tokens: Sequence[int], length: int) -> Packed:
+    """An item of about this many tokens, made of those of a text: a prefix, branches that fill up its length, and one more.
+
+    No branch is longer, with the prefix, than the text, unless the text is very short; the first one is as long, if there
+    is room for it.
+    """
+    most = max(_BRANCH, len(tokens) - _PREFIX)
+    starts = [*range(_PREFIX, max(_PREFIX + 1, length - _BRANCH), most), max(_PREFIX + _BRANCH, length - _BRANCH)]
+    ends = [*starts[1:], starts[-1] + _BRANCH]
+    own = tuple(tokens[at % len(tokens)] for at in range(ends[-1]))
+    return Packed(own, _PREFIX, tuple((start, end, start) for start, end in zip(starts, ends, strict=True)), 0)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

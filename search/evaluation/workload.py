@@ -88,7 +88,8 @@ class Workload:
         self._is_text = torch.tensor([not sequence.branches for sequence in sequences])
         texts = [text.tokens for sequence in sequences for text in apart(sequence)]
         alone = any(sequence.alone for sequence in sequences)
-        self._shared = not alone and shares_rows(model, max(texts, key=len))
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        self._shared = not alone and shares_rows(model, max(texts, key=len), longest)
         self._batch_tokens, self._batches = batch_tokens, self._batched(batch_tokens)
 
     def halved(self) -> Workload | None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.zoo_models import make_model
 from compression import DENSE, Choice, Planner, Schedule, Site
 from compression.allocation.menu import SiteMenu
-from search.evaluation.latency import prefill
+from search.evaluation.latency import decode, prefill
 from search.evaluation.site_times import SiteTimes
 from search.model.loading import load_model
 
@@ -56,3 +57,13 @@ def test_no_round_begins_once_the_time_is_up_but_one_is_always_measured(seconds:
     model = load_model("random:tiny-llama", "cpu").model
     found = prefill(model, {"dense": {}, "same": {}}, 8, 3, torch.device("cpu"), seconds=seconds)
     assert [len(times) for times in found.values()] == [rounds, rounds]
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "mamba2", "falcon_mamba"])
+def test_tokens_are_timed_whatever_a_model_calls_what_it_has_read(name: str) -> None:
+    model, read = make_model(name), []
+    model.register_forward_pre_hook(lambda _, args, named: read.append(named), with_kwargs=True)
+    times = decode(model, {"dense": {}}, 2, torch.device("cpu"))
+    assert len(times["dense"]) == 2
+    assert all(np.array(times["dense"]) > 0)
+    assert all({"past_key_values", "cache_params"} & named.keys() for named in read[1:])

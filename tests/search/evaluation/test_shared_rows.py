@@ -15,8 +15,8 @@ from search.evaluation.shared_rows import keeps_rows_apart, shares_rows
 from search.evaluation.workload import Workload
 from search.model.loading import load_model
 
-# A convolution, recurrent states, a window of 64 positions, and positions by a bias that takes no mask of pairs.
-ODD = ["lfm2", "falcon_h1", "mistral-window", "gemma2", "bloom"]
+# A convolution, recurrent states, windows of 64 positions or places, and positions by a bias that takes no mask of pairs.
+ODD = ["lfm2", "falcon_h1", "mistral-window", "gemma2", "gpt_neo", "bloom"]
 TEXT = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
@@ -48,8 +48,17 @@ def test_items_and_texts_are_scored_as_by_plain_passes(name: str) -> None:
     assert keeps_rows_apart(model)
 
 
-def test_prompts_of_a_model_with_a_convolution_are_continued_as_alone() -> None:
-    model, prompts = make_model("lfm2"), [TEXT[:9], TEXT[20:26]]
+def test_answers_far_from_their_prefix_see_all_of_it() -> None:
+    """Every text is within the window of 64, but in a shared row the last answer stands 85 places after the prefix."""
+    model, branches = make_model("gpt_neo"), [(start, start + 15, start) for start in range(40, 100, 15)]
+    [scores] = Workload([Packed(tuple(TEXT), 40, tuple(branches), 0)], model).continuations(model)
+    wanted = [direct(model, TEXT[:40] + TEXT[start:stop], 40) for start, stop, _ in branches]
+    assert [each.loglikelihood for each in scores] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba2"])  # the second has another argument for its cache
+def test_prompts_of_a_model_with_a_convolution_are_continued_as_alone(name: str) -> None:
+    model, prompts = make_model(name), [TEXT[:9], TEXT[20:26]]
     together = generate(model, prompts, 5, lambda written: False)
     for prompt, written in zip(prompts, together, strict=True):
         tokens = list(prompt)
