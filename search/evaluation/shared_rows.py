@@ -1,9 +1,9 @@
 """Test on a model whether several texts may share a row of a forward pass, kept apart by a mask.
 
 A mask reaches attention only. Convolutions and recurrent states run on from one text into the next, layers with a
-sliding window take a given mask in place of their window or count the window along the row, and some models take no mask
-of pairs at all. None of this need raise an error, so one row is compared with plain passes of its texts. Knows a causal language model and tokens;
-does not know data.
+sliding window take a given mask in place of their window or count the window along the row, and some models take no
+mask of pairs at all. None of this need raise an error, so one row is compared with plain passes of its texts. Knows a
+causal language model and tokens; does not know data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from search.evaluation.logits import read
-from search.evaluation.packed_sequences import Packed, apart, packed_text, row_inputs
+from search.evaluation.packed_sequences import Packed, apart, row_inputs
 from search.runtime.memory import is_out_of_memory
 
 __all__ = ["APART", "keeps_rows_apart", "shares_rows"]
@@ -36,7 +36,7 @@ _LEAST = 1e-4  # smallest difference that counts, in standard deviations of the 
 
 @dataclass
 class _Tested:
-    """Lengths of texts and of whole items, in tokens, up to which the test held, and that of an item for which it failed."""
+    """Lengths, in tokens, of texts and of items up to which the test held, and that of an item for which it failed."""
 
     text: int = 0
     item: int = 0
@@ -73,7 +73,7 @@ def keeps_rows_apart(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _same_apart(model: nn.Module, tokens: Sequence[int], length: int) -> bool:
-    """Whether two items in one row, one of this length and a short one, get the logits of plain passes but for rounding.
+    """Whether two items in a row, one of this length and a short one, get the logits of plain passes but for rounding.
 
     The first branch of the long item is as long as the text. Its last branch stands far from the prefix that it
     continues. How much rounding changes is measured by a plain pass with embeddings that differ in their last digit.
@@ -124,10 +124,10 @@ def _rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
 
 def _item(tokens: Sequence[int], length: int) -> Packed:
-    """An item of about this many tokens, made of those of a text: a prefix, branches that fill up its length, and one more.
+    """An item of about this many tokens, those of a text: a prefix, branches that fill up the length, and one more.
 
-    No branch is longer, with the prefix, than the text, unless the text is very short; the first one is as long, if there
-    is room for it.
+    No branch is longer, with the prefix, than the text, unless the text is very short; the first one is as long, if
+    there is room for it.
     """
     most = max(_BRANCH, len(tokens) - _PREFIX)
     starts = [*range(_PREFIX, max(_PREFIX + 1, length - _BRANCH), most), max(_PREFIX + _BRANCH, length - _BRANCH)]

@@ -15,7 +15,7 @@ from search.evaluation.shared_rows import keeps_rows_apart, shares_rows
 from search.evaluation.workload import Workload
 from search.model.loading import load_model
 
-# A convolution, recurrent states, windows of 64 positions or places, and positions by a bias that takes no mask of pairs.
+# A convolution, recurrent states, windows of 64 positions or places, and a bias for positions that takes no mask.
 ODD = ["lfm2", "falcon_h1", "mistral-window", "gemma2", "gpt_neo", "bloom"]
 TEXT = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
 
