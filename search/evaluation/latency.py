@@ -20,7 +20,7 @@ from compression.layers.planner import Planner
 from compression.layers.routes import Optimize
 from compression.schedule import Schedule
 from compression.sites import put_modules
-from search.model.kv_cache import cache_argument
+from search.evaluation.logits import cache_argument
 from search.runtime.files import cache_folder
 
 __all__ = ["PROMPT", "Latency", "Modules", "against_dense", "decode", "layer_costs", "prefill", "timed"]

@@ -5,6 +5,7 @@ Knows a causal language model with an output head; does not know sequences or me
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,9 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from compression.refusal import Refusal
-from search.model.kv_cache import cache_argument
 
-__all__ = ["Dense", "Reading", "log_normalizer", "read"]
+__all__ = ["Dense", "Reading", "cache_argument", "log_normalizer", "read"]
 
 _ROWS = 16
 _SHORT_OF_MEMORY = ("cuda",)  # device types
@@ -132,6 +132,15 @@ def read(
     finally:
         hook.remove()
     return Reading(logits[0].float(), fed[0], head)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the argument in which a model takes its KV cache, and of the output that returns it.
+
+    A model without attention, such as Mamba, has a name of its own and ignores the usual one without an error.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in taken else "past_key_values"
 
 
 def _masked(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
