@@ -262,8 +262,8 @@ ZOO: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Model type and settings by name, in groups of what is unlike a plain decoder."""
 
 KINDS = (
-    *("gpt_neox", "gptj", "opt", "bloom", "gemma4-capped", "granite", "qwen3_moe", "llama4_text", "deepseek_v3"),
-    *("qwen3_5_text", "jamba", "falcon_h1", "gemma3", "bert", "t5"),
+    *("gpt_neox", "gptj", "opt", "bloom", "gpt_neo", "gemma4-capped", "granite", "qwen3_moe", "llama4_text"),
+    *("deepseek_v3", "qwen3_5_text", "jamba", "mamba2", "falcon_h1", "gemma3", "bert", "t5"),
 )
 """One model for each way of being unlike a plain decoder."""
 
