@@ -5,7 +5,6 @@ import sys
 import types
 
 import pytest
-import transformers
 
 from search.export import standalone
 from search.export.standalone import standalone_source
@@ -53,10 +52,11 @@ def test_it_defines_every_name_that_it_uses_once():
         assert used <= known | local
 
 
-def test_an_older_version_of_transformers_is_told_which_it_needs(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.15.2")
+def test_an_older_version_of_transformers_is_told_which_it_needs():
+    older = types.SimpleNamespace(__version__="5.15.2")
+    [check] = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.If)]
     with pytest.raises(ImportError, match=r"needs transformers 5\.16 or newer, and this is 5\.15\.2"):
-        exec(compile(SOURCE, "modeling.py", "exec"), {"__name__": "modeling"})
+        exec(compile(ast.Module([check], []), "modeling.py", "exec"), {"transformers": older})
 
 
 def test_two_things_of_one_name_are_refused(monkeypatch):
