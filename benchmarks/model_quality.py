@@ -181,11 +181,8 @@ class Bench:
 
     def sparse(self, name: str, entries: int) -> SparseLinear:
         """The layer of a site that is pruned to some number of entries."""
-        dense, pruned = (
-            self.experiment.loaded.model.get_submodule(name),
-            self.experiment.store.pruned.pruned(name, entries),
-        )
-        bias = dense.bias
+        dense = self.experiment.loaded.model.get_submodule(name)
+        pruned, bias = self.experiment.store.pruned.pruned(name, entries), dense.bias
         assert bias is None or isinstance(bias, torch.Tensor)
         return SparseLinear.of(pruned.matrix.to(dense_weight(dense).dtype), pruned.mask, bias)
 

@@ -44,14 +44,17 @@ def made_by(module: str) -> str:
     import torch
 
     facts = environment()
-    arguments = [argument for argument in sys.argv[1:] if argument != "--write"]
+    # A path names a place on one machine: the page shows what stands there.
+    arguments = [Path(each).name.upper() if Path(each).is_absolute() else each for each in sys.argv[1:]]
+    arguments = [argument for argument in arguments if argument != "--write"]
     gpus = f", {', '.join(names)}" if (names := _gpus(facts)) else ""
     commit = str(facts["commit"])
     commit = commit[:12] + "+" * commit.endswith("+")
     command = shlex.join(["python", "-m", module, *arguments])
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     return (
         f"Made by `{command}` at commit `{commit}` on {str(facts['date'])[:10]}, on {facts['cores']} cores of "
-        f"{facts['cpu']}{gpus} with {facts['threads']} threads, Python {facts['python']}, torch {torch.__version__}."
+        f"{facts['cpu']}{gpus} with {threads}, Python {facts['python']}, torch {torch.__version__}."
     )
 
 
