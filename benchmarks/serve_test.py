@@ -1,14 +1,17 @@
 """Serves exported folders by the engines' own servers, and compares their answers with ours; `make serve-test`.
 
-    python -m benchmarks.serve_test [--vllm PYTHON] [--llama-cpp PYTHON] [--only NAME ...] [--default] [--write]
+    python -m benchmarks.serve_test [--vllm PYTHON] [--llama-cpp PYTHON] [--mlx PYTHON] [--only NAME ...] [--default]
+                                    [--write]
 
 Tiny models in every form (`benchmarks.tiny_folders`), and with `--default` the default model with plain widths and with
-factors at 94 million parameters. PYTHON is that of an environment that has the engine; for llama.cpp, this one will do.
+factors at 94 million parameters. PYTHON is that of an environment that has the engine; for llama.cpp, and on Linux for
+mlx-lm, this one will do.
 Each vLLM folder is served twice where it matters: by the plug-in of this package, which is installed beside vLLM, and
-with `--trust-remote-code` without it. Servers listen on 127.0.0.1 only.
+with `--trust-remote-code` without it. Servers listen on 127.0.0.1 only. mlx-lm is called without a server.
 
 Greedy tokens after all prompts are counted where they are ours. The log-probabilities of the first token must be ours
-within the tolerance: 0.001 nats in float32 for vLLM, 0.02 for llama.cpp, whose cache and products round otherwise.
+within the tolerance: 0.001 nats in float32 for vLLM and mlx-lm, 0.02 for llama.cpp, whose cache and products round
+otherwise.
 Memory is that of all processes of a server.
 """
 
@@ -39,7 +42,7 @@ from benchmarks.report import Bar, markdown, publish
 from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
 
 _PATIENCE = 900.0  # seconds until a server must answer
-_TOLERANCE = {"vllm": 1e-3, "llama.cpp": 0.02}
+_TOLERANCE = {"vllm": 1e-3, "llama.cpp": 0.02, "mlx-lm": 1e-3}
 _ROOT = Path(__file__).parents[1]
 
 
@@ -64,12 +67,25 @@ def llama_cpp(python: str, folder: Path, prompts: list[list[int]], banned: Seque
     """The answers of llama.cpp for a folder of the format gguf; tokens that are banned are not generated."""
     request = {"model": str(folder / "model.gguf"), "prompts": prompts, "tokens": NEW_TOKENS, "top": TOP}
     request["banned"] = list(banned)
-    script = _ROOT / "benchmarks" / "llama_cpp.py"
-    ran = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=True)
-    said = json.loads(ran.stdout.splitlines()[-1])
+    said = _asked(python, "llama_cpp", request)
     answers = said["answers"]
     first = [[score for _, score in answer["top"][0]] for answer in answers]
     return Served([answer["tokens"] for answer in answers], first, said["resident"], said["version"])
+
+
+def mlx_lm(python: str, folder: Path, prompts: list[list[int]]) -> Served:
+    """The answers of mlx-lm for a plain folder, whose code runs if it has some."""
+    request = {"model": str(folder), "prompts": prompts, "tokens": NEW_TOKENS, "top": TOP}
+    said = _asked(python, "mlx_engine", request)
+    answers = said["answers"]
+    return Served(*([each[key] for each in answers] for key in ("tokens", "first")), said["resident"], said["version"])
+
+
+def _asked(python: str, script: str, request: dict[str, Any]) -> Any:
+    """What a script of this folder answers."""
+    command = [python, str(_ROOT / "benchmarks" / f"{script}.py")]
+    ran = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=True)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def vllm(python: str, folder: Path, prompts: list[list[int]], trusted: bool) -> Served:
@@ -157,10 +173,11 @@ def main() -> None:
     """Serves every folder and prints a table, which is written to results/ if asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM and this package")
-    here = sys.executable if importlib.util.find_spec("xllamacpp") else None
-    parser.add_argument(
-        "--llama-cpp", metavar="PYTHON", default=here, help="one that has xllamacpp (default: this one)"
-    )
+    for name, module in (("llama-cpp", "xllamacpp"), ("mlx", "mlx_lm")):
+        here = sys.executable if importlib.util.find_spec(module) else None
+        parser.add_argument(
+            f"--{name}", metavar="PYTHON", default=here, help=f"one that has {module} (default: this one, if it has)"
+        )
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(FORMS)} (default: all)")
     parser.add_argument("--default", action="store_true", help="the default model too")
     parser.add_argument("--write", action="store_true", help="write the table to results/")
@@ -202,7 +219,7 @@ def main() -> None:
         '"trust" the code in the folder; "-" needs neither. "resident" is the memory of all processes of a server; '
         "vLLM's has 1 GB for the cache of keys and values. Engines: "
         f"{', '.join(f'{name} {each}' for name, each in versions.items())}. The version of llama.cpp is that of "
-        "xllamacpp; vLLM runs eagerly."
+        "xllamacpp; vLLM runs eagerly; mlx-lm runs on the processor."
     )
     page = f"{intro}\n\n{markdown(header, rows)}"
     publish("benchmarks.serve_test", "Served by other engines", page, bars, given.write)
@@ -216,7 +233,10 @@ def _ways(
         if given.llama_cpp:
             banned = NO_TEXT if folder.parent.name == "tiny" else ()
             yield "llama.cpp", "-", partial(llama_cpp, given.llama_cpp, folder, prompts, banned)
-    elif given.vllm:
+        return
+    if given.mlx and folder.name.startswith("plain"):
+        yield "mlx-lm", "-" if folder.name == "plain-alike" else "trust", partial(mlx_lm, given.mlx, folder, prompts)
+    if given.vllm:
         if folder.name != "plain":
             how = "-" if folder.name == "plain-alike" else "plug-in"
             yield "vllm", how, partial(vllm, given.vllm, folder, prompts, False)

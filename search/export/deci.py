@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from compression.refusal import Refusal
-from search.model.deci import DeciLMConfig, DeciLMForCausalLM
+from search.model.configuration_deci import DeciLMConfig
+from search.model.modeling_deci import DeciLMForCausalLM
 
 __all__ = ["check_deci", "deci_model"]
 

@@ -32,10 +32,10 @@ from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
 from search.hf import ChiselConfig, ChiselQuantizer
-from search.model import deci
+from search.model import modeling_deci
 from search.model.architecture import bare_model
-from search.model.deci import DeciLMForCausalLM
 from search.model.kinds import Kind, kind_of, kind_of_model
+from search.model.modeling_deci import DeciLMForCausalLM
 from search.model.own_code import MODULE
 from search.model.pretrained import quiet_transformers
 from search.runtime.run_folder import refuse_used
@@ -56,7 +56,16 @@ __all__ = [
 ]
 
 CARD = "README.md"
-_DECI = "modeling_deci"  # name of the file, without .py, that transformers needs for a DeciLM model
+_DECI: Mapping[str, object] = {
+    "auto_map": {
+        "AutoConfig": "configuration_deci.DeciLMConfig",
+        "AutoModelForCausalLM": "modeling_deci.DeciLMForCausalLM",
+    },
+    "model_file": "modeling_mlx.py",
+}
+"""What config.json says of the code of a DeciLM model: what transformers and, below, what mlx-lm takes."""
+
+_DECI_FILES = ("configuration_deci.py", "modeling_deci.py", "modeling_mlx.py")
 _COPIED = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of the original's folder that neither its model nor its tokenizer writes: the sentencepiece vocabulary, which
 llama.cpp's converter needs, and what prepares the images of an image-text model."""
@@ -155,13 +164,14 @@ def export_dense_(model: Any, tokenizer: Any, folder: Path, card: str = "", besi
     model.tie_weights()
     with _whole(folder) as partial:
         _save(model, tokenizer, partial, card, beside)
+        _state_rotation(partial)
         refuse_unlike(model, partial, folder)
 
 
 def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
     """Write a model with fewer hidden units or heads as a smaller model without code of ours, see `plain_model`.
 
-    The folder of a DeciLM model brings the file that transformers needs for it. The arguments are those of
+    The folder of a DeciLM model brings the files that transformers and mlx-lm need for it. The arguments are those of
     `export_model`.
 
     Raises:
@@ -171,10 +181,11 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     small = plain_model(model)
     with _whole(folder) as partial:
         _save(small, tokenizer, partial, card, beside)
+        _state_rotation(partial)
         if isinstance(small, DeciLMForCausalLM):
-            shutil.copyfile(deci.__file__, partial / f"{_DECI}.py")
-            names = {"AutoConfig": "DeciLMConfig", "AutoModelForCausalLM": "DeciLMForCausalLM"}
-            _state(partial, {"auto_map": {kind: f"{_DECI}.{name}" for kind, name in names.items()}})
+            for name in _DECI_FILES:
+                shutil.copyfile(Path(modeling_deci.__file__).with_name(name), partial / name)
+            _state(partial, _DECI)
         refuse_unlike(model, partial, folder, small)
 
 
@@ -291,6 +302,27 @@ def _state(folder: Path, values: Mapping[str, object]) -> None:
     file = folder / "config.json"
     document = json.loads(file.read_text(encoding="utf-8")) | values
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _state_rotation(folder: Path) -> None:
+    """Put the settings of rotary positions into config.json under the names of transformers 4 too.
+
+    Programs that do not know `rope_parameters`, such as mlx-lm 0.32 for Llama and Qwen2, would compute with the base
+    10,000 and say nothing. Settings for each type of layer have no such names.
+    """
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = _rotation(document)
+    if language := _rotation(document.get("text_config") or {}):
+        values["text_config"] = document["text_config"] | language
+    _state(folder, values)
+
+
+def _rotation(settings: Mapping[str, Any]) -> dict[str, object]:
+    stated = settings.get("rope_parameters") or {}
+    found = {name: stated[name] for name in ("rope_theta", "partial_rotary_factor") if name in stated}
+    if found and stated.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {name: value for name, value in stated.items() if name not in found}
+    return found
 
 
 def _drop_absent_code(file: Path) -> None:

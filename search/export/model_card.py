@@ -46,13 +46,14 @@ tokenizer = AutoTokenizer.from_pretrained({quoted})
 
 ```sh
 vllm serve {shell}    # with --trust-remote-code if modeling_deci.py is beside it
+mlx_lm.generate --model {shell} --prompt Hello    # the same
 ```
 
 If all blocks have the same widths, the folder is an ordinary one of the original's architecture with smaller matrices,
 and every tool that loads the original loads it. Otherwise it is a model of the architecture DeciLM, as Nemotron-NAS
-models are: vLLM has it built in and takes only the settings from `modeling_deci.py`; transformers needs that file. This
-was tried with vLLM 0.32 and transformers 5.16 and newer, not with SGLang and TensorRT-LLM. llama.cpp needs a file of
-`--format gguf`.""",
+models are: vLLM has it built in and takes only the settings from `configuration_deci.py`; transformers and mlx-lm take
+the model from `modeling_deci.py` and `modeling_mlx.py`. This was tried with vLLM 0.32, with mlx-lm 0.32 on a processor,
+and with transformers 5.16 and newer, not with SGLang and TensorRT-LLM. llama.cpp needs a file of `--format gguf`.""",
     "gguf": """\
 ```sh
 llama-server -m model.gguf        # or llama-cli; for Ollama (not tried) a Modelfile with the line FROM ./model.gguf

@@ -12,7 +12,7 @@ from compression.refusal import Refusal
 from compression.sites import model_parameters
 from search.export.deci import deci_model
 from search.export.folder import export_plain
-from search.model.deci import hidden_units
+from search.model.configuration_deci import hidden_units
 from search.model.loading import load_model
 
 PROMPT = torch.arange(40).reshape(2, 20)

@@ -16,7 +16,7 @@ from cut_shapes import (
     cut_to,
     with_biases_,
 )
-from llama_cpp import BANNED, needs_llama_cpp, run_llama_cpp
+from engines import BANNED, needs_llama_cpp, run_llama_cpp
 from merging_tokenizer import TEMPLATE, merging_tokenizer
 from pieces_tokenizer import pieces_tokenizer
 from tiny_model import assert_same_logits, tensorized
