@@ -1,7 +1,7 @@
 """The real default model: how it is loaded and scored, and, with its first blocks, the whole job and repair.
 
-The job runs through the command line of a checkout. Twelve of the thirty blocks have real weights, text and questions
-in less than half the time.
+The job runs through the command line of a checkout. Eight of the thirty blocks have real weights, text and questions in
+a third of the time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from search.priors.format import Prior
 from search.runtime.run_folder import CONFIG, PRIOR
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = 12
+BLOCKS = 8
 SMALL = {"search_text_tokens": 64, "search_items": 1, "search_shards": 1, "heldout_tokens": 256, "report_items": 3}
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -74,7 +74,7 @@ def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(job: t
     assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-6)
     for name in list(rows)[1:]:
         assert 0.799 < rows[name]["kept_fraction"] <= 0.8
-    assert rows["uniform-plain"]["kl"] > 3
+    assert rows["uniform-plain"]["kl"] > 2 * rows["uniform"]["kl"]
     assert rows["lagrangian"]["kl"] < 0.75 * rows["uniform"]["kl"]
     assert rows["lagrangian"]["kl"] < 0.75 * rows["uniform-whitened"]["kl"]
     assert rows["healed"]["kl"] < rows["searched"]["kl"]
@@ -88,7 +88,7 @@ def test_the_real_job_ends_with_a_table_in_which_allocation_beats_uniform(job: t
 
 def test_repair_lowers_the_divergence_of_the_first_block_of_the_real_model(job: tuple[Path, Any, str]) -> None:
     folder, _, _ = job
-    experiment = Experiment.open(Config.of(read_fields(folder / CONFIG)))
+    experiment = Experiment.open(Config.of(read_fields(folder / CONFIG) | {"calibration_tokens": 1024}))
     model, store = experiment.loaded.model, experiment.store
     sites = tuple(site for site in experiment.sites if site.block < 1)
     names = {site.name for site in sites}
@@ -99,7 +99,7 @@ def test_repair_lowers_the_divergence_of_the_first_block_of_the_real_model(job: 
     with ScheduleApplier(model, store) as applier:
         applier.apply_(schedule)
         decomposed = judge.measure(model).kl
-    batches = experiment.repair_batches(512)
+    batches = experiment.repair_batches(1024)
     repair_(
         *(model, sites, schedule, experiment.calibration(), batches),
         *(experiment.calibration.shrinkage, store.bonds.elimination),

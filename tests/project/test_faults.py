@@ -14,7 +14,7 @@ import pytest
 from fake_data import data_for_processes
 from search_process import started
 
-from benchmarks.chaos import SMALL, journal, rage
+from benchmarks.chaos import SMALL, journal
 from search import cli
 
 pytestmark = pytest.mark.slow
@@ -54,16 +54,6 @@ def ended(process: ForkServerProcess) -> int | None:
     """The exit code of a process when it has ended; None after ten minutes."""
     process.join(600)
     return process.exitcode
-
-
-def test_killed_drivers_and_evaluators_lose_and_repeat_no_trial_and_leave_no_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data_for_processes(tmp_path, monkeypatch)
-    tally = rage(tmp_path / "läuft weiter", ["evaluator", "driver"], "random:tiny-llama", 2, seed=3)
-    assert tally.kills == {"driver": 1, "evaluator": 1}
-    assert len(tally.acknowledged) >= 2
-    assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("evaluators", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
