@@ -69,8 +69,7 @@ class BatchAgent(ABC):
         """See `agents.Agent`. The agent learns from the rewards when it plans the next batch."""
         self._ledger.close(proposals, rewards)
         for proposal, reward in zip(proposals, rewards, strict=True):
-            assert proposal.actions is not None
-            record = self.records.setdefault(proposal.schedule.digest, Record(proposal.actions))
+            record = self.records.setdefault(proposal.schedule.digest, Record(self._levels_of(proposal)))
             record.rewards.append(float(reward))
 
     def recommend(self, count: int) -> list[Proposal]:
@@ -86,11 +85,15 @@ class BatchAgent(ABC):
 
     def record(self, proposal: Proposal) -> Record:
         """The record of a proposal's schedule; empty before the first reward."""
-        return self.records.get(proposal.schedule.digest, Record(proposal.actions or ()))
+        return self.records.get(proposal.schedule.digest, Record(self._levels_of(proposal)))
 
     @abstractmethod
     def _plan(self) -> None:
         """Fill the batch."""
+
+    def _levels_of(self, proposal: Proposal) -> tuple[int, ...]:
+        """The levels of the episode that led to a proposal."""
+        return proposal.actions or ()
 
     def _proposal(self, levels: Levels) -> Proposal:
         actions = tuple(levels.tolist())

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.measured import measured_slopes
 from agents.protocol import ProblemLike
 from agents.slope_critic import SlopeCritic
 from compression.refusal import Refusal
@@ -68,12 +69,10 @@ class CriticFeatures(gym.Wrapper[NDArray[np.float32], Any, NDArray[np.float32], 
         return self._with_features(observation), float(reward), terminated, truncated, info
 
     def _learn(self, info: dict[str, Any]) -> None:
-        cost, then = (self.problem.costs(info[name]) for name in ("schedule", "probe"))
-        measured, predicted = self.problem.gains(info["schedule"], info["probe"], info["slopes"])
-        known = np.array([name in info["slopes"] for name in self.problem.sites])
-        self.critic.add_slopes(0, cost, then, np.where(known, measured, np.nan), predicted)
-        self.critic.add_quality(0, cost, -info["score"].kl)
-        self.critic.fit(np.zeros(len(cost)))
+        found = measured_slopes(self.problem, info["schedule"], info["probe"], info["slopes"])
+        self.critic.add_slopes(0, *found)
+        self.critic.add_quality(0, found[0], -info["score"].kl)
+        self.critic.fit(np.zeros(len(self.problem.sites)))
 
     def _with_features(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
         share = self.problem.membership / self.problem.membership.sum(axis=0)

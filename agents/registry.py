@@ -31,7 +31,11 @@ _AGENTS = {
 
 NAMES: tuple[str, ...] = tuple(_AGENTS)
 
-METHODS = {"reinforce": "log prices of sites, with slopes"}
+METHODS = {
+    "reinforce": "log prices of sites, with slopes",
+    "ppo": "levels of steps, with slopes",
+    "ppo-masked": "levels of steps, with slopes",
+}
 """What agents do that did something else under the same name in earlier versions; journals record it."""
 
 

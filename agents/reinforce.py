@@ -45,6 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.ledger import Ledger
+from agents.measured import measured_quality, measured_slopes
 from agents.policy_file import SavedPolicy
 from agents.protocol import SLOPES_COST, AgentContext, ProblemLike, Proposal
 from agents.slope_critic import SlopeCritic
@@ -164,19 +165,15 @@ class Reinforce:
     def tell_slopes(self, proposal: Proposal, slopes: Mapping[str, float]) -> None:
         """See `agents.SlopeAgent`. A site whose slope is missing or not finite counts as not measured."""
         assert proposal.probe is not None
-        measured, predicted = self._problem.gains(proposal.schedule, proposal.probe, slopes)
-        known = np.array([name in slopes for name in self._problem.sites])
-        episode = self._open[proposal.schedule.digest, proposal.repeat]
-        then = self._problem.costs(proposal.probe)
-        self.critic.add_slopes(episode.shard, episode.cost, then, np.where(known, measured, np.nan), predicted)
+        shard = self._context.shard(proposal.schedule, proposal.repeat)
+        self.critic.add_slopes(shard, *measured_slopes(self._problem, proposal.schedule, proposal.probe, slopes))
 
     def tell(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
         """See `agents.Agent`."""
         self._ledger.close(proposals, rewards)
         for proposal, reward in zip(proposals, rewards, strict=True):
             episode = self._open.pop((proposal.schedule.digest, proposal.repeat))
-            size = self._context.compression_weight * (1 - self._problem.kept(proposal.schedule))
-            episode.reward = float(reward) - size
+            episode.reward = measured_quality(self._problem, self._context, proposal, reward)
             self._news.append(episode)
 
     def recommend(self, count: int) -> list[Proposal]:

@@ -188,7 +188,7 @@ class SlopeCritic:
         features = self._problem.tradeoff(pairs).cost @ self._parts
         change = features[::2] - features[1::2]
         moved = change @ self._doubts
-        power = (moved * change).sum(axis=1) + 2 * self._error**2
+        power = np.maximum((moved * change).sum(axis=1) + 2 * self._error**2, 1e-300)
         fall = np.square(moved @ self._parts.T) / power[:, None]
         return float(np.mean([self._regret(one) for one in fall])) / 2
 

@@ -17,7 +17,7 @@ from search.config import PLANNERS
 REWARD = Reward()
 ONE_SCHEDULE = ("knapsack", "lagrangian", "uniform")
 UNSEEDED = ("gradient",)  # slopes leave nothing to chance, and end where they stand still
-BETWEEN = ("gradient", "reinforce")  # not bound to the levels of an episode
+BETWEEN = ("gradient", "ppo", "ppo-masked", "reinforce")  # not bound to the levels of an episode
 SEARCHERS = tuple(name for name in agents.NAMES if name not in (*ONE_SCHEDULE, *UNSEEDED))
 ONE_TARGET = tuple(name for name in SEARCHERS if name not in ("optuna-nsga2", *BETWEEN))  # and levels only
 
@@ -73,7 +73,7 @@ def marked(name):
 
 def seeds(name):
     """How many seeds an optimum is looked for with: fewer where a library searches, and takes seconds."""
-    return 1 if name == "optuna-gp" else 2 if name.startswith(("optuna", "ppo")) else 5
+    return 1 if name == "optuna-gp" else 2 if name.startswith("optuna") else 5
 
 
 every_agent = pytest.mark.parametrize("name", [marked(name) for name in agents.NAMES])

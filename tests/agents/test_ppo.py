@@ -18,11 +18,17 @@ def problem(blocks=3, target=0.5, granularity="block"):
     return Problem.build(toy_menu(blocks), target, granularity)
 
 
-def search(agent, evaluate, spoil=lambda number, value: value):
-    values = []
+def search(agent, evaluate, spoil=lambda number, value: value, sloped=True):
+    """Runs an agent to the end of its budget; returns the rewards, and leaves the cost of its proposals in `spent`."""
+    values, agent.spent = [], 0
     while proposals := agent.ask(8):
         new = [PLAIN(score) for score in evaluate([proposal.schedule for proposal in proposals])]
         new = [spoil(len(values) + number, value) for number, value in enumerate(new)]
+        for proposal in proposals:
+            agent.spent += proposal.cost
+            if proposal.probe is not None:
+                slopes = evaluate.slopes(proposal.schedule, proposal.probe)
+                agent.tell_slopes(proposal, slopes if sloped else {})
         agent.tell(proposals, new)
         values += new
     return values
@@ -46,7 +52,7 @@ def test_the_policy_starts_as_a_ladder_around_the_closed_form_with_dense_rare(ag
     assert found[-1] == pytest.approx(dense, rel=1e-4)
     (first, *_) = agent.ask(5)
     assert first.schedule == task.closed_form()
-    assert first.actions == (task.middle,) * task.steps
+    assert first.probe == task.probe(first.schedule)
 
 
 def test_samples_follow_the_probabilities_and_only_masks_forbid_dense():
@@ -92,10 +98,10 @@ def test_ten_blocks_end_far_below_the_closed_form(agent_of):
     evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
     agent = agent_of(task, AgentContext(0, 80), QUICK)
     values = search(agent, evaluate)
-    assert len(values) == 80
+    assert agent.spent == 80
     assert -max(values) < 0.85 * -values[0]
     # The policy itself moved there, not only what it tried.
-    [score] = evaluate([task.schedule(agent.mode())])
+    [score] = evaluate([agent.recommend(1)[0].schedule])
     assert score.kl < 0.9 * -values[0]
 
 
@@ -134,26 +140,60 @@ def test_asking_on_before_telling_is_allowed():
     task = problem(6)
     agent, evaluate = Ppo(task, AgentContext(0, 30), QUICK), ToyEvaluator(task.menu)
     early = [proposal for _ in range(4) for proposal in agent.ask(5)]
-    assert len({proposal.schedule.digest for proposal in early}) == 20
+    assert len({(proposal.schedule.digest, proposal.repeat) for proposal in early}) == len(early) > 10
     for proposal in reversed(early):
         agent.tell([proposal], [PLAIN(evaluate([proposal.schedule])[0])])
-    assert len(search(agent, evaluate)) == 10
+    search(agent, evaluate)
+    assert agent.spent == 30 - sum(proposal.cost for proposal in early)
 
 
 @BOTH
 @pytest.mark.parametrize("blocks, granularity", [(1, "block"), (3, "block+family"), (25, "site")])
 def test_any_number_of_steps_works(agent_of, blocks, granularity):
     task = problem(blocks, 0.6, granularity)
-    told = len(search(agent_of(task, AgentContext(0, 12), QUICK), ToyEvaluator(task.menu)))
-    assert told == (1 if blocks == 1 else 12)
+    agent = agent_of(task, AgentContext(0, 12), QUICK)
+    search(agent, ToyEvaluator(task.menu))
+    assert agent.spent == 12 or blocks == 1
 
 
-def test_the_mode_is_recommended_first_and_then_trials():
+def test_the_mode_is_recommended_first_and_then_episodes_of_trials():
     task = problem(6)
     agent = Ppo(task, AgentContext(0, 20), QUICK)
-    values = search(agent, ToyEvaluator(task.menu))
+    search(agent, ToyEvaluator(task.menu))
     found = agent.recommend(5)
     assert len({proposal.schedule.digest for proposal in found}) == 5
-    assert found[0].schedule == task.schedule(agent.mode())
-    assert all(list(proposal.actions) in agent.trials[0].tolist() for proposal in found[1:])
-    assert len(values) == 20
+    residuals = agent.saved_policy().arrays["residuals"]
+    around = task.around(np.zeros(task.steps), residuals)
+    assert found[0].schedule == around.schedule(agent.mode().tolist())
+    tried = {around.schedule(levels).digest for levels in agent.trials[0].tolist()}
+    assert {proposal.schedule.digest for proposal in found[1:]} <= tried
+
+
+def test_slopes_move_single_sites_besides_the_steps_and_only_slopes_do():
+    task = problem(10, 0.6)
+    evaluate = ToyEvaluator(task.menu, WEIGHTS, 0.1)
+    for sloped in (True, False):
+        agent = Ppo(task, AgentContext(0, 40), QUICK)
+        search(agent, evaluate, sloped=sloped)
+        residuals = agent.saved_policy().arrays["residuals"]
+        assert residuals.any() == sloped
+        assert task.membership.T @ residuals == pytest.approx(0, abs=1e-9)
+
+
+def test_slopes_that_never_come_are_asked_for_no_longer():
+    task = problem(6)
+    agent = Ppo(task, AgentContext(0, 60, shards=4), QUICK)
+    values = search(agent, ToyEvaluator(task.menu), sloped=False)
+    assert agent.spent == 60
+    assert len(values) == 60 - 2 * 3  # two looks with slopes cost three more than looks without
+
+
+def test_a_policy_goes_on_with_its_residuals():
+    task = problem(10, 0.6)
+    agent = Ppo(task, AgentContext(0, 40), QUICK)
+    search(agent, ToyEvaluator(task.menu, WEIGHTS, 0.1))
+    saved = agent.saved_policy()
+    later = Ppo(task, AgentContext(1, 10, policy=saved), QUICK)
+    assert later.recommend(1) == []
+    assert later.saved_policy().arrays["residuals"] == pytest.approx(saved.arrays["residuals"])
+    assert later.ask(1)[0].schedule == agent.recommend(1)[0].schedule

@@ -136,7 +136,7 @@ def test_a_search_starts_from_what_an_earlier_one_learned(tmp_path: Path, agent:
     # A policy that has gone far, so that it can be told from the closed form.
     key = "mean" if agent == "reinforce" else "action_net.linear.weight"
     far = learned.arrays[key].copy()
-    far.reshape(-1)[-2:] = 1.0
+    far.reshape(-1)[-2:] = 10.0
     replace(learned, arrays={**learned.arrays, key: far}).write(tmp_path / "first")
     other = dict(agent=agent, target_kept=0.8, budget=1)
     run(tmp_path / "second", policy=tmp_path / "first", **other)
