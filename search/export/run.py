@@ -28,6 +28,7 @@ from search.export.folder import (
 from search.export.forms import check_form
 from search.export.gguf_file import GGUF_TYPES, read_values
 from search.export.model_card import model_card
+from search.export.plain import plain_model
 from search.export.quantize import module_bits, quantize_experiment_
 from search.export.restore import RestoredRun, restore
 from search.model.kinds import kind_of_model
@@ -133,15 +134,32 @@ def export_run(
             f"{_BITS[form.quantize]}, in groups with one scale each; rounding minimizes the error on calibration text."
         )
     size = f"Compressed: {footprint(model)}. {forms(model)}"
+    kind = "plain" if form.kind == "hf" and not quantized and _needs_no_code(model, source) else form.kind
     with console.stage("write"):
-        card = model_card(folder.name, form.kind, restored.document, summary, state, size, changes, measured, loader)
-        if form.kind == "hf":
+        card = model_card(folder.name, kind, restored.document, summary, state, size, changes, measured, loader)
+        if kind == "hf":
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
-        elif form.kind == "plain":
+        elif kind == "plain":
             export_plain(model, loaded.tokenizer, folder, card, [source / PRIOR])
         else:
             export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
-    return f"{size}\n{_AFTER[form.kind].format(folder=str(folder), loader=loader)}"
+    return f"{size}\n{_AFTER[kind].format(folder=str(folder), loader=loader)}"
+
+
+def _needs_no_code(model: Any, run: Path) -> bool:
+    """Whether a compressed model is an ordinary smaller one of the original's architecture."""
+    if _factored(run) or _blocks_differ(run):
+        return False
+    try:
+        plain_model(model)
+    except Refusal:
+        return False
+    return True
+
+
+def _factored(run: Path) -> list[str]:
+    """The matrices that the schedule of a run factors."""
+    return [name for name, choice in Prior.read(run / PRIOR).schedule if not choice.is_plain]
 
 
 def _refuse_factors(kind: str, run: Path) -> None:
@@ -150,7 +168,7 @@ def _refuse_factors(kind: str, run: Path) -> None:
     Raises:
         Refusal: names a factored matrix and what to do.
     """
-    if factored := [name for name, choice in Prior.read(run / PRIOR).schedule if not choice.is_plain]:
+    if factored := _factored(run):
         raise Refusal(
             f"the {kind} format holds no factored matrices, and {len(factored)} are factored, such as {factored[0]}; "
             "search with --form plain, or export with --format hf"

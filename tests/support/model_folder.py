@@ -9,8 +9,11 @@ from merging_tokenizer import merging_tokenizer
 from search.model.loading import load_model
 
 
-def model_folder(folder: Path, name: str = "random:tiny-llama") -> Path:
-    """Write the model `name` to a folder, and return the folder."""
-    load_model(name, "cpu").model.save_pretrained(folder)
+def model_folder(folder: Path, name: str = "random:tiny-llama", blocks: int = 3) -> Path:
+    """Write the first blocks of the model `name` to a folder, and return the folder."""
+    model = load_model(name, "cpu").model
+    model.model.layers = model.model.layers[:blocks]
+    model.config.num_hidden_layers, model.config.layer_types = len(model.model.layers), None
+    model.save_pretrained(folder)
     merging_tokenizer().save_pretrained(folder)
     return folder

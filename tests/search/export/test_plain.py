@@ -12,6 +12,7 @@ from merging_tokenizer import merging_tokenizer
 from model_folder import model_folder
 from small_run import words
 from tiny_model import assert_same_logits, tensorized
+from transformers import AutoModelForCausalLM
 
 from compression.bonds import cut as cut_out
 from compression.bonds import discover_bonds
@@ -125,8 +126,8 @@ def test_a_gguf_folder_is_whole_or_absent(tmp_path):
 
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.slow
-def test_a_run_is_exported_for_llama_cpp_and_measured_as_the_file_holds_it(tmp_path, capsys):
-    model = model_folder(tmp_path / "model")
+def test_a_run_with_blocks_alike_is_exported_without_code_and_for_llama_cpp_as_the_file_holds_it(tmp_path, capsys):
+    model = model_folder(tmp_path / "model", blocks=1)  # which is like all others
     run, quiet = tmp_path / "run", Console(quiet=True)
 
     def done(*given, code=cli.DONE):
@@ -135,10 +136,16 @@ def test_a_run_is_exported_for_llama_cpp_and_measured_as_the_file_holds_it(tmp_p
         return capsys.readouterr()
 
     done(*words(out=run, budget=2, form="plain", model=model, target_kept=0.5))
+    done("export", run, "--quiet", "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "hf")
+    assert not list((tmp_path / "hf").glob("*.py"))
+    assert "an ordinary one of the original's architecture" in (tmp_path / "hf" / "README.md").read_text()
+    ordinary = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=False)
+    assert type(ordinary).__module__.startswith("transformers.models.")
     expected = restore(run, quiet, "cpu", "searched").experiment.loaded.model
     command = ["export", run, "--quiet", "--device", "cpu", "--format", "gguf"]
     said = done(*command, "--dtype", "float32", "--out", tmp_path / "whole").out
     assert f"llama-server -m {tmp_path / 'whole'}/model.gguf" in said
+    assert_same_logits(logits(ordinary), logits(expected))
     read = read_values(expected, tmp_path / "whole" / "model.gguf")
     assert read.keys() == dict(expected.named_parameters()).keys()
     assert all(torch.equal(values, expected.get_parameter(name)) for name, values in read.items())
