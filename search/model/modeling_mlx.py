@@ -78,18 +78,18 @@ class _Block(nn.Module):  # type: ignore[misc]
     def __init__(self, settings: dict[str, Any], block: dict[str, Any]) -> None:
         super().__init__()
         size, small = settings["hidden_size"], settings["rms_norm_eps"]
-        self.attends, self.thinks = not block["attention"]["no_op"], not block["ffn"]["no_op"]
-        if self.attends:
+        self.has_attention, self.has_mlp = not block["attention"]["no_op"], not block["ffn"]["no_op"]
+        if self.has_attention:
             self.input_layernorm = nn.RMSNorm(size, eps=small)
             self.self_attn = _Attention(settings, block["attention"]["n_heads_in_group"])
-        if self.thinks:
+        if self.has_mlp:
             self.post_attention_layernorm = nn.RMSNorm(size, eps=small)
             self.mlp = _MLP(settings, block["ffn"])
 
     def __call__(self, states: mx.array, mask: Any, cache: Any) -> Any:
-        if self.attends:
+        if self.has_attention:
             states = states + self.self_attn(self.input_layernorm(states), mask, cache)
-        if self.thinks:
+        if self.has_mlp:
             states = states + self.mlp(self.post_attention_layernorm(states))
         return states
 
@@ -103,10 +103,10 @@ class _Body(nn.Module):  # type: ignore[misc]
 
     def __call__(self, ids: mx.array, cache: Any) -> Any:
         states = self.embed_tokens(ids)
-        caches = iter(cache or [None] * len(self.layers))  # one for each block that attends
+        caches = iter(cache or [None] * len(self.layers))  # one for each block with attention
         mask = create_attention_mask(states, cache[0] if cache else None)
         for layer in self.layers:
-            states = layer(states, mask, next(caches) if layer.attends else None)
+            states = layer(states, mask, next(caches) if layer.has_attention else None)
         return self.norm(states)
 
 
@@ -134,5 +134,5 @@ class Model(nn.Module):  # type: ignore[misc]
         return self.model.layers
 
     def make_cache(self) -> list[KVCache]:
-        """An empty cache for every block that attends."""
-        return [KVCache() for layer in self.layers if layer.attends]
+        """An empty cache for every block with attention."""
+        return [KVCache() for layer in self.layers if layer.has_attention]
