@@ -14,6 +14,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 __all__ = ["Model", "ModelArgs"]
 
+_ROTATIONS = ("default", "linear", "llama3")
 _ROUNDED = 256
 
 
@@ -47,6 +48,8 @@ class _Attention(nn.Module):  # type: ignore[misc]
         self.v_proj = nn.Linear(size, self.groups * head, bias=before)
         self.o_proj = nn.Linear(self.heads * head, size, bias=after)
         rope = settings["rope_parameters"]
+        if rope["rope_type"] not in _ROTATIONS:
+            raise ValueError(f"rotary positions of type {rope['rope_type']} were not compared with transformers")
         self.rope = initialize_rope(head, rope["rope_theta"], False, rope, settings["max_position_embeddings"])
 
     def __call__(self, states: mx.array, mask: Any, cache: Any) -> Any:

@@ -40,23 +40,24 @@ def settings(folder):
 
 
 def test_plain_and_dense_folders_give_our_tokens(tmp_path):
-    folders = [tmp_path / name for name in ("no attention", "biases", "alike", "another base", "dense")]
+    folders = [tmp_path / name for name in ("no attention", "biases", "alike", "another base", "linear", "dense")]
     without = cut_to("random:tiny-qwen2", NO_ATTENTION, untied=True)
-    biased, alike, based = (cut_to("random:tiny-llama", shape) for shape in (ONE_HEAD_LESS, ALIKE, ALIKE))
+    shapes = (ONE_HEAD_LESS, ALIKE, ALIKE, ONE_HEAD_LESS)
+    biased, alike, based, linear = (cut_to("random:tiny-llama", shape) for shape in shapes)
     dense = load_model("random:tiny-llama", "cpu")
     with_biases_(biased.model)
     for loaded in (without, biased, alike, dense):
         turned_(loaded.model, ROTATION)
     turned_(based.model, {"rope_type": "default", "rope_theta": 500.0})
-    plain = [
-        written(loaded, folder) for loaded, folder in zip((without, biased, alike, based), folders[:4], strict=True)
-    ]
-    expected = [*plain, written(dense, folders[4], export_dense_)]
+    turned_(linear.model, {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0})
+    models = (without, biased, alike, based, linear)
+    plain = [written(loaded, folder) for loaded, folder in zip(models, folders[:5], strict=True)]
+    expected = [*plain, written(dense, folders[5], export_dense_)]
     blocks = settings(folders[0])["block_configs"]
     assert [block["attention"]["no_op"] for block in blocks] == [False, True, False]
-    assert settings(folders[1])["model_file"] == "modeling_mlx.py"
-    assert all("model_file" not in settings(folder) for folder in folders[2:])
-    assert settings(folders[4])["rope_parameters"] == ROTATION
+    own = [settings(folder).get("model_file") for folder in folders]
+    assert own == [*["modeling_mlx.py"] * 2, None, None, "modeling_mlx.py", None]
+    assert settings(folders[5])["rope_parameters"] == ROTATION
     for folder, found, ours in zip(folders, run_mlx(folders, PROMPTS), expected, strict=True):
         for one, other in zip(found, ours, strict=True):
             assert one["tokens"] == other["tokens"], folder.name

@@ -141,6 +141,8 @@ def test_a_run_with_blocks_alike_is_exported_without_code_and_for_llama_cpp_as_t
     assert "an ordinary one of the original's architecture" in (tmp_path / "hf" / "README.md").read_text()
     ordinary = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=False)
     assert type(ordinary).__module__.startswith("transformers.models.")
+    error = done("heal", tmp_path / "hf", "--model", model, "--quiet", code=cli.REFUSED).err
+    assert "describes a model, not a run: give the folder of a run" in error
     expected = restore(run, quiet, "cpu", "searched").experiment.loaded.model
     command = ["export", run, "--quiet", "--device", "cpu", "--format", "gguf"]
     said = done(*command, "--dtype", "float32", "--out", tmp_path / "whole").out
