@@ -5,6 +5,7 @@ Knows the sources and how they are divided; of a model, it knows only the tokeni
 * Prose consists of English documents without repeated paragraphs. The first 70 % of the Wikipedia articles and of the
   web pages are for calibration, the next 10 % for search, and the last 20 % are held out. A few long technical
   articles, which no separator divides, are for calibration only.
+* Unseen text consists of passages of novels, a source that is only reported on, see `search.data.passages`.
 * Exam text consists of questions with their correct answers. Of MMLU's dev and validation items that do not occur in
   test, one half by hash is for calibration; the other half are MMLU's search items. Held-out exam text and MMLU's
   report items come from test.
@@ -26,13 +27,19 @@ from compression.refusal import Refusal
 from search.data.datasets import load_mmlu, load_proxy
 from search.data.items import Item, stratified
 from search.data.overlap import Shingles, reported_texts
+from search.data.passages import unseen_passages
 from search.data.prose import Encode, load_prose, regions, text_digest
 
-__all__ = ["SEARCHED", "OwnText", "Splits", "Text", "assert_disjoint", "build_splits", "halves"]
+__all__ = ["SEARCHED", "UNSEEN", "OwnText", "Splits", "Text", "assert_disjoint", "build_splits", "halves"]
 
 
 SEARCHED = 8
 """One in so many documents of a user's own text is for search, if it is used there too."""
+
+
+UNSEEN = "unseen"
+"""Name of the corpus of unseen text, which has its own figures in the final table."""
+_CHARACTERS = 8  # of unseen text that are read for every token that is wanted
 
 
 @dataclass(frozen=True)
@@ -85,13 +92,16 @@ class Text:
         return hashlib.sha256(repr(self.chunks).encode()).hexdigest()
 
 
+NO_TEXT = Text((), (), frozenset())
+
+
 @dataclass(frozen=True)
 class Splits:
     """All text and items of a run, by purpose.
 
-    The search may use calibration text, search text and search items; only held-out text and report items are reported
-    on. `notes` say where there are fewer items or documents than asked for, and why. Making an instance raises
-    ValueError if the two groups overlap.
+    The search may use calibration text, search text and search items; only held-out text, unseen text and report items
+    are reported on. `notes` say where there are fewer items or documents than asked for, and why. Making an instance
+    raises ValueError if the two groups overlap.
     """
 
     calibration: Text
@@ -99,13 +109,14 @@ class Splits:
     search_items: tuple[Item, ...]
     heldout_text: Text
     report_items: tuple[Item, ...]
+    unseen_text: Text = NO_TEXT
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert_disjoint(
             {"calibration": self.calibration.sources, "search text": self.search_text.sources}
             | {"search items": frozenset(item.digest for item in self.search_items)},
-            {"held-out text": self.heldout_text.sources}
+            {"held-out text": self.heldout_text.sources, "unseen text": self.unseen_text.sources}
             | {"report items": frozenset(item.digest for item in self.report_items)},
         )
 
@@ -145,6 +156,7 @@ def build_splits(
     """Read, divide and tokenize the data packages.
 
     Calibration and held-out text are half prose and half exam text, with more prose if there are too few questions.
+    Unseen text has as many tokens as held-out text, or all of its source.
     Search text is prose only, since the search items are exam text. Token counts are exact, item counts upper bounds.
 
     Args:
@@ -181,6 +193,7 @@ def build_splits(
     text = partial(_text, encode, beginning)
     ordered = [stratified(items, len(items), seed) for items in (exam_pool, heldout_exam)]
     heldout_text = text(heldout, ordered[1], heldout_tokens, chunk_tokens)
+    unseen_text = _unseen(encode, beginning, heldout_tokens, chunk_tokens)
     own_note = ""
     if own is None:
         calibration_text = text(calibration, ordered[0], calibration_tokens, chunk_tokens)
@@ -201,6 +214,7 @@ def build_splits(
         search_items=drawn,
         heldout_text=heldout_text,
         report_items=reported,
+        unseen_text=unseen_text,
         notes=tuple(filter(None, (drawn_note, reported_note, own_note))),
     )
 
@@ -323,6 +337,14 @@ def _text(
             f"asked for {tokens} tokens of text, but there are only {tokens - left}; ask for at most that many"
         )
     return Text(tuple(chunks), tuple(questions), frozenset(digests))
+
+
+def _unseen(encode: Encode, beginning: Sequence[int], tokens: int, chunk: int) -> Text:
+    """Return `tokens` tokens of unseen text, or all that there are."""
+    documents = unseen_passages()
+    step = max(1, sum(map(len, documents)) // (_CHARACTERS * tokens))  # encoding all of them would take seconds
+    chunks = _spread(encode, beginning, documents[::step], tokens, chunk)
+    return Text(tuple(chunks), (), frozenset(map(text_digest, documents)))
 
 
 def _spread(

@@ -10,7 +10,32 @@ import torch
 
 from compression.refusal import Refusal
 
-__all__ = ["Difference", "Quality", "mean_standard_error", "paired_kl", "ratio_standard_error"]
+__all__ = ["CorpusQuality", "Difference", "Quality", "mean_standard_error", "paired_kl", "ratio_standard_error"]
+
+
+@dataclass(frozen=True)
+class CorpusQuality:
+    """The quality of a model on the texts of one corpus.
+
+    Attributes:
+        name: name of the corpus.
+        kl: mean over scored tokens of KL(dense ‖ model), nats per token.
+        kl_standard_error: standard error of `kl`, with texts as the sampling unit.
+        perplexity: exp of the mean negative log-likelihood of the scored tokens.
+    """
+
+    name: str
+    kl: float
+    kl_standard_error: float
+    perplexity: float
+
+    def to_row(self) -> dict[str, float]:
+        """The figures under column names, such as `kl_prose`."""
+        return {
+            f"kl_{self.name}": self.kl,
+            f"kl_{self.name}_stderr": self.kl_standard_error,
+            f"perplexity_{self.name}": self.perplexity,
+        }
 
 
 @dataclass(frozen=True)
@@ -29,7 +54,8 @@ class Quality:
         items, tokens: numbers of scored items and tokens.
         kl_by_sequence, tokens_by_sequence: summed KL and number of scored tokens per sequence, for paired comparisons.
         correct_by_item: P(correct) per item, for paired comparisons.
-        perplexity_by_corpus: (corpus, perplexity) of every named corpus in the workload.
+        by_corpus: figures of every named corpus in the workload. Sequences that are `aside` count here alone; in
+            `kl_by_sequence` and `tokens_by_sequence` they have zeros.
     """
 
     state: str = "nonfinite"
@@ -47,16 +73,18 @@ class Quality:
     kl_by_sequence: tuple[float, ...] = field(default=(), repr=False)
     tokens_by_sequence: tuple[int, ...] = field(default=(), repr=False)
     correct_by_item: tuple[float, ...] = field(default=(), repr=False)
-    perplexity_by_corpus: tuple[tuple[str, float], ...] = ()
+    by_corpus: tuple[CorpusQuality, ...] = ()
 
     def scalars(self) -> dict[str, Any]:
         """The scalar values, without the tuples."""
         return {name: value for name, value in asdict(self).items() if not isinstance(value, tuple)}
 
     def to_row(self) -> dict[str, Any]:
-        """The scalar values and corpus perplexities, under the column names that `search.reporting.tables` uses."""
-        corpora = {f"perplexity_{name}": value for name, value in self.perplexity_by_corpus}
-        return {name.replace("standard_error", "stderr"): value for name, value in self.scalars().items()} | corpora
+        """The scalar values and those of the corpora, under the column names that `search.reporting.tables` uses."""
+        row = {name.replace("standard_error", "stderr"): value for name, value in self.scalars().items()}
+        for corpus in self.by_corpus:
+            row |= corpus.to_row()
+        return row
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 from compression.refusal import Refusal
 from search.evaluation.logits import Dense, Reading, log_normalizer, read
 from search.evaluation.packed_sequences import Packed, Prediction, apart, group, mix, pack, predictions, row_inputs
-from search.evaluation.quality import Quality, mean_standard_error, ratio_standard_error
+from search.evaluation.quality import CorpusQuality, Quality, mean_standard_error, ratio_standard_error
 from search.evaluation.shared_rows import shares_rows
 
 __all__ = ["Continuation", "RunForward", "ShouldStop", "Workload", "loglikelihoods", "run_directly"]
@@ -240,23 +240,23 @@ class Workload:
         return sums, choices
 
     def _quality(self, totals: dict[str, torch.Tensor], choices: torch.Tensor) -> Quality:
-        tokens = totals["compared"]
+        counted = torch.tensor([not sequence.aside for sequence in self.sequences])
+        kl, agree, tokens = (totals[name] * counted for name in ("kl", "agree", "compared"))
         used = tokens > 0
-        kl = float(totals["kl"].sum() / tokens.sum())
         quality = Quality(
             state="ok",
-            kl=kl,
-            kl_standard_error=ratio_standard_error(totals["kl"][used], tokens[used]),
-            agreement=float(totals["agree"].sum() / tokens.sum()),
+            kl=float(kl.sum() / tokens.sum()),
+            kl_standard_error=ratio_standard_error(kl[used], tokens[used]),
+            agreement=float(agree.sum() / tokens.sum()),
             tokens=int(tokens.sum()),
-            kl_by_sequence=tuple(totals["kl"].tolist()),
+            kl_by_sequence=tuple(kl.tolist()),
             tokens_by_sequence=tuple(int(value) for value in tokens.tolist()),
         )
         corpora = dict.fromkeys(sequence.corpus for sequence in self.sequences if sequence.corpus)
         quality = replace(
             quality,
             perplexity=_perplexity(totals, used),
-            perplexity_by_corpus=tuple((name, _perplexity(totals, self._of(name))) for name in corpora),
+            by_corpus=tuple(self._corpus(name, totals) for name in corpora),
         )
         items = [
             (choices[start:stop], sequence.answer)
@@ -285,9 +285,13 @@ class Workload:
             correct_by_item=tuple(correct.tolist()),
         )
 
-    def _of(self, corpus: str) -> torch.Tensor:
-        """Whether each sequence belongs to the corpus (sequences,)."""
-        return torch.tensor([sequence.corpus == corpus for sequence in self.sequences])
+    def _corpus(self, name: str, totals: dict[str, torch.Tensor]) -> CorpusQuality:
+        """The figures of the sequences of one corpus that are measured so far."""
+        of = torch.tensor([sequence.corpus == name for sequence in self.sequences]) & (totals["compared"] > 0)
+        kl, tokens = totals["kl"][of], totals["compared"][of]
+        return CorpusQuality(
+            name, float(kl.sum() / tokens.sum()), ratio_standard_error(kl, tokens), _perplexity(totals, of)
+        )
 
     def _batched(self, batch_tokens: int) -> list[_Batch]:
         """All sequences in batches. What a row is made of are whole sequences, or the plain texts that they come to."""

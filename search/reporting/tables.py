@@ -54,6 +54,7 @@ SUMMARY_COLUMNS: tuple[Column, ...] = (
     Column("schedule", "schedule"),
     Column("kept_fraction", "kept", ".3f"),
     Column("kl", "KL nats/token", ".4f"),
+    Column("kl_unseen", "KL unseen", ".4f"),
     Column("perplexity_prose", "ppl prose", ".2f"),
     Column("perplexity_exam", "ppl exam", ".2f"),
     Column("accuracy", "accuracy", ".3f", "accuracy_stderr"),
@@ -65,7 +66,8 @@ SUMMARY_COLUMNS: tuple[Column, ...] = (
     Column("decode_ratio", "decode", ".2f"),
 )
 """Columns of the final table of a run. Perplexity is measured separately on held-out prose and on held-out questions
-with their answers, KL on both and on the report items, accuracy and P(correct) on the report items. Prefill and decode
+with their answers, KL on both and on the report items, the KL on unseen text by itself, accuracy and P(correct) on the
+report items. Prefill and decode
 are times relative to the dense model."""
 
 

