@@ -67,8 +67,7 @@ SUMMARY_COLUMNS: tuple[Column, ...] = (
 )
 """Columns of the final table of a run. Perplexity is measured separately on held-out prose and on held-out questions
 with their answers, KL on both and on the report items, the KL on unseen text by itself, accuracy and P(correct) on the
-report items. Prefill and decode
-are times relative to the dense model."""
+report items. Prefill and decode are times relative to the dense model."""
 
 
 def occurring(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:

@@ -9,6 +9,7 @@ ROWS = [
         "schedule": "dense",
         "kept_fraction": 1.0,
         "kl": 0.0,
+        "kl_unseen": 0.0,
         "perplexity_prose": 13.5,
         "perplexity_exam": 33.5,
         "accuracy": 0.2875,
