@@ -84,7 +84,7 @@ def _documents(task: Task, source: str) -> Sequence[Document]:
 
 def _of_rows(task: Task, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
     found = []
-    for row in rows:
+    for row in task.texts(rows):
         item = task.question(row)
         found.append(Document(task.form(row), item.digest, item.subject))
     return found

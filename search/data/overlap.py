@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from search.data.conversations import Document
 from search.data.datasets import load_mmlu, load_proxy
 from search.data.items import Item
-from search.data.passages import unseen_passages
+from search.data.passages import PAPERS, passages, unseen_passages
 from search.data.prose import load_prose, regions
 
 __all__ = ["Shingles", "reported_texts", "without_overlap"]
@@ -47,7 +47,7 @@ class Shingles:
 
 
 def reported_texts(items: Iterable[Item] = (), heldout: Sequence[str] = ()) -> Iterator[str]:
-    """Yield every text that this project reports on: held-out and unseen prose and the items of reported benchmarks.
+    """Yield every text that this project reports on: held-out and unseen prose, and the items of reported benchmarks.
 
     Args:
         items: further items, from a proxy of the user.
@@ -56,6 +56,7 @@ def reported_texts(items: Iterable[Item] = (), heldout: Sequence[str] = ()) -> I
     for documents in load_prose():
         yield from regions(documents)[2]
     yield from unseen_passages()
+    yield from passages(PAPERS)
     yield from heldout
     for item in [*(item for name in _REPORTED for item in load_proxy(name)), *load_mmlu("test"), *items]:
         yield f"{item.passage} {item.question}"

