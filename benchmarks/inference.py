@@ -1,11 +1,12 @@
 """Compares tokens per second, time to the first token and memory of a dense model and compressed ones.
 
-    python -m benchmarks.inference [--quick] [--write] [--folder DIR ...] [--kept 0.618]
+    python -m benchmarks.inference [--quick] [--write] [--folder DIR ...] [--kept 0.618] [--form plain]
 
 Without folders, the compressed model is `pivoted-lowrank` with one kept fraction at every site and random weights,
-since time does not depend on them; 0.618 over the sites of the default model leaves 94 million parameters. `--folder`
-measures exported folders of the same model instead, which may be quantized. To measure time, the models take turns in
-one process. To measure memory, each model runs alone in its own process, which loads it as a user would; the peak is
+since time does not depend on them; 0.618 over the sites of the default model leaves 94 million parameters. `--form`
+cuts the default model by the closed form instead, with bonds between matrices (`any`) or those alone (`plain`).
+`--folder` measures exported folders of the same model, which may be quantized. To measure time, the models take turns
+in one process. To measure memory, each model runs alone in its own process, which loads it as a user would; the peak is
 that of prefill and decoding. Runs on the CPU, and on a GPU too if there is one, unless `--device` names one of them.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.default_folders import cut_default
 from benchmarks.memory import peak_resident, resident
 from benchmarks.report import Bar, markdown, publish
 from compression.layers.planner import Planner, random_layer
@@ -35,7 +37,8 @@ from search.evaluation.latency import Modules, decode, layer_costs, prefill
 from search.export.folder import export_model, footprint
 from search.model.loading import load_for_use, load_model
 
-PREFILL, DECODE = 1.25, 1.0
+BARS = {None: (1.25, 1.0), "plain": (1.35, 1.2), "any": (1.25, 1.1)}
+"""Least speed of prefill and decode over the dense model, by form."""
 _LOADED = "loaded"
 
 
@@ -59,11 +62,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the tables to results/")
     parser.add_argument("--model", default="default", help="dense model, as for search.py")
     parser.add_argument("--kept", type=float, default=0.618, help="kept fraction without --folder (default: 0.618)")
+    parser.add_argument("--form", choices=("plain", "any"), help="cut the default model by the closed form")
     parser.add_argument("--folder", action="append", default=[], type=Path, help="exported folder; may be repeated")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype on the CPU (default: its fastest)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: all available)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.form and (given.folder or given.model != "default"):
+        parser.error("--form cuts the default model; leave --model and --folder out")
     sizes = QUICK if given.quick else Sizes()
     bf16 = torch.cpu._is_avx512_bf16_supported()
     dtype = getattr(torch, given.dtype) if given.dtype else torch.bfloat16 if bf16 else torch.float32
@@ -77,7 +83,7 @@ def main() -> None:
         body, more = _report(given, sizes, device, dtype if device.type == "cpu" else torch.bfloat16)
         parts.append(body)
         bars += more
-    publish("benchmarks.inference", "Inference", "\n\n".join(parts), bars, given.write)
+    publish("benchmarks.inference", "Inference", "\n\n".join(parts), bars, given.write, given.form or "")
 
 
 def _report(given: argparse.Namespace, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[str, list[Bar]]:
@@ -85,11 +91,15 @@ def _report(given: argparse.Namespace, sizes: Sizes, device: torch.device, dtype
         loaded = load_model(given.model, device, dtype)
         folders = {folder.name: folder for folder in given.folder}
         if not folders:
-            name = f"kept {given.kept}"
+            name = f"{given.form or 'kept'} {given.kept}"
             folders[name] = Path(scratch) / "compressed"
-            _export_random(given.model, given.kept, dtype, folders[name])
+            if given.form:
+                with cut_default(given.kept, given.form) as cut:
+                    export_model(cut.model.to(dtype), cut.tokenizer, folders[name])
+            else:
+                _export_random(given.model, given.kept, dtype, folders[name])
         dense, sides = _sides(loaded.model, folders, dtype)
-        rows, bars = _timed(loaded.model, dense, sides, sizes, device)
+        rows, bars = _timed(loaded.model, dense, sides, sizes, device, BARS[given.form])
         memory = _memory(given, folders) if device.type == "cpu" else ""
     title = f"### {device.type}, {str(dtype).removeprefix('torch.')}, prompts of {sizes.prompt}"
     heading = ("side", "batch", "prefill tok/s", "of dense", "first token ms", "decode tok/s", "of dense")
@@ -123,7 +133,12 @@ def _sides(model: nn.Module, folders: Mapping[str, Path], dtype: torch.dtype) ->
 
 @torch.inference_mode()
 def _timed(
-    model: Any, dense: Modules, others: Mapping[str, Modules], sizes: Sizes, device: torch.device
+    model: Any,
+    dense: Modules,
+    others: Mapping[str, Modules],
+    sizes: Sizes,
+    device: torch.device,
+    least: tuple[float, float],
 ) -> tuple[list[list[object]], list[Bar]]:
     sides = {"dense": dense, **others}
     rows: list[list[object]] = []
@@ -148,7 +163,7 @@ def _timed(
             )
             if side != "dense" and device.type == "cpu":
                 label = f"{side.replace(', ', '-').replace(' ', '-')}-batch-{batch}"
-                bars += [Bar(f"prefill-{label}", fill, ">=", PREFILL), Bar(f"decode-{label}", step, ">=", DECODE)]
+                bars += [Bar(f"prefill-{label}", fill, ">=", least[0]), Bar(f"decode-{label}", step, ">=", least[1])]
     put_modules(model, dense)
     return rows, bars
 
