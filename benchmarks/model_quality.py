@@ -46,7 +46,7 @@ import torch
 from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
 from compression import DENSE, Menu, Schedule, dense_weight, fitted_topologies, lagrangian, to_schedule
-from compression.allocation.byte_menu import SPARSE, byte_menu
+from compression.allocation.byte_menu import byte_menu
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
@@ -148,7 +148,7 @@ class Bench:
         """Compresses the model by a variant within the context, and makes it dense again afterwards."""
         model, schedule = self.experiment.loaded.model, self.schedule(variant, kept)
         if variant not in (*_REPAIRED, "complete"):
-            pruned = {name: choice.chi for name, choice in schedule if choice.topology == SPARSE}
+            pruned = {name: choice.chi for name, choice in schedule if choice.is_sparse}
             others = Schedule(tuple((name, DENSE if name in pruned else choice) for name, choice in schedule))
             dense = {name: model.get_submodule(name) for name in pruned}
             with ScheduleApplier(model, self.store(variant)) as applier:

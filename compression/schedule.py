@@ -15,14 +15,16 @@ from typing import Literal
 
 from compression.refusal import Refusal
 
-__all__ = ["DENSE", "METRICS", "Choice", "ExpertForm", "Form", "Joint", "Schedule"]
+__all__ = ["DENSE", "METRICS", "SPARSE", "Choice", "ExpertForm", "Form", "Joint", "Schedule"]
 
-Form = Literal["any", "plain", "factors"]
+Form = Literal["any", "plain", "factors", "small"]
 """What the matrices of a model may become: "plain", smaller dense matrices, because bonds between matrices are cut;
-"factors", decomposed each by itself; or "any", both together."""
+"factors", decomposed each by itself; "any", both together; or "small", these and pruned, for the fewest bytes."""
 ExpertForm = Literal["single", "shared", "fused"]
 """How the experts of a mixture are compressed: "single", the matrices of each expert by themselves; "shared", those of
 all experts of a layer as one matrix per role, whose factors share a basis; or "fused", not at all."""
+SPARSE = "sparse"
+"""Topology of a pruned matrix, which stores some of its entries and a bit for each that says which they are."""
 METRICS = ("none", "plain", "input", "two-sided")
 
 
@@ -31,13 +33,13 @@ class Choice:
     """States the form that one site takes.
 
     Attributes:
-        topology: "dense", or a topology name such as "lowrank", "pivoted-lowrank" or "mpoN" for N balanced legs (see
-            `compression.numerics.legs.resolve`).
-        chi: bond dimension, at least 1; 0 for dense.
+        topology: "dense", "sparse" (pruned), or a topology name such as "lowrank", "pivoted-lowrank" or "mpoN" for N
+            balanced legs (see `compression.numerics.legs.resolve`).
+        chi: bond dimension, at least 1; the number of entries that are stored for "sparse"; 0 for dense.
         metric: the norm in which the cores are fitted: "plain" (Frobenius), "input" (input second moment C) or
             "two-sided" (C and the output-gradient second moment G); "none" for dense.
         widths: the widths of the site's bonds to other matrices, see `compression.sites.Site.cuts`, which the topology
-            then decomposes what is left of the matrix; empty if all have their full width.
+            then decomposes what is left of the matrix; empty if all have their full width, as for "sparse".
     """
 
     topology: str
@@ -53,6 +55,8 @@ class Choice:
 
         if any(type(width) is not int or width < 0 for width in self.widths):
             raise Refusal(f"widths must be integers of at least 0, got {list(self.widths)!r}")
+        if self.is_sparse and self.widths:
+            raise Refusal(f"a pruned matrix keeps all of its rows and columns, got widths {list(self.widths)!r}")
 
     @property
     def is_dense(self) -> bool:
@@ -63,6 +67,16 @@ class Choice:
     def is_plain(self) -> bool:
         """Whether the site holds one matrix without factors: the original one, or a smaller one."""
         return self.topology == "dense"
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the site holds a pruned matrix."""
+        return self.topology == SPARSE
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the site holds factors."""
+        return not self.is_plain and not self.is_sparse
 
 
 DENSE = Choice("dense", 0, "none")

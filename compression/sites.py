@@ -325,9 +325,13 @@ def model_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Returns the bytes of all parameters of the model at their stored precision, tied weights counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def model_bytes(model: nn.Module, itemsize: int | None = None) -> int:
+    """Returns the bytes of all parameters of the model, tied weights counted once.
+
+    Args:
+        itemsize: bytes of a stored number; None for those that the parameters take in memory.
+    """
+    return sum(parameter.numel() * (itemsize or parameter.element_size()) for parameter in model.parameters())
 
 
 def _matrices(block: nn.Module, prefix: str, shapes_only: bool) -> Iterator[_Matrix]:

@@ -5,18 +5,22 @@ Works on integers from shapes; reads no tensor values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
 from torch import nn
 
+from compression.numerics.bitmask import bitmask_bytes
 from compression.numerics.legs import resolve
-from compression.schedule import Choice, Joint, Schedule
+from compression.schedule import DENSE, Choice, Joint, Schedule
 from compression.sites import Site, Unit, model_bytes, model_parameters
 
-__all__ = ["Size", "SizeModel", "choice_multiply_adds", "choice_parameters"]
+__all__ = ["Price", "Size", "SizeModel", "choice_multiply_adds", "choice_parameters"]
+
+Price = Callable[[Site | Unit, Choice | Joint], int]
+"""What a choice takes of a budget: its parameters (`choice_parameters`) or its bytes (`SizeModel.choice_bytes`)."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Size:
         model_kept_fraction: parameters after / before over the whole model, tied weights counted once.
         bytes_fraction: bytes after / before over the whole model.
         parameters: parameters of the whole model, tied weights counted once.
-        bytes: bytes of those parameters at the model's stored precision, plus the row indices of pivoted cores and
-            the numbers of the rows and columns that are left of cut matrices.
+        bytes: bytes of those parameters as they are stored, plus the row indices of pivoted cores, the numbers of the
+            rows and columns that are left of cut matrices, and the masks of pruned ones.
         multiply_adds: multiply-adds per token summed over the sites, each computed in the cheapest way.
     """
 
@@ -42,37 +46,60 @@ class Size:
 
 
 class SizeModel:
-    """Computes the sizes of one model's schedules."""
+    """Computes the sizes of one model's schedules.
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    Args:
+        model: the dense model; it may be on the meta device.
+        sites: its sites.
+        itemsize: bytes of a stored number; None for those that the parameters take in memory.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], itemsize: int | None = None) -> None:
         self._sites = tuple(sites)
         self._model_parameters = model_parameters(model)
-        self._model_bytes = model_bytes(model)
-        self._element_size = {
-            site.name: model.get_parameter(f"{site.name}.weight").element_size()
-            for site in sites
-            if not site.dense_because
-        }
-        self._biased = {name for name in self._element_size if model.get_submodule(name).bias is not None}
+        self._model_bytes = model_bytes(model, itemsize)
+        self._itemsize = itemsize or next(model.parameters()).element_size()
+        free = [site.name for site in sites if not site.dense_because]
+        self._element_size = {name: itemsize or model.get_parameter(f"{name}.weight").element_size() for name in free}
+        self._biased = {name for name in free if model.get_submodule(name).bias is not None}
 
     def size(self, schedule: Schedule) -> Size:
         """Returns the size of the model under `schedule`, which must name every site."""
-        before_sites = sum(site.parameters for site in self._sites)
-        saved_at = {site.name: site.parameters - choice_parameters(site, schedule[site.name]) for site in self._sites}
-        saved = sum(saved_at.values())
-        biases = {site.name: site.out_features - site.shape(schedule[site.name].widths)[0] for site in self._sites}
-        biases = {name: biases[name] for name in self._biased}
-        saved_bytes = sum((saved_at[name] + biases.get(name, 0)) * size for name, size in self._element_size.items())
-        saved_bytes -= sum(_INDEX_BYTES * _index_entries(site, schedule[site.name]) for site in self._sites)
-        parameters = self._model_parameters - saved - sum(biases.values())
+        before = sum(site.parameters for site in self._sites)
+        saved = sum(site.parameters - choice_parameters(site, schedule[site.name]) for site in self._sites)
+        biases = sum(self._biases(site, DENSE) - self._biases(site, schedule[site.name]) for site in self._sites)
+        parameters, stored = self._model_parameters - saved - biases, self.bytes(schedule)
         return Size(
-            kept_fraction=(before_sites - saved) / before_sites,
+            kept_fraction=(before - saved) / before,
             model_kept_fraction=parameters / self._model_parameters,
-            bytes_fraction=(self._model_bytes - saved_bytes) / self._model_bytes,
+            bytes_fraction=stored / self._model_bytes,
             parameters=parameters,
-            bytes=self._model_bytes - saved_bytes,
+            bytes=stored,
             multiply_adds=sum(choice_multiply_adds(site, schedule[site.name]) for site in self._sites),
         )
+
+    def bytes(self, schedule: Schedule) -> int:
+        """Returns the bytes of the model under `schedule`."""
+        return self.fixed_bytes + sum(self.choice_bytes(site, schedule[site.name]) for site in self._sites)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of all that no schedule changes; with `choice_bytes` of all sites they are those of the model."""
+        return self._model_bytes - sum(self.choice_bytes(site, DENSE) for site in self._sites)
+
+    def choice_bytes(self, site: Site | Unit, choice: Choice | Joint) -> int:
+        """Returns the bytes of one site or unit under a choice, with its bias."""
+        if isinstance(site, Unit):
+            assert isinstance(choice, Joint)
+            return sum(self.choice_bytes(*pair) for pair in zip(site.sites, choice.choices, strict=True))
+        assert isinstance(choice, Choice)
+        size = self._element_size.get(site.name, self._itemsize)
+        numbers = choice_parameters(site, choice) + self._biases(site, choice)
+        mask = bitmask_bytes(site.out_features, site.in_features) if choice.is_sparse else 0
+        return size * numbers + _INDEX_BYTES * _index_entries(site, choice) + mask
+
+    def _biases(self, site: Site, choice: Choice) -> int:
+        return site.shape(choice.widths)[0] if site.name in self._biased else 0
 
 
 _INDEX_BYTES = 4
@@ -81,15 +108,19 @@ _INDEX_BYTES = 4
 def _index_entries(site: Site, choice: Choice) -> int:
     rows, columns = site.shape(choice.widths)
     kept = rows * (rows < site.out_features) + columns * (columns < site.in_features)
-    return kept if choice.is_plain else kept + resolve(choice.topology, rows, columns).index_entries(choice.chi)
+    if not choice.is_factored:
+        return kept
+    return kept + resolve(choice.topology, rows, columns).index_entries(choice.chi)
 
 
 def choice_parameters(site: Site | Unit, choice: Choice | Joint) -> int:
-    """Returns the number of parameters of one site or unit under a choice."""
+    """Returns the number of parameters of one site or unit under a choice; the mask of a pruned matrix has none."""
     if isinstance(site, Unit):
         assert isinstance(choice, Joint)
         return sum(choice_parameters(*pair) for pair in zip(site.sites, choice.choices, strict=True))
     assert isinstance(choice, Choice)
+    if choice.is_sparse:
+        return choice.chi
     if choice.is_plain:
         return prod(site.shape(choice.widths))
     return _stored(choice.topology, *site.shape(choice.widths), choice.chi)
@@ -97,13 +128,14 @@ def choice_parameters(site: Site | Unit, choice: Choice | Joint) -> int:
 
 def choice_multiply_adds(site: Site | Unit, choice: Choice | Joint) -> int:
     """Returns the multiply-adds per token of one site or unit: those of the contraction or of the dense product,
-    whichever is less. The dense product requires rebuilding the matrix once per batch, which is not counted."""
+    whichever is less. The dense product requires rebuilding the matrix once per batch, which is not counted, and so is
+    filling in a pruned one."""
     if isinstance(site, Unit):
         assert isinstance(choice, Joint)
         return sum(choice_multiply_adds(*pair) for pair in zip(site.sites, choice.choices, strict=True))
     assert isinstance(choice, Choice)
     shape = site.shape(choice.widths)
-    if choice.is_plain:
+    if not choice.is_factored:
         return prod(shape)
     return min(prod(shape), _contracted(choice.topology, *shape, choice.chi))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from compression.allocation.menu import Menu, SiteMenu
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice, Joint, Schedule
+from compression.schedule import DENSE, SPARSE, Choice, Joint, Schedule
 from compression.sites import Cut, Site, Unit
 from envs.problem import Problem
 from envs.reward import ScoreLike
@@ -44,7 +44,7 @@ class ToyScore:
         return self.kept_fraction
 
 
-def toy_menu(blocks: int = 3, heads: int = 0, bonds: bool = False) -> Menu:
+def toy_menu(blocks: int = 3, heads: int = 0, bonds: bool = False, pruned: bool = False) -> Menu:
     """Returns a menu with two square sites per block, `lowrank` at every second χ, and costs that decay with χ.
 
     The rate of decay differs between sites.
@@ -54,6 +54,7 @@ def toy_menu(blocks: int = 3, heads: int = 0, bonds: bool = False) -> Menu:
         heads: if not 0, attention is split into `heads` sites that produce heads and `heads` sites that read them.
         bonds: whether each MLP is instead a unit of two sites, "up" and "down", with as many parameters together, that
             are joined by a bond. Its options are widths of the bond with the sizes and costs of those χ.
+        pruned: whether every second option of a site is instead a pruned matrix of the same size and cost.
     """
     if blocks < 1:
         raise Refusal(f"blocks must be at least 1, got {blocks}")
@@ -65,6 +66,8 @@ def toy_menu(blocks: int = 3, heads: int = 0, bonds: bool = False) -> Menu:
         scale, rate = 0.2 + 0.1 * (number % 3), 0.06 + 0.02 * (number % 4)
         site: Site | Unit = Site(f"blocks.{block}.{name}", block, family, _WIDTH, _WIDTH)
         choices: list[Choice | Joint] = [Choice("lowrank", int(chi), "two-sided") for chi in chis]
+        if pruned:
+            choices[::2] = [Choice(SPARSE, 2 * _WIDTH * int(chi), "two-sided") for chi in chis[::2]]
         if bonds and name == "mlp":
             site, choices = (
                 _unit(site.name, block),

@@ -22,6 +22,7 @@ __all__ = [
     "AFTERWARDS",
     "AGENTS",
     "ATTENTIONS",
+    "BYTES",
     "EARLIER",
     "EVALUATORS",
     "EXPERT_FORMS",
@@ -39,6 +40,7 @@ __all__ = [
     "Config",
     "Dtype",
     "absolute_name",
+    "bytes_of",
     "read_fields",
 ]
 
@@ -114,6 +116,9 @@ AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "e
 """Fields of the stages after the search."""
 EARLIER: Mapping[str, object] = {"form": "factors", "shrinkage": 0.01, "experts": "fused"}
 """Values of fields that earlier versions did not record, where their runs behaved otherwise than by the default."""
+BYTES = 2
+"""Bytes of a number in the files of runs that count bytes."""
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 RECORDED = ("digests",)
 """Fields that a run fills in by itself; they have no flag."""
 _LARGEST_FILE = 1 << 20  # bytes of a configuration file
@@ -151,6 +156,7 @@ _DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"
 _DEVICES = r"^(auto|(cpu|cuda:(0|[1-9][0-9]{0,2}))(,(cpu|cuda:(0|[1-9][0-9]{0,2})))*)$"
 _ADDRESS = r"^(auto|[^\s:/]+(:[0-9]{1,5})?)$"
 _COUNT = r"^(auto|[1-9][0-9]{0,3})$"
+_SIZE = r"^(?i:[0-9]+([.][0-9]+)?\s?(B|KB|MB|GB|KiB|MiB|GiB))$"
 _POLICY = "a folder with policy.json and policy.safetensors in it, such as that of an earlier run"
 
 
@@ -169,13 +175,19 @@ class Config(BaseModel):
     budget: int = _whole("search", 200, 0, 10_000_000)
     """Evaluations that the search may use; 0 measures only the baselines."""
     target_kept: float = _field("search", 0.8, "a number above 0 and at most 1", "FRACTION", gt=0.0, le=1.0)
-    """Fraction of the parameters of the compressible matrices to keep."""
+    """Fraction of the parameters of the compressible matrices to keep; with form small, of their bytes."""
+    size: str | None = _field("search", None, "a number with its unit, such as 100MB", "SIZE", pattern=_SIZE)
+    """Largest size of the exported model, such as 100MB, instead of target-kept: numbers of 16 bits, places and masks.
+    Unless another form is given, the form is small."""
+    target_bytes_kept: float | None = _field("search", None, "a number above 0 and below 1", "FRACTION", gt=0.0, lt=1.0)
+    """Fraction of the bytes of the whole model to keep, instead of size."""
     granularity: Granularity = _name("search", "block+family", GRANULARITIES, "KIND")
     """What each action of the agent covers: a block, a family of matrices, one matrix (site), an attention head (with
     --per-head), or a block and a family together."""
     form: Form = _name("search", "any", FORMS, "FORM")
     """What the matrices may become: plain, smaller dense matrices, because MLPs lose hidden units and attentions lose
-    heads; factors, each matrix decomposed by itself; or any, both together, which costs the least quality."""
+    heads; factors, each matrix decomposed by itself; any, both together, which costs the least quality for its
+    parameters; or small, these and pruned matrices, which costs the least quality for its bytes but saves no time."""
     serve: Serve = _name("search", "transformers", SERVE, "ENGINE")
     """Engine that is to run the result. vllm and llama.cpp have no factored matrices: form is then plain, and export
     plain or gguf. For vllm an attention keeps all of its heads or none, since its models with blocks of different
@@ -328,8 +340,12 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_what_the_engine_runs(cls, values: Any) -> Any:
-        engine = str(values.get("serve")) if isinstance(values, dict) else ""
-        return {"form": "plain", "export": _PLAIN_EXPORTS[engine], **values} if engine in _PLAIN_EXPORTS else values
+        if not isinstance(values, dict):
+            return values
+        if (engine := str(values.get("serve"))) in _PLAIN_EXPORTS:
+            return {"form": "plain", "export": _PLAIN_EXPORTS[engine], **values}
+        sized = values.get("size") is not None or values.get("target_bytes_kept") is not None
+        return {"form": "small", **values} if sized else values
 
     @field_validator("evaluators", mode="before")
     @classmethod
@@ -396,6 +412,15 @@ class Config(BaseModel):
     def _has_the_widths_it_rounds(self) -> Self:
         if self.form == "factors" and self.width_multiple is not None:
             raise Refusal("width_multiple needs form any or plain; with form factors no width changes")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> Self:
+        given = [name for name in ("size", "target_bytes_kept") if getattr(self, name) is not None]
+        if self.target_kept != Config.model_fields["target_kept"].default:
+            given.insert(0, "target_kept")
+        if len(given) > 1:
+            raise Refusal(f"{given[0]} and {given[1]} both say how small the result is to be: give one of them")
         return self
 
     @model_validator(mode="after")
@@ -508,6 +533,11 @@ class Config(BaseModel):
         return self.model_dump(exclude=set(_FREE))
 
     @property
+    def by_bytes(self) -> bool:
+        """Whether the run counts bytes instead of parameters."""
+        return self.form == "small" or self.size is not None or self.target_bytes_kept is not None
+
+    @property
     def in_process(self) -> bool:
         """Whether schedules are scored in this process, one after the other."""
         return self.evaluators in (None, "1") and self.ray_address is None and self.trial_timeout is None
@@ -515,6 +545,12 @@ class Config(BaseModel):
     def to_json(self) -> str:
         """The content of config.json: all fields but the folders, so that a run folder can be moved."""
         return json.dumps(self.model_dump(exclude={"out", "resume"}), indent=2) + "\n"
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as "100MB" or "1.5 GiB", rounded down."""
+    number, unit = re.fullmatch(r"([0-9.]+)\s?([A-Za-z]+)", size).groups()  # type: ignore[union-attr]
+    return int(float(number) * _UNITS[unit.upper()])
 
 
 def absolute_name(value: str) -> str:

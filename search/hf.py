@@ -40,14 +40,15 @@ from compression.layers.merge import merge_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedLinear, PackedMPO
 from compression.layers.skeleton import check_places, describe, put_skeleton_
+from compression.layers.sparse_linear import SparseLinear
 from compression.refusal import Refusal
 
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register", "verify_folder"]
 
-METHOD, FORMAT = "chisel", 2
+METHOD, FORMAT = "chisel", 3
 """Name of the quantization method in config.json, and number of the newest format that this code reads.
 
-Format 1 has no matrices that lost rows or columns; otherwise the two are the same.
+Format 1 has no matrices that lost rows or columns, and format 2 no pruned ones; otherwise they are the same.
 """
 
 _CHECKSUMS = "chisel_sha256"  # key in the header of a weight file; its value is JSON: tensor name to checksum
@@ -117,6 +118,8 @@ class ChiselQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_kept(kept(module), shape)
                 if isinstance(module, MPOLinear | PackedMPO):
                     check_places(module, dict(module.named_buffers()))
+                if isinstance(module, SparseLinear):
+                    module.check()
             except ValueError as error:
                 raise Refusal(f"compressed module {name}: {error}") from None
         # transformers refuses these two for whatever has a quantizer, though nothing here needs one dtype
@@ -161,7 +164,7 @@ def register(replace: bool = True) -> None:
 def lora_layers() -> dict[type, type]:
     """Return the LoRA layer class for each compressed layer class, for `LoraConfig(…)._register_custom_module(…)`.
 
-    Merging an adapter into cores would change their bond dimensions, so it raises; save the adapter separately.
+    Merging an adapter would change bond dimensions and masks, so it raises; save the adapter separately.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -173,9 +176,9 @@ def lora_layers() -> dict[type, type]:
 
     class ChiselLora(LoraLinear):
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            raise Refusal("an adapter cannot be merged into the cores of a compressed layer; keep it beside them")
+            raise Refusal("an adapter cannot be merged into what a compressed layer stores; keep it beside them")
 
-    return dict.fromkeys((MPOLinear, PackedMPO, PackedLinear), ChiselLora)
+    return dict.fromkeys((MPOLinear, PackedMPO, PackedLinear, SparseLinear), ChiselLora)
 
 
 def _placeholders(modules: Mapping[str, Any]) -> set[str]:

@@ -21,14 +21,12 @@ from compression.numerics.bitmask import bitmask_bytes
 from compression.numerics.group_integers import packed_bytes
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice
+from compression.schedule import DENSE, SPARSE, Choice
 from compression.sites import Site
 
-__all__ = ["PLAIN", "SPARSE", "ByteMenu", "Noise", "byte_menu", "choice_bytes"]
+__all__ = ["PLAIN", "ByteMenu", "Noise", "byte_menu", "choice_bytes"]
 
 PLAIN = 16
-SPARSE = "sparse"
-"""Topology of a pruned matrix in menus by bytes; the χ of its choice is the number of entries that are stored."""
 _TOPOLOGY, _METRIC = "pivoted-lowrank", "two-sided"
 
 
@@ -64,7 +62,7 @@ def choice_bytes(site: Site, choice: Choice, bits: int, group: int) -> int:
     Raises:
         ValueError: a pruned matrix is to have fewer than 16 bits per number.
     """
-    if choice.topology == SPARSE:
+    if choice.is_sparse:
         if bits != PLAIN:
             raise Refusal(f"a pruned matrix must have {PLAIN} bits per number, got {bits}")
         return 2 * choice.chi + bitmask_bytes(site.out_features, site.in_features)

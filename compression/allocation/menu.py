@@ -16,7 +16,7 @@ from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Joint, Schedule
 from compression.sites import Site, Unit, members
-from compression.size import choice_multiply_adds, choice_parameters
+from compression.size import Price, choice_multiply_adds, choice_parameters
 
 __all__ = [
     "FEWEST",
@@ -45,7 +45,8 @@ class SiteMenu:
     Attributes:
         site: the site, or the unit of several.
         choices: the options; of a unit, all are joint.
-        parameters: number of stored entries of every option, int64, strictly ascending.
+        parameters: what every option takes of the budget, int64, strictly ascending: its stored entries, or, by
+            bytes, its bytes.
         cost: predicted KL to the dense model in nats per token, float64, never negative.
         multiply_adds: multiply-adds per token of every option, int64, computed in the cheapest way.
     """
@@ -106,16 +107,16 @@ class Menu:
 
     @cached_property
     def dense_parameters(self) -> int:
-        """Number of entries of all sites if every site stays dense."""
+        """Number of entries, or bytes, of all sites if every site stays dense."""
         return sum(int(menu.parameters[-1]) for menu in self.sites)
 
     @cached_property
     def smallest_parameters(self) -> int:
-        """Number of entries of all sites if every site takes its smallest option."""
+        """Number of entries, or bytes, of all sites if every site takes its smallest option."""
         return sum(int(menu.parameters[0]) for menu in self.sites)
 
     def parameters(self, indices: NDArray[np.int64]) -> int:
-        """Returns the number of entries of all sites, given one option index per site."""
+        """Returns the number of entries, or bytes, of all sites, given one option index per site."""
         return sum(int(menu.parameters[index]) for menu, index in zip(self.sites, indices, strict=True))
 
     def cost(self, indices: NDArray[np.int64]) -> float:
@@ -123,10 +124,10 @@ class Menu:
         return sum(float(menu.cost[index]) for menu, index in zip(self.sites, indices, strict=True))
 
 
-def dense_menu(site: Site) -> SiteMenu:
-    """Returns the menu of a site that must stay dense."""
-    size = np.array([site.parameters], dtype=np.int64)
-    return SiteMenu(site, (DENSE,), parameters=size, cost=np.zeros(1), multiply_adds=size)
+def dense_menu(site: Site, price: Price = choice_parameters) -> SiteMenu:
+    """Returns the menu of a site that must stay dense; `price` as for `envelope`."""
+    size, adds = (np.array([value], dtype=np.int64) for value in (price(site, DENSE), site.parameters))
+    return SiteMenu(site, (DENSE,), parameters=size, cost=np.zeros(1), multiply_adds=adds)
 
 
 @dataclass(frozen=True)
@@ -175,19 +176,24 @@ def undominated(sizes: NDArray[np.int64], costs: NDArray[np.float64]) -> NDArray
     return order[costs[order] < before]
 
 
-def envelope(site: Site | Unit, options: Iterable[Option]) -> SiteMenu:
-    """Returns the menu of undominated options: dense, and every option cheaper than all options that are not larger."""
-    sized = [(choice_parameters(site, option.choice), option) for option in options]
+def envelope(site: Site | Unit, options: Iterable[Option], price: Price = choice_parameters) -> SiteMenu:
+    """Returns the menu of undominated options: dense, and every option cheaper than all options that are not larger.
+
+    Args:
+        price: what an option takes of the budget.
+    """
+    dense = Joint((DENSE,) * len(site.sites)) if isinstance(site, Unit) else DENSE
+    whole_price = price(site, dense)
+    sized = [(price(site, option.choice), option) for option in options]
     kept: list[tuple[int, Option]] = []
     for size, option in sorted(sized, key=lambda pair: (pair[0], pair[1].cost, _topologies(pair[1].choice))):
-        if size < site.parameters and (not kept or (size > kept[-1][0] and option.cost < kept[-1][1].cost)):
+        if size < whole_price and (not kept or (size > kept[-1][0] and option.cost < kept[-1][1].cost)):
             kept.append((size, option))
-    dense = Joint((DENSE,) * len(site.sites)) if isinstance(site, Unit) else DENSE
     choices = (*(option.choice for _, option in kept), dense)
     return SiteMenu(
         site=site,
         choices=choices,
-        parameters=np.array([*(size for size, _ in kept), site.parameters], dtype=np.int64),
+        parameters=np.array([*(size for size, _ in kept), whole_price], dtype=np.int64),
         cost=np.array([*(option.cost for _, option in kept), 0.0], dtype=np.float64),
         multiply_adds=np.array([choice_multiply_adds(site, choice) for choice in choices], dtype=np.int64),
     )

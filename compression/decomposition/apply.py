@@ -17,6 +17,7 @@ from compression.bonds import keep_, linear_layer
 from compression.decomposition.factors import FactorStore
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
+from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.gauge import stored
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
@@ -34,8 +35,8 @@ class ScheduleApplier:
         model: the dense model; `apply_` changes it in place.
         store: provides the factors of the sites.
         packed: whether layers hold exactly what the schedule stores, in tensors of their own, with pivoted topologies
-            in pivoted form. Otherwise layers hold plain cores that are views into the decomposition; these represent
-            the same matrices and are quicker to swap.
+            in pivoted form, and pruned matrices without their zeros. Otherwise layers hold plain cores that are views
+            into the decomposition, and matrices with zeros; these represent the same matrices and are quicker to swap.
         planner: sets the plan of every new layer; with None layers keep nothing in memory besides their cores.
     """
 
@@ -101,11 +102,15 @@ class ScheduleApplier:
         """Returns the module of a site under a choice: the original module, or a new layer."""
         if choice.is_dense:
             return self._dense[name]
-        made = [self._store.bonds.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
         dense = self._dense[name]
         weight, bias = dense.weight, dense.bias
         assert isinstance(weight, torch.Tensor)
         assert bias is None or isinstance(bias, torch.Tensor)
+        if choice.is_sparse:
+            pruned = self._store.pruned.pruned(name, choice.chi)
+            matrix = pruned.matrix.to(weight.dtype)
+            return SparseLinear.of(matrix, pruned.mask, bias) if self._packed else linear_layer(matrix, bias)
+        made = [self._store.bonds.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
         rows, columns = self._store.bonds.kept(name, choice.widths)
         if bias is not None and rows is not None:
             bias = bias[rows.to(bias.device)]

@@ -5,7 +5,8 @@ Combines the elimination of bonds with weights, metrics and the cache. Does not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -15,6 +16,7 @@ from compression.decomposition.measured import Matrix, Measured
 from compression.numerics.elimination import Elimination, eliminate, refit
 from compression.refusal import Refusal
 from compression.sites import Cut, Site, Unit, units
+from compression.size import Price, choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache
 from compression.storage.recent import RecentBundles
 
@@ -103,7 +105,15 @@ class BondStore:
         return Matrix(weight, inputs, gradients)
 
     def menu(
-        self, unit: Unit, topology: str, metric: str, plain: bool, multiple: int | None, chi_multiple: int = 1
+        self,
+        unit: Unit,
+        topology: str,
+        metric: str,
+        plain: bool,
+        multiple: int | None,
+        chi_multiple: int = 1,
+        pruned: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+        price: Price = choice_parameters,
     ) -> SiteMenu:
         """Returns the options of a unit: every width of its bond, with every χ of what is left unless `plain`.
 
@@ -112,13 +122,13 @@ class BondStore:
         Args:
             topology, metric: of the decompositions.
             multiple: as for `compression.decomposition.joint_menu.multiple_of`.
-            chi_multiple: as for `compression.decomposition.joint_menu.joint_menu`.
+            chi_multiple, pruned, price: as for `compression.decomposition.joint_menu.joint_menu`.
         """
         elimination, (reader, cut) = self.elimination(unit.name), self._reader(unit.name)
         step = multiple_of(unit, multiple, self._measured.weights[reader.name].device.type)
         cost = elimination.cost.numpy() * (1.0 if cut.size == 1 else _HEADS)
         if plain:
-            return joint_menu(unit, cost, {}, topology, metric, step)
+            return joint_menu(unit, cost, {}, topology, metric, step, price=price)
         names, widths = [site.name for site in unit.sites], widths_of(cut.groups, step)
 
         def build() -> Bundle:
@@ -131,7 +141,7 @@ class BondStore:
         key = self._measured.key_of(*names, kind="joint spectra", format=_FORMAT, widths=widths)
         tensors = self._cache.get_or_build(key, build).tensors
         spectrum = {(name, width): tensors[f"{name}/{width}"].numpy() for name in names for width in widths}
-        return joint_menu(unit, cost, spectrum, topology, metric, step, chi_multiple)
+        return joint_menu(unit, cost, spectrum, topology, metric, step, chi_multiple, pruned, price)
 
     def _reader(self, bond: str) -> tuple[Site, Cut]:
         """The site that reads a bond, and how the bond cuts it."""

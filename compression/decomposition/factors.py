@@ -23,9 +23,9 @@ from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
-from compression.schedule import Choice, Form
-from compression.sites import Site, Unit, units
-from compression.size import choice_parameters
+from compression.schedule import SPARSE, Choice, Form
+from compression.sites import Site, Unit, members, units
+from compression.size import Price, choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
 from compression.storage.recent import RecentBundles
 
@@ -80,7 +80,7 @@ class FactorStore:
     Attributes:
         sites: as given.
         bonds: cuts the bonds between the sites.
-        pruned: prunes the sites, for menus by bytes (`compression.allocation.byte_menu`).
+        pruned: prunes the sites, for menus by bytes.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FactorStore:
         self._recent = RecentBundles(cache, limit)
         self._identities: dict[_Key, str] = {}
         self.bonds = BondStore(sites, self._measured, cache, self._recent)
-        self.pruned = PrunedStore(sites, self._measured, cache, self._stored)
+        self.pruned = PrunedStore(sites, self._measured, self._recent, self._stored)
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.
@@ -154,12 +154,14 @@ class FactorStore:
         form: Form = "any",
         multiple: int | None = None,
         chi_multiple: int = 1,
+        price: Price = choice_parameters,
     ) -> Menu:
         """Returns the menus of all sites and units: the lower envelope of dense, `topology` at every χ, and fits.
 
-        The options of a unit are the widths of its bond, each with every χ of `topology` for what is left.
+        The options of a unit are the widths of its bond, each with every χ of `topology` for what is left. For the form
+        "small", whole matrices may also be pruned.
 
-        Decompositions and fits that are not cached are built.
+        Decompositions, fits and pruned matrices that are not cached are built.
 
         Args:
             topology: `lowrank` or `pivoted-lowrank`.
@@ -169,21 +171,28 @@ class FactorStore:
             form: what the menus offer, see `compression.schedule.Form`.
             multiple: rows and columns that bonds leave are multiples of this; None means what is fast on the device.
             chi_multiple: bond dimensions are multiples of this, except at sites that have too few of them.
+            price: what a choice takes of the budget. Pruned matrices are worth having in a menu by bytes only.
         """
         menus = []
         done = 0
         for site in self.sites if form == "factors" else units(self.sites):
             done += len(site.sites) if isinstance(site, Unit) else 1
+            free = [each for each in members(site) if form == "small" and not each.dense_because]
+            pruned = {each.name: self.pruned.costs(each.name) for each in free}
             if isinstance(site, Unit):
-                menus.append(self.bonds.menu(site, topology, metric, form == "plain", multiple, chi_multiple))
+                how = form == "plain", multiple, chi_multiple
+                menus.append(self.bonds.menu(site, topology, metric, *how, pruned, price))
             elif site.dense_because or form == "plain":
-                menus.append(dense_menu(site))
+                menus.append(dense_menu(site, price))
             else:
                 spectrum = np.asarray(self.factors(site.name, topology, metric).spectrum.numpy(), dtype=np.float64)
                 options = nested_options(topology, metric, spectrum, site, self._max_chi)
                 for other in (fitted or {}).get(site.name, ()):
                     options += self._fitted_options(site, other, metric, options)
-                menus.append(aligned(envelope(site, options), chi_multiple))
+                options += [
+                    Option(Choice(SPARSE, kept, "two-sided"), cost) for kept, cost in pruned.get(site.name, {}).items()
+                ]
+                menus.append(aligned(envelope(site, options, price), chi_multiple))
             progress(done)
         return Menu(tuple(menus))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from compression.allocation.menu import FEWEST, Option, SiteMenu, convex_hull, e
 from compression.decomposition.measured import Matrix
 from compression.numerics.elimination import Elimination, indices_of
 from compression.numerics.legs import resolve
-from compression.schedule import Choice, Joint
+from compression.schedule import SPARSE, Choice, Joint
 from compression.sites import Site, Unit
+from compression.size import Price, choice_parameters
 
 __all__ = ["joint_menu", "multiple_of", "spectra", "widths_of"]
 
@@ -128,12 +130,14 @@ def joint_menu(
     metric: str,
     multiple: int = 1,
     chi_multiple: int = 1,
+    pruned: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+    price: Price = choice_parameters,
 ) -> SiteMenu:
     """Returns the undominated options of a unit.
 
     At each width with spectra, the χ of the matrices follow the gain per parameter that they have in common, from the
     smallest to the largest; other combinations lie above the convex hull of these. Other widths are offered without
-    factors.
+    factors. Pruned matrices are options beside χ at the full width.
 
     Args:
         unit: the unit; all its sites are cut by the same bond alone.
@@ -142,6 +146,8 @@ def joint_menu(
         topology, metric: of the decompositions.
         multiple: number of groups whose multiples are offered as widths.
         chi_multiple: number whose multiples are offered as χ, at matrices that have enough of them.
+        pruned: by site name, the predicted cost of its pruned matrices by the number of their entries.
+        price: what a choice takes of the budget.
     """
     groups = len(cost) - 1
     least = {0} if all(cut.least == 0 for site in unit.sites for cut in site.cuts) else set[int]()
@@ -149,51 +155,56 @@ def joint_menu(
     paths = []
     for width in widths:
         cut = (width,) if width < groups else ()
-        paths.append(
-            _path([_curve(site, cut, topology, spectrum.get((site.name, width)), chi_multiple) for site in unit.sites])
-        )
+        curves = []
+        for site in unit.sites:
+            options = [Option(Choice("dense", 0, "none", cut), 0.0)]
+            if (values := spectrum.get((site.name, width))) is not None:
+                options += _factored(site, cut, topology, metric, values, chi_multiple)
+            if not cut:
+                options += [
+                    Option(Choice(SPARSE, kept, "two-sided"), worth)
+                    for kept, worth in pruned.get(site.name, {}).items()
+                ]
+            curves.append(_curve(site, options, price))
+        paths.append(_path(curves))
     sizes = np.concatenate([path.sizes.sum(axis=1) for path in paths])
     costs = np.concatenate([cost[width] + path.costs.sum(axis=1) for width, path in zip(widths, paths, strict=True)])
-    chis = np.concatenate([path.chis for path in paths])
-    width_of = np.repeat(widths, [len(path.sizes) for path in paths])
-
-    def option(index: int) -> Option:
-        cut = (int(width_of[index]),) if width_of[index] < groups else ()
-        plain = Choice("dense", 0, "none", cut)
-        made = (Choice(topology, int(chi), metric, cut) if chi else plain for chi in chis[index])
-        return Option(Joint(tuple(made)), float(costs[index]))
-
-    return envelope(unit, [option(index) for index in undominated(sizes, costs)])
+    choices = np.concatenate([path.choices for path in paths])
+    options = [Option(Joint(tuple(choices[index])), float(costs[index])) for index in undominated(sizes, costs)]
+    return envelope(unit, options, price)
 
 
 @dataclass(frozen=True, eq=False)
 class _Curve:
-    """Options with parameters and cost, ascending in parameters; χ is 0 without factors.
+    """Options with what they take of the budget and cost, ascending in what they take.
 
     Each array has an axis of options, and behind it, if it describes several matrices, one of matrices.
     """
 
     sizes: NDArray[np.int64]
     costs: NDArray[np.float64]
-    chis: NDArray[np.int64]
+    choices: NDArray[np.object_]
 
 
-def _curve(
-    site: Site, cut: tuple[int, ...], topology: str, spectrum: NDArray[np.float64] | None, multiple: int
-) -> _Curve:
-    """Returns the options of one matrix that lie on the lower convex hull of cost over parameters."""
-    rows, columns = site.shape(cut)
-    chis: list[int] = []
-    sizes, costs = [rows * columns], [0.0]
-    if spectrum is not None:
-        legs, tail = resolve(topology, rows, columns), tail_costs(spectrum)
-        last = min(legs.break_even_chi, len(spectrum))
-        chis = list(range(1, last + 1)) if last < FEWEST * multiple else list(range(multiple, last + 1, multiple))
-        sizes = [*(legs.parameters(chi) for chi in chis), *sizes]
-        costs = [*tail[chis], *costs]
-    curve = _Curve(np.array(sizes, dtype=np.int64), np.array(costs), np.array([*chis, 0], dtype=np.int64))
-    kept = convex_hull(curve.sizes, curve.costs)
-    return _Curve(curve.sizes[kept], curve.costs[kept], curve.chis[kept])
+def _factored(
+    site: Site, cut: tuple[int, ...], topology: str, metric: str, spectrum: NDArray[np.float64], multiple: int
+) -> list[Option]:
+    """Returns the χ that are offered for what is left of one matrix."""
+    tail = tail_costs(spectrum)
+    last = min(resolve(topology, *site.shape(cut)).break_even_chi, len(spectrum))
+    chis = range(1, last + 1) if last < FEWEST * multiple else range(multiple, last + 1, multiple)
+    return [Option(Choice(topology, chi, metric, cut), float(tail[chi])) for chi in chis]
+
+
+def _curve(site: Site, options: Sequence[Option], price: Price) -> _Curve:
+    """Returns the options of one matrix that lie on the lower convex hull of cost over what they take."""
+    sized = sorted(((price(site, each.choice), each.cost, each.choice) for each in options), key=lambda one: one[:2])
+    sizes, costs = np.array([one[0] for one in sized], dtype=np.int64), np.array([one[1] for one in sized])
+    new = np.flatnonzero(np.diff(sizes, prepend=-1))  # of options of one size, the cheapest
+    kept = new[convex_hull(sizes[new], costs[new])]
+    choices = np.empty(len(sized), dtype=object)
+    choices[:] = [one[2] for one in sized]
+    return _Curve(sizes[kept], costs[kept], choices[kept])
 
 
 def _path(curves: Sequence[_Curve]) -> _Curve:
@@ -207,7 +218,7 @@ def _path(curves: Sequence[_Curve]) -> _Curve:
     return _Curve(
         np.stack([curve.sizes[index] for curve, index in pairs], axis=1),
         np.stack([curve.costs[index] for curve, index in pairs], axis=1),
-        np.stack([curve.chis[index] for curve, index in pairs], axis=1),
+        np.stack([curve.choices[index] for curve, index in pairs], axis=1),
     )
 
 

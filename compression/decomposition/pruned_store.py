@@ -13,9 +13,10 @@ from compression.decomposition.measured import Measured
 from compression.numerics.pruning import Pruned, prune
 from compression.refusal import Refusal
 from compression.sites import Site
-from compression.storage.factor_cache import Bundle, FactorCache
+from compression.storage.factor_cache import Bundle
+from compression.storage.recent import RecentBundles
 
-__all__ = ["PrunedStore", "ladder"]
+__all__ = ["PrunedStore", "ladder", "pruned_bytes"]
 
 _FORMAT = 1
 """Part of the cache keys of what is made here; increase it when results change."""
@@ -30,24 +31,30 @@ def ladder(site: Site) -> list[int]:
     return sorted((count for count in counts if 1 <= count < site.parameters), reverse=True)
 
 
+def pruned_bytes(site: Site, itemsize: int) -> int:
+    """Returns the bytes of what is stored of a site: its values at every density, and one for each of its entries."""
+    return itemsize * sum(ladder(site)) + site.parameters
+
+
 class PrunedStore:
     """Prunes the sites of one model on demand.
 
     Args:
         sites: the sites of the model.
         measured: their weights and metrics.
-        cache: stores the results.
+        recent: stores the results.
         stored: type of the stored values.
     """
 
     def __init__(
-        self, sites: Sequence[Site], measured: Measured, cache: FactorCache, stored: torch.dtype = torch.float32
+        self, sites: Sequence[Site], measured: Measured, recent: RecentBundles, stored: torch.dtype = torch.float32
     ) -> None:
         self._site = {site.name: site for site in sites}
         self._measured = measured
-        self._cache = cache
+        self._recent = recent
         self._stored = stored
-        self._memory: dict[str, Bundle] = {}
+        self._costs: dict[str, Mapping[int, float]] = {}
+        self._identities: dict[str, str] = {}
 
     def costs(self, name: str) -> Mapping[int, float]:
         """Returns the predicted cost in nats per token by number of entries kept, descending; empty if none is smaller.
@@ -58,11 +65,11 @@ class PrunedStore:
         site = self._site[name]
         if site.dense_because:
             raise Refusal(f"site {name} must stay dense: {site.dense_because}")
-        kept = ladder(site)
-        if not kept:
-            return {}
-        cost = self._bundle(name).tensors["cost"]
-        return dict(zip(kept, cost.tolist(), strict=True))
+        if name not in self._costs:
+            kept = ladder(site)
+            cost = self._bundle(name).tensors["cost"].tolist() if kept else []
+            self._costs[name] = dict(zip(kept, cost, strict=True))
+        return self._costs[name]
 
     def pruned(self, name: str, kept: int) -> Pruned:
         """Returns the matrix of a site with `kept` entries, float32 on the device of its weight.
@@ -83,13 +90,10 @@ class PrunedStore:
 
     def _bundle(self, name: str) -> Bundle:
         """The results of a site: their values and costs, and how many of them every entry is in, uint8 (out, in)."""
-        if name not in self._memory:
-            self._memory[name] = self._prune(name)
-        return self._memory[name]
-
-    def _prune(self, name: str) -> Bundle:
         kept = ladder(self._site[name])
-        key = self._measured.key_of(name, kind="pruned", format=_FORMAT, kept=kept, stored=str(self._stored))
+        if name not in self._identities:
+            parts = {"kind": "pruned", "format": _FORMAT, "kept": kept, "stored": str(self._stored)}
+            self._identities[name] = self._measured.key_of(name, **parts)
 
         def build() -> Bundle:
             matrix = self._measured.matrix(name)
@@ -101,4 +105,4 @@ class PrunedStore:
                 values[f"values.{number}"] = result.matrix[result.mask].to(self._stored).cpu()
             return Bundle({"steps": steps.cpu(), "cost": torch.tensor(costs, dtype=torch.float64), **values})
 
-        return self._cache.get_or_build(key, build)
+        return self._recent.get_or_build(self._identities[name], build)

@@ -15,7 +15,8 @@ ridge λ and the share α in [0, 1] are chosen so that a correction from one hal
 half, in the metric of the gradient moment G. If no correction helps, the site keeps W. W* is then decomposed in the
 metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], where C, the moment of the dense input x, comes from the statistics. These use
 more text and weight its tokens; using the moment of x̂ alone does harm where x̂ deviates little from x. A site that
-stays dense takes W* itself, which repairs it without adding parameters.
+stays dense takes W* itself, which repairs it without adding parameters. A pruned site keeps its mask, and the values
+under it are fitted to W* in that metric.
 
 Where a bond between matrices is cut to a width, a site that writes the bond has only the rows of the kept groups. The
 site that reads it receives only their values, x̂_S. Its start is the exact refit of W on the dense values x_S (see
@@ -46,10 +47,12 @@ from compression.decomposition.factors import lowrank_cores
 from compression.decomposition.unfinished_repair import UnfinishedRepair
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import is_lowrank
+from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.elimination import Elimination, refit
 from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
+from compression.numerics.pruning import Pruned, refit_pruned
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
@@ -74,6 +77,7 @@ def repair_(
     correct: bool = True,
     progress: Callable[[int], None] = lambda done: None,
     unfinished: UnfinishedRepair | None = None,
+    pruned: Callable[[str, int], Pruned] | None = None,
 ) -> Mapping[str, nn.Module]:
     """Compress `model` in place according to `schedule`, block by block, with repair.
 
@@ -92,6 +96,8 @@ def repair_(
         progress: called with the number of blocks done.
         unfinished: stores the result of every block. If an interrupted repair has stored blocks there, this one
             continues after them, with the same result, bit for bit.
+        pruned: returns the pruned matrix of a site, see `compression.decomposition.pruned_store.PrunedStore`; needed
+            if the schedule prunes one.
 
     Returns:
         The replaced modules by site name; putting them back restores the dense model. After an error they are put back
@@ -141,7 +147,11 @@ def repair_(
                         seen = seen + drift if correct else inputs.sum(0)
                     metrics = seen, gradient
                     old, choice = taken[site.name], schedule[site.name]
-                    new = _compressed(old, weight, choice, *metrics, start.rows, shrinkage)
+                    if choice.is_sparse:
+                        assert pruned is not None
+                        new: nn.Module = _pruned(old, weight, pruned(site.name, choice.chi), *metrics, shrinkage)
+                    else:
+                        new = _compressed(old, weight, choice, *metrics, start.rows, shrinkage)
                     shape = site.out_features, site.in_features
                     model.set_submodule(site.name, keep_(new, shape, start.rows, start.columns))
             states, dense_states = targets.advance(states), targets.outputs
@@ -256,6 +266,23 @@ def _compressed(
         metrics = (shrink(gradient, shrinkage)[None], shrink(input_moment, shrinkage)[None])
         cores = [core[0] for core in fit(weight[None], *metrics, legs, choice.chi).cores]
     return MPOLinear(stored([core.to(old_weight.dtype) for core in cores], legs.pivoted), bias)
+
+
+def _pruned(
+    old: nn.Module,
+    weight: torch.Tensor,
+    pruned: Pruned,
+    input_moment: torch.Tensor,
+    gradient: torch.Tensor,
+    shrinkage: float,
+) -> nn.Module:
+    """Returns the layer of a pruned matrix whose values are fitted to `weight` (out, in) under its mask.
+
+    Args:
+        old, input_moment, gradient: as for `_compressed`.
+    """
+    fitted = refit_pruned(weight, shrink(input_moment, shrinkage), shrink(gradient, shrinkage), pruned)
+    return SparseLinear.of(fitted.matrix.to(dense_weight(old).dtype), fitted.mask, _bias(old))
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

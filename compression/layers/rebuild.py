@@ -13,6 +13,7 @@ from torch import nn
 from compression.bonds import keep_, linear_layer
 from compression.layers.kept import check_kept
 from compression.layers.skeleton import check_places, empty_mpo
+from compression.layers.sparse_linear import SparseLinear, empty_sparse
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.schedule import Choice
@@ -27,23 +28,28 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
     Its shape is that which the widths of the choice leave, see `compression.sites.Site.shape`.
 
     Raises:
-        ValueError: a tensor is missing, unknown, or of another shape or with other row numbers than the choice allows.
+        ValueError: a tensor is missing, unknown, or of another shape, with other row numbers or with another number of
+            entries in its mask than the choice allows.
     """
     rows, columns = site.shape(choice.widths)
     dense = (site.out_features, site.in_features)
     bias = torch.empty(rows, device="meta") if "bias" in state else None
     layer: nn.Module
     try:
-        if choice.is_plain:
+        dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
+        if choice.is_sparse:
+            layer = empty_sparse(rows, columns, choice.chi, bias, dtype)
+        elif choice.is_plain:
             layer = linear_layer(torch.empty(rows, columns, device="meta"), bias)
         else:
             legs = resolve(choice.topology, rows, columns)
-            dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
             layer = empty_mpo(legs, legs.bonds(choice.chi)[1:-1], bias, dtype)
             check_places(layer, state)
         keep_(layer, dense, *(torch.empty(size, device="meta", dtype=torch.int32) for size in (rows, columns)))
         check_kept(state, dense)
         layer.load_state_dict(dict(state), assign=True)
+        if isinstance(layer, SparseLinear):
+            layer.check()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise Refusal(

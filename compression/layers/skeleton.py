@@ -22,6 +22,7 @@ from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
+from compression.layers.sparse_linear import SparseLinear, empty_sparse
 from compression.layers.stacked_experts import StackedExperts
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.group_integers import BITS, Codes
@@ -52,6 +53,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
           MPO, "topology", "bonds" and "bias". A packed linear layer has "bias" and "tied": the name of the embedding
           that holds its matrix, or "".
         * For a linear layer that lost rows or columns: {"kind": "linear", "bias"}.
+        * For a `SparseLinear`: {"kind": "sparse", "kept": the number of entries that are stored, "bias"}.
         * For a layer of experts that was taken apart: {"kind": "experts" or "stacked-experts", "tensors": names of the
           fused tensors}. Its matrices have their own descriptions.
 
@@ -79,6 +81,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             found[name] = {**plain, **_packing(module.stored)}
         elif isinstance(module, PackedEmbedding):
             found[name] = {"kind": "packed-embedding", **_packing(module.packed)}
+        elif isinstance(module, SparseLinear):
+            found[name] = {"kind": "sparse", "kept": len(module.values), "bias": module.bias is not None}
         elif kept(module):
             found[name] = {"kind": "linear", "bias": module.bias is not None}
         if name in found and kept(module):
@@ -104,6 +108,7 @@ def put_skeleton_(model: nn.Module, descriptions: Mapping[str, Mapping[str, Any]
         "packed-linear": _packed_linear,
         "packed-embedding": _packed_embedding,
         "linear": _linear,
+        "sparse": _sparse,
     }
     shapes: dict[str, tuple[int, ...]] = {}
     # Containers before their parts, and layers that share a matrix after the embedding that holds it.
@@ -185,6 +190,11 @@ def _linear(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, 
     return linear_layer(
         torch.empty(shape, device="meta", dtype=dtype), _empty_bias(description["bias"], shape[0], dense)
     )
+
+
+def _sparse(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> SparseLinear:
+    bias = _empty_bias(description["bias"], shape[0], dense)
+    return empty_sparse(shape[0], shape[1], description["kept"], bias, dense_weight(dense).dtype)
 
 
 def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> MPOLinear:

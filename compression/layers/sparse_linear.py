@@ -13,7 +13,7 @@ from torch.nn import functional
 from compression.numerics.bitmask import pack, unpack
 from compression.refusal import Refusal
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "empty_sparse"]
 
 
 class SparseLinear(nn.Module):
@@ -24,7 +24,7 @@ class SparseLinear(nn.Module):
 
     Args:
         values: entries of W, row by row.
-        bitmask: which entries they are, uint8 (out, ⌈in/8⌉).
+        bitmask: which entries they are, uint8 (out, ⌈in/8⌉); on the meta device it is checked by `check` later.
         columns: in.
         bias: (out,) or None.
 
@@ -39,13 +39,23 @@ class SparseLinear(nn.Module):
         self, values: torch.Tensor, bitmask: torch.Tensor, columns: int, bias: torch.Tensor | None = None
     ) -> None:
         super().__init__()
-        named = int(unpack(bitmask, columns).sum())
-        if values.shape != (named,):
-            raise Refusal(f"the mask is damaged: it names {named} entries, but {tuple(values.shape)} values are stored")
         self.out_features, self.in_features = len(bitmask), columns
         self.register_parameter("values", nn.Parameter(values, requires_grad=False))
         self.register_buffer("bitmask", bitmask)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        if not bitmask.is_meta:
+            self.check()
+
+    def check(self) -> None:
+        """Check the stored mask, which says where the values belong.
+
+        Raises:
+            ValueError: the mask is damaged, or does not name as many entries as there are values.
+        """
+        named = int(unpack(self.bitmask, self.in_features).sum())
+        if self.values.shape != (named,):
+            stored = tuple(self.values.shape)
+            raise Refusal(f"the mask is damaged: it names {named} entries, but {stored} values are stored")
 
     @classmethod
     def of(cls, matrix: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None = None) -> SparseLinear:
@@ -67,3 +77,18 @@ class SparseLinear(nn.Module):
             f"out={self.out_features}, in={self.in_features}, kept={len(self.values)}, "
             f"bias={self._parameters['bias'] is not None}"
         )
+
+
+def empty_sparse(
+    rows: int, columns: int, kept: int, bias: torch.Tensor | None, dtype: torch.dtype = torch.float32
+) -> SparseLinear:
+    """Returns a layer on the meta device that stores `kept` entries of a matrix (rows, columns).
+
+    Raises:
+        ValueError: the matrix does not have so many entries.
+    """
+    if type(kept) is not int or not 1 <= kept <= rows * columns:
+        raise Refusal(f"the entries that are stored must be 1 to {rows * columns}, got {kept!r:.80}")
+    values = torch.empty(kept, device="meta", dtype=dtype)
+    bitmask = torch.empty(rows, -(-columns // 8), device="meta", dtype=torch.uint8)
+    return SparseLinear(values, bitmask, columns, bias)

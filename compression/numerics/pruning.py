@@ -23,7 +23,7 @@ import torch
 
 from compression.refusal import Refusal
 
-__all__ = ["Pruned", "prune"]
+__all__ = ["Pruned", "prune", "refit_pruned"]
 
 _GAIN = 0.02
 """The refit ends when an iteration lowers the cost by less than this share of what is left of it."""
@@ -73,6 +73,24 @@ def prune(weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor, k
         raise Refusal("a matrix with NaN or infinite entries cannot be pruned")
     columns, rows = _Side.of(inputs), _Side.of(gradients)
     return _steps(weight.double() * rows.scale[:, None] * columns.scale, rows, columns, kept)
+
+
+@torch.no_grad()
+def refit_pruned(weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor, pruned: Pruned) -> Pruned:
+    """Returns a pruned matrix with the same mask whose values are fitted to another matrix, from their present values.
+
+    Args:
+        weight, inputs, gradients: W, C and G as for `prune`.
+
+    Raises:
+        ValueError: a moment is not positive definite.
+    """
+    columns, rows = _Side.of(inputs), _Side.of(gradients)
+    scale = rows.scale[:, None] * columns.scale
+    unit = float((weight.double() * scale).norm()) or 1.0
+    target, start = ((each.double() * scale / unit).float() for each in (weight, pruned.matrix))
+    values, cost = _refit(target, start, pruned.mask, rows.single, columns.single)
+    return Pruned((values.double() / scale * unit).float(), pruned.mask, cost * unit * unit)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from compression.layers.sparse_linear import SparseLinear
 from compression.refusal import Refusal
 from compression.sites import router_weights
 
-__all__ = ["captured_head_input", "frozen", "put_parameters", "trainable_"]
+__all__ = ["captured_head_input", "frozen", "pruned_values", "put_parameters", "trainable_"]
 
 
 def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -56,6 +56,11 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
     }
     put_parameters(model, fresh)
     return fresh
+
+
+def pruned_values(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the parameters that hold the entries of pruned matrices, which have one axis."""
+    return frozenset(f"{path}.values" for path, module in model.named_modules() if isinstance(module, SparseLinear))
 
 
 def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -180,7 +180,7 @@ class _Run:
                     yield _as_is(loaded)
 
     def _schedule(self, name: str, experiment: Experiment) -> Schedule:
-        target = self.config.target_kept
+        target = experiment.budget.target_kept
         if name == "dense":
             return Schedule.dense(tuple(site.name for site in experiment.sites))
         if name == "uniform":

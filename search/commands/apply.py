@@ -37,13 +37,15 @@ def run(words: list[str]) -> int:
         target = given.get("target_kept")
         if file is None:
             raise Refusal("prior must be an existing prior.json, got none")
-        config = configuration(given)
-        set_threads(config)
+        set_threads(configuration(given))
         from search.priors.format import Prior
 
         prior = Prior.read(Path(file), clamp)
-        if target is None:
-            config = configuration({**given, "target_kept": prior.target_kept})
+        if prior.is_small:
+            given = {"form": "small", **given}
+        if not any(given.get(name) is not None for name in ("target_kept", "size", "target_bytes_kept")):
+            given = {**given, "target_kept": prior.target_kept}
+        config = configuration(given)
         from search.pipeline.apply import apply
 
         with shown:

@@ -86,13 +86,21 @@ def compare(config: Config, names: Sequence[str], seeds: Sequence[int], console:
             with console.stage("decompose", len(sites), "matrices") as stage:
                 menu = experiment.menu(advancing(stage))
             experiment.calibration.release()
-            problem = Problem.build(menu, config.target_kept, config.granularity)
+            problem = Problem.build(menu, experiment.budget.target_kept, config.granularity)
             _play(folder, experiment, problem, contest, entered, console)
         standings = list(contest.entries.values()), contest.heldout, contest.closed_form
-        text = report(*standings, title=f"{loaded.model_id} at kept {config.target_kept}, {config.budget} evaluations")
+        text = report(*standings, title=f"{loaded.model_id} at {_target(config)}, {config.budget} evaluations")
         folder.write_text(TABLE, text)
         folder.write_text(CURVE, plot(*standings))
     return folder.path, text
+
+
+def _target(config: Config) -> str:
+    if config.size is not None:
+        return config.size
+    return (
+        f"kept {config.target_kept}" if config.target_bytes_kept is None else f"{config.target_bytes_kept} of the bytes"
+    )
 
 
 @dataclass

@@ -78,6 +78,7 @@ class ModelEvaluator:
             bit for bit either way.
         packed: measure with the packed tensors that a schedule stores. Otherwise plain cores are used, which compute
             the same function and are quicker to swap.
+        itemsize: bytes of a stored number in the sizes of scores, as for `compression.size.SizeModel`.
         repair: applies a schedule to the dense model in place, repairs it, and returns the modules it replaced (see
             `compression.decomposition.repair.repair_`). Scores are then those of the repaired model, at many times the
             cost.
@@ -101,6 +102,7 @@ class ModelEvaluator:
         anchor: Schedule | None = None,
         reuse_bytes: int = REUSE_BYTES,
         packed: bool = False,
+        itemsize: int | None = None,
         repair: Callable[[Schedule], Mapping[str, nn.Module]] | None = None,
         times: Callable[[Schedule], float] | None = None,
         progress: Callable[[], None] = lambda: None,
@@ -114,7 +116,7 @@ class ModelEvaluator:
         self._times = times
         self._workloads = list(workloads)
         self._applier = ScheduleApplier(model, store, packed)
-        self._sizes = SizeModel(model, store.sites)
+        self._sizes = SizeModel(model, store.sites, itemsize)
         self._sites = store.sites
         self.states = HiddenStates(model, store.sites, sum(one.padded_tokens for one in workloads), reuse_bytes)
         self.states.verify()

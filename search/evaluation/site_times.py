@@ -62,7 +62,7 @@ class SiteTimes:
     def _share(self, site: Site, choice: Choice, tokens: int) -> float:
         """Time of a choice divided by that of the dense site, for a pass of `tokens` tokens."""
         rows, columns = site.shape(choice.widths)
-        if choice.is_plain:
+        if not choice.is_factored:  # a pruned matrix is filled in and multiplied as a dense one
             return rows * columns / site.parameters
         legs = resolve(choice.topology, rows, columns)
         return rows * columns / site.parameters * self.planner.share(legs, choice.chi, self.dtype, self.device, tokens)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 
 import torch
@@ -25,7 +25,7 @@ from compression.refusal import Refusal
 from compression.schedule import Form, Schedule
 from compression.sites import Site, Unit
 from compression.storage.factor_cache import FactorCache, cache_key
-from search.config import Config
+from search.config import BYTES, Config
 from search.data.items import Item
 from search.data.own_text import read_own_text
 from search.data.prompts import render
@@ -40,6 +40,7 @@ from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS, Calibration, calibration_batches, factor_store
 from search.experiment.open_model import open_model
+from search.model.budget import Budget
 from search.model.devices import resolve_device
 from search.model.kinds import Kind
 from search.model.loading import LoadedModel
@@ -133,7 +134,10 @@ class Experiment:
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
-        return cls(config, loaded, sites, splits, calibration, factor_store(loaded, sites, calibration, cache), device)
+        store = factor_store(loaded, sites, calibration, cache, pruned=config.form == "small")
+        made = cls(config, loaded, sites, splits, calibration, store, device)
+        made.budget  # noqa: B018 (of the dense model)
+        return made
 
     @classmethod
     def open(cls, config: Config) -> Experiment:
@@ -232,6 +236,7 @@ class Experiment:
             anchor,
             reuse_bytes,
             packed=reported,
+            itemsize=BYTES if config.by_bytes else None,
             repair=partial(self.repair_, tokens=config.reward_repair_tokens) if repairing else None,
             times=self.times() if config.latency_weight else None,
             progress=progress,
@@ -240,6 +245,11 @@ class Experiment:
             yield evaluator
         finally:
             evaluator.close()
+
+    @cached_property
+    def budget(self) -> Budget:
+        """What schedules may keep, counted on the dense model."""
+        return Budget.of(self.config, self.loaded.model, self.sites)
 
     def references(self, anchor: Schedule | None) -> int:
         """Number of passes over shards that the evaluator of a search makes before it can score a schedule."""
@@ -263,7 +273,8 @@ class Experiment:
         """
         statistics, batches = self.calibration(), self.repair_batches(tokens)
         of, how = (self.loaded.model, self.sites, schedule), (self.calibration.shrinkage, self.store.bonds.elimination)
-        return repair_(*of, statistics, batches, *how, progress=progress, unfinished=unfinished)
+        pruned = self.store.pruned.pruned
+        return repair_(*of, statistics, batches, *how, progress=progress, unfinished=unfinished, pruned=pruned)
 
     def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first calibration batches with `tokens` tokens or slightly more, in the order of the calibration."""
@@ -289,7 +300,8 @@ class Experiment:
         return self._menus[key]
 
     def _menu(self, progress: Callable[[int], None], form: Form, multiple: int | None, weight: float) -> Menu:
-        menu = self.store.menu(progress=progress, form=form, multiple=multiple, chi_multiple=ALIGNED if weight else 1)
+        aligned, price = ALIGNED if weight else 1, self.budget.price
+        menu = self.store.menu(progress=progress, form=form, multiple=multiple, chi_multiple=aligned, price=price)
         if self.config.serve == "vllm":
             menu = Menu(tuple(whole(each) if _of_heads(each.site) else each for each in menu.sites))
         if not weight:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from compression.decomposition.pruned_store import pruned_bytes
 from compression.sites import model_bytes
 from search.experiment.calibration import CHUNK_TOKENS, factor_limit, moment_bytes
 from search.experiment.experiment import Experiment
@@ -55,12 +56,14 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         written = 3 * kept  # of two passes, and the state of an unfinished one
     square = max(max(site.out_features, site.in_features) for site in sites) ** 2
     if calibration.by_block:
-        factors = factor_limit(model, sites)
+        factors = factor_limit(model, sites, pruned=config.form == "small")
     else:
         lowrank = sum(
             min(each.out_features, each.in_features) * (each.out_features + each.in_features) for each in sites
         )
         factors = 4 * (2 * lowrank + sum(site.parameters for site in sites))
+        if config.form == "small":
+            factors += sum(pruned_bytes(site, 4) for site in sites)
     found = (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),
@@ -69,6 +72,6 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
     if not config.repair_tokens:
         return found
     states = 2 * 4 * min(config.repair_tokens, tokens) * width  # of the dense and the compressed model, in float32
-    repaired = int(config.target_kept * sum(site.parameters for site in sites)) * model.dtype.itemsize
+    repaired = int(experiment.budget.target_kept * sum(site.parameters for site in sites)) * model.dtype.itemsize
     repair = Need("repair", resident + states + 8 * _REPAIR * square, kept + factors + states + repaired)
     return (*found, repair)

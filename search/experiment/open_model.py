@@ -17,20 +17,19 @@ from compression.layers.experts import experts_apart, take_apart_
 from compression.layers.fused import split_fused_
 from compression.layers.heads import split_heads_
 from compression.layers.stacked_experts import StackedExperts
-from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import Form
 from compression.sites import Site, Unit, discover_sites, units
 from search.config import Config
 from search.experiment.calibration import CHUNK_TOKENS
 from search.experiment.user_files import check_files
 from search.model.architecture import head_size
+from search.model.budget import Budget
 from search.model.devices import working_dtype
 from search.model.loading import LoadedModel, load_model
 from search.model.pretrained import set_attention_
 from search.model.spreading import devices_of, spread_
 
-__all__ = ["open_model", "smallest_parameters", "staying_dense"]
+__all__ = ["open_model", "staying_dense"]
 
 _LARGEST_STACK = 8_192  # a second moment of so many units takes 256 MiB, and each layer has three
 
@@ -52,9 +51,10 @@ def open_model(
             `search.experiment.user_files.check_files`, `search.model.loading.load_model`,
             `search.model.pretrained.set_attention_`,
             `search.model.spreading.spread_` and `compression.sites.discover_sites`; the model has fewer positions than
-            a calibration text has tokens; the target is below the smallest kept fraction; `per_head` is set for a model
-            without several heads, or `split_fused` for one without fused matrices; or the form needs bonds between
-            matrices, and the model has none, or none as wide as `width_multiple`.
+            a calibration text has tokens; the target is below the smallest that can be had, or the size not below that
+            of the dense model; `per_head` is set for a model without several heads, or `split_fused` for one without
+            fused matrices; or the form needs bonds between matrices, and the model has none, or none as wide as
+            `width_multiple`.
         DataUnavailable: as for `search.model.loading.load_model`.
     """
     check_files(config)
@@ -94,16 +94,16 @@ def open_model(
         discover = bonds_by_kind if outlined else discover_bonds
         sites = with_bonds(sites, discover(loaded.model, sites))
         _refuse_without_widths(config, sites, device)
-    before = sum(site.parameters for site in sites)
-    if smallest_parameters(sites, config.form) == before:
+    budget = Budget.of(config, loaded.model, sites)
+    if budget.least_kept >= 1:
         why = staying_dense(sites) or "they are too small"
         raise Refusal(f"no matrix of {config.model} can be made smaller: {why}")
-    smallest = smallest_parameters(sites, config.form) / before
-    if config.target_kept < smallest:
+    if budget.target_kept < budget.least_kept:
         why = f"; what stays dense is {staying}" if (staying := staying_dense(sites)) else ""
+        target, _, got = budget.wanted.partition(" ")
         raise Refusal(
-            f"target_kept must be at least {smallest:.4f}, the smallest fraction that this model can keep with "
-            f"form {config.form}, got {config.target_kept}{why}"
+            f"{target} must be at least {budget.least}, the smallest {'size' if target == 'size' else 'fraction'} that "
+            f"this model can keep with form {config.form}, got {got}{why}"
         )
     return loaded, sites
 
@@ -125,20 +125,6 @@ def staying_dense(sites: Sequence[Site]) -> str:
         f"{share:.1%} of the parameters, such as {staying[0].name} ({reason})"
         for share, (reason, staying) in zip(shares, ordered, strict=True)
     )
-
-
-def smallest_parameters(sites: Sequence[Site], form: Form) -> int:
-    """Parameters of all sites together in their smallest form.
-
-    Bonds have their least width, and what is left is pivoted `lowrank` with χ = 1 unless `form` is "plain".
-    """
-    total = 0
-    for site in sites:
-        rows, columns = site.shape(() if form == "factors" else tuple(cut.least for cut in site.cuts))
-        total += rows * columns
-        if rows and columns and form != "plain" and not site.dense_because:
-            total -= max(0, rows * columns - resolve("pivoted-lowrank", rows, columns).parameters(1))
-    return total
 
 
 def _refuse_large_stacks(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from compression.layers.merge import merge_
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedMPO
 from compression.layers.skeleton import describe
+from compression.layers.sparse_linear import SparseLinear
 from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
@@ -113,7 +114,8 @@ def forms(model: nn.Module) -> str:
     """Return a sentence with the number of matrices of each compressed form."""
     mpos = sum(isinstance(module, MPOLinear | PackedMPO) for module in model.modules())
     cut = sum(bool(kept(module)) for module in model.modules())
-    return f"{mpos} matrices are MPOs, and {cut} have lost rows or columns."
+    pruned = sum(isinstance(module, SparseLinear) for module in model.modules())
+    return f"{mpos} matrices are MPOs, {cut} have lost rows or columns, and {pruned} are pruned."
 
 
 def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:

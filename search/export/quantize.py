@@ -1,7 +1,8 @@
 """Decides how many bits each module of a model gets under `--quantize`, and quantizes the model.
 
 int8, int4   quantize everything that is stored as a matrix: cores, dense sites, embeddings and head
-mixed        keeps cores as they are and stores the rest in int4, as CompactifAI does (arXiv:2401.14109)
+mixed        keeps cores and pruned matrices as they are and stores the rest in int4, as CompactifAI does
+             (arXiv:2401.14109)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.quantize import quantize_
+from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.whitening import shrink
 from compression.sites import Site
 from search.experiment.experiment import Experiment
@@ -29,7 +31,8 @@ def module_bits(model: Any, sites: tuple[Site, ...], kind: str) -> dict[str, int
     names = [
         name
         for name, module in modules.items()
-        if (kind != "mixed" or not isinstance(module, MPOLinear)) and any(each.numel() for each in module.parameters())
+        if (kind != "mixed" or not isinstance(module, MPOLinear | SparseLinear))
+        and any(each.numel() for each in module.parameters())
     ]
     return dict.fromkeys([*names, *ends(model)], 8 if kind == "int8" else 4)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compression.refusal import Refusal
+from search.config import BYTES, Config, read_fields
 from search.experiment.experiment import Experiment
 from search.export.deci import check_deci
 from search.export.folder import (
@@ -34,7 +35,7 @@ from search.export.restore import RestoredRun, restore
 from search.model.kinds import kind_of_model
 from search.priors.format import Prior
 from search.runtime.console import Console
-from search.runtime.run_folder import PRIOR
+from search.runtime.run_folder import CONFIG, PRIOR
 
 __all__ = ["CHANGES", "ExportForm", "export_run"]
 
@@ -112,6 +113,7 @@ def export_run(
 
     def check(model: Any, tokenizer: Any) -> None:
         check_export(form.kind, model, tokenizer)
+        _refuse_larger_numbers(form, source)
         if form.kind in ("plain", "gguf"):
             _refuse_factors(form.kind, source)
         if form.kind == "plain" and _blocks_differ(source):
@@ -148,7 +150,7 @@ def export_run(
 
 def _needs_no_code(model: Any, run: Path) -> bool:
     """Whether a compressed model is an ordinary smaller one of the original's architecture."""
-    if _factored(run) or _blocks_differ(run):
+    if _not_plain(run) or _blocks_differ(run):
         return False
     try:
         plain_model(model)
@@ -157,21 +159,41 @@ def _needs_no_code(model: Any, run: Path) -> bool:
     return True
 
 
-def _factored(run: Path) -> list[str]:
-    """The matrices that the schedule of a run factors."""
+def _refuse_larger_numbers(form: ExportForm, run: Path) -> None:
+    """Refuse numbers of other sizes than the run counted on, before any work.
+
+    Raises:
+        Refusal: a run by bytes is to be stored in float32, or a run with pruned matrices in integers.
+    """
+    config, small = Config.of_run(read_fields(run / CONFIG), trusted=True), form.kind in ("hf", "plain", "gguf")
+    if config.by_bytes and small and form.dtype == "float32":
+        raise Refusal(
+            f"dtype must be bfloat16 or float16 for a run that counted {8 * BYTES} bits a number, got float32"
+        )
+    pruned = [name for name, choice in Prior.read(run / PRIOR).schedule if choice.is_sparse]
+    if pruned and form.quantize in ("int8", "int4"):
+        raise Refusal(
+            f"quantize {form.quantize} stores all matrices as integers, and {len(pruned)} are pruned, such as "
+            f"{pruned[0]}, and have {8 * BYTES} bits a number; use --quantize mixed"
+        )
+
+
+def _not_plain(run: Path) -> list[str]:
+    """The matrices that the schedule of a run factors or prunes."""
     return [name for name, choice in Prior.read(run / PRIOR).schedule if not choice.is_plain]
 
 
 def _refuse_factors(kind: str, run: Path) -> None:
-    """Refuse a run whose schedule has factors, which the forms for other programs cannot hold.
+    """Refuse a run whose schedule has factors or pruned matrices, which the forms for other programs cannot hold.
 
     Raises:
-        Refusal: names a factored matrix and what to do.
+        Refusal: names such a matrix and what to do.
     """
-    if factored := _factored(run):
+    if names := _not_plain(run):
+        pruned = Prior.read(run / PRIOR).schedule[names[0]].is_sparse
         raise Refusal(
-            f"the {kind} format holds no factored matrices, and {len(factored)} are factored, such as {factored[0]}; "
-            "search with --form plain, or export with --format hf"
+            f"the {kind} format holds no factored or pruned matrices, and {len(names)} are, such as {names[0]} "
+            f"({'pruned' if pruned else 'factored'}); search with --form plain, or export with --format hf"
         )
 
 

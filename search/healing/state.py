@@ -40,7 +40,7 @@ REPAIR = "repair.json"
 """The file in that folder that describes the repaired weights."""
 
 _WEIGHTS = "weights.safetensors"
-_FORMAT, _VERSION = "chisel-healed", 2  # version 1 holds no cut matrices
+_FORMAT, _VERSION = "chisel-healed", 3  # version 1 holds no cut matrices, version 2 no pruned ones
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from compression.storage.factor_cache import cache_key
 from compression.training.distillation import divergence
 from compression.training.gates import absorb_gates_, add_gates_
 from compression.training.replay import replayed
-from compression.training.trainable import captured_head_input, frozen, put_parameters, trainable_
+from compression.training.trainable import captured_head_input, frozen, pruned_values, put_parameters, trainable_
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
 from search.healing.plan import HealingPlan
@@ -307,8 +307,9 @@ class _Healing:
             self.drawn.draw(self.at.tokens, {"heal/KL": quality.kl, "heal/perplexity": quality.perplexity})
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        cores = [p for p in self.parameters.values() if p.ndim > 1]
-        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
+        pruned = pruned_values(self.model)
+        cores = [p for name, p in self.parameters.items() if p.ndim > 1 or name in pruned]
+        vectors = [p for name, p in self.parameters.items() if p.ndim <= 1 and name not in pruned]
         groups = [
             {"params": params, "largest": rate}
             for params, rate in ((cores, self.plan.rate), (vectors, self.plan.vector_rate))

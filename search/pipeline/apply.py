@@ -13,7 +13,6 @@ from pathlib import Path
 from compression.allocation.menu import Menu
 from compression.decomposition.apply import ScheduleApplier
 from compression.schedule import Schedule
-from compression.size import choice_parameters
 from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
 from search.experiment.experiment import Experiment
@@ -116,6 +115,7 @@ def apply(
     """Fit a prior to a model, measure it on held-out data, and write a folder.
 
     Args:
+        target_kept: as for `fit_prior`; a configuration with a size or a fraction of the bytes replaces it.
         measure: measure the schedule; without it, applying a prior to its own model computes nothing.
         profile: folder of a sweep of this model; its measured traces go into the new prior.
 
@@ -135,6 +135,8 @@ def apply(
     for note in experiment.splits.notes:
         console.note(note)
     rehearse_prior(experiment)
+    if config.size is not None or config.target_bytes_kept is not None:
+        target_kept = experiment.budget.target_kept
     applied = fit_prior(prior, experiment, target_kept, rule, console)
     for note in applied.notes:
         console.note(note)
@@ -160,7 +162,7 @@ def apply(
 
 def _measured(experiment: Experiment, menu: Menu, schedule: Schedule, console: Console) -> list[dict[str, object]]:
     """Table rows on held-out data: dense, uniform and closed form at the prior's kept fraction, and the prior."""
-    stored = sum(choice_parameters(site, schedule[site.name]) for site in experiment.sites)
+    stored = sum(experiment.budget.price(site, schedule[site.name]) for site in experiment.sites)
     problem = Problem.build(menu, stored / menu.dense_parameters)
     schedules = {"uniform": problem.uniform(), "lagrangian": problem.closed_form(), "prior": schedule}
     rows = []

@@ -18,7 +18,7 @@ def baseline_schedules(experiment: Experiment, console: Console) -> dict[str, Sc
     A baseline that cannot reach the target with these shapes, such as an MPO of prime dimensions, is skipped with a
     note.
     """
-    target = math.floor(experiment.config.target_kept * sum(site.parameters for site in experiment.sites) + 1e-6)
+    target = math.floor(experiment.budget.target_kept * sum(site.parameters for site in experiment.sites) + 1e-6)
     kinds = {
         "uniform-plain": ("mpo2", "plain"),
         "uniform-whitened": ("lowrank", "input"),

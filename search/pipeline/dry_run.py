@@ -17,7 +17,7 @@ from envs import LEVELS, REACH
 from search.config import Config
 from search.experiment.experiment import Experiment
 from search.experiment.needs import needs
-from search.experiment.open_model import open_model, smallest_parameters
+from search.experiment.open_model import open_model
 from search.experiment.preparation import stays_dense
 from search.model.devices import working_dtype
 from search.model.outline import UNREAD, outline
@@ -66,7 +66,7 @@ def plan(config: Config) -> Mapping[str, object]:
         + _BENCHMARK_TOKENS * measured
     )
     families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
-    smallest = smallest_parameters(sites, config.form) / parameters
+    budget = experiment.budget
     return {
         "model": {
             "name": loaded.model_id,
@@ -81,8 +81,9 @@ def plan(config: Config) -> Mapping[str, object]:
         "search": {
             "agent": config.agent,
             "budget": config.budget,
-            "target_kept": config.target_kept,
-            "reachable_kept": f"{smallest:.4f} to 1",
+            "target_kept": budget.target_kept,
+            **({"size": config.size} if config.size is not None else {}),
+            "reachable_kept": f"{budget.least_kept:.4f} to 1",
             "granularity": config.granularity,
             "ladder": f"{LEVELS - 1} log-price offsets from {-REACH} to {REACH} around the closed form, and dense",
             "seed": config.seed,

@@ -11,10 +11,10 @@ from contextlib import nullcontext
 
 from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope
 from compression.bonds import one_of_a_kind
-from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import Choice, Form, Joint, Schedule
+from compression.schedule import Form, Joint, Schedule
 from compression.sites import Site, Unit, first_of_kind, members, units
+from compression.size import Price
 from envs import Problem
 from search.benchmarking.documents import always_searched, select
 from search.benchmarking.tasks import named_tasks
@@ -23,6 +23,7 @@ from search.export.deci import check_deci
 from search.export.folder import check_export
 from search.export.model_card import model_card
 from search.healing.teacher import output_head
+from search.model.budget import smallest
 from search.pipeline.finish import TASKS
 from search.priors.build import build_prior
 from search.priors.format import Prior, Sensitivity
@@ -31,7 +32,6 @@ from search.trials.starting_point import StartingPoint
 
 __all__ = ["rehearse", "rehearse_prior"]
 
-_TOPOLOGY = "pivoted-lowrank"
 _TRACE = 9  # χ in the trace of a site
 _LONG = math.pi * 1e-100  # a number of as many characters as any
 
@@ -45,7 +45,7 @@ def rehearse(experiment: Experiment, start: StartingPoint) -> None:
     """
     config, loaded = experiment.config, experiment.loaded
     if start.policy is not None:
-        problem = Problem.build(_menu(experiment), config.target_kept, config.granularity)
+        problem = Problem.build(_menu(experiment), experiment.budget.target_kept, config.granularity)
         make_agent(config, problem, experiment, start)  # refuses a policy of other steps
     prior = rehearse_prior(experiment)
     if config.heal_minutes:
@@ -90,20 +90,12 @@ def rehearse_prior(experiment: Experiment) -> Prior:
 def _menu(experiment: Experiment) -> Menu:
     """A menu of one small option and dense for every site and unit, with costs that mean nothing."""
     chosen = units(experiment.sites) if experiment.config.form != "factors" else experiment.sites
-    return Menu(tuple(_options(unit, experiment.config.form) for unit in chosen))
+    return Menu(tuple(_options(unit, experiment.config.form, experiment.budget.price) for unit in chosen))
 
 
-def _options(unit: Site | Unit, form: Form) -> SiteMenu:
-    """The menu of a unit whose bond has its least width, or of a site; what is left has χ = 1 if the form allows it."""
-    widths = (unit.sites[0].cuts[0].least,) if isinstance(unit, Unit) else ()
-    small = tuple(_smallest(site, widths, form) for site in members(unit))
+def _options(unit: Site | Unit, form: Form, price: Price) -> SiteMenu:
+    """The menu of the smallest option of a unit or site, and dense."""
+    small = tuple(smallest(site, form) for site in members(unit))
     if isinstance(unit, Unit):
-        return envelope(unit, [Option(Joint(small), 1.0)])
-    return dense_menu(unit) if small[0].is_dense else envelope(unit, [Option(small[0], 1.0)])
-
-
-def _smallest(site: Site, widths: tuple[int, ...], form: Form) -> Choice:
-    shape = site.shape(widths)
-    if form != "plain" and not site.dense_because and all(shape) and resolve(_TOPOLOGY, *shape).break_even_chi:
-        return Choice(_TOPOLOGY, 1, "two-sided", widths)
-    return Choice("dense", 0, "none", widths)
+        return envelope(unit, [Option(Joint(small), 1.0)], price)
+    return dense_menu(unit, price) if small[0].is_dense else envelope(unit, [Option(small[0], 1.0)], price)

@@ -108,7 +108,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
     baselines = baseline_schedules(experiment, console)
     with console.stage("decompose", len(experiment.sites), "matrices") as stage:
         menu = experiment.menu(advancing(stage))
-    factored = [pair for schedule in baselines.values() for pair in schedule if not pair[1].is_plain]
+    factored = [pair for schedule in baselines.values() for pair in schedule if pair[1].is_factored]
     if experiment.calibration.by_block:  # the cache of a large model keeps what was used last only
         factored = []
     with console.stage("baselines", len(factored), "matrices") as stage:
@@ -116,7 +116,7 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
             experiment.store.cores(name, choice)
             stage.advance(1)
     experiment.calibration.release()
-    plain = Problem.build(menu, config.target_kept, config.granularity)
+    plain = Problem.build(menu, experiment.budget.target_kept, config.granularity)
     closed_form = plain.closed_form()
     problem, notes = start.center(plain)
     for note in notes:
@@ -149,7 +149,8 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
         "model": experiment.loaded.model_id,
         "agent": config.agent,
         "budget": config.budget,
-        "target_kept": config.target_kept,
+        "target_kept": experiment.budget.target_kept,
+        **({"size": config.size} if config.size is not None else {}),
         "seed": config.seed,
         "proxy": config.proxy,
         "heal_minutes": config.heal_minutes,

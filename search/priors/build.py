@@ -17,9 +17,10 @@ from compression.allocation.prices import departures
 from compression.numerics.legs import resolve
 from compression.schedule import Choice, Joint, Schedule
 from compression.sites import Cut, Site, model_bytes, model_parameters
-from compression.size import SizeModel, choice_parameters
+from compression.size import Price, choice_parameters
 from search.config import Config
 from search.data.splits import Splits
+from search.model.budget import Budget
 from search.model.loading import LoadedModel
 from search.priors.format import Prior, Sensitivity, WidthSensitivity
 from search.priors.versions import FORMAT, VERSION, score_entry
@@ -52,8 +53,9 @@ def build_prior(
         traces: measured traces by site, which replace the predicted ones.
     """
     sites = [site for options in menu.sites for site in options.sites]
-    size = SizeModel(loaded.model, sites).size(schedule)
-    offsets = departures(menu, _indices(menu, schedule))
+    budget = Budget.of(config, loaded.model, sites)
+    size = budget.sizes.size(schedule)
+    offsets = departures(menu, _indices(menu, schedule, budget.price))
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,7 +67,7 @@ def build_prior(
             "parameters": model_parameters(loaded.model),
             "bytes": model_bytes(loaded.model),
         },
-        "target_kept": config.target_kept,
+        "target_kept": budget.target_kept,
         "kept_fraction": size.kept_fraction,
         "model_kept_fraction": size.model_kept_fraction,
         "bytes_fraction": size.bytes_fraction,
@@ -138,15 +140,15 @@ def _nested(choice: Choice) -> bool:
     return choice.topology.removeprefix("pivoted-") == "lowrank"
 
 
-def _indices(menu: Menu, schedule: Schedule) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the menu index of every site's choice; if the menu lacks it, of the largest option that stores no more."""
+def _indices(menu: Menu, schedule: Schedule, price: Price) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the menu index of every site's choice; if the menu lacks it, of the largest option that takes no more."""
     found = []
     for options in menu.sites:
         choice = options.taken(schedule)
         if choice in options.choices:
             found.append(options.choices.index(choice))
         else:
-            stored = choice_parameters(options.site, choice)
+            stored = price(options.site, choice)
             found.append(max(0, int(np.searchsorted(options.parameters, stored, side="right")) - 1))
     return np.array(found, dtype=np.int64)
 
@@ -162,7 +164,9 @@ def _site(site: Site, choice: Choice, widths: WidthSensitivity | None) -> dict[s
     }
     if choice.widths:
         entry["bonds"] = [_bond(*pair, widths) for pair in zip(site.cuts, choice.widths, strict=True)]
-    if not choice.is_plain:
+    if choice.is_sparse:
+        entry |= {"entries": choice.chi, "metric": choice.metric}
+    if choice.is_factored:
         legs = resolve(choice.topology, *site.shape(choice.widths))
         entry |= {"chi": choice.chi, "metric": choice.metric, "out_legs": legs.out_legs, "in_legs": legs.in_legs}
     if site.dense_because:

@@ -1,4 +1,4 @@
-"""Defines the file format of compression priors, version 3: its fields, strict reading, and writing for people.
+"""Defines the file format of compression priors, version 4: its fields, strict reading, and writing for people.
 
 A prior is a JSON file that holds a winning schedule, its scores and its provenance, so that others can apply it. Knows
 no models and no runs; `search.priors.build` makes priors, `search.priors.versions` converts older files, and
@@ -135,9 +135,11 @@ class Prior(Part):
     """A compression prior."""
 
     format: Literal["chisel-prior"]
-    version: Literal[3]
+    version: Literal[4]
     model: ModelIdentity
-    target_kept: Annotated[float, Field(gt=0, le=1)] = Field(description="Target of the kept fraction.")
+    target_kept: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Target of the kept fraction; in a run by bytes, of the bytes of the sites."
+    )
     kept_fraction: Fraction = Field(description="Parameters after / before over the sites.")
     model_kept_fraction: Fraction | None = Field(
         None, description="Parameters after / before over the whole model, tied weights counted once."
@@ -214,6 +216,11 @@ class Prior(Part):
     def has_widths(self) -> bool:
         """Whether the schedule cuts a bond."""
         return any(site.bonds for site in self.sites)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the schedule was made for few bytes, by the form small, so that its matrices may be pruned."""
+        return self.configuration.get("form") == "small" or any(site.entries for site in self.sites)
 
     @property
     def was_repaired(self) -> bool:

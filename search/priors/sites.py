@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import METRICS, Choice
+from compression.schedule import METRICS, SPARSE, Choice
 from compression.sites import Cut
 
 __all__ = [
@@ -123,7 +123,7 @@ class PriorBond(Part):
 
 
 class PriorSite(Part):
-    """The choice for one matrix. `chi`, `metric` and the legs are absent if the matrix has no factors."""
+    """The choice for one matrix. `chi` and the legs are absent if it has no factors, `entries` if it is not pruned."""
 
     name: SitePath = Field(description="Qualified name of the module in the model.")
     block: Annotated[int, Field(ge=0, lt=100_000)] = Field(description="Index of the block, from 0.")
@@ -136,12 +136,13 @@ class PriorSite(Part):
         description="The bonds that cut this matrix; absent if none does. The fields below describe what they leave.",
     )
     topology: Annotated[str, Field(max_length=200)] = Field(
-        description="dense (no factors), lowrank, mpoN, or explicit legs such as mpo:9.64x24.24; the prefix pivoted- "
-        "means that the gauge freedom is removed."
+        description="dense (no factors), sparse (pruned), lowrank, mpoN, or explicit legs such as mpo:9.64x24.24; the "
+        "prefix pivoted- means that the gauge freedom is removed."
     )
     chi: Positive | None = Field(None, description="Bond dimension.")
+    entries: Positive | None = Field(None, description="Number of entries that are stored of a pruned matrix.")
     metric: Literal["plain", "input", "two-sided"] | None = Field(
-        None, description="Norm in which the matrix was approximated."
+        None, description="Norm in which the matrix was approximated or pruned."
     )
     out_legs: Positives | None = Field(None, description="How the outputs are split, one leg per core.")
     in_legs: Positives | None = Field(None, description="How the inputs are split, one leg per core.")
@@ -159,9 +160,14 @@ class PriorSite(Part):
         rest = (self.chi, self.metric, self.out_legs, self.in_legs)
         self._check_cuts()
         if self.topology == "dense":
-            if any(value is not None for value in rest):
-                raise Refusal(f"{self.name} is dense and has no chi, metric or legs")
+            if any(value is not None for value in (*rest, self.entries)):
+                raise Refusal(f"{self.name} is dense and has no chi, metric, legs or entries")
             return self
+        if self.topology == SPARSE:
+            self._check_pruned()
+            return self
+        if self.entries is not None:
+            raise Refusal(f"{self.name} has topology {self.topology} and no entries, which only a pruned matrix has")
         if any(value is None for value in rest) or self.dense_because is not None:
             raise Refusal(f"{self.name} needs chi, metric, out_legs and in_legs, and no dense_because")
         if not prod(self.left):
@@ -175,6 +181,15 @@ class PriorSite(Part):
                 f"got {self.out_legs} and {self.in_legs}"
             )
         return self
+
+    def _check_pruned(self) -> None:
+        others = (self.chi, self.out_legs, self.in_legs, self.bonds, self.dense_because)
+        if self.entries is None or self.metric is None or any(value is not None for value in others):
+            raise Refusal(
+                f"{self.name} is pruned: it needs entries and metric, and no chi, legs, bonds or dense_because"
+            )
+        if self.entries > self.dense_parameters:
+            raise Refusal(f"{self.name}: entries must be at most {self.dense_parameters}, got {self.entries}")
 
     def _check_cuts(self) -> None:
         bonds = self.bonds or ()
@@ -194,7 +209,7 @@ class PriorSite(Part):
     def choice(self) -> Choice:
         """The choice for this site."""
         assert self.metric is None or self.metric in METRICS
-        return Choice(self.topology, self.chi or 0, self.metric or "none", self.widths)
+        return Choice(self.topology, self.chi or self.entries or 0, self.metric or "none", self.widths)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -227,6 +242,11 @@ class PriorSite(Part):
         return prod((bond.width / bond.groups for bond in self.bonds or ()), start=1.0)
 
     @property
+    def relative_density(self) -> float:
+        """Fraction of its entries that a pruned matrix stores, in (0, 1]; 1 if it is not pruned."""
+        return 1.0 if self.entries is None else self.entries / self.dense_parameters
+
+    @property
     def dense_parameters(self) -> int:
         """Number of entries of the dense matrix."""
         return prod(self.shape)
@@ -234,7 +254,9 @@ class PriorSite(Part):
     @property
     def stored(self) -> int:
         """Number of entries that the choice stores; `parameters` must equal it."""
-        return prod(self.left) if self.chi is None else resolve(self.topology, *self.left).parameters(self.chi)
+        if self.chi is None:
+            return self.entries or prod(self.left)
+        return resolve(self.topology, *self.left).parameters(self.chi)
 
 
 def check_bonds(sites: Iterable[PriorSite]) -> None:

@@ -44,7 +44,8 @@ def show_text(prior: Prior) -> str:
         " ".join(cell.rjust(size) for cell, size in zip(line, wide, strict=True)) for line in zip(*columns, strict=True)
     ]
     dense = sum(site.choice.is_dense for site in prior.sites)
-    smaller = sum(site.chi is None for site in prior.sites) - dense
+    pruned = sum(site.entries is not None for site in prior.sites)
+    smaller = sum(site.chi is None for site in prior.sites) - dense - pruned
     traces = [site.sensitivity for site in prior.sites]
     of_bonds = [bond.sensitivity for site in prior.sites for bond in site.bonds or ()]
     sources = sorted({trace.source for trace in (*traces, *of_bonds) if trace is not None})
@@ -59,6 +60,7 @@ def show_text(prior: Prior) -> str:
         "",
         f"cells: χ, or d for dense ({dense} of {len(prior.sites)} sites)"
         + (f", or s for smaller without factors ({smaller} sites)" if smaller else "")
+        + (f", or p and the share of the entries that are stored of a pruned matrix ({pruned} sites)" if pruned else "")
         + ("; of a bond, the groups that are kept of all" if prior.has_widths else "")
         + f"; last row: kept fractions; sensitivity traces: {plain(', '.join(sources)) or 'none'}",
     ]
@@ -104,7 +106,11 @@ def diff_text(first: Prior, second: Prior) -> str:
 
 
 def _distance(old: PriorSite, new: PriorSite) -> float:
-    return max(abs(new.relative_chi - old.relative_chi), abs(new.relative_width - old.relative_width))
+    return max(
+        abs(new.relative_chi - old.relative_chi),
+        abs(new.relative_width - old.relative_width),
+        abs(new.relative_density - old.relative_density),
+    )
 
 
 def _families(sites: Sequence[PriorSite]) -> list[str]:
@@ -133,11 +139,14 @@ def _widths(blocks: Mapping[int, Sequence[PriorSite]]) -> list[list[str]]:
 
 
 def _cell(sites: Sequence[PriorSite], family: str) -> str:
-    """Return the χ of a family in a block; the mean if the block has several sites of the family."""
+    """Return the χ or density of a family in a block; the mean if the block has several sites of the family."""
     of = [site for site in sites if site.family == family]
     if not of:
         return "-"
     chis = [site.chi for site in of if site.chi is not None]
+    densities = [site.relative_density for site in of if site.entries is not None]
+    if densities and not chis:
+        return f"p{sum(densities) / len(densities):.2f}"
     if not chis:
         return "d" if all(site.choice.is_dense for site in of) else "s"
     return f"{sum(chis) / len(chis):.0f}"
@@ -145,6 +154,8 @@ def _cell(sites: Sequence[PriorSite], family: str) -> str:
 
 def _choice(site: PriorSite) -> str:
     form = "dense" if site.choice.is_dense else "smaller" if site.chi is None else f"{site.topology} χ {site.chi}"
+    if site.entries is not None:
+        form = f"pruned to {site.relative_density:.3f}"
     return form + "".join(f" at width {bond.width} of {bond.groups}" for bond in site.bonds or ())
 
 

@@ -28,10 +28,11 @@ from search.priors.format import Prior, PriorSite
 __all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fits", "transfer"]
 
 Rule = Literal["price", "chi"]
-_Field = Literal["offset", "relative_width", "relative_chi"]
+_Field = Literal["offset", "relative_width", "relative_chi", "relative_density"]
+_RELATIVE: tuple[_Field, ...] = ("relative_width", "relative_chi", "relative_density")
 RULES: dict[str, str] = {
     "price": "the prior's price offsets from its closed form, applied to the target's own closed form",
-    "chi": "the prior's relative χ and widths instead of the target's closed form",
+    "chi": "the prior's relative χ, widths and densities instead of the target's closed form",
 }
 
 
@@ -73,7 +74,7 @@ def exact_schedule(prior: Prior, sites: Sequence[Site]) -> Schedule:
         own, shape = wanted.pop(site.name), (site.out_features, site.in_features)
         if own.shape != shape:
             raise Refusal(f"sites: {site.name} must have shape {shape} as in the model, got {own.shape}")
-        if site.dense_because and own.chi is not None:
+        if site.dense_because and own.topology != "dense":
             raise Refusal(f"sites: {site.name} must stay dense here: {site.dense_because}")
         if own.bonds and not _same_bonds(own, site):
             names = ", ".join(f"{bond.name} ({bond.groups} groups, side {bond.side!r})" for bond in own.bonds)
@@ -138,7 +139,7 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
     if fits(prior, sites):
         own = {site.name: site for site in prior.sites}
         wanted = [
-            np.array([(own[site.name].relative_width, own[site.name].relative_chi) for site in options.sites])
+            np.array([[getattr(own[site.name], field) for field in _RELATIVE] for site in options.sites])
             for options in menu.sites
         ]
         return Transfer(_by_chi(prior, menu, wanted), (f"all {len(sites)} sites have the prior's names and shapes",))
@@ -163,7 +164,7 @@ def transfer(prior: Prior, menu: Menu, rule: Rule | None = None) -> Transfer:
     if rule == "price":
         weights = np.array([_mean(values(options, ("offset",))) for options in menu.sites])
     else:
-        weights = _by_chi(prior, menu, [values(options, ("relative_width", "relative_chi")) for options in menu.sites])
+        weights = _by_chi(prior, menu, [values(options, _RELATIVE) for options in menu.sites])
     served = np.array([_is_served(site, donors) for site in sites])
     return Transfer(weights, _notes(prior, sites, served, blocks, rule))
 
@@ -215,7 +216,7 @@ def _by_chi(prior: Prior, menu: Menu, wanted: Sequence[NDArray[np.float64]]) -> 
     """Return the departures of the options nearest to what is wanted; 0 where nothing is known.
 
     Args:
-        wanted: relative width and relative χ of the sites of every entry of the menu, (sites, 2); NaN if unknown.
+        wanted: relative width, χ and density of the sites of every entry of the menu, (sites, 3); NaN if unknown.
     """
     _check_form(prior, menu)
     known = np.array([not np.isnan(values).all() for values in wanted])
@@ -234,18 +235,23 @@ def _by_chi(prior: Prior, menu: Menu, wanted: Sequence[NDArray[np.float64]]) -> 
 
 
 def _check_form(prior: Prior, menu: Menu) -> None:
-    """Refuse a prior with widths or factors for a menu that offers none."""
+    """Refuse a prior with widths, factors or pruned matrices for a menu that offers none."""
     if prior.has_widths and not any(isinstance(options.site, Unit) for options in menu.sites):
         raise Refusal("the prior has widths, and the menu offers factors alone; take --form any, or another prior")
-    offers = (
-        choice for options in menu.sites for index in range(len(options.choices)) for choice in options.assigned(index)
-    )
-    if any(site.chi for site in prior.sites) and all(choice.is_plain for _, choice in offers):
+    offers = [
+        choice
+        for options in menu.sites
+        for index in range(len(options.choices))
+        for _, choice in options.assigned(index)
+    ]
+    if any(site.entries for site in prior.sites) and not any(choice.is_sparse for choice in offers):
+        raise Refusal("the prior has pruned matrices, and the menu offers none; take --form small, or another prior")
+    if any(site.chi for site in prior.sites) and not any(choice.is_factored for choice in offers):
         raise Refusal("the prior has factors, and the menu offers widths alone; take --form any, or another prior")
 
 
 def _options(options: SiteMenu) -> NDArray[np.float64]:
-    """Return relative width and relative χ of the sites under every option, (options, sites, 2)."""
+    """Return relative width, χ and density of the sites under every option, (options, sites, 3)."""
     return np.array(
         [
             [_relative(site, choice) for site, (_, choice) in zip(options.sites, options.assigned(index), strict=True)]
@@ -254,11 +260,13 @@ def _options(options: SiteMenu) -> NDArray[np.float64]:
     )
 
 
-def _relative(site: Site, choice: Choice) -> tuple[float, float]:
+def _relative(site: Site, choice: Choice) -> tuple[float, float, float]:
     width = prod(width / cut.groups for cut, width in zip(site.cuts, choice.widths, strict=False))
+    if choice.is_sparse:
+        return width, 1.0, choice.chi / site.parameters
     if choice.is_plain:
-        return width, 1.0
-    return width, choice.chi / max(resolve(choice.topology, *site.shape(choice.widths)).full_bonds)
+        return width, 1.0, 1.0
+    return width, choice.chi / max(resolve(choice.topology, *site.shape(choice.widths)).full_bonds), 1.0
 
 
 def _notes(prior: Prior, sites: Sequence[Site], served: NDArray[np.bool_], blocks: int, rule: Rule) -> tuple[str, ...]:

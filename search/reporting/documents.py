@@ -95,6 +95,7 @@ class _Site(Part):
     bonds: list[_Bond] | None = Field(default=None, min_length=1, max_length=2)
     parameters: Amount
     chi: Size | None = None
+    entries: Size | None = None
     topology: Word | None = None
 
 

@@ -168,9 +168,11 @@ def _chi_map(run: Run) -> Section | None:
         out, wide = site["shape"]
         strength[cell] = site["parameters"] / (out * wide)
         label[cell] = str(site["chi"]) if site.get("chi") else "smaller" if site.get("bonds") else "dense"
+        if site.get("entries"):
+            label[cell] = f"p{strength[cell]:.2f}"
     rows = [str(block) for block in sorted({site["block"] for site in sites})]
     data = [
-        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi")}
+        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "entries")}
         | {"width": ", ".join(f"{bond['width']} of {bond['groups']}" for bond in site.get("bonds") or ()) or None}
         | {"parameters": site["parameters"], "kept": site["parameters"] / (site["shape"][0] * site["shape"][1])}
         for site in sites
@@ -181,6 +183,8 @@ def _chi_map(run: Run) -> Section | None:
     )
     if any(site.get("bonds") for site in sites):
         text += " A matrix that is smaller has fewer rows or columns and no factors."
+    if any(site.get("entries") for site in sites):
+        text += " p and a fraction: a pruned matrix, which stores that fraction of its entries."
     return Section("Bond dimensions", text, heat_map(rows, families, strength, label), data)
 
 

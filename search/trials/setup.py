@@ -132,5 +132,9 @@ def make_agent(config: Config, problem: Problem, experiment: Experiment, start: 
 
 
 def _weighted(config: Config) -> Reward:
+    """The weights of a configuration. A run by bytes rewards what it counts: saved bytes instead of parameters."""
     weights = ("kl_weight", "correct_weight", "compression_weight", "bytes_weight", "latency_weight")
-    return Reward(**{name: getattr(config, name) for name in weights})
+    reward = Reward(**{name: getattr(config, name) for name in weights})
+    if not config.by_bytes:
+        return reward
+    return replace(reward, compression_weight=0.0, bytes_weight=reward.bytes_weight + reward.compression_weight)

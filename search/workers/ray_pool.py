@@ -20,7 +20,6 @@ import torch
 
 from compression.refusal import Refusal
 from compression.schedule import Schedule
-from compression.size import SizeModel
 from search.config import Config
 from search.evaluation.pool import Job, Result
 from search.evaluation.quality import Quality
@@ -304,7 +303,7 @@ def ray_pool(
         )
         plain = None if extract is None else (extract.tokens, extract.context)
         arguments = portable_fields(config), anchor.to_json(), experiment.loaded.identity, count, threads, gpus, plain
-        sizes = SizeModel(experiment.loaded.model, experiment.sites)
+        sizes = experiment.budget.sizes
 
         def failed(schedule: Schedule, reason: str, seconds: float) -> Score:
             return Score("failed", Quality(), sizes.size(schedule), seconds, reason)

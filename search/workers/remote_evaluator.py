@@ -81,7 +81,9 @@ class RemoteEvaluator:
             )
         self.experiment = Experiment.of(config, loaded, sites, device)
         with lock:
-            self.experiment.store.menu(form=config.form, multiple=config.width_multiple)
+            self.experiment.store.menu(
+                form=config.form, multiple=config.width_multiple, price=self.experiment.budget.price
+            )
             self.experiment.calibration.release()
         self._open = ExitStack()
         self.evaluator: ModelEvaluator = self._open.enter_context(

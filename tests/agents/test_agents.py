@@ -130,9 +130,9 @@ def test_an_exhausted_space_ends_the_search_before_the_budget_does(name):
 
 @every_agent
 @pytest.mark.parametrize("granularity", ["block", "site", "block+family"])
-@pytest.mark.parametrize("bonds", [False, True])
-def test_actions_are_legal_and_lead_to_the_schedule(name, granularity, bonds):
-    problem = Problem.build(toy_menu(bonds=bonds), 0.4, granularity)
+@pytest.mark.parametrize("kind", [{}, {"bonds": True}, {"pruned": True}], ids=["factors", "bonds", "pruned"])
+def test_actions_are_legal_and_lead_to_the_schedule(name, granularity, kind):
+    problem = Problem.build(toy_menu(**kind), 0.4, granularity)
     for proposal, _ in run(name, problem):
         if proposal.actions is not None:
             assert len(proposal.actions) == problem.steps
@@ -178,6 +178,15 @@ def test_widths_of_bonds_are_searched_as_bond_dimensions_are(name):
     found = max(told, key=lambda pair: pair[1])[0].schedule
     assert any(choice.widths for _, choice in found)
     assert found["blocks.1.mlp.up"].widths == found["blocks.1.mlp.down"].widths
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in agents.NAMES])
+def test_densities_are_searched_as_bond_dimensions_are(name):
+    told = run(name, Problem.build(toy_menu(pruned=True), 0.5, levels=8))
+    # The toy prices its pruned matrices as it prices the χ in their place.
+    assert [reward for _, reward in told] == [reward for _, reward in known(name)]
+    found = max(told, key=lambda pair: pair[1])[0].schedule
+    assert len({choice.topology for _, choice in found} & {"sparse", "lowrank"}) >= (1 if name in ONE_SCHEDULE else 2)
 
 
 @every_agent

@@ -8,10 +8,10 @@ import pytest
 from tiny_bonds import SHRINKAGE, Subject, text
 
 from compression import FactorCache, FactorStore, Site, dense_weight, shrink
-from compression.allocation.byte_menu import SPARSE, byte_menu, choice_bytes
+from compression.allocation.byte_menu import byte_menu, choice_bytes
 from compression.decomposition.pruned_store import ladder
 from compression.layers.sparse_linear import SparseLinear
-from compression.schedule import Choice
+from compression.schedule import SPARSE, Choice
 from compression.sites import put_modules
 
 

@@ -83,7 +83,7 @@ def mixed(model: nn.Module, workload: Workload, around: nn.Module, other: nn.Mod
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("form", ["any", "plain"])
+@pytest.mark.parametrize("form", ["any", "plain", "small"])
 def test_slopes_of_units_are_the_derivatives_of_kl_towards_their_other_choices(name: str, form: str) -> None:
     subject = Subject.of(name)
     menu = subject.store.menu(form=form)  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""Turns the target of a configuration into a budget of parameters or bytes over the sites of a model.
+
+Knows configurations, sites and sizes; does not know menus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from torch import nn
+
+from compression.numerics.legs import resolve
+from compression.refusal import Refusal
+from compression.schedule import DENSE, Choice, Form
+from compression.sites import Site
+from compression.size import Price, SizeModel, choice_parameters
+from search.config import BYTES, Config, bytes_of
+
+__all__ = ["Budget", "smallest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What a run counts, and how much of it its schedules may keep.
+
+    Attributes:
+        sizes: sizes of the model's schedules, as the files of the run hold them.
+        price: what a choice takes: parameters, or bytes.
+        target_kept: the most that a schedule may take of what all sites take when they are dense, in (0, 1].
+        least_kept: what the smallest schedule takes of that.
+        wanted: the target in the words of the user, such as "size 100MB".
+        least: the least target that can be met, in the same words.
+    """
+
+    sizes: SizeModel
+    price: Price
+    target_kept: float
+    least_kept: float
+    wanted: str
+    least: str
+
+    @classmethod
+    def of(cls, config: Config, model: nn.Module, sites: Sequence[Site]) -> Budget:
+        """Returns the budget of a configuration for a dense model, which may be on the meta device.
+
+        Raises:
+            ValueError: the size is not smaller than that of the dense model.
+        """
+        sizes = SizeModel(model, sites, BYTES if config.by_bytes else None)
+        price: Price = sizes.choice_bytes if config.by_bytes else choice_parameters
+        dense = sum(price(site, DENSE) for site in sites)
+        least = sum(price(site, smallest(site, config.form)) for site in sites)
+        fixed = sizes.fixed_bytes
+        if config.size is not None:
+            if (room := bytes_of(config.size) - fixed) >= dense:
+                raise Refusal(
+                    f"size must be below {_size(fixed + dense)}, what {config.model} takes with "
+                    f"{8 * BYTES} bits a number, got {config.size}"
+                )
+            words = f"size {config.size}", _size(fixed + least)
+            return cls(sizes, price, room / dense, least / dense, *words)
+        if config.target_bytes_kept is not None:
+            room = int(config.target_bytes_kept * (fixed + dense)) - fixed
+            words = f"target_bytes_kept {config.target_bytes_kept}", f"{_up((fixed + least) / (fixed + dense)):.4f}"
+            return cls(sizes, price, room / dense, least / dense, *words)
+        words = f"target_kept {config.target_kept}", f"{least / dense:.4f}"
+        return cls(sizes, price, config.target_kept, least / dense, *words)
+
+
+def smallest(site: Site, form: Form) -> Choice:
+    """Returns the smallest form of a site: its bonds have their least width, and what is left has χ = 1 if it may."""
+    widths = () if form == "factors" else tuple(cut.least for cut in site.cuts)
+    rows, columns = site.shape(widths)
+    if site.dense_because or form == "plain" or not rows or not columns:
+        return Choice("dense", 0, "none", widths)
+    if not resolve("pivoted-lowrank", rows, columns).break_even_chi:
+        return Choice("dense", 0, "none", widths)
+    return Choice("pivoted-lowrank", 1, "two-sided", widths)
+
+
+def _size(number: int) -> str:
+    """Bytes as a user gives them, rounded up."""
+    return f"{ceil(number / 1e3)}kB" if number < 1e6 else f"{ceil(number / 1e4) / 100:.2f}MB"
+
+
+def _up(fraction: float) -> float:
+    return ceil(fraction * 1e4) / 1e4

@@ -1,0 +1,134 @@
+"""Runs by bytes: pruned matrices from menus to files, a size as the target, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from fake_data import fake_data
+from finished_runs import run
+from safetensors.torch import load_file
+from small_run import HEALED, SMALL, words
+from transformers import AutoModelForCausalLM
+
+from compression.schedule import Schedule
+from search import cli
+from search.experiment.calibration import Calibration
+from search.priors.format import Prior
+
+__all__ = ["fake_data"]
+
+pytestmark = pytest.mark.usefixtures("fake_data")
+
+
+@pytest.mark.slow
+def test_one_number_gives_a_file_of_that_size_and_what_else_a_run_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    how = {"agent": "gradient", "budget": 10, "repair_tokens": 512, "heal_minutes": 0.01, "export": "hf"}
+    summary = run(folder, target_kept=None, size="48kB", **how)
+    rows = {row["schedule"]: row for row in summary["rows"]}
+    assert list(rows) == HEALED
+    for name, row in rows.items():
+        assert row["bytes"] <= 48_000 or name == "dense"
+        assert row["state"] == "ok"
+    assert rows["searched"]["bytes"] > 47_500
+    assert rows["lagrangian"]["kl"] < 0.5 * rows["uniform"]["kl"]
+    assert rows["healed"]["kl"] < rows["searched"]["kl"]
+
+    prior = Prior.read(folder / "prior.json")
+    forms = {choice.topology for _, choice in prior.schedule}
+    assert "sparse" in forms
+    assert prior.is_small
+    assert prior.bytes_fraction == pytest.approx(rows["searched"]["bytes"] / rows["dense"]["bytes"])
+    assert cli.main(["prior", "show", str(folder / "prior.json")]) == cli.DONE
+    assert re.search(r"p0\.\d\d", capsys.readouterr().out)
+    report = (folder / "report.html").read_text()
+    assert "a pruned matrix, which stores that fraction of its entries" in report
+
+    tensors = load_file(folder / "hf" / "model.safetensors")
+    assert sum(each.numel() * each.element_size() for each in tensors.values()) == rows["healed"]["bytes"]
+    small = AutoModelForCausalLM.from_pretrained(folder / "hf").float()
+    masks = {name: values for name, values in tensors.items() if name.endswith("bitmask")}
+    assert len(masks) == sum(choice.is_sparse for _, choice in prior.schedule)
+
+    def export(form: str, *more: str) -> int:
+        out = str(tmp_path / f"{form}{''.join(more)}")
+        return cli.main(["export", str(folder), "--format", form, "--out", out, "--quiet", *more])
+
+    assert export("dense", "--dtype", "float32") == cli.DONE
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense--dtypefloat32")
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, dense(ids).logits, rtol=0.1, atol=0.1)  # bfloat16
+    for name, choice in prior.schedule:
+        if choice.is_sparse:
+            assert int(dense.get_submodule(name).weight.count_nonzero()) == choice.chi
+    capsys.readouterr()
+    for refused, message in (
+        (("hf", "--dtype", "float32"), "dtype must be bfloat16 or float16 for a run that counted 16 bits a number"),
+        (("hf", "--quantize", "int4"), "quantize int4 stores all matrices as integers, and "),
+        (("plain",), "the plain format holds no factored or pruned matrices"),
+    ):
+        assert export(refused[0], *refused[1:]) == cli.REFUSED
+        assert message in capsys.readouterr().err.replace("--", "")
+    assert export("hf", "--quantize", "mixed") == cli.DONE
+    capsys.readouterr()
+
+    given = [f"--{name.replace('_', '-')}={SMALL[name]}" for name in ("model", "device", "calibration_tokens")]
+    given += [f"--{name.replace('_', '-')}={SMALL[name]}" for name in ("search_items", "search_text_tokens")]
+    given += ["--heldout-tokens=600", "--report-items=6", f"--prior={folder / 'prior.json'}", "--quiet"]
+    assert cli.main(["apply", *given, f"--out={tmp_path / 'same'}"]) == cli.DONE
+    assert Prior.read(tmp_path / "same" / "prior.json").schedule == prior.schedule
+    assert cli.main(["apply", *given, "--size=40kB", f"--out={tmp_path / 'smaller'}"]) == cli.DONE
+    smaller = json.loads((tmp_path / "smaller" / "summary.json").read_text())
+    assert 39_000 < next(row["bytes"] for row in smaller["rows"] if row["schedule"] == "prior") <= 40_000
+
+
+@pytest.mark.slow
+def test_a_share_of_the_bytes_is_a_target_of_every_form(tmp_path: Path) -> None:
+    for form in ("factors", "plain", "any"):
+        summary = run(tmp_path / form, target_kept=None, target_bytes_kept=0.8, form=form, budget=0)
+        for row in summary["rows"]:
+            if row["schedule"] == "lagrangian":
+                assert 0.75 < row["bytes_fraction"] <= 0.8
+        schedule: Schedule = Prior.read(tmp_path / form / "prior.json").schedule
+        assert not any(choice.is_sparse for _, choice in schedule)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": "1kB"}, r"--size must be at least 1\dkB, the smallest size that this model can keep with form small"),
+        ({"size": "16kB", "form": "plain"}, r"--size must be at least \d\dkB, .* with form plain, got 16kB"),
+        ({"size": "9GB"}, "--size must be below 63kB, what random:tiny-llama takes with 16 bits a number, got 9GB"),
+        ({"size": "100"}, "--size must be a number with its unit, such as 100MB, got"),
+        ({"size": "3 elephants"}, "must be a number with its unit"),
+        ({"target_bytes_kept": 0.1}, r"--target-bytes-kept must be at least 0\.2\d\d\d, the smallest fraction"),
+        ({"target_bytes_kept": 1.0}, "--target-bytes-kept must be a number above 0 and below 1, got"),
+        ({"size": "40kB", "target_bytes_kept": 0.5}, "size and target_bytes_kept both say how small"),
+        ({"size": "40kB", "target_kept": 0.5}, "target_kept and size both say how small the result is to be"),
+        ({"size": "40kB", "serve": "vllm", "form": "small"}, "serve vllm needs form plain"),
+    ],
+)
+def test_targets_that_cannot_be_met_are_refused_before_any_work(
+    changes: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Calibration, "__call__", lambda self: pytest.fail("it was calibrated"))
+    for dry in ([], ["--dry-run"]):
+        try:
+            code = cli.main([*words(out=tmp_path / "run", **{"target_kept": None, **changes}), *dry])
+        except SystemExit as left:
+            code = left.code
+        error = capsys.readouterr().err
+        assert code == cli.REFUSED
+        assert re.search(message, error), error
+        assert error.count("\n") == 1
