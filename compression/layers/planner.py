@@ -25,6 +25,7 @@ from torch import nn
 
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import OPTIMIZE, TOKENS, Optimize, Plan, Route, choose, extra_entries, modelled, routes
+from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
 from compression.numerics.pivoted_product import ALIGNED, padded
@@ -44,10 +45,10 @@ _SECONDS = 0.3  # approximate time spent on one layer and token count
 
 @dataclass(frozen=True)
 class Planned:
-    """Summarizes the plans of a model's MPO layers.
+    """Summarizes the plans of a model's MPO layers and pruned matrices.
 
     Attributes:
-        resident_bytes: memory of the MPO layers in bytes, including what they keep besides the stored tensors.
+        resident_bytes: memory of these layers in bytes, including what they keep besides the stored tensors.
         stored_bytes: bytes of their stored tensors alone.
         used: number of layers that take each route for some token count.
     """
@@ -106,7 +107,10 @@ class Planner:
         return costs[best] / dense * modelled(legs, chi, tokens)[best] / estimates[best]
 
     def plan_(self, model: nn.Module) -> Planned:
-        """Set the plan of every MPO layer of a model, and build the tensors that the plans keep."""
+        """Set the plan of every MPO layer of a model, and build the tensors that the plans keep.
+
+        Pruned matrices are filled in and kept for "latency".
+        """
         resident, stored, used = 0, 0, Counter[Route]()
         for layer in model.modules():
             if isinstance(layer, MPOLinear):
@@ -114,6 +118,11 @@ class Planner:
                 resident += layer.resident_bytes
                 stored += sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
                 used.update(layer.plan.used)
+            elif isinstance(layer, SparseLinear):
+                layer.keeps = self._optimize == "latency"
+                layer.prepare()
+                resident += layer.resident_bytes
+                stored += sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
         return Planned(resident, stored, dict(used))
 
     def _cost(

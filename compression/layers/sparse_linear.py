@@ -1,7 +1,7 @@
 """Defines `SparseLinear`, a linear layer that stores the entries of its matrix that are not 0, and one bit for each.
 
 Knows tensors and modules; does not know which entries were removed or why. It is smaller than a dense layer, not
-faster: the matrix is filled in whenever it is used, and given up afterwards.
+faster: the matrix is filled in whenever it is used, and given up afterwards, unless it is told to keep it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compression.numerics.bitmask import pack, unpack
+from compression.numerics.bitmask import pack, places, unpack
 from compression.refusal import Refusal
 
 __all__ = ["SparseLinear", "empty_sparse"]
@@ -28,12 +28,16 @@ class SparseLinear(nn.Module):
         columns: in.
         bias: (out,) or None.
 
+    Attributes:
+        keeps: whether the filled matrix stays in memory from the next `prepare` on, for the speed of a dense layer.
+
     Raises:
         ValueError: the mask is damaged, or does not name as many entries as there are values.
     """
 
     values: torch.Tensor
     bitmask: torch.Tensor
+    filled: torch.Tensor | None
 
     def __init__(
         self, values: torch.Tensor, bitmask: torch.Tensor, columns: int, bias: torch.Tensor | None = None
@@ -43,8 +47,20 @@ class SparseLinear(nn.Module):
         self.register_parameter("values", nn.Parameter(values, requires_grad=False))
         self.register_buffer("bitmask", bitmask)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.register_buffer("filled", None, persistent=False)
+        self.keeps = False
         if not bitmask.is_meta:
             self.check()
+
+    def prepare(self) -> None:
+        """Fill the matrix in and keep it if it is to be kept; call this after values or `keeps` have changed."""
+        self.filled = self.weight.detach() if self.keeps and not self.values.requires_grad else None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes in memory, with the filled matrix if it is kept."""
+        kept = [each for each in (self.values, self.bitmask, self._parameters["bias"], self.filled) if each is not None]
+        return sum(each.numel() * each.element_size() for each in kept)
 
     def check(self) -> None:
         """Check the stored mask, which says where the values belong.
@@ -65,12 +81,13 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """W (out, in), filled in on every access; gradients reach the values."""
-        mask = unpack(self.bitmask, self.in_features)
-        return self.values.new_zeros(mask.shape).masked_scatter(mask, self.values)
+        at, values = places(self.bitmask, self.in_features), torch.cat([self.values.new_zeros(1), self.values])
+        return values.index_select(0, at.flatten()).view(at.shape)
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """Maps (…, in) to (…, out)."""
-        return functional.linear(activations, self.weight, self._parameters["bias"])
+        weight = self.weight if self.filled is None else self.filled
+        return functional.linear(activations, weight, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         return (

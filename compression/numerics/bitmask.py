@@ -7,11 +7,13 @@ is the layout of the format `sparse-bitmask` of compressed-tensors.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from compression.refusal import Refusal
 
-__all__ = ["bitmask_bytes", "pack", "unpack"]
+__all__ = ["bitmask_bytes", "pack", "places", "unpack"]
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
@@ -33,10 +35,22 @@ def unpack(bits: torch.Tensor, columns: int) -> torch.Tensor:
             f"the mask of {columns} columns has {-(-columns // 8)} bytes a row, "
             f"got {tuple(bits.shape)} of {str(bits.dtype).removeprefix('torch.')}"
         )
-    spread = (bits[:, :, None] >> _places(bits.device) & 1).bool().flatten(1)
+    spread = _bits_of(bits.device).index_select(0, bits.flatten().int()).view(torch.bool).view(len(bits), -1)
     if spread[:, columns:].any():
         raise Refusal(f"the mask is damaged: it names an entry beyond column {columns}")
     return spread[:, :columns]
+
+
+def places(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """Returns which stored value each entry has, int32 (rows, columns), counted from 1; 0 for an entry without one.
+
+    Raises:
+        ValueError: as for `unpack`.
+    """
+    mask, counts = unpack(bits, columns), _counts(bits.device)
+    among = counts.index_select(0, bits.flatten().int())
+    before = among[:, -1].cumsum(0, dtype=torch.int32) - among[:, -1]
+    return among.add_(before[:, None]).view(len(bits), -1)[:, :columns] * mask
 
 
 def bitmask_bytes(rows: int, columns: int) -> int:
@@ -46,3 +60,16 @@ def bitmask_bytes(rows: int, columns: int) -> int:
 
 def _places(device: torch.device) -> torch.Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+@cache
+def _bits_of(device: torch.device) -> torch.Tensor:
+    """The eight bits of every byte as eight bytes in one int64, (256,)."""
+    bits = torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> _places(device) & 1
+    return bits.view(torch.int64).flatten()
+
+
+@cache
+def _counts(device: torch.device) -> torch.Tensor:
+    """For every byte, the number of bits that are set up to each of its eight, int32 (256, 8)."""
+    return _bits_of(device).view(torch.uint8).view(256, 8).cumsum(1, dtype=torch.int32)

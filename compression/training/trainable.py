@@ -75,7 +75,7 @@ def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
             owner, _, leaf = place.rpartition(".")
             module = model.get_submodule(owner)
             setattr(module, leaf, parameter)
-            if isinstance(module, MPOLinear):
+            if isinstance(module, MPOLinear | SparseLinear):
                 module.prepare()
     return before
 

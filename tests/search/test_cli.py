@@ -81,9 +81,8 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     where = dict(evaluators="4", gpus_per_evaluator=0.5, ray_address="head:6379", trial_timeout=9.5)
     values = {**texts, **sizes, **weights, **where, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
     flags = {"quick", "per_head", "trust_remote_code", "calibration_for_search", "split_fused"}
-    assert set(values) | flags | {"calibration", "device_map", "policy", "prior", "resume", *RECORDED} == set(
-        Config.model_fields
-    )
+    others = {"calibration", "device_map", "policy", "prior", "resume", "size", "target_bytes_kept", *RECORDED}
+    assert set(values) | flags | others == set(Config.model_fields)
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["search", *words, "--quick", "--per-head"]) == cli.DONE
     assert pipeline.configs == [Config.of({**values, "quick": True, "per_head": True})]

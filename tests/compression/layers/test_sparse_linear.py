@@ -10,8 +10,9 @@ from tiny_model import Conv1D
 from torch import nn
 
 from compression.layers.merge import merge_
+from compression.layers.planner import Planner
 from compression.layers.sparse_linear import SparseLinear
-from compression.training.trainable import trainable_
+from compression.training.trainable import put_parameters, trainable_
 
 OUT, IN = 6, 11
 
@@ -46,6 +47,23 @@ def test_values_learn_as_entries_of_the_dense_matrix_do_and_the_mask_stays() -> 
         model[0].values.sub_(model[0].values.grad)
     assert torch.equal(model[0].bitmask, before)
     assert not model[0].weight[~mask].any()
+
+
+def test_a_kept_matrix_computes_the_same_is_not_stored_and_follows_what_is_trained() -> None:
+    dense, mask = case()
+    model, rows = nn.Sequential(SparseLinear.of(dense.weight, mask, dense.bias)), torch.randn(5, IN)
+    wanted, state = model(rows), set(model.state_dict())
+    small = Planner("memory").plan_(model)
+    kept = Planner("latency").plan_(model)
+    assert kept.stored_bytes == small.stored_bytes == small.resident_bytes
+    assert kept.resident_bytes == small.resident_bytes + 4 * OUT * IN
+    assert torch.equal(model(rows), wanted)
+    assert set(model.state_dict()) == state
+    torch.testing.assert_close(model.double()(rows.double()), wanted.double(), rtol=1e-5, atol=1e-5)
+    put_parameters(model, {"0.values": nn.Parameter(2 * model[0].values, requires_grad=False)})
+    assert torch.equal(model[0](rows.double() * 0), model[0].bias.expand(5, OUT))
+    doubled = model[0].bias + 2 * (wanted.double() - model[0].bias)
+    torch.testing.assert_close(model(rows.double()), doubled, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

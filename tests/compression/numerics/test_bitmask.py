@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compression.numerics.bitmask import bitmask_bytes, pack, unpack
+from compression.numerics.bitmask import bitmask_bytes, pack, places, unpack
 
 
 @pytest.mark.parametrize("columns", [1, 8, 21])
@@ -26,3 +26,12 @@ def test_damaged_bits_are_refused() -> None:
         unpack(bits.int(), 5)
     with pytest.raises(ValueError, match="9 columns has 2 bytes a row"):
         unpack(bits, 9)
+
+
+@pytest.mark.parametrize("columns", [1, 8, 21])
+def test_every_stored_entry_knows_its_place_among_the_values(columns: int) -> None:
+    mask = torch.rand(6, columns, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[2] = False
+    found = places(pack(mask), columns)
+    assert torch.equal(found[mask], torch.arange(1, 1 + int(mask.sum()), dtype=torch.int32))
+    assert not found[~mask].any()

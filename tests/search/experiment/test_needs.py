@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compression import discover_sites
+from compression.decomposition.pruned_store import pruned_bytes
 from compression.sites import model_bytes, model_parameters
 from compression.storage.factor_cache import FactorCache
 from search.data.splits import Text
@@ -29,9 +30,15 @@ def experiment(root: Path | None) -> Any:
     text = Text(tuple((5,) * 256 for _ in range(4)), (), frozenset())
     made = Calibration(loaded, sites, text, 0, 0.05, FactorCache(root))
     splits = SimpleNamespace(calibration=text)
-    config = SimpleNamespace(repair_tokens=512, target_kept=0.8)
+    config = SimpleNamespace(repair_tokens=512, form="any")
     return SimpleNamespace(
-        config=config, loaded=loaded, sites=sites, calibration=made, splits=splits, device=torch.device("cpu")
+        config=config,
+        loaded=loaded,
+        sites=sites,
+        calibration=made,
+        splits=splits,
+        device=torch.device("cpu"),
+        budget=SimpleNamespace(target_kept=0.8),
     )
 
 
@@ -51,6 +58,9 @@ def test_stored_statistics_take_what_is_estimated(
     assert kept < stored < 1.5 * kept  # names and diagonals come on top
     assert calibrate.disk > kept
     assert repair.disk > decompose.disk > kept
+    opened.config.form = "small"
+    more = sum(pruned_bytes(site, 2 if by_block else 4) for site in opened.sites)
+    assert needs(opened)[2].disk == decompose.disk + more
 
 
 @pytest.mark.parametrize(
