@@ -15,6 +15,7 @@ from search.runtime.console import Console
 
 __all__ = ["run"]
 
+_TARGETS = ("target_kept", "size", "target_bytes_kept")
 _ABOUT = """\
 Apply a compression prior to a model. On the model that it was made for, its schedule is used unchanged. For another
 model it is transferred by family of matrix and relative depth, and then scaled to the parameter budget. Writes
@@ -43,7 +44,7 @@ def run(words: list[str]) -> int:
         prior = Prior.read(Path(file), clamp)
         if prior.is_small:
             given = {"form": "small", **given}
-        if not any(given.get(name) is not None for name in ("target_kept", "size", "target_bytes_kept")):
+        if not any(given.get(name) is not None for name in _TARGETS):
             given = {**given, "target_kept": prior.target_kept}
         config = configuration(given)
         from search.pipeline.apply import apply
@@ -89,6 +90,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="Folder of a sweep (profile) of this model; its measured sensitivity goes into the new prior.",
     )
-    ignored = (name for name in IGNORED if name not in ("target_kept", "prior"))
+    ignored = (name for name in IGNORED if name not in (*_TARGETS, "prior"))
     add_fields(parser, without=(*ignored, *EVALUATORS, "resume"))
     return parser

@@ -32,6 +32,8 @@ IGNORED = (
     "agent",
     "budget",
     "target_kept",
+    "size",
+    "target_bytes_kept",
     "granularity",
     "policy",
     "prior",

@@ -115,7 +115,9 @@ def forms(model: nn.Module) -> str:
     mpos = sum(isinstance(module, MPOLinear | PackedMPO) for module in model.modules())
     cut = sum(bool(kept(module)) for module in model.modules())
     pruned = sum(isinstance(module, SparseLinear) for module in model.modules())
-    return f"{mpos} matrices are MPOs, {cut} have lost rows or columns, and {pruned} are pruned."
+    if pruned:
+        return f"{mpos} matrices are MPOs, {cut} have lost rows or columns, and {pruned} are pruned."
+    return f"{mpos} matrices are MPOs, and {cut} have lost rows or columns."
 
 
 def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:
