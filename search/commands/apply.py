@@ -12,6 +12,7 @@ from search.commands.profile import IGNORED
 from search.config import EVALUATORS
 from search.reporting.tables import text_table
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 
 __all__ = ["run"]
 
@@ -47,7 +48,8 @@ def run(words: list[str]) -> int:
         if not any(given.get(name) is not None for name in _TARGETS):
             given = {**given, "target_kept": prior.target_kept}
         config = configuration(given)
-        from search.pipeline.apply import apply
+        with quick_imports():
+            from search.pipeline.apply import apply
 
         with shown:
             path = None if profile is None else Path(profile)

@@ -9,6 +9,7 @@ from search.commands.exits import DONE, FAILURES, complain, explain, say
 from search.commands.flags import Parser, add_trust, parse, whole_number
 from search.reporting.tables import json_text
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 
 __all__ = ["run"]
 
@@ -45,7 +46,8 @@ def run(words: list[str]) -> int:
             os.environ["OMP_NUM_THREADS"] = str(whole_number("threads", given["threads"], 1, 1024))
         samples = None if given["full"] else whole_number("samples", given["samples"], 2, 10**9)
         seed = whole_number("seed", given["seed"], 0, 2**32 - 1)
-        from search.benchmarking.run import BenchmarkRequest, benchmark
+        with quick_imports():
+            from search.benchmarking.run import BenchmarkRequest, benchmark
 
         request = BenchmarkRequest(
             models=tuple(given["models"]),

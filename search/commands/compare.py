@@ -8,6 +8,7 @@ from search.commands.exits import DONE, explain, resumed, say
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_numbers
 from search.config import AFTERWARDS
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 
 __all__ = ["COMPARED", "run"]
 
@@ -34,7 +35,8 @@ def run(words: list[str]) -> int:
         names, seeds = given.pop("agents").split(","), whole_numbers("seeds", given.pop("seeds"))
         config = configuration(given)
         set_threads(config)
-        from search.comparison import contest
+        with quick_imports():
+            from search.comparison import contest
 
         with shown:
             folder, report = contest.compare(config, names, seeds, shown)

@@ -9,6 +9,7 @@ from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, add_trust, parse
 from search.export.forms import DTYPES, FORMATS, QUANTIZE, check_form
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 
 __all__ = ["run"]
 
@@ -36,8 +37,9 @@ def run(words: list[str]) -> int:
         folder = Path(given["out"] or Path(given["run"]) / given["format"])
         healed = Path(given["healed"]) if given["healed"] else None
         with shown:
-            from search.export.run import ExportForm, export_run
-            from search.runtime.run_folder import holding, refuse_used
+            with quick_imports():
+                from search.export.run import ExportForm, export_run
+                from search.runtime.run_folder import holding, refuse_used
 
             refuse_used(folder)
             names = ("format", "dtype", "quantize", "state", "device", "trust_remote_code")

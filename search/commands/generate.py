@@ -9,6 +9,7 @@ from compression.refusal import Refusal
 from search.commands.exits import DONE, explain, say
 from search.commands.flags import Parser, add_trust, parse
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 from search.runtime.streams import read_input, typed
 
 __all__ = ["run"]
@@ -35,10 +36,11 @@ def run(words: list[str]) -> int:
         talking = given["prompt"] is None and sys.stdin.isatty()
         prompt = "" if talking else _prompt(given["prompt"])
         with shown, shown.stage("load"):
-            import torch
+            with quick_imports():
+                import torch
 
-            from search.model.chat import Chat
-            from search.model.loading import load_for_use
+                from search.model.chat import Chat
+                from search.model.loading import load_for_use
 
             torch.manual_seed(given["seed"])
             loaded = load_for_use(given["model"], given["device"], given["trust_remote_code"])

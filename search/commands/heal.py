@@ -11,6 +11,7 @@ from search.commands.exits import DONE, FAILURES, complain, explain, say
 from search.commands.flags import Parser, add_trust, parse
 from search.reporting.tables import text_table
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from search.healing.run import HealedRun
@@ -38,11 +39,12 @@ def run(words: list[str]) -> int:
     """Run the command; returns its exit code."""
     given = parse(_parser(), words)
     try:
-        from search.export.heal_folder import heal_export
-        from search.healing.plan import HealingOptions
-        from search.healing.run import heal_folder
-        from search.model.own_code import is_compressed
-        from search.runtime.distributed import Processes
+        with quick_imports():
+            from search.export.heal_folder import heal_export
+            from search.healing.plan import HealingOptions
+            from search.healing.run import heal_folder
+            from search.model.own_code import is_compressed
+            from search.runtime.distributed import Processes
 
         first = Processes.is_first()
         shown = Console(quiet=given["quiet"] or not first)

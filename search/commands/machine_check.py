@@ -19,6 +19,7 @@ from search.data.packages import missing
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder
 from search.runtime.memory import available_memory
+from search.runtime.quick_imports import quick_imports
 from search.runtime.run_folder import RESULTS
 
 __all__ = ["Finding", "check_machine"]
@@ -72,7 +73,8 @@ def _python() -> Iterator[Finding]:
 def _libraries() -> Iterator[Finding]:
     for name in _LIBRARIES:
         try:
-            import_module(name)
+            with quick_imports():
+                import_module(name)
             yield Finding(name, "ok", version(name))
         except Exception as error:  # a half installed library may raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ from search.commands.exits import DONE, explain, resumed, say
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads, whole_number
 from search.config import AFTERWARDS
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 
 __all__ = ["IGNORED", "levels_text", "run"]
 
@@ -60,7 +61,8 @@ def run(words: list[str]) -> int:
             None if text is None else whole_number(name, text, 64, 10**9)
             for name, text in (("tokens", tokens), ("context", context))
         ]
-        from search.profiling import sweep
+        with quick_imports():
+            from search.profiling import sweep
 
         levels = None
         if chi is not None or fractions is not None:

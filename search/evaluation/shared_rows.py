@@ -4,13 +4,19 @@ A mask reaches attention only. Convolutions and recurrent states run on from one
 sliding window take a given mask in place of their window or count the window along the row, and some models take no
 mask of pairs at all. None of this need raise an error, so one row is compared with plain passes of its texts. Knows a
 causal language model and tokens; does not know data.
+
+The test takes seconds on a model of some size, so its result is stored in the cache, under a digest of all that it
+depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +24,9 @@ from torch import nn
 
 from search.evaluation.logits import read
 from search.evaluation.packed_sequences import Packed, apart, row_inputs
+from search.runtime.files import file_digest
 from search.runtime.memory import is_out_of_memory
+from search.runtime.remembered import remembered_answer
 
 __all__ = ["APART", "keeps_rows_apart", "shares_rows"]
 
@@ -28,6 +36,7 @@ APART = (
 )
 """The sentence for the user about a model that `shares_rows` is false for."""
 
+_CODE = ("shared_rows", "packed_sequences", "logits")  # modules here that the result of the test depends on
 _PREFIX, _BRANCH = 4, 4  # tokens of the prefix of an item that is tested, and of its last branch
 _PLACES = 16  # positions of a branch that are compared
 _NOISE = 4.0  # largest difference in units of that of rounding
@@ -46,7 +55,9 @@ class _Tested:
 _TESTED: WeakKeyDictionary[nn.Module, _Tested] = WeakKeyDictionary()
 
 
-def shares_rows(model: nn.Module, tokens: Sequence[int], item: int = 0) -> bool:
+def shares_rows(
+    model: nn.Module, tokens: Sequence[int], item: int = 0, identity: Mapping[str, str] | None = None
+) -> bool:
     """Whether texts up to the length of this one may share a row with others, and answers of an item with each other.
 
     The result is remembered for the process: longer ones are tested again if shorter ones passed.
@@ -56,10 +67,13 @@ def shares_rows(model: nn.Module, tokens: Sequence[int], item: int = 0) -> bool:
         tokens: a text that the model can read, at least one token.
         item: number of tokens of the longest item, with its prefix once and all its answers; 0 if no longer than the
             text.
+        identity: the digests that tell the model from any other, under which other processes find the result; None if
+            it has none, or runs code that they do not cover.
     """
     tested, item = _TESTED.setdefault(model, _Tested()), max(item, len(tokens))
     if (len(tokens) > tested.text or item > tested.item) and item < tested.failed:
-        if _same_apart(model, tokens, item):
+        holds = partial(_same_apart, model, tokens, item)
+        if holds() if identity is None else remembered_answer(_key(model, tokens, item, identity), holds):
             tested.text, tested.item = max(tested.text, len(tokens)), max(tested.item, item)
         else:
             tested.failed = item
@@ -69,6 +83,24 @@ def shares_rows(model: nn.Module, tokens: Sequence[int], item: int = 0) -> bool:
 def keeps_rows_apart(model: nn.Module) -> bool:
     """Whether the test of `shares_rows` has failed for a text of this model in this process."""
     return _TESTED.get(model, _Tested()).failed < float("inf")
+
+
+def _key(model: nn.Module, tokens: Sequence[int], item: int, identity: Mapping[str, str]) -> dict[str, object]:
+    """All that the result of the test depends on: the model, what computes it and where, the row, and our code."""
+    parameter = next(model.parameters())
+    on = parameter.device
+    return {
+        "kind": "rows are shared",
+        "model": dict(identity),
+        "dtype": str(parameter.dtype),
+        "attention": str(getattr(model.config, "_attn_implementation", "")),
+        "device": torch.cuda.get_device_name(on)
+        if on.type == "cuda"
+        else f"{on.type} {torch.backends.cpu.get_cpu_capability()}",
+        "versions": [torch.__version__, version("transformers")],
+        "row": [list(tokens), item],
+        "code": [file_digest(Path(__file__).with_name(f"{name}.py")) for name in _CODE],
+    }
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Knows a causal language model and its logits; does not know schedules or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,13 +70,19 @@ class Workload:
         batch_tokens: most tokens in one forward pass, padding included; a longer sequence forms a batch of its own.
         mixed: order the batches so that the first ones represent all of them (texts and items, short and long), at the
             cost of some padding. Otherwise rows of similar length are batched together.
+        identity: as for `search.evaluation.shared_rows.shares_rows`.
 
     Raises:
         ValueError: there is nothing to score.
     """
 
     def __init__(
-        self, sequences: Sequence[Packed], model: nn.Module, batch_tokens: int = 1024, mixed: bool = False
+        self,
+        sequences: Sequence[Packed],
+        model: nn.Module,
+        batch_tokens: int = 1024,
+        mixed: bool = False,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
         if not any(len(sequence.tokens) > 1 for sequence in sequences):
             raise Refusal("a workload needs at least one sequence of two tokens or more")
@@ -89,7 +95,7 @@ class Workload:
         texts = [text.tokens for sequence in sequences for text in apart(sequence)]
         alone = any(sequence.alone for sequence in sequences)
         longest = max(len(sequence.tokens) for sequence in sequences)
-        self._shared = not alone and shares_rows(model, max(texts, key=len), longest)
+        self._shared = not alone and shares_rows(model, max(texts, key=len), longest, identity)
         self._batch_tokens, self._batches = batch_tokens, self._batched(batch_tokens)
 
     def halved(self) -> Workload | None:

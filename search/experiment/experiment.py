@@ -40,6 +40,7 @@ from search.evaluation.site_times import SiteTimes
 from search.evaluation.workload import Workload
 from search.experiment.calibration import CHUNK_TOKENS, Calibration, calibration_batches, factor_store
 from search.experiment.open_model import open_model
+from search.experiment.token_streams import token_stream
 from search.model.budget import Budget
 from search.model.devices import resolve_device
 from search.model.kinds import Kind
@@ -123,12 +124,15 @@ class Experiment:
             fits=partial(_fits, loaded, config),
             parts=parts,
             own=_own_text(config, loaded),
+            stream=partial(token_stream, loaded),
         )
         encoder = loaded.kind.is_encoder  # reads one text at a time anyway
         if (
             not encoder
             and not loaded.is_outline
-            and not shares_rows(loaded.model, max(splits.calibration.chunks, key=len)[:CHUNK_TOKENS])
+            and not shares_rows(
+                loaded.model, max(splits.calibration.chunks, key=len)[:CHUNK_TOKENS], identity=_identity(config, loaded)
+            )
         ):
             warn(APART)
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
@@ -227,7 +231,8 @@ class Experiment:
         racing = part == "selection"
         batch_tokens = _RACING_BATCH if racing else _BATCH
         shards = self.shards(part) if extract is None else [self.extract(extract)]
-        workloads = [Workload(one, self.loaded.model, batch_tokens, mixed=racing) for one in shards]
+        identity = _identity(config, self.loaded)
+        workloads = [Workload(one, self.loaded.model, batch_tokens, racing, identity) for one in shards]
         repairing = config.reward_repair_tokens and not reported
         evaluator = ModelEvaluator(
             self.loaded.model,
@@ -318,6 +323,11 @@ class Experiment:
         """Seconds per token of a forward pass of the dense model, measured now."""
         measured = seconds_per_token_by_parts if self.loaded.is_outline else seconds_per_token
         return measured(self.loaded.model, CHUNK_TOKENS)
+
+
+def _identity(config: Config, loaded: LoadedModel) -> Mapping[str, str] | None:
+    """The digests that tell the model from any other; None for code of its own, which they do not cover."""
+    return loaded.identity if loaded.architecture and not config.trust_remote_code else None
 
 
 def _of_heads(unit: Site | Unit) -> bool:

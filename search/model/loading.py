@@ -14,9 +14,12 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+import tokenizers
 import torch
+import transformers
 
 from compression.refusal import Refusal
+from compression.storage.strict_json import json_digest
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
 from search.model.kinds import Kind, auto_class, kind_of_model
@@ -78,6 +81,15 @@ class LoadedModel:
                 f"({token!r:.40}) of a text; remove the added token from the tokenizer, or resize the embeddings"
             )
         return found
+
+    @cached_property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of all that determines the token ids of a text; None for a tokenizer with code of its own."""
+        kind, whole = type(self.tokenizer), getattr(self.tokenizer, "backend_tokenizer", None)
+        if whole is None or not kind.__module__.startswith("transformers."):
+            return None
+        options = kind.__name__, bool(getattr(self.tokenizer, "split_special_tokens", False))
+        return json_digest([*options, tokenizers.__version__, transformers.__version__, whole.to_str()])
 
     @cached_property
     def kind(self) -> Kind:

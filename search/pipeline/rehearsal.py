@@ -16,7 +16,7 @@ from compression.schedule import Form, Joint, Schedule
 from compression.sites import Site, Unit, first_of_kind, members, units
 from compression.size import Price
 from envs import Problem
-from search.benchmarking.documents import always_searched, select
+from search.benchmarking.documents import always_searched, check_remaining
 from search.benchmarking.tasks import named_tasks
 from search.experiment.experiment import Experiment
 from search.export.deci import check_deci
@@ -59,7 +59,7 @@ def rehearse(experiment: Experiment, start: StartingPoint) -> None:
     if config.benchmark_items and not loaded.kind.is_encoder:
         searched = always_searched().union(prior.data.search_items)
         for task in named_tasks(TASKS):
-            select(task, config.benchmark_items, config.seed, searched)
+            check_remaining(task, searched)
 
 
 def rehearse_prior(experiment: Experiment) -> Prior:

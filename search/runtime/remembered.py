@@ -1,4 +1,6 @@
-"""Remembers digests of large files between processes: each is computed once for as long as the file does not change.
+"""Remembers what takes seconds to compute between processes: digests of large files, and answers to yes-no questions.
+
+The digest of a file is computed once for as long as the file does not change.
 
 A file counts as unchanged while its path, size, inode and times of modification and of change are the same. The latter
 cannot be set by a program, so that a file which is rewritten and given its old time again is noticed too.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,11 @@ from compression.storage.strict_json import json_digest, read_object
 from search.runtime.errors import DataUnavailable
 from search.runtime.files import cache_folder, file_digest, write_whole
 
-__all__ = ["SMALL", "Stamp", "remembered_digest"]
+__all__ = ["SMALL", "Stamp", "remembered_answer", "remembered_digest"]
 
 SMALL = 1 << 26
 """Files of fewer bytes together are digested anew, which takes a fraction of a second."""
+_SLOW = 0.25  # seconds; what takes less is computed anew
 _RECENT = 2_000_000_000  # nanoseconds within which a file may change without a change of its times
 
 
@@ -57,8 +60,7 @@ class Stamp:
         digest, newest = compute(), max(moment for file in self.files for moment in file[4:])
         with suppress(OSError):  # a digest that cannot be stored is computed again
             if time.time_ns() - newest > _RECENT and Stamp.of([Path(file[0]) for file in self.files]) == self:
-                content = {"key": key, "digest": digest, "sha256": json_digest([key, digest])}
-                write_whole(place, json.dumps(content))
+                _write(place, key, digest)
         return digest
 
     def known(self, what: str) -> str | None:
@@ -80,6 +82,32 @@ class Stamp:
 def remembered_digest(path: Path) -> str:
     """The sha256 of a file in hexadecimal, remembered if the file is large. Raises OSError as `file_digest`."""
     return Stamp.of([path]).remembered("sha256", lambda: file_digest(path))
+
+
+def remembered_answer(question: Mapping[str, object], compute: Callable[[], bool]) -> bool:
+    """The answer that `compute` gives; that of an earlier process, if it took it a quarter of a second or more.
+
+    Args:
+        question: all that determines the answer, as values of JSON.
+    """
+    key = json_digest(question)
+    answers = {json_digest([key, answer]): answer for answer in (True, False)}
+    try:
+        place = cache_folder() / "answers" / key[:2] / f"{key}.json"
+    except DataUnavailable:
+        return compute()
+    if (known := answers.get(_read(place, key) or "")) is not None:
+        return known
+    started = time.monotonic()
+    answer = compute()
+    if time.monotonic() - started >= _SLOW:
+        with suppress(OSError):
+            _write(place, key, json_digest([key, answer]))
+    return answer
+
+
+def _write(place: Path, key: str, digest: str) -> None:
+    write_whole(place, json.dumps({"key": key, "digest": digest, "sha256": json_digest([key, digest])}))
 
 
 def _read(place: Path, key: str) -> str | None:

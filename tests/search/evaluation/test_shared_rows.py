@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from benchmarks.zoo_models import make_model
 from search.benchmarking.generation import generate
+from search.evaluation import shared_rows
 from search.evaluation.packed_sequences import Packed, packed_text
 from search.evaluation.shared_rows import keeps_rows_apart, shares_rows
 from search.evaluation.workload import Workload
 from search.model.loading import load_model
+from search.runtime import remembered
 
 # A convolution, recurrent states, windows of 64 positions or places, and a bias for positions that takes no mask.
 ODD = ["lfm2", "falcon_h1", "mistral-window", "gemma2", "gpt_neo", "bloom"]
@@ -111,3 +114,29 @@ def test_an_item_counts_once_all_its_answers_are_scored() -> None:
     assert {quality.items for quality in seen} == {0, 1, 2, 3}
     for quality in seen:
         assert set(quality.correct_by_item) <= set(whole.correct_by_item)
+
+
+def test_the_result_is_remembered_for_the_same_model_and_row_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(remembered, "_SLOW", 0.0)
+    tested: list[int] = []
+    test = shared_rows._same_apart
+
+    def noted(model: Any, tokens: list[int], length: int) -> bool:
+        tested.append(length)
+        return test(model, tokens, length)
+
+    monkeypatch.setattr(shared_rows, "_same_apart", noted)
+    for name, shares in (("llama", True), ("gpt_neo", False)):
+        tested.clear()
+        for _ in range(2):  # two processes, as far as the model can tell
+            assert shares_rows(make_model(name), TEXT, identity={"weights": name}) is shares
+        assert tested == [100]
+        shares_rows(make_model(name), TEXT[:99], identity={"weights": name})
+        shares_rows(make_model(name), TEXT, 120, identity={"weights": name})
+        shares_rows(make_model(name), TEXT, identity={"weights": "another"})
+        shares_rows(make_model(name).to(torch.bfloat16), TEXT, identity={"weights": name})
+        shares_rows(make_model(name), TEXT)
+        assert tested == [100, 99, 120, 100, 100, 100]

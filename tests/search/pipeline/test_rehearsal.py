@@ -90,7 +90,7 @@ def test_so_is_a_search_that_leaves_a_benchmark_nothing_to_report_on(refusal, mo
     def refuse(*arguments):
         raise Refusal("boolq has no item left to report on")
 
-    monkeypatch.setattr(rehearsal, "select", refuse)
+    monkeypatch.setattr(rehearsal, "check_remaining", refuse)
     assert "no item left" in refusal(benchmark_items=2)
 
 

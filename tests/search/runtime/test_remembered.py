@@ -12,7 +12,7 @@ import pytest
 
 from search.runtime import remembered
 from search.runtime.files import file_digest
-from search.runtime.remembered import Stamp, remembered_digest
+from search.runtime.remembered import Stamp, remembered_answer, remembered_digest
 
 
 @pytest.fixture
@@ -97,4 +97,49 @@ def test_nothing_is_remembered_of_small_files_and_of_those_that_just_changed(
 def test_a_file_that_changes_meanwhile_is_not_remembered(large: Path, tmp_path: Path) -> None:
     stamp = Stamp.of([large])
     assert stamp.remembered("x", lambda: rewrite(large) or "0" * 64) == "0" * 64  # type: ignore[func-returns-value]
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], tuple[bool, int]]:
+    """Asks a question; gives the answer, and how often it has been computed."""
+    monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_SLOW", 0.0)
+    computed: list[str] = []
+
+    def ask(question: str, truth: bool) -> tuple[bool, int]:
+        return remembered_answer({"is": question}, lambda: computed.append(question) is None and truth), len(computed)
+
+    return ask
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_an_answer_is_computed_once_for_each_question(
+    truth: bool, asked: Callable[[str, bool], tuple[bool, int]]
+) -> None:
+    assert asked("it", truth) == (truth, 1)
+    assert asked("it", not truth) == (truth, 1)
+    assert asked("another", not truth) == (not truth, 2)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "true", None], ids=["empty", "no fields", "no object", "changed answer"])
+def test_an_answer_in_a_damaged_file_is_computed_again(
+    content: str | None, asked: Callable[[str, bool], tuple[bool, int]], tmp_path: Path
+) -> None:
+    asked("it", True)
+    [file] = (tmp_path / "cache").rglob("*.json")
+    if content is None:
+        asked("not it", False)
+        [other] = (one for one in (tmp_path / "cache").rglob("*.json") if one != file)
+        content = other.read_text()
+    file.write_text(content)
+    computed = asked("it", True)[1]
+    assert asked("it", False) == (True, computed)
+
+
+def test_what_is_computed_quickly_is_not_stored(
+    asked: Callable[[str, bool], tuple[bool, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(remembered, "_SLOW", 60.0)
+    assert [asked("it", True)[1], asked("it", True)[1]] == [1, 2]
     assert not list((tmp_path / "cache").rglob("*.json"))
