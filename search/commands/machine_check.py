@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,6 +31,9 @@ _EXTRAS = {
     "cluster": (("ray",), "evaluators on several machines"),
 }
 _CACHE_GIB, _RESULTS_GIB, _MEMORY_GIB = 4.0, 0.1, 3.0  # needs of the default job, rounded up
+_SPEED, _SECONDS, _QUICK_SECONDS = 150e9, 3300, 1129  # operations a second, and what the default job takes with them
+_LONG = 180  # minutes
+_ROWS = 1024  # of the matrices that are multiplied
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def check_machine() -> list[Finding]:
         _python,
         _libraries,
         _processor,
+        _speed,
         _devices,
         _memory,
         _disk,
@@ -92,6 +97,26 @@ def _processor() -> Iterator[Finding]:
     found = f"{cores} cores, {threads} threads, {'bfloat16' if fast else 'float32 only, about three times slower'}"
     more = threads > cores
     yield Finding("processor", "note" if more else "ok", found, f"--threads {cores} or fewer" if more else "")
+
+
+def _speed() -> Iterator[Finding]:
+    try:
+        import torch
+
+        if torch.cuda.is_available():  # the job runs there, and the figures below are of processors
+            return
+    except Exception:  # `_libraries` and `_devices` report it
+        return
+    matrix, times = torch.rand(_ROWS, _ROWS), []
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    speed = 2 * _ROWS**3 / min(times)
+    whole, quick = (seconds * _SPEED / speed / 60 for seconds in (_SECONDS, _QUICK_SECONDS))
+    found = f"{speed / 1e9:.0f} GFLOP/s now: about {whole:.0f} minutes for the default job, {quick:.0f} with --quick"
+    slow = whole > _LONG
+    yield Finding("speed", "note" if slow else "ok", found, "stop other jobs, or use --quick" if slow else "")
 
 
 def _devices() -> Iterator[Finding]:

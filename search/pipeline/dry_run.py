@@ -1,7 +1,4 @@
-"""The dry run: what a run would do and roughly how long it would take.
-
-Knows how many forward passes each stage of the pipeline costs.
-"""
+"""The dry run: what a run would do, what it needs and roughly how long it would take."""
 
 from __future__ import annotations
 
@@ -21,15 +18,11 @@ from search.experiment.open_model import open_model
 from search.experiment.preparation import stays_dense
 from search.model.devices import working_dtype
 from search.model.outline import UNREAD, outline
-from search.pipeline import finish
+from search.pipeline.durations import benchmarked, durations, measured_speeds
 from search.pipeline.rehearsal import rehearse
 from search.trials.preflight import preflight
-from search.trials.selection import FINALISTS
 
 __all__ = ["plan"]
-
-_BENCHMARK_TOKENS = 110  # per item, averaged over the tasks of `search.pipeline.finish`
-_REPAIR_PASSES = 6  # forward passes per repaired token, roughly
 
 
 def plan(config: Config) -> Mapping[str, object]:
@@ -53,18 +46,10 @@ def plan(config: Config) -> Mapping[str, object]:
     searched, [selected], [heldout] = (experiment.shards(part) for part in ("search", "selection", "heldout"))
     tokens = {
         name: sum(len(row.tokens) for row in rows)
-        for name, rows in (("trial", searched[0]), ("selection", selected), ("held-out", heldout))
+        for name, rows in (("trial", searched[0]), ("selection", selected), ("heldout", heldout))
     }
+    seconds = durations(experiment, measured_speeds(experiment), tokens)
     parameters = sum(site.parameters for site in sites)
-    measured = config.benchmark_items * len(finish.TASKS) * (len(finish.SCHEDULES) + 1)
-    forward = (
-        6 * config.calibration_tokens
-        + (config.budget + 2 * config.search_shards) * tokens["trial"]
-        + (FINALISTS + 2) * tokens["selection"]
-        + 8 * tokens["held-out"]
-        + _REPAIR_PASSES * min(config.repair_tokens, config.calibration_tokens)
-        + _BENCHMARK_TOKENS * measured
-    )
     families = sorted({site.family for site in sites}, key=[site.family for site in sites].index)
     budget = experiment.budget
     return {
@@ -94,17 +79,17 @@ def plan(config: Config) -> Mapping[str, object]:
             "calibration_tokens": experiment.splits.calibration.tokens,
             "tokens_per_trial": tokens["trial"],
             "selection_tokens": tokens["selection"],
-            "held_out_tokens": tokens["held-out"],
+            "held_out_tokens": tokens["heldout"],
             "search_items": len(experiment.splits.search_items),
             "report_items": len(experiment.splits.report_items),
-            "benchmark_items": measured,
+            "benchmark_items": benchmarked(experiment),
             "notes": [*experiment.splits.notes, *notes],
         },
         "cost": {
-            "forward_tokens": forward,
-            "estimated_minutes": round(forward * experiment.seconds_per_token() / 60 + config.heal_minutes, 1),
+            "estimated_minutes": round(sum(seconds.values()) / 60, 1),
             "statistics_cached": experiment.calibration.is_cached,
         },
+        "seconds": {stage: round(duration) for stage, duration in seconds.items()},
         "needs": {
             need.stage: {"memory_gb": round(need.memory / 1e9, 1), "cache_gb": round(need.disk / 1e9, 1)}
             for need in needs(experiment)

@@ -106,3 +106,17 @@ def test_a_user_without_a_home_gets_findings_that_say_what_to_set(
 def unknown(_: int) -> None:
     """What the list of users says of a number that is not in it."""
     raise KeyError("getpwuid(): uid not found")
+
+
+def test_the_time_of_a_job_is_in_proportion_to_the_speed_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = {}
+    for seconds in (2 * 1024**3 / 150e9, 2 * 1024**3 / 15e9):  # of one product of matrices
+        clock = iter(index * seconds for index in range(20))
+        monkeypatch.setattr(machine_check.time, "perf_counter", lambda clock=clock: next(clock))
+        [found[seconds]] = machine_check._speed()
+    fast, slow = found.values()
+    assert (fast.state, slow.state) == ("ok", "note")
+    assert fast.found == "150 GFLOP/s now: about 55 minutes for the default job, 19 with --quick"
+    assert slow.found == "15 GFLOP/s now: about 550 minutes for the default job, 188 with --quick"
+    assert slow.advice == "stop other jobs, or use --quick"
