@@ -115,7 +115,9 @@ def joined_reader(files: Sequence[Path]) -> Any:
     """
     reader = QuickReader(files[0])
     for name, field in reader.fields.items():
-        if name.startswith("tokenizer.") and name != "tokenizer.ggml.tokens" and len(field.data) > 1:
+        if name == "tokenizer.ggml.tokens":
+            reader.fields[name] = field._replace(types=[None])  # the loader parses nothing of this type
+        elif name.startswith("tokenizer.") and len(field.data) > 1:
             reader.fields[name] = field._replace(data=[])
     if (count := _number(reader, "split.count") or 1) != len(files):
         raise Refusal(f"{files[0]} is one of {count} files of a model; name them as NAME-00001-of-{count:05}.gguf")

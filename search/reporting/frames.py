@@ -1,4 +1,7 @@
-"""Rows as CSV and parquet, by pandas. Knows plain values and files; does not know what a table is about."""
+"""Rows as CSV and parquet, by pandas. Knows plain values and files; does not know what a table is about.
+
+Functions import pandas when they are called: that takes a third of a second, and most commands need it late or never.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,24 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from compression.refusal import Refusal
 from compression.storage.whole_files import read_file
 from search.runtime.outside_text import csv_cell, csv_original
 
-__all__ = ["csv_text", "parquet_bytes", "parse_records", "read_frame", "read_records"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["csv_text", "frame_of", "parquet_bytes", "parse_records", "read_frame", "read_records"]
 
 Row = Mapping[str, object]
 
 
 def csv_text(rows: Sequence[Row]) -> str:
     """CSV with every key that occurs, in the order of first occurrence; None and non-finite numbers are empty cells."""
+    import pandas as pd
+
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(key)) for key in keys] for row in rows]
     heading = [csv_cell(key) for key in keys]
@@ -27,10 +34,17 @@ def csv_text(rows: Sequence[Row]) -> str:
     return text
 
 
+def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
+    """The rows as a data frame."""
+    import pandas as pd
+
+    return pd.DataFrame(list(rows))
+
+
 def parquet_bytes(rows: Sequence[Row]) -> bytes:
     """The rows as a parquet file."""
     out = io.BytesIO()
-    pd.DataFrame(list(rows)).to_parquet(out, index=False)
+    frame_of(rows).to_parquet(out, index=False)
     return out.getvalue()
 
 
@@ -40,6 +54,8 @@ def parse_records(text: str) -> list[dict[str, str]]:
     Raises:
         Refusal: no CSV, or a line with more cells than the heading.
     """
+    import pandas as pd
+
     try:
         frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=True)
     except pd.errors.EmptyDataError:
@@ -72,6 +88,8 @@ def read_frame(path: Path) -> pd.DataFrame:
     Raises:
         Refusal: no such file, or not a table.
     """
+    import pandas as pd
+
     if not path.is_file():
         raise Refusal(f"there is no {path}")
     try:
@@ -86,6 +104,8 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 def _original(frame: pd.DataFrame) -> pd.DataFrame:
     """The table as it was before `csv_text` guarded cells that a spreadsheet could take for formulas."""
+    import pandas as pd
+
     for name in frame.columns:
         if not pd.api.types.is_numeric_dtype(frame[name]):
             frame[name] = frame[name].map(csv_original)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from compression.refusal import Refusal
 from compression.storage.strict_json import read_object
 from search.reporting.documents import ContestFile, HealingFile, PriorFile, SummaryFile, document
-from search.reporting.frames import read_frame
+from search.reporting.frames import frame_of, read_frame
 from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY, TRIALS
 from search.runtime.schema import Part
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["BENCHMARKS", "CONTEST", "SENSITIVITY", "OpenedRun"]
 
@@ -67,7 +68,7 @@ class OpenedRun:
 
         KL is in nats per token, sizes in parameters and bytes, prefill and decode in times relative to the dense model.
         """
-        return pd.DataFrame(self.summary.get("rows", []))
+        return frame_of(self.summary.get("rows", []))
 
     def trials(self) -> pd.DataFrame:
         """One row per trial in the order of evaluation: state, reward, seconds, scores, and the level of each step."""
@@ -87,7 +88,9 @@ class OpenedRun:
         Where the schedule cuts bonds between matrices, `width` and `groups` are the kept and all groups of a site's
         bond; they are missing at a site that no bond cuts.
         """
-        sites = pd.DataFrame(self.prior.get("sites", [])).drop(columns="sensitivity", errors="ignore")
+        import pandas as pd
+
+        sites = frame_of(self.prior.get("sites", [])).drop(columns="sensitivity", errors="ignore")
         sites["kept_fraction"] = sites["parameters"] / sites["shape"].map(lambda shape: shape[0] * shape[1])
         if "bonds" in sites:
             bonds = sites.pop("bonds")
@@ -113,7 +116,7 @@ class OpenedRun:
             for entry in contest["entries"]
             for mark in entry["marks"]
         ]
-        return pd.DataFrame(rows)
+        return frame_of(rows)
 
     def healing(self, name: str = "healed") -> pd.DataFrame:
         """One row per measurement of a healing: tokens learned, seconds, KL in nats per token and perplexity.
@@ -122,7 +125,7 @@ class OpenedRun:
             name: folder of the healing inside the run; the job's own by default.
         """
         found = self._document(HealingFile, f"{name}/healing.json", "the healing", "search.py heal writes it")
-        return pd.DataFrame(found["looks"])
+        return frame_of(found["looks"])
 
     def _document(self, schema: type[Part], name: str, what: str, hint: str) -> Mapping[str, Any]:
         self._refuse_missing(name, hint)
