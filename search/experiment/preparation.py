@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from compression.sites import Site
+from compression.sites import Site, model_bytes
 from search.experiment.experiment import Experiment
 from search.experiment.needs import needs
+from search.model.loading import LoadedModel
 from search.runtime.console import Console, Stage
 from search.runtime.memory import available_memory
 
-__all__ = ["advancing", "calibrate", "check_space", "stays_dense"]
+__all__ = ["advancing", "calibrate", "check_space", "stays_dense", "stays_on_disk"]
 
 
 def calibrate(experiment: Experiment, console: Console) -> None:
@@ -52,6 +53,17 @@ def stays_dense(sites: Sequence[Site]) -> dict[str, str]:
     return {site.name: site.dense_because for site in sites if site.dense_because}
 
 
+def stays_on_disk(loaded: LoadedModel) -> str:
+    """A line that says why the weights of a model are read from disk again and again; empty if they are not."""
+    size, available = model_bytes(loaded.model), available_memory()
+    if not loaded.is_mapped or available is None or size <= available:
+        return ""
+    return (
+        f"the model takes {size / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are available: its weights stay "
+        "on disk and are read block by block, which takes longer"
+    )
+
+
 def check_space(experiment: Experiment, note: Callable[[str], None]) -> None:
     """Check that the disk can hold the cache, and note if the memory seems too small.
 
@@ -67,7 +79,8 @@ def check_space(experiment: Experiment, note: Callable[[str], None]) -> None:
     stages = needs(experiment)
     disk, hungriest = max(need.disk for need in stages), max(stages, key=lambda need: need.memory)
     available = available_memory()
-    if available is not None and experiment.device.type == "cpu" and hungriest.memory > available:
+    on_disk = model_bytes(experiment.loaded.model) if experiment.loaded.is_mapped else 0
+    if available is not None and experiment.device.type == "cpu" and hungriest.memory - on_disk > available:
         smaller = "; --dtype bfloat16 halves the model" if experiment.loaded.model.dtype == torch.float32 else ""
         note(
             f"stage {hungriest.stage} takes about {hungriest.memory / 1e9:.1f} GB of memory, and "

@@ -23,6 +23,7 @@ from compression.storage.strict_json import json_digest
 from search.model.architecture import empty_model, shaped_model
 from search.model.devices import resolve_device
 from search.model.kinds import Kind, auto_class, kind_of_model
+from search.model.mapped import read_mapped
 from search.model.masking import masked
 from search.model.own_code import is_compressed
 from search.model.pretrained import quiet_transformers, read_pretrained, read_tokenizer, unusable, with_attention
@@ -47,6 +48,7 @@ class LoadedModel:
         architecture, vocabulary: digests of the files that say what the model computes with its parameters and how it
             reads text, see `search.model.source_files`; empty for a model that comes from no named source.
         is_outline: whether the weights were not read, see `search.model.outline`.
+        is_mapped: whether the weights stay on disk, to be read when they are used.
     """
 
     model: Any
@@ -57,6 +59,7 @@ class LoadedModel:
     architecture: str = ""
     vocabulary: str = ""
     is_outline: bool = False
+    is_mapped: bool = False
 
     @property
     def identity(self) -> dict[str, str]:
@@ -210,17 +213,20 @@ def load_model(
     place = device if isinstance(device, torch.device) else resolve_device(device)
     source = locate(name, trusted)
     files = SourceFiles.of(source)
+    mapped: tuple[Any, Any] | None = None
     with quiet_transformers():
         if source.folder is None:
             make = shaped_model if source.name in SHAPES else tiny_model
             model, tokenizer = make(source.name, dtype), byte_tokenizer()
         elif source.gguf is not None:
-            model, tokenizer = read_gguf(source, dtype, progress)
+            model, tokenizer = mapped = read_gguf(source, dtype, progress)
         else:
-            model, tokenizer = read_pretrained(source, dtype)
+            mapped = read_mapped(source, dtype) if place.type == "cpu" else None
+            model, tokenizer = mapped or read_pretrained(source, dtype)
     model.to(device=place, dtype=dtype).eval().requires_grad_(False)
     digest = files.remembered(parameters_as(dtype), lambda: model_digest(model))
-    return LoadedModel(model, tokenizer, source.model_id, digest, source.license, files.architecture, files.vocabulary)
+    identity, on_disk = (files.architecture, files.vocabulary), mapped is not None and place.type == "cpu"
+    return LoadedModel(model, tokenizer, source.model_id, digest, source.license, *identity, is_mapped=on_disk)
 
 
 def load_for_use(name: str, device: str | torch.device = "auto", trusted: bool = False) -> LoadedModel:

@@ -11,7 +11,7 @@ import errno
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from search.model.source_files import SourceFiles
 from search.model.verified_folders import made_once
 from search.runtime.files import cache_folder, unwritable
 
-__all__ = ["read_gguf", "unpacked"]
+__all__ = ["check_space", "map_", "read_gguf", "shapes_of", "unpacked"]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _PARTS = 8  # the conversion takes at most about this share of a model at a time
@@ -58,15 +58,27 @@ def read_gguf(
             tokenizer = read_tokenizer(source.folder, source.trusted, gguf_file=source.gguf)
         except Exception as error:  # as in `read_pretrained`
             raise unusable(source, error) from error
+    map_(model, sorted(unpacked(source, model, dtype, progress).glob("*.safetensors")), dtype, source)
+    return model, tokenizer
+
+
+def map_(model: Any, files: Iterable[Path], dtype: torch.dtype, source: Source) -> None:
+    """Give a model without weights those of some files, which are memory-mapped.
+
+    Args:
+        model: see `search.model.architecture.empty_model`.
+        files: safetensors with the tensors of `shapes_of`.
+        dtype: dtype of the tensors.
+        source: where the model is from.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(unpacked(source, model, dtype, progress).glob("*.safetensors")):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = dtype
     model.config._name_or_path = source.model_id
-    return model, tokenizer
 
 
 def unpacked(
@@ -88,7 +100,7 @@ def unpacked(
     folder = home / f"{source.model_id}-{digest[:12]}-{short}-transformers-{transformers.__version__}"
 
     def make(made: Path) -> None:
-        _check_space(home, model_parameters(model) * dtype.itemsize)
+        check_space(home, model_parameters(model) * dtype.itemsize)
         with system_errors(home):
             _unpack(source, model, dtype, made, progress)
 
@@ -100,7 +112,7 @@ def unpacked(
 
 def _unpack(source: Source, model: Any, dtype: torch.dtype, made: Path, progress: Callable[[int], None]) -> None:
     """Write the tensors of a model into the new folder `made`."""
-    shapes = _shapes(model)
+    shapes = shapes_of(model)
     written: dict[str, torch.Size] = {}
     total, percent = sum(shape.numel() for shape in shapes.values()), 0
     for number, tensors in enumerate(_converted(source, model, dtype)):
@@ -118,7 +130,7 @@ def _unpack(source: Source, model: Any, dtype: torch.dtype, made: Path, progress
         (made / "whole").rename(made / "part-00000.safetensors")
 
 
-def _shapes(model: Any) -> dict[str, torch.Size]:
+def shapes_of(model: Any) -> dict[str, torch.Size]:
     """The shapes of all parameters and saved buffers by name; tied parameters occur once."""
     saved = model.state_dict()
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -149,7 +161,8 @@ def _converted(source: Source, model: Any, dtype: torch.dtype) -> Iterator[Mappi
         together += tensors
 
 
-def _check_space(home: Path, needed: int) -> None:
+def check_space(home: Path, needed: int) -> None:
+    """Refuse to write a model of so many bytes to a disk with less space. Raises OSError (ENOSPC)."""
     if (free := shutil.disk_usage(home).free) < needed:
         text = f"the model takes {needed / 1e6:,.1f} MB in {home} and {free / 1e6:,.1f} MB are free"
         raise OSError(errno.ENOSPC, text)

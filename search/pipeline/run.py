@@ -18,7 +18,7 @@ from search.config import FREE_AFTERWARDS, Config
 from search.evaluation.latency import against_dense, layer_costs
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model, staying_dense
-from search.experiment.preparation import advancing, calibrate, check_space, stays_dense
+from search.experiment.preparation import advancing, calibrate, check_space, stays_dense, stays_on_disk
 from search.healing.state import HEALED, STATE
 from search.pipeline.baselines import baseline_schedules
 from search.pipeline.measure import against_closed_form, measure, speed
@@ -83,6 +83,8 @@ def run(config: Config, console: Console) -> RunSummary:
     with console.stage("load", 100, "%") as stage:
         loaded, sites = open_model(config, device, progress=stage.advance)
     start.check(loaded, sites)
+    if on_disk := stays_on_disk(loaded):
+        console.note(on_disk)
     if staying := stays_dense(sites):
         console.note(
             f"{len(staying)} of {len(sites)} sites stay dense and are counted as dense: {staying_dense(sites)}"
