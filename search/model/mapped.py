@@ -70,7 +70,9 @@ def read_mapped(source: Source, dtype: torch.dtype) -> tuple[Any, Any] | None:
         files = sorted(_converted(source, model, where, dtype).glob("*.safetensors"))
     map_(model, files, dtype, source)
     if model.can_generate() and (source.folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
     return model, tokenizer
 
 
