@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from fake_data import fake_data
+from small_run import words
 
+from search import cli
 from search.experiment import preparation
 from search.experiment.preparation import stays_on_disk
 from search.model import loading, mapped
 from search.model.loading import load_model
+
+__all__ = ["fake_data"]
 
 Save = Callable[..., Path]
 
@@ -114,3 +120,23 @@ def test_a_line_says_that_weights_stay_on_disk_and_why(monkeypatch: pytest.Monke
                 "the model takes 4.0 GB and 3.0 GB of memory are available: its weights stay on disk and are read "
                 "block by block, which takes longer"
             )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fake_data")
+def test_a_run_of_a_model_on_disk_ends_with_the_same_table(
+    saved: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = {}
+    for name, memory in (("whole", 1 << 40), ("mapped", 1000)):
+        monkeypatch.setattr(mapped, "available_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(preparation, "available_memory", lambda memory=memory: memory)
+        monkeypatch.setenv("CHISEL_CACHE", str(tmp_path / "cache" / name))
+        model = saved(torch.bfloat16, "100KB")
+        flags = words(out=tmp_path / name, model=model, budget=2, repair_tokens=512)
+        assert cli.main([flag for flag in flags if flag != "--quiet"]) == cli.DONE
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        tables[name] = [(row["schedule"], row["kl"], row["parameters"]) for row in summary["rows"]]
+        assert ("its weights stay on disk" in capsys.readouterr().err) is (name == "mapped")
+    assert tables["mapped"] == tables["whole"]
+    assert len(tables["whole"]) > 3
