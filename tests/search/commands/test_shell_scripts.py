@@ -21,7 +21,7 @@ def made(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
     [
         (("chisel", "comp"), {"compare", "completion"}),
         (("chisel", "--agent", "optuna-c"), {"optuna-cmaes"}),
-        (("chisel", "--targ"), {"--target-kept"}),
+        (("chisel", "--targ"), {"--target-bytes-kept", "--target-kept"}),
         (("chisel", "compare", "--ag"), {"--agents"}),
         (("chisel", "compare", "--granularity", ""), {"block", "family", "site", "head", "block+family"}),
         (("chisel", "doctor", "--js"), {"--json"}),
