@@ -77,6 +77,9 @@ class ProblemLike(Protocol):
     def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Predicted cost of every step's group for n complete episodes, (n, steps); no evaluation is made."""
 
+    def forecast_sites(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predicted cost of every site for n complete episodes, (n, steps) -> (n, sites); no evaluation is made."""
+
     def schedule(self, actions: Sequence[int]) -> Schedule:
         """The schedule of a complete legal episode."""
 

@@ -33,8 +33,8 @@ NAMES: tuple[str, ...] = tuple(_AGENTS)
 
 METHODS = {
     "reinforce": "log prices of sites, with slopes",
-    "ppo": "levels of steps, with slopes",
-    "ppo-masked": "levels of steps, with slopes",
+    "ppo": "levels of steps, with slopes and a trust region",
+    "ppo-masked": "levels of steps, with slopes and a trust region",
 }
 """What agents do that did something else under the same name in earlier versions; journals record it."""
 

@@ -237,7 +237,8 @@ class Reinforce:
         """Buys a look with slopes at the mode or pairs without, whichever the critic expects to be worth more."""
         self._learn()
         worth, shards = self.critic.worth_of_slopes()
-        sloped = not self.critic.passes or worth > self.critic.worth_of_looks(self.policy.sample(4, self._generator))
+        pairs = self._problem.tradeoff(self.policy.sample(4, self._generator)).cost
+        sloped = not self.critic.passes or worth > self.critic.worth_of_looks(pairs)
         if sloped and self._look(self.policy.mean, shards, slopes=True) is not None:
             return
         for _ in range(self.settings.pairs):

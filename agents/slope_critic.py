@@ -150,7 +150,11 @@ class SlopeCritic:
 
     def __call__(self, places: Floats) -> Floats:
         """Predicted quality, the negative KL, at log weights (n, sites) -> (n,)."""
-        predicted: Floats = -self._scale * (self._problem.tradeoff(places).cost @ self._marginal)
+        return self.quality(self._problem.tradeoff(places).cost)
+
+    def quality(self, costs: Floats) -> Floats:
+        """Predicted quality of schedules with these predicted costs of the sites, (n, sites) -> (n,)."""
+        predicted: Floats = -self._scale * (costs @ self._marginal)
         return predicted
 
     def gradient(self, places: Floats) -> tuple[Floats, Floats]:
@@ -183,9 +187,13 @@ class SlopeCritic:
         order = sorted(worth, key=lambda shard: -worth[shard])
         return worth[order[0]] / SLOPES_COST, [*order[:1], *fresh[1:], *order[1:]]
 
-    def worth_of_looks(self, pairs: Floats) -> float:
-        """What two looks at log weights in neighbouring rows, (2n, sites), are worth on average, per evaluation."""
-        features = self._problem.tradeoff(pairs).cost @ self._parts
+    def worth_of_looks(self, costs: Floats) -> float:
+        """What pairs of looks are worth on average, per evaluation.
+
+        Args:
+            costs: predicted costs of the sites; neighbouring rows, (2n, sites), are a pair.
+        """
+        features = costs @ self._parts
         change = features[::2] - features[1::2]
         moved = change @ self._doubts
         power = np.maximum((moved * change).sum(axis=1) + 2 * self._error**2, 1e-300)

@@ -314,13 +314,20 @@ class Problem:
     def forecast(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Predict the KL of every group, (n, steps) in nats per token, for n complete episodes of actions (n, steps).
 
+        As `forecast_sites`, whose costs it adds up.
+        """
+        return self.forecast_sites(actions) @ self.membership
+
+    def forecast_sites(self, actions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predict the KL of every site, (n, sites) in nats per token, for n complete episodes of actions (n, steps).
+
         Uses the tables of the frontier without building a schedule, so it is cheap enough for lookahead. It agrees with
-        the cost of `schedule(actions)` up to the width of a table cell and one step of χ.
+        the costs of `schedule(actions)` up to the width of a table cell and one step of χ.
         """
         levels = np.atleast_2d(np.asarray(actions, dtype=np.int64))
         dense = levels == self.dense_level
         weights = np.where(dense, 0.0, self.offsets[np.minimum(levels, self.levels - 2)]) @ self.membership.T
-        return self.frontier.costs(self.base + weights, (dense @ self.membership.T) > 0) @ self.membership
+        return self.frontier.costs(self.base + weights, (dense @ self.membership.T) > 0)
 
     def costs(self, schedule: Schedule) -> NDArray[np.float64]:
         """Returns the predicted cost of every site in a schedule, (sites,), nats per token."""

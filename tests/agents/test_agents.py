@@ -218,7 +218,7 @@ def test_an_unknown_agent_is_refused_with_the_nearest_name(name, nearest):
 
 
 def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
-    for module in ("agents.ppo", "agents.sb3_episodes", "stable_baselines3"):
+    for module in ("agents.ppo", "agents.ladder_policy", "agents.sb3_episodes", "stable_baselines3"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Without("stable_baselines3", "sb3_contrib"), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "sb3_contrib", raising=False)

@@ -56,9 +56,9 @@ def test_a_continued_policy_starts_where_the_other_ended(saved):
     agent, folder = saved
     start = SavedPolicy.read(folder)
     again = agents.make(agent.name, toy(), AgentContext(7, 10, model="model a", policy=start))
-    mode = agent.recommend(1)[0]
-    assert mode.schedule != toy().closed_form()
-    assert again.ask(1)[0].schedule == mode.schedule
+    first = again.ask(1)[0].schedule
+    assert first != toy().closed_form()
+    assert first in [proposal.schedule for proposal in agent.recommend(2)]  # behind the mean of earlier modes
     assert all(np.array_equal(array, start.arrays[name]) for name, array in again.saved_policy().arrays.items())
 
 

@@ -161,6 +161,7 @@ def test_the_forecast_agrees_with_the_schedule_it_stands_for(granularity):
         exact.append(cost @ problem.membership)
     assert np.corrcoef(forecast.ravel(), np.ravel(exact))[0, 1] > 0.97
     assert forecast.sum() == pytest.approx(np.sum(exact), rel=0.1)
+    assert problem.forecast_sites(episodes) @ problem.membership == pytest.approx(forecast)
 
 
 @pytest.mark.parametrize(

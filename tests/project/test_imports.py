@@ -36,7 +36,7 @@ INTRUDERS = {
     ("search/trials/intruder.py", "import transformers"): "transformers is imported where models are loaded",
     ("search/trials/intruder2.py", "import ray"): "ray is imported by the evaluators that run on it",
     ("search/priors/intruder.py", "import optuna"): "optuna is imported by the journal and by its own agents",
-    ("agents/intruder2.py", "import stable_baselines3"): "stable-baselines3 is imported by ppo and its episodes",
+    ("agents/intruder2.py", "import stable_baselines3"): "stable-baselines3 is imported by the policy",
     ("search/trials/intruder3.py", "import lm_eval"): "lm-eval is imported for its tasks",
 }
 
