@@ -56,7 +56,8 @@ class Problem:
 
     Attributes:
         menu: options of every site.
-        target_kept: parameters after / before over the sites of the menu, in (0, 1].
+        target_kept: parameters after / before over the sites of the menu, in (0, 1]; bytes in a menu by bytes, here and
+            in all that follows.
         target_parameters: largest number of parameters that a schedule may keep.
         groups: sites that each step decides about, in order.
         offsets: (levels,), ascending, symmetric around 0, the last one +inf for dense.

@@ -82,11 +82,13 @@ class PrunedStore:
             nearest = min(costs, key=lambda count: abs(count - kept), default="none")
             raise Refusal(f"{name} is not pruned to {kept} entries; the nearest number is {nearest}")
         tensors, number = self._bundle(name).tensors, list(costs).index(kept)
-        mask = tensors["steps"] > number
-        values = tensors[f"values.{number}"].float()
-        matrix = torch.zeros(mask.shape).masked_scatter(mask, values)
         device = self._measured.weights[name].device
-        return Pruned(matrix.to(device), mask.to(device), costs[kept])
+        mask = tensors["steps"].to(device) > number
+        values = tensors[f"values.{number}"].to(device).float()
+        # Several times as fast as masked_scatter: entry n of what is stored is value n, and 0 stands for no value.
+        at = mask.flatten().cumsum(0, dtype=torch.int32) * mask.flatten()
+        matrix = torch.cat([values.new_zeros(1), values]).index_select(0, at).view(mask.shape)
+        return Pruned(matrix, mask, costs[kept])
 
     def _bundle(self, name: str) -> Bundle:
         """The results of a site: their values and costs, and how many of them every entry is in, uint8 (out, in)."""
