@@ -22,6 +22,8 @@ search. In the following list, each variant includes all earlier ones unless it 
 * sparse: `weighted`, but every matrix is pruned or stays dense. The budget is the same share of the bytes at 16 bits a
   number, and the bit per entry that says which are stored counts (see `compression.allocation.byte_menu`).
 * small: every matrix is pruned, takes the χ of `weighted`, or stays dense, by the same bytes.
+* joint-small: pruned matrices beside the widths and χ of `joint`, by the same bytes, as runs with `--form small` have.
+* repaired-small: `small`, repaired; pruned matrices keep their masks.
 
 The held-out text consists of two corpora, prose and exam questions with their answers, which are scored separately.
 Nothing is tuned on it.
@@ -45,15 +47,15 @@ import torch
 
 from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
-from compression import DENSE, Menu, Schedule, dense_weight, fitted_topologies, lagrangian, to_schedule
+from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
 from compression.allocation.byte_menu import byte_menu
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
 from compression.layers.quantize import GROUP
-from compression.layers.sparse_linear import SparseLinear
 from compression.schedule import Form
 from compression.sites import put_modules
+from compression.size import SizeModel
 from envs import Problem
 from search.config import Config
 from search.evaluation.quality import Quality, paired_kl
@@ -78,12 +80,22 @@ VARIANTS = (
     "complete",
     "sparse",
     "small",
+    "joint-small",
+    "repaired-small",
 )
 _BONDED: dict[str, Form] = {"widths": "plain", "joint": "any"}
-_REPAIRED = {"sequential": "menu", "repaired": "menu", "repaired-widths": "widths", "repaired-joint": "joint"}
+_REPAIRED = {
+    "sequential": "menu",
+    "repaired": "menu",
+    "repaired-widths": "widths",
+    "repaired-joint": "joint",
+    "repaired-small": "small",
+}
 """Variants that visit the blocks in order, by the variant whose menu they take."""
-_BY_BYTES = ("sparse", "small")
+_BY_BYTES = ("sparse", "small", "joint-small", "repaired-small")
 """Variants whose budget is in bytes."""
+_BARS = {0.8: 0.06, 0.62: 0.25}
+"""Goals of their KL in nats per token, by the share of the bytes."""
 _PASSES = 6
 
 
@@ -137,7 +149,7 @@ class Bench:
 
     def schedule(self, variant: str, kept: float) -> Schedule:
         if variant in _BY_BYTES:
-            return self.by_bytes(variant, kept)
+            return self.by_bytes(_REPAIRED.get(variant, variant), kept)
         menu = self.menu(variant)
         if variant in ("corrected", "complete"):
             return self.corrected(kept)
@@ -148,29 +160,29 @@ class Bench:
         """Compresses the model by a variant within the context, and makes it dense again afterwards."""
         model, schedule = self.experiment.loaded.model, self.schedule(variant, kept)
         if variant not in (*_REPAIRED, "complete"):
-            pruned = {name: choice.chi for name, choice in schedule if choice.is_sparse}
-            others = Schedule(tuple((name, DENSE if name in pruned else choice) for name, choice in schedule))
-            dense = {name: model.get_submodule(name) for name in pruned}
             with ScheduleApplier(model, self.store(variant)) as applier:
-                applier.apply_(others)
-                put_modules(model, {name: self.sparse(name, entries) for name, entries in pruned.items()})
-                try:
-                    yield schedule
-                finally:
-                    put_modules(model, dense)
+                applier.apply_(schedule)
+                yield schedule
             return
         store, config, calibration = self.store(variant), self.experiment.config, self.experiment.calibration
         batches, order = self.experiment.repair_batches(config.repair_tokens), store.bonds.elimination
         correct = variant != "sequential"
-        taken = repair_(model, store.sites, schedule, calibration(), batches, config.shrinkage, order, correct)
+        how = calibration(), batches, config.shrinkage, order, correct
+        taken = repair_(model, store.sites, schedule, *how, pruned=store.pruned.pruned)
         try:
             yield schedule
         finally:
             put_modules(model, taken)
 
     def by_bytes(self, variant: str, kept: float) -> Schedule:
-        """The closed form over pruned matrices, and over χ if `small`, at a share of the bytes at 16 bits a number."""
+        """The closed form over pruned matrices and all else that a variant has, at a share of the bytes at 16 bits."""
         store, menus = self.experiment.store, []
+        if variant == "joint-small":
+            sizes = SizeModel(self.experiment.loaded.model, store.sites, 2)
+            if variant not in self._menus:
+                self._menus[variant] = store.menu(form="small", price=sizes.choice_bytes)
+            menu = self._menus[variant]
+            return to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
         for site in store.sites:
             chi = variant == "small" and not site.dense_because
             spectrum = store.factors(site.name, "lowrank", "two-sided").spectrum.double() if chi else torch.empty(0)
@@ -178,13 +190,6 @@ class Bench:
             menus.append(byte_menu(site, spectrum.numpy(), {}, GROUP, tensorized=chi, pruned=pruned).menu)
         menu = Menu(tuple(menus))
         return to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
-
-    def sparse(self, name: str, entries: int) -> SparseLinear:
-        """The layer of a site that is pruned to some number of entries."""
-        dense = self.experiment.loaded.model.get_submodule(name)
-        pruned, bias = self.experiment.store.pruned.pruned(name, entries), dense.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
-        return SparseLinear.of(pruned.matrix.to(dense_weight(dense).dtype), pruned.mask, bias)
 
     def corrected(self, kept: float) -> Schedule:
         """The schedule that the gradient agent believes best after a few passes; computed once per kept fraction."""
@@ -301,6 +306,12 @@ def main() -> None:
         for (variant, kept), value in quality.items()
         for name in bench.workloads
         if variant != "lowrank" and variant in variants and kept in fractions
+    ]
+    bars += [
+        Bar(f"{variant}_{name}_{kept}", value[name].kl, "<=", _BARS[kept])
+        for (variant, kept), value in quality.items()
+        for name in bench.workloads
+        if variant in _BY_BYTES and variant in variants and kept in fractions and kept in _BARS
     ]
     publish("benchmarks.model_quality", "Whole-model quality without healing", body, bars, arguments.write)
 
