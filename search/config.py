@@ -177,8 +177,8 @@ class Config(BaseModel):
     target_kept: float = _field("search", 0.8, "a number above 0 and at most 1", "FRACTION", gt=0.0, le=1.0)
     """Fraction of the parameters of the compressible matrices to keep; with form small, of their bytes."""
     size: str | None = _field("search", None, "a number with its unit, such as 100MB", "SIZE", pattern=_SIZE)
-    """Largest size of the exported model, such as 100MB, instead of target-kept: numbers of 16 bits, places and masks.
-    Unless another form is given, the form is small."""
+    """Largest size of the exported weights, such as 100MB, instead of target-kept: numbers of 16 bits, places and
+    masks. Unless another form is given, the form is small."""
     target_bytes_kept: float | None = _field("search", None, "a number above 0 and below 1", "FRACTION", gt=0.0, lt=1.0)
     """Fraction of the bytes of the whole model to keep, instead of size."""
     granularity: Granularity = _name("search", "block+family", GRANULARITIES, "KIND")
@@ -187,7 +187,7 @@ class Config(BaseModel):
     form: Form = _name("search", "any", FORMS, "FORM")
     """What the matrices may become: plain, smaller dense matrices, because MLPs lose hidden units and attentions lose
     heads; factors, each matrix decomposed by itself; any, both together, which costs the least quality for its
-    parameters; or small, these and pruned matrices, which costs the least quality for its bytes but saves no time."""
+    parameters; or small, these and pruned matrices, which costs the least quality for its bytes, but time too."""
     serve: Serve = _name("search", "transformers", SERVE, "ENGINE")
     """Engine that is to run the result. vllm and llama.cpp have no factored matrices: form is then plain, and export
     plain or gguf. For vllm an attention keeps all of its heads or none, since its models with blocks of different

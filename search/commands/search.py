@@ -28,7 +28,7 @@ examples:
   python search.py --quick                                  a small run of everything, in about 20 minutes
   python search.py --dry-run                                print what would run and how long it takes
   python search.py --target-kept 0.7 --budget 500           a smaller result and a longer search
-  python search.py --size 200MB                             a file of at most this size, for the least loss of quality
+  python search.py --size 200MB                             weights of at most this size, for the least loss
   python search.py --model ./my-llama --proxy exam.jsonl    your own model and questions
   python search.py --evaluators 4                           four evaluators at once; --ray-address names a cluster
   python search.py resume results/RUN                       continue after an interruption; same as --resume
