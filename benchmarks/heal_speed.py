@@ -48,7 +48,7 @@ from search.model.loading import load_model
 
 SIDES = ("fine-tuning", "labels", "distill", "distill, kept targets", "distill, all tokens, kept targets")
 GPU_SIDES = ("fine-tuning", "fine-tuning, replayed", "labels", "distill", "distill, kept targets")
-_PLAN = HealingPlan(tokens=1)
+_PLAN = HealingPlan(tokens=1, targets=64, sample=1024)
 
 
 def compressed(dense: Any, kept: float) -> Any:

@@ -1,9 +1,11 @@
 """Computes distillation losses without ever holding the logits of all tokens over the whole vocabulary.
 
-Takes tensors and returns tensors. The target at a position is a row of `Targets`: the log-probabilities of the k
-likeliest tokens. All other tokens together form one more outcome, the rest. The loss is the KL divergence between the
-two distributions over these k + 1 outcomes. It is a lower bound of the KL over the vocabulary, and equals it when k is
-the size of the vocabulary. A label is the case k = 1 with probability 1, where the KL is the cross-entropy.
+Takes tensors and returns tensors. The target at a position is either a row of `Distributions`: the probabilities of all
+tokens, computed from the dense model's last hidden state when they are needed; or a row of `Targets`: the
+log-probabilities of the k likeliest tokens. For `Targets`, all other tokens together form one more outcome, the rest.
+The loss is the KL divergence between the two distributions, for `Targets` over these k + 1 outcomes. It is then a lower
+bound of the KL over the vocabulary, and equals it when k is the size of the vocabulary. A label is the case k = 1 with
+probability 1, where the KL is the cross-entropy.
 
 Healing freezes the output head, so only the gradient with respect to the inputs of the head is needed. It is computed
 in the forward pass, a few rows at a time, as Liger (Hsu et al. 2024) does, and needs memory for these rows only.
@@ -23,8 +25,9 @@ from torch.nn import functional
 
 from compression.refusal import Refusal
 
-__all__ = ["Head", "Targets", "divergence", "labels", "likeliest"]
+__all__ = ["Distributions", "Head", "Targets", "divergence", "labels", "likeliest"]
 
+_NOT_FINITE = "the dense model gives NaN or infinite logits; nothing can be learned from it"
 _ROWS = 256
 """Smallest number of rows of logits computed at a time."""
 _ROOM = {"cpu": 2**28, "cuda": 2**30}
@@ -92,6 +95,36 @@ class Targets:
         return Targets(self.tokens[rows], self.logs[rows])
 
 
+@dataclass(frozen=True, eq=False)
+class Distributions:
+    """Holds the distributions over the whole vocabulary to learn at T positions.
+
+    Attributes:
+        hidden: what the head of the dense model reads, (T, width).
+        head: that head.
+    """
+
+    hidden: torch.Tensor
+    head: Head
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Distributions:
+        return Distributions(self.hidden[rows], self.head)
+
+    def logs(self) -> torch.Tensor:
+        """Returns the log-probabilities of all tokens, float32 (T, vocabulary).
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        logs = self.head.logits(self.hidden).log_softmax(-1)
+        if not torch.isfinite(logs).all():
+            raise Refusal(_NOT_FINITE)
+        return logs
+
+
 def labels(tokens: torch.Tensor) -> Targets:
     """Returns targets that give known next tokens (T,) probability 1."""
     return Targets(tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device))
@@ -111,14 +144,18 @@ def likeliest(hidden: torch.Tensor, head: Head, count: int) -> Targets:
         largest = values.amax(-1, keepdim=True)
         normalizer = largest + logits.sub_(largest).exp_().sum(-1, keepdim=True).log()
         if not torch.isfinite(normalizer).all():
-            raise Refusal("the dense model gives NaN or infinite logits; nothing can be learned from it")
+            raise Refusal(_NOT_FINITE)
         tokens.append(places)
         logs.append(values - normalizer)
     return Targets(torch.cat(tokens), torch.cat(logs))
 
 
 def divergence(
-    hidden: torch.Tensor, head: Head, targets: Targets, sample: int = 0, generator: torch.Generator | None = None
+    hidden: torch.Tensor,
+    head: Head,
+    targets: Targets | Distributions,
+    sample: int = 0,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Returns the sum over rows of KL(targets ‖ softmax(head(hidden))) in nats, differentiable in `hidden`.
 
@@ -126,7 +163,7 @@ def divergence(
         hidden: (T, width).
         targets: targets at the same T positions.
         sample: number of sampled tokens that represent all tokens which are no target in the current rows. 0 computes
-            all logits, which also happens if there are at most `sample` such tokens.
+            all logits, which also happens for `Distributions` and if there are at most `sample` such tokens.
         generator: draws the sample; on the device of `hidden`.
     """
     result: torch.Tensor = _Divergence.apply(hidden, head, targets, sample, generator)  # type: ignore[no-untyped-call]
@@ -136,20 +173,26 @@ def divergence(
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: Head, targets: Targets, sample: int, generator: torch.Generator | None
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: Head,
+        targets: Targets | Distributions,
+        sample: int,
+        generator: torch.Generator | None,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         slopes = torch.empty_like(hidden)
-        for rows in _slices(len(hidden), head, bool(sample)):
-            part, known = targets[rows], head
-            shortlist = _shortlist(part.tokens, len(head.weight), sample, generator) if sample else None
-            if shortlist is not None:
+        for rows in _slices(len(hidden), head, bool(sample) and isinstance(targets, Targets)):
+            part, known, shortlist = targets[rows], head, None
+            if sample and isinstance(part, Targets):
+                shortlist = _shortlist(part.tokens, len(head.weight), sample, generator)
+            if shortlist is not None and isinstance(part, Targets):
                 part, known = Targets(shortlist.places, part.logs), head.only(shortlist.tokens)
             logits = known.logits(hidden[rows])
             slope = known.slope(logits)
             if shortlist is not None:
                 logits[:, -sample:] += shortlist.weight
-            total += _divergence_(logits, part)
+            total += _divergence_(logits, part) if isinstance(part, Targets) else _whole_divergence_(logits, part)
             if slope is not None:
                 logits *= slope
             slopes[rows] = (logits.to(known.weight.dtype) @ known.weight).to(slopes.dtype)
@@ -160,6 +203,16 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return slopes * gradients[0].to(slopes.dtype), None, None, None, None
+
+
+def _whole_divergence_(logits: torch.Tensor, targets: Distributions) -> torch.Tensor:
+    """Returns the sum of the divergences of all rows, and overwrites the logits with its gradient."""
+    wanted = targets.logs()
+    logits -= logits.logsumexp(-1, keepdim=True)
+    probabilities = wanted.exp()
+    value = (probabilities * wanted.sub_(logits)).sum()
+    logits.exp_().sub_(probabilities)
+    return value
 
 
 def _divergence_(logits: torch.Tensor, targets: Targets) -> torch.Tensor:

@@ -22,9 +22,9 @@ _MOST = {
     "vector_rate": 1_000,
     "batch_tokens": 10**9,
     "pass_tokens": 10**9,
-    "targets": 10**6,
     "clip": 10**9,
 }
+_MOST_TARGETS = 10**6
 _ROW = (16, 1 << 16)  # fewest and most tokens of a row
 
 
@@ -36,14 +36,15 @@ class HealingPlan:
         minutes, tokens: limits in minutes of training and in learned positions. Healing ends at whichever limit it
             reaches first; at least one must be given.
         loss: "distill" learns from the dense model's logits; "labels" learns the next tokens of the text itself.
-        rate: peak learning rate of the cores.
+        rate: peak learning rate of the cores; None takes that of `rate_for`.
         vector_rate: peak learning rate of norms and biases.
         batch_tokens: tokens per optimizer step, over all processes together.
         pass_tokens: tokens per forward pass, halved whenever memory runs out. A step accumulates the gradients of as
             many passes as it needs.
-        targets: distillation compares the probabilities of this many of the dense model's likeliest tokens one by one.
-        sample: number of randomly drawn tokens that represent the rest of the vocabulary in distillation, see
-            `compression.training.distillation`; 0 uses the whole vocabulary. "labels" always uses the whole
+        targets: distillation compares the probabilities of this many of the dense model's likeliest tokens one by one,
+            and those of all others together; such targets are stored for later epochs. 0 compares those of all tokens.
+        sample: with `targets` above 0, the number of randomly drawn tokens that represent the rest of the vocabulary,
+            see `compression.training.distillation`; 0 uses the whole vocabulary. "labels" always uses the whole
             vocabulary, because with a single target per position nearly all tokens would be represented by the sample.
         hidden_weight: weight of the squared distance between the last hidden states of the two models, relative to the
             size of the dense model's. 0 drops this term; the dense model then need not run again on rows whose targets
@@ -57,12 +58,12 @@ class HealingPlan:
     minutes: float | None = None
     tokens: int | None = None
     loss: Literal["distill", "labels"] = "distill"
-    rate: float = 4e-5
+    rate: float | None = None
     vector_rate: float = 3e-4
     batch_tokens: int = 512
     pass_tokens: int = 2048
-    targets: int = 64
-    sample: int = 1024
+    targets: int = 0
+    sample: int = 0
     hidden_weight: float = 0.0
     clip: float = 1.0
     checkpointing: bool = False
@@ -76,6 +77,9 @@ class HealingPlan:
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
                 raise Refusal(f"{name} must be above 0 and at most {most:,}, got {value}")
+        for name in ("targets", "sample"):
+            if not 0 <= getattr(self, name) <= _MOST_TARGETS:
+                raise Refusal(f"{name} must be from 0 to {_MOST_TARGETS:,}, got {getattr(self, name)}")
         if not 0 <= self.hidden_weight <= _MOST["rate"]:
             raise Refusal(f"hidden_weight must be a number from 0 to {_MOST['rate']:,}, got {self.hidden_weight}")
 
@@ -84,14 +88,22 @@ class HealingPlan:
         """The planned length, formatted as part of a folder name."""
         return f"{self.minutes:g}min" if self.tokens is None else f"{self.tokens}tokens"
 
+    def rate_for(self, kl: float) -> float:
+        """The peak learning rate of the cores, given the KL before healing in nats per token.
+
+        Every step also adds noise, whose damage does not depend on the KL, while the gain of a step falls with it. The
+        rate is therefore proportional to the KL up to 0.8 nats per token. It grows with the cube root of the batch.
+        """
+        return self.rate or 4e-5 * (self.batch_tokens / 512) ** (1 / 3) * min(1.0, kl / 0.8)
+
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed healing must share with the interrupted one."""
         return {name: value for name, value in asdict(self).items() if name not in ("minutes", "tokens", "pass_tokens")}
 
 
 _TOKENS_A_SECOND = {"cpu": 500, "cuda": 100_000}
-_ON_GPU = {"rate": 1e-4, "batch_tokens": 1 << 13, "pass_tokens": 1 << 14, "sample": 0}
-"""Defaults of `HealingPlan` on a GPU: small steps would leave it idle, and sampling the vocabulary saves it no time."""
+_ON_GPU = {"batch_tokens": 1 << 13, "pass_tokens": 1 << 14}
+"""Defaults of `HealingPlan` on a GPU, which small steps would leave idle."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Order the rows of the healing text and compute their targets with the dense model, stored for later epochs.
+"""Order the rows of the healing text and compute their targets with the dense model.
 
 Knows the dense model and rows of tokens; does not know the model that learns.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from compression.refusal import Refusal
-from compression.training.distillation import Head, Targets, labels, likeliest
+from compression.training.distillation import Distributions, Head, Targets, labels, likeliest
 from compression.training.trainable import captured_head_input
 from search.healing.rows import HealingText
 
@@ -30,8 +30,8 @@ class Teacher:
     Args:
         dense: the model that computes the targets.
         text: the rows to learn from.
-        top_tokens: number of the dense model's likeliest tokens per position to use as targets; None uses the next
-            tokens of the text itself.
+        top_tokens: number of the dense model's likeliest tokens per position to use as targets; 0 uses the
+            probabilities of all tokens, which are never stored; None uses the next tokens of the text itself.
         hidden: whether the last hidden states of the dense model are needed too.
         keep: whether to store the targets of rows for later epochs, as far as memory allows.
         seed: seed of the order of the rows.
@@ -46,7 +46,7 @@ class Teacher:
         self.device = self.head.weight.device
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         row = text.tokens.shape[1] * (top_tokens or 0) * 6  # bytes
-        self._room = _bytes(self.device) // max(1, row) if keep and not hidden else 0
+        self._room = _bytes(self.device) // row if row and keep and not hidden else 0
 
     def rows(self, position: int, count: int) -> list[int]:
         """`count` row numbers, starting at `position` in an endless sequence of epochs with a new order in each."""
@@ -63,7 +63,7 @@ class Teacher:
         chosen = torch.tensor(rows)
         return self.text.tokens[chosen].long().to(self.device), self.text.wanted[chosen].to(self.device)
 
-    def targets(self, rows: Sequence[int]) -> tuple[Targets, torch.Tensor | None]:
+    def targets(self, rows: Sequence[int]) -> tuple[Targets | Distributions, torch.Tensor | None]:
         """Targets at the wanted positions of these rows, concatenated, and the dense hidden states there if needed."""
         ids, wanted = self.inputs(rows)
         if self.top_tokens is None:
@@ -74,6 +74,8 @@ class Teacher:
         with torch.no_grad(), captured_head_input(self.dense) as caught:
             self.dense(input_ids=ids, use_cache=False)
         hidden = caught[0][wanted]
+        if not self.top_tokens:
+            return Distributions(hidden, self.head), hidden if self.hidden else None
         targets = likeliest(hidden, self.head, self.top_tokens)
         targets = Targets(targets.tokens, targets.logs.half().float())  # rounded as the stored ones are
         self._keep(rows, wanted.sum(1).tolist(), targets)

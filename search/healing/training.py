@@ -1,11 +1,10 @@
 """Heal a compressed model: train it briefly to match the dense model it was made from.
 
 Knows two causal language models that share a tokenizer, rows of tokens, and a folder for checkpoints; does not know
-where they come from. Distillation uses the dense model's likeliest tokens at every position as targets, see
-`compression.training.distillation`; the targets of a row are computed at its first use and stored for later epochs.
-The loss "labels" uses the next tokens of the text instead. Learning rates fall linearly to zero over the planned tokens
-or time, which is best for short training (Defazio et al. 2023). A longer healing therefore has to be planned as such
-from the start.
+where they come from. Distillation compares the probabilities of all tokens at every position, see
+`compression.training.distillation`. The loss "labels" uses the next tokens of the text instead. Learning rates fall
+linearly to zero over the planned tokens or time, which is best for short training (Defazio et al. 2023). A longer
+healing therefore has to be planned as such from the start.
 """
 
 from __future__ import annotations
@@ -213,8 +212,10 @@ class _Healing:
         if not math.isfinite(float(loss)) or not math.isfinite(norm):
             self._forget_gradients()
             return f"the loss or its gradient was not finite at step {self.at.step}; the best state so far is kept"
+        kl = self.at.measurements[0].kl
         for group in self.optimizer.param_groups:
-            group["lr"] = group["largest"] * self.at.rate_factor(self.plan)
+            largest = plan.vector_rate if group["vectors"] else plan.rate_for(kl)
+            group["lr"] = largest * self.at.rate_factor(plan)
         self.optimizer.step()
         self._forget_gradients()
         self.at.step += 1
@@ -310,11 +311,7 @@ class _Healing:
         pruned = pruned_values(self.model)
         cores = [p for name, p in self.parameters.items() if p.ndim > 1 or name in pruned]
         vectors = [p for name, p in self.parameters.items() if p.ndim <= 1 and name not in pruned]
-        groups = [
-            {"params": params, "largest": rate}
-            for params, rate in ((cores, self.plan.rate), (vectors, self.plan.vector_rate))
-            if params
-        ]
+        groups = [{"params": params, "vectors": params is vectors} for params in (cores, vectors) if params]
         # With small steps the optimizer's time matters, so it is fused; sharded tensors have no fused optimizer.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=self.sharding is None)
         for parameter in self.parameters.values():  # as the first step would, so that checkpoint 0 has the same tensors

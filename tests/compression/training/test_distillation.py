@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compression.training.distillation import Head, divergence, labels, likeliest
+from compression.training.distillation import Distributions, Head, divergence, labels, likeliest
 
 VOCABULARY, WIDTH, ROWS = 300, 16, 600
 
@@ -30,11 +30,22 @@ def gradient(loss: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def test_with_all_tokens_as_targets_it_is_the_kl_over_the_vocabulary_with_its_gradient(subject: tuple) -> None:  # type: ignore[type-arg]
+@pytest.mark.parametrize("whole", [False, True])
+def test_with_all_tokens_as_targets_it_is_the_kl_over_the_vocabulary_with_its_gradient(
+    subject: tuple,  # type: ignore[type-arg]
+    whole: bool,
+) -> None:
     head, dense, hidden = subject
-    loss, expected = divergence(hidden, head, likeliest(dense, head, VOCABULARY)), plain(hidden, dense, head)
+    targets = Distributions(dense, head) if whole else likeliest(dense, head, VOCABULARY)
+    loss, expected = divergence(hidden, head, targets), plain(hidden, dense, head)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(gradient(2 * loss, hidden), gradient(2 * expected, hidden), rtol=1e-3, atol=1e-3)
+
+
+def test_distributions_that_are_not_finite_are_refused(subject: tuple) -> None:  # type: ignore[type-arg]
+    head, dense, hidden = subject
+    with pytest.raises(ValueError, match="NaN or infinite logits; nothing can be learned"):
+        divergence(hidden, head, Distributions(dense * float("nan"), head))
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(0.25, None), (1.0, 3.0), (0.5, 2.0)])
@@ -54,9 +65,11 @@ def test_scaled_and_capped_logits_have_their_kl_and_gradient(
 
     wanted, given = logs(dense), logs(hidden)
     expected = (wanted.exp() * (wanted - given)).sum()
-    loss = divergence(hidden, head, likeliest(dense, head, VOCABULARY), sample, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(gradient(loss, hidden), gradient(expected, hidden), rtol=1e-3, atol=1e-3)
+    slopes = gradient(expected, hidden)
+    for targets in (likeliest(dense, head, VOCABULARY), Distributions(dense, head)):
+        loss = divergence(hidden, head, targets, sample, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(gradient(loss, hidden), slopes, rtol=1e-3, atol=1e-3)
 
 
 def test_with_a_rest_it_is_the_kl_of_the_coarser_distributions_and_never_above_the_full_one(subject: tuple) -> None:  # type: ignore[type-arg]

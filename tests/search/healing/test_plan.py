@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from search import cli
-from search.healing.plan import HealingOptions, text_tokens
+from search.healing.plan import HealingOptions, HealingPlan, text_tokens
 
 CPU = torch.device("cpu")
 
@@ -34,3 +34,11 @@ def test_the_shortest_healing_has_a_row_of_text(options):
 def test_an_option_out_of_range_is_refused_before_the_run_is_looked_for(words, message, capsys):
     assert cli.main(["heal", "nowhere", *words]) == cli.REFUSED
     assert message in capsys.readouterr().err
+
+
+def test_the_rate_is_lower_where_little_can_be_gained_and_a_given_one_is_taken_as_it_is():
+    plan, gpu = (HealingOptions().plan(0, torch.device(name)) for name in ("cpu", "cuda"))
+    assert plan.rate_for(0.8) == plan.rate_for(5.0) == pytest.approx(4e-5)
+    assert plan.rate_for(0.2) == pytest.approx(1e-5)
+    assert gpu.rate_for(1.0) == pytest.approx(1e-4, rel=0.01)
+    assert HealingPlan(minutes=1, rate=2e-4).rate_for(0.1) == 2e-4
