@@ -102,15 +102,12 @@ class ScheduleApplier:
         """Returns the module of a site under a choice: the original module, or a new layer."""
         if choice.is_dense:
             return self._dense[name]
-        dense = self._dense[name]
-        weight, bias = dense.weight, dense.bias
-        assert isinstance(weight, torch.Tensor)
-        assert bias is None or isinstance(bias, torch.Tensor)
         if choice.is_sparse:
-            pruned = self._store.pruned.pruned(name, choice.chi)
-            matrix = pruned.matrix.to(weight.dtype)
-            return SparseLinear.of(matrix, pruned.mask, bias) if self._packed else linear_layer(matrix, bias)
+            return self._pruned(name, choice.chi)
+        # Refuses a site that must stay dense, which may be no layer with a weight.
         made = [self._store.bonds.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
+        dense = self._dense[name]
+        weight, bias = _parameters(dense)
         rows, columns = self._store.bonds.kept(name, choice.widths)
         if bias is not None and rows is not None:
             bias = bias[rows.to(bias.device)]
@@ -124,3 +121,16 @@ class ScheduleApplier:
                 layer.plan = self._planner.plan(layer)
         places = (each if each is None else each.to(weight.device) for each in (rows, columns))
         return keep_(layer, tuple(dense_weight(dense).shape), *places)
+
+    def _pruned(self, name: str, entries: int) -> nn.Module:
+        pruned = self._store.pruned.pruned(name, entries)
+        weight, bias = _parameters(self._dense[name])
+        matrix = pruned.matrix.to(weight.dtype)
+        return SparseLinear.of(matrix, pruned.mask, bias) if self._packed else linear_layer(matrix, bias)
+
+
+def _parameters(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, torch.Tensor)
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return weight, bias

@@ -83,9 +83,10 @@ def test_a_model_with_a_site_that_stays_dense_is_tensorized_around_it(kind: str)
         assert (options.choices == (DENSE,)) == (options.site.name in expected)
     name, reason = next(iter(expected.items()))
     store = store_of(dense)
-    choices = dict(Schedule.dense(tuple(site.name for site in store.sites))) | {name: Choice("lowrank", 1, "plain")}
-    with pytest.raises(ValueError, match=f"site {name} must stay dense: {reason}"):
-        ScheduleApplier(dense, store).apply_(Schedule(tuple(choices.items())))
+    for choice in (Choice("lowrank", 1, "plain"), Choice("sparse", 1, "two-sided")):
+        choices = dict(Schedule.dense(tuple(site.name for site in store.sites))) | {name: choice}
+        with pytest.raises(ValueError, match=f"site {name} must stay dense: {reason}"):
+            ScheduleApplier(dense, store).apply_(Schedule(tuple(choices.items())))
     steps = Problem.build(menu, 0.7, "site").groups
     assert {menu.sites[index].site.name for group in steps for index in group.sites}.isdisjoint(expected)
     assert sum(len(group.sites) for group in steps) == len(menu.sites) - len(expected)
