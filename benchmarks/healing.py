@@ -1,11 +1,11 @@
 """Measures the default model at 94 M parameters before and after healing, on text and six benchmarks.
 
-    python -m benchmarks.healing [--quick] [--write] [--minutes 30] [--out DIR]
+    python -m benchmarks.healing [--quick] [--write] [--minutes 30] [--prior FILE] [--out DIR]
 
-The schedule is the closed-form allocation at kept fraction 0.618. The model is decomposed, repaired without training,
-and then healed. Each state is measured on two held-out corpora, encyclopedia articles and web pages, and on ARC-easy,
-PIQA, SciQ, HellaSwag, BoolQ and MMLU with the answers' texts. The weights stay in --out; the same command continues an
-interrupted run.
+The schedule is that of a prior, or the closed-form allocation at kept fraction 0.618. The model is decomposed, repaired
+without training, and then healed. Each state is measured on two held-out corpora, encyclopedia articles and web pages,
+and on ARC-easy, PIQA, SciQ, HellaSwag, BoolQ and MMLU with the answers' texts. The weights stay in --out; the same
+command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from search.experiment.calibration import CHUNK_TOKENS
 from search.experiment.experiment import Experiment, workload_sequences
 from search.healing.plan import HealingOptions
 from search.healing.run import heal_experiment_
+from search.priors.format import Prior
+from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
 
 KEPT = 0.618
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="heal for one minute and use few items")
     parser.add_argument("--write", action="store_true", help="write the tables to results/")
     parser.add_argument("--minutes", type=float, help="minutes of healing (default: 30; quick: 1)")
+    parser.add_argument("--prior", type=Path, help="prior with the schedule (default: the closed form)")
     parser.add_argument("--rate", type=float, help="largest learning rate of the cores")
     parser.add_argument("--batch-tokens", type=int, help="as for search.py heal")
     parser.add_argument("--pass-tokens", type=int, help="as for search.py heal")
@@ -113,8 +116,7 @@ def main() -> None:
     given = {name: value for name, value in sizes.items() if value is not None}
     config = Config.of({"target_kept": KEPT, **({"repair_tokens": 4096} if quick else {}), **given})
     experiment = Experiment.open(config)
-    menu = experiment.menu()
-    schedule = to_schedule(menu, lagrangian(menu, math.floor(KEPT * menu.dense_parameters)))
+    schedule, source = _schedule(experiment, arguments.prior)
     table = Table(
         experiment, arguments.heldout_tokens or (512 if quick else 4096), arguments.items or (8 if quick else 200)
     )
@@ -146,9 +148,9 @@ def main() -> None:
     counts = ", ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
     planned = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items() if value is not None)
     body = (
-        f"SmolLM2-135M-Instruct at {parameters:,} parameters (kept fraction {KEPT} over the sites), healed for "
-        f"{minutes:g} minutes at {healed.tokens_per_second:.0f} tokens per second with `--data {options.data}`. The "
-        f"calibration statistics use {config.calibration_tokens:,} tokens, repair {config.repair_tokens:,}. "
+        f"SmolLM2-135M-Instruct at {parameters:,} parameters, with {source}, healed for {minutes:g} minutes at "
+        f"{healed.tokens_per_second:.0f} tokens per second with `--data {options.data}`. The calibration statistics "
+        f"use {config.calibration_tokens:,} tokens, repair {config.repair_tokens:,}. "
         f"Measured on {counts}. Plan: {planned}.\n\n"
         f"{markdown(header, lines)}\n\nCourse of the healing, measured on search data:\n\n{curve}"
     )
@@ -162,6 +164,17 @@ def main() -> None:
     variant = "" if minutes <= _SHORT else f"{minutes:g}-minutes"
     publish("benchmarks.healing", "Quality before and after healing", body, bars, arguments.write, variant)
     print(f"weights: {folder}")
+
+
+def _schedule(experiment: Experiment, prior: Path | None) -> tuple[Schedule, str]:
+    """The schedule of the prior, or of the closed form, and what it is in words."""
+    if prior is None:
+        menu = experiment.menu()
+        schedule = to_schedule(menu, lagrangian(menu, math.floor(KEPT * menu.dense_parameters)))
+        return schedule, f"the closed form at kept fraction {KEPT} over the sites"
+    read = Prior.read(prior)
+    refuse_other_model(read, experiment.loaded, prior, print)
+    return read.schedule, f"the schedule of `{prior.name}` (kept fraction {read.kept_fraction:.3f} over the sites)"
 
 
 def _allowed(minutes: float, gpu: bool) -> float:
