@@ -40,8 +40,8 @@ from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.export.folder import footprint
-from search.export.quantize import ends
 from search.model.devices import resolve_device
+from search.model.ends import ends
 
 _HEADLINE = 0.93
 _ENDS = (16, 8, 4)

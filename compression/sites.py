@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -35,6 +36,7 @@ __all__ = [
     "model_bytes",
     "model_parameters",
     "put_modules",
+    "replaced",
     "router_weights",
     "units",
 ]
@@ -307,6 +309,17 @@ def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Replace modules of `model` by qualified name."""
     for name, module in modules.items():
         model.set_submodule(name, module)
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the context, `model` has these modules by qualified name; afterwards it has its former ones again."""
+    taken = {name: model.get_submodule(name) for name in modules}
+    put_modules(model, modules)
+    try:
+        yield
+    finally:
+        put_modules(model, taken)
 
 
 def router_weights(model: nn.Module) -> frozenset[str]:

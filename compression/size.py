@@ -52,10 +52,12 @@ class SizeModel:
         model: the dense model; it may be on the meta device.
         sites: its sites.
         itemsize: bytes of a stored number; None for those that the parameters take in memory.
+        rounded: bytes that every schedule but the dense one saves outside the sites, by rounding embedding and head.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], itemsize: int | None = None) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], itemsize: int | None = None, rounded: int = 0) -> None:
         self._sites = tuple(sites)
+        self._rounded = rounded
         self._model_parameters = model_parameters(model)
         self._model_bytes = model_bytes(model, itemsize)
         self._itemsize = itemsize or next(model.parameters()).element_size()
@@ -80,12 +82,14 @@ class SizeModel:
 
     def bytes(self, schedule: Schedule) -> int:
         """Returns the bytes of the model under `schedule`."""
+        if all(choice.is_dense for _, choice in schedule):
+            return self._model_bytes
         return self.fixed_bytes + sum(self.choice_bytes(site, schedule[site.name]) for site in self._sites)
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of all that no schedule changes; with `choice_bytes` of all sites they are those of the model."""
-        return self._model_bytes - sum(self.choice_bytes(site, DENSE) for site in self._sites)
+        """Bytes of all but the sites under every schedule but the dense one."""
+        return self._model_bytes - self._rounded - sum(self.choice_bytes(site, DENSE) for site in self._sites)
 
     def choice_bytes(self, site: Site | Unit, choice: Choice | Joint) -> int:
         """Returns the bytes of one site or unit under a choice, with its bias."""

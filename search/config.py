@@ -24,6 +24,7 @@ __all__ = [
     "ATTENTIONS",
     "BYTES",
     "EARLIER",
+    "EMBEDDING_BITS",
     "EVALUATORS",
     "EXPERT_FORMS",
     "EXPORTS",
@@ -114,10 +115,11 @@ FREE_AFTERWARDS = (
 """Fields that may change after a run has finished: they say where and how it works, not what its results are of."""
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of the stages after the search."""
-EARLIER: Mapping[str, object] = {"form": "factors", "shrinkage": 0.01, "experts": "fused"}
+EARLIER: Mapping[str, object] = {"form": "factors", "shrinkage": 0.01, "experts": "fused", "embedding_bits": 16}
 """Values of fields that earlier versions did not record, where their runs behaved otherwise than by the default."""
 BYTES = 2
 """Bytes of a number in the files of runs that count bytes."""
+EMBEDDING_BITS = (8 * BYTES, 8, 4)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 RECORDED = ("digests",)
 """Fields that a run fills in by itself; they have no flag."""
@@ -177,10 +179,13 @@ class Config(BaseModel):
     target_kept: float = _field("search", 0.8, "a number above 0 and at most 1", "FRACTION", gt=0.0, le=1.0)
     """Fraction of the parameters of the compressible matrices to keep; with form small, of their bytes."""
     size: str | None = _field("search", None, "a number with its unit, such as 100MB", "SIZE", pattern=_SIZE)
-    """Largest size of the exported weights, such as 100MB, instead of target-kept: numbers of 16 bits, places and
-    masks. Unless another form is given, the form is small."""
+    """Largest size of the exported weights, such as 100MB, instead of target-kept: numbers of 16 bits, places, masks,
+    and the embedding in embedding-bits. Unless another form is given, the form is small."""
     target_bytes_kept: float | None = _field("search", None, "a number above 0 and below 1", "FRACTION", gt=0.0, lt=1.0)
     """Fraction of the bytes of the whole model to keep, instead of size."""
+    embedding_bits: int | None = _field("search", None, _one_of(map(str, EMBEDDING_BITS)), "BITS")
+    """Bits a number of the embedding and the output head with form small: 16, or 8 or 4 in groups that share a scale.
+    Default: 8."""
     granularity: Granularity = _name("search", "block+family", GRANULARITIES, "KIND")
     """What each action of the agent covers: a block, a family of matrices, one matrix (site), an attention head (with
     --per-head), or a block and a family together."""
@@ -415,6 +420,14 @@ class Config(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _has_the_form_that_rounds(self) -> Self:
+        if self.embedding_bits not in (None, *EMBEDDING_BITS):
+            raise Refusal(f"embedding_bits must be {_one_of(map(str, EMBEDDING_BITS))}, got {self.embedding_bits}")
+        if self.form != "small" and self.embedding_bits not in (None, EMBEDDING_BITS[0]):
+            raise Refusal(f"embedding_bits {self.embedding_bits} needs form small, got {self.form}")
+        return self
+
+    @model_validator(mode="after")
     def _has_one_target(self) -> Self:
         given = [name for name in ("size", "target_bytes_kept") if getattr(self, name) is not None]
         if self.target_kept != Config.model_fields["target_kept"].default:
@@ -536,6 +549,12 @@ class Config(BaseModel):
     def by_bytes(self) -> bool:
         """Whether the run counts bytes instead of parameters."""
         return self.form == "small" or self.size is not None or self.target_bytes_kept is not None
+
+    @property
+    def stored_embedding_bits(self) -> int:
+        """Bits a number of the embedding and the output head in the files of the run; 16 stands for all that it keeps
+        as it is."""
+        return (self.embedding_bits or 8) if self.form == "small" else EMBEDDING_BITS[0]
 
     @property
     def in_process(self) -> bool:

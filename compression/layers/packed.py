@@ -23,11 +23,16 @@ class PackedMatrix(nn.Module):
     """Holds a (rows, columns) matrix as packed integers.
 
     The bits of the float16 scales are stored as int16, so casting a model to another type does not change them.
+
+    Attributes:
+        change: while the scales are trained, the relative change of each; otherwise None. See
+            `compression.training.scales`.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     like: torch.Tensor
+    change: nn.Parameter | None
 
     def __init__(self, codes: Codes, columns: int, bits: int, group: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,10 +40,14 @@ class PackedMatrix(nn.Module):
         self.register_buffer("codes", codes.codes)
         self.register_buffer("scales", codes.scales.view(torch.int16))
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=codes.codes.device), persistent=False)
+        self.register_parameter("change", None)
 
     def matrix(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Returns the matrix (rows, columns) in `dtype`, by default the type of the model."""
-        scales = self.scales.view(torch.float16).to(self.like.dtype if dtype is None else dtype)
+        scales = self.scales.view(torch.float16)
+        if self.change is not None:
+            scales = scales * (1 + self.change)
+        scales = scales.to(self.like.dtype if dtype is None else dtype)
         return dequantize(self.codes, scales, self.columns, self.bits, self.group)
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:

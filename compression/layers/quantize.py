@@ -5,7 +5,7 @@ Knows the module tree and the moments of the inputs; does not choose the bits of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from compression.numerics.group_integers import quantize
 from compression.refusal import Refusal
 from compression.sites import dense_weight
 
-__all__ = ["GROUP", "packed", "quantize_"]
+__all__ = ["GROUP", "packed", "quantize_", "quantized"]
 
 GROUP = 64
 
@@ -33,14 +33,31 @@ def quantize_(
     group: int = GROUP,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Quantize modules of `model` in place. A matrix that a linear layer shares with an embedding is stored once.
+    """Quantize modules of `model` in place.
 
     Args:
         model: changed in place.
+        progress: called with the number of modules done.
+        bits, moment, group: as for `quantized`, which also says what is raised.
+    """
+    for done, (name, module) in enumerate(quantized(model, bits, moment, group), 1):
+        model.set_submodule(name, module)
+        progress(done)
+
+
+@torch.no_grad()
+def quantized(
+    model: nn.Module, bits: Mapping[str, int], moment: Moment, group: int = GROUP
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the packed form of modules of `model` by name, embeddings first.
+
+    A matrix that a linear layer shares with an embedding is stored once.
+
+    Args:
         bits: bits per number, 8 or 4, by the name of a linear layer, `MPOLinear` or embedding.
         moment: returns the input moment C (in, in) of the dense matrix of a module by name, or None if it is not known.
+            For an embedding that shares its matrix with the head, it is that of the head.
         group: see `compression.numerics.group_integers.quantize`.
-        progress: called with the number of modules done.
 
     Raises:
         ValueError: a name belongs to another kind of module, or `compression.numerics.group_integers.quantize` rejects
@@ -49,18 +66,17 @@ def quantize_(
     tables: dict[int, tuple[str, PackedMatrix]] = {}
     modules = {name: model.get_submodule(name) for name in bits}
     embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
-    for done, name in enumerate([*embeddings, *(name for name in bits if name not in embeddings)], 1):
+    for name in [*embeddings, *(name for name in bits if name not in embeddings)]:
         module = modules[name]
         shared = tables.get(id(getattr(module, "weight", None))) if isinstance(module, nn.Linear) else None
         if shared is not None:
-            model.set_submodule(name, PackedLinear(shared[1], _bias(module), tied=shared[0]))
+            yield name, PackedLinear(shared[1], _bias(module), tied=shared[0])
         else:
             numbers = kept(module)
             new = put_kept_(packed(module, bits[name], group, _of_kept(numbers, moment(name))), numbers)
             if isinstance(new, PackedEmbedding):
                 tables[id(module.weight)] = name, new.packed
-            model.set_submodule(name, new)
-        progress(done)
+            yield name, new
 
 
 @torch.no_grad()
@@ -74,7 +90,7 @@ def packed(module: nn.Module, bits: int, group: int, moment: torch.Tensor | None
         ValueError: the module is of another kind, or `compression.numerics.group_integers.quantize` rejects a value.
     """
     if isinstance(module, nn.Embedding):
-        return PackedEmbedding(_matrix(module.weight, bits, group, None, module.weight.dtype))
+        return PackedEmbedding(_matrix(module.weight, bits, group, moment, module.weight.dtype))
     if isinstance(module, MPOLinear):
         return PackedMPO(module, _cores(module, bits, group, moment))
     weight = getattr(module, "weight", None)

@@ -1,7 +1,8 @@
-"""Selects the parameters that healing trains: cores, cut or pruned matrices, norms, biases, routers. All else stays.
+"""Selects the parameters that healing trains: cores, cut or pruned matrices, norms, biases, routers, scales.
 
 Knows the module tree of a torch model; does not know losses or optimizers. Healing trains an `MPOLinear` in its stored
-form and the values of a `SparseLinear` under its mask, so the size of the model does not change.
+form, the values of a `SparseLinear` under its mask and the scales of a packed matrix (see
+`compression.training.scales`), so the size of the model does not change. All else stays as it is.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from torch import nn
 
 from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
+from compression.layers.packed import PackedMatrix
 from compression.layers.sparse_linear import SparseLinear
 from compression.refusal import Refusal
 from compression.sites import router_weights
 
-__all__ = ["captured_head_input", "frozen", "pruned_values", "put_parameters", "trainable_"]
+__all__ = ["captured_head_input", "frozen", "pruned_values", "put_parameters", "scale_changes", "trainable_"]
 
 
 def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     """Replace the parameters that healing trains by trainable copies in `dtype`, in place; freeze all others.
 
     Healing trains the cores of every `MPOLinear`, the values of every `SparseLinear`, every matrix that lost rows or
-    columns, every router of a layer of experts, and every vector of the model (norms and biases). The copies keep
-    another model that shares the tensors unchanged.
+    columns, the changes of scales that `compression.training.scales` added, every router of a layer of experts, and
+    every vector of the model (norms and biases). The copies keep another model that shares the tensors unchanged.
 
     Returns:
         The new parameters by name. To undo the change, call `put_parameters` with the original ones.
@@ -38,7 +40,7 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
     compressed = {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, MPOLinear | SparseLinear) or kept(module)
+        if isinstance(module, MPOLinear | SparseLinear | PackedMatrix) or kept(module)
         for name, _ in module.named_parameters()
     }
     if not compressed:
@@ -61,6 +63,11 @@ def trainable_(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
 def pruned_values(model: nn.Module) -> frozenset[str]:
     """Returns the names of the parameters that hold the entries of pruned matrices, which have one axis."""
     return frozenset(f"{path}.values" for path, module in model.named_modules() if isinstance(module, SparseLinear))
+
+
+def scale_changes(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the parameters that change the scales of packed matrices."""
+    return frozenset(f"{path}.change" for path, module in model.named_modules() if isinstance(module, PackedMatrix))
 
 
 def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from compression.allocation.closed_form import uniform_schedule
 from compression.decomposition.apply import ScheduleApplier
 from compression.refusal import Refusal, nearest
 from compression.schedule import Schedule
-from compression.sites import put_modules
+from compression.sites import put_modules, replaced
 from envs import Problem
 from search.config import EXPORTS, Config, read_fields
 from search.experiment.experiment import Experiment
@@ -169,15 +170,16 @@ class _Run:
             return
         experiment = self.opened or Experiment.of(self.config, loaded, sites, self.device, self.console.note)
         calibrate(experiment, self.console)
+        ends = experiment.stored_ends()
         for name in self.schedules:
             if name == "repaired":
-                yield from self._repaired(experiment)
+                yield from self._repaired(experiment, ends)
             elif name == "healed":
-                yield from self._healed(experiment)
+                yield from self._healed(experiment, ends)
             else:
                 with ScheduleApplier(loaded.model, experiment.store, packed=True) as applier:
                     applier.apply_(self._schedule(name, experiment))
-                    yield _as_is(loaded)
+                    yield from _as_is(loaded, {} if name == "dense" else ends)
 
     def _schedule(self, name: str, experiment: Experiment) -> Schedule:
         target = experiment.budget.target_kept
@@ -190,35 +192,38 @@ class _Run:
             return Problem.build(experiment.menu(), target, self.config.granularity).closed_form()
         return self.prior.schedule
 
-    def _repaired(self, experiment: Experiment) -> Iterator[LoadedModel]:
+    def _repaired(self, experiment: Experiment, ends: Mapping[str, nn.Module]) -> Iterator[LoadedModel]:
         schedule = self.prior.schedule
         if (stored := stored_repair(self.folder / REPAIRED, experiment, schedule)) is not None:
-            yield from self._stored(experiment, stored)
+            yield from self._stored(experiment, stored, ends)
             return
         taken = repaired_(experiment, schedule, self.console)
         unfinished_repair(experiment, schedule).drop()
         experiment.calibration.release()
         try:
-            yield _as_is(experiment.loaded)
+            yield from _as_is(experiment.loaded, ends)
         finally:
             put_modules(experiment.loaded.model, taken)
 
-    def _healed(self, experiment: Experiment) -> Iterator[LoadedModel]:
+    def _healed(self, experiment: Experiment, ends: Mapping[str, nn.Module]) -> Iterator[LoadedModel]:
         kept = StoredWeights.read(self.folder / HEALED)
         kept.check(self.prior.schedule, self.prior.model.digest)
-        yield from self._stored(experiment, kept)
+        yield from self._stored(experiment, kept, ends)
 
-    def _stored(self, experiment: Experiment, stored: StoredWeights) -> Iterator[LoadedModel]:
+    def _stored(
+        self, experiment: Experiment, stored: StoredWeights, ends: Mapping[str, nn.Module]
+    ) -> Iterator[LoadedModel]:
         undo = stored.put_(experiment.loaded.model, experiment.sites, self.prior.schedule)
         try:
-            yield _as_is(experiment.loaded)
+            yield from _as_is(experiment.loaded, ends)
         finally:
             undo()
 
 
-def _as_is(loaded: LoadedModel) -> LoadedModel:
-    """The model in its present state, with the digest of its present parameters."""
-    return dataclasses.replace(loaded, digest=model_digest(loaded.model))
+def _as_is(loaded: LoadedModel, ends: Mapping[str, nn.Module]) -> Iterator[LoadedModel]:
+    """Yield the model in its present state but for its ends, with the digest of its parameters."""
+    with replaced(loaded.model, ends):
+        yield dataclasses.replace(loaded, digest=model_digest(loaded.model))
 
 
 def _config(values: Mapping[str, Any], spread: bool, trusted: bool) -> Config:

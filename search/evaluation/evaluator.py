@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from statistics import fmean
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.refusal import Refusal
 from compression.schedule import Schedule
-from compression.sites import members, put_modules, units
+from compression.sites import members, put_modules, replaced, units
 from compression.size import SizeModel
 from search.evaluation.early_stopping import clearly_worse
 from search.evaluation.prefix_reuse import HiddenStates, prefix_keys
@@ -78,7 +79,9 @@ class ModelEvaluator:
             bit for bit either way.
         packed: measure with the packed tensors that a schedule stores. Otherwise plain cores are used, which compute
             the same function and are quicker to swap.
-        itemsize: bytes of a stored number in the sizes of scores, as for `compression.size.SizeModel`.
+        sizes: the sizes of the model's schedules; None counts numbers as they are in memory.
+        ends: modules that store the embedding and the head, by name. All schedules but the dense one are measured with
+            them in the model; no hidden states are reused then.
         repair: applies a schedule to the dense model in place, repairs it, and returns the modules it replaced (see
             `compression.decomposition.repair.repair_`). Scores are then those of the repaired model, at many times the
             cost.
@@ -102,7 +105,8 @@ class ModelEvaluator:
         anchor: Schedule | None = None,
         reuse_bytes: int = REUSE_BYTES,
         packed: bool = False,
-        itemsize: int | None = None,
+        sizes: SizeModel | None = None,
+        ends: Mapping[str, nn.Module] = MappingProxyType({}),
         repair: Callable[[Schedule], Mapping[str, nn.Module]] | None = None,
         times: Callable[[Schedule], float] | None = None,
         progress: Callable[[], None] = lambda: None,
@@ -116,9 +120,12 @@ class ModelEvaluator:
         self._times = times
         self._workloads = list(workloads)
         self._applier = ScheduleApplier(model, store, packed)
-        self._sizes = SizeModel(model, store.sites, itemsize)
+        self._sizes = sizes or SizeModel(model, store.sites)
+        self._ends = ends
         self._sites = store.sites
-        self.states = HiddenStates(model, store.sites, sum(one.padded_tokens for one in workloads), reuse_bytes)
+        self.states = HiddenStates(
+            model, store.sites, sum(one.padded_tokens for one in workloads), 0 if ends else reuse_bytes
+        )
         self.states.verify()
         self._dense = dense = Schedule.dense(tuple(site.name for site in store.sites))
         start = time.perf_counter()
@@ -183,7 +190,8 @@ class ModelEvaluator:
         Call this after `close`. The caller must have replaced the sites as `schedule` says.
         """
         start = time.perf_counter()
-        quality = self._workloads[0].measure(self._model)
+        with self._stored_ends(schedule):
+            quality = self._workloads[0].measure(self._model)
         return Score(quality.state, quality, self._sizes.size(schedule), time.perf_counter() - start)
 
     def close(self) -> None:
@@ -210,7 +218,7 @@ class ModelEvaluator:
 
     def _measure(self, schedule: Schedule, shard: int, should_stop: ShouldStop | None = None) -> Quality:
         workload = self._referenced(shard)
-        with self._following(schedule) as run_forward:
+        with self._following(schedule) as run_forward, self._stored_ends(schedule):
             return workload.measure(self._model, run_forward, should_stop)
 
     def _refer(self, shard: int) -> Quality:
@@ -245,6 +253,10 @@ class ModelEvaluator:
 
     def _time(self, schedule: Schedule) -> float:
         return self._times(schedule) if self._times else math.nan
+
+    def _stored_ends(self, schedule: Schedule) -> AbstractContextManager[None]:
+        """Inside the context, the ends are as they are stored, unless the schedule is the dense one."""
+        return replaced(self._model, {} if all(choice.is_dense for _, choice in schedule) else self._ends)
 
     @contextmanager
     def _following(self, schedule: Schedule) -> Iterator[RunForward]:

@@ -25,7 +25,7 @@ from compression.refusal import Refusal
 from compression.schedule import Form, Schedule
 from compression.sites import Site, Unit
 from compression.storage.factor_cache import FactorCache, cache_key
-from search.config import BYTES, Config
+from search.config import EMBEDDING_BITS, Config
 from search.data.items import Item
 from search.data.own_text import read_own_text
 from search.data.prompts import render
@@ -43,6 +43,7 @@ from search.experiment.open_model import open_model
 from search.experiment.token_streams import token_stream
 from search.model.budget import Budget
 from search.model.devices import resolve_device
+from search.model.ends import head_moment, rounded_ends
 from search.model.kinds import Kind
 from search.model.loading import LoadedModel
 from search.runtime.files import cache_folder
@@ -52,6 +53,7 @@ __all__ = ["Experiment", "Extract", "workload_sequences"]
 _SELECTION = 4  # the selection set is this many times as large as a shard
 _SPARE = 64  # characters of a user's own text that are read for every token that is wanted
 _BATCH = 1024  # tokens in one forward pass
+_HEAD_TOKENS = 8192  # tokens of calibration text whose last hidden states give the metric of the head
 _RACING_BATCH = 512  # tokens between two early-stopping checks of a finalist
 
 
@@ -241,7 +243,8 @@ class Experiment:
             anchor,
             reuse_bytes,
             packed=reported,
-            itemsize=BYTES if config.by_bytes else None,
+            sizes=self.budget.sizes,
+            ends=self.stored_ends() if reported else {},
             repair=partial(self.repair_, tokens=config.reward_repair_tokens) if repairing else None,
             times=self.times() if config.latency_weight else None,
             progress=progress,
@@ -255,6 +258,23 @@ class Experiment:
     def budget(self) -> Budget:
         """What schedules may keep, counted on the dense model."""
         return Budget.of(self.config, self.loaded.model, self.sites)
+
+    def stored_ends(self) -> dict[str, nn.Module]:
+        """The embedding and the head as the files of the run store them, by name; none if they are kept as they are.
+
+        Made from the model as it is now, so that it has to be dense. In 4 bits they are rounded in the metric of what
+        the head reads on calibration text; in 8 bits rounding to nearest does no harm.
+        """
+        model, bits = self.loaded.model, self.config.stored_embedding_bits
+        if bits == EMBEDDING_BITS[0]:
+            return {}
+        moment = None if bits == 8 else self.head_moment()
+        return rounded_ends(model, bits, moment)
+
+    def head_moment(self) -> torch.Tensor | None:
+        """What `search.model.ends.head_moment` gives on calibration text; None for a model without an output head."""
+        model = self.loaded.model
+        return head_moment(model, self.repair_batches(_HEAD_TOKENS)) if model.get_output_embeddings() else None
 
     def references(self, anchor: Schedule | None) -> int:
         """Number of passes over shards that the evaluator of a search makes before it can score a schedule."""

@@ -1,5 +1,7 @@
 """Heals an exported folder: trains its model towards the dense model it was made from, and exports the result.
 
+A quantized model keeps its integers; what is trained are their scales, see `compression.training.scales`.
+
 Knows folders that `search.py export` wrote; `search.healing.training` knows how healing works.
 """
 
@@ -10,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compression.layers.skeleton import describe
+from compression.layers.packed import PackedMatrix
 from compression.refusal import Refusal
+from compression.sites import model_parameters
 from search.config import Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
@@ -19,6 +22,7 @@ from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.export.folder import check_export, export_model, footprint, forms
 from search.export.model_card import model_card
+from search.export.quantize import rounded
 from search.export.run import CHANGES
 from search.healing.plan import HealingOptions, text_tokens
 from search.healing.run import HealedRun, held, judge_of
@@ -39,6 +43,11 @@ from search.runtime.tensorboard import curves
 
 __all__ = ["heal_export"]
 
+_QUANTIZED = (
+    "{rounded} Then their scales, the norms and the biases were trained for a while to match the outputs of the "
+    "original."
+)
+
 
 def heal_export(source: Path, dense: str, options: HealingOptions, console: Console) -> HealedRun:
     """Heal the model of an exported folder and export the result; continues an earlier attempt that was interrupted.
@@ -48,8 +57,8 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
         dense: name of the dense model that `source` was made from, as `search.model.loading.load_model` takes it.
 
     Raises:
-        ValueError: `source` is not an exported folder with a prior, is quantized, or was made from another dense model;
-            an option is out of range; or another process heals into the same folder.
+        ValueError: `source` is not an exported folder with a prior, or was made from another dense model; an option is
+            out of range; or another process heals into the same folder.
         DataUnavailable: the model or the data cannot be obtained.
     """
     if not (source / PRIOR).is_file():
@@ -75,8 +84,6 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
         given = load_for_use(str(source), device)
         dtype = given.model.dtype
         model = given.model.to(loaded.model.dtype)
-    if packed := [name for name, each in describe(model).items() if each["kind"].startswith("packed")]:
-        raise Refusal(f"{source} is quantized (for example {packed[0]}); heal the model before you quantize it")
     output_head(loaded.model)  # refuses a model that cannot be healed
     check_export("hf", loaded.model, loaded.tokenizer)
     with console.stage("data"):
@@ -99,10 +106,12 @@ def heal_export(source: Path, dense: str, options: HealingOptions, console: Cons
 def _write(model: Any, tokenizer: Any, folder: Path, prior: Path, rows: Sequence[Row]) -> None:
     document, size = Prior.read(prior).model_dump(mode="json"), f"Compressed: {footprint(model)}. {forms(model)}"
     loader = kind_of_model(model).value
-    card = model_card(folder.name, "hf", document, {}, "healed", size, [CHANGES["healed"]], rows, loader)
+    changes = [_QUANTIZED.format(rounded=sentence)] if (sentence := rounded(model)) else [CHANGES["healed"]]
+    card = model_card(folder.name, "hf", document, {}, "healed", size, changes, rows, loader)
     export_model(model, tokenizer, folder, card, [prior])
 
 
 def _row(name: str, quality: Quality, model: Any) -> dict[str, object]:
-    size = {"parameters": sum(each.numel() for each in model.parameters()), "bytes": footprint(model).stored}
+    packed = sum(len(each.codes) * each.columns for each in model.modules() if isinstance(each, PackedMatrix))
+    size = {"parameters": model_parameters(model) + packed, "bytes": footprint(model).stored}
     return {"schedule": name, **quality.to_row(), **size}

@@ -14,13 +14,16 @@ import torch
 from torch import nn
 
 from compression.layers.mpo_linear import MPOLinear
+from compression.layers.packed import PackedMatrix
 from compression.layers.quantize import quantize_
 from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.whitening import shrink
 from compression.sites import Site
+from compression.training.scales import packed_ends
 from search.experiment.experiment import Experiment
+from search.model.ends import ends, reads_head_input
 
-__all__ = ["QUANTIZE", "ends", "module_bits", "quantize_experiment_"]
+__all__ = ["QUANTIZE", "module_bits", "quantize_experiment_", "rounded"]
 
 QUANTIZE = ("none", "int8", "int4", "mixed")
 
@@ -37,14 +40,19 @@ def module_bits(model: Any, sites: tuple[Site, ...], kind: str) -> dict[str, int
     return dict.fromkeys([*names, *ends(model)], 8 if kind == "int8" else 4)
 
 
-def ends(model: Any) -> list[str]:
-    """Return the names of the token embedding and the output head."""
-    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(module is each for each in wanted) and isinstance(module, nn.Embedding | nn.Linear)
-    ]
+def rounded(model: nn.Module) -> str:
+    """Returns a sentence about the quantized matrices of a model, for its model card; empty if it has none."""
+    matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    if not matrices:
+        return ""
+    outside = {id(matrix) for matrix in packed_ends(model)}
+    mixed = any(isinstance(module, MPOLinear | SparseLinear) for module in model.modules())
+    if all(id(matrix) in outside for matrix in matrices):
+        what = "The embedding and the head are"
+    else:
+        what = "Embeddings, head and dense matrices are" if mixed else "Everything is"
+    bits = max(matrix.bits for matrix in matrices)
+    return f"{what} stored in {bits} bits, in groups with one scale each."
 
 
 def quantize_experiment_(
@@ -52,14 +60,21 @@ def quantize_experiment_(
 ) -> None:
     """Quantize the model of an experiment in place, in the metric of its calibration statistics.
 
+    A head, or a matrix that head and embedding share, is rounded in the metric of what the head reads on calibration
+    text, which for the default model in 4 bits costs a third of what rounding to nearest does.
+
     Args:
         bits: bits by module name, see `module_bits`.
         progress: called with the number of modules done so far.
     """
-    statistics = experiment.calibration()
+    statistics, model = experiment.calibration(), experiment.loaded.model
+    read = [name for name in ends(model) if name in bits and reads_head_input(model, name)]
+    seen = experiment.head_moment() if read else None
     known = {site.name for site in experiment.sites if not site.dense_because}
 
     def moment(name: str) -> torch.Tensor | None:
+        if name in read:
+            return seen
         return shrink(statistics.input(name), experiment.calibration.shrinkage) if name in known else None
 
-    quantize_(experiment.loaded.model, bits, moment, progress=progress)
+    quantize_(model, bits, moment, progress=progress)

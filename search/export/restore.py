@@ -14,6 +14,7 @@ from typing import Any
 from compression.decomposition.apply import ScheduleApplier
 from compression.refusal import Refusal
 from compression.schedule import Schedule
+from compression.sites import put_modules
 from search.config import Config, read_fields
 from search.evaluation.workload import Workload
 from search.experiment.experiment import Experiment
@@ -124,20 +125,21 @@ def restore(
         with console.stage("reference"):
             workload = Workload(experiment.shards("heldout")[0], loaded.model)
             workload.reference(loaded.model)
+    ends = experiment.stored_ends()
     if kept is not None:
         kept.check(schedule, loaded.digest)
         kept.put_(loaded.model, sites, schedule)
-        return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
-    if state == "repaired" and (stored := stored_repair(run / REPAIRED, experiment, schedule)) is not None:
+    elif state == "repaired" and (stored := stored_repair(run / REPAIRED, experiment, schedule)) is not None:
         stored.put_(loaded.model, sites, schedule)
-        return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
-    calibrate(experiment, console)
-    if state == "repaired":
-        repaired_(experiment, schedule, console)
-        unfinished_repair(experiment, schedule).drop()
     else:
-        with console.stage("compress"):
-            ScheduleApplier(loaded.model, experiment.store, packed=True).apply_(schedule)
+        calibrate(experiment, console)
+        if state == "repaired":
+            repaired_(experiment, schedule, console)
+            unfinished_repair(experiment, schedule).drop()
+        else:
+            with console.stage("compress"):
+                ScheduleApplier(loaded.model, experiment.store, packed=True).apply_(schedule)
+    put_modules(loaded.model, ends)
     return RestoredRun(experiment, schedule, state, prior, summary, measured, workload)
 
 

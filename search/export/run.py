@@ -30,7 +30,7 @@ from search.export.forms import check_form
 from search.export.gguf_file import GGUF_TYPES, read_values
 from search.export.model_card import model_card
 from search.export.plain import plain_model
-from search.export.quantize import module_bits, quantize_experiment_
+from search.export.quantize import module_bits, quantize_experiment_, rounded
 from search.export.restore import RestoredRun, restore
 from search.model.kinds import kind_of_model
 from search.priors.format import Prior
@@ -38,12 +38,6 @@ from search.runtime.console import Console
 from search.runtime.run_folder import CONFIG, PRIOR
 
 __all__ = ["CHANGES", "ExportForm", "export_run"]
-
-_BITS = {
-    "int8": "Everything is stored in 8 bits",
-    "int4": "Everything is stored in 4 bits",
-    "mixed": "Embeddings, head and dense matrices are stored in 4 bits",
-}
 
 CHANGES = {
     "healed": "After the search, its compressed matrices, norms and biases were trained for a while to match the "
@@ -132,9 +126,8 @@ def export_run(
     changes = [CHANGES[state]]
     if quantized:
         measured = [_quantized(restored, form.quantize, console)]
-        changes.append(
-            f"{_BITS[form.quantize]}, in groups with one scale each; rounding minimizes the error on calibration text."
-        )
+    if sentence := rounded(model):
+        changes.append(sentence)
     size = f"Compressed: {footprint(model)}. {forms(model)}"
     kind = "plain" if form.kind == "hf" and not quantized and _needs_no_code(model, source) else form.kind
     with console.stage("write"):
@@ -150,7 +143,7 @@ def export_run(
 
 def _needs_no_code(model: Any, run: Path) -> bool:
     """Whether a compressed model is an ordinary smaller one of the original's architecture."""
-    if _not_plain(run) or _blocks_differ(run):
+    if _not_plain(run) or _blocks_differ(run) or rounded(model):
         return False
     try:
         plain_model(model)
@@ -184,7 +177,7 @@ def _not_plain(run: Path) -> list[str]:
 
 
 def _refuse_factors(kind: str, run: Path) -> None:
-    """Refuse a run whose schedule has factors or pruned matrices, which the forms for other programs cannot hold.
+    """Refuse a run with factors, pruned matrices or a rounded embedding, which other programs cannot hold.
 
     Raises:
         Refusal: names such a matrix and what to do.
@@ -194,6 +187,12 @@ def _refuse_factors(kind: str, run: Path) -> None:
         raise Refusal(
             f"the {kind} format holds no factored or pruned matrices, and {len(names)} are, such as {names[0]} "
             f"({'pruned' if pruned else 'factored'}); search with --form plain, or export with --format hf"
+        )
+    bits = Config.of_run(read_fields(run / CONFIG), trusted=True).stored_embedding_bits
+    if bits < 8 * BYTES:
+        raise Refusal(
+            f"the {kind} format holds no embedding in {bits} bits, as the result has; search with --embedding-bits "
+            f"{8 * BYTES}, or export with --format hf"
         )
 
 

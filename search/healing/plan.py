@@ -20,6 +20,7 @@ _MOST = {
     "tokens": 10**12,
     "rate": 1_000,
     "vector_rate": 1_000,
+    "scale_rate": 1_000,
     "batch_tokens": 10**9,
     "pass_tokens": 10**9,
     "clip": 10**9,
@@ -38,6 +39,7 @@ class HealingPlan:
         loss: "distill" learns from the dense model's logits; "labels" learns the next tokens of the text itself.
         rate: peak learning rate of the cores; None takes that of `rate_for`.
         vector_rate: peak learning rate of norms and biases.
+        scale_rate: peak learning rate of the relative changes of the scales of quantized matrices.
         batch_tokens: tokens per optimizer step, over all processes together.
         pass_tokens: tokens per forward pass, halved whenever memory runs out. A step accumulates the gradients of as
             many passes as it needs.
@@ -60,6 +62,7 @@ class HealingPlan:
     loss: Literal["distill", "labels"] = "distill"
     rate: float | None = None
     vector_rate: float = 3e-4
+    scale_rate: float = 1e-3
     batch_tokens: int = 512
     pass_tokens: int = 2048
     targets: int = 0

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from compression.layers.packed import PackedLinear
 from compression.refusal import Refusal
 from compression.training.distillation import Distributions, Head, Targets, labels, likeliest
 from compression.training.trainable import captured_head_input
@@ -112,14 +113,15 @@ def output_head(model: nn.Module) -> Head:
     hook = module.register_forward_hook(lambda module, args, output: fed.extend((args[0], output)))
     try:
         with torch.no_grad():
-            ids = torch.ones(1, 2, dtype=torch.long, device=module.weight.device)
+            ids = torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device)
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | PackedLinear):
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         cap = getattr(config, "final_logit_softcapping", None)
-        head = Head(module.weight.detach(), None if module.bias is None else module.bias.detach(), scale, cap)
+        bias = module._parameters["bias"]
+        head = Head(module.weight.detach(), None if bias is None else bias.detach(), scale, cap)
         plain = scale == 1 and cap is None
         if torch.equal(logits.nan_to_num(), fed[1].nan_to_num()) if plain else _alike(head.logits(fed[0]), logits):
             return head

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -20,13 +21,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.layers.packed import PackedLinear
 from compression.refusal import Refusal
 from compression.sites import find_blocks
 from compression.storage.factor_cache import cache_key
 from compression.training.distillation import divergence
 from compression.training.gates import absorb_gates_, add_gates_
 from compression.training.replay import replayed
-from compression.training.trainable import captured_head_input, frozen, pruned_values, put_parameters, trainable_
+from compression.training.scales import absorb_changes_, add_changes_
+from compression.training.trainable import (
+    captured_head_input,
+    frozen,
+    pruned_values,
+    put_parameters,
+    scale_changes,
+    trainable_,
+)
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
 from search.healing.plan import HealingPlan
@@ -142,6 +152,7 @@ class _Healing:
         self.start = cache_key(model=model_digest(model), dense=model_digest(dense))
         if plan.gates:
             add_gates_(model)
+        add_changes_(model)
         trainable_(model)
         self.sharding = Sharding(model, dense) if self.processes.sharded else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -174,6 +185,7 @@ class _Healing:
             self.sharding.end()
         put_parameters(self.model, frozen(self.model, best_found))
         absorb_gates_(self.model)
+        absorb_changes_(self.model)
         measurements = self.at.measurements
         best = min(range(len(measurements)), key=lambda number: measurements[number].kl, default=-1)
         return Healed(measurements[: best + 1], stopped, self.at.tokens / max(self.at.seconds, 1e-9))
@@ -213,9 +225,9 @@ class _Healing:
             self._forget_gradients()
             return f"the loss or its gradient was not finite at step {self.at.step}; the best state so far is kept"
         kl = self.at.measurements[0].kl
+        rates = {"cores": plan.rate_for(kl), "vectors": plan.vector_rate, "scales": plan.scale_rate}
         for group in self.optimizer.param_groups:
-            largest = plan.vector_rate if group["vectors"] else plan.rate_for(kl)
-            group["lr"] = largest * self.at.rate_factor(plan)
+            group["lr"] = rates[group["kind"]] * self.at.rate_factor(plan)
         self.optimizer.step()
         self._forget_gradients()
         self.at.step += 1
@@ -308,10 +320,12 @@ class _Healing:
             self.drawn.draw(self.at.tokens, {"heal/KL": quality.kl, "heal/perplexity": quality.perplexity})
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        pruned = pruned_values(self.model)
-        cores = [p for name, p in self.parameters.items() if p.ndim > 1 or name in pruned]
-        vectors = [p for name, p in self.parameters.items() if p.ndim <= 1 and name not in pruned]
-        groups = [{"params": params, "vectors": params is vectors} for params in (cores, vectors) if params]
+        pruned, scales = pruned_values(self.model), scale_changes(self.model)
+        kinds: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.parameters.items():
+            kind = "scales" if name in scales else "cores" if parameter.ndim > 1 or name in pruned else "vectors"
+            kinds[kind].append(parameter)
+        groups = [{"params": parameters, "kind": kind} for kind, parameters in kinds.items()]
         # With small steps the optimizer's time matters, so it is fused; sharded tensors have no fused optimizer.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=self.sharding is None)
         for parameter in self.parameters.values():  # as the first step would, so that checkpoint 0 has the same tensors
@@ -382,7 +396,8 @@ def _has_graphs(model: nn.Module) -> bool:
 
 def _autocast(model: nn.Module) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 if the hardware supports it or the frozen parameters are stored in bfloat16."""
-    weight = model.get_output_embeddings().weight  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    weight = head.stored.like if isinstance(head, PackedLinear) else head.weight
     device = weight.device
     if weight.dtype == torch.bfloat16:
         fast = True

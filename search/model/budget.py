@@ -13,10 +13,11 @@ from torch import nn
 
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice, Form
+from compression.schedule import DENSE, Choice, Form, Schedule
 from compression.sites import Site
 from compression.size import Price, SizeModel, choice_parameters
 from search.config import BYTES, Config, bytes_of
+from search.model.ends import rounding_saves
 
 __all__ = ["Budget", "smallest"]
 
@@ -48,22 +49,27 @@ class Budget:
         Raises:
             ValueError: the size is not smaller than that of the dense model.
         """
-        sizes = SizeModel(model, sites, BYTES if config.by_bytes else None)
+        bits = config.stored_embedding_bits
+        rounded = rounding_saves(model, bits) if bits < 8 * BYTES else 0
+        sizes = SizeModel(model, sites, BYTES if config.by_bytes else None, rounded)
         price: Price = sizes.choice_bytes if config.by_bytes else choice_parameters
         dense = sum(price(site, DENSE) for site in sites)
         least = sum(price(site, smallest(site, config.form)) for site in sites)
-        fixed = sizes.fixed_bytes
+        fixed, whole = sizes.fixed_bytes, sizes.bytes(Schedule.dense(tuple(site.name for site in sites)))
+        ends = f"its embedding in {bits} bits and all else in {8 * BYTES}" if rounded else f"{8 * BYTES} bits a number"
         if config.size is not None:
             if (room := bytes_of(config.size) - fixed) >= dense:
-                raise Refusal(
-                    f"size must be below {_size(fixed + dense)}, what {config.model} takes with "
-                    f"{8 * BYTES} bits a number, got {config.size}"
-                )
+                most = _size(fixed + dense)
+                raise Refusal(f"size must be below {most}, what {config.model} takes with {ends}, got {config.size}")
             words = f"size {config.size}", _size(fixed + least)
             return cls(sizes, price, room / dense, least / dense, *words)
-        if config.target_bytes_kept is not None:
-            room = int(config.target_bytes_kept * (fixed + dense)) - fixed
-            words = f"target_bytes_kept {config.target_bytes_kept}", f"{_up((fixed + least) / (fixed + dense)):.4f}"
+        if (share := config.target_bytes_kept) is not None:
+            if (room := int(share * whole) - fixed) >= dense:
+                most = f"{_up((fixed + dense) / whole):.4f}"
+                raise Refusal(
+                    f"target_bytes_kept must be below {most}, what {config.model} takes with {ends}, got {share}"
+                )
+            words = f"target_bytes_kept {share}", f"{_up((fixed + least) / whole):.4f}"
             return cls(sizes, price, room / dense, least / dense, *words)
         words = f"target_kept {config.target_kept}", f"{least / dense:.4f}"
         return cls(sizes, price, config.target_kept, least / dense, *words)

@@ -16,7 +16,7 @@ from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMPO
 from compression.layers.quantize import packed, quantize_
 from compression.numerics.group_integers import dequantize, packed_bytes, quantize
 from search.export.folder import export_dense_, export_model, footprint
-from search.export.quantize import ends
+from search.model.ends import ends
 from search.model.loading import load_for_use, load_model
 
 PROMPT = torch.arange(40).reshape(2, 20)

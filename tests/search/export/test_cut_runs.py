@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fake_data import fake_data  # noqa: F401 (a fixture)
+from safetensors.torch import load_file
 from small_run import words
 from tiny_model import assert_same_logits
 
@@ -54,7 +55,13 @@ def test_a_run_that_cuts_bonds_is_exported_healed_quantized_compared_and_applied
     assert_same_logits(logits(load_for_use(str(tmp_path / "healed"), "cpu").model), healed)
 
     done("export", run, "--quiet", "--device", "cpu", "--quantize", "int8", "--out", tmp_path / "int8")
-    load_for_use(str(tmp_path / "int8"), "cpu")
+    done("heal", tmp_path / "int8", "--model", model, *HEAL, "--out", tmp_path / "int8-healed")
+    tables = [load_file(tmp_path / name / "model.safetensors") for name in ("int8", "int8-healed")]
+    assert {name: values.shape for name, values in tables[0].items()} == {
+        name: values.shape for name, values in tables[1].items()
+    }
+    assert all(torch.equal(tables[1][name], codes) for name, codes in tables[0].items() if name.endswith("codes"))
+    load_for_use(str(tmp_path / "int8-healed"), "cpu")
     done("heal", tmp_path / "searched-hf", "--model", model, *HEAL, "--out", tmp_path / "folder")
     done("generate", tmp_path / "folder", "--prompt", "abc", "--tokens", "4", "--quiet")
     done("apply", "--prior", run / "prior.json", "--model", model, "--out", tmp_path / "applied", "--quiet")

@@ -15,10 +15,13 @@ import torch
 from tiny_healing import PLAN, heal, parameters, subject
 
 from compression.layers.mpo_linear import MPOLinear
+from compression.layers.quantize import quantize_
 from compression.numerics.gauge import stored
-from compression.sites import model_parameters
+from compression.sites import discover_sites, model_parameters
 from compression.training.gates import absorb_gates_, add_gates_
+from search.export.quantize import module_bits
 from search.healing import training
+from search.model.ends import ends
 from search.runtime.checkpoints import Checkpoint, Checkpoints
 
 
@@ -186,6 +189,28 @@ def test_gates_are_learned_and_absorbed_without_a_trace(name: str) -> None:
     assert healed.measurements[-1].kl != plain.measurements[-1].kl
     assert {path: tensor.shape for path, tensor in model.state_dict().items()} == before
     assert judge.measure(model).kl == pytest.approx(healed.measurements[-1].kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2"])
+@pytest.mark.parametrize("kind", ["int4", "mixed"])
+def test_a_quantized_model_learns_by_its_scales_and_keeps_its_integers(name: str, kind: str, tmp_path: Path) -> None:
+    dense, model, text, judge = subject(name, 0.9)
+    quantize_(model, module_bits(model, discover_sites(dense), kind), lambda name: None)
+    state = {key: values.clone() for key, values in model.state_dict().items()}
+    fixed = tuple(f"{name}." for name in ends(dense))
+    plan = replace(PLAN, scale_rate=1e-2)
+    healed, _ = heal(model, dense, text, judge, plan, tmp_path)
+    assert healed.measurements[-1].kl < 0.9 * healed.measurements[0].kl
+    assert judge.measure(model).kl == pytest.approx(healed.measurements[-1].kl, rel=1e-2)  # scales are 16-bit numbers
+    after = model.state_dict()
+    assert {key: values.shape for key, values in after.items()} == {key: values.shape for key, values in state.items()}
+    for key, values in after.items():
+        trained = not key.endswith("codes") and not key.startswith(fixed)
+        assert values.dtype == state[key].dtype
+        assert trained or torch.equal(values, state[key]), key
+    scales = [key for key in after if key.endswith(".scales") and not key.startswith(fixed)]
+    assert (len(scales) > 0) == (kind == "int4")
+    assert not [key for key in scales if torch.equal(after[key], state[key])]
 
 
 def test_a_gate_of_a_true_mpo_is_a_factor_per_leg_and_goes_into_its_cores() -> None:

@@ -14,10 +14,15 @@ from safetensors.torch import load_file
 from small_run import HEALED, SMALL, words
 from transformers import AutoModelForCausalLM
 
+from compression.layers.packed import PackedEmbedding
 from compression.schedule import Schedule
+from compression.sites import put_modules
 from search import cli
 from search.experiment.calibration import Calibration
+from search.export.restore import restore
+from search.model.loading import load_model
 from search.priors.format import Prior
+from search.runtime.console import Console
 
 __all__ = ["fake_data"]
 
@@ -89,6 +94,25 @@ def test_one_number_gives_a_file_of_that_size_and_what_else_a_run_has(
     assert 39_000 < next(row["bytes"] for row in smaller["rows"] if row["schedule"] == "prior") <= 40_000
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.slow
+def test_the_embedding_is_measured_as_it_is_stored(bits: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = run(
+        folder, budget=2, form="small", target_kept=0.9, embedding_bits=bits, repair_tokens=0, heal_minutes=0.0
+    )
+    rows = {row["schedule"]: row for row in summary["rows"]}
+    restored = restore(folder, Console(quiet=True), "cpu", "searched", reference=True)
+    model = restored.experiment.loaded.model
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding) == (bits < 16)
+    assert restored.workload is not None
+    quality = restored.workload.measure(model)
+    assert quality.kl == pytest.approx(rows["searched"]["kl"], rel=1e-4)
+    if bits == 4:
+        put_modules(model, {name: getattr(load_model("random:tiny-llama", "cpu").model, name) for name in ("lm_head",)})
+        assert restored.workload.measure(model).kl != pytest.approx(quality.kl, rel=1e-2)
+
+
 @pytest.mark.slow
 def test_a_share_of_the_bytes_is_a_target_of_every_form(tmp_path: Path) -> None:
     for form in ("factors", "plain", "any"):
@@ -105,10 +129,17 @@ def test_a_share_of_the_bytes_is_a_target_of_every_form(tmp_path: Path) -> None:
     [
         ({"size": "1kB"}, r"--size must be at least 1\dkB, the smallest size that this model can keep with form small"),
         ({"size": "16kB", "form": "plain"}, r"--size must be at least \d\dkB, .* with form plain, got 16kB"),
-        ({"size": "9GB"}, "--size must be below 63kB, what random:tiny-llama takes with 16 bits a number, got 9GB"),
+        (
+            {"size": "9GB"},
+            "--size must be below 56kB, .* takes with its embedding in 8 bits and all else in 16, got 9GB",
+        ),
+        ({"size": "9GB", "embedding_bits": 16}, "--size must be below 63kB, .* takes with 16 bits a number, got 9GB"),
+        ({"target_bytes_kept": 0.95}, "--target-bytes-kept must be below 0.8776, .* with its embedding in 8 bits"),
+        ({"size": "40kB", "embedding_bits": 5}, "--embedding-bits must be one of 16, 8, 4, got 5"),
+        ({"size": "40kB", "form": "plain", "embedding_bits": 4}, "embedding_bits 4 needs form small, got plain"),
         ({"size": "100"}, "--size must be a number with its unit, such as 100MB, got"),
         ({"size": "3 elephants"}, "must be a number with its unit"),
-        ({"target_bytes_kept": 0.1}, r"--target-bytes-kept must be at least 0\.2\d\d\d, the smallest fraction"),
+        ({"target_bytes_kept": 0.1}, r"--target-bytes-kept must be at least 0\.14\d\d, the smallest fraction"),
         ({"target_bytes_kept": 1.0}, "--target-bytes-kept must be a number above 0 and below 1, got"),
         ({"size": "40kB", "target_bytes_kept": 0.5}, "size and target_bytes_kept both say how small"),
         ({"size": "40kB", "target_kept": 0.5}, "target_kept and size both say how small the result is to be"),

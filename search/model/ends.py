@@ -1,0 +1,75 @@
+"""Finds the two ends of a language model, token embedding and output head; what the head reads; and rounds both.
+
+Knows models of transformers; does not know sites or schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compression.calibration.blocks import Batch
+from compression.layers.quantize import GROUP, quantized
+from compression.numerics.group_integers import packed_bytes
+from compression.training.trainable import captured_head_input
+from search.config import BYTES
+
+__all__ = ["ends", "head_moment", "reads_head_input", "rounded_ends", "rounding_saves"]
+
+
+def ends(model: Any) -> list[str]:
+    """Return the names of the token embedding and the output head."""
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is each for each in wanted) and isinstance(module, nn.Embedding | nn.Linear)
+    ]
+
+
+def reads_head_input(model: Any, name: str) -> bool:
+    """Whether the matrix of one of the ends is multiplied with the last hidden states: a head, or a shared matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and model.get_submodule(name).weight is head.weight
+
+
+@torch.no_grad()
+def head_moment(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
+    """Returns the second moment E[h hᵀ] (width, width), float64, of what the output head reads on `batches`.
+
+    Args:
+        batches: (input_ids, mask) pairs; tokens with mask 0 do not count. At least one counts.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    device = next(model.parameters()).device
+    for ids, mask in batches:
+        ids, mask = ids.to(device), mask.to(device)
+        with captured_head_input(model) as caught:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden = caught[0][mask.bool()].float()
+        total, count = total.to(device) + (hidden.T @ hidden).double(), count + len(hidden)
+    return total / count
+
+
+def rounded_ends(model: Any, bits: int, moment: torch.Tensor | None) -> dict[str, nn.Module]:
+    """Returns modules that store the ends in `bits` bits a number, by name; the model does not change.
+
+    Args:
+        bits: 8 or 4.
+        moment: what `head_moment` returns, in whose metric a matrix of the head is rounded; None rounds to nearest.
+    """
+    names = dict.fromkeys(ends(model), bits)
+    return dict(quantized(model, names, lambda name: moment if reads_head_input(model, name) else None))
+
+
+def rounding_saves(model: Any, bits: int, itemsize: int = BYTES) -> int:
+    """Returns the bytes that `rounded_ends` saves where a number takes `itemsize` bytes."""
+    tables = {
+        id(weight): weight.shape for name in ends(model) if (weight := model.get_submodule(name).weight) is not None
+    }
+    return sum(
+        rows * columns * itemsize - packed_bytes(rows, columns, bits, GROUP) for rows, columns in tables.values()
+    )
