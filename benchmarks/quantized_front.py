@@ -41,7 +41,7 @@ from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.export.folder import footprint
 from search.model.devices import resolve_device
-from search.model.ends import ends
+from search.model.ends import ends, reads_head_input
 
 _HEADLINE = 0.93
 _ENDS = (16, 8, 4)
@@ -73,6 +73,7 @@ class Front:
         self.workload = Workload(self.experiment.shards("heldout")[0], self.model)
         self.workload.reference(self.model)
         self.statistics = self.experiment.calibration()
+        self.read = self.experiment.head_moment() if self.feedback else None
         self.float32 = footprint(self.model).float32
 
     def spectrum(self, site: Site) -> np.ndarray:
@@ -80,7 +81,9 @@ class Front:
         return self.experiment.store.factors(site.name, "lowrank", "two-sided").spectrum.double().numpy()
 
     def moment(self, name: str) -> torch.Tensor | None:
-        """Input moment of a site in whose metric rounding errors are fed back; None rounds to nearest."""
+        """Input moment of a site or head in whose metric rounding errors are fed back; None rounds to nearest."""
+        if name in ends(self.model):
+            return self.read if reads_head_input(self.model, name) else None
         known = self.feedback and any(site.name == name for site in self.sites)
         return shrink(self.statistics.input(name), self.experiment.calibration.shrinkage) if known else None
 

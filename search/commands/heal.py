@@ -21,8 +21,8 @@ __all__ = ["run"]
 _INTRODUCTION = """\
 Heal the compressed model of a finished run. The searched schedule is repaired block by block, then its cores and norms
 are trained towards the dense model. Writes the weights and a table before and after healing into a folder inside RUN.
-An exported folder DIR is trained without repair and written as a new folder. The same command continues an interrupted
-healing."""
+An exported folder DIR is trained without repair and written as a new folder; of a quantized one, only the scales, norms
+and biases are trained. The same command continues an interrupted healing."""
 
 _EXAMPLES = """\
 examples:
