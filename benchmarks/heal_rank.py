@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.healing import CORPORA, KEPT, Table
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import Menu, Schedule, ScheduleApplier, lagrangian, to_schedule, uniform
+from compression.sites import members
 from search.config import Config
 from search.experiment.experiment import Experiment
 from search.healing.plan import HealingOptions
@@ -54,10 +55,11 @@ class Outcome:
 def schedules(menu: Menu, count: int) -> list[tuple[str, Schedule]]:
     """Returns names and schedules of equal size; the same menu gives the same schedules."""
     target = math.floor(KEPT * menu.dense_parameters)
+    sites = [site for options in menu.sites for site in members(options.site)]
     found = [
         ("closed form", to_schedule(menu, lagrangian(menu, target))),
         ("uniform", to_schedule(menu, uniform(menu, target))),
-        ("searched", exact_schedule(Prior.read(SEARCHED), [options.site for options in menu.sites])),
+        ("searched", exact_schedule(Prior.read(SEARCHED), sites)),
     ]
     sites = [options.site for options in menu.sites]
     blocks = np.array([site.block for site in sites])
@@ -121,7 +123,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options = HealingOptions(minutes=None, tokens=arguments.tokens or (2048 if quick else 24_576))
     plan = options.plan(0, experiment.device)
-    table = Table(experiment, arguments.heldout_tokens or (512 if quick else 4096), tasks=())
+    table = Table(experiment, arguments.heldout_tokens or (512 if quick else 4096))
     outcomes = []
     for name, schedule in schedules(experiment.menu(), arguments.schedules or (4 if quick else 13)):
         record = folder / f"{schedule.digest[:16]}-{config.repair_tokens}-{plan.length}.json"

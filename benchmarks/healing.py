@@ -3,9 +3,9 @@
     python -m benchmarks.healing [--quick] [--write] [--minutes 30] [--prior FILE] [--out DIR]
 
 The schedule is that of a prior, or the closed-form allocation at kept fraction 0.618. The model is decomposed, repaired
-without training, and then healed. Each state is measured on two held-out corpora, encyclopedia articles and web pages,
-and on ARC-easy, PIQA, SciQ, HellaSwag, BoolQ and MMLU with the answers' texts. The weights stay in --out; the same
-command continues an interrupted run.
+without training, and then healed. Each state is measured on two held-out corpora, encyclopedia articles and web pages;
+the dense model and the stored healed weights also on ARC-easy, PIQA, SciQ, HellaSwag, BoolQ and MMLU with the answers'
+texts. The weights stay in --out; the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -34,7 +34,7 @@ from search.experiment.calibration import CHUNK_TOKENS
 from search.experiment.experiment import Experiment, workload_sequences
 from search.healing.plan import HealingOptions
 from search.healing.run import heal_experiment_
-from search.healing.state import REPAIRED
+from search.healing.state import REPAIRED, StoredWeights
 from search.priors.format import Prior
 from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
@@ -48,16 +48,14 @@ _SHORT = 30.0
 
 
 class Table:
-    """Measures the model's current state on every corpus and task; the first row is the dense reference of all others.
+    """Measures the model's current state on every corpus; the first row is the dense reference of all others.
 
     Args:
         experiment: the experiment whose model is measured; the model must be dense at first.
         tokens: tokens of each corpus.
-        items: items of each task.
-        tasks: names of the tasks.
     """
 
-    def __init__(self, experiment: Experiment, tokens: int, items: int = 0, tasks: Sequence[str] = TASKS) -> None:
+    def __init__(self, experiment: Experiment, tokens: int) -> None:
         self.experiment = experiment
         loaded, device = experiment.loaded, experiment.device
         room = CHUNK_TOKENS - len(loaded.beginning)
@@ -69,10 +67,6 @@ class Table:
             pieces = [stream[start : start + room] for start in range(0, len(stream) - 1, room)]
             texts = [packed_text([*loaded.beginning, *piece]) for piece in pieces if len(piece) > 1]
             self.workloads[name] = Workload(texts, experiment.loaded.model, batch_tokens)
-        for task in tasks:
-            chosen = stratified(load_proxy(task), items, 0)
-            items_of = workload_sequences(loaded, chosen, task, "answer", [])
-            self.workloads[task] = Workload(items_of, experiment.loaded.model, batch_tokens)
         self.sizes = SizeModel(experiment.loaded.model, experiment.store.sites)
         self.rows: list[dict[str, Quality]] = [
             {name: workload.reference(experiment.loaded.model) for name, workload in self.workloads.items()}
@@ -89,9 +83,30 @@ class Table:
         quality = self.rows[-1]["encyclopedia"]
         return Score(quality.state, quality, self.sizes.size(schedule), 0.0)
 
-    def accuracy(self, row: int) -> float:
-        """Mean accuracy over the tasks in one row."""
-        return fmean(self.rows[row][task].accuracy for task in TASKS)
+
+def answers(experiment: Experiment, items: int, healed: Path, schedule: Schedule) -> list[dict[str, Quality]]:
+    """Measures the dense model and the healed weights stored in a folder on every task; the model is dense after it.
+
+    Args:
+        items: items of each task.
+    """
+    loaded = experiment.loaded
+    batch_tokens = 1 << (10 if experiment.device.type == "cpu" else 13)
+    workloads = {}
+    for task in TASKS:
+        sequences = workload_sequences(loaded, stratified(load_proxy(task), items, 0), task, "answer", [])
+        workloads[task] = Workload(sequences, loaded.model, batch_tokens)
+    rows = [{task: workload.reference(loaded.model) for task, workload in workloads.items()}]
+    undo = StoredWeights.read(healed).put_(loaded.model, experiment.sites, schedule)
+    rows.append({task: workload.measure(loaded.model) for task, workload in workloads.items()})
+    undo()
+    return rows
+
+
+def accuracy(row: Mapping[str, Quality]) -> tuple[float, float]:
+    """Mean accuracy over the tasks and its standard error."""
+    errors = [quality.accuracy_standard_error for quality in row.values()]
+    return fmean(quality.accuracy for quality in row.values()), math.hypot(*errors) / len(errors)
 
 
 def main() -> None:
@@ -118,9 +133,7 @@ def main() -> None:
     config = Config.of({"target_kept": KEPT, **({"repair_tokens": 4096} if quick else {}), **given})
     experiment = Experiment.open(config)
     schedule, source = _schedule(experiment, arguments.prior)
-    table = Table(
-        experiment, arguments.heldout_tokens or (512 if quick else 4096), arguments.items or (8 if quick else 200)
-    )
+    table = Table(experiment, arguments.heldout_tokens or (512 if quick else 4096))
     with ScheduleApplier(experiment.loaded.model, experiment.store, packed=True) as applier:
         applier.apply_(schedule)
         table.score_as_is(schedule)
@@ -134,28 +147,36 @@ def main() -> None:
         repaired = arguments.prior.parent / REPAIRED if arguments.prior else None  # of the run that holds the prior
         settings = (experiment, schedule, table, plan, options, folder, console, repaired)
         scores, healed = heal_experiment_(*settings, keep=False)
+    answered = answers(experiment, arguments.items or (8 if quick else 200), folder, schedule)
     sides = ["dense", "decomposed", *list(scores)[1:]]  # the names of the other rows tell whether repair was kept
     lines = []
-    for number, (name, row) in enumerate(zip(sides, table.rows, strict=True)):
+    for name, row in zip(sides, table.rows, strict=True):
         cells: list[object] = [name]
         for corpus in CORPORA:
             quality = row[corpus]
             cells += [f"{quality.kl:.3f}", f"{quality.perplexity:.1f}"]
-        cells += [f"{row[task].accuracy:.3f}" for task in TASKS]
-        lines.append([*cells, f"{table.accuracy(number):.4f}"])
-    header = ["model", *(f"{corpus} {figure}" for corpus in CORPORA for figure in ("KL", "ppl")), *TASKS, "mean"]
+        lines.append(cells)
+    header = ["model", *(f"{corpus} {figure}" for corpus in CORPORA for figure in ("KL", "perplexity"))]
+    scored = markdown(
+        ["model", *TASKS, "mean accuracy ± standard error"],
+        [
+            [name, *(f"{row[task].accuracy:.3f}" for task in TASKS), "{:.4f} ± {:.4f}".format(*accuracy(row))]
+            for name, row in zip(("dense", "healed"), answered, strict=True)
+        ],
+    )
     curve = markdown(
         ["tokens", "minutes", "KL", "perplexity"],
         [[f"{x.tokens:,}", f"{x.seconds / 60:.1f}", f"{x.kl:.3f}", f"{x.perplexity:.1f}"] for x in healed.measurements],
     )
     counts = ", ".join(f"{workload.tokens:,} tokens of {name}" for name, workload in table.workloads.items())
+    counts += "".join(f", {quality.items:,} items of {name}" for name, quality in answered[0].items())
     planned = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items() if value is not None)
     body = (
         f"SmolLM2-135M-Instruct at {parameters:,} parameters, with {source}, healed for {minutes:g} minutes at "
         f"{healed.tokens_per_second:.0f} tokens per second with `--data {options.data}`. The calibration statistics "
         f"use {config.calibration_tokens:,} tokens, repair {config.repair_tokens:,}. "
         f"Measured on {counts}. Plan: {planned}.\n\n"
-        f"{markdown(header, lines)}\n\nCourse of the healing, measured on search data:\n\n{curve}"
+        f"{markdown(header, lines)}\n\n{scored}\n\nCourse of the healing, measured on search data:\n\n{curve}"
     )
     gpu = experiment.device.type == "cuda"
     bars = [
@@ -167,7 +188,8 @@ def main() -> None:
         )
         for corpus in CORPORA
     ]
-    bars.append(Bar("accuracy_over_dense", table.accuracy(-1) / table.accuracy(0), ">=", 0.98 if gpu else 0.97))
+    (before, _), (after, _) = (accuracy(row) for row in answered)
+    bars.append(Bar("accuracy_over_dense", after / before, ">=", 0.98 if gpu else 0.97))
     variant = "" if minutes <= _SHORT else f"{minutes:g}-minutes"
     publish("benchmarks.healing", "Quality before and after healing", body, bars, arguments.write, variant)
     print(f"weights: {folder}")
