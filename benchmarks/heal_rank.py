@@ -61,9 +61,9 @@ def schedules(menu: Menu, count: int) -> list[tuple[str, Schedule]]:
         ("uniform", to_schedule(menu, uniform(menu, target))),
         ("searched", exact_schedule(Prior.read(SEARCHED), sites)),
     ]
-    sites = [options.site for options in menu.sites]
-    blocks = np.array([site.block for site in sites])
-    kinds = np.unique([site.family for site in sites], return_inverse=True)[1]
+    units = [options.site for options in menu.sites]
+    blocks = np.array([unit.block for unit in units])
+    kinds = np.unique([unit.family for unit in units], return_inverse=True)[1]
     generator = np.random.default_rng(0)
     for number in range(count - len(found)):
         spread = _SPREADS[number % len(_SPREADS)]
