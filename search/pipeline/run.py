@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agents import Learner
+from compression.refusal import Refusal
 from compression.schedule import Schedule
+from compression.storage.strict_json import read_object
 from envs import Problem
 from search.config import FREE_AFTERWARDS, Config
 from search.evaluation.latency import against_dense, layer_costs
@@ -99,11 +101,22 @@ def run(config: Config, console: Console) -> RunSummary:
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
         folder.write_text(CONFIG, config.to_json())
-        folder.write_json(ENVIRONMENT, environment() | {"digest": DIGEST})
-        return _run_in(folder, experiment, start, console)
+        before = _written(folder.path / ENVIRONMENT)
+        folder.write_json(ENVIRONMENT, environment(before) | {"digest": DIGEST})
+        return _run_in(folder, experiment, start, before, console)
 
 
-def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, console: Console) -> RunSummary:
+def _written(path: Path) -> Mapping[str, object]:
+    """The environment that an interrupted run wrote; empty if it wrote none that can be read."""
+    try:
+        return read_object(path, "the environment")
+    except (OSError, Refusal):
+        return {}
+
+
+def _run_in(
+    folder: RunFolder, experiment: Experiment, start: StartingPoint, before: Mapping[str, object], console: Console
+) -> RunSummary:
     config = experiment.config
     check_space(experiment, console.note)
     calibrate(experiment, console)
@@ -163,11 +176,11 @@ def _run_in(folder: RunFolder, experiment: Experiment, start: StartingPoint, con
         "rows": rows,
         **{f"{name}_against_lagrangian_kl": found for name, found in comparisons.items()},
         "latency": dataclasses.asdict(latency) if latency else {},
-        "environment": environment(),
+        "environment": environment(before),
     }
     folder.write_json(SUMMARY, document)
     folder.write_text(TABLE, csv_text(rows))
-    prior = build_prior(config, experiment.loaded, menu, chosen, rows, experiment.splits)
+    prior = build_prior(config, experiment.loaded, menu, chosen, rows, experiment.splits, before=before)
     folder.write_text(PRIOR, prior.to_json())
     write_digest(folder, MADE_OF, experiment.loaded.identity, FREE_AFTERWARDS)
     folder.write_text(REPORT, report([folder.path]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def build_prior(
     rows: Sequence[Mapping[str, object]],
     splits: Splits,
     traces: Mapping[str, Sensitivity] | None = None,
+    before: Mapping[str, object] = MappingProxyType({}),
 ) -> Prior:
     """Return the prior of a schedule.
 
@@ -51,6 +53,7 @@ def build_prior(
             a unit all get the offset of the unit.
         rows: final table of the run, see `search.reporting.tables.SUMMARY_COLUMNS`.
         traces: measured traces by site, which replace the predicted ones.
+        before: as for `search.runtime.provenance.environment`.
     """
     sites = [site for options in menu.sites for site in options.sites]
     budget = Budget.of(config, loaded.model, sites)
@@ -87,7 +90,7 @@ def build_prior(
             "report_items": sorted(item.digest for item in splits.report_items),
         },
         "configuration": {**config.definition(), "budget": config.budget, "dtype": config.dtype},
-        "environment": environment(),
+        "environment": environment(before),
     }
     fields = finite(document)
     assert isinstance(fields, dict)

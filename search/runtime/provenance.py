@@ -9,17 +9,33 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 __all__ = ["environment", "now"]
 
 _PACKAGES = ("gguf", "gymnasium", "numpy", "optuna", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
 
 
-def environment() -> dict[str, object]:
-    """Return the time (UTC), command, commit, interpreter, machine, number of threads and versions of this process."""
+def environment(before: Mapping[str, object] = MappingProxyType({})) -> dict[str, object]:
+    """Return the time (UTC), command, commit, interpreter, machine, number of threads and versions of this process.
+
+    Args:
+        before: what this function returned to a process whose work this one continues. The command then is that of the
+            former, and the one of this process is "continued_by"; if the commits differ, the former is "begun_at".
+    """
+    now = _environment()
+    if not isinstance(before.get("command"), str):
+        return now
+    begun = before.get("begun_at", before.get("commit"))
+    changed = {} if begun == now["commit"] else {"begun_at": begun}
+    return {**now, "command": before["command"], "continued_by": now["command"], **changed}
+
+
+def _environment() -> dict[str, object]:
     torch = sys.modules.get("torch")
     module = getattr(sys.modules["__main__"], "__spec__", None)  # set by python -m
     program = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]

@@ -188,6 +188,21 @@ def test_a_command_line_that_is_no_text_can_be_stored(monkeypatch):
     json.dumps(environment(), ensure_ascii=False).encode()
 
 
+def test_a_run_that_is_continued_keeps_its_command(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["search.py", "--budget", "5"])
+    first = environment()
+    monkeypatch.setattr("sys.argv", ["search.py", "--resume", "run"])
+    second = environment(first)
+    third = environment({**second, "commit": "another"})
+    plain = environment()
+    assert second["command"] == third["command"] == first["command"]
+    assert second["continued_by"] == third["continued_by"] == plain["command"] != first["command"]
+    assert "begun_at" not in second
+    assert third["begun_at"] == "another"
+    assert third["commit"] == first["commit"]
+    assert environment({"command": 5})["command"] == plain["command"]
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [(["file", "x"], "file is not a folder"), (["link"], "link is not a folder"), (["n" * 256], "name of a folder")],
