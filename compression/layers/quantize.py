@@ -89,12 +89,12 @@ def packed(module: nn.Module, bits: int, group: int, moment: torch.Tensor | None
     Raises:
         ValueError: the module is of another kind, or `compression.numerics.group_integers.quantize` rejects a value.
     """
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
         return PackedEmbedding(_matrix(module.weight, bits, group, moment, module.weight.dtype))
     if isinstance(module, MPOLinear):
         return PackedMPO(module, _cores(module, bits, group, moment))
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
         raise Refusal(f"a {type(module).__name__} cannot be quantized")
     return PackedLinear(_matrix(dense_weight(module), bits, group, moment, weight.dtype), _bias(module))
 

@@ -47,10 +47,15 @@ class Budget:
         """Returns the budget of a configuration for a dense model, which may be on the meta device.
 
         Raises:
-            ValueError: the size is not smaller than that of the dense model.
+            ValueError: the size is not smaller than that of the dense model, or its embedding cannot be rounded.
         """
         bits = config.stored_embedding_bits
         rounded = rounding_saves(model, bits) if bits < 8 * BYTES else 0
+        if config.embedding_bits == bits < 8 * BYTES and not rounded:
+            raise Refusal(
+                f"embedding_bits must be {8 * BYTES} for {config.model}, whose embedding does more than look up rows, "
+                f"got {bits}"
+            )
         sizes = SizeModel(model, sites, BYTES if config.by_bytes else None, rounded)
         price: Price = sizes.choice_bytes if config.by_bytes else choice_parameters
         dense = sum(price(site, DENSE) for site in sites)

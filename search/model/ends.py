@@ -21,12 +21,18 @@ __all__ = ["ends", "head_moment", "reads_head_input", "rounded_ends", "rounding_
 
 
 def ends(model: Any) -> list[str]:
-    """Return the names of the token embedding and the output head."""
-    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    """Return the names of the token embedding and the output head, as far as they can be rounded.
+
+    An end that computes more than a lookup or a product, such as the embedding of Gemma 3, which multiplies what it
+    looks up, cannot; nor can one that shares its matrix with such an end.
+    """
+    wanted = [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
+    plain = (nn.Embedding.forward, nn.Linear.forward)
+    kept = {id(getattr(each, "weight", None)) for each in wanted if type(each).forward not in plain}
     return [
         name
         for name, module in model.named_modules()
-        if any(module is each for each in wanted) and isinstance(module, nn.Embedding | nn.Linear)
+        if any(module is each for each in wanted) and id(getattr(module, "weight", None)) not in kept
     ]
 
 
@@ -46,11 +52,10 @@ def head_moment(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
     total, count = torch.zeros((), dtype=torch.float64), 0
     device = next(model.parameters()).device
     for ids, mask in batches:
-        ids, mask = ids.to(device), mask.to(device)
         with captured_head_input(model) as caught:
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
-        hidden = caught[0][mask.bool()].float()
-        total, count = total.to(device) + (hidden.T @ hidden).double(), count + len(hidden)
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        hidden = caught[0][mask.bool().to(caught[0].device)].float()
+        total, count = total.to(hidden.device) + (hidden.T @ hidden).double(), count + len(hidden)
     return total / count
 
 

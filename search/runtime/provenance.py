@@ -27,12 +27,12 @@ def environment(before: Mapping[str, object] = MappingProxyType({})) -> dict[str
         before: what this function returned to a process whose work this one continues. The command then is that of the
             former, and the one of this process is "continued_by"; if the commits differ, the former is "begun_at".
     """
-    now = _environment()
+    made = _environment()
     if not isinstance(before.get("command"), str):
-        return now
+        return made
     begun = before.get("begun_at", before.get("commit"))
-    changed = {} if begun == now["commit"] else {"begun_at": begun}
-    return {**now, "command": before["command"], "continued_by": now["command"], **changed}
+    changed = {} if begun == made["commit"] else {"begun_at": begun}
+    return {**made, "command": before["command"], "continued_by": made["command"], **changed}
 
 
 def _environment() -> dict[str, object]:

@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from compression.sites import put_modules
+from compression.layers.quantize import packed
+from compression.refusal import Refusal
+from compression.sites import discover_sites, put_modules
+from search.config import Config
 from search.export.folder import footprint
+from search.model.budget import Budget
 from search.model.ends import ends, head_moment, reads_head_input, rounded_ends, rounding_saves
 from search.model.loading import load_model
 
@@ -80,3 +85,23 @@ def test_the_bytes_that_rounding_saves_are_those_of_the_stored_tensors(name: str
     rounded = copy.deepcopy(model)
     put_modules(rounded, rounded_ends(rounded, bits, None))
     assert rounding_saves(model, bits, itemsize=4) == footprint(model).stored - footprint(rounded).stored
+
+
+def test_an_embedding_that_scales_what_it_looks_up_stays_as_it_is_and_so_does_a_head_of_its_matrix() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32, "vocab_size": 257}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    for shared in (True, False):
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, tie_word_embeddings=shared)).eval()
+        assert ends(model) == ([] if shared else ["lm_head"])
+        assert (rounding_saves(model, 8) == 0) == shared
+        ids = batches()[0][0]
+        with torch.no_grad():
+            before = model(ids).logits
+            put_modules(model, rounded_ends(model, 8, None))
+            assert (model(ids).logits - before).norm() < 0.01 * before.norm()
+        with pytest.raises(Refusal, match="Gemma3TextScaledWordEmbedding cannot be quantized"):
+            packed(model.get_input_embeddings(), 8, 64, None)
+    config = Config.of({"form": "small", "embedding_bits": 4})
+    tied = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads))
+    with pytest.raises(Refusal, match="embedding_bits must be 16 for default, whose embedding does more than look up"):
+        Budget.of(config, tied, discover_sites(tied))
