@@ -26,14 +26,12 @@ def ends(model: Any) -> list[str]:
     An end that computes more than a lookup or a product, such as the embedding of Gemma 3, which multiplies what it
     looks up, cannot; nor can one that shares its matrix with such an end.
     """
-    wanted = [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = [each for each in wanted if isinstance(each, nn.Embedding | nn.Linear)]  # others are rounded already
     plain = (nn.Embedding.forward, nn.Linear.forward)
-    kept = {id(getattr(each, "weight", None)) for each in wanted if type(each).forward not in plain}
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(module is each for each in wanted) and id(getattr(module, "weight", None)) not in kept
-    ]
+    kept = {id(each.weight) for each in found if type(each).forward not in plain}
+    chosen = {id(each) for each in found if id(each.weight) not in kept}
+    return [name for name, module in model.named_modules() if id(module) in chosen]
 
 
 def reads_head_input(model: Any, name: str) -> bool:
