@@ -142,6 +142,14 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def _kill_one(processes: list[psutil.Process], chance: random.Random) -> bool:
+    try:
+        chance.choice(processes).send_signal(signal.SIGKILL)
+    except (IndexError, psutil.NoSuchProcess):  # none is there, or it ended in between
+        return False
+    return True
+
+
 def rage(
     folder: Path, victims: Sequence[str], model: str, evaluators: int, seed: int, cluster: LocalCluster | None = None
 ) -> Tally:
@@ -157,7 +165,7 @@ def rage(
             own Ray.
 
     Raises:
-        RuntimeError: the search ended by itself.
+        RuntimeError: the search ended by itself, or no evaluator started.
     """
     chance, tally = random.Random(seed), Tally()
     if cluster and not cluster.nodes:
@@ -174,9 +182,10 @@ def rage(
             time.sleep(chance.uniform(0, 2))
             tally.see(journal(folder / "study.db"))
             if victim == "evaluator":
-                while not (running := search.evaluators()) and time.monotonic() < deadline:
+                while not _kill_one(search.evaluators(), chance):
+                    if time.monotonic() > deadline:
+                        raise RuntimeError("no evaluator was there to be killed")
                     time.sleep(0.2)
-                chance.choice(running).send_signal(signal.SIGKILL)
             elif victim == "node":
                 assert cluster, "only a cluster has nodes to kill"
                 cluster.kill(cluster.nodes[0])

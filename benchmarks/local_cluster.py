@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -90,9 +90,12 @@ class LocalCluster:
 
 
 def _end(process: psutil.Process) -> None:
-    family = [process, *process.children(recursive=True)]
+    family = [process]
+    with suppress(psutil.NoSuchProcess):
+        family += process.children(recursive=True)
     for each in family:
-        each.kill()
+        with suppress(psutil.NoSuchProcess):  # workers end by themselves, too, and with the node that was killed first
+            each.kill()
     psutil.wait_procs(family, timeout=30)
     process.stdout.close()  # type: ignore[attr-defined]
 

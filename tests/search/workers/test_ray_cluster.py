@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from disks import SEARCH
 from fake_data import data_for_processes
@@ -70,3 +71,12 @@ def test_evaluators_nodes_and_drivers_that_are_killed_lose_and_repeat_no_trial(
     assert tally.kills == {"evaluator": 1, "node": 1, "driver": 1}
     assert len(tally.acknowledged) >= 3
     assert (tally.lost, tally.duplicated, tally.orphans) == (0, 0, 0)
+
+
+def test_a_node_that_has_ended_by_itself_can_be_killed(cluster: LocalCluster) -> None:
+    node = psutil.Popen(["true"], stdout=subprocess.PIPE)
+    node.wait()
+    cluster.nodes.append(node)
+    cluster.kill(node)
+    assert node not in cluster.nodes
+    assert node.stdout.closed
