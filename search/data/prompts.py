@@ -18,11 +18,13 @@ class Prompt:
         context: text before the answer.
         continuations: one text per choice.
         answer: index of the correct continuation, from 0.
+        instruction: start of the context that announces the question in words that many items share; may be empty.
     """
 
     context: str
     continuations: tuple[str, ...]
     answer: int
+    instruction: str = ""
 
 
 def forms(proxy: str) -> tuple[str, ...]:
@@ -48,7 +50,7 @@ def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Prompt:
     """
     if form not in forms(proxy):
         raise Refusal(f"form must be {' or '.join(forms(proxy))} for {proxy}, got {form!r}")
-    question, continuations = item.question, item.choices
+    question, continuations, instruction = item.question, item.choices, ""
     if proxy == "hellaswag":
         context = question
     elif proxy == "boolq":
@@ -60,12 +62,12 @@ def render(item: Item, proxy: str = "mmlu", form: str = "answer") -> Prompt:
     else:
         kind = "multiple choice questions" if form == "letter" else "questions"
         about = item.subject.replace("_", " ")
-        context = f"The following are {kind} (with answers) about {about}.\n\n" if about else ""
-        context += f"{item.passage.strip()}\n" if item.passage.strip() else ""
+        instruction = f"The following are {kind} (with answers) about {about}.\n\n" if about else ""
+        context = instruction + (f"{item.passage.strip()}\n" if item.passage.strip() else "")
         if form == "letter":
             continuations = tuple(chr(ord("A") + index) for index in range(len(item.choices)))
             lettered = [f"{letter}. {choice}\n" for letter, choice in zip(continuations, item.choices, strict=True)]
             context += f"{question.strip()}\n{''.join(lettered)}Answer:"
         else:
             context += f"Question: {question.strip()}\nAnswer:"
-    return Prompt(context, tuple(f" {continuation}" for continuation in continuations), item.answer)
+    return Prompt(context, tuple(f" {continuation}" for continuation in continuations), item.answer, instruction)

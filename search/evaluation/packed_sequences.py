@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -46,6 +47,7 @@ class Packed:
         aside: whether the text counts in the figures of its corpus only, and in no other figure.
         masked: (place, original token) of the mask tokens of a text for a masked language model.
         classified: whether a classifier sorts the whole text; there is then one branch for every class, without tokens.
+        told: number of first tokens that an instruction takes, at most `prefix`; they are read and count for nothing.
     """
 
     tokens: tuple[int, ...]
@@ -56,6 +58,7 @@ class Packed:
     aside: bool = False
     masked: tuple[tuple[int, int], ...] = ()
     classified: bool = False
+    told: int = 0
 
     @property
     def alone(self) -> bool:
@@ -85,11 +88,17 @@ def classified_text(tokens: Sequence[int], classes: int, answer: int) -> Packed:
     return Packed(tuple(tokens), end, ((end, end, end),) * classes, answer, classified=True)
 
 
-def packed_item(encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int) -> Packed:
+def packed_item(
+    encode: Callable[[str], list[int]], context: str, continuations: Sequence[str], answer: int, instruction: str = ""
+) -> Packed:
     """Pack a multiple-choice item, tokenized as in lm-eval.
 
     Spaces at the end of the context are moved to the continuation. Context and continuation are encoded together and
     split at the length of the encoded context.
+
+    Args:
+        instruction: start of the context whose tokens count for no figure. A compressed model soon learns a sentence
+            that all items share, and its tokens would then outweigh those of the questions.
 
     Raises:
         ValueError: the context or a continuation is empty, or `answer` is not the index of a continuation.
@@ -111,7 +120,9 @@ def packed_item(encode: Callable[[str], list[int]], context: str, continuations:
         first = len(tokens) + min(start, len(whole) - 1) - shared
         branches.append((len(tokens), len(tokens) + len(whole) - shared, first))
         tokens += whole[shared:]
-    return Packed(tuple(tokens), shared, tuple(branches), answer)
+    pairs = zip(encode(instruction) if instruction else (), tokens[:shared], strict=False)
+    told = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return Packed(tuple(tokens), shared, tuple(branches), answer, told=told)
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,8 @@ class Prediction:
         target: the predicted token or class.
         owner: number of the sequence.
         branch: global number of the branch whose score includes this prediction, -1 for none.
-        compared: whether it counts for KL and agreement; tokens of the prefix and of the correct answer do.
+        compared: whether it counts for KL and agreement; tokens of the prefix after the instruction and of the correct
+            answer do.
     """
 
     source: int
@@ -149,7 +161,9 @@ def predictions(sequence: Packed, number: int, base: int, branches: range) -> li
         return [Prediction(base + at, token, number, -1, True) for at, token in sequence.masked]
     if sequence.classified:
         return [Prediction(base, at, number, branch, at == sequence.answer) for at, branch in enumerate(branches)]
-    found = [Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(1, sequence.prefix)]
+    found = [
+        Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(max(1, sequence.told), sequence.prefix)
+    ]
     for index, (start, stop, first) in enumerate(sequence.branches):
         for at in range(start, stop):
             before = sequence.prefix - 1 if at == start else at - 1
@@ -179,7 +193,8 @@ def apart(sequence: Packed) -> list[Packed]:
     for number, (start, stop, first) in enumerate(sequence.branches):
         tokens = prefix + sequence.tokens[start:stop]
         branch = (len(prefix), len(tokens), len(prefix) + first - start)
-        found.append(Packed(tokens, len(prefix), (branch,), 0 if number == sequence.answer else None))
+        answer = 0 if number == sequence.answer else None
+        found.append(Packed(tokens, len(prefix), (branch,), answer, told=sequence.told))
     return found
 
 

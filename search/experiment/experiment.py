@@ -209,6 +209,7 @@ class Experiment:
             "statistics": self.calibration.key,
             "search_text": self.splits.search_text.digest,
             "search_items": cache_key(items=[item.digest for item in self.splits.search_items]),
+            "kl_counts": "no instructions of items",  # see `search.evaluation.packed_sequences.Packed.told`
             "dtype": str(self.loaded.model.dtype),
         }
 
@@ -397,7 +398,8 @@ def _packed_text(loaded: LoadedModel, tokens: Sequence[int], corpus: str = "") -
 
 def _answered(loaded: LoadedModel, item: Item, proxy: str, form: str) -> list[int]:
     request = render(item, proxy, form)
-    return loaded.encode_whole(request.context + request.continuations[request.answer])
+    question = request.context.removeprefix(request.instruction)
+    return loaded.encode_whole(question + request.continuations[request.answer])
 
 
 def _classified(loaded: LoadedModel, item: Item) -> Packed:
@@ -431,7 +433,8 @@ def _longest(loaded: LoadedModel) -> int:
 
 def _packed(loaded: LoadedModel, item: Item, proxy: str, form: str) -> Packed:
     request = render(item, proxy, form)
-    return packed_item(loaded.encode_whole, request.context, request.continuations, request.answer)
+    parts = (request.context, request.continuations, request.answer, request.instruction)
+    return packed_item(loaded.encode_whole, *parts)
 
 
 def _is_short(sequence: Packed, limit: int) -> bool:

@@ -16,7 +16,7 @@ _LATER = ("architecture",)
 
 
 def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping whose missing entries are taken from `defaults`, inside the mappings that both have.
+    """A nested mapping whose missing entries are taken from `defaults`: single ones, and those in mappings of both.
 
     The fingerprint of an earlier version lacks the fields that were added later. It may hold the path of a model or
     proxy relative to the working directory, which is made absolute as in the configuration of today.
@@ -26,6 +26,8 @@ def with_defaults(known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
         if isinstance(default, Mapping) and isinstance(filled.get(key), Mapping):
             inner = filled[key]
             filled[key] = {**inner, **{name: value for name, value in default.items() if name not in inner}}
+        elif not isinstance(default, Mapping):
+            filled.setdefault(key, default)
     if isinstance(configuration := filled.get("configuration"), Mapping):
         paths = {name: configuration[name] for name in ("model", "proxy") if isinstance(configuration.get(name), str)}
         filled["configuration"] = {**configuration, **{name: absolute_name(path) for name, path in paths.items()}}

@@ -115,6 +115,7 @@ def fingerprint_defaults() -> dict[str, object]:
     return {
         "configuration": {name: EARLIER.get(name, Config.model_fields[name].default) for name in names},
         "reward": dataclasses.asdict(Reward()),
+        "kl_counts": "instructions of items too",
     }
 
 

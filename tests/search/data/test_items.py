@@ -106,11 +106,13 @@ def test_the_letter_form_letters_as_many_choices_as_there_are() -> None:
     )
     assert request.continuations == (" A", " B", " C")
     assert request.answer == 2
+    assert request.instruction == request.context.split("Which")[0]
 
 
 def test_items_of_a_file_need_no_subject() -> None:
     request = render(Item("Which?", ("x", "y"), 0), "my.jsonl", "answer")
     assert (request.context, request.continuations) == ("Question: Which?\nAnswer:", (" x", " y"))
+    assert request.instruction == ""
 
 
 @pytest.mark.parametrize("proxy", ["sciq", "piqa", "hellaswag"])
