@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, variance
 from typing import Annotated, Any, ClassVar, Self
 
@@ -74,6 +74,7 @@ class Heldout:
         perplexity: on the held-out text.
         expected_accuracy: mean P(correct) on the items.
         kl_by_sequence, tokens_by_sequence: sum of KL and number of tokens of every sequence.
+        kl_by_corpus: nats per token on every corpus, the unseen text included; empty if an earlier version measured.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -82,6 +83,7 @@ class Heldout:
     expected_accuracy: Figure
     kl_by_sequence: tuple[Figure, ...]
     tokens_by_sequence: tuple[Amount, ...]
+    kl_by_corpus: Mapping[str, Figure] = field(default_factory=dict)
 
     @classmethod
     def from_quality(cls, quality: Quality) -> Self:
@@ -94,6 +96,7 @@ class Heldout:
             expected_accuracy=quality.expected_accuracy,
             kl_by_sequence=tuple(float(f"{value:.6g}") for value in quality.kl_by_sequence),
             tokens_by_sequence=quality.tokens_by_sequence,
+            kl_by_corpus={corpus.name: corpus.kl for corpus in quality.by_corpus},
         )
 
     @classmethod
@@ -183,6 +186,8 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
         row["kl"] = fmean(one.kl for one in finals[name])
         row["perplexity"] = fmean(one.perplexity for one in finals[name])
         row["selected"] = _percent(contrast(finals[name], [base]))
+        for corpus, kl in base.kl_by_corpus.items():
+            row[f"kl_{corpus}"] = f"{fmean(one.kl_by_corpus[corpus] for one in finals[name]) / kl - 1:+.1%}"
         row["best"] = "" if name == best else _percent(contrast(finals[name], finals[best]))
         row["own"] = sum(entry.agent_seconds for entry in of) / max(1, sum(entry.marks[-1].evaluations for entry in of))
         rows.append(row)
@@ -197,6 +202,7 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
         Column("selected", "selected"),
         Column("kl", "KL nats/token", ".4f"),
         Column("perplexity", "perplexity", ".2f"),
+        *(Column(f"kl_{corpus}", f"KL {corpus}") for corpus in base.kl_by_corpus),
         Column("best", f"selected, against {best}"),
         Column("own", "agent's seconds per evaluation", ".3f"),
     )
@@ -207,8 +213,8 @@ def report(entries: Collection[Entry], heldout: Mapping[str, Heldout], closed_fo
         f"(perplexity {base.perplexity:.2f}), over {sum(used):,} tokens in {len(used)} sequences that no agent and no "
         "selection saw. Columns `after N` show the schedule that an agent recommends after N evaluations. Column "
         "`selected` shows the schedule selected among its last six recommendations and the closed form on the "
-        "selection text, as at the end of a job. Values are means over seeds with 95 % intervals, paired over "
-        "sequences, with seeds as a second source of variance.\n\n"
+        "selection text, as at the end of a job; the columns named after a corpus show its KL there. Values are means "
+        "over seeds with 95 % intervals, paired over sequences, with seeds as a second source of variance.\n\n"
         f"{markdown_table(rows, columns)}"
     )
 

@@ -43,7 +43,7 @@ class Packed:
         prefix: length of the prefix; for plain text this is the number of tokens.
         branches: (start, stop, first scored token) of each branch, as indices into `tokens`.
         answer: index of the correct branch, or None for text and for the only branch of a wrong answer (see `apart`).
-        corpus: name of the corpus of a text, which then has a perplexity and a KL of its own; empty for none.
+        corpus: name of the corpus of a text or item, which then has figures of its own; empty for none.
         aside: whether the text counts in the figures of its corpus only, and in no other figure.
         masked: (place, original token) of the mask tokens of a text for a masked language model.
         classified: whether a classifier sorts the whole text; there is then one branch for every class, without tokens.

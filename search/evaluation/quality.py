@@ -15,13 +15,13 @@ __all__ = ["CorpusQuality", "Difference", "Quality", "mean_standard_error", "pai
 
 @dataclass(frozen=True)
 class CorpusQuality:
-    """The quality of a model on the texts of one corpus.
+    """The quality of a model on the texts or items of one corpus.
 
     Attributes:
         name: name of the corpus.
         kl: mean over scored tokens of KL(dense ‖ model), nats per token.
-        kl_standard_error: standard error of `kl`, with texts as the sampling unit.
-        perplexity: exp of the mean negative log-likelihood of the scored tokens.
+        kl_standard_error: standard error of `kl`, with texts or items as the sampling unit.
+        perplexity: exp of the mean negative log-likelihood of the scored tokens; NaN for items.
     """
 
     name: str
@@ -31,11 +31,8 @@ class CorpusQuality:
 
     def to_row(self) -> dict[str, float]:
         """The figures under column names, such as `kl_prose`."""
-        return {
-            f"kl_{self.name}": self.kl,
-            f"kl_{self.name}_stderr": self.kl_standard_error,
-            f"perplexity_{self.name}": self.perplexity,
-        }
+        row = {f"kl_{self.name}": self.kl, f"kl_{self.name}_stderr": self.kl_standard_error}
+        return row if math.isnan(self.perplexity) else row | {f"perplexity_{self.name}": self.perplexity}
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ __all__ = ["Experiment", "Extract", "workload_sequences"]
 _SELECTION = 4  # the selection set is this many times as large as a shard
 _SPARE = 64  # characters of a user's own text that are read for every token that is wanted
 _BATCH = 1024  # tokens in one forward pass
+_ITEMS = "items"  # name of the corpus of all items
 _HEAD_TOKENS = 8192  # tokens of calibration text whose last hidden states give the metric of the head
 _RACING_BATCH = 512  # tokens between two early-stopping checks of a finalist
 
@@ -386,7 +387,7 @@ def workload_sequences(
     texts = [_packed_text(loaded, chunk[:limit], corpus) for corpus, chunk in text if len(chunk) > 1]
     if loaded.kind is Kind.MASKED:
         return [_packed_text(loaded, _answered(loaded, item, proxy, form), "exam") for item in items] + texts
-    packed = [_packed(loaded, item, proxy, form) for item in items]
+    packed = [replace(_packed(loaded, item, proxy, form), corpus=_ITEMS) for item in items]
     return [sequence for sequence in packed if _is_short(sequence, limit)] + texts
 
 

@@ -73,6 +73,16 @@ def test_the_report_ranks_agents_and_says_what_each_is_against_the_best() -> Non
     assert "340 tokens in 7 sequences" in text
 
 
+def test_the_report_shows_every_corpus_by_itself() -> None:
+    base, good = (
+        dataclasses.replace(measured(level), kl_by_corpus={"prose": level, "unseen": unseen})
+        for level, unseen in ((0.4, 0.5), (0.3, 0.55))
+    )
+    text = report([entry("gradient", 0, ["good"], "good")], {"base": base, "good": good}, "base", "a model")
+    assert "| KL prose | KL unseen |" in text
+    assert "| -25.0% | +10.0% |" in text
+
+
 def test_the_plot_is_one_svg_that_does_not_depend_on_when_it_is_made() -> None:
     heldout = {"base": measured(0.4), "good": measured(0.3)}
     entries = [entry("reinforce", seed, ["base", "good"], "good") for seed in (0, 1)]
