@@ -314,7 +314,7 @@ class Config(BaseModel):
     """Questions per trial; none of them is ever reported on."""
     search_text_tokens: int = _whole("sizes", 256, 64, _MOST)
     """Tokens of prose per trial."""
-    search_shards: int = _whole("sizes", 6, 1, 1000)
+    search_shards: int = _whole("sizes", 32, 1, 1000)
     """Shards of the search data. Each trial reads one of them, so that a search does not overfit a single set."""
     heldout_tokens: int = _whole("sizes", 3072, 64, _MOST)
     """Tokens of held-out text for the final table, never used in calibration or search."""
