@@ -195,9 +195,7 @@ class Bench:
         """The schedule that the gradient agent believes best after a few passes; computed once per kept fraction."""
         if kept not in self._corrected:
             problem = Problem.build(self.menu("menu"), kept, "block+family")
-            agent = Gradient(
-                problem, AgentContext(seed=0, budget=4 * _PASSES, shards=self.experiment.config.search_shards)
-            )
+            agent = Gradient(problem, AgentContext(0, budget=4 * _PASSES, shards=self.experiment.search_shards))
             with self.experiment.evaluator("search", problem.closed_form()) as evaluator:
                 while proposals := agent.ask(1):
                     [proposal] = proposals

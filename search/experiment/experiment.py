@@ -126,6 +126,7 @@ class Experiment:
             beginning=loaded.beginning,
             fits=partial(_fits, loaded, config),
             parts=parts,
+            fewest=1 + _SELECTION,
             own=_own_text(config, loaded),
             stream=partial(token_stream, loaded),
         )
@@ -156,6 +157,11 @@ class Experiment:
         device = resolve_device(config.device)
         return cls.of(config, *open_model(config, device), device)
 
+    @property
+    def search_shards(self) -> int:
+        """Number of shards of the search data, fewer than `Config.search_shards` if there are not questions enough."""
+        return self.splits.parts - _SELECTION
+
     def shards(self, part: str) -> list[list[Packed]]:
         """The packed sequences of one part of the data, by shard.
 
@@ -168,13 +174,13 @@ class Experiment:
             unseen = tuple((UNSEEN, chunk) for chunk in splits.unseen_text.prose)
             dealt = [(splits.report_items, splits.heldout_text.labelled + unseen)]
         else:
-            parts = config.search_shards + _SELECTION
+            parts = splits.parts
             items, text = splits.search_items, splits.search_text.labelled
             dealt = [(items[number::parts], text[number::parts]) for number in range(parts)]
             if part == "search":
-                dealt = dealt[: config.search_shards]
+                dealt = dealt[: self.search_shards]
             else:
-                rest = dealt[config.search_shards :]
+                rest = dealt[self.search_shards :]
                 dealt = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
         return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
 
@@ -280,7 +286,7 @@ class Experiment:
 
     def references(self, anchor: Schedule | None) -> int:
         """Number of passes over shards that the evaluator of a search makes before it can score a schedule."""
-        shards = self.config.search_shards
+        shards = self.search_shards
         return 2 * shards if anchor is not None and shards > 1 else shards
 
     def repair_(

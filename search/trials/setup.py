@@ -124,7 +124,7 @@ def make_agent(config: Config, problem: Problem, experiment: Experiment, start: 
     context = agents.AgentContext(
         config.seed,
         config.budget,
-        config.search_shards,
+        experiment.search_shards,
         config.compression_weight,
         model=experiment.loaded.digest,
         policy=start.policy,

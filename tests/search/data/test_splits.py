@@ -153,6 +153,17 @@ def test_equal_questions_count_once_and_too_few_or_too_long_ones_are_refused(fak
         build_splits(encode, **SIZES, fits=lambda item: False)
 
 
+def test_there_are_as_many_parts_as_questions_at_most_with_as_much_text_each(fake_data: Path, tmp_path: Path) -> None:
+    records = [{"question": f"Own question {n}?", "choices": ["x", "y"], "answer": n % 2} for n in range(40)]
+    file, asked = str(jsonl(tmp_path / "own.jsonl", records)), 36
+    sizes = SIZES | {"search_items": 4 * asked, "search_text_tokens": 20 * asked}
+    split = build_splits(encode, file, **sizes, parts=asked, fewest=5)
+    assert split.parts == len(split.search_items) < asked
+    assert split.search_text.tokens == 20 * split.parts
+    with pytest.raises(ValueError, match="at least 36 are needed, so use more questions"):
+        build_splits(encode, file, **sizes, parts=asked, fewest=36)
+
+
 def test_every_sequence_begins_with_the_tokens_that_begin_a_text(fake_data: Path) -> None:
     split = build_splits(encode, **SIZES, beginning=(300, 301))
     for text in (split.calibration, split.search_text, split.heldout_text):
