@@ -15,6 +15,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,11 @@ def _play(
     closed_form = problem.closed_form()
     contest.closed_form = contest.note(closed_form)
     if entered:
-        with search_pool(experiment, closed_form, console.note) as pool:
+        with ExitStack() as opened:
+            with console.stage("reference", experiment.references(closed_form), "passes") as stage:
+                pool = opened.enter_context(
+                    search_pool(experiment, closed_form, console.note, progress=lambda: stage.advance(1))
+                )
             for config in entered:
                 entry = _search(folder, experiment, problem, config, pool, contest, console)
                 contest.entries[_key(config.agent, config.seed)] = entry

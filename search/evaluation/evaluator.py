@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from statistics import fmean
 from types import MappingProxyType
@@ -59,6 +59,11 @@ class Evaluator(Protocol):
             The change in nats per token by the name of the site or unit, for those where the two schedules differ;
             empty if the passes fail.
         """
+
+    def evaluate_with_slopes(
+        self, schedule: Schedule, toward: Schedule, repeat: int = 0
+    ) -> tuple[Score, dict[str, float]]:
+        """The score of a schedule and its slopes, on the same workload; no slopes if there is no score."""
 
 
 class ModelEvaluator:
@@ -167,11 +172,27 @@ class ModelEvaluator:
         """
         shard = self._shard(schedule, repeat)
         try:
-            return self._with_room(shard, partial(self._slopes, schedule, toward, shard))
+            return self._with_room(shard, partial(self._slopes, schedule, toward, shard))[0]
         except (RuntimeError, MemoryError):
             return {}
 
-    def _slopes(self, schedule: Schedule, toward: Schedule, shard: int) -> dict[str, float]:
+    def evaluate_with_slopes(
+        self, schedule: Schedule, toward: Schedule, repeat: int = 0
+    ) -> tuple[Score, dict[str, float]]:
+        """See `Evaluator`. Costs as much as `slopes`, since one pass gives both, unless scores are of repaired models.
+
+        If that pass raises, the schedule is scored without slopes.
+        """
+        shard, start = self._shard(schedule, repeat), time.perf_counter()
+        if alike := self._repair is None and not self._ends:  # both are of the same model
+            with suppress(RuntimeError, MemoryError):
+                slopes, quality = self._with_room(shard, partial(self._slopes, schedule, toward, shard))
+                score = self._score(schedule, quality, quality.state, shard, start)
+                return score, slopes if quality.state == "ok" else {}
+        score = self._evaluate(schedule, None, repeat)
+        return score, {} if alike or score.state != "ok" else self.slopes(schedule, toward, repeat)
+
+    def _slopes(self, schedule: Schedule, toward: Schedule, shard: int) -> tuple[dict[str, float], Quality]:
         workload = self._referenced(shard)
         with self.states.watch():
             self._applier.apply_(schedule)
@@ -181,8 +202,8 @@ class ModelEvaluator:
             if any(toward[site.name] != schedule[site.name] for site in members(unit))
         }
         with watch_slopes(self._model, others) as sums:
-            workload.descend(self._model)
-        return sums
+            quality = workload.descend(self._model)
+        return sums, quality
 
     def score_as_is(self, schedule: Schedule) -> Score:
         """Score the model in its present state on the first workload.
@@ -200,7 +221,6 @@ class ModelEvaluator:
         self._applier.restore_()
 
     def _evaluate(self, schedule: Schedule, rival: Score | None, repeat: int) -> Score:
-        size = self._sizes.size(schedule)
         shard = self._shard(schedule, repeat)
         should_stop = partial(_lost, rival.quality) if rival is not None and rival.shard == shard else None
         start = time.perf_counter()
@@ -213,7 +233,12 @@ class ModelEvaluator:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if is_out_of_memory(error):
                 reason += f" ({_NO_ROOM})"
-        seconds = time.perf_counter() - start
+        return self._score(schedule, quality, state, shard, start, reason)
+
+    def _score(
+        self, schedule: Schedule, quality: Quality, state: str, shard: int, start: float, reason: str = ""
+    ) -> Score:
+        size, seconds = self._sizes.size(schedule), time.perf_counter() - start
         return Score(state, quality, size, seconds, reason, shard, *self._controls[shard], self._time(schedule))
 
     def _measure(self, schedule: Schedule, shard: int, should_stop: ShouldStop | None = None) -> Quality:

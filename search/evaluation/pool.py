@@ -108,7 +108,7 @@ class SerialPool:
 
 def measure(evaluator: Evaluator, job: Job) -> Result:
     """Carry out a job."""
+    if job.probe is not None:
+        return Result(*evaluator.evaluate_with_slopes(job.schedule, job.probe, job.repeat))
     [score] = evaluator.evaluate([job.schedule], repeat=job.repeat)
-    if job.probe is None:
-        return Result(score)
-    return Result(score, evaluator.slopes(job.schedule, job.probe, job.repeat) if score.state == "ok" else {})
+    return Result(score)

@@ -153,19 +153,24 @@ class Workload:
         """
         return self._pass(model, run_forward, should_stop=should_stop)
 
-    def descend(self, model: nn.Module) -> None:
+    def descend(self, model: nn.Module) -> Quality:
         """Backpropagate the mean KL, nats per token, through `model`; the caller collects the gradients.
 
         Call `reference` first. Gradients must be enabled.
+
+        Returns:
+            The quality of `model`, from the same passes, as `measure` gives it.
         """
         tokens = sum(batch.compared for batch in self._batches)
-        for batch in self._batches:
+
+        def descend(batch: _Batch, reading: Reading) -> None:
             assert batch.dense is not None, "call reference first"
-            if not batch.compared:
-                continue
-            compared = read(model, batch.inputs, batch.source[: batch.compared]).first(batch.compared)
-            kl = batch.dense.negentropy - (batch.dense.mean(compared) - compared.logits.logsumexp(-1))
-            (kl.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+            if batch.compared:
+                compared = reading.first(batch.compared)
+                kl = batch.dense.negentropy - (batch.dense.mean(compared) - compared.logits.logsumexp(-1))
+                (kl.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+
+        return self._pass(model, run_directly, descend)
 
     @torch.inference_mode()
     def continuations(self, model: nn.Module) -> list[list[Continuation]]:
@@ -201,7 +206,8 @@ class Workload:
             reading = run_forward(batch, partial(read, model, batch.inputs, batch.source))
             if before is not None:
                 before(batch, reading)
-            result = self._measure_batch(batch, reading)
+            with torch.no_grad():
+                result = self._measure_batch(batch, reading)
             if result is None:
                 return Quality()
             for name, values in result[0].items():

@@ -128,6 +128,24 @@ def test_slopes_that_fail_are_none_and_the_evaluator_goes_on(
     assert evaluator.slopes(low, high) == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
+def test_one_pass_gives_the_score_and_the_slopes_of_two(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, store = evaluator_of(loaded)
+    low, high = everywhere(store, 2), everywhere(store, 7)
+    [score], slopes = evaluator.evaluate([low]), evaluator.slopes(low, high)
+    both, same = evaluator.evaluate_with_slopes(low, high)
+    numbers = {name: value for name, value in score.to_dict().items() if isinstance(value, float) and name != "seconds"}
+    assert (both.state, both.shard) == (score.state, score.shard)
+    assert {name: both.to_dict()[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    assert same == pytest.approx(slopes, rel=1e-3, abs=1e-6)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(Workload, "descend", fail)
+    alone, none = evaluator.evaluate_with_slopes(low, high)
+    assert (alone.state, alone.kl, none) == ("ok", pytest.approx(score.kl, rel=1e-4), {})
+
+
 def test_a_score_survives_a_row(loaded: LoadedModel) -> None:
     evaluator, store = evaluator_of(loaded)
     [score] = evaluator.evaluate([everywhere(store, 3)])
