@@ -14,7 +14,7 @@ from finished_runs import exam, files, run, trials
 from small_run import words
 
 from search import cli
-from search.evaluation.evaluator import ModelEvaluator
+from search.evaluation import pool
 from search.evaluation.workload import Workload
 from search.model.loading import load_model
 from search.trials import setup
@@ -29,19 +29,19 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     agent: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run(tmp_path / "whole", agent=agent, budget=budget, repair_tokens=512)
-    evaluate, calls = ModelEvaluator.evaluate, []
+    measure, calls = pool.measure, []
 
-    def stop_at_the_fourth(self: ModelEvaluator, schedules: Any, **how: Any) -> Any:
+    def stop_at_the_fourth(*what: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return evaluate(self, schedules, **how)
+        return measure(*what)
 
-    monkeypatch.setattr(ModelEvaluator, "evaluate", stop_at_the_fourth)
+    monkeypatch.setattr(pool, "measure", stop_at_the_fourth)
     assert cli.main(words(out=tmp_path / "cut", agent=agent, budget=budget, repair_tokens=512)) == 130
     assert "--resume" in capsys.readouterr().err
     assert len(trials(tmp_path / "cut")) == 3
-    monkeypatch.setattr(ModelEvaluator, "evaluate", evaluate)
+    monkeypatch.setattr(pool, "measure", measure)
     assert cli.main(["--resume", str(tmp_path / "cut")]) == cli.DONE
     counts = [(int(done), int(of)) for done, of in re.findall(r"(\d+)/(\d+) trials", capsys.readouterr().err)]
     assert all(done <= of for done, of in counts)
