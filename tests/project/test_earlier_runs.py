@@ -10,13 +10,17 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_data import fake_data
 
 from search import cli
+from search.data.prompts import render
+from search.experiment import experiment
 from search.priors.format import Prior
+from search.trials import setup
 
 __all__ = ["fake_data"]
 
@@ -49,8 +53,21 @@ def test_an_earlier_run_is_reported_and_its_prior_is_valid(earlier: Path, capsys
 
 
 @pytest.mark.usefixtures("fake_data")
+def test_an_earlier_run_whose_kl_counted_instructions_does_not_go_on_and_loses_nothing(
+    earlier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
+    assert cli.main(["resume", str(earlier), "--budget", "100", "--quiet"]) == cli.REFUSED
+    assert "kl_counts was instructions of items too, is no instructions of items\n" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.usefixtures("fake_data")
 @pytest.mark.slow
-def test_an_earlier_run_goes_on_with_every_trial_kept(earlier: Path) -> None:
+def test_an_earlier_run_goes_on_with_every_trial_kept(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, counted = setup.fingerprint_defaults(), {"kl_counts": "no instructions of items"}
+    monkeypatch.setattr(setup, "fingerprint_defaults", lambda: known | counted)  # as if it had been measured as today
+    monkeypatch.setattr(experiment, "render", lambda *what: replace(render(*what), instruction=""))
     before, summary = trials(earlier), json.loads((earlier / "summary.json").read_text(encoding="utf-8"))
     was = Prior.read(earlier / "prior.json")
     more = ["--budget", str(len(before) + 2), "--heal-minutes", "0", "--benchmark-items", "0", "--export", "none"]
