@@ -315,8 +315,8 @@ class Config(BaseModel):
     search_text_tokens: int = _whole("sizes", 256, 64, _MOST)
     """Tokens of prose per trial."""
     search_shards: int = _whole("sizes", 32, 1, 1000)
-    """Shards of the search data, fewer if there are not questions enough. Each trial reads one of them; with many, a
-    search does not overfit their text."""
+    """Shards of the search data, fewer if there are not questions or text enough. Each trial reads one of them; with
+    many, a search does not overfit their text."""
     heldout_tokens: int = _whole("sizes", 3072, 64, _MOST)
     """Tokens of held-out text for the final table, never used in calibration or search."""
     report_items: int = _whole("sizes", 32, 1, 1_000_000)

@@ -173,8 +173,8 @@ def build_splits(
         seed: selects items from their pools; the pools themselves do not depend on it.
         beginning: special tokens that start every sequence of text, and count as tokens of it.
         fits: whether the model can score an item; other items are replaced by further ones of the pool.
-        parts, fewest: number of parts into which search items and text will be divided, and the least number. Each part
-            needs an item, so there may be fewer parts than `parts`, with as much text each.
+        parts, fewest: number of parts into which search items and text will be divided, and the least number. There are
+            fewer than `parts` if there are not items or text enough for so many.
         own: a user's own text for calibration; None uses that of the data packages.
         stream: the token ids of prose of the data packages, one document after the other; None uses `encode`.
 
@@ -192,7 +192,8 @@ def build_splits(
     every = [*search_pool, *report_pool]
     known = f"of its {len(every)} questions, {len({_question(item) for item in every})} of them different,"
     drawn, drawn_note = _drawn(f"proxy {proxy}", known, "search", search_pool, search_items, fewest, seed, fits)
-    search_text_tokens = search_text_tokens // parts * (parts := min(parts, len(drawn)))
+    each_text, each_items = search_text_tokens // parts, max(1, search_items // parts)
+    parts = min(parts, len(drawn))
     reported, reported_note = _drawn(f"proxy {proxy}", known, "final table", report_pool, report_items, 1, seed, fits)
     # Both are reported on; a question that occurs in both would add less information.
     report_digests = {item.digest for item in reported}
@@ -207,27 +208,39 @@ def build_splits(
     own_note = ""
     if own is None:
         calibration_text = text(calibration, ordered[0], calibration_tokens, chunk_tokens)
-        search_text = text(searched, (), search_text_tokens, chunk_tokens)
+        searching = partial(text, searched, (), chunk=chunk_tokens)
     else:
         other = () if own.for_search else chain.from_iterable(searched)
         documents, own_note = _apart(own, heldout_text, [*report_pool, *drawn], other)
         if own.for_search:
             shares = _shares(documents)
-            search_text = _own(own_text, own, shares[1], search_text_tokens, chunk_tokens, "--search-text-tokens")
+            searching = partial(_own, own_text, own, shares[1], chunk=chunk_tokens, flag="--search-text-tokens")
             documents = shares[0]
         else:
-            search_text = text(searched, (), search_text_tokens, chunk_tokens)
+            searching = partial(text, searched, (), chunk=chunk_tokens)
         calibration_text = _own(own_text, own, documents, calibration_tokens, chunk_tokens, "--calibration-tokens")
+    search_text, parts = _shared_out(searching, each_text, parts, fewest)
     return Splits(
         calibration=calibration_text,
         search_text=search_text,
-        search_items=drawn,
+        search_items=drawn[: each_items * parts],
         heldout_text=heldout_text,
         report_items=reported,
         unseen_text=unseen_text,
         parts=parts,
         notes=tuple(filter(None, (drawn_note, reported_note, own_note))),
     )
+
+
+def _shared_out(make: Callable[..., Text], tokens: int, parts: int, fewest: int) -> tuple[Text, int]:
+    """Return search text with `tokens` tokens for every part, and for how many parts there is so much."""
+    while True:
+        try:
+            return make(tokens=tokens * parts), parts
+        except Refusal:
+            if parts <= fewest:
+                raise
+            parts = max(fewest, parts // 2)
 
 
 def _apart(own: OwnText, heldout: Text, items: Sequence[Item], searched: Iterable[str]) -> tuple[tuple[str, ...], str]:
