@@ -18,9 +18,8 @@ from search.reporting.tables import SUMMARY_COLUMNS, Column, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- run table: benchmarks/run_table.py -->", "<!-- end of run table -->"
-
-
 COMPRESSED = ("lagrangian", "searched", "repaired", "healed")
+"""The rows whose KL is shown by kind of text."""
 CORPORA = (
     Column("schedule", "schedule"),
     Column("kl_prose", "prose", ".4f", "kl_prose_stderr"),

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS, challengers, select
 from search.trials.setup import fingerprint, fingerprint_defaults, make_agent, open_journal, reward_of
 from search.trials.starting_point import StartingPoint
-from search.workers.pools import search_pool
+from search.workers.pools import shown_search_pool
 
 __all__ = ["CURVE", "TABLE", "compare"]
 
@@ -179,11 +178,7 @@ def _play(
     closed_form = problem.closed_form()
     contest.closed_form = contest.note(closed_form)
     if entered:
-        with ExitStack() as opened:
-            with console.stage("reference", experiment.references(closed_form), "passes") as stage:
-                pool = opened.enter_context(
-                    search_pool(experiment, closed_form, console.note, progress=lambda: stage.advance(1))
-                )
+        with shown_search_pool(experiment, closed_form, console) as pool:
             for config in entered:
                 entry = _search(folder, experiment, problem, config, pool, contest, console)
                 contest.entries[_key(config.agent, config.seed)] = entry

@@ -192,7 +192,7 @@ def build_splits(
     every = [*search_pool, *report_pool]
     known = f"of its {len(every)} questions, {len({_question(item) for item in every})} of them different,"
     drawn, drawn_note = _drawn(f"proxy {proxy}", known, "search", search_pool, search_items, fewest, seed, fits)
-    each_text, each_items = search_text_tokens // parts, max(1, search_items // parts)
+    asked, each_text, each_items = parts, search_text_tokens // parts, max(1, search_items // parts)
     parts = min(parts, len(drawn))
     reported, reported_note = _drawn(f"proxy {proxy}", known, "final table", report_pool, report_items, 1, seed, fits)
     # Both are reported on; a question that occurs in both would add less information.
@@ -220,6 +220,9 @@ def build_splits(
             searching = partial(text, searched, (), chunk=chunk_tokens)
         calibration_text = _own(own_text, own, documents, calibration_tokens, chunk_tokens, "--calibration-tokens")
     search_text, parts = _shared_out(searching, each_text, parts, fewest)
+    parts_note = (
+        f"search text and questions are enough for {asked - parts} fewer --search-shards" if parts < asked else ""
+    )
     return Splits(
         calibration=calibration_text,
         search_text=search_text,
@@ -228,12 +231,15 @@ def build_splits(
         report_items=reported,
         unseen_text=unseen_text,
         parts=parts,
-        notes=tuple(filter(None, (drawn_note, reported_note, own_note))),
+        notes=tuple(filter(None, (drawn_note, parts_note, reported_note, own_note))),
     )
 
 
 def _shared_out(make: Callable[..., Text], tokens: int, parts: int, fewest: int) -> tuple[Text, int]:
-    """Return search text with `tokens` tokens for every part, and for how many parts there is so much."""
+    """Return search text with `tokens` tokens for every part, and the number of parts.
+
+    It is `parts`, halved until there is text enough; raises ValueError if there is too little for `fewest`.
+    """
     while True:
         try:
             return make(tokens=tokens * parts), parts

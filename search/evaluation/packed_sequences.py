@@ -47,7 +47,8 @@ class Packed:
         aside: whether the text counts in the figures of its corpus only, and in no other figure.
         masked: (place, original token) of the mask tokens of a text for a masked language model.
         classified: whether a classifier sorts the whole text; there is then one branch for every class, without tokens.
-        told: number of first tokens that an instruction takes, at most `prefix`; they are read and count for nothing.
+        uncounted: number of first tokens, those of an instruction, that are read but count for no figure; at most
+            `prefix`.
     """
 
     tokens: tuple[int, ...]
@@ -58,7 +59,7 @@ class Packed:
     aside: bool = False
     masked: tuple[tuple[int, int], ...] = ()
     classified: bool = False
-    told: int = 0
+    uncounted: int = 0
 
     @property
     def alone(self) -> bool:
@@ -121,8 +122,8 @@ def packed_item(
         branches.append((len(tokens), len(tokens) + len(whole) - shared, first))
         tokens += whole[shared:]
     pairs = zip(encode(instruction) if instruction else (), tokens[:shared], strict=False)
-    told = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return Packed(tuple(tokens), shared, tuple(branches), answer, told=told)
+    uncounted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return Packed(tuple(tokens), shared, tuple(branches), answer, uncounted=uncounted)
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def predictions(sequence: Packed, number: int, base: int, branches: range) -> li
     if sequence.classified:
         return [Prediction(base, at, number, branch, at == sequence.answer) for at, branch in enumerate(branches)]
     found = [
-        Prediction(base + at - 1, tokens[at], number, -1, True) for at in range(max(1, sequence.told), sequence.prefix)
+        Prediction(base + at - 1, tokens[at], number, -1, True)
+        for at in range(max(1, sequence.uncounted), sequence.prefix)
     ]
     for index, (start, stop, first) in enumerate(sequence.branches):
         for at in range(start, stop):
@@ -194,7 +196,7 @@ def apart(sequence: Packed) -> list[Packed]:
         tokens = prefix + sequence.tokens[start:stop]
         branch = (len(prefix), len(tokens), len(prefix) + first - start)
         answer = 0 if number == sequence.answer else None
-        found.append(Packed(tokens, len(prefix), (branch,), answer, told=sequence.told))
+        found.append(Packed(tokens, len(prefix), (branch,), answer, uncounted=sequence.uncounted))
     return found
 
 

@@ -163,14 +163,14 @@ class Workload:
         """
         tokens = sum(batch.compared for batch in self._batches)
 
-        def descend(batch: _Batch, reading: Reading) -> None:
+        def backpropagate(batch: _Batch, reading: Reading) -> None:
             assert batch.dense is not None, "call reference first"
             if batch.compared:
                 compared = reading.first(batch.compared)
                 kl = batch.dense.negentropy - (batch.dense.mean(compared) - compared.logits.logsumexp(-1))
                 (kl.sum() / tokens).backward()  # type: ignore[no-untyped-call]
 
-        return self._pass(model, run_directly, descend)
+        return self._pass(model, run_directly, backpropagate)
 
     @torch.inference_mode()
     def continuations(self, model: nn.Module) -> list[list[Continuation]]:

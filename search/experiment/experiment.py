@@ -159,7 +159,7 @@ class Experiment:
 
     @property
     def search_shards(self) -> int:
-        """Number of shards of the search data, fewer than `Config.search_shards` if there are not questions enough."""
+        """Number of shards of the search data; fewer than in the configuration if there is not data enough."""
         return self.splits.parts - _SELECTION
 
     def shards(self, part: str) -> list[list[Packed]]:
@@ -216,9 +216,17 @@ class Experiment:
             "statistics": self.calibration.key,
             "search_text": self.splits.search_text.digest,
             "search_items": cache_key(items=[item.digest for item in self.splits.search_items]),
-            "kl_counts": "no instructions of items",  # see `search.evaluation.packed_sequences.Packed.told`
+            "kl_counts": self._kl_counts,
             "dtype": str(self.loaded.model.dtype),
         }
+
+    @property
+    def _kl_counts(self) -> str:
+        """What the KL counts of the search items; earlier versions counted instructions, if there were any."""
+        config, items = self.config, self.splits.search_items
+        instructed = any(render(item, config.proxy, config.proxy_form).instruction for item in items)
+        without = instructed and self.loaded.kind is not Kind.CLASSIFIER
+        return "no instructions of items" if without else "instructions of items too"
 
     @contextmanager
     def evaluator(

@@ -38,7 +38,7 @@ from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS, challengers, select
 from search.trials.setup import make_agent, open_journal, refuse_other_search, reward_of
 from search.trials.starting_point import StartingPoint
-from search.workers.pools import search_pool
+from search.workers.pools import shown_search_pool
 
 __all__ = ["MADE_OF", "RunSummary", "run"]
 
@@ -207,10 +207,7 @@ def _search(
     journal = open_journal(folder / STUDY, config, experiment, problem, start)
     try:
         with ExitStack() as opened:
-            with console.stage("reference", experiment.references(closed_form), "passes") as stage:
-                pool = opened.enter_context(
-                    search_pool(experiment, closed_form, console.note, progress=lambda: stage.advance(1))
-                )
+            pool = opened.enter_context(shown_search_pool(experiment, closed_form, console))
             drawn = opened.enter_context(curves(folder.path))
             done = min(spent(journal), config.budget)
             with console.stage("search", config.budget, "trials", done) as stage:

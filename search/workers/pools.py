@@ -9,15 +9,16 @@ import importlib.util
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from compression.refusal import Refusal
 from compression.schedule import Schedule
 from search.config import Config
 from search.evaluation.pool import Pool, SerialPool
 from search.experiment.experiment import Experiment, Extract
+from search.runtime.console import Console
 
-__all__ = ["check_evaluators", "search_pool"]
+__all__ = ["check_evaluators", "search_pool", "shown_search_pool"]
 
 _ANSWER_SECONDS = 5.0  # after which a cluster counts as unreachable
 
@@ -75,4 +76,15 @@ def search_pool(
     from search.workers.ray_pool import ray_pool
 
     with ray_pool(experiment, anchor, note, extract) as pool:
+        yield pool
+
+
+@contextmanager
+def shown_search_pool(experiment: Experiment, anchor: Schedule, console: Console) -> Iterator[Pool]:
+    """The pool of `search_pool`; shows the passes that it makes before the first trial as the stage "reference"."""
+    with ExitStack() as opened:
+        with console.stage("reference", experiment.references(anchor), "passes") as stage:
+            pool = opened.enter_context(
+                search_pool(experiment, anchor, console.note, progress=lambda: stage.advance(1))
+            )
         yield pool

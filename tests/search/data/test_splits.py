@@ -160,6 +160,10 @@ def test_there_are_as_many_parts_as_questions_at_most_with_as_much_text_each(fak
     split = build_splits(encode, file, **sizes, parts=asked, fewest=5)
     assert split.parts == len(split.search_items) < asked
     assert split.search_text.tokens == 20 * split.parts
+    assert f"enough for {asked - split.parts} fewer --search-shards" in " ".join(split.notes)
+    long = build_splits(encode, file, **sizes | {"search_text_tokens": 300 * asked}, parts=asked, fewest=5)
+    assert long.search_text.tokens == 300 * long.parts
+    assert 5 <= long.parts < split.parts
     with pytest.raises(ValueError, match="at least 36 are needed, so use more questions"):
         build_splits(encode, file, **sizes, parts=asked, fewest=36)
 

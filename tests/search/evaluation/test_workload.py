@@ -82,7 +82,7 @@ def test_kl_and_perplexity_equal_a_direct_computation() -> None:
 def test_the_kl_of_an_item_counts_the_question_and_the_correct_answer_but_no_instruction(loaded: LoadedModel) -> None:
     instruction, (context, continuations, answer) = "The following are questions (with answers).\n\n", ITEMS[1]
     told = packed_item(loaded.encode, instruction + context, continuations, answer, instruction)
-    assert told.told == len(loaded.encode(instruction))
+    assert told.uncounted == len(loaded.encode(instruction))
     workloads = [
         Workload([told] + [packed_text(loaded.encode(text)) for text in some], loaded.model) for some in ([], TEXTS)
     ]
@@ -95,11 +95,11 @@ def test_the_kl_of_an_item_counts_the_question_and_the_correct_answer_but_no_ins
         for parameter in changed.parameters():
             parameter.mul_(1.1)
         after = changed(ids).logits[0].log_softmax(-1)
-    wanted = (before.exp() * (before - after)).sum(-1)[told.told - 1 : -1]
+    wanted = (before.exp() * (before - after)).sum(-1)[told.uncounted - 1 : -1]
     for workload in workloads:
         quality = workload.measure(changed)
         assert quality.kl_by_sequence[0] == pytest.approx(float(wanted.sum()), rel=1e-3)
-        assert quality.tokens_by_sequence[0] == len(wanted) == ids.shape[1] - told.told
+        assert quality.tokens_by_sequence[0] == len(wanted) == ids.shape[1] - told.uncounted
         assert quality.items == 1
 
 
