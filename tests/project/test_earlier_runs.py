@@ -20,7 +20,6 @@ from search import cli
 from search.data.prompts import render
 from search.experiment import experiment
 from search.priors.format import Prior
-from search.trials import setup
 
 __all__ = ["fake_data"]
 
@@ -65,8 +64,7 @@ def test_an_earlier_run_whose_kl_counted_instructions_does_not_go_on_and_loses_n
 @pytest.mark.usefixtures("fake_data")
 @pytest.mark.slow
 def test_an_earlier_run_goes_on_with_every_trial_kept(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known, counted = setup.fingerprint_defaults(), {"kl_counts": "no instructions of items"}
-    monkeypatch.setattr(setup, "fingerprint_defaults", lambda: known | counted)  # as if it had been measured as today
+    # As if it had been measured as today: without instructions nothing of an item is uncounted.
     monkeypatch.setattr(experiment, "render", lambda *what: replace(render(*what), instruction=""))
     before, summary = trials(earlier), json.loads((earlier / "summary.json").read_text(encoding="utf-8"))
     was = Prior.read(earlier / "prior.json")

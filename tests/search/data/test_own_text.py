@@ -50,8 +50,8 @@ def decoded(text: Any) -> str:
     return bytes(token for chunk in text.chunks for token in chunk).decode(errors="replace")
 
 
-def splits(documents: tuple[str, ...] = OWN, for_search: bool = False) -> Splits:
-    return build_splits(encode, **SIZES, own=OwnText("mine.txt", documents, for_search))
+def splits(documents: tuple[str, ...] = OWN, for_search: bool = False, **sizes: int) -> Splits:
+    return build_splits(encode, **SIZES | sizes, own=OwnText("mine.txt", documents, for_search))
 
 
 def test_every_format_gives_its_documents(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_too_little_text_is_refused_with_the_flag_that_helps() -> None:
     with pytest.raises(ValueError, match=r"calibration 'mine\.txt': .* there are only \d+.*--calibration-tokens"):
         splits(OWN[:4])
     with pytest.raises(ValueError, match=r"calibration 'mine\.txt': .* there are only \d+.*--search-text-tokens"):
-        splits(tuple(document[:30] for document in OWN), for_search=True)
+        splits(tuple(document[:30] for document in OWN), for_search=True, calibration_tokens=100)
