@@ -44,11 +44,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compression.allocation.byte_menu import byte_menu
 
 from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
-from compression.allocation.byte_menu import byte_menu
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_

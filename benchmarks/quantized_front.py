@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from compression.allocation.byte_menu import PLAIN, ByteMenu, Noise, byte_menu
 
 from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import DENSE, Choice, Menu, MPOLinear, Schedule, dense_weight, lagrangian
-from compression.allocation.byte_menu import PLAIN, ByteMenu, Noise, byte_menu
 from compression.decomposition.apply import ScheduleApplier
 from compression.layers.quantize import GROUP, packed, quantize_
 from compression.numerics.gauge import stored

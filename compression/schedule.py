@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from compression.numerics.packed_size import BITS
 from compression.refusal import Refusal
 
 __all__ = ["DENSE", "METRICS", "SPARSE", "Choice", "ExpertForm", "Form", "Joint", "Schedule"]
 
 Form = Literal["any", "plain", "factors", "small"]
 """What the matrices of a model may become: "plain", smaller dense matrices, because bonds between matrices are cut;
-"factors", decomposed each by itself; "any", both together; or "small", these and pruned, for the fewest bytes."""
+"factors", decomposed each by itself; "any", both together; or "small", these, pruned and rounded, for the fewest
+bytes."""
 ExpertForm = Literal["single", "shared", "fused"]
 """How the experts of a mixture are compressed: "single", the matrices of each expert by themselves; "shared", those of
 all experts of a layer as one matrix per role, whose factors share a basis; or "fused", not at all."""
@@ -40,12 +42,15 @@ class Choice:
             "two-sided" (C and the output-gradient second moment G); "none" for dense.
         widths: the widths of the site's bonds to other matrices, see `compression.sites.Site.cuts`, which the topology
             then decomposes what is left of the matrix; empty if all have their full width, as for "sparse".
+        bits: bits of each stored number if these are integers that share scales in groups, see
+            `compression.numerics.group_integers`; 0 if they are floating-point numbers.
     """
 
     topology: str
     chi: int
     metric: str
     widths: tuple[int, ...] = ()
+    bits: int = 0
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -55,18 +60,23 @@ class Choice:
 
         if any(type(width) is not int or width < 0 for width in self.widths):
             raise Refusal(f"widths must be integers of at least 0, got {list(self.widths)!r}")
-        if self.is_sparse and self.widths:
-            raise Refusal(f"a pruned matrix keeps all of its rows and columns, got widths {list(self.widths)!r}")
+        if (self.is_sparse or self.bits) and self.widths:
+            what = "pruned" if self.is_sparse else "rounded"
+            raise Refusal(f"a {what} matrix keeps all of its rows and columns, got widths {list(self.widths)!r}")
+        if type(self.bits) is not int or self.bits not in (0, *BITS):
+            raise Refusal(f"bits of a matrix must be one of {', '.join(map(str, BITS))}, or 0, got {self.bits!r}")
+        if self.bits and self.is_factored:
+            raise Refusal(f"only a matrix without factors can be rounded, got {self.topology!r} in {self.bits} bits")
 
     @property
     def is_dense(self) -> bool:
         """Whether the site keeps its original matrix."""
-        return self.topology == "dense" and not self.widths
+        return self.topology == "dense" and not self.widths and not self.bits
 
     @property
     def is_plain(self) -> bool:
-        """Whether the site holds one matrix without factors: the original one, or a smaller one."""
-        return self.topology == "dense"
+        """Whether the site holds one matrix of floating-point numbers: the original one, or a smaller one."""
+        return self.topology == "dense" and not self.bits
 
     @property
     def is_sparse(self) -> bool:
@@ -76,7 +86,12 @@ class Choice:
     @property
     def is_factored(self) -> bool:
         """Whether the site holds factors."""
-        return not self.is_plain and not self.is_sparse
+        return self.topology not in ("dense", SPARSE)
+
+    @property
+    def keeps_entries(self) -> bool:
+        """Whether the site holds entries of its matrix in fewer bytes: pruned, rounded, or both."""
+        return self.is_sparse or bool(self.bits)
 
 
 DENSE = Choice("dense", 0, "none")
@@ -128,23 +143,21 @@ class Schedule:
         return (int(self.digest[:8], 16) + repeat) % shards
 
     def to_json(self) -> str:
-        """Returns the canonical JSON without spaces: per site a list [name, topology, chi, metric], and its widths."""
-        rows = [
-            [name, choice.topology, choice.chi, choice.metric, *([choice.widths] if choice.widths else [])]
-            for name, choice in self.choices
-        ]
+        """Returns the canonical JSON without spaces: per site a list [name, topology, chi, metric], followed by its
+        widths if it is cut, or by an empty list and its bits if it is rounded."""
+        rows = [[name, choice.topology, choice.chi, choice.metric, *_more(choice)] for name, choice in self.choices]
         return json.dumps(rows, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Returns the schedule that `to_json` wrote. Raises ValueError for any other text."""
         rows = json.loads(text)
-        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) not in (4, 5) for row in rows):
-            raise Refusal("a schedule is a list of [name, topology, chi, metric] rows, with a list of widths where cut")
+        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) not in (4, 5, 6) for row in rows):
+            raise Refusal("a schedule is a list of [name, topology, chi, metric] rows, with widths where cut, and bits")
         return cls(
             tuple(
-                (str(name), Choice(topology, chi, metric, tuple(*widths)))
-                for name, topology, chi, metric, *widths in rows
+                (str(name), Choice(topology, chi, metric, tuple(*more[:1]), *more[1:]))
+                for name, topology, chi, metric, *more in rows
             )
         )
 
@@ -152,3 +165,8 @@ class Schedule:
     def dense(cls, names: tuple[str, ...]) -> Schedule:
         """Returns the schedule that keeps every site dense."""
         return cls(tuple((name, DENSE) for name in names))
+
+
+def _more(choice: Choice) -> list[object]:
+    """What the row of a choice has beyond four values."""
+    return [choice.widths, choice.bits] if choice.bits else [choice.widths] if choice.widths else []

@@ -14,6 +14,7 @@ from torch import nn
 
 from compression.numerics.bitmask import bitmask_bytes
 from compression.numerics.legs import resolve
+from compression.numerics.packed_size import packed_bytes
 from compression.schedule import DENSE, Choice, Joint, Schedule
 from compression.sites import Site, Unit, model_bytes, model_parameters
 
@@ -33,7 +34,7 @@ class Size:
         bytes_fraction: bytes after / before over the whole model.
         parameters: parameters of the whole model, tied weights counted once.
         bytes: bytes of those parameters as they are stored, plus the row indices of pivoted cores, the numbers of the
-            rows and columns that are left of cut matrices, and the masks of pruned ones.
+            rows and columns that are left of cut matrices, the masks of pruned ones and the scales of rounded ones.
         multiply_adds: multiply-adds per token summed over the sites, each computed in the cheapest way.
     """
 
@@ -100,6 +101,9 @@ class SizeModel:
         size = self._element_size.get(site.name, self._itemsize)
         numbers = choice_parameters(site, choice) + self._biases(site, choice)
         mask = bitmask_bytes(site.out_features, site.in_features) if choice.is_sparse else 0
+        if choice.bits:
+            shape = (1, choice.chi) if choice.is_sparse else (site.out_features, site.in_features)
+            return packed_bytes(*shape, choice.bits) + size * self._biases(site, choice) + mask
         return size * numbers + _INDEX_BYTES * _index_entries(site, choice) + mask
 
     def _biases(self, site: Site, choice: Choice) -> int:
@@ -125,7 +129,7 @@ def choice_parameters(site: Site | Unit, choice: Choice | Joint) -> int:
     assert isinstance(choice, Choice)
     if choice.is_sparse:
         return choice.chi
-    if choice.is_plain:
+    if not choice.is_factored:
         return prod(site.shape(choice.widths))
     return _stored(choice.topology, *site.shape(choice.widths), choice.chi)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from compression.numerics.packed_size import BITS, FLOATING
 from compression.refusal import Refusal, nearest
 from compression.schedule import ExpertForm, Form
 from compression.storage.strict_json import read_object, shown
@@ -115,11 +116,17 @@ FREE_AFTERWARDS = (
 """Fields that may change after a run has finished: they say where and how it works, not what its results are of."""
 AFTERWARDS = ("repair_tokens", "heal_minutes", "optimize", "benchmark_items", "export")
 """Fields of the stages after the search."""
-EARLIER: Mapping[str, object] = {"form": "factors", "shrinkage": 0.01, "experts": "fused", "embedding_bits": 16}
+EARLIER: Mapping[str, object] = {
+    "form": "factors",
+    "shrinkage": 0.01,
+    "experts": "fused",
+    "embedding_bits": 16,
+    "matrix_bits": "16",
+}
 """Values of fields that earlier versions did not record, where their runs behaved otherwise than by the default."""
 BYTES = 2
 """Bytes of a number in the files of runs that count bytes."""
-EMBEDDING_BITS = (8 * BYTES, 8, 4)
+EMBEDDING_BITS = (FLOATING, *BITS)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 RECORDED = ("digests",)
 """Fields that a run fills in by itself; they have no flag."""
@@ -158,6 +165,7 @@ _DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"
 _DEVICES = r"^(auto|(cpu|cuda:(0|[1-9][0-9]{0,2}))(,(cpu|cuda:(0|[1-9][0-9]{0,2})))*)$"
 _ADDRESS = r"^(auto|[^\s:/]+(:[0-9]{1,5})?)$"
 _COUNT = r"^(auto|[1-9][0-9]{0,3})$"
+_BITS = r"^(16|[2-6]|8)(,(16|[2-6]|8))*$"
 _SIZE = r"^(?i:[0-9]+([.][0-9]+)?\s?(B|KB|MB|GB|KiB|MiB|GiB))$"
 _POLICY = "a folder with policy.json and policy.safetensors in it, such as that of an earlier run"
 
@@ -184,15 +192,25 @@ class Config(BaseModel):
     target_bytes_kept: float | None = _field("search", None, "a number above 0 and below 1", "FRACTION", gt=0.0, lt=1.0)
     """Fraction of the bytes of the whole model to keep, instead of size."""
     embedding_bits: int | None = _field("search", None, _one_of(map(str, EMBEDDING_BITS)), "BITS")
-    """Bits a number of the embedding and the output head with form small: 16, or 8 or 4 in groups that share a scale.
-    Default: 8."""
+    """Bits a number of the embedding and the output head with form small; below 16 in groups that share a scale.
+    Default: from 3 to 8, one to two more than the size leaves for a number on average."""
+    matrix_bits: str | None = _field(
+        "search",
+        None,
+        f"numbers from {', '.join(map(str, EMBEDDING_BITS))} with commas between, such as 4,8",
+        "BITS",
+        pattern=_BITS,
+    )
+    """Bits a number that matrices may have with form small, such as 4,8; below 16 in groups that share a scale.
+    Default: all, from 2 to 16. With 16 alone matrices are pruned and not rounded."""
     granularity: Granularity = _name("search", "block+family", GRANULARITIES, "KIND")
     """What each action of the agent covers: a block, a family of matrices, one matrix (site), an attention head (with
     --per-head), or a block and a family together."""
     form: Form = _name("search", "any", FORMS, "FORM")
     """What the matrices may become: plain, smaller dense matrices, because MLPs lose hidden units and attentions lose
     heads; factors, each matrix decomposed by itself; any, both together, which costs the least quality for its
-    parameters; or small, these and pruned matrices, which costs the least quality for its bytes, but time too."""
+    parameters; or small, these and matrices of fewer bits or entries, which costs the least quality for its bytes, but
+    time too."""
     serve: Serve = _name("search", "transformers", SERVE, "ENGINE")
     """Engine that is to run the result. vllm and llama.cpp have no factored matrices: form is then plain, and export
     plain or gguf. For vllm an attention keeps all of its heads or none, since its models with blocks of different
@@ -426,6 +444,8 @@ class Config(BaseModel):
             raise Refusal(f"embedding_bits must be {_one_of(map(str, EMBEDDING_BITS))}, got {self.embedding_bits}")
         if self.form != "small" and self.embedding_bits not in (None, EMBEDDING_BITS[0]):
             raise Refusal(f"embedding_bits {self.embedding_bits} needs form small, got {self.form}")
+        if self.form != "small" and self.matrix_bits not in (None, str(EMBEDDING_BITS[0])):
+            raise Refusal(f"matrix_bits {self.matrix_bits} needs form small, got {self.form}")
         return self
 
     @model_validator(mode="after")
@@ -552,10 +572,17 @@ class Config(BaseModel):
         return self.form == "small" or self.size is not None or self.target_bytes_kept is not None
 
     @property
-    def stored_embedding_bits(self) -> int:
-        """Bits a number of the embedding and the output head in the files of the run; 16 stands for all that it keeps
-        as it is."""
-        return (self.embedding_bits or 8) if self.form == "small" else EMBEDDING_BITS[0]
+    def rounds_embedding(self) -> bool:
+        """Whether the embedding and the output head are rounded in the files of the run, if they can be."""
+        return self.form == "small" and self.embedding_bits != FLOATING
+
+    @property
+    def offered_bits(self) -> tuple[int, ...]:
+        """Bits a number that matrices may have with form small, descending; none for other forms."""
+        if self.form != "small":
+            return ()
+        given = EMBEDDING_BITS if self.matrix_bits is None else {int(bits) for bits in self.matrix_bits.split(",")}
+        return tuple(sorted(given, reverse=True))
 
     @property
     def in_process(self) -> bool:

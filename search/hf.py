@@ -45,10 +45,11 @@ from compression.refusal import Refusal
 
 __all__ = ["FORMAT", "METHOD", "ChiselConfig", "ChiselQuantizer", "lora_layers", "register", "verify_folder"]
 
-METHOD, FORMAT = "chisel", 3
+METHOD, FORMAT = "chisel", 4
 """Name of the quantization method in config.json, and number of the newest format that this code reads.
 
-Format 1 has no matrices that lost rows or columns, and format 2 no pruned ones; otherwise they are the same.
+Format 1 has no matrices that lost rows or columns, format 2 no pruned ones, and format 3 none of 2, 3, 5 or 6 bits and
+no pruned ones of integers; otherwise they are the same.
 """
 
 _CHECKSUMS = "chisel_sha256"  # key in the header of a weight file; its value is JSON: tensor name to checksum

@@ -17,7 +17,6 @@ from compression.bonds import keep_, linear_layer
 from compression.decomposition.factors import FactorStore
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
-from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.gauge import stored
 from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
@@ -35,8 +34,9 @@ class ScheduleApplier:
         model: the dense model; `apply_` changes it in place.
         store: provides the factors of the sites.
         packed: whether layers hold exactly what the schedule stores, in tensors of their own, with pivoted topologies
-            in pivoted form, and pruned matrices without their zeros. Otherwise layers hold plain cores that are views
-            into the decomposition, and matrices with zeros; these represent the same matrices and are quicker to swap.
+            in pivoted form, pruned matrices without their zeros, and rounded ones as integers. Otherwise layers hold
+            plain cores that are views into the decomposition, and whole matrices; these represent the same matrices
+            and are quicker to swap.
         planner: sets the plan of every new layer; with None layers keep nothing in memory besides their cores.
     """
 
@@ -102,8 +102,10 @@ class ScheduleApplier:
         """Returns the module of a site under a choice: the original module, or a new layer."""
         if choice.is_dense:
             return self._dense[name]
-        if choice.is_sparse:
-            return self._pruned(name, choice.chi)
+        if choice.keeps_entries:
+            entries = self._store.entries.entries(name, choice)  # refuses a site that must stay dense
+            weight, bias = _parameters(self._dense[name])
+            return entries.layer(weight.dtype, bias, self._packed)
         # Refuses a site that must stay dense, which may be no layer with a weight.
         made = [self._store.bonds.plain(name, choice.widths)] if choice.is_plain else self._store.cores(name, choice)
         dense = self._dense[name]
@@ -121,12 +123,6 @@ class ScheduleApplier:
                 layer.plan = self._planner.plan(layer)
         places = (each if each is None else each.to(weight.device) for each in (rows, columns))
         return keep_(layer, tuple(dense_weight(dense).shape), *places)
-
-    def _pruned(self, name: str, entries: int) -> nn.Module:
-        pruned = self._store.pruned.pruned(name, entries)
-        weight, bias = _parameters(self._dense[name])
-        matrix = pruned.matrix.to(weight.dtype)
-        return SparseLinear.of(matrix, pruned.mask, bias) if self._packed else linear_layer(matrix, bias)
 
 
 def _parameters(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-from compression.allocation.menu import SiteMenu
+from compression.allocation.menu import Option, SiteMenu
 from compression.decomposition.joint_menu import joint_menu, multiple_of, spectra, widths_of
 from compression.decomposition.measured import Matrix, Measured
 from compression.numerics.elimination import Elimination, eliminate, refit
@@ -112,7 +112,7 @@ class BondStore:
         plain: bool,
         multiple: int | None,
         chi_multiple: int = 1,
-        pruned: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+        entries: Mapping[str, Sequence[Option]] = MappingProxyType({}),
         price: Price = choice_parameters,
     ) -> SiteMenu:
         """Returns the options of a unit: every width of its bond, with every χ of what is left unless `plain`.
@@ -122,7 +122,7 @@ class BondStore:
         Args:
             topology, metric: of the decompositions.
             multiple: as for `compression.decomposition.joint_menu.multiple_of`.
-            chi_multiple, pruned, price: as for `compression.decomposition.joint_menu.joint_menu`.
+            chi_multiple, entries, price: as for `compression.decomposition.joint_menu.joint_menu`.
         """
         elimination, (reader, cut) = self.elimination(unit.name), self._reader(unit.name)
         step = multiple_of(unit, multiple, self._measured.weights[reader.name].device.type)
@@ -141,7 +141,7 @@ class BondStore:
         key = self._measured.key_of(*names, kind="joint spectra", format=_FORMAT, widths=widths)
         tensors = self._cache.get_or_build(key, build).tensors
         spectrum = {(name, width): tensors[f"{name}/{width}"].numpy() for name in names for width in widths}
-        return joint_menu(unit, cost, spectrum, topology, metric, step, chi_multiple, pruned, price)
+        return joint_menu(unit, cost, spectrum, topology, metric, step, chi_multiple, entries, price)
 
     def _reader(self, bond: str) -> tuple[Site, Cut]:
         """The site that reads a bond, and how the bond cuts it."""

@@ -16,14 +16,15 @@ import torch
 from compression.allocation.menu import Menu, Option, aligned, dense_menu, envelope, nested_options
 from compression.calibration.statistics import Statistics
 from compression.decomposition.bond_store import BondStore
+from compression.decomposition.entry_store import EntryStore
 from compression.decomposition.measured import FORMAT, Measured
-from compression.decomposition.pruned_store import PrunedStore
 from compression.numerics.cores import decompose, truncate
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
+from compression.numerics.packed_size import FLOATING
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
-from compression.schedule import SPARSE, Choice, Form
+from compression.schedule import Choice, Form
 from compression.sites import Site, Unit, members, units
 from compression.size import Price, choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
@@ -76,11 +77,12 @@ class FactorStore:
         half: store the cores of decompositions in float16, in half the space. The columns and rows of a bond have equal
             norms, so that they stay within its range.
         limit: bytes of decompositions that the cache keeps, see `compression.storage.recent`; None keeps all.
+        bits: bits per number that menus by bytes offer, see `compression.numerics.packed_size`.
 
     Attributes:
         sites: as given.
         bonds: cuts the bonds between the sites.
-        pruned: prunes the sites, for menus by bytes.
+        entries: prunes and rounds the sites, for menus by bytes.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class FactorStore:
         max_chi: int | None = None,
         half: bool = False,
         limit: int | None = None,
+        bits: Sequence[int] = (FLOATING,),
     ) -> None:
         self.sites = tuple(sites)
         self._measured = Measured(weights, statistics, statistics_key, shrinkage)
@@ -103,7 +106,7 @@ class FactorStore:
         self._recent = RecentBundles(cache, limit)
         self._identities: dict[_Key, str] = {}
         self.bonds = BondStore(sites, self._measured, cache, self._recent)
-        self.pruned = PrunedStore(sites, self._measured, self._recent, self._stored)
+        self.entries = EntryStore(sites, self._measured, self._recent, self._stored, bits)
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.
@@ -159,9 +162,9 @@ class FactorStore:
         """Returns the menus of all sites and units: the lower envelope of dense, `topology` at every χ, and fits.
 
         The options of a unit are the widths of its bond, each with every χ of `topology` for what is left. For the form
-        "small", whole matrices may also be pruned.
+        "small", whole matrices may also be pruned and rounded.
 
-        Decompositions, fits and pruned matrices that are not cached are built.
+        Decompositions, fits and entries that are not cached are built.
 
         Args:
             topology: `lowrank` or `pivoted-lowrank`.
@@ -171,17 +174,17 @@ class FactorStore:
             form: what the menus offer, see `compression.schedule.Form`.
             multiple: rows and columns that bonds leave are multiples of this; None means what is fast on the device.
             chi_multiple: bond dimensions are multiples of this, except at sites that have too few of them.
-            price: what a choice takes of the budget. Pruned matrices are worth having in a menu by bytes only.
+            price: what a choice takes of the budget. Fewer entries and bits are worth having in a menu by bytes only.
         """
         menus = []
         done = 0
         for site in self.sites if form == "factors" else units(self.sites):
             done += len(site.sites) if isinstance(site, Unit) else 1
             free = [each for each in members(site) if form == "small" and not each.dense_because]
-            pruned = {each.name: self.pruned.costs(each.name) for each in free}
+            entries = {each.name: self.entries.options(each.name) for each in free}
             if isinstance(site, Unit):
                 how = form == "plain", multiple, chi_multiple
-                menus.append(self.bonds.menu(site, topology, metric, *how, pruned, price))
+                menus.append(self.bonds.menu(site, topology, metric, *how, entries, price))
             elif site.dense_because or form == "plain":
                 menus.append(dense_menu(site, price))
             else:
@@ -189,9 +192,7 @@ class FactorStore:
                 options = nested_options(topology, metric, spectrum, site, self._max_chi)
                 for other in (fitted or {}).get(site.name, ()):
                     options += self._fitted_options(site, other, metric, options)
-                options += [
-                    Option(Choice(SPARSE, kept, "two-sided"), cost) for kept, cost in pruned.get(site.name, {}).items()
-                ]
+                options += entries.get(site.name, [])
                 menus.append(aligned(envelope(site, options, price), chi_multiple))
             progress(done)
         return Menu(tuple(menus))

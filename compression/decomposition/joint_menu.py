@@ -24,7 +24,7 @@ from compression.allocation.menu import FEWEST, Option, SiteMenu, convex_hull, e
 from compression.decomposition.measured import Matrix
 from compression.numerics.elimination import Elimination, indices_of
 from compression.numerics.legs import resolve
-from compression.schedule import SPARSE, Choice, Joint
+from compression.schedule import Choice, Joint
 from compression.sites import Site, Unit
 from compression.size import Price, choice_parameters
 
@@ -130,14 +130,14 @@ def joint_menu(
     metric: str,
     multiple: int = 1,
     chi_multiple: int = 1,
-    pruned: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+    entries: Mapping[str, Sequence[Option]] = MappingProxyType({}),
     price: Price = choice_parameters,
 ) -> SiteMenu:
     """Returns the undominated options of a unit.
 
     At each width with spectra, the χ of the matrices follow the gain per parameter that they have in common, from the
     smallest to the largest; other combinations lie above the convex hull of these. Other widths are offered without
-    factors. Pruned matrices are options beside χ at the full width.
+    factors. Pruned and rounded matrices are options beside χ at the full width.
 
     Args:
         unit: the unit; all its sites are cut by the same bond alone.
@@ -146,7 +146,7 @@ def joint_menu(
         topology, metric: of the decompositions.
         multiple: number of groups whose multiples are offered as widths.
         chi_multiple: number whose multiples are offered as χ, at matrices that have enough of them.
-        pruned: by site name, the predicted cost of its pruned matrices by the number of their entries.
+        entries: by site name, the forms that keep its entries in fewer bytes.
         price: what a choice takes of the budget.
     """
     groups = len(cost) - 1
@@ -161,10 +161,7 @@ def joint_menu(
             if (values := spectrum.get((site.name, width))) is not None:
                 options += _factored(site, cut, topology, metric, values, chi_multiple)
             if not cut:
-                options += [
-                    Option(Choice(SPARSE, kept, "two-sided"), worth)
-                    for kept, worth in pruned.get(site.name, {}).items()
-                ]
+                options += entries.get(site.name, ())
             curves.append(_curve(site, options, price))
         paths.append(_path(curves))
     sizes = np.concatenate([path.sizes.sum(axis=1) for path in paths])

@@ -43,16 +43,15 @@ from torch import nn
 from compression.bonds import keep_, linear_layer
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
+from compression.decomposition.entry_store import Entries
 from compression.decomposition.factors import lowrank_cores
 from compression.decomposition.unfinished_repair import UnfinishedRepair
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import is_lowrank
-from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.elimination import Elimination, refit
 from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
-from compression.numerics.pruning import Pruned, refit_pruned
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
@@ -77,7 +76,7 @@ def repair_(
     correct: bool = True,
     progress: Callable[[int], None] = lambda done: None,
     unfinished: UnfinishedRepair | None = None,
-    pruned: Callable[[str, int], Pruned] | None = None,
+    entries: Callable[[str, Choice], Entries] | None = None,
 ) -> Mapping[str, nn.Module]:
     """Compress `model` in place according to `schedule`, block by block, with repair.
 
@@ -96,8 +95,8 @@ def repair_(
         progress: called with the number of blocks done.
         unfinished: stores the result of every block. If an interrupted repair has stored blocks there, this one
             continues after them, with the same result, bit for bit.
-        pruned: returns the pruned matrix of a site, see `compression.decomposition.pruned_store.PrunedStore`; needed
-            if the schedule prunes one.
+        entries: returns what is stored of a pruned or rounded site, see
+            `compression.decomposition.entry_store.EntryStore`; needed if the schedule has one.
 
     Returns:
         The replaced modules by site name; putting them back restores the dense model. After an error they are put back
@@ -147,9 +146,11 @@ def repair_(
                         seen = seen + drift if correct else inputs.sum(0)
                     metrics = seen, gradient
                     old, choice = taken[site.name], schedule[site.name]
-                    if choice.is_sparse:
-                        assert pruned is not None
-                        new: nn.Module = _pruned(old, weight, pruned(site.name, choice.chi), *metrics, shrinkage)
+                    if choice.keeps_entries:
+                        assert entries is not None
+                        shrunk = (shrink(moment, shrinkage) for moment in metrics)
+                        form = entries(site.name, choice).refitted(weight, *shrunk)
+                        new = form.layer(dense_weight(old).dtype, _bias(old), stored=True)
                     else:
                         new = _compressed(old, weight, choice, *metrics, start.rows, shrinkage)
                     shape = site.out_features, site.in_features
@@ -266,23 +267,6 @@ def _compressed(
         metrics = (shrink(gradient, shrinkage)[None], shrink(input_moment, shrinkage)[None])
         cores = [core[0] for core in fit(weight[None], *metrics, legs, choice.chi).cores]
     return MPOLinear(stored([core.to(old_weight.dtype) for core in cores], legs.pivoted), bias)
-
-
-def _pruned(
-    old: nn.Module,
-    weight: torch.Tensor,
-    pruned: Pruned,
-    input_moment: torch.Tensor,
-    gradient: torch.Tensor,
-    shrinkage: float,
-) -> nn.Module:
-    """Returns the layer of a pruned matrix whose values are fitted to `weight` (out, in) under its mask.
-
-    Args:
-        old, input_moment, gradient: as for `_compressed`.
-    """
-    fitted = refit_pruned(weight, shrink(input_moment, shrinkage), shrink(gradient, shrinkage), pruned)
-    return SparseLinear.of(fitted.matrix.to(dense_weight(old).dtype), fitted.mask, _bias(old))
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

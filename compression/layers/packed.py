@@ -1,7 +1,7 @@
 """Defines packed modules: a linear layer, an embedding and an `MPOLinear` that store group-wise integers.
 
 Knows tensors and modules; does not know how numbers are rounded. The integers stay packed in memory and are unpacked on
-every use, in the type in which the rest of the model computes; no unpacked copy is kept.
+every use, in the type in which the rest of the model computes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional
 
+from compression.layers.filled_linear import FilledLinear
 from compression.layers.mpo_linear import MPOLinear
 from compression.numerics.group_integers import Codes, dequantize
+from compression.numerics.packed_size import BITS
+from compression.refusal import Refusal
 
-__all__ = ["PackedEmbedding", "PackedLinear", "PackedMPO", "PackedMatrix"]
+__all__ = ["PackedEmbedding", "PackedLinear", "PackedMPO", "PackedMatrix", "empty_packed"]
+
+_LARGEST = 1 << 20  # numbers that may share a scale
 
 
 class PackedMatrix(nn.Module):
@@ -56,8 +60,18 @@ class PackedMatrix(nn.Module):
         return dequantize(self.codes[numbers], scales, self.columns, self.bits, self.group)
 
 
-class PackedLinear(nn.Module):
-    """Computes y = W x + b with packed W.
+def empty_packed(rows: int, columns: int, bits: object, group: object, dtype: torch.dtype) -> PackedMatrix:
+    """Returns a packed matrix (rows, columns) on the meta device; raises ValueError for other bits or groups."""
+    if bits not in BITS or type(bits) is not int or type(group) is not int or not 1 <= group <= _LARGEST:
+        known = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
+        raise Refusal(f"bits must be {known} and group 1 to {_LARGEST}, got {bits!r:.80} and {group!r:.80}")
+    codes = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8, device="meta")
+    scales = torch.empty(rows, -(-columns // group), dtype=torch.float16, device="meta")
+    return PackedMatrix(Codes(codes, scales), columns, bits, group, dtype)
+
+
+class PackedLinear(FilledLinear):
+    """Computes y = W x + b with packed W, see `compression.layers.filled_linear`.
 
     Args:
         matrix: W (out, in).
@@ -66,27 +80,20 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, matrix: PackedMatrix, bias: torch.Tensor | None = None, tied: str = "") -> None:
-        super().__init__()
+        super().__init__((len(matrix.codes), matrix.columns), bias)
         self.tied = tied
         self._shared = [matrix] if tied else []  # in a list, so it is no submodule and its tensors are not listed twice
         if not tied:
             self.packed = matrix
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.out_features, self.in_features = len(matrix.codes), matrix.columns
 
     @property
     def stored(self) -> PackedMatrix:
         """The packed matrix W."""
         return self._shared[0] if self.tied else self.packed
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """W (out, in), unpacked on every access."""
-        return self.stored.matrix()
-
-    def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        """Maps (…, in) to (…, out)."""
-        return functional.linear(activations, self.stored.matrix(activations.dtype), self._parameters["bias"])
+    def fill(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Returns W (out, in), unpacked; gradients reach changes of its scales."""
+        return self.stored.matrix(dtype)
 
 
 class PackedEmbedding(nn.Module):

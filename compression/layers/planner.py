@@ -23,9 +23,9 @@ from typing import get_args
 import torch
 from torch import nn
 
+from compression.layers.filled_linear import FilledLinear
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.routes import OPTIMIZE, TOKENS, Optimize, Plan, Route, choose, extra_entries, modelled, routes
-from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
 from compression.numerics.pivoted_product import ALIGNED, padded
@@ -109,7 +109,7 @@ class Planner:
     def plan_(self, model: nn.Module) -> Planned:
         """Set the plan of every MPO layer of a model, and build the tensors that the plans keep.
 
-        Pruned matrices are filled in and kept for "latency".
+        Pruned and packed matrices are filled in and kept for "latency".
         """
         resident, stored, used = 0, 0, Counter[Route]()
         for layer in model.modules():
@@ -118,7 +118,7 @@ class Planner:
                 resident += layer.resident_bytes
                 stored += sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
                 used.update(layer.plan.used)
-            elif isinstance(layer, SparseLinear):
+            elif isinstance(layer, FilledLinear):
                 layer.keeps = self._optimize == "latency"
                 layer.prepare()
                 resident += layer.resident_bytes

@@ -12,9 +12,11 @@ from torch import nn
 
 from compression.bonds import keep_, linear_layer
 from compression.layers.kept import check_kept
+from compression.layers.packed import PackedLinear, PackedMatrix, empty_packed
 from compression.layers.skeleton import check_places, empty_mpo
 from compression.layers.sparse_linear import SparseLinear, empty_sparse
 from compression.numerics.legs import resolve
+from compression.numerics.packed_size import GROUP
 from compression.refusal import Refusal
 from compression.schedule import Choice
 from compression.sites import Site
@@ -37,8 +39,11 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
     layer: nn.Module
     try:
         dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
+        packing = (choice.bits, GROUP) if choice.bits else None
         if choice.is_sparse:
-            layer = empty_sparse(rows, columns, choice.chi, bias, dtype)
+            layer = empty_sparse(rows, columns, choice.chi, bias, dtype, packing)
+        elif packing is not None:
+            layer = PackedLinear(empty_packed(rows, columns, *packing, dtype), bias)
         elif choice.is_plain:
             layer = linear_layer(torch.empty(rows, columns, device="meta"), bias)
         else:
@@ -48,12 +53,16 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
         keep_(layer, dense, *(torch.empty(size, device="meta", dtype=torch.int32) for size in (rows, columns)))
         check_kept(state, dense)
         layer.load_state_dict(dict(state), assign=True)
+        for part in layer.modules():
+            if isinstance(part, PackedMatrix):
+                part.like = torch.empty(0, dtype=dtype, device=part.codes.device)
         if isinstance(layer, SparseLinear):
             layer.check()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
+        in_bits = f" in {choice.bits} bits" if choice.bits else ""
         raise Refusal(
-            f"stored tensors do not fit {site.name} as {choice.topology} of {rows} × {columns} with χ {choice.chi}: "
-            f"{reason}"
+            f"stored tensors do not fit {site.name} as {choice.topology} of {rows} × {columns} with χ {choice.chi}"
+            f"{in_bits}: {reason}"
         ) from None
     return layer.requires_grad_(False)

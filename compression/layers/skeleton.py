@@ -21,11 +21,10 @@ from compression.layers.fused import FusedLinear
 from compression.layers.heads import HeadLinear
 from compression.layers.kept import kept
 from compression.layers.mpo_linear import MPOLinear
-from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO
+from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix, PackedMPO, empty_packed
 from compression.layers.sparse_linear import SparseLinear, empty_sparse
 from compression.layers.stacked_experts import StackedExperts
 from compression.numerics.gauge import PivotedCore
-from compression.numerics.group_integers import BITS, Codes
 from compression.numerics.legs import Legs, leg_name, resolve
 from compression.refusal import Refusal
 from compression.sites import dense_weight
@@ -53,7 +52,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
           MPO, "topology", "bonds" and "bias". A packed linear layer has "bias" and "tied": the name of the embedding
           that holds its matrix, or "".
         * For a linear layer that lost rows or columns: {"kind": "linear", "bias"}.
-        * For a `SparseLinear`: {"kind": "sparse", "kept": the number of entries that are stored, "bias"}.
+        * For a `SparseLinear`: {"kind": "sparse", "kept": the number of entries that are stored, "bias"}, and "bits"
+          and "group" if these are packed.
         * For a layer of experts that was taken apart: {"kind": "experts" or "stacked-experts", "tensors": names of the
           fused tensors}. Its matrices have their own descriptions.
 
@@ -82,7 +82,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         elif isinstance(module, PackedEmbedding):
             found[name] = {"kind": "packed-embedding", **_packing(module.packed)}
         elif isinstance(module, SparseLinear):
-            found[name] = {"kind": "sparse", "kept": len(module.values), "bias": module.bias is not None}
+            plain = {"kind": "sparse", "kept": module.kept, "bias": module.bias is not None}
+            found[name] = plain if module.packed is None else {**plain, **_packing(module.packed)}
         elif kept(module):
             found[name] = {"kind": "linear", "bias": module.bias is not None}
         if name in found and kept(module):
@@ -193,8 +194,9 @@ def _linear(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, 
 
 
 def _sparse(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> SparseLinear:
-    bias = _empty_bias(description["bias"], shape[0], dense)
-    return empty_sparse(shape[0], shape[1], description["kept"], bias, dense_weight(dense).dtype)
+    bias, dtype = _empty_bias(description["bias"], shape[0], dense), dense_weight(dense).dtype
+    packing = _stated(description) if "bits" in description else None
+    return empty_sparse(shape[0], shape[1], description["kept"], bias, dtype, packing)
 
 
 def _mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> MPOLinear:
@@ -268,13 +270,13 @@ def _packed_mpo(dense: nn.Module, shape: tuple[int, ...], description: Mapping[s
     packed = {}
     for name, values in cores.items():
         columns = values.shape[-2] if values.ndim > 2 and values.shape[-1] == 1 else values.shape[-1]
-        packed[name] = _empty_packed(values.numel() // columns, columns, values.dtype, description)
+        packed[name] = empty_packed(values.numel() // columns, columns, *_stated(description), values.dtype)
     return PackedMPO(layer, packed)
 
 
 def _packed_linear(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedLinear:
     weight = dense_weight(dense)
-    matrix = _empty_packed(shape[0], shape[1], weight.dtype, description)
+    matrix = empty_packed(shape[0], shape[1], *_stated(description), weight.dtype)
     return PackedLinear(matrix, _empty_bias(description["bias"], shape[0], dense))
 
 
@@ -286,16 +288,11 @@ def _tied(dense: nn.Module, holder: nn.Module, shape: tuple[int, ...], descripti
 
 def _packed_embedding(dense: nn.Module, shape: tuple[int, ...], description: Mapping[str, Any]) -> PackedEmbedding:
     assert isinstance(dense.weight, torch.Tensor)
-    return PackedEmbedding(_empty_packed(shape[0], shape[1], dense.weight.dtype, description))
+    return PackedEmbedding(empty_packed(shape[0], shape[1], *_stated(description), dense.weight.dtype))
 
 
-def _empty_packed(rows: int, columns: int, dtype: torch.dtype, description: Mapping[str, Any]) -> PackedMatrix:
-    bits, group = description["bits"], description["group"]
-    if bits not in BITS or not _is_size(group):
-        raise Refusal(f"bits must be 8 or 4 and group 1 to {LARGEST}, got {bits!r} and {group!r}")
-    codes = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8, device="meta")
-    scales = torch.empty(rows, -(-columns // group), dtype=torch.float16, device="meta")
-    return PackedMatrix(Codes(codes, scales), columns, bits, group, dtype)
+def _stated(description: Mapping[str, Any]) -> tuple[int, int]:
+    return description["bits"], description["group"]
 
 
 def _packing(matrix: object) -> dict[str, int]:

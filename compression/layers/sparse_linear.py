@@ -1,35 +1,33 @@
 """Defines `SparseLinear`, a linear layer that stores the entries of its matrix that are not 0, and one bit for each.
 
-Knows tensors and modules; does not know which entries were removed or why. It is smaller than a dense layer, not
-faster: the matrix is filled in whenever it is used, and given up afterwards, unless it is told to keep it.
+Knows tensors and modules; does not know which entries were removed or why.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from compression.layers.filled_linear import FilledLinear
+from compression.layers.packed import PackedMatrix, empty_packed
 from compression.numerics.bitmask import pack, places, unpack
 from compression.refusal import Refusal
 
 __all__ = ["SparseLinear", "empty_sparse"]
 
 
-class SparseLinear(nn.Module):
-    """Computes y = W x + b with a sparse W (out, in).
+class SparseLinear(FilledLinear):
+    """Computes y = W x + b with a sparse W (out, in), see `compression.layers.filled_linear`.
 
-    The state dict contains `values` (kept,), row by row, `bitmask` as `compression.numerics.bitmask.pack` makes it, and
-    the bias, if any. Training changes values and never the mask. Parameters are created without gradients.
+    The state dict contains `values` (kept,), row by row, or their packed form `packed`, a matrix of one row; `bitmask`
+    as `compression.numerics.bitmask.pack` makes it; and the bias, if any. Training changes values, or scales of packed
+    ones, and never the mask. Parameters are created without gradients.
 
     Args:
-        values: entries of W, row by row.
+        values: entries of W, row by row, or packed.
         bitmask: which entries they are, uint8 (out, ⌈in/8⌉); on the meta device it is checked by `check` later.
         columns: in.
         bias: (out,) or None.
-
-    Attributes:
-        keeps: whether the filled matrix stays in memory from the next `prepare` on, for the speed of a dense layer.
 
     Raises:
         ValueError: the mask is damaged, or does not name as many entries as there are values.
@@ -37,30 +35,29 @@ class SparseLinear(nn.Module):
 
     values: torch.Tensor
     bitmask: torch.Tensor
-    filled: torch.Tensor | None
+    packed: PackedMatrix | None
 
     def __init__(
-        self, values: torch.Tensor, bitmask: torch.Tensor, columns: int, bias: torch.Tensor | None = None
+        self,
+        values: torch.Tensor | PackedMatrix,
+        bitmask: torch.Tensor,
+        columns: int,
+        bias: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = len(bitmask), columns
-        self.register_parameter("values", nn.Parameter(values, requires_grad=False))
+        super().__init__((len(bitmask), columns), bias)
+        if isinstance(values, PackedMatrix):
+            self.packed = values
+        else:
+            self.packed = None
+            self.register_parameter("values", nn.Parameter(values, requires_grad=False))
         self.register_buffer("bitmask", bitmask)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.register_buffer("filled", None, persistent=False)
-        self.keeps = False
         if not bitmask.is_meta:
             self.check()
 
-    def prepare(self) -> None:
-        """Fill the matrix in and keep it if it is to be kept; call this after values or `keeps` have changed."""
-        self.filled = self.weight.detach() if self.keeps and not self.values.requires_grad else None
-
     @property
-    def resident_bytes(self) -> int:
-        """Bytes in memory, with the filled matrix if it is kept."""
-        kept = [each for each in (self.values, self.bitmask, self._parameters["bias"], self.filled) if each is not None]
-        return sum(each.numel() * each.element_size() for each in kept)
+    def kept(self) -> int:
+        """Number of entries that are stored."""
+        return self._parameters["values"].numel() if self.packed is None else self.packed.columns  # type: ignore[union-attr]
 
     def check(self) -> None:
         """Check the stored mask, which says where the values belong.
@@ -69,8 +66,8 @@ class SparseLinear(nn.Module):
             ValueError: the mask is damaged, or does not name as many entries as there are values.
         """
         named = int(unpack(self.bitmask, self.in_features).sum())
-        if self.values.shape != (named,):
-            stored = tuple(self.values.shape)
+        stored = (self.packed.columns,) if self.packed is not None else tuple(self.values.shape)
+        if stored != (named,):
             raise Refusal(f"the mask is damaged: it names {named} entries, but {stored} values are stored")
 
     @classmethod
@@ -78,34 +75,39 @@ class SparseLinear(nn.Module):
         """Returns the layer that holds the entries of a matrix (out, in) in a mask, bool (out, in)."""
         return cls(matrix[mask], pack(mask), matrix.shape[1], bias)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """W (out, in), filled in on every access; gradients reach the values."""
-        at, values = places(self.bitmask, self.in_features), torch.cat([self.values.new_zeros(1), self.values])
+    def fill(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Returns W (out, in); gradients reach the values."""
+        at = places(self.bitmask, self.in_features)
+        values = self.values if self.packed is None else self.packed.matrix(dtype)[0]
+        values = torch.cat([values.new_zeros(1), values])
         return values.index_select(0, at.flatten()).view(at.shape)
-
-    def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        """Maps (…, in) to (…, out)."""
-        weight = self.weight if self.filled is None else self.filled
-        return functional.linear(activations, weight, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         return (
-            f"out={self.out_features}, in={self.in_features}, kept={len(self.values)}, "
+            f"out={self.out_features}, in={self.in_features}, kept={self.kept}, "
             f"bias={self._parameters['bias'] is not None}"
         )
 
 
 def empty_sparse(
-    rows: int, columns: int, kept: int, bias: torch.Tensor | None, dtype: torch.dtype = torch.float32
+    rows: int,
+    columns: int,
+    kept: int,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    packing: tuple[int, int] | None = None,
 ) -> SparseLinear:
     """Returns a layer on the meta device that stores `kept` entries of a matrix (rows, columns).
 
+    Args:
+        packing: bits per number and numbers that share a scale if the entries are packed.
+
     Raises:
-        ValueError: the matrix does not have so many entries.
+        ValueError: the matrix does not have so many entries, or they cannot be packed so.
     """
     if type(kept) is not int or not 1 <= kept <= rows * columns:
         raise Refusal(f"the entries that are stored must be 1 to {rows * columns}, got {kept!r:.80}")
-    values = torch.empty(kept, device="meta", dtype=dtype)
     bitmask = torch.empty(rows, -(-columns // 8), device="meta", dtype=torch.uint8)
-    return SparseLinear(values, bitmask, columns, bias)
+    if packing is not None:
+        return SparseLinear(empty_packed(1, kept, *packing, dtype), bitmask, columns, bias)
+    return SparseLinear(torch.empty(kept, device="meta", dtype=dtype), bitmask, columns, bias)

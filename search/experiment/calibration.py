@@ -19,8 +19,9 @@ from torch import nn
 from compression.calibration.block_statistics import BlockStatistics
 from compression.calibration.statistics import Statistics, collect
 from compression.calibration.streaming import passes, stream
+from compression.decomposition.entry_store import entry_bytes
 from compression.decomposition.factors import FactorStore
-from compression.decomposition.pruned_store import pruned_bytes
+from compression.numerics.packed_size import FLOATING
 from compression.sites import Site, dense_weight, model_parameters
 from compression.storage.exclusive import exclusive
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
@@ -202,31 +203,34 @@ def moment_bytes(sites: Sequence[Site]) -> int:
     return 4 * sum(site.out_features**2 + site.in_features**2 for site in sites if not site.dense_because)
 
 
-def factor_limit(model: nn.Module, sites: Sequence[Site], pruned: bool = False) -> int:
+def factor_limit(model: nn.Module, sites: Sequence[Site], bits: Sequence[int] = ()) -> int:
     """Bytes of decompositions that the cache keeps of a model whose statistics are made by block.
 
     With the statistics they take three times the model in bfloat16, or what one low-rank decomposition of every matrix
     takes if that is more. A search visits other ranks and widths all the time; what it left long ago is not kept.
 
     Args:
-        pruned: whether matrices are also pruned, which takes more.
+        bits: bits per number of entries that menus offer, see `compression.decomposition.entry_store`; none if they
+            offer no pruned or rounded matrices, which take more.
     """
     free = [site for site in sites if not site.dense_because]
     one = 2 * sum(min(site.out_features, site.in_features) * (site.out_features + site.in_features) for site in free)
     limit = max(one, _MODELS * 2 * model_parameters(model) - moment_bytes(sites) // 4)
-    return limit + (sum(pruned_bytes(site, 2) for site in free) if pruned else 0)
+    return limit + (sum(entry_bytes(site, 2, bits) for site in free) if bits else 0)
 
 
 def factor_store(
-    loaded: LoadedModel, sites: Sequence[Site], calibration: Calibration, cache: FactorCache, pruned: bool = False
+    loaded: LoadedModel, sites: Sequence[Site], calibration: Calibration, cache: FactorCache, bits: Sequence[int] = ()
 ) -> FactorStore:
-    """The factor store for the sites of a dense model; `pruned` as for `factor_limit`."""
+    """The factor store for the sites of a dense model; `bits` as for `factor_limit`."""
     weights = {
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
     how = calibration.key, calibration.shrinkage
-    limit = factor_limit(loaded.model, sites, pruned) if calibration.by_block else None
-    return FactorStore(sites, weights, calibration, *how, cache, half=calibration.by_block, limit=limit)
+    limit = factor_limit(loaded.model, sites, bits) if calibration.by_block else None
+    return FactorStore(
+        sites, weights, calibration, *how, cache, half=calibration.by_block, limit=limit, bits=bits or (FLOATING,)
+    )
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -20,12 +20,13 @@ from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
 from compression.decomposition.unfinished_repair import UnfinishedRepair
 from compression.layers.planner import Planner
+from compression.numerics.packed_size import FLOATING
 from compression.numerics.pivoted_product import ALIGNED
 from compression.refusal import Refusal
 from compression.schedule import Form, Schedule
 from compression.sites import Site, Unit
 from compression.storage.factor_cache import FactorCache, cache_key
-from search.config import EMBEDDING_BITS, Config
+from search.config import Config
 from search.data.items import Item
 from search.data.own_text import read_own_text
 from search.data.prompts import render
@@ -142,7 +143,7 @@ class Experiment:
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
-        store = factor_store(loaded, sites, calibration, cache, pruned=config.form == "small")
+        store = factor_store(loaded, sites, calibration, cache, config.offered_bits)
         made = cls(config, loaded, sites, splits, calibration, store, device)
         made.budget  # noqa: B018 (of the dense model)
         return made
@@ -278,11 +279,11 @@ class Experiment:
     def stored_ends(self) -> dict[str, nn.Module]:
         """The embedding and the head as the files of the run store them, by name; none if they are kept as they are.
 
-        Made from the model as it is now, so that it has to be dense. In 4 bits they are rounded in the metric of what
-        the head reads on calibration text; in 8 bits rounding to nearest does no harm.
+        Made from the model as it is now, so that it has to be dense. Below 8 bits they are rounded in the metric of
+        what the head reads on calibration text; in 8 bits rounding to nearest does no harm.
         """
-        model, bits = self.loaded.model, self.config.stored_embedding_bits
-        if bits == EMBEDDING_BITS[0]:
+        model, bits = self.loaded.model, self.budget.embedding_bits
+        if bits == FLOATING:
             return {}
         moment = None if bits == 8 else self.head_moment()
         return rounded_ends(model, bits, moment)
@@ -314,8 +315,8 @@ class Experiment:
         """
         statistics, batches = self.calibration(), self.repair_batches(tokens)
         of, how = (self.loaded.model, self.sites, schedule), (self.calibration.shrinkage, self.store.bonds.elimination)
-        pruned = self.store.pruned.pruned
-        return repair_(*of, statistics, batches, *how, progress=progress, unfinished=unfinished, pruned=pruned)
+        entries = self.store.entries.entries
+        return repair_(*of, statistics, batches, *how, progress=progress, unfinished=unfinished, entries=entries)
 
     def repair_batches(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first calibration batches with `tokens` tokens or slightly more, in the order of the calibration."""

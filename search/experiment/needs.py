@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from compression.decomposition.pruned_store import pruned_bytes
+from compression.decomposition.entry_store import entry_bytes
 from compression.sites import model_bytes
 from search.experiment.calibration import CHUNK_TOKENS, factor_limit, moment_bytes
 from search.experiment.experiment import Experiment
@@ -56,14 +56,14 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         written = 3 * kept  # of two passes, and the state of an unfinished one
     square = max(max(site.out_features, site.in_features) for site in sites) ** 2
     if calibration.by_block:
-        factors = factor_limit(model, sites, pruned=config.form == "small")
+        factors = factor_limit(model, sites, config.offered_bits)
     else:
         lowrank = sum(
             min(each.out_features, each.in_features) * (each.out_features + each.in_features) for each in sites
         )
         factors = 4 * (2 * lowrank + sum(site.parameters for site in sites))
         if config.form == "small":
-            factors += sum(pruned_bytes(site, 4) for site in sites)
+            factors += sum(entry_bytes(site, 4, config.offered_bits) for site in sites)
     found = (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),

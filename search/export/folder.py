@@ -114,10 +114,10 @@ def forms(model: nn.Module) -> str:
     """Return a sentence with the number of matrices of each compressed form."""
     mpos = sum(isinstance(module, MPOLinear | PackedMPO) for module in model.modules())
     cut = sum(bool(kept(module)) for module in model.modules())
-    pruned = sum(isinstance(module, SparseLinear) for module in model.modules())
-    if pruned:
-        return f"{mpos} matrices are MPOs, {cut} have lost rows or columns, and {pruned} are pruned."
-    return f"{mpos} matrices are MPOs, and {cut} have lost rows or columns."
+    found = [f"{mpos} matrices are MPOs", f"{cut} have lost rows or columns"]
+    if pruned := sum(isinstance(module, SparseLinear) for module in model.modules()):
+        found.append(f"{pruned} are pruned")
+    return f"{', '.join(found[:-1])}, and {found[-1]}."
 
 
 def export_model(model: Any, tokenizer: Any, folder: Path, card: str = "", beside: Sequence[Path] = ()) -> None:

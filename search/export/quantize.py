@@ -1,7 +1,7 @@
 """Decides how many bits each module of a model gets under `--quantize`, and quantizes the model.
 
 int8, int4   quantize everything that is stored as a matrix: cores, dense sites, embeddings and head
-mixed        keeps cores and pruned matrices as they are and stores the rest in int4, as CompactifAI does
+mixed        keeps cores, pruned and rounded matrices as they are and stores the rest in int4, as CompactifAI does
              (arXiv:2401.14109)
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from compression.layers.filled_linear import FilledLinear
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.packed import PackedMatrix
-from compression.layers.quantize import quantize_
+from compression.layers.quantize import Moments, quantize_
 from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.whitening import shrink
 from compression.sites import Site
@@ -34,7 +34,7 @@ def module_bits(model: Any, sites: tuple[Site, ...], kind: str) -> dict[str, int
     names = [
         name
         for name, module in modules.items()
-        if (kind != "mixed" or not isinstance(module, MPOLinear | SparseLinear))
+        if (kind != "mixed" or not isinstance(module, MPOLinear | FilledLinear))
         and any(each.numel() for each in module.parameters())
     ]
     return dict.fromkeys([*names, *ends(model)], 8 if kind == "int8" else 4)
@@ -51,8 +51,8 @@ def rounded(model: nn.Module) -> str:
         what = "The embedding and the head are"
     else:
         what = "Embeddings, head and dense matrices are" if mixed else "Everything is"
-    bits = max(matrix.bits for matrix in matrices)
-    return f"{what} stored in {bits} bits, in groups with one scale each."
+    bits = sorted({matrix.bits for matrix in matrices}, reverse=True)
+    return f"{what} stored in {' and '.join(map(str, bits))} bits, in groups with one scale each."
 
 
 def quantize_experiment_(
@@ -72,9 +72,12 @@ def quantize_experiment_(
     seen = experiment.head_moment() if read else None
     known = {site.name for site in experiment.sites if not site.dense_because}
 
-    def moment(name: str) -> torch.Tensor | None:
+    def moments(name: str) -> Moments:
         if name in read:
-            return seen
-        return shrink(statistics.input(name), experiment.calibration.shrinkage) if name in known else None
+            return None if seen is None else (seen, None)
+        if name not in known:
+            return None
+        shrinkage = experiment.calibration.shrinkage
+        return shrink(statistics.input(name), shrinkage), shrink(statistics.gradient(name), shrinkage)
 
-    quantize_(model, bits, moment, progress=progress)
+    quantize_(model, bits, moments, progress=progress)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compression.refusal import Refusal
+from compression.schedule import Choice
 from search.config import BYTES, Config, read_fields
 from search.experiment.experiment import Experiment
 from search.export.deci import check_deci
@@ -156,42 +157,46 @@ def _refuse_larger_numbers(form: ExportForm, run: Path) -> None:
     """Refuse numbers of other sizes than the run counted on, before any work.
 
     Raises:
-        Refusal: a run by bytes is to be stored in float32, or a run with pruned matrices in integers.
+        Refusal: a run by bytes is to be stored in float32, or a run with pruned or rounded matrices in integers.
     """
     config, small = Config.of_run(read_fields(run / CONFIG), trusted=True), form.kind in ("hf", "plain", "gguf")
     if config.by_bytes and small and form.dtype == "float32":
         raise Refusal(
             f"dtype must be bfloat16 or float16 for a run that counted {8 * BYTES} bits a number, got float32"
         )
-    pruned = [name for name, choice in Prior.read(run / PRIOR).schedule if choice.is_sparse]
-    if pruned and form.quantize in ("int8", "int4"):
+    schedule = Prior.read(run / PRIOR).schedule
+    chosen = [name for name, choice in schedule if choice.keeps_entries]
+    if chosen and form.quantize in ("int8", "int4"):
         raise Refusal(
-            f"quantize {form.quantize} stores all matrices as integers, and {len(pruned)} are pruned, such as "
-            f"{pruned[0]}, and have {8 * BYTES} bits a number; use --quantize mixed"
+            f"quantize {form.quantize} stores all matrices as integers, and {len(chosen)} have entries or bits of "
+            f"their own, such as {chosen[0]} ({_form(schedule[chosen[0]])}); use --quantize mixed"
         )
 
 
+def _form(choice: Choice) -> str:
+    return "factored" if choice.is_factored else "pruned" if choice.is_sparse else f"in {choice.bits} bits"
+
+
 def _not_plain(run: Path) -> list[str]:
-    """The matrices that the schedule of a run factors or prunes."""
+    """The matrices that the schedule of a run factors, prunes or rounds."""
     return [name for name, choice in Prior.read(run / PRIOR).schedule if not choice.is_plain]
 
 
 def _refuse_factors(kind: str, run: Path) -> None:
-    """Refuse a run with factors, pruned matrices or a rounded embedding, which other programs cannot hold.
+    """Refuse a run with factors, pruned or rounded matrices or a rounded embedding, which other programs cannot hold.
 
     Raises:
         Refusal: names such a matrix and what to do.
     """
     if names := _not_plain(run):
-        pruned = Prior.read(run / PRIOR).schedule[names[0]].is_sparse
+        form = _form(Prior.read(run / PRIOR).schedule[names[0]])
         raise Refusal(
-            f"the {kind} format holds no factored or pruned matrices, and {len(names)} are, such as {names[0]} "
-            f"({'pruned' if pruned else 'factored'}); search with --form plain, or export with --format hf"
+            f"the {kind} format holds no factored, pruned or rounded matrices, and {len(names)} are, such as "
+            f"{names[0]} ({form}); search with --form plain, or export with --format hf"
         )
-    bits = Config.of_run(read_fields(run / CONFIG), trusted=True).stored_embedding_bits
-    if bits < 8 * BYTES:
+    if Config.of_run(read_fields(run / CONFIG), trusted=True).rounds_embedding:
         raise Refusal(
-            f"the {kind} format holds no embedding in {bits} bits, as the result has; search with --embedding-bits "
+            f"the {kind} format holds no rounded embedding, as the result has; search with --embedding-bits "
             f"{8 * BYTES}, or export with --format hf"
         )
 

@@ -40,7 +40,10 @@ REPAIR = "repair.json"
 """The file in that folder that describes the repaired weights."""
 
 _WEIGHTS = "weights.safetensors"
-_FORMAT, _VERSION = "chisel-healed", 3  # version 1 holds no cut matrices, version 2 no pruned ones
+_FORMAT, _VERSION = (
+    "chisel-healed",
+    4,
+)  # version 1 holds no cut matrices, version 2 no pruned ones, version 3 no rounded ones
 
 
 @dataclass(frozen=True, eq=False)

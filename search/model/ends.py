@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from compression.calibration.blocks import Batch
-from compression.layers.quantize import GROUP, quantized
-from compression.numerics.group_integers import packed_bytes
+from compression.layers.quantize import quantized
+from compression.numerics.packed_size import packed_bytes
 from compression.training.trainable import captured_head_input
 from search.config import BYTES
 
@@ -61,11 +61,11 @@ def rounded_ends(model: Any, bits: int, moment: torch.Tensor | None) -> dict[str
     """Returns modules that store the ends in `bits` bits a number, by name; the model does not change.
 
     Args:
-        bits: 8 or 4.
+        bits: see `compression.numerics.packed_size.BITS`.
         moment: what `head_moment` returns, in whose metric a matrix of the head is rounded; None rounds to nearest.
     """
-    names = dict.fromkeys(ends(model), bits)
-    return dict(quantized(model, names, lambda name: moment if reads_head_input(model, name) else None))
+    names, known = dict.fromkeys(ends(model), bits), None if moment is None else (moment, None)
+    return dict(quantized(model, names, lambda name: known if reads_head_input(model, name) else None))
 
 
 def rounding_saves(model: Any, bits: int, itemsize: int = BYTES) -> int:
@@ -73,6 +73,4 @@ def rounding_saves(model: Any, bits: int, itemsize: int = BYTES) -> int:
     tables = {
         id(weight): weight.shape for name in ends(model) if (weight := model.get_submodule(name).weight) is not None
     }
-    return sum(
-        rows * columns * itemsize - packed_bytes(rows, columns, bits, GROUP) for rows, columns in tables.values()
-    )
+    return sum(rows * columns * itemsize - packed_bytes(rows, columns, bits) for rows, columns in tables.values())

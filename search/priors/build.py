@@ -168,7 +168,11 @@ def _site(site: Site, choice: Choice, widths: WidthSensitivity | None) -> dict[s
     if choice.widths:
         entry["bonds"] = [_bond(*pair, widths) for pair in zip(site.cuts, choice.widths, strict=True)]
     if choice.is_sparse:
-        entry |= {"entries": choice.chi, "metric": choice.metric}
+        entry["entries"] = choice.chi
+    if choice.bits:
+        entry["bits"] = choice.bits
+    if choice.keeps_entries:
+        entry["metric"] = choice.metric
     if choice.is_factored:
         legs = resolve(choice.topology, *site.shape(choice.widths))
         entry |= {"chi": choice.chi, "metric": choice.metric, "out_legs": legs.out_legs, "in_legs": legs.in_legs}

@@ -1,4 +1,4 @@
-"""Defines the file format of compression priors, version 4: its fields, strict reading, and writing for people.
+"""Defines the file format of compression priors, version 5: its fields, strict reading, and writing for people.
 
 A prior is a JSON file that holds a winning schedule, its scores and its provenance, so that others can apply it. Knows
 no models and no runs; `search.priors.build` makes priors, `search.priors.versions` converts older files, and
@@ -135,7 +135,7 @@ class Prior(Part):
     """A compression prior."""
 
     format: Literal["chisel-prior"]
-    version: Literal[4]
+    version: Literal[5]
     model: ModelIdentity
     target_kept: Annotated[float, Field(gt=0, le=1)] = Field(
         description="Target of the kept fraction; in a run by bytes, of the bytes of the sites."
@@ -219,8 +219,8 @@ class Prior(Part):
 
     @property
     def is_small(self) -> bool:
-        """Whether the schedule was made for few bytes, by the form small, so that its matrices may be pruned."""
-        return self.configuration.get("form") == "small" or any(site.entries for site in self.sites)
+        """Whether the schedule was made for few bytes, by the form small: its matrices may be pruned or rounded."""
+        return self.configuration.get("form") == "small" or any(site.entries or site.bits for site in self.sites)
 
     @property
     def was_repaired(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from compression.numerics.legs import resolve
+from compression.numerics.packed_size import FLOATING
 from compression.refusal import Refusal
 from compression.schedule import METRICS, SPARSE, Choice
 from compression.sites import Cut
@@ -123,7 +124,10 @@ class PriorBond(Part):
 
 
 class PriorSite(Part):
-    """The choice for one matrix. `chi` and the legs are absent if it has no factors, `entries` if it is not pruned."""
+    """The choice for one matrix.
+
+    `chi` and the legs are absent if it has no factors, `entries` if it is not pruned, and `bits` if it is not rounded.
+    """
 
     name: SitePath = Field(description="Qualified name of the module in the model.")
     block: Annotated[int, Field(ge=0, lt=100_000)] = Field(description="Index of the block, from 0.")
@@ -141,8 +145,11 @@ class PriorSite(Part):
     )
     chi: Positive | None = Field(None, description="Bond dimension.")
     entries: Positive | None = Field(None, description="Number of entries that are stored of a pruned matrix.")
+    bits: Literal[8, 6, 5, 4, 3, 2] | None = Field(
+        None, description="Bits of each stored number, if these are integers in groups that share a scale."
+    )
     metric: Literal["plain", "input", "two-sided"] | None = Field(
-        None, description="Norm in which the matrix was approximated or pruned."
+        None, description="Norm in which the matrix was approximated, pruned or rounded."
     )
     out_legs: Positives | None = Field(None, description="How the outputs are split, one leg per core.")
     in_legs: Positives | None = Field(None, description="How the inputs are split, one leg per core.")
@@ -160,14 +167,20 @@ class PriorSite(Part):
         rest = (self.chi, self.metric, self.out_legs, self.in_legs)
         self._check_cuts()
         if self.topology == "dense":
-            if any(value is not None for value in (*rest, self.entries)):
+            metric = None if self.bits is None else self.metric
+            if any(value is not None for value in (*rest, self.entries) if value is not metric):
                 raise Refusal(f"{self.name} is dense and has no chi, metric, legs or entries")
+            if self.bits is not None and (metric is None or self.bonds is not None or self.dense_because is not None):
+                raise Refusal(f"{self.name} is rounded: it needs a metric, and no bonds or dense_because")
             return self
         if self.topology == SPARSE:
             self._check_pruned()
             return self
-        if self.entries is not None:
-            raise Refusal(f"{self.name} has topology {self.topology} and no entries, which only a pruned matrix has")
+        if self.entries is not None or self.bits is not None:
+            raise Refusal(
+                f"{self.name} has topology {self.topology} and no entries or bits, which only a pruned or rounded "
+                "matrix has"
+            )
         if any(value is None for value in rest) or self.dense_because is not None:
             raise Refusal(f"{self.name} needs chi, metric, out_legs and in_legs, and no dense_because")
         if not prod(self.left):
@@ -209,7 +222,7 @@ class PriorSite(Part):
     def choice(self) -> Choice:
         """The choice for this site."""
         assert self.metric is None or self.metric in METRICS
-        return Choice(self.topology, self.chi or self.entries or 0, self.metric or "none", self.widths)
+        return Choice(self.topology, self.chi or self.entries or 0, self.metric or "none", self.widths, self.bits or 0)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -245,6 +258,11 @@ class PriorSite(Part):
     def relative_density(self) -> float:
         """Fraction of its entries that a pruned matrix stores, in (0, 1]; 1 if it is not pruned."""
         return 1.0 if self.entries is None else self.entries / self.dense_parameters
+
+    @property
+    def relative_bits(self) -> float:
+        """Bits of a stored number, relative to 16, in (0, 1]; 1 if the matrix is not rounded."""
+        return (self.bits or FLOATING) / FLOATING
 
     @property
     def dense_parameters(self) -> int:

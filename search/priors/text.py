@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from compression.numerics.packed_size import FLOATING
 from search.priors.format import Estimate, Prior, PriorBond, PriorScore, PriorSite
 from search.reporting.tables import Column, text_table
 from search.runtime.outside_text import plain
@@ -110,6 +111,7 @@ def _distance(old: PriorSite, new: PriorSite) -> float:
         abs(new.relative_chi - old.relative_chi),
         abs(new.relative_width - old.relative_width),
         abs(new.relative_density - old.relative_density),
+        abs(new.relative_bits - old.relative_bits),
     )
 
 
@@ -144,18 +146,27 @@ def _cell(sites: Sequence[PriorSite], family: str) -> str:
     if not of:
         return "-"
     chis = [site.chi for site in of if site.chi is not None]
-    densities = [site.relative_density for site in of if site.entries is not None]
-    if densities and not chis:
-        return f"p{sum(densities) / len(densities):.2f}"
+    if not chis and any(site.choice.keeps_entries for site in of):
+        return _entries_cell(of)
     if not chis:
         return "d" if all(site.choice.is_dense for site in of) else "s"
     return f"{sum(chis) / len(chis):.0f}"
+
+
+def _entries_cell(of: Sequence[PriorSite]) -> str:
+    """Return the mean density if some are pruned, as p0.50, and the mean bits if some are rounded, as 4b."""
+    density = sum(site.relative_density for site in of) / len(of)
+    bits = sum(site.bits or FLOATING for site in of) / len(of)
+    pruned = f"p{density:.2f}" if any(site.entries is not None for site in of) else ""
+    return pruned + (f"{bits:.3g}b" if any(site.bits for site in of) else "")
 
 
 def _choice(site: PriorSite) -> str:
     form = "dense" if site.choice.is_dense else "smaller" if site.chi is None else f"{site.topology} χ {site.chi}"
     if site.entries is not None:
         form = f"pruned to {site.relative_density:.3f}"
+    if site.bits is not None:
+        form = f"{form} in {site.bits} bits" if site.entries is not None else f"in {site.bits} bits"
     return form + "".join(f" at width {bond.width} of {bond.groups}" for bond in site.bonds or ())
 
 

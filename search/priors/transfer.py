@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from compression.allocation.menu import Menu, SiteMenu
 from compression.allocation.prices import departures
 from compression.numerics.legs import resolve
+from compression.numerics.packed_size import FLOATING
 from compression.refusal import Refusal, nearest
 from compression.schedule import Choice, Schedule
 from compression.sites import Site, Unit, check_widths
@@ -28,11 +29,11 @@ from search.priors.format import Prior, PriorSite
 __all__ = ["RULES", "Rule", "Transfer", "check_families", "exact_schedule", "fits", "transfer"]
 
 Rule = Literal["price", "chi"]
-_Field = Literal["offset", "relative_width", "relative_chi", "relative_density"]
-_RELATIVE: tuple[_Field, ...] = ("relative_width", "relative_chi", "relative_density")
+_Field = Literal["offset", "relative_width", "relative_chi", "relative_density", "relative_bits"]
+_RELATIVE: tuple[_Field, ...] = ("relative_width", "relative_chi", "relative_density", "relative_bits")
 RULES: dict[str, str] = {
     "price": "the prior's price offsets from its closed form, applied to the target's own closed form",
-    "chi": "the prior's relative χ, widths and densities instead of the target's closed form",
+    "chi": "the prior's relative χ, widths, densities and bits instead of the target's closed form",
 }
 
 
@@ -216,7 +217,7 @@ def _by_chi(prior: Prior, menu: Menu, wanted: Sequence[NDArray[np.float64]]) -> 
     """Return the departures of the options nearest to what is wanted; 0 where nothing is known.
 
     Args:
-        wanted: relative width, χ and density of the sites of every entry of the menu, (sites, 3); NaN if unknown.
+        wanted: relative width, χ, density and bits of the sites of every entry of the menu, (sites, 4); NaN if unknown.
     """
     _check_form(prior, menu)
     known = np.array([not np.isnan(values).all() for values in wanted])
@@ -235,7 +236,7 @@ def _by_chi(prior: Prior, menu: Menu, wanted: Sequence[NDArray[np.float64]]) -> 
 
 
 def _check_form(prior: Prior, menu: Menu) -> None:
-    """Refuse a prior with widths, factors or pruned matrices for a menu that offers none."""
+    """Refuse a prior with widths, factors, pruned or rounded matrices for a menu that offers none."""
     if prior.has_widths and not any(isinstance(options.site, Unit) for options in menu.sites):
         raise Refusal("the prior has widths, and the menu offers factors alone; take --form any, or another prior")
     offers = [
@@ -246,12 +247,17 @@ def _check_form(prior: Prior, menu: Menu) -> None:
     ]
     if any(site.entries for site in prior.sites) and not any(choice.is_sparse for choice in offers):
         raise Refusal("the prior has pruned matrices, and the menu offers none; take --form small, or another prior")
+    if any(site.bits for site in prior.sites) and not any(choice.bits for choice in offers):
+        raise Refusal(
+            "the prior has rounded matrices, and the menu offers none; take --form small without --matrix-bits 16, or "
+            "another prior"
+        )
     if any(site.chi for site in prior.sites) and not any(choice.is_factored for choice in offers):
         raise Refusal("the prior has factors, and the menu offers widths alone; take --form any, or another prior")
 
 
 def _options(options: SiteMenu) -> NDArray[np.float64]:
-    """Return relative width, χ and density of the sites under every option, (options, sites, 3)."""
+    """Return relative width, χ, density and bits of the sites under every option, (options, sites, 4)."""
     return np.array(
         [
             [_relative(site, choice) for site, (_, choice) in zip(options.sites, options.assigned(index), strict=True)]
@@ -260,13 +266,14 @@ def _options(options: SiteMenu) -> NDArray[np.float64]:
     )
 
 
-def _relative(site: Site, choice: Choice) -> tuple[float, float, float]:
+def _relative(site: Site, choice: Choice) -> tuple[float, float, float, float]:
     width = prod(width / cut.groups for cut, width in zip(site.cuts, choice.widths, strict=False))
+    bits = (choice.bits or FLOATING) / FLOATING
     if choice.is_sparse:
-        return width, 1.0, choice.chi / site.parameters
-    if choice.is_plain:
-        return width, 1.0, 1.0
-    return width, choice.chi / max(resolve(choice.topology, *site.shape(choice.widths)).full_bonds), 1.0
+        return width, 1.0, choice.chi / site.parameters, bits
+    if not choice.is_factored:
+        return width, 1.0, 1.0, bits
+    return width, choice.chi / max(resolve(choice.topology, *site.shape(choice.widths)).full_bonds), 1.0, bits
 
 
 def _notes(prior: Prior, sites: Sequence[Site], served: NDArray[np.bool_], blocks: int, rule: Rule) -> tuple[str, ...]:

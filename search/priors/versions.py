@@ -13,7 +13,7 @@ from compression.storage.strict_json import shown
 
 __all__ = ["FORMAT", "VERSION", "score_entry", "to_current"]
 
-FORMAT, VERSION = "chisel-prior", 4
+FORMAT, VERSION = "chisel-prior", 5
 _QUANTILE = 1.96  # 0.975 quantile of the normal distribution, for 95 % intervals
 _SIZES = ("kept_fraction", "model_kept_fraction", "bytes_fraction", "parameters", "bytes", "multiply_adds")
 _FIGURES = ("perplexity", "margin", "agreement")
@@ -37,7 +37,7 @@ def to_current(document: Mapping[str, object]) -> dict[str, Any]:
     current = dict(document)
     if version == 1:
         current = _from_version_1(current)
-    # Version 2 had no bonds between matrices and version 3 no pruned ones; otherwise they are the same.
+    # Version 2 had no bonds between matrices, 3 no pruned matrices and 4 no rounded ones; otherwise they are the same.
     return current | {"version": VERSION}
 
 

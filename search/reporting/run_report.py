@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from compression.numerics.packed_size import FLOATING
 from compression.refusal import Refusal
 from search.reporting.charts import heat_map, line_chart, scatter_chart
 from search.reporting.documents import (
@@ -170,9 +171,12 @@ def _chi_map(run: Run) -> Section | None:
         label[cell] = str(site["chi"]) if site.get("chi") else "smaller" if site.get("bonds") else "dense"
         if site.get("entries"):
             label[cell] = f"p{strength[cell]:.2f}"
+        if bits := site.get("bits"):
+            label[cell] = f"{label[cell]} {bits}b" if site.get("entries") else f"{bits}b"
+            strength[cell] *= bits / FLOATING
     rows = [str(block) for block in sorted({site["block"] for site in sites})]
     data = [
-        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "entries")}
+        {key: site.get(key) for key in ("name", "block", "family", "topology", "chi", "entries", "bits")}
         | {"width": ", ".join(f"{bond['width']} of {bond['groups']}" for bond in site.get("bonds") or ()) or None}
         | {"parameters": site["parameters"], "kept": site["parameters"] / (site["shape"][0] * site["shape"][1])}
         for site in sites
@@ -185,6 +189,8 @@ def _chi_map(run: Run) -> Section | None:
         text += " A matrix that is smaller has fewer rows or columns and no factors."
     if any(site.get("entries") for site in sites):
         text += " p and a fraction: a pruned matrix, which stores that fraction of its entries."
+    if any(site.get("bits") for site in sites):
+        text += " A number and b: a matrix in so many bits an entry, which is drawn lighter, as if it kept fewer."
     return Section("Bond dimensions", text, heat_map(rows, families, strength, label), data)
 
 

@@ -77,7 +77,7 @@ def test_every_field_has_a_flag_of_its_name(pipeline, capsys):
     sizes = dict(calibration_tokens=600, search_items=3, search_text_tokens=100, search_shards=2)
     sizes |= dict(heldout_tokens=101, report_items=4, repair_tokens=512, heal_minutes=0.5, benchmark_items=5)
     weights = dict(kl_weight=2.0, correct_weight=0.0, compression_weight=0.5, bytes_weight=0.1, latency_weight=0.2)
-    sizes |= dict(reward_repair_tokens=256, width_multiple=8, shrinkage=0.1, embedding_bits=16)
+    sizes |= dict(reward_repair_tokens=256, width_multiple=8, shrinkage=0.1, embedding_bits=16, matrix_bits="16")
     where = dict(evaluators="4", gpus_per_evaluator=0.5, ray_address="head:6379", trial_timeout=9.5)
     values = {**texts, **sizes, **weights, **where, "budget": 7, "target_kept": 0.5, "seed": 9, "threads": 2}
     flags = {"quick", "per_head", "trust_remote_code", "calibration_for_search", "split_fused"}

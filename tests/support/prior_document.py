@@ -36,7 +36,7 @@ def document(sites: tuple[Site, ...] = SITES, chi: dict[str, int] | None = None)
     dense = sum(site.parameters for site in sites)
     return {
         "format": "chisel-prior",
-        "version": 4,
+        "version": 5,
         "model": {"id": "toy", "digest": "0" * 64, "license": "none"},
         "target_kept": 0.8,
         "kept_fraction": sum(entry["parameters"] for entry in entries) / dense,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Subject:
     batches: list[Batch]
 
     @classmethod
-    def of(cls, name: str) -> Subject:
+    def of(cls, name: str, bits: Sequence[int] = (16,)) -> Subject:
         model = load_model(name, "cpu").model
         sites = discover_sites(model)
         sites = with_bonds(sites, discover_bonds(model, sites))
@@ -44,7 +45,7 @@ class Subject:
         batches = text(0)
         statistics = collect(model, sites, batches, torch.Generator().manual_seed(1))
         weights = {site.name: dense_weight(model.get_submodule(site.name)) for site in sites}
-        store = FactorStore(sites, weights, lambda: statistics, "key", SHRINKAGE, FactorCache(None))
+        store = FactorStore(sites, weights, lambda: statistics, "key", SHRINKAGE, FactorCache(None), bits=bits)
         return cls(model, sites, statistics, store, batches)
 
     def schedule(self, share: float, chi: int = 0, heads: bool = True) -> Schedule:

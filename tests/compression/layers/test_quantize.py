@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from compression import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMPO
 from compression.layers.quantize import packed, quantize_
-from compression.numerics.group_integers import dequantize, packed_bytes, quantize
+from compression.numerics.group_integers import Metric, dequantize, quantize
+from compression.numerics.packed_size import BITS, packed_bytes
 from search.export.folder import export_dense_, export_model, footprint
 from search.model.ends import ends
 from search.model.loading import load_for_use, load_model
@@ -41,7 +42,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("columns", [64, 37, 1])
-@pytest.mark.parametrize(("bits", "step"), [(8, 1 / 128), (4, 1 / 8)])
+@pytest.mark.parametrize(("bits", "step"), [(8, 1 / 128), (6, 1 / 32), (5, 1 / 16), (4, 1 / 8), (3, 1 / 4), (2, 1 / 2)])
 def test_no_entry_is_off_by_more_than_its_group_allows(columns, bits, step):
     matrix = given(20, columns)
     result = back(quantize(matrix, bits, 16), columns, bits, 16)
@@ -51,7 +52,7 @@ def test_no_entry_is_off_by_more_than_its_group_allows(columns, bits, step):
         assert ((result[:, start : start + 16] - part).abs() <= 1.01 * step * largest * (1 if bits == 8 else 3.5)).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", BITS)
 def test_what_is_on_the_grid_comes_back_exactly(bits):
     half = 1 << (bits - 1)
     codes = torch.randint(-half, half, (12, 32), generator=torch.Generator().manual_seed(1)).float()
@@ -60,7 +61,10 @@ def test_what_is_on_the_grid_comes_back_exactly(bits):
     assert torch.equal(back(quantize(matrix, bits, 16), 32, bits, 16), matrix)
 
 
-@pytest.mark.parametrize(("columns", "bits", "group"), [(64, 8, 16), (64, 4, 16), (37, 4, 64), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("columns", "bits", "group"),
+    [(64, 8, 16), (64, 4, 16), (37, 4, 64), (1, 4, 1), (37, 3, 16), (9, 5, 64), (7, 6, 64), (5, 2, 64)],
+)
 def test_bytes_are_those_of_the_tensors(columns, bits, group):
     codes = quantize(given(6, columns), bits, group)
     assert codes.codes.nbytes + codes.scales.nbytes == packed_bytes(6, columns, bits, group)
@@ -71,17 +75,17 @@ def test_zeros_stay_zeros_and_tiny_numbers_finite():
     assert torch.isfinite(back(quantize(torch.full((3, 8), 1e-12), 4, 4), 8, 4, 4)).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_moment_lowers_the_error_in_its_metric(bits):
     matrix, inputs = given(24, 64), given(400, 64, 1) @ given(64, 64, 2)
     moment = (inputs.T @ inputs / 400).double()
-    plain, metric = (back(quantize(matrix, bits, 16, each), 64, bits, 16) for each in (None, moment))
+    plain, metric = (back(quantize(matrix, bits, 16, each), 64, bits, 16) for each in (None, Metric(moment)))
     assert loss(metric - matrix, moment) < 0.8 * loss(plain - matrix, moment)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, 16), (4, 0)])
+@pytest.mark.parametrize(("bits", "group"), [(7, 16), (4, 0)])
 def test_other_bits_are_refused(bits, group):
-    with pytest.raises(ValueError, match="8 or 4"):
+    with pytest.raises(ValueError, match="8, 6, 5, 4, 3 or 2"):
         quantize(torch.zeros(2, 2), bits, group)
 
 
@@ -114,7 +118,7 @@ def test_the_tail_makes_up_for_the_rounding_of_the_last_core():
             continue
         weight, inputs = layer.weight, given(300, layer.in_features, 3) @ given(layer.in_features, layer.in_features, 4)
         moment = (inputs.T @ inputs / 300).double()
-        plain, metric = (packed(copy.deepcopy(layer), 4, 16, each).weight for each in (None, moment))
+        plain, metric = (packed(copy.deepcopy(layer), 4, 16, each).weight for each in (None, (moment, None)))
         assert loss(metric - weight, moment) < loss(plain - weight, moment)
 
 
@@ -174,7 +178,7 @@ def test_a_quantized_model_is_exported_dense_too(quantized, tmp_path):
     ("name", "change", "message"),
     [
         ("lm_head", {"tied": "model.norm"}, "does not fit"),
-        ("model.embed_tokens", {"bits": 3}, "bits must be 8 or 4 .*, got 3"),
+        ("model.embed_tokens", {"bits": 7}, "bits must be 8, 6, 5, 4, 3 or 2 .*, got 7"),
         ("model.embed_tokens", {"group": 0}, "group 1 to .* and 0$"),
         ("model.embed_tokens", {"group": 32}, "no such tensor|has shape"),
     ],

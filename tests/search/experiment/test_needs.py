@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compression import discover_sites
-from compression.decomposition.pruned_store import pruned_bytes
+from compression.decomposition.entry_store import entry_bytes
 from compression.sites import model_bytes, model_parameters
 from compression.storage.factor_cache import FactorCache
 from search.data.splits import Text
@@ -30,7 +30,7 @@ def experiment(root: Path | None) -> Any:
     text = Text(tuple((5,) * 256 for _ in range(4)), (), frozenset())
     made = Calibration(loaded, sites, text, 0, 0.05, FactorCache(root))
     splits = SimpleNamespace(calibration=text)
-    config = SimpleNamespace(repair_tokens=512, form="any")
+    config = SimpleNamespace(repair_tokens=512, form="any", offered_bits=())
     return SimpleNamespace(
         config=config,
         loaded=loaded,
@@ -58,8 +58,8 @@ def test_stored_statistics_take_what_is_estimated(
     assert kept < stored < 1.5 * kept  # names and diagonals come on top
     assert calibrate.disk > kept
     assert repair.disk > decompose.disk > kept
-    opened.config.form = "small"
-    more = sum(pruned_bytes(site, 2 if by_block else 4) for site in opened.sites)
+    opened.config.form, opened.config.offered_bits = "small", (16, 4, 3)
+    more = sum(entry_bytes(site, 2 if by_block else 4, opened.config.offered_bits) for site in opened.sites)
     assert needs(opened)[2].disk == decompose.disk + more
 
 

@@ -70,7 +70,7 @@ def test_every_form_of_export_computes_what_the_cut_model_does(name, form, tmp_p
     assert (model_parameters(model), footprint(model).stored) == (size.parameters, size.bytes)
 
     export_model(model, cut.loaded.tokenizer, tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]["format"] == 3
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]["format"] == hf.FORMAT
     read = load(tmp_path / "hf")
     assert_same_tensors(read, model)
     assert_same_logits(logits(read), expected)
@@ -189,11 +189,11 @@ def test_a_quantized_cut_model_loads_and_is_close(form, kind, tmp_path):
     model, sites, statistics = cut.loaded.model, cut.store.sites, cut.store._measured.statistics()
     cut.apply()
     expected = logits(model)
-    known = {site.name for site in sites}
+    known, moments = {site.name for site in sites}, (statistics.input, statistics.gradient)
     quantize_(
         model,
         module_bits(model, sites, kind),
-        lambda name: shrink(statistics.input(name), 0.01) if name in known else None,
+        lambda name: tuple(shrink(each(name), 0.01) for each in moments) if name in known else None,
     )
     found = logits(model)
     if kind == "int8":
@@ -305,4 +305,4 @@ def test_a_folder_of_format_1_loads_and_is_saved_as_the_newest(exported, tmp_pat
     model = load(tmp_path / "one")
     assert_same_logits(logits(model), logits(cut.loaded.model))
     model.save_pretrained(tmp_path / "two")
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["quantization_config"]["format"] == 3
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["quantization_config"]["format"] == hf.FORMAT

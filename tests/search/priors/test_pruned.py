@@ -75,11 +75,63 @@ def test_a_pruned_matrix_is_its_number_of_entries_and_is_written_as_it_was_read(
         ({"dense_because": "a head"}, "no chi, legs, bonds or dense_because"),
         ({"parameters": 47}, "sites.0.parameters must be 48, got 47"),
         ({"topology": "dense"}, "is dense and has no chi, metric, legs or entries"),
-        ({"topology": "lowrank"}, "has topology lowrank and no entries, which only a pruned matrix has"),
+        (
+            {"topology": "lowrank"},
+            "has topology lowrank and no entries or bits, which only a pruned or rounded matrix has",
+        ),
     ],
 )
 def test_a_bad_pruned_matrix_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:
     values = pruned()
+    values["sites"][0] |= changes
+    with pytest.raises(ValueError, match=message) as refused:
+        Prior.parse(json.dumps(closed(values)))
+    assert "\n" not in str(refused.value)
+
+
+def rounded(bits: Sequence[int] = (4, 3), sites: tuple[Site, ...] = SITES) -> dict[str, Any]:
+    """A prior whose matrices have, in turn, so many bits; the second of every three is pruned too."""
+    values = document(sites, {})
+    for number, entry in enumerate(values["sites"]):
+        entry |= {"topology": "dense", "bits": bits[number % len(bits)], "metric": "two-sided"}
+        entry["parameters"] = entry["shape"][0] * entry["shape"][1]
+        if number % 3 == 1:
+            entry |= {"topology": SPARSE, "entries": 9, "parameters": 9}
+    return closed(values)
+
+
+def test_a_rounded_matrix_has_its_bits_and_is_written_as_it_was_read() -> None:
+    prior = Prior.parse(json.dumps(rounded()))
+    choices = [choice for _, choice in prior.schedule]
+    assert choices[:2] == [Choice("dense", 0, "two-sided", bits=4), Choice(SPARSE, 9, "two-sided", bits=3)]
+    assert [site.relative_bits for site in prior.sites[:2]] == [0.25, 0.1875]
+    assert prior.is_small
+    assert Prior.parse(prior.to_json()) == prior
+    assert exact_schedule(prior, SITES) == prior.schedule
+    assert " 4b" in show_text(prior)
+    assert "p0.0" in show_text(prior)
+    other = Prior.parse(json.dumps(rounded((8, 3))))
+    assert "in 4 bits → in 8 bits" in diff_text(prior, other)
+    menu = Menu(tuple(envelope(site, [Option(Choice("dense", 0, "two-sided", bits=4), 0.1)]) for site in SITES))
+    pruned_menu = menu_of(SITES)
+    with pytest.raises(ValueError, match="the prior has rounded matrices, and the menu offers none; take --form small"):
+        transfer(prior, pruned_menu, "chi")
+    with pytest.raises(ValueError, match="the prior has pruned matrices, and the menu offers none"):
+        transfer(prior, menu, "chi")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 7}, "sites.0.bits: must be 8, 6, 5, 4, 3 or 2, got 7"),
+        ({"metric": None}, "is rounded: it needs a metric, and no bonds or dense_because"),
+        ({"dense_because": "a head"}, "is rounded: it needs a metric, and no bonds or dense_because"),
+        ({"bits": None}, "is dense and has no chi, metric, legs or entries"),
+        ({"chi": 3}, "is dense and has no chi, metric, legs or entries"),
+    ],
+)
+def test_a_bad_rounded_matrix_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:
+    values = rounded()
     values["sites"][0] |= changes
     with pytest.raises(ValueError, match=message) as refused:
         Prior.parse(json.dumps(closed(values)))

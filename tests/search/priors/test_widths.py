@@ -222,7 +222,7 @@ def bonded() -> dict[str, Any]:
     )
     return {
         "format": "chisel-prior",
-        "version": 4,
+        "version": 5,
         "model": {"id": "toy", "digest": "0" * 64, "license": "none"},
         "target_kept": 0.8,
         "kept_fraction": (144 + 63) / 384,
@@ -264,7 +264,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"1.bonds.0.side": "up"}, "sites.1.bonds.0.side: must be 'out' or 'in', got 'up'"),
     ({"0.bonds.0.side": "in", "0.shape": [12, 16]}, "got 2 that read and 0 that write"),
     ({"0.bonds": []}, "sites.0.bonds: "),
-    ({"0.bonds.0.rank": 3}, "sites.0.bonds.0.rank is not a field of version 4"),
+    ({"0.bonds.0.rank": 3}, "sites.0.bonds.0.rank is not a field of version 5"),
     ({"0.dense_because": "shared"}, f"{BOND}.up has a dense_because, so no bond can cut it"),
     ({"0.chi": 3}, f"{BOND}.up is dense and has no chi"),
     ({"0.parameters": 192}, "sites.0.parameters must be 144, got 192"),
@@ -344,12 +344,12 @@ def test_a_site_of_a_prior_describes_what_is_left() -> None:
     assert (up.stored, down.stored) == (144, 3 * (12 + 12 - 3))
 
 
-def test_version_2_still_loads_and_is_written_as_version_4(tmp_path: Path) -> None:
+def test_version_2_still_loads_and_is_written_as_version_5(tmp_path: Path) -> None:
     fixture = Path(__file__).parents[2] / "fixtures" / "run-1f2ef24" / "prior.json"
     old = json.loads(fixture.read_text())
     assert old["version"] == 2
     new = json.loads(Prior.read(fixture).to_json())
-    assert new == json.loads(json.dumps(old | {"version": 4}))
+    assert new == json.loads(json.dumps(old | {"version": 5}))
     assert Prior.read(written(tmp_path, new)) == Prior.read(fixture)
-    with pytest.raises(ValueError, match="version must be at most 4"):
-        Prior.read(written(tmp_path, new | {"version": 5}))
+    with pytest.raises(ValueError, match="version must be at most 5"):
+        Prior.read(written(tmp_path, new | {"version": 6}))

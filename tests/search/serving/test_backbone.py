@@ -126,7 +126,7 @@ def test_a_folder_of_a_newer_format_says_so(folder, trusted, tmp_path):
     document = json.loads((folder / "config.json").read_text())
     document["quantization_config"]["format"] = 99
     (folder / "config.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"this model has format 99, .* reads formats 1 to 3; get a newer Chisel"):
+    with pytest.raises(ValueError, match=r"this model has format 99, .* reads formats 1 to 4; get a newer Chisel"):
         description_of(AutoConfig.from_pretrained(folder, trust_remote_code=trusted))
 
 

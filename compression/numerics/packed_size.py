@@ -1,0 +1,16 @@
+"""Says in how many bits numbers can be packed, and how many bytes a packed matrix takes. Computes with integers."""
+
+from __future__ import annotations
+
+__all__ = ["BITS", "FLOATING", "GROUP", "packed_bytes"]
+
+BITS = (8, 6, 5, 4, 3, 2)
+FLOATING = 16
+"""Bits of a number that is not packed, in files whose bytes are counted."""
+GROUP = 64
+"""Neighbours that share a scale."""
+
+
+def packed_bytes(rows: int, columns: int, bits: int, group: int = GROUP) -> int:
+    """Returns the bytes of a matrix (rows, columns) of integers, row by row, and of a float16 scale for every group."""
+    return rows * (-(-columns * bits // 8) + 2 * -(-columns // group))
