@@ -19,11 +19,11 @@ search. In the following list, each variant includes all earlier ones unless it 
 * repaired: `sequential`, with every site first solved to reproduce the dense model's output or residual stream.
 * repaired-widths, repaired-joint: `widths` and `joint`, repaired in the same way.
 * complete: `repaired`, with the schedule of `corrected`.
-* sparse: `weighted`, but every matrix is pruned or stays dense. The budget is the same share of the bytes at 16 bits a
-  number, and the bit per entry that says which are stored counts (see `compression.allocation.byte_menu`).
-* small: every matrix is pruned, takes the χ of `weighted`, or stays dense, by the same bytes.
-* joint-small: pruned matrices beside the widths and χ of `joint`, by the same bytes, as runs with `--form small` have.
-* repaired-small: `small`, repaired; pruned matrices keep their masks.
+* sparse: every matrix is pruned to numbers of 16 bits or stays dense. The budget is the same share of the bytes at 16
+  bits a number, and the bit per entry that says which are stored counts (see `compression.size`).
+* small: all that runs with `--form small` have, by the same bytes: matrices of 2 to 8 bits, pruned ones of 3, and the
+  widths and χ of `joint`.
+* repaired-small: `small`, repaired; pruned matrices keep their masks, and all are rounded again.
 
 The held-out text consists of two corpora, prose and exam questions with their answers, which are scored separately.
 Nothing is tuned on it.
@@ -44,20 +44,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compression.allocation.byte_menu import byte_menu
 
 from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
-from compression import Menu, Schedule, fitted_topologies, lagrangian, to_schedule
+from compression import Menu, Schedule, envelope, fitted_topologies, lagrangian, to_schedule
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
-from compression.layers.quantize import GROUP
 from compression.schedule import Form
 from compression.sites import put_modules
 from compression.size import SizeModel
 from envs import Problem
-from search.config import Config
+from search.config import BYTES, EMBEDDING_BITS, Config
 from search.evaluation.quality import Quality, paired_kl
 from search.evaluation.workload import Workload
 from search.experiment.calibration import factor_store
@@ -80,7 +78,6 @@ VARIANTS = (
     "complete",
     "sparse",
     "small",
-    "joint-small",
     "repaired-small",
 )
 _BONDED: dict[str, Form] = {"widths": "plain", "joint": "any"}
@@ -92,7 +89,7 @@ _REPAIRED = {
     "repaired-small": "small",
 }
 """Variants that visit the blocks in order, by the variant whose menu they take."""
-_BY_BYTES = ("sparse", "small", "joint-small", "repaired-small")
+_BY_BYTES = ("sparse", "small", "repaired-small")
 """Variants whose budget is in bytes."""
 _BARS = {0.8: 0.06, 0.62: 0.25}
 """Goals of their KL in nats per token, by the share of the bytes."""
@@ -129,8 +126,16 @@ class Bench:
         calibration = experiment.calibration.unweighted
         return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache)
 
+    @cached_property
+    def small(self) -> FactorStore:
+        """Factors, and matrices in all numbers of bits that runs with `--form small` have."""
+        experiment, calibration = self.experiment, self.experiment.calibration
+        return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache, EMBEDDING_BITS)
+
     def store(self, variant: str) -> FactorStore:
         variant = _REPAIRED.get(variant, variant)
+        if variant == "small":
+            return self.small
         return self.unweighted if variant in ("lowrank", "pivoted") else self.experiment.store
 
     def menu(self, variant: str) -> Menu:
@@ -168,27 +173,25 @@ class Bench:
         batches, order = self.experiment.repair_batches(config.repair_tokens), store.bonds.elimination
         correct = variant != "sequential"
         how = calibration(), batches, config.shrinkage, order, correct
-        taken = repair_(model, store.sites, schedule, *how, pruned=store.pruned.pruned)
+        taken = repair_(model, store.sites, schedule, *how, entries=store.entries.entries)
         try:
             yield schedule
         finally:
             put_modules(model, taken)
 
     def by_bytes(self, variant: str, kept: float) -> Schedule:
-        """The closed form over pruned matrices and all else that a variant has, at a share of the bytes at 16 bits."""
-        store, menus = self.experiment.store, []
-        if variant == "joint-small":
-            sizes = SizeModel(self.experiment.loaded.model, store.sites, 2)
-            if variant not in self._menus:
-                self._menus[variant] = store.menu(form="small", price=sizes.choice_bytes)
-            menu = self._menus[variant]
-            return to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
-        for site in store.sites:
-            chi = variant == "small" and not site.dense_because
-            spectrum = store.factors(site.name, "lowrank", "two-sided").spectrum.double() if chi else torch.empty(0)
-            pruned = {} if site.dense_because else store.pruned.costs(site.name)
-            menus.append(byte_menu(site, spectrum.numpy(), {}, GROUP, tensorized=chi, pruned=pruned).menu)
-        menu = Menu(tuple(menus))
+        """The closed form over all that a variant has, at a share of the bytes at 16 bits a number."""
+        if variant not in self._menus:
+            store = self.store(variant)
+            price = SizeModel(self.experiment.loaded.model, store.sites, BYTES).choice_bytes
+            if variant == "small":
+                self._menus[variant] = store.menu(form="small", price=price)
+            else:
+                offered = {
+                    site.name: () if site.dense_because else store.entries.options(site.name) for site in store.sites
+                }
+                self._menus[variant] = Menu(tuple(envelope(site, offered[site.name], price) for site in store.sites))
+        menu = self._menus[variant]
         return to_schedule(menu, lagrangian(menu, math.floor(kept * menu.dense_parameters)))
 
     def corrected(self, kept: float) -> Schedule:

@@ -39,6 +39,8 @@ _FEWEST = 3
 """Fewest bits of the entries of a pruned matrix: with 2, keeping fewer entries of 3 costs less."""
 _SPARSE = 0.45
 """Largest density of a pruned matrix whose entries are rounded; above, one of fewer bits costs less."""
+_HALFWAY = 0.7
+"""Density that pruning passes on its way to the first of them."""
 
 
 def ladder(site: Site, bits: int = FLOATING) -> list[int]:
@@ -51,6 +53,12 @@ def _steps(site: Site) -> list[int]:
     """The numbers of entries that pruning passes on its way."""
     counts = {int((share - _MASK) * site.parameters) for share in _SHARES}
     return sorted((count for count in counts if 1 <= count < site.parameters), reverse=True)
+
+
+def _passed(site: Site, bits: int) -> list[int]:
+    """The numbers of entries that pruning passes on its way down the ladder of so many bits."""
+    kept = ladder(site, bits)
+    return kept if bits == FLOATING else [int(_HALFWAY * site.parameters), *kept]
 
 
 def entry_bytes(site: Site, itemsize: int, bits: Sequence[int] = (FLOATING,)) -> int:
@@ -132,6 +140,7 @@ class EntryStore:
         recent: stores the results.
         stored: type of the stored values of pruned matrices that are not rounded.
         bits: bits per number that are offered, see `compression.numerics.packed_size`.
+        prunes: whether pruned matrices are offered.
     """
 
     def __init__(
@@ -141,7 +150,9 @@ class EntryStore:
         recent: RecentBundles,
         stored: torch.dtype = torch.float32,
         bits: Sequence[int] = (FLOATING,),
+        prunes: bool = True,
     ) -> None:
+        self._prunes = prunes
         self._site = {site.name: site for site in sites}
         self._measured = measured
         self._recent = recent
@@ -162,7 +173,7 @@ class EntryStore:
             cost = float(self._bundle(name, bits, False).tensors["cost"])
             found.append(Option(Choice("dense", 0, "two-sided", bits=bits), cost))
         bits = _pruned_bits(self._bits)
-        if kept := ladder(self._site[name], bits):
+        if kept := ladder(self._site[name], bits) if self._prunes else []:
             costs = self._bundle(name, bits, True).tensors["cost"].tolist()
             stored = 0 if bits == FLOATING else bits
             found += [
@@ -233,7 +244,7 @@ class EntryStore:
         steps = torch.zeros(matrix.weight.shape, dtype=torch.uint8, device=matrix.weight.device)
         costs: list[float] = []
         tensors: dict[str, torch.Tensor] = {}
-        numbers = [count for count in _steps(self._site[name]) if count >= kept[-1]]
+        numbers = _passed(self._site[name], bits)
         for count, result in zip(numbers, prune(matrix.weight, matrix.inputs, matrix.gradients, numbers), strict=True):
             if count not in kept:
                 continue

@@ -78,6 +78,7 @@ class FactorStore:
             norms, so that they stay within its range.
         limit: bytes of decompositions that the cache keeps, see `compression.storage.recent`; None keeps all.
         bits: bits per number that menus by bytes offer, see `compression.numerics.packed_size`.
+        prunes: whether menus by bytes offer pruned matrices.
 
     Attributes:
         sites: as given.
@@ -97,6 +98,7 @@ class FactorStore:
         half: bool = False,
         limit: int | None = None,
         bits: Sequence[int] = (FLOATING,),
+        prunes: bool = True,
     ) -> None:
         self.sites = tuple(sites)
         self._measured = Measured(weights, statistics, statistics_key, shrinkage)
@@ -106,7 +108,7 @@ class FactorStore:
         self._recent = RecentBundles(cache, limit)
         self._identities: dict[_Key, str] = {}
         self.bonds = BondStore(sites, self._measured, cache, self._recent)
-        self.entries = EntryStore(sites, self._measured, self._recent, self._stored, bits)
+        self.entries = EntryStore(sites, self._measured, self._recent, self._stored, bits, prunes)
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.

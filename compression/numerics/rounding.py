@@ -124,37 +124,39 @@ def _by_rows(grid: _Grid, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _by_tiles(grid: _Grid, right: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """Rounds with the factors of C (`right`) and G (`left`)."""
+    """Rounds with the factors of C (`right`) and G (`left`).
+
+    Tiles of columns are held in reverse order, so that those of an antidiagonal are on a diagonal, of which torch has
+    views, and follow each other in rows and columns.
+    """
     height, width = len(left) // _TILE, len(right) // _TILE
 
-    def tiles(values: torch.Tensor) -> torch.Tensor:  # (height, tile, width, tile), a view
-        return values.view(height, _TILE, width, _TILE)
+    def tiles(values: torch.Tensor) -> torch.Tensor:  # (height, tile, width, tile)
+        return values.view(height, _TILE, width, _TILE).flip(2)
 
     target, steps, free = tiles(grid.target), tiles(grid.steps), tiles(grid.free)
-    errors, seen, codes = (torch.zeros_like(grid.target) for _ in range(3))  # E, E Q and the integers
-    below = left.T.contiguous().view(height, _TILE, -1)  # by tile of rows: what all rows leave in it
-    beside = (
-        right.view(-1, width, _TILE).transpose(0, 1).contiguous()
-    )  # by tile of columns: what all columns leave in it
+    errors, seen, codes = (torch.zeros_like(target) for _ in range(3))  # E, E Q and the integers
+    below = left.T.contiguous().view(height, _TILE, -1)  # what each row leaves in the tiles
+    beside = right.view(width, _TILE, width, _TILE).flip(0, 2).reshape(-1, width, _TILE).transpose(0, 1).contiguous()
     own_rows = torch.stack([left[at : at + _TILE, at : at + _TILE] for at in range(0, len(left), _TILE)])
-    own_columns = torch.stack([right[at : at + _TILE, at : at + _TILE] for at in range(0, len(right), _TILE)])
-    for diagonal in range(height + width - 2, -1, -1):
-        row = torch.arange(max(0, diagonal - width + 1), min(height - 1, diagonal) + 1, device=left.device)
-        column, count = diagonal - row, len(row)
-        from_right = torch.bmm(errors.view(height, _TILE, -1)[row], beside[column])
-        finished = tiles(seen)[:, :, column].permute(2, 0, 1, 3).reshape(count, -1, _TILE)
-        carried = torch.bmm(below[row], finished) + torch.bmm(own_rows[row].mT, from_right)
-        found, error = _in_tiles(
-            grid,
-            (target[row, :, column], steps[row, :, column], free[row, :, column]),
-            carried,
-            own_rows[row],
-            own_columns[column],
-        )
-        tiles(codes)[row, :, column] = found
-        tiles(errors)[row, :, column] = error
-        tiles(seen)[row, :, column] = from_right + torch.bmm(error, own_columns[column])
-    return codes
+    own_columns = torch.stack([right[at : at + _TILE, at : at + _TILE] for at in range(0, len(right), _TILE)]).flip(0)
+    for offset in range(1 - height, width):
+        count = min(height - max(0, -offset), width - max(0, offset))
+        rows = slice(max(0, -offset), max(0, -offset) + count)
+        columns = slice(max(0, offset), max(0, offset) + count)
+
+        def here(values: torch.Tensor, offset: int = offset) -> torch.Tensor:  # (count, tile, tile), a view
+            return values.diagonal(offset, 0, 2).permute(2, 0, 1)
+
+        from_right = torch.bmm(errors.view(height, _TILE, -1)[rows], beside[columns])
+        finished = seen[:, :, columns].permute(2, 0, 1, 3).reshape(count, -1, _TILE)
+        carried = torch.bmm(below[rows], finished) + torch.bmm(own_rows[rows].mT, from_right)
+        of_tiles = here(target), here(steps), here(free)
+        found, error = _in_tiles(grid, of_tiles, carried, own_rows[rows], own_columns[columns])
+        here(codes).copy_(found)
+        here(errors).copy_(error)
+        here(seen).copy_(from_right + torch.bmm(error, own_columns[columns]))
+    return codes.flip(2).reshape(grid.target.shape)
 
 
 def _in_tiles(
@@ -166,19 +168,24 @@ def _in_tiles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds tiles that do not depend on each other; all tensors are (tiles, tile, tile). Returns integers and errors.
 
+    With the columns in reverse order an antidiagonal is a diagonal, of which torch has views.
+
     Args:
         tiles: target, steps and free entries of the grid.
-        carried: what the errors of other tiles leave in these; changed in place.
+        carried: what the errors of other tiles leave in these.
         left, right: factors of the tiles' rows and columns.
     """
-    targets, steps, free = tiles
-    codes, errors = torch.zeros_like(targets), torch.zeros_like(targets)
-    for diagonal in range(2 * _TILE - 2, -1, -1):
-        i = torch.arange(max(0, diagonal - _TILE + 1), min(_TILE - 1, diagonal) + 1, device=left.device)
-        j = diagonal - i
-        target, step = targets[:, i, j], steps[:, i, j]
-        code = grid.rounded(target - carried[:, i, j], step)
-        error = (code * step - target) * free[:, i, j]
-        codes[:, i, j], errors[:, i, j] = code, error
-        carried.baddbmm_((left[:, i] * error[:, :, None]).mT, right[:, j])
-    return codes, errors
+    wanted, steps, free = (each.flip(2) for each in tiles)
+    wanted_less, right = wanted - carried.flip(2), right.flip(1, 2)
+    codes, errors = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    for offset in range(_TILE - 1, -_TILE, -1):
+        row, column, count = max(0, offset), max(0, -offset), _TILE - abs(offset)  # where the diagonal begins
+        code = wanted_less.diagonal(-offset, 1, 2) / steps.diagonal(-offset, 1, 2)
+        code.round_().clamp_(grid.low, grid.high)
+        error = (code * steps.diagonal(-offset, 1, 2)).sub_(wanted.diagonal(-offset, 1, 2))
+        error.mul_(free.diagonal(-offset, 1, 2))
+        codes.diagonal(-offset, 1, 2).copy_(code)
+        errors.diagonal(-offset, 1, 2).copy_(error)
+        weighted = left[:, row : row + count] * error[:, :, None]
+        wanted_less.baddbmm_(weighted.mT, right[:, column : column + count], alpha=-1)
+    return codes.flip(2), errors.flip(2)

@@ -220,17 +220,21 @@ def factor_limit(model: nn.Module, sites: Sequence[Site], bits: Sequence[int] = 
 
 
 def factor_store(
-    loaded: LoadedModel, sites: Sequence[Site], calibration: Calibration, cache: FactorCache, bits: Sequence[int] = ()
+    loaded: LoadedModel,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    cache: FactorCache,
+    bits: Sequence[int] = (),
+    prunes: bool = True,
 ) -> FactorStore:
-    """The factor store for the sites of a dense model; `bits` as for `factor_limit`."""
+    """The factor store for the sites of a dense model; `bits` as for `factor_limit`, `prunes` as for `FactorStore`."""
     weights = {
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
     how = calibration.key, calibration.shrinkage
-    limit = factor_limit(loaded.model, sites, bits) if calibration.by_block else None
-    return FactorStore(
-        sites, weights, calibration, *how, cache, half=calibration.by_block, limit=limit, bits=bits or (FLOATING,)
-    )
+    half, limit = calibration.by_block, factor_limit(loaded.model, sites, bits) if calibration.by_block else None
+    offered = bits or (FLOATING,)
+    return FactorStore(sites, weights, calibration, *how, cache, half=half, limit=limit, bits=offered, prunes=prunes)
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -84,6 +84,7 @@ class Experiment:
         calibration: the calibration statistics, collected at first use.
         store: the factors of the sites.
         device: device of the model.
+        budget: what schedules may keep.
     """
 
     config: Config
@@ -93,6 +94,7 @@ class Experiment:
     calibration: Calibration
     store: FactorStore
     device: torch.device
+    budget: Budget
     _menus: dict[tuple[object, ...], Menu] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -143,10 +145,9 @@ class Experiment:
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
-        store = factor_store(loaded, sites, calibration, cache, config.offered_bits)
-        made = cls(config, loaded, sites, splits, calibration, store, device)
-        made.budget  # noqa: B018 (of the dense model)
-        return made
+        budget = Budget.of(config, loaded.model, sites)  # of the dense model
+        store = factor_store(loaded, sites, calibration, cache, config.offered_bits, budget.prunes)
+        return cls(config, loaded, sites, splits, calibration, store, device, budget)
 
     @classmethod
     def open(cls, config: Config) -> Experiment:
@@ -270,11 +271,6 @@ class Experiment:
             yield evaluator
         finally:
             evaluator.close()
-
-    @cached_property
-    def budget(self) -> Budget:
-        """What schedules may keep, counted on the dense model."""
-        return Budget.of(self.config, self.loaded.model, self.sites)
 
     def stored_ends(self) -> dict[str, nn.Module]:
         """The embedding and the head as the files of the run store them, by name; none if they are kept as they are.

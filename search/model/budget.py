@@ -22,6 +22,9 @@ from search.model.ends import rounding_saves
 
 __all__ = ["Budget", "smallest"]
 
+_SCARCE = 3.5
+"""Bits for every entry of the matrices, masks and scales counted, below which some may be pruned. From 2.4 bits on a
+pruned matrix costs less than a rounded one, and matrices that matter little have a bit less than the mean."""
 _MORE, _FEWEST = 1.35, 3
 """How many bits more than the average of all numbers, scales counted, an embedding has at most; and its fewest.
 
@@ -43,6 +46,8 @@ class Budget:
         least: the least target that can be met, in the same words.
         embedding_bits: bits a number of the embedding and the output head in the files of the run; 16 stands for all
             that it keeps as it is.
+        prunes: whether pruned matrices are worth having: nothing is rounded, or so few bits are left for an entry that
+            keeping fewer of them may cost less.
     """
 
     sizes: SizeModel
@@ -52,6 +57,7 @@ class Budget:
     wanted: str
     least: str
     embedding_bits: int
+    prunes: bool
 
     @classmethod
     def of(cls, config: Config, model: nn.Module, sites: Sequence[Site]) -> Budget:
@@ -67,6 +73,11 @@ class Budget:
                 f"embedding_bits must be {8 * BYTES} for {config.model}, whose embedding does more than look up rows, "
                 f"got {bits}"
             )
+
+        def made(kept: float, least_kept: float, wanted: str, least: str) -> Budget:
+            prunes = config.offered_bits == (FLOATING,) or FLOATING * kept < _SCARCE
+            return cls(sizes, price, kept, least_kept, wanted, least, bits, prunes)
+
         sizes = SizeModel(model, sites, BYTES if config.by_bytes else None, rounded)
         price: Price = sizes.choice_bytes if config.by_bytes else choice_parameters
         dense = sum(price(site, DENSE) for site in sites)
@@ -78,7 +89,7 @@ class Budget:
                 most = _size(fixed + dense)
                 raise Refusal(f"size must be below {most}, what {config.model} takes with {ends}, got {config.size}")
             words = f"size {config.size}", _size(fixed + least)
-            return cls(sizes, price, room / dense, least / dense, *words, bits)
+            return made(room / dense, least / dense, *words)
         if (share := config.target_bytes_kept) is not None:
             if (room := int(share * whole) - fixed) >= dense:
                 most = f"{_up((fixed + dense) / whole):.4f}"
@@ -86,9 +97,9 @@ class Budget:
                     f"target_bytes_kept must be below {most}, what {config.model} takes with {ends}, got {share}"
                 )
             words = f"target_bytes_kept {share}", f"{_up((fixed + least) / whole):.4f}"
-            return cls(sizes, price, room / dense, least / dense, *words, bits)
+            return made(room / dense, least / dense, *words)
         words = f"target_kept {config.target_kept}", f"{least / dense:.4f}"
-        return cls(sizes, price, config.target_kept, least / dense, *words, bits)
+        return made(config.target_kept, least / dense, *words)
 
 
 def _embedding_bits(config: Config, model: nn.Module) -> int:
