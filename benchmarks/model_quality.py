@@ -49,6 +49,7 @@ from agents import AgentContext, Gradient
 from benchmarks.report import Bar, markdown, publish
 from compression import Menu, Schedule, envelope, fitted_topologies, lagrangian, to_schedule
 from compression.decomposition.apply import ScheduleApplier
+from compression.decomposition.entry_store import EntryForms
 from compression.decomposition.factors import FactorStore
 from compression.decomposition.repair import repair_
 from compression.schedule import Form
@@ -130,7 +131,9 @@ class Bench:
     def small(self) -> FactorStore:
         """Factors, and matrices in all numbers of bits that runs with `--form small` have."""
         experiment, calibration = self.experiment, self.experiment.calibration
-        return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache, EMBEDDING_BITS)
+        return factor_store(
+            experiment.loaded, experiment.sites, calibration, calibration.cache, EntryForms(EMBEDDING_BITS)
+        )
 
     def store(self, variant: str) -> FactorStore:
         variant = _REPAIRED.get(variant, variant)

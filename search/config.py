@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from compression.numerics.packed_size import BITS, FLOATING
+from compression.numerics.packed_size import BITS, FLOATING, GROUP
 from compression.refusal import Refusal, nearest
 from compression.schedule import ExpertForm, Form
 from compression.storage.strict_json import read_object, shown
@@ -80,6 +80,8 @@ EXPORTS: tuple[str, ...] = get_args(Export)
 SERVE: tuple[str, ...] = get_args(Serve)
 _PLAIN_EXPORTS: Mapping[str, str] = {"vllm": "plain", "llama.cpp": "gguf"}
 """The format that an engine loads which has no factored matrices."""
+GGUF_BITS = (FLOATING, 8, 5, 4)
+"""Bits a number of the types of GGUF files that hold what is rounded here: F16, Q8_0, Q5_0 and Q4_0."""
 FORMS: tuple[str, ...] = get_args(Form)
 EXPERT_FORMS: tuple[str, ...] = get_args(ExpertForm)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -366,9 +368,10 @@ class Config(BaseModel):
     def _fill_in_what_the_engine_runs(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if (engine := str(values.get("serve"))) in _PLAIN_EXPORTS:
-            return {"form": "plain", "export": _PLAIN_EXPORTS[engine], **values}
         sized = values.get("size") is not None or values.get("target_bytes_kept") is not None
+        if (engine := str(values.get("serve"))) in _PLAIN_EXPORTS:
+            form = "small" if sized and engine == "llama.cpp" else "plain"
+            return {"form": form, "export": _PLAIN_EXPORTS[engine], **values}
         return {"form": "small", **values} if sized else values
 
     @field_validator("evaluators", mode="before")
@@ -459,10 +462,17 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _is_run_by_its_engine(self) -> Self:
-        if self.serve in _PLAIN_EXPORTS and self.form != "plain":
-            raise Refusal(f"serve {self.serve} needs form plain, since it has no factored matrices; got {self.form}")
-        if self.export in _PLAIN_EXPORTS.values() and self.form != "plain":
+        rounded = self.serve == "llama.cpp" and self.form == "small"
+        if self.serve in _PLAIN_EXPORTS and self.form != "plain" and not rounded:
+            forms = "form plain or small" if self.serve == "llama.cpp" else "form plain"
+            raise Refusal(f"serve {self.serve} needs {forms}, since it has no factored matrices; got {self.form}")
+        if self.export in _PLAIN_EXPORTS.values() and self.form != "plain" and not (rounded and self.export == "gguf"):
             raise Refusal(f"export {self.export} holds no factored matrices; it needs form plain, got {self.form}")
+        if rounded:
+            other = {*self.offered_bits, self.embedding_bits or FLOATING} - {*GGUF_BITS}
+            if self.matrix_bits is not None and other:
+                held = ", ".join(map(str, GGUF_BITS))
+                raise Refusal(f"llama.cpp holds matrices of {held} bits a number, got {min(other)}")
         return self
 
     @model_validator(mode="after")
@@ -581,8 +591,19 @@ class Config(BaseModel):
         """Bits a number that matrices may have with form small, descending; none for other forms."""
         if self.form != "small":
             return ()
-        given = EMBEDDING_BITS if self.matrix_bits is None else {int(bits) for bits in self.matrix_bits.split(",")}
+        every = GGUF_BITS if self.serve == "llama.cpp" else EMBEDDING_BITS
+        given = every if self.matrix_bits is None else {int(bits) for bits in self.matrix_bits.split(",")}
         return tuple(sorted(given, reverse=True))
+
+    @property
+    def scale_group(self) -> int:
+        """Neighbours of a rounded matrix that share a scale."""
+        return 32 if self.serve == "llama.cpp" else GROUP
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether menus offer factors and pruned matrices."""
+        return self.form != "plain" and self.serve not in _PLAIN_EXPORTS
 
     @property
     def in_process(self) -> bool:

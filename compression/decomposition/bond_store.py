@@ -128,7 +128,7 @@ class BondStore:
         step = multiple_of(unit, multiple, self._measured.weights[reader.name].device.type)
         cost = elimination.cost.numpy() * (1.0 if cut.size == 1 else _HEADS)
         if plain:
-            return joint_menu(unit, cost, {}, topology, metric, step, price=price)
+            return joint_menu(unit, cost, {}, topology, metric, step, entries=entries, price=price)
         names, widths = [site.name for site in unit.sites], widths_of(cut.groups, step)
 
         def build() -> Bundle:

@@ -28,7 +28,7 @@ from compression.sites import Site
 from compression.storage.factor_cache import Bundle
 from compression.storage.recent import RecentBundles
 
-__all__ = ["Entries", "EntryStore", "entry_bytes", "ladder"]
+__all__ = ["Entries", "EntryForms", "EntryStore", "entry_bytes", "ladder"]
 
 _FORMAT = 2
 """Part of the cache keys of what is made here; increase it when results change."""
@@ -75,6 +75,23 @@ def _pruned_bits(bits: Sequence[int]) -> int:
     return min((each for each in bits if each >= _FEWEST), default=_FEWEST)
 
 
+@dataclass(frozen=True)
+class EntryForms:
+    """What menus by bytes offer of whole matrices.
+
+    Attributes:
+        bits: bits per number, see `compression.numerics.packed_size`.
+        prunes: whether matrices are also pruned.
+        group: neighbours that share a scale.
+        whole_groups: whether only matrices are rounded whose rows are whole groups.
+    """
+
+    bits: tuple[int, ...] = (FLOATING,)
+    prunes: bool = True
+    group: int = GROUP
+    whole_groups: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Entries:
     """Holds what is stored of a matrix.
@@ -84,24 +101,30 @@ class Entries:
         mask: which entries are left, bool (out, in); None for all.
         codes: the stored integers if the entries are rounded, of one row if some are removed; otherwise None.
         bits: bits of the integers; 0 without.
+        group: neighbours that share a scale.
     """
 
     matrix: torch.Tensor
     mask: torch.Tensor | None = None
     codes: Codes | None = None
     bits: int = 0
+    group: int = GROUP
 
     @classmethod
-    def rounded(cls, matrix: torch.Tensor, bits: int, metric: Metric, mask: torch.Tensor | None = None) -> Entries:
+    def rounded(
+        cls, matrix: torch.Tensor, bits: int, group: int, metric: Metric, mask: torch.Tensor | None = None
+    ) -> Entries:
         """Returns a matrix in so many bits, rounded in a metric; 0 outside a mask."""
-        return cls.packed(quantize(matrix, bits, GROUP, metric, mask), bits, tuple(matrix.shape), mask)
+        return cls.packed(quantize(matrix, bits, group, metric, mask), bits, group, tuple(matrix.shape), mask)
 
     @classmethod
-    def packed(cls, codes: Codes, bits: int, shape: tuple[int, ...], mask: torch.Tensor | None = None) -> Entries:
+    def packed(
+        cls, codes: Codes, bits: int, group: int, shape: tuple[int, ...], mask: torch.Tensor | None = None
+    ) -> Entries:
         """Returns what packed integers of a matrix (out, in) stand for."""
         columns = shape[1] if mask is None else int(mask.sum())
-        values = dequantize(codes.codes, codes.scales.float(), columns, bits, GROUP)
-        return cls(values if mask is None else scattered(values[0], mask), mask, codes, bits)
+        values = dequantize(codes.codes, codes.scales.float(), columns, bits, group)
+        return cls(values if mask is None else scattered(values[0], mask), mask, codes, bits, group)
 
     def refitted(self, weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor) -> Entries:
         """Returns the entries of another matrix (out, in) in the same form, in the metric of C and G."""
@@ -109,7 +132,7 @@ class Entries:
             weight = refit_pruned(weight, inputs, gradients, Pruned(self.matrix, self.mask, 0.0)).matrix
         if not self.bits:
             return Entries(weight.float(), self.mask)
-        return Entries.rounded(weight, self.bits, Metric(inputs, gradients), self.mask)
+        return Entries.rounded(weight, self.bits, self.group, Metric(inputs, gradients), self.mask)
 
     def layer(self, dtype: torch.dtype, bias: torch.Tensor | None, stored: bool) -> nn.Module:
         """Returns a layer of the matrix, which holds what is stored of it or, for speed, all of it with zeros."""
@@ -119,7 +142,7 @@ class Entries:
             assert self.mask is not None
             return SparseLinear.of(self.matrix.to(dtype), self.mask, bias)
         columns = self.matrix.shape[1] if self.mask is None else int(self.mask.sum())
-        packed = PackedMatrix(self.codes, columns, self.bits, GROUP, dtype)
+        packed = PackedMatrix(self.codes, columns, self.bits, self.group, dtype)
         if self.mask is None:
             return PackedLinear(packed, bias)
         return SparseLinear(packed, pack(self.mask), self.matrix.shape[1], bias)
@@ -139,8 +162,7 @@ class EntryStore:
         measured: their weights and metrics.
         recent: stores the results.
         stored: type of the stored values of pruned matrices that are not rounded.
-        bits: bits per number that are offered, see `compression.numerics.packed_size`.
-        prunes: whether pruned matrices are offered.
+        forms: what is offered.
     """
 
     def __init__(
@@ -148,16 +170,14 @@ class EntryStore:
         sites: Sequence[Site],
         measured: Measured,
         recent: RecentBundles,
-        stored: torch.dtype = torch.float32,
-        bits: Sequence[int] = (FLOATING,),
-        prunes: bool = True,
+        stored: torch.dtype,
+        forms: EntryForms,
     ) -> None:
-        self._prunes = prunes
+        self._forms = forms
         self._site = {site.name: site for site in sites}
         self._measured = measured
         self._recent = recent
         self._stored = stored
-        self._bits = tuple(bits)
         self._identities: dict[tuple[str, int, bool], str] = {}
         self._last: tuple[str, Metric] | None = None
 
@@ -168,12 +188,13 @@ class EntryStore:
             ValueError: the site must stay dense.
         """
         self._refuse_dense(name)
-        found = []
-        for bits in (each for each in self._bits if each != FLOATING):
+        found, site = [], self._site[name]
+        apart = self._forms.whole_groups and site.in_features % self._forms.group
+        for bits in (each for each in self._forms.bits if each != FLOATING and not apart):
             cost = float(self._bundle(name, bits, False).tensors["cost"])
             found.append(Option(Choice("dense", 0, "two-sided", bits=bits), cost))
-        bits = _pruned_bits(self._bits)
-        if kept := ladder(self._site[name], bits) if self._prunes else []:
+        bits = _pruned_bits(self._forms.bits)
+        if kept := ladder(self._site[name], bits) if self._forms.prunes else []:
             costs = self._bundle(name, bits, True).tensors["cost"].tolist()
             stored = 0 if bits == FLOATING else bits
             found += [
@@ -193,7 +214,8 @@ class EntryStore:
         bits = choice.bits or FLOATING
         if not choice.is_sparse:
             found = {key: values.to(device) for key, values in self._bundle(name, bits, False).tensors.items()}
-            return Entries.packed(Codes(found["codes"], found["scales"]), bits, (site.out_features, site.in_features))
+            codes, shape = Codes(found["codes"], found["scales"]), (site.out_features, site.in_features)
+            return Entries.packed(codes, bits, self._forms.group, shape)
         kept = ladder(site, bits)
         if choice.chi not in kept:
             nearest = min(kept, key=lambda count: abs(count - choice.chi), default="none")
@@ -204,7 +226,7 @@ class EntryStore:
         if bits == FLOATING:
             return Entries(scattered(tensors[f"values.{number}"].to(device).float(), mask), mask)
         codes = Codes(*(tensors[f"{part}.{number}"].to(device) for part in ("codes", "scales")))
-        return Entries.packed(codes, bits, tuple(mask.shape), mask)
+        return Entries.packed(codes, bits, self._forms.group, tuple(mask.shape), mask)
 
     def _refuse_dense(self, name: str) -> None:
         if reason := self._site[name].dense_because:
@@ -224,8 +246,7 @@ class EntryStore:
         key = name, bits, pruned
         if key not in self._identities:
             parts: dict[str, object] = {"kind": "entries", "format": _FORMAT, "bits": bits}
-            if bits == FLOATING:
-                parts["stored"] = str(self._stored)
+            parts |= {"stored": str(self._stored)} if bits == FLOATING else {"group": self._forms.group}
             if pruned:
                 parts["kept"] = ladder(self._site[name], bits)
             self._identities[key] = self._measured.key_of(name, **parts)
@@ -234,7 +255,7 @@ class EntryStore:
 
     def _rounded(self, name: str, bits: int) -> Bundle:
         matrix = self._measured.matrix(name)
-        made = Entries.rounded(matrix.weight, bits, self._metric(name, matrix))
+        made = Entries.rounded(matrix.weight, bits, self._forms.group, self._metric(name, matrix))
         assert made.codes is not None
         cost = torch.tensor(_cost(made.matrix - matrix.weight, matrix.inputs, matrix.gradients), dtype=torch.float64)
         return Bundle({"codes": made.codes.codes.cpu(), "scales": made.codes.scales.cpu(), "cost": cost})
@@ -254,7 +275,7 @@ class EntryStore:
                 costs.append(result.cost)
                 tensors[f"values.{number}"] = result.matrix[result.mask].to(self._stored).cpu()
                 continue
-            made = Entries.rounded(result.matrix, bits, self._metric(name, matrix), result.mask)
+            made = Entries.rounded(result.matrix, bits, self._forms.group, self._metric(name, matrix), result.mask)
             assert made.codes is not None
             costs.append(_cost(made.matrix - matrix.weight, matrix.inputs, matrix.gradients))
             tensors |= {f"codes.{number}": made.codes.codes.cpu(), f"scales.{number}": made.codes.scales.cpu()}

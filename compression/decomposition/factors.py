@@ -16,12 +16,11 @@ import torch
 from compression.allocation.menu import Menu, Option, aligned, dense_menu, envelope, nested_options
 from compression.calibration.statistics import Statistics
 from compression.decomposition.bond_store import BondStore
-from compression.decomposition.entry_store import EntryStore
+from compression.decomposition.entry_store import EntryForms, EntryStore
 from compression.decomposition.measured import FORMAT, Measured
 from compression.numerics.cores import decompose, truncate
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
-from compression.numerics.packed_size import FLOATING
 from compression.numerics.whitening import Whitening, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Form
@@ -77,8 +76,7 @@ class FactorStore:
         half: store the cores of decompositions in float16, in half the space. The columns and rows of a bond have equal
             norms, so that they stay within its range.
         limit: bytes of decompositions that the cache keeps, see `compression.storage.recent`; None keeps all.
-        bits: bits per number that menus by bytes offer, see `compression.numerics.packed_size`.
-        prunes: whether menus by bytes offer pruned matrices.
+        forms: what menus by bytes offer of whole matrices.
 
     Attributes:
         sites: as given.
@@ -97,8 +95,7 @@ class FactorStore:
         max_chi: int | None = None,
         half: bool = False,
         limit: int | None = None,
-        bits: Sequence[int] = (FLOATING,),
-        prunes: bool = True,
+        forms: EntryForms | None = None,
     ) -> None:
         self.sites = tuple(sites)
         self._measured = Measured(weights, statistics, statistics_key, shrinkage)
@@ -108,7 +105,7 @@ class FactorStore:
         self._recent = RecentBundles(cache, limit)
         self._identities: dict[_Key, str] = {}
         self.bonds = BondStore(sites, self._measured, cache, self._recent)
-        self.entries = EntryStore(sites, self._measured, self._recent, self._stored, bits, prunes)
+        self.entries = EntryStore(sites, self._measured, self._recent, self._stored, forms or EntryForms())
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.
@@ -160,6 +157,7 @@ class FactorStore:
         multiple: int | None = None,
         chi_multiple: int = 1,
         price: Price = choice_parameters,
+        factored: bool = True,
     ) -> Menu:
         """Returns the menus of all sites and units: the lower envelope of dense, `topology` at every χ, and fits.
 
@@ -176,6 +174,7 @@ class FactorStore:
             form: what the menus offer, see `compression.schedule.Form`.
             multiple: rows and columns that bonds leave are multiples of this; None means what is fast on the device.
             chi_multiple: bond dimensions are multiples of this, except at sites that have too few of them.
+            factored: whether the form "small" offers factors.
             price: what a choice takes of the budget. Fewer entries and bits are worth having in a menu by bytes only.
         """
         menus = []
@@ -185,10 +184,12 @@ class FactorStore:
             free = [each for each in members(site) if form == "small" and not each.dense_because]
             entries = {each.name: self.entries.options(each.name) for each in free}
             if isinstance(site, Unit):
-                how = form == "plain", multiple, chi_multiple
+                how = form == "plain" or not factored, multiple, chi_multiple
                 menus.append(self.bonds.menu(site, topology, metric, *how, entries, price))
             elif site.dense_because or form == "plain":
                 menus.append(dense_menu(site, price))
+            elif not factored:
+                menus.append(envelope(site, entries.get(site.name, []), price))
             else:
                 spectrum = np.asarray(self.factors(site.name, topology, metric).spectrum.numpy(), dtype=np.float64)
                 options = nested_options(topology, metric, spectrum, site, self._max_chi)

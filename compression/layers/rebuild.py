@@ -16,7 +16,7 @@ from compression.layers.packed import PackedLinear, PackedMatrix, empty_packed
 from compression.layers.skeleton import check_places, empty_mpo
 from compression.layers.sparse_linear import SparseLinear, empty_sparse
 from compression.numerics.legs import resolve
-from compression.numerics.packed_size import GROUP
+from compression.numerics.packed_size import GROUP, GROUPS
 from compression.refusal import Refusal
 from compression.schedule import Choice
 from compression.sites import Site
@@ -39,7 +39,7 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
     layer: nn.Module
     try:
         dtype = next((values.dtype for values in state.values() if values.is_floating_point()), torch.float32)
-        packing = (choice.bits, GROUP) if choice.bits else None
+        packing = (choice.bits, _group(state, choice, columns)) if choice.bits else None
         if choice.is_sparse:
             layer = empty_sparse(rows, columns, choice.chi, bias, dtype, packing)
         elif packing is not None:
@@ -66,3 +66,10 @@ def rebuilt(site: Site, choice: Choice, state: Mapping[str, torch.Tensor]) -> nn
             f"{in_bits}: {reason}"
         ) from None
     return layer.requires_grad_(False)
+
+
+def _group(state: Mapping[str, torch.Tensor], choice: Choice, columns: int) -> int:
+    """How many neighbours share a scale, from the number of scales; the usual number if none fits."""
+    numbers, scales = choice.chi if choice.is_sparse else columns, state.get("packed.scales")
+    found = 0 if scales is None or scales.ndim != 2 else scales.shape[1]
+    return next((group for group in GROUPS if -(-numbers // group) == found), GROUP)

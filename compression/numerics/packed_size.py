@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["BITS", "FLOATING", "GROUP", "packed_bytes"]
+__all__ = ["BITS", "FLOATING", "GROUP", "GROUPS", "packed_bytes"]
 
 BITS = (8, 6, 5, 4, 3, 2)
 FLOATING = 16
 """Bits of a number that is not packed, in files whose bytes are counted."""
-GROUP = 64
-"""Neighbours that share a scale."""
+GROUP, GROUPS = 64, (64, 32)
+"""Neighbours that share a scale: usually, and all numbers of them that are used; 32 are what GGUF files have."""
 
 
 def packed_bytes(rows: int, columns: int, bits: int, group: int = GROUP) -> int:

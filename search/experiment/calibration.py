@@ -19,9 +19,8 @@ from torch import nn
 from compression.calibration.block_statistics import BlockStatistics
 from compression.calibration.statistics import Statistics, collect
 from compression.calibration.streaming import passes, stream
-from compression.decomposition.entry_store import entry_bytes
+from compression.decomposition.entry_store import EntryForms, entry_bytes
 from compression.decomposition.factors import FactorStore
-from compression.numerics.packed_size import FLOATING
 from compression.sites import Site, dense_weight, model_parameters
 from compression.storage.exclusive import exclusive
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
@@ -224,17 +223,15 @@ def factor_store(
     sites: Sequence[Site],
     calibration: Calibration,
     cache: FactorCache,
-    bits: Sequence[int] = (),
-    prunes: bool = True,
+    forms: EntryForms | None = None,
 ) -> FactorStore:
-    """The factor store for the sites of a dense model; `bits` as for `factor_limit`, `prunes` as for `FactorStore`."""
+    """The factor store for the sites of a dense model; `forms` are those of entries, if menus offer any."""
     weights = {
         site.name: dense_weight(loaded.model.get_submodule(site.name)) for site in sites if not site.dense_because
     }
-    how = calibration.key, calibration.shrinkage
+    how, bits = (calibration.key, calibration.shrinkage), () if forms is None else forms.bits
     half, limit = calibration.by_block, factor_limit(loaded.model, sites, bits) if calibration.by_block else None
-    offered = bits or (FLOATING,)
-    return FactorStore(sites, weights, calibration, *how, cache, half=half, limit=limit, bits=offered, prunes=prunes)
+    return FactorStore(sites, weights, calibration, *how, cache, half=half, limit=limit, forms=forms)
 
 
 def calibration_batches(loaded: LoadedModel, text: Text, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -146,7 +146,7 @@ class Experiment:
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
         budget = Budget.of(config, loaded.model, sites)  # of the dense model
-        store = factor_store(loaded, sites, calibration, cache, config.offered_bits, budget.prunes)
+        store = factor_store(loaded, sites, calibration, cache, budget.forms)
         return cls(config, loaded, sites, splits, calibration, store, device, budget)
 
     @classmethod
@@ -282,7 +282,7 @@ class Experiment:
         if bits == FLOATING:
             return {}
         moment = None if bits == 8 else self.head_moment()
-        return rounded_ends(model, bits, moment)
+        return rounded_ends(model, bits, moment, self.config.scale_group)
 
     def head_moment(self) -> torch.Tensor | None:
         """What `search.model.ends.head_moment` gives on calibration text; None for a model without an output head."""
@@ -339,7 +339,14 @@ class Experiment:
 
     def _menu(self, progress: Callable[[int], None], form: Form, multiple: int | None, weight: float) -> Menu:
         aligned, price = ALIGNED if weight else 1, self.budget.price
-        menu = self.store.menu(progress=progress, form=form, multiple=multiple, chi_multiple=aligned, price=price)
+        menu = self.store.menu(
+            progress=progress,
+            form=form,
+            multiple=multiple,
+            chi_multiple=aligned,
+            price=price,
+            factored=self.config.has_factors,
+        )
         if self.config.serve == "vllm":
             menu = Menu(tuple(whole(each) if _of_heads(each.site) else each for each in menu.sites))
         if not weight:

@@ -8,6 +8,8 @@ What differs from the model in memory, and why:
 * The rows of q and k are ordered as llama.cpp's rotary embedding pairs them, unless the architecture is Qwen2.
 * A block without hidden units gets 32 that are zero: llama.cpp drops the attention of a deci block that has none.
 * A quantized file has zero hidden units up to a multiple of 32, which is the length of a group that shares a scale.
+* A matrix of 8, 5 or 4 bits is stored as the type of these bits, with the same integers and scales; each scale is there
+  twice if 64 neighbours share one.
 * The attention of the first block, and one whose output has a bias, is left out by a key/value group of zeros:
   llama.cpp takes the size of a head from the first block, and has no bias without a matrix.
 """
@@ -25,6 +27,7 @@ import torch
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from torch import nn
 
+from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMatrix
 from compression.refusal import Refusal
 from compression.sites import dense_weight
 from search.export.gguf_vocabulary import Vocabulary, vocabulary
@@ -45,6 +48,8 @@ GGUF_TYPES = {
 
 _NATIVE = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 _GROUP = 32
+_ROUNDED = {8: "Q8_0", 5: "Q5_0", 4: "Q4_0"}
+"""Types whose values are, as here, an integer less half of its range times a float16 scale, by bits."""
 _ROPE = ("default", "linear", "llama3")  # kinds whose frequencies do not change with the length of the text
 _LAYER = {
     "attn_q": "self_attn.q_proj",
@@ -90,6 +95,30 @@ class _Layout:
         return self.architecture != "qwen2"
 
 
+@dataclass(frozen=True, eq=False)
+class _Integers:
+    """How a matrix is rounded: its bits, and the scales of 32 neighbours, float32 (rows, groups)."""
+
+    bits: int
+    scales: np.ndarray[Any, Any]
+
+    def blocks(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Returns the bytes of a matrix of these integers and scales in the type of its bits (rows, bytes)."""
+        grouped = values.reshape(len(values), -1, _GROUP)
+        whole = np.where(self.scales == 0, 1, self.scales)[..., None]
+        codes = (np.rint(grouped / whole).astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8)
+        parts: list[np.ndarray[Any, Any]] = [self.scales.astype("<f2")[..., None].view(np.uint8)]
+        if self.bits == 8:
+            parts.append(codes ^ 128)  # as signed bytes
+        else:
+            low = codes & 15
+            if self.bits == 5:
+                highest = (codes >> 4).astype(np.uint32) << np.arange(_GROUP, dtype=np.uint32)
+                parts.append(highest.sum(-1, dtype=np.uint32, keepdims=True).astype("<u4").view(np.uint8))
+            parts.append(low[..., : _GROUP // 2] | low[..., _GROUP // 2 :] << 4)
+        return np.concatenate(parts, -1).reshape(len(values), -1)
+
+
 def check_gguf(model: Any, tokenizer: Any) -> None:
     """Refuse a model of which no GGUF file can be written here, whatever its widths are; looks at no weights.
 
@@ -118,7 +147,8 @@ def write_gguf(
     Args:
         model: dense, or compressed to smaller plain matrices; it does not change.
         file: where to write; must not exist.
-        kind: one of `GGUF_TYPES`, the type of all matrices. Under "q5…" and "q4…" the embedding and the head are Q8_0.
+        kind: one of `GGUF_TYPES`, the type of all matrices that are not rounded already. Under "q5…" and "q4…" the
+            embedding and the head are Q8_0.
         name, license_, source: for the reader of the file: name and licence of the model, id of its original.
 
     Raises:
@@ -140,8 +170,8 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_shape(writer, model.config, layout)
         _add_vocabulary(writer, vocabulary(tokenizer, int(model.config.vocab_size)))
-        for tensor, values in _tensors(model, layout):
-            kept = _type_of(tensor, values, layout)
+        for tensor, values, integers in _tensors(model, layout):
+            kept = _type_of(tensor, values, layout, integers)
             shape = quant_shape_to_byte_shape(values.shape, kept) if _packed(kept) else values.shape
             size = int(np.prod(shape)) * (1 if _packed(kept) else _item(kept))
             dtype = np.dtype(np.uint8) if _packed(kept) else np.dtype(np.float32 if _item(kept) == 4 else np.float16)
@@ -149,8 +179,9 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor, values in _tensors(model, layout):
-            writer.write_tensor_data(_stored(values, _type_of(tensor, values, layout)))
+        for tensor, values, integers in _tensors(model, layout):
+            kept = _type_of(tensor, values, layout, integers)
+            writer.write_tensor_data(_stored(values, kept) if integers is None else integers.blocks(values))
     finally:
         writer.close()
     _check(model, layout, file)
@@ -208,7 +239,7 @@ def _layout(model: Any, kind: gguf.GGMLQuantizationType) -> _Layout:
     blocks = []
     for number, layer in enumerate(model.model.layers):
         for path in _LAYER.values():
-            if not isinstance(layer.get_submodule(path), nn.Linear):
+            if not isinstance(layer.get_submodule(path), nn.Linear | PackedLinear):
                 raise Refusal(
                     f"model.layers.{number}.{path} is factored, and llama.cpp has no factored matrices; search with "
                     "--form plain, or export with --format hf"
@@ -220,13 +251,14 @@ def _layout(model: Any, kind: gguf.GGMLQuantizationType) -> _Layout:
         if hidden == 0 or _packed(kind):
             hidden = max(_GROUP, -(-hidden // _GROUP) * _GROUP)
         blocks.append(_Block(hidden, groups * ratio, groups))
-    output, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(output, "tied", "") != "" or getattr(output, "weight", None) is getattr(embedding, "weight", 0)
     native = _NATIVE[type(model).__name__]
     scaled = _rope_factors(model, head) is not None
     alike = len(set(blocks)) == 1
     if native == "qwen2":  # readers of this architecture take the size of a head from that of the residual stream
         alike = alike and not scaled and blocks[0].heads * head == config.hidden_size
-    return _Layout(native if alike else "deci", tuple(blocks), head, output is embedding, kind)
+    return _Layout(native if alike else "deci", tuple(blocks), head, tied, kind)
 
 
 def _names(model: Any, layout: _Layout) -> Iterator[tuple[str, str]]:
@@ -249,30 +281,61 @@ def _names(model: Any, layout: _Layout) -> Iterator[tuple[str, str]]:
         yield "lm_head.weight", "output.weight"
 
 
-def _tensors(model: Any, layout: _Layout) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Yield every tensor of the file as float32, widened and ordered as the file has it."""
+def _tensors(model: Any, layout: _Layout) -> Iterator[tuple[str, np.ndarray[Any, Any], _Integers | None]]:
+    """Yield every tensor of the file as float32, widened and ordered as the file has it, and how it is rounded."""
     for name, tensor in _names(model, layout):
-        values = _parameter(model, name).detach().to("cpu", torch.float32)
+        values, (bits, steps) = _parameter(model, name).detach().to("cpu", torch.float32), _steps(model, name)
         if tensor.startswith("blk."):
             block = layout.blocks[int(tensor.split(".")[1])]
-            values = _widened(values, tensor.split(".")[2], block, layout.head)
-            if tensor.split(".")[2] in ("attn_q", "attn_k") and layout.interleaved:
+            part = tensor.split(".")[2]
+            shape = _wide_shape(values, part, block, layout.head)
+            if steps is not None:
+                steps = _widened(steps, [shape[0], -(-shape[1] // _GROUP)])
+            values = _widened(values, shape)
+            if part in ("attn_q", "attn_k") and layout.interleaved:
                 values = _neighbours(values, layout.head)
-        yield tensor, values.contiguous().numpy()
+                steps = None if steps is None else _neighbours(steps, layout.head)
+        integers = None if steps is None else _Integers(bits, steps.contiguous().numpy())
+        yield tensor, values.contiguous().numpy(), integers
     if (factors := _rope_factors(model, layout.head)) is not None:
-        yield "rope_freqs.weight", factors.numpy()
+        yield "rope_freqs.weight", factors.numpy(), None
 
 
 def _parameter(model: Any, name: str) -> torch.Tensor:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
+    if isinstance(module, PackedLinear | PackedEmbedding) and leaf == "weight":
+        return _matrix(module).matrix(torch.float32)
     values = dense_weight(module) if leaf == "weight" and isinstance(module, nn.Linear) else getattr(module, leaf)
     assert isinstance(values, torch.Tensor)
     return values
 
 
-def _widened(values: torch.Tensor, tensor: str, block: _Block, head: int) -> torch.Tensor:
-    """Append zeros where the file has more hidden units or heads than the model."""
+def _matrix(module: PackedLinear | PackedEmbedding) -> PackedMatrix:
+    return module.stored if isinstance(module, PackedLinear) else module.packed
+
+
+def _steps(model: Any, name: str) -> tuple[int, torch.Tensor | None]:
+    """The bits of a rounded matrix and its scales, float32 (rows, groups of 32); 0 and None if it is not rounded.
+
+    Raises:
+        Refusal: no type of GGUF holds it as it is.
+    """
+    module = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(module, PackedLinear | PackedEmbedding) or not name.endswith(".weight"):
+        return 0, None
+    matrix = _matrix(module)
+    if matrix.bits not in _ROUNDED or matrix.group % _GROUP or matrix.columns % _GROUP:
+        raise Refusal(
+            f"{name} has {matrix.columns} columns in {matrix.bits} bits, and a GGUF file holds matrices of 8, 5 or 4 "
+            f"bits whose columns are a multiple of {_GROUP}; search with --serve llama.cpp, or export with --format hf"
+        )
+    scales = matrix.scales.view(torch.float16).to("cpu", torch.float32)
+    return matrix.bits, scales.repeat_interleave(matrix.group // _GROUP, 1)[:, : matrix.columns // _GROUP]
+
+
+def _wide_shape(values: torch.Tensor, tensor: str, block: _Block, head: int) -> list[int]:
+    """The shape of a tensor in the file, which may have more hidden units or heads than the model."""
     rows = {"ffn_gate": block.hidden, "ffn_up": block.hidden, "attn_q": block.heads * head}
     rows |= dict.fromkeys(("attn_k", "attn_v"), block.groups * head)
     columns = {"ffn_down": block.hidden, "attn_output": block.heads * head}
@@ -280,6 +343,11 @@ def _widened(values: torch.Tensor, tensor: str, block: _Block, head: int) -> tor
     size[0] = rows.get(tensor, size[0])
     if len(size) == 2:
         size[1] = columns.get(tensor, size[1])
+    return size
+
+
+def _widened(values: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """Append zeros to a shape."""
     if size == list(values.shape):
         return values
     wide = values.new_zeros(size)
@@ -314,9 +382,16 @@ def _item(kind: gguf.GGMLQuantizationType) -> int:
     return 4 if kind.name == "F32" else 2
 
 
-def _type_of(tensor: str, values: np.ndarray[Any, Any], layout: _Layout) -> gguf.GGMLQuantizationType:
-    """The type in which a tensor is stored: vectors exactly, embedding and head in 8 bits at least."""
+def _type_of(
+    tensor: str, values: np.ndarray[Any, Any], layout: _Layout, integers: _Integers | None = None
+) -> gguf.GGMLQuantizationType:
+    """The type in which a tensor is stored: vectors exactly, embedding and head in 8 bits at least.
+
+    A rounded matrix is stored in the type of its bits.
+    """
     types = gguf.GGMLQuantizationType
+    if integers is not None:
+        return types[_ROUNDED[integers.bits]]
     if values.ndim < 2:
         return types.F32
     if layout.kind.name in ("F32", "F16", "BF16"):
@@ -389,10 +464,12 @@ def _check(model: Any, layout: _Layout, file: Path) -> None:
 def _rounded(model: Any, name: str, tensor: str, layout: _Layout) -> torch.Tensor:
     """A parameter as the type in the file can hold it."""
     values = _parameter(model, name).detach().to("cpu", torch.float32)
+    if _steps(model, name)[1] is not None:
+        return values
     part = tensor.split(".")[2] if tensor.startswith("blk.") else ""
     wide = values
     if part:
-        wide = _widened(values, part, layout.blocks[int(tensor.split(".")[1])], layout.head)
+        wide = _widened(values, _wide_shape(values, part, layout.blocks[int(tensor.split(".")[1])], layout.head))
     array = wide.contiguous().numpy()
     kind = _type_of(tensor, array, layout)
     back = torch.from_numpy(np.array(dequantize(quantize(array, kind), kind), dtype=np.float32))

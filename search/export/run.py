@@ -14,7 +14,7 @@ import torch
 
 from compression.refusal import Refusal
 from compression.schedule import Choice
-from search.config import BYTES, Config, read_fields
+from search.config import BYTES, GGUF_BITS, Config, read_fields
 from search.experiment.experiment import Experiment
 from search.export.deci import check_deci
 from search.export.folder import (
@@ -188,13 +188,18 @@ def _refuse_factors(kind: str, run: Path) -> None:
     Raises:
         Refusal: names such a matrix and what to do.
     """
-    if names := _not_plain(run):
-        form = _form(Prior.read(run / PRIOR).schedule[names[0]])
+    config, schedule = Config.of_run(read_fields(run / CONFIG), trusted=True), Prior.read(run / PRIOR).schedule
+    held = GGUF_BITS if kind == "gguf" else ()
+    names = [
+        name for name, choice in schedule if not (choice.is_plain or (not choice.is_sparse and choice.bits in held))
+    ]
+    if names:
+        form = _form(schedule[names[0]])
         raise Refusal(
             f"the {kind} format holds no factored, pruned or rounded matrices, and {len(names)} are, such as "
             f"{names[0]} ({form}); search with --form plain, or export with --format hf"
         )
-    if Config.of_run(read_fields(run / CONFIG), trusted=True).rounds_embedding:
+    if config.rounds_embedding and config.serve != "llama.cpp":
         raise Refusal(
             f"the {kind} format holds no rounded embedding, as the result has; search with --embedding-bits "
             f"{8 * BYTES}, or export with --format hf"

@@ -11,13 +11,14 @@ from math import ceil
 
 from torch import nn
 
+from compression.decomposition.entry_store import EntryForms
 from compression.numerics.legs import resolve
 from compression.numerics.packed_size import BITS, FLOATING
 from compression.refusal import Refusal
-from compression.schedule import DENSE, Choice, Form, Schedule
+from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site, model_parameters
 from compression.size import Price, SizeModel, choice_parameters
-from search.config import BYTES, Config, bytes_of
+from search.config import BYTES, GGUF_BITS, Config, bytes_of
 from search.model.ends import rounding_saves
 
 __all__ = ["Budget", "smallest"]
@@ -46,8 +47,8 @@ class Budget:
         least: the least target that can be met, in the same words.
         embedding_bits: bits a number of the embedding and the output head in the files of the run; 16 stands for all
             that it keeps as it is.
-        prunes: whether pruned matrices are worth having: nothing is rounded, or so few bits are left for an entry that
-            keeping fewer of them may cost less.
+        forms: what menus offer of whole matrices; None if they offer no entries in fewer bytes. Matrices are pruned if
+            nothing is rounded, or if so few bits are left for an entry that keeping fewer of them may cost less.
     """
 
     sizes: SizeModel
@@ -57,7 +58,7 @@ class Budget:
     wanted: str
     least: str
     embedding_bits: int
-    prunes: bool
+    forms: EntryForms | None
 
     @classmethod
     def of(cls, config: Config, model: nn.Module, sites: Sequence[Site]) -> Budget:
@@ -67,7 +68,7 @@ class Budget:
             ValueError: the size is not smaller than that of the dense model, or its embedding cannot be rounded.
         """
         bits = _embedding_bits(config, model)
-        rounded = rounding_saves(model, bits) if bits < 8 * BYTES else 0
+        rounded = rounding_saves(model, bits, group=config.scale_group) if bits < 8 * BYTES else 0
         if config.embedding_bits == bits < 8 * BYTES and not rounded:
             raise Refusal(
                 f"embedding_bits must be {8 * BYTES} for {config.model}, whose embedding does more than look up rows, "
@@ -75,13 +76,15 @@ class Budget:
             )
 
         def made(kept: float, least_kept: float, wanted: str, least: str) -> Budget:
-            prunes = config.offered_bits == (FLOATING,) or FLOATING * kept < _SCARCE
-            return cls(sizes, price, kept, least_kept, wanted, least, bits, prunes)
+            scarce = config.offered_bits == (FLOATING,) or FLOATING * kept < _SCARCE
+            whole = not config.has_factors
+            forms = EntryForms(config.offered_bits, scarce and not whole, config.scale_group, whole)
+            return cls(sizes, price, kept, least_kept, wanted, least, bits, forms if config.offered_bits else None)
 
-        sizes = SizeModel(model, sites, BYTES if config.by_bytes else None, rounded)
+        sizes = SizeModel(model, sites, BYTES if config.by_bytes else None, rounded, config.scale_group)
         price: Price = sizes.choice_bytes if config.by_bytes else choice_parameters
         dense = sum(price(site, DENSE) for site in sites)
-        least = sum(price(site, smallest(site, config.form)) for site in sites)
+        least = sum(price(site, smallest(site, config)) for site in sites)
         fixed, whole = sizes.fixed_bytes, sizes.bytes(Schedule.dense(tuple(site.name for site in sites)))
         ends = f"its embedding in {bits} bits and all else in {8 * BYTES}" if rounded else f"{8 * BYTES} bits a number"
         if config.size is not None:
@@ -114,14 +117,21 @@ def _embedding_bits(config: Config, model: nn.Module) -> int:
         average = 8 * bytes_of(config.size) / model_parameters(model)
     else:
         average = FLOATING * (config.target_bytes_kept or config.target_kept)
-    return next((bits for bits in BITS if bits <= average + _MORE), _FEWEST)
+    allowed = GGUF_BITS[1:] if config.serve == "llama.cpp" else BITS
+    return next((bits for bits in allowed if _FEWEST <= bits <= average + _MORE), max(_FEWEST, min(allowed)))
 
 
-def smallest(site: Site, form: Form) -> Choice:
-    """Returns the smallest form of a site: its bonds have their least width, and what is left has χ = 1 if it may."""
-    widths = () if form == "factors" else tuple(cut.least for cut in site.cuts)
+def smallest(site: Site, config: Config) -> Choice:
+    """Returns the smallest form of a site: its bonds have their least width, and what is left has χ = 1 if it may.
+
+    Where there are no factors, a matrix without bonds has its fewest bits.
+    """
+    widths = () if config.form == "factors" else tuple(cut.least for cut in site.cuts)
     rows, columns = site.shape(widths)
-    if site.dense_because or form == "plain" or not rows or not columns:
+    rounds = not (site.dense_because or config.has_factors or widths or site.in_features % config.scale_group)
+    if rounds and (bits := min(config.offered_bits, default=FLOATING)) < FLOATING:
+        return Choice("dense", 0, "two-sided", bits=bits)
+    if site.dense_because or not config.has_factors or not rows or not columns:
         return Choice("dense", 0, "none", widths)
     if not resolve("pivoted-lowrank", rows, columns).break_even_chi:
         return Choice("dense", 0, "none", widths)

@@ -13,7 +13,7 @@ from torch import nn
 
 from compression.calibration.blocks import Batch
 from compression.layers.quantize import quantized
-from compression.numerics.packed_size import packed_bytes
+from compression.numerics.packed_size import GROUP, packed_bytes
 from compression.training.trainable import captured_head_input
 from search.config import BYTES
 
@@ -57,7 +57,7 @@ def head_moment(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
     return total / count
 
 
-def rounded_ends(model: Any, bits: int, moment: torch.Tensor | None) -> dict[str, nn.Module]:
+def rounded_ends(model: Any, bits: int, moment: torch.Tensor | None, group: int = GROUP) -> dict[str, nn.Module]:
     """Returns modules that store the ends in `bits` bits a number, by name; the model does not change.
 
     Args:
@@ -65,12 +65,14 @@ def rounded_ends(model: Any, bits: int, moment: torch.Tensor | None) -> dict[str
         moment: what `head_moment` returns, in whose metric a matrix of the head is rounded; None rounds to nearest.
     """
     names, known = dict.fromkeys(ends(model), bits), None if moment is None else (moment, None)
-    return dict(quantized(model, names, lambda name: known if reads_head_input(model, name) else None))
+    return dict(quantized(model, names, lambda name: known if reads_head_input(model, name) else None, group))
 
 
-def rounding_saves(model: Any, bits: int, itemsize: int = BYTES) -> int:
+def rounding_saves(model: Any, bits: int, itemsize: int = BYTES, group: int = GROUP) -> int:
     """Returns the bytes that `rounded_ends` saves where a number takes `itemsize` bytes."""
     tables = {
         id(weight): weight.shape for name in ends(model) if (weight := model.get_submodule(name).weight) is not None
     }
-    return sum(rows * columns * itemsize - packed_bytes(rows, columns, bits) for rows, columns in tables.values())
+    return sum(
+        rows * columns * itemsize - packed_bytes(rows, columns, bits, group) for rows, columns in tables.values()
+    )

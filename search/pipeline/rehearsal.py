@@ -12,12 +12,13 @@ from contextlib import nullcontext
 from compression.allocation.menu import Menu, Option, SiteMenu, dense_menu, envelope
 from compression.bonds import one_of_a_kind
 from compression.refusal import Refusal
-from compression.schedule import Form, Joint, Schedule
+from compression.schedule import Joint, Schedule
 from compression.sites import Site, Unit, first_of_kind, members, units
 from compression.size import Price
 from envs import Problem
 from search.benchmarking.documents import always_searched, check_remaining
 from search.benchmarking.tasks import named_tasks
+from search.config import Config
 from search.experiment.experiment import Experiment
 from search.export.deci import check_deci
 from search.export.folder import check_export
@@ -90,12 +91,12 @@ def rehearse_prior(experiment: Experiment) -> Prior:
 def _menu(experiment: Experiment) -> Menu:
     """A menu of one small option and dense for every site and unit, with costs that mean nothing."""
     chosen = units(experiment.sites) if experiment.config.form != "factors" else experiment.sites
-    return Menu(tuple(_options(unit, experiment.config.form, experiment.budget.price) for unit in chosen))
+    return Menu(tuple(_options(unit, experiment.config, experiment.budget.price) for unit in chosen))
 
 
-def _options(unit: Site | Unit, form: Form, price: Price) -> SiteMenu:
+def _options(unit: Site | Unit, config: Config, price: Price) -> SiteMenu:
     """The menu of the smallest option of a unit or site, and dense."""
-    small = tuple(smallest(site, form) for site in members(unit))
+    small = tuple(smallest(site, config) for site in members(unit))
     if isinstance(unit, Unit):
         return envelope(unit, [Option(Joint(small), 1.0)], price)
     return dense_menu(unit, price) if small[0].is_dense else envelope(unit, [Option(small[0], 1.0)], price)

@@ -82,7 +82,10 @@ class RemoteEvaluator:
         self.experiment = Experiment.of(config, loaded, sites, device)
         with lock:
             self.experiment.store.menu(
-                form=config.form, multiple=config.width_multiple, price=self.experiment.budget.price
+                form=config.form,
+                multiple=config.width_multiple,
+                price=self.experiment.budget.price,
+                factored=config.has_factors,
             )
             self.experiment.calibration.release()
         self._open = ExitStack()

@@ -266,6 +266,15 @@ def test_an_engine_without_factors_decides_form_and_export(engine, form, export)
     assert (Config().form, Config().export) == ("any", "hf")
 
 
+def test_a_size_for_llama_cpp_takes_the_bits_that_its_files_hold():
+    config = Config.of({"serve": "llama.cpp", "size": "100MB"})
+    assert (config.form, config.export, config.offered_bits, config.scale_group) == ("small", "gguf", (16, 8, 5, 4), 32)
+    assert Config.of({"size": "100MB"}).scale_group == 64
+    assert Config.of({"size": "100MB"}).offered_bits == (16, 8, 6, 5, 4, 3, 2)
+    assert Config.of({"serve": "llama.cpp", "size": "100MB", "matrix_bits": "8,4"}).offered_bits == (8, 4)
+    assert Config.of({"serve": "vllm", "size": "100MB"}).form == "plain"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

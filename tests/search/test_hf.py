@@ -367,7 +367,7 @@ def edited(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said: said.update(format=99), "this model has format 99, and this code reads formats 1 to 3"),
+        (lambda said: said.update(format=99), "this model has format 99, and this code reads formats 1 to 4"),
         (lambda said: said.update(modules=None), "must be a mapping"),
         (lambda said: said["modules"].update({"model.nowhere": {"kind": "mpo"}}), "no matrix of this name"),
         (lambda said: said["modules"]["model.layers.0.self_attn.q_proj"].update(kind="x"), "kind must be"),

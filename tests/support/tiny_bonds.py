@@ -11,6 +11,7 @@ from torch import nn
 from compression import FactorCache, FactorStore, Site, Statistics, collect, discover_sites
 from compression.bonds import discover_bonds, with_bonds
 from compression.calibration.blocks import Batch
+from compression.decomposition.entry_store import EntryForms
 from compression.decomposition.repair import repair_
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import dense_weight
@@ -45,7 +46,9 @@ class Subject:
         batches = text(0)
         statistics = collect(model, sites, batches, torch.Generator().manual_seed(1))
         weights = {site.name: dense_weight(model.get_submodule(site.name)) for site in sites}
-        store = FactorStore(sites, weights, lambda: statistics, "key", SHRINKAGE, FactorCache(None), bits=bits)
+        store = FactorStore(
+            sites, weights, lambda: statistics, "key", SHRINKAGE, FactorCache(None), forms=EntryForms(tuple(bits))
+        )
         return cls(model, sites, statistics, store, batches)
 
     def schedule(self, share: float, chi: int = 0, heads: bool = True) -> Schedule:

@@ -9,7 +9,7 @@ import torch
 from tiny_bonds import SHRINKAGE, Subject, text
 
 from compression import FactorCache, FactorStore, Site, dense_weight, shrink
-from compression.decomposition.entry_store import EntryStore, entry_bytes, ladder
+from compression.decomposition.entry_store import EntryForms, EntryStore, entry_bytes, ladder
 from compression.schedule import SPARSE, Choice
 from compression.sites import put_modules
 
@@ -24,7 +24,7 @@ def subject() -> Subject:
 def store_of(subject: Subject, cache: Path | None, bits: tuple[int, ...]) -> EntryStore:
     weights = {site.name: dense_weight(subject.model.get_submodule(site.name)) for site in subject.sites}
     what = subject.sites, weights, lambda: subject.statistics, "key", SHRINKAGE, FactorCache(cache)
-    return FactorStore(*what, bits=bits).entries
+    return FactorStore(*what, forms=EntryForms(bits)).entries
 
 
 @pytest.mark.parametrize("form", ["pruned", "rounded", "both"])

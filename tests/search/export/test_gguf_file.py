@@ -1,6 +1,8 @@
 """GGUF files of models whose widths are alike, differ, or are 0: what is read back computes the same."""
 
+import itertools
 import json
+from collections import Counter
 
 import gguf
 import pytest
@@ -21,7 +23,11 @@ from merging_tokenizer import TEMPLATE, merging_tokenizer
 from pieces_tokenizer import pieces_tokenizer
 from tiny_model import assert_same_logits, tensorized
 from tokenizers import Tokenizer
+from torch import nn
 
+from compression.layers.kept import kept
+from compression.layers.packed import PackedEmbedding, PackedLinear
+from compression.layers.quantize import quantize_
 from compression.refusal import Refusal
 from search.export.gguf_file import GGUF_TYPES, check_gguf, read_values, write_gguf
 from search.export.gguf_vocabulary import vocabulary
@@ -239,6 +245,50 @@ def test_llama_cpp_reads_texts_by_a_sentencepiece_vocabulary(prefix, tmp_path):
 def test_a_tokenizer_without_merges_is_refused():
     with pytest.raises(Refusal, match="needs a tokenizer with merges"):
         vocabulary(load_model(LLAMA, "cpu").tokenizer, 257)
+
+
+def rounded_to(name, shape, group):
+    """A model whose whole matrices have 8, 5 or 4 bits in turn; the embedding, tied or not, has 8 or 5."""
+    loaded = cut_to(name, shape, untied=group == 32)
+    bits, whole = itertools.cycle((8, 5, 4)), {}
+    for path, module in loaded.model.named_modules():
+        if isinstance(module, nn.Embedding | nn.Linear) and not kept(module) and module.weight.numel():
+            whole[path] = next(bits)
+    whole["lm_head"] = 8
+    quantize_(loaded.model, whole, lambda name: None, group=group)
+    return loaded
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("name", [LLAMA, QWEN])
+def test_rounded_matrices_keep_their_integers_and_scales(name, group, tmp_path):
+    """With tied embeddings, rows of q and k in another order, and blocks of different widths beside them."""
+    for number, shape in enumerate((ALIKE, DIFFER)):
+        loaded, file = rounded_to(name, shape, group), tmp_path / f"{number}.gguf"
+        write_gguf(loaded.model, loaded.tokenizer, file, "float32")
+        kinds = Counter(each.tensor_type.name for each in gguf.GGUFReader(file).tensors)
+        assert min(kinds[kind] for kind in ("Q8_0", "Q5_0", "Q4_0")) > 1
+        for path, values in read_values(loaded.model, file).items():
+            module = loaded.model.get_submodule(path.rpartition(".")[0])
+            if isinstance(module, PackedLinear | PackedEmbedding) and path.endswith("weight"):
+                assert torch.equal(values, module.weight.float())
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("name", [LLAMA, QWEN])
+def test_llama_cpp_computes_what_a_rounded_model_does(name, group, tmp_path):
+    loaded, file = rounded_to(name, DIFFER, group), tmp_path / "model.gguf"
+    write_gguf(loaded.model, loaded.tokenizer, file, "float32")
+    assert_llama_cpp_agrees(loaded, file, 0.1)  # it rounds activations to 8 bits
+
+
+def test_bits_that_no_type_has_are_refused(tmp_path):
+    loaded = cut_to(LLAMA, ALIKE)
+    quantize_(loaded.model, {"model.layers.1.self_attn.q_proj": 3}, lambda name: None)
+    with pytest.raises(Refusal, match="32 columns in 3 bits, and a GGUF file holds matrices of 8, 5 or 4 bits"):
+        write_gguf(loaded.model, loaded.tokenizer, tmp_path / "model.gguf", "float16")
 
 
 def test_factored_matrices_are_refused_with_what_to_do(tmp_path):

@@ -6,19 +6,23 @@ import json
 import re
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from fake_data import fake_data
 from finished_runs import run
+from model_folder import model_folder
 from safetensors.torch import load_file
 from small_run import HEALED, SMALL, words
 from transformers import AutoModelForCausalLM
 
+from compression.layers.filled_linear import FilledLinear
 from compression.layers.packed import PackedEmbedding
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from search import cli
 from search.experiment.calibration import Calibration
+from search.export.gguf_file import read_values
 from search.export.restore import restore
 from search.model.loading import load_model
 from search.priors.format import Prior
@@ -95,6 +99,40 @@ def test_one_number_gives_a_file_of_that_size_and_what_else_a_run_has(
     assert 39_000 < next(row["bytes"] for row in smaller["rows"] if row["schedule"] == "prior") <= 40_000
 
 
+@pytest.mark.slow
+def test_a_size_for_llama_cpp_is_that_of_a_file_that_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, how = tmp_path / "run", {"serve": "llama.cpp", "repair_tokens": 512, "heal_minutes": 0.01}
+    summary = run(folder, model=model_folder(tmp_path / "model"), target_kept=None, size="26kB", export=None, **how)
+    rows = {row["schedule"]: row for row in summary["rows"]}
+    assert 24_000 < rows["healed"]["bytes"] <= 26_000
+    schedule = Prior.read(folder / "prior.json").schedule
+    assert {choice.topology for _, choice in schedule} == {"dense"}
+    assert {choice.bits for _, choice in schedule} <= {0, 4, 5, 8}
+    assert len({choice.bits for _, choice in schedule}) > 1
+    file = folder / "gguf" / "model.gguf"
+    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(file).tensors}
+    for name, choice in schedule:
+        if choice.bits and "q_proj" in name:
+            block = name.split(".")[2]
+            assert kinds[f"blk.{block}.attn_q.weight"] == {8: "Q8_0", 5: "Q5_0", 4: "Q4_0"}[choice.bits]
+    stored = sum(each.n_bytes for each in gguf.GGUFReader(file).tensors)
+    vectors = 2 * 32 * 7  # norms, which the file has in 32 bits
+    assert 0 <= rows["healed"]["bytes"] + vectors - stored < 500  # numbers of the rows and columns that are left
+    model = restore(folder, Console(quiet=True), "cpu", "healed").experiment.loaded.model
+    for name, values in read_values(model, file).items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, FilledLinear | PackedEmbedding) and name.endswith("weight"):
+            assert torch.equal(values, owner.weight.float())
+    assert cli.main(["export", str(folder), "--format", "gguf", "--out", str(tmp_path / "g"), "--quiet"]) == cli.DONE
+    capsys.readouterr()
+    assert (
+        cli.main(["export", str(folder), "--format", "plain", "--out", str(tmp_path / "p"), "--quiet"]) == cli.REFUSED
+    )
+    assert "the plain format holds no factored, pruned or rounded matrices" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.slow
 def test_the_embedding_is_measured_as_it_is_stored(bits: int, tmp_path: Path) -> None:
@@ -154,6 +192,7 @@ def test_a_share_of_the_bytes_is_a_target_of_every_form(tmp_path: Path) -> None:
         ({"size": "40kB", "target_bytes_kept": 0.5}, "size and target_bytes_kept both say how small"),
         ({"size": "40kB", "target_kept": 0.5}, "target_kept and size both say how small the result is to be"),
         ({"size": "40kB", "serve": "vllm", "form": "small"}, "serve vllm needs form plain"),
+        ({"size": "40kB", "serve": "llama.cpp", "matrix_bits": "3,8"}, "llama.cpp holds matrices of 16, 8, 5, 4 bits"),
     ],
 )
 def test_targets_that_cannot_be_met_are_refused_before_any_work(
