@@ -8,9 +8,12 @@ in the metric of its inputs, which is what GPTQ does, and in that of its inputs 
 "small" on all that `search.py --size` has, by the closed form too, with the embedding in the bits that `--size` gives
 it (see `search.model.budget`). A last point of "small" has 93 % fewer bytes than the dense model in float32.
 
+"q4_0" and "q5_0" are what llama.cpp's own quantization gives: every matrix rounded to the nearest, the embedding in q8_0.
+"for llama.cpp" has the same bytes and what `search.py --serve llama.cpp --size` has, by the closed form.
+
 There is no search, repair or healing. Bytes count all tensors. The default model was published in 4 bits with 32
-numbers per group, so int4 loses less on it than on a model published in 16 bits. Everything is computed in float32: in bfloat16 any change of the
-weights costs 0.002 nats. `--quick` measures little text.
+numbers per group, so int4 loses less on it than on a model published in 16 bits. Everything is computed in float32: in
+bfloat16 any change of the weights costs 0.002 nats. `--quick` measures little text.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from compression.sites import replaced
 from search.config import BYTES, Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
+from search.experiment.calibration import factor_store
 from search.experiment.experiment import Experiment
 from search.experiment.open_model import open_model
 from search.export.folder import footprint
@@ -75,14 +79,14 @@ class Front:
         """Embedding and head in so many bits, by name."""
         return {} if bits == FLOATING else rounded_ends(self.model, bits, self.read)
 
-    def measure(self, way: str, ends_bits: int) -> Point:
-        """Measures the model as it is, prints the point and adds it to the front."""
+    def measure(self, way: str, ends_bits: int, size: int | None = None) -> Point:
+        """Measures the model as it is, prints the point and adds it to the front; `size` if not that of its tensors."""
         tensors = {values.data_ptr(): values for values in self.model.state_dict().values()}
-        size = sum(
+        found = sum(
             values.numel() * (BYTES if values.is_floating_point() else values.element_size())
             for values in tensors.values()
         )
-        point = Point(way, ends_bits, size, self.workload.measure(self.model))
+        point = Point(way, ends_bits, size or found, self.workload.measure(self.model))
         self.points.append(point)
         print(f"{way}, embedding {ends_bits}: {point.bytes / 1e6:.1f} MB, KL {point.quality.kl:.4f}", flush=True)
         return point
@@ -99,17 +103,43 @@ class Front:
         with replaced(self.model, {**made, **self.ends(ends_bits)}):
             return self.measure(way, ends_bits)
 
-    def allocated(self, way: str, form: Literal["factors", "small"], size: int) -> Point:
+    def nearest(self, kind: str) -> Point:
+        """Measures the model with every matrix in a type of GGUF, rounded to the nearest, and the embedding in Q8_0."""
+        taken: dict[torch.nn.Parameter, torch.Tensor] = {}
+        size = 0
+        for name, values in self.model.named_parameters():
+            if values.ndim < 2:
+                size += BYTES * values.numel()
+                continue
+            inside = any(name == f"{site.name}.weight" for site in self.sites)
+            number = gguf.GGMLQuantizationType[kind.upper() if inside else "Q8_0"]
+            stored = gguf.quants.quantize(values.detach().numpy(), number)
+            size += stored.nbytes
+            taken[values] = values.detach().clone()
+            values.data.copy_(torch.from_numpy(gguf.quants.dequantize(stored, number)))
+        try:
+            return self.measure(kind, 8, size)
+        finally:
+            for values, before in taken.items():
+                values.data.copy_(before)
+
+    def allocated(self, way: str, form: Literal["factors", "small"], size: int, serve: str = "transformers") -> Point:
         """Measures the closed form over what a form offers, with `size` bytes for the whole model."""
-        asked = {"form": form, "size": f"{size}B"}
+        asked = {"form": form, "size": f"{size}B", "serve": serve, "export": "none"}
         if form == "factors":
             asked = {"form": "factors", "target_bytes_kept": size / (self.float32 // 4 * BYTES)}
         config = Config.of({"model": self.experiment.config.model, **asked})
         budget = Budget.of(config, self.model, self.experiment.sites)
-        menu = self.experiment.store.menu(form=form, price=budget.price)
+        store, experiment = self.experiment.store, self.experiment
+        if serve == "llama.cpp":
+            calibration = experiment.calibration
+            store = factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache, budget.forms)
+        menu = store.menu(form=form, price=budget.price, factored=config.has_factors)
         schedule = to_schedule(menu, lagrangian(menu, int(budget.target_kept * menu.dense_parameters)))
-        ends = self.ends(budget.embedding_bits)
-        with ScheduleApplier(self.model, self.experiment.store, packed=True) as applier:
+        ends = rounded_ends(self.model, budget.embedding_bits, self.read, config.scale_group)
+        if budget.embedding_bits == FLOATING:
+            ends = {}
+        with ScheduleApplier(self.model, store, packed=True) as applier:
             applier.apply_(schedule)
             with replaced(self.model, ends):
                 return self.measure(way, budget.embedding_bits)
@@ -150,6 +180,10 @@ def _measure(front: Front) -> list[Bar]:
             print(f"χ alone cannot reach {rival.bytes} bytes: {error}")
             continue
         bars.append(Bar(f"kl-over-chi-at-size-{number + 1}", mixed.quality.kl / chi.quality.kl, "<=", 1.0))
+    for kind in ("q4_0", "q5_0"):
+        rival = front.nearest(kind)
+        mixed = front.allocated("for llama.cpp", "small", rival.bytes, "llama.cpp")
+        bars.append(Bar(f"kl-over-{kind}-in-llama-cpp", mixed.quality.kl / rival.quality.kl, "<=", 1.0))
     smallest = front.allocated("small", "small", int((1 - _HEADLINE) * front.float32))
     bars.append(Bar("bytes-saved-of-float32", 1 - smallest.bytes / front.float32, ">=", _HEADLINE))
     return bars

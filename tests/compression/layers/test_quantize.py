@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from compression import MPOLinear
 from compression.layers.packed import PackedEmbedding, PackedLinear, PackedMPO
+from compression.layers.planner import Planner
 from compression.layers.quantize import packed, quantize_
 from compression.numerics.group_integers import Metric, dequantize, quantize
 from compression.numerics.packed_size import BITS, packed_bytes
@@ -199,3 +200,16 @@ def test_a_packed_description_that_does_not_fit_is_refused(quantized, tmp_path, 
     save_file(tensors, weights, metadata)
     with pytest.raises(ValueError, match=message):
         load_for_use(str(tmp_path / "out"), "cpu")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_packed_layer_keeps_its_matrix_where_speed_is_wanted(bits):
+    layer, rows = nn.Linear(40, 12).requires_grad_(False), given(5, 40)
+    model = nn.Sequential(packed(layer, bits, 16))
+    wanted, state = model(rows), set(model.state_dict())
+    torch.testing.assert_close(wanted, rows @ model[0].weight.T + layer.bias)
+    small, kept = (Planner(goal).plan_(model) for goal in ("memory", "latency"))
+    assert small.resident_bytes == small.stored_bytes == packed_bytes(12, 40, bits, 16) + 4 * 12
+    assert kept.resident_bytes == small.resident_bytes + 4 * 12 * 40
+    assert torch.equal(model(rows), wanted)
+    assert set(model.state_dict()) == state
