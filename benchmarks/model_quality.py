@@ -131,9 +131,8 @@ class Bench:
     def small(self) -> FactorStore:
         """Factors, and matrices in all numbers of bits that runs with `--form small` have."""
         experiment, calibration = self.experiment, self.experiment.calibration
-        return factor_store(
-            experiment.loaded, experiment.sites, calibration, calibration.cache, EntryForms(EMBEDDING_BITS)
-        )
+        forms = EntryForms(EMBEDDING_BITS, prunes=False)
+        return factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache, forms)
 
     def store(self, variant: str) -> FactorStore:
         variant = _REPAIRED.get(variant, variant)

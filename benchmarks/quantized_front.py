@@ -8,8 +8,8 @@ in the metric of its inputs, which is what GPTQ does, and in that of its inputs 
 "small" on all that `search.py --size` has, by the closed form too, with the embedding in the bits that `--size` gives
 it (see `search.model.budget`). A last point of "small" has 93 % fewer bytes than the dense model in float32.
 
-"q4_0" and "q5_0" are what llama.cpp's own quantization gives: every matrix rounded to the nearest, the embedding in q8_0.
-"for llama.cpp" has the same bytes and what `search.py --serve llama.cpp --size` has, by the closed form.
+"q4_0" and "q5_0" are what llama.cpp's own quantization gives: every matrix rounded to the nearest, the embedding in
+q8_0. "for llama.cpp" has the same bytes and what `search.py --serve llama.cpp --size` has, by the closed form.
 
 There is no search, repair or healing. Bytes count all tensors. The default model was published in 4 bits with 32
 numbers per group, so int4 loses less on it than on a model published in 16 bits. Everything is computed in float32: in
@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import gguf
+import torch
 from torch import nn
 
 from benchmarks.report import RESULTS, Bar, markdown, publish
