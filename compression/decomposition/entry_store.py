@@ -91,6 +91,10 @@ class EntryForms:
     group: int = GROUP
     whole_groups: bool = False
 
+    def leaves_out(self, site: Site) -> bool:
+        """Whether a site is not rounded because its rows are no whole groups."""
+        return self.whole_groups and site.in_features % self.group != 0
+
 
 @dataclass(frozen=True, eq=False)
 class Entries:
@@ -189,8 +193,7 @@ class EntryStore:
         """
         self._refuse_dense(name)
         found, site = [], self._site[name]
-        apart = self._forms.whole_groups and site.in_features % self._forms.group
-        for bits in (each for each in self._forms.bits if each != FLOATING and not apart):
+        for bits in (each for each in self._forms.bits if each != FLOATING and not self._forms.leaves_out(site)):
             cost = float(self._bundle(name, bits, False).tensors["cost"])
             found.append(Option(Choice("dense", 0, "two-sided", bits=bits), cost))
         bits = _pruned_bits(self._forms.bits)

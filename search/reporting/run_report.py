@@ -36,6 +36,11 @@ from search.runtime.schema import Part
 __all__ = ["REPORT", "Run", "report"]
 
 REPORT = "report.html"
+_BASELINES = (
+    ("lagrangian", "closed-form allocation"),
+    ("uniform-bits", "as many bits everywhere"),
+    ("uniform", "uniform χ"),
+)
 
 
 @dataclass(frozen=True)
@@ -127,13 +132,16 @@ def _headline(run: Run) -> str:
     result, dense = run.result, run.row("dense")
     if not result or not dense:
         return "This folder holds no results of a search."
+    parameters, stored = (result[name] / dense[name] for name in ("parameters", "bytes"))
+    size = f"{result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters ({parameters - 1:+.0%})"
+    if stored < 0.9 * parameters:  # its numbers have fewer bits
+        size = f"{result['bytes'] / 1e6:.1f} of {dense['bytes'] / 1e6:.1f} MB ({stored - 1:+.0%})"
     parts = [
-        f"{result['schedule']}: {result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters"
-        f" ({result['parameters'] / dense['parameters'] - 1:+.0%})",
+        f"{result['schedule']}: {size}",
         f"held-out KL to the dense model {_figure(result.get('kl'))} nats per token",
         f"perplexity {_figure(result.get('perplexity'))} (dense {_figure(dense.get('perplexity'))})",
     ]
-    for baseline, words in (("lagrangian", "closed-form allocation"), ("uniform", "uniform χ")):
+    for baseline, words in _BASELINES:
         other = run.row(baseline).get("kl")
         if other and result.get("kl") is not None and result["schedule"] != baseline:
             parts.append(f"KL {result['kl'] / other - 1:+.0%} against {words}")
