@@ -132,9 +132,10 @@ def _headline(run: Run) -> str:
     result, dense = run.result, run.row("dense")
     if not result or not dense:
         return "This folder holds no results of a search."
-    parameters, stored = (result[name] / dense[name] for name in ("parameters", "bytes"))
-    size = f"{result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters ({parameters - 1:+.0%})"
-    if stored < 0.9 * parameters:  # its numbers have fewer bits
+    share = result["parameters"] / dense["parameters"]
+    size = f"{result['parameters'] / 1e6:.1f} of {dense['parameters'] / 1e6:.1f} million parameters ({share - 1:+.0%})"
+    if result.get("bytes") and dense.get("bytes") and result["bytes"] / dense["bytes"] < 0.9 * share:  # fewer bits
+        stored = result["bytes"] / dense["bytes"]
         size = f"{result['bytes'] / 1e6:.1f} of {dense['bytes'] / 1e6:.1f} MB ({stored - 1:+.0%})"
     parts = [
         f"{result['schedule']}: {size}",
