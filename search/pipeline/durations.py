@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.numerics.packed_size import FLOATING
 from compression.schedule import Schedule
 from compression.sites import Site, model_bytes, model_parameters
 from search.experiment.experiment import Experiment
@@ -34,6 +35,7 @@ _ENTRY = 3000  # operations that take as long as what is done once with each ent
 _MENUS, _SOLVED, _APPLIED = 5.2, 5.4, 0.067  # decompositions of all sites: menus, repair, applying one schedule
 _NEW = 0.55  # the same that trials need at new widths, times the root of their number
 _DATA, _TEXT, _START = 10.0, 6.0, 4.0  # seconds
+_STEP = 1.6e-4  # seconds of rounding, for each row and column
 _READ, _WRITTEN = 5e8, 1e8  # bytes of a model a second
 _SIZE = 1024  # rows of the matrices that are multiplied
 
@@ -92,7 +94,7 @@ def durations(experiment: Experiment, speeds: Speeds, tokens: Mapping[str, int])
         "data": _DATA,
         "calibrate": (1 + _WEIGHTED) * statistics if by_block else statistics,
         "weight tokens": 0.0 if by_block else _WEIGHTED * statistics,
-        "decompose": _MENUS * every,
+        "decompose": _MENUS * every + _rounding(experiment, speeds),
         "baselines": 0.0 if by_block else 3 * every,
         "reference": every + experiment.references(Schedule(())) * tokens["trial"] * scored,
         "search": config.budget * _REUSED * tokens["trial"] * scored + _NEW * math.sqrt(config.budget) * every,
@@ -117,6 +119,14 @@ def benchmarked(experiment: Experiment) -> int:
 def _moments(site: Site) -> int:
     """Arithmetic operations for each token of the second moments of a site; inputs that sites share count each time."""
     return 2 * (site.out_features**2 + site.in_features**2)
+
+
+def _rounding(experiment: Experiment, speeds: Speeds) -> float:
+    """Seconds of rounding every matrix to all bits that are offered: steps along its sides, and products."""
+    rounded = sum(bits != FLOATING for bits in experiment.config.offered_bits)
+    sides = [(site.out_features, site.in_features) for site in experiment.sites if not site.dense_because]
+    products = 2 * speeds.operation * sum(rows * columns * (rows + columns) for rows, columns in sides)
+    return rounded * (_STEP * sum(map(sum, sides)) + products)
 
 
 def _decomposition(site: Site) -> float:
