@@ -1,8 +1,8 @@
 """Stores the entries of the matrices of one model in fewer bytes: some of them, in fewer bits, or both.
 
 Combines pruning and rounding of a matrix with weights, metrics and the cache. Does not know the model they come from.
-At equal bytes, rounding costs less than pruning down to three bits an entry: a matrix in 8 bits costs a thousandth of
-one that keeps half of its entries in 16. Below, pruned matrices of 3 bits reach what rounded ones cannot.
+At equal bytes, rounding costs less than pruning: a matrix in 8 bits costs a thousandth of one that keeps half of its
+entries in 16 (results/byte_forms.md). Below the 2.25 bits that it takes at least, pruned matrices of 3 bits go on.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ from search.model.ends import rounding_saves
 __all__ = ["Budget", "smallest"]
 
 _SCARCE = 3.5
-"""Bits for every entry of the matrices, masks and scales counted, below which some may be pruned. From 2.4 bits on a
-pruned matrix costs less than a rounded one, and matrices that matter little have a bit less than the mean."""
+"""Bits for every entry of the matrices, masks and scales counted, below which some may be pruned. A pruned matrix is
+worth having below the 2.25 bits that a rounded one takes at least (results/byte_forms.md), and matrices that matter
+little have a bit less than the mean."""
 _MORE, _FEWEST = 1.35, 3
 """How many bits more than the average of all numbers, scales counted, an embedding has at most; and its fewest.
 
