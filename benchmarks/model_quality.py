@@ -228,7 +228,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="use two kept fractions, four variants and less text")
     parser.add_argument("--write", action="store_true", help="write the table to results/")
     parser.add_argument("--kept", type=float, nargs="+", help="kept fractions over the sites")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="variants to measure; lowrank is always added")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, help="variants to measure; lowrank is added where compared"
+    )
     parser.add_argument(
         "--fitted-families",
         nargs="*",
@@ -244,7 +246,8 @@ def main() -> None:
     quick = arguments.quick
     fractions = arguments.kept or ([0.8, 0.5] if quick else [0.9, 0.8, 0.7, 0.6, 0.5])
     wanted = arguments.variants or (("lowrank", "pivoted", "weighted", "repaired") if quick else VARIANTS)
-    variants = [name for name in VARIANTS if name in wanted or name == "lowrank"]
+    compared = not set(wanted) <= set(_BY_BYTES)  # which have goals of their own
+    variants = [name for name in VARIANTS if name in wanted or (compared and name == "lowrank")]
     config = Config(
         dtype="float32",  # in bfloat16 any change of the weights costs 0.002 nats
         calibration_tokens=arguments.calibration_tokens,
@@ -281,8 +284,9 @@ def main() -> None:
             cells: list[object] = [variant, name]
             for kept in fractions:
                 if (variant, kept) in quality:
-                    value, reference = quality[variant, kept][name], quality["lowrank", kept][name]
-                    cells.append(f"{value.kl:.4f} ({value.kl / reference.kl:.2f})")
+                    value, reference = quality[variant, kept][name], quality.get(("lowrank", kept))
+                    share = f" ({value.kl / reference[name].kl:.2f})" if reference else ""
+                    cells.append(f"{value.kl:.4f}{share}")
                 else:
                     cells.append("not run")
             rows.append(cells)
@@ -291,25 +295,25 @@ def main() -> None:
     errors = []
     for kept in fractions:
         for name in bench.workloads:
-            for variant in [each for each in variants[1:] if (each, kept) in quality]:
+            for variant in [each for each in variants[compared:] if compared and (each, kept) in quality]:
                 difference = paired_kl(quality[variant, kept][name], quality["lowrank", kept][name])
                 errors.append([variant, name, kept, f"{difference.value:+.4f} ± {difference.standard_error:.4f}"])
     repaired = f"the first {config.repair_tokens:,}" if config.repair_tokens < text.calibration.tokens else "all"
     body = (
         "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
-        f"and in brackets its ratio to `lowrank` at the same kept fraction. Held-out text: {counts} sequences. "
+        f"{'and in brackets its ratio to `lowrank` at the same kept fraction. ' * compared}Held-out text: {counts} sequences. "
         f"Calibration text: {text.calibration.tokens:,} tokens, {repaired} of them for repair. The menu has fitted "
         f"MPOs for the families {', '.join(bench.fitted_families)}. benchmarks/model_quality.py explains the "
-        "variants.\n\n"
-        + markdown(["variant", "corpus", *(f"kept {kept}" for kept in fractions)], rows)
-        + "\n\nDifference from `lowrank`, paired over sequences, ± one standard error:\n\n"
-        + markdown(["variant", "corpus", "kept", "nats per token"], errors)
+        "variants.\n\n" + markdown(["variant", "corpus", *(f"kept {kept}" for kept in fractions)], rows)
     )
+    if compared:
+        body += "\n\nDifference from `lowrank`, paired over sequences, ± one standard error:\n\n"
+        body += markdown(["variant", "corpus", "kept", "nats per token"], errors)
     bars = [
         Bar(f"{variant}_over_lowrank_{name}_{kept}", value[name].kl / quality["lowrank", kept][name].kl, "<=", 0.8)
         for (variant, kept), value in quality.items()
         for name in bench.workloads
-        if variant != "lowrank" and variant in variants and kept in fractions
+        if compared and variant != "lowrank" and variant in variants and kept in fractions
     ]
     bars += [
         Bar(f"{variant}_{name}_{kept}", value[name].kl, "<=", _BARS[kept])

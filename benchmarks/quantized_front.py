@@ -32,7 +32,7 @@ from benchmarks.report import RESULTS, Bar, markdown, publish
 from compression import lagrangian, to_schedule
 from compression.decomposition.apply import ScheduleApplier
 from compression.layers.quantize import Moments, quantized
-from compression.numerics.packed_size import FLOATING
+from compression.numerics.packed_size import FLOATING, GROUP
 from compression.numerics.whitening import shrink
 from compression.sites import replaced
 from search.config import BYTES, Config
@@ -77,9 +77,9 @@ class Front:
         self.read = self.experiment.head_moment()
         self.float32 = footprint(self.model).float32
 
-    def ends(self, bits: int) -> Mapping[str, nn.Module]:
+    def ends(self, bits: int, group: int = GROUP) -> Mapping[str, nn.Module]:
         """Embedding and head in so many bits, by name."""
-        return {} if bits == FLOATING else rounded_ends(self.model, bits, self.read)
+        return {} if bits == FLOATING else rounded_ends(self.model, bits, self.read, group)
 
     def measure(self, way: str, ends_bits: int, size: int | None = None) -> Point:
         """Measures the model as it is, prints the point and adds it to the front; `size` if not that of its tensors."""
@@ -138,9 +138,7 @@ class Front:
             store = factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache, budget.forms)
         menu = store.menu(form=form, price=budget.price, factored=config.has_factors)
         schedule = to_schedule(menu, lagrangian(menu, int(budget.target_kept * menu.dense_parameters)))
-        ends = rounded_ends(self.model, budget.embedding_bits, self.read, config.scale_group)
-        if budget.embedding_bits == FLOATING:
-            ends = {}
+        ends = self.ends(budget.embedding_bits, config.scale_group)
         with ScheduleApplier(self.model, store, packed=True) as applier:
             applier.apply_(schedule)
             with replaced(self.model, ends):
