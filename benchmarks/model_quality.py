@@ -301,7 +301,8 @@ def main() -> None:
     repaired = f"the first {config.repair_tokens:,}" if config.repair_tokens < text.calibration.tokens else "all"
     body = (
         "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
-        f"{'and in brackets its ratio to `lowrank` at the same kept fraction. ' * compared}Held-out text: {counts} sequences. "
+        f"{'and in brackets its ratio to `lowrank` at the same kept fraction. ' * compared}"
+        f"Held-out text: {counts} sequences. "
         f"Calibration text: {text.calibration.tokens:,} tokens, {repaired} of them for repair. The menu has fitted "
         f"MPOs for the families {', '.join(bench.fitted_families)}. benchmarks/model_quality.py explains the "
         "variants.\n\n" + markdown(["variant", "corpus", *(f"kept {kept}" for kept in fractions)], rows)
