@@ -6,7 +6,8 @@ The sizes are those of int4 alone with the embedding in 16, 8 and 4 bits. "int4 
 in the metric of its inputs, which is what GPTQ does, and in that of its inputs and output gradients, as `export
 --quantize int4` does. At each size "χ alone" spends the same bytes on factors of 16 bits by the closed form, and
 "small" on all that `search.py --size` has, by the closed form too, with the embedding in the bits that `--size` gives
-it (see `search.model.budget`); the smallest also repaired. A last point of "small" has 93 % fewer bytes than the dense model in float32.
+it (see `search.model.budget`); at the smallest size it is also repaired. A last point of "small" has 93 % fewer bytes
+than the dense model in float32.
 
 "q4_0" and "q5_0" are what llama.cpp's own quantization gives: every matrix rounded to the nearest, the embedding in
 q8_0. "for llama.cpp" has the same bytes and what `search.py --serve llama.cpp --size` has, by the closed form.
@@ -35,7 +36,7 @@ from compression.decomposition.repair import repair_
 from compression.layers.quantize import Moments, quantized
 from compression.numerics.packed_size import FLOATING, GROUP
 from compression.numerics.whitening import shrink
-from compression.sites import replaced
+from compression.sites import put_modules, replaced
 from search.config import BYTES, Config
 from search.evaluation.quality import Quality
 from search.evaluation.workload import Workload
@@ -126,8 +127,15 @@ class Front:
             for values, before in taken.items():
                 values.data.copy_(before)
 
-    def allocated(self, way: str, form: Literal["factors", "small"], size: int, serve: str = "transformers") -> Point:
-        """Measures the closed form over what a form offers, with `size` bytes for the whole model."""
+    def allocated(
+        self,
+        way: str,
+        form: Literal["factors", "small"],
+        size: int,
+        serve: str = "transformers",
+        repaired: bool = False,
+    ) -> Point:
+        """Measures the closed form over what a form offers, with `size` bytes for the whole model; also repaired."""
         asked = {"form": form, "size": f"{size}B", "serve": serve, "export": "none"}
         if form == "factors":
             asked = {"form": "factors", "target_bytes_kept": size / (self.float32 // 4 * BYTES)}
