@@ -33,6 +33,8 @@ _MORE, _FEWEST = 1.35, 3
 On SmolLM2-135M an embedding of 8, 6, 5 and 4 bits costs 0.002, 0.006, 0.018 and 0.064 nats per token, and matrices of
 6, 4 and 3 bits 0.009, 0.096 and 0.369: per byte, one to two bits more for the embedding cost the same.
 """
+_GGUF_FROM = {8: 5.7, 5: 4.8}
+"""The same for the types of GGUF files: from which average on an embedding has so many bits; otherwise it has 4."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +120,9 @@ def _embedding_bits(config: Config, model: nn.Module) -> int:
         average = 8 * bytes_of(config.size) / model_parameters(model)
     else:
         average = FLOATING * (config.target_bytes_kept or config.target_kept)
-    allowed = GGUF_BITS[1:] if config.serve == "llama.cpp" else BITS
-    return next((bits for bits in allowed if _FEWEST <= bits <= average + _MORE), max(_FEWEST, min(allowed)))
+    if config.serve == "llama.cpp":
+        return next((bits for bits, least in _GGUF_FROM.items() if average >= least), min(GGUF_BITS))
+    return next((bits for bits in BITS if bits <= average + _MORE), _FEWEST)
 
 
 def smallest(site: Site, config: Config) -> Choice:
