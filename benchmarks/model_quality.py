@@ -300,8 +300,8 @@ def main() -> None:
                 errors.append([variant, name, kept, f"{difference.value:+.4f} ± {difference.standard_error:.4f}"])
     repaired = f"the first {config.repair_tokens:,}" if config.repair_tokens < text.calibration.tokens else "all"
     body = (
-        "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation, "
-        f"{'and in brackets its ratio to `lowrank` at the same kept fraction. ' * compared}"
+        "KL(dense ‖ compressed) in nats per token of SmolLM2-135M-Instruct without healing, closed-form allocation"
+        f"{', and in brackets its ratio to `lowrank` at the same kept fraction' * compared}. "
         f"Held-out text: {counts} sequences. "
         f"Calibration text: {text.calibration.tokens:,} tokens, {repaired} of them for repair. The menu has fitted "
         f"MPOs for the families {', '.join(bench.fitted_families)}. benchmarks/model_quality.py explains the "

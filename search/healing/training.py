@@ -225,7 +225,7 @@ class _Healing:
             self._forget_gradients()
             return f"the loss or its gradient was not finite at step {self.at.step}; the best state so far is kept"
         kl = self.at.measurements[0].kl
-        rates = {"cores": plan.rate_for(kl), "vectors": plan.vector_rate, "scales": plan.scale_rate}
+        rates = plan.rates(kl)
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["kind"]] * self.at.rate_factor(plan)
         self.optimizer.step()
