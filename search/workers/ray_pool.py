@@ -302,7 +302,10 @@ def ray_pool(
             num_cpus=0 if gpus else threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )
         plain = None if extract is None else (extract.tokens, extract.context)
-        arguments = portable_fields(config), anchor.to_json(), experiment.loaded.identity, count, threads, gpus, plain
+        # The dtype that "auto" means here: on another machine it may mean another one.
+        dtype = str(experiment.loaded.model.dtype).removeprefix("torch.")
+        values = portable_fields(config) | {"dtype": dtype}
+        arguments = values, anchor.to_json(), experiment.loaded.identity, count, threads, gpus, plain
         sizes = experiment.budget.sizes
 
         def failed(schedule: Schedule, reason: str, seconds: float) -> Score:

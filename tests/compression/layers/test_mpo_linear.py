@@ -27,6 +27,7 @@ from compression.layers.routes import Plan, Route, extra_entries, in_training, r
 from compression.numerics.cores import contract, decompose, truncate
 from compression.numerics.gauge import PivotedCore, pivot
 from compression.numerics.legs import resolve
+from compression.numerics.pivoted_product import _buffer, pivoted_product, row_order, unfolding
 from compression.size import SizeModel
 
 OUT, IN, CHI = 24, 36, 7
@@ -329,3 +330,20 @@ def test_an_applier_with_a_planner_gives_every_layer_its_plan() -> None:
     model, _, _ = applied("pivoted-lowrank", packed=True, planner=Planner("latency", measure=False))
     layers = [layer for layer in model.modules() if isinstance(layer, MPOLinear)]
     assert [layer.plan for layer in layers] == [Planner("latency", measure=False).plan(layer) for layer in layers]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_was_in_the_scratch_buffer_never_reaches_a_result(dtype: torch.dtype, transposed: bool) -> None:
+    """A product of bfloat16 on AMX reads beyond rows whose length is odd."""
+    generator = torch.Generator().manual_seed(0)
+    rows, chi, inputs = 1536, 419, 576
+    last, tail = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((chi, inputs), (rows - chi, chi)))
+    order = row_order(torch.randperm(rows, generator=generator)[:chi], rows)
+    tokens = torch.randn(528, inputs, generator=generator).to(dtype)
+    _buffer(1 << 22, tokens).fill_(torch.nan)
+    with torch.no_grad():
+        found = pivoted_product(tokens, last, tail, order, transposed)
+        expected = tokens.double() @ (unfolding(tail.double(), order) @ last.double()).T
+    assert torch.isfinite(found).all()
+    assert (found - expected).norm() < 0.02 * expected.norm()
