@@ -203,8 +203,8 @@ class Config(BaseModel):
         "BITS",
         pattern=_BITS,
     )
-    """Bits a number that matrices may have with form small, such as 4,8; below 16 in groups that share a scale.
-    Default: all, from 2 to 16. With 16 alone matrices are pruned and not rounded."""
+    """Bits a number that matrices may be rounded to with form small, such as 4,8, in groups that share a scale; any may
+    stay in 16. Default: all, from 2 to 8. With 16 alone matrices are pruned and not rounded."""
     granularity: Granularity = _name("search", "block+family", GRANULARITIES, "KIND")
     """What each action of the agent covers: a block, a family of matrices, one matrix (site), an attention head (with
     --per-head), or a block and a family together."""
