@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from agents import SLOPES_COST
 from benchmarks.report import RESULTS, Bar, markdown, publish
-from benchmarks.second_model import second_model
+from benchmarks.lab_models import lab_model
 from search.config import FORMS, Config
 from search.pipeline.apply import apply
 from search.pipeline.run import run
@@ -206,7 +206,7 @@ def main() -> None:
     if given.quick:
         models, seeds, values = ["random:tiny-llama", "random:tiny-qwen2"], [0], values | QUICK
     else:
-        models, seeds = given.models or ["default", str(second_model())], given.seeds
+        models, seeds = given.models or ["default", str(lab_model("gemma-3-270m"))], given.seeds
     configs = {Path(model).stem.replace(":", "-"): Config.of({**values, "model": model}) for model in models}
     first, second = configs
     ways = [(source, target, seed) for seed in seeds for source, target in ((first, second), (second, first))]

