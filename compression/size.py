@@ -14,7 +14,7 @@ from torch import nn
 
 from compression.numerics.bitmask import bitmask_bytes
 from compression.numerics.legs import resolve
-from compression.numerics.packed_size import GROUP, packed_bytes
+from compression.numerics.packed_size import GROUP, SCALE, packed_bytes
 from compression.schedule import DENSE, Choice, Joint, Schedule
 from compression.sites import Site, Unit, model_bytes, model_parameters
 
@@ -53,7 +53,7 @@ class SizeModel:
         model: the dense model; it may be on the meta device.
         sites: its sites.
         itemsize: bytes of a stored number; None for those that the parameters take in memory.
-        group: neighbours of a rounded matrix that share a scale.
+        group, scale: neighbours of a rounded matrix that share a scale, and the bytes of it.
         rounded: bytes that every schedule but the dense one saves outside the sites, by rounding embedding and head.
     """
 
@@ -64,9 +64,10 @@ class SizeModel:
         itemsize: int | None = None,
         rounded: int = 0,
         group: int = GROUP,
+        scale: int = SCALE,
     ) -> None:
         self._sites = tuple(sites)
-        self._group = group
+        self._group, self._scale = group, scale
         self._rounded = rounded
         self._model_parameters = model_parameters(model)
         self._model_bytes = model_bytes(model, itemsize)
@@ -112,7 +113,8 @@ class SizeModel:
         mask = bitmask_bytes(site.out_features, site.in_features) if choice.is_sparse else 0
         if choice.bits:
             shape = (1, choice.chi) if choice.is_sparse else (site.out_features, site.in_features)
-            return packed_bytes(*shape, choice.bits, self._group) + size * self._biases(site, choice) + mask
+            packed = packed_bytes(*shape, choice.bits, self._group, self._scale)
+            return packed + size * self._biases(site, choice) + mask
         return size * numbers + _INDEX_BYTES * _index_entries(site, choice) + mask
 
     def _biases(self, site: Site, choice: Choice) -> int:

@@ -13,10 +13,11 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from compression.numerics.packed_size import BITS, FLOATING, GROUP
+from compression.numerics.packed_size import BITS, FLOATING
 from compression.refusal import Refusal, nearest
 from compression.schedule import ExpertForm, Form
 from compression.storage.strict_json import read_object, shown
+from search.engines import ENGINES, INTEGERS, Engine
 from search.runtime.files import is_text, user_path
 
 __all__ = [
@@ -48,8 +49,8 @@ __all__ = [
 
 OptimizeFor = Literal["memory", "latency"]
 ProxyForm = Literal["answer", "letter"]
-Export = Literal["none", "hf", "dense", "gguf-ready", "plain", "gguf"]
-Serve = Literal["transformers", "vllm", "llama.cpp"]
+Export = Literal["none", "hf", "dense", "gguf-ready", "plain", "gguf", "compressed-tensors", "mlx"]
+Serve = Literal["transformers", "vllm", "llama.cpp", "mlx-lm"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Granularity = Literal["block", "family", "site", "head", "block+family"]
@@ -78,10 +79,6 @@ PLANNERS = ("ppo", "ppo-masked")
 OPTIMIZE: tuple[str, ...] = get_args(OptimizeFor)
 EXPORTS: tuple[str, ...] = get_args(Export)
 SERVE: tuple[str, ...] = get_args(Serve)
-_PLAIN_EXPORTS: Mapping[str, str] = {"vllm": "plain", "llama.cpp": "gguf"}
-"""The format that an engine loads which has no factored matrices."""
-GGUF_BITS = (FLOATING, 8, 5, 4)
-"""Bits a number of the types of GGUF files that hold what is rounded here: F16, Q8_0, Q5_0 and Q4_0."""
 FORMS: tuple[str, ...] = get_args(Form)
 EXPERT_FORMS: tuple[str, ...] = get_args(ExpertForm)
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -214,9 +211,9 @@ class Config(BaseModel):
     parameters; or small, these and matrices of fewer bits or entries, which costs the least quality for its bytes, but
     time too."""
     serve: Serve = _name("search", "transformers", SERVE, "ENGINE")
-    """Engine that is to run the result. vllm and llama.cpp have no factored matrices: form is then plain, and export
-    plain or gguf. For vllm an attention keeps all of its heads or none, since its models with blocks of different
-    widths have one number of heads."""
+    """Engine that is to run the result. vllm, llama.cpp and mlx-lm have no factored matrices: form is then plain, or
+    with a size small, in the bits that the engine computes with, and export what it loads. For vllm an attention keeps
+    all of its heads or none, since its models with blocks of different widths have one number of heads."""
     width_multiple: int | None = _whole("search", None, 1, 65536)
     """Rows and columns that lost units or heads leave are multiples of this. Default: what the device multiplies
     fast."""
@@ -369,10 +366,12 @@ class Config(BaseModel):
         if not isinstance(values, dict):
             return values
         sized = values.get("size") is not None or values.get("target_bytes_kept") is not None
-        if (engine := str(values.get("serve"))) in _PLAIN_EXPORTS:
-            form = "small" if sized and engine == "llama.cpp" else "plain"
-            return {"form": form, "export": _PLAIN_EXPORTS[engine], **values}
-        return {"form": "small", **values} if sized else values
+        engine = ENGINES.get(str(values.get("serve")), ENGINES["transformers"])
+        usual = {"form": "small"} if sized else {} if engine.factors else {"form": "plain"}
+        if not engine.factors:
+            small = values.get("form", usual["form"]) == "small"
+            usual["export"] = engine.rounded if small else engine.plain
+        return {**usual, **values}
 
     @field_validator("evaluators", mode="before")
     @classmethod
@@ -462,18 +461,30 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _is_run_by_its_engine(self) -> Self:
-        rounded = self.serve == "llama.cpp" and self.form == "small"
-        if self.serve in _PLAIN_EXPORTS and self.form != "plain" and not rounded:
-            forms = "form plain or small" if self.serve == "llama.cpp" else "form plain"
-            raise Refusal(f"serve {self.serve} needs {forms}, since it has no factored matrices; got {self.form}")
-        if self.export in _PLAIN_EXPORTS.values() and self.form != "plain" and not (rounded and self.export == "gguf"):
+        if not self.engine.factors and self.form not in ("plain", "small"):
+            raise Refusal(
+                f"serve {self.serve} needs form plain or small, since it has no factored matrices; got {self.form}"
+            )
+        small = self.form == "small"
+        if self.export in ("plain", "gguf") and self.form != "plain" and not (small and self._holds_rounded):
             raise Refusal(f"export {self.export} holds no factored matrices; it needs form plain, got {self.form}")
-        if rounded:
-            other = {*self.offered_bits, self.embedding_bits or FLOATING} - {*GGUF_BITS}
-            if self.matrix_bits is not None and other:
-                held = ", ".join(map(str, GGUF_BITS))
-                raise Refusal(f"llama.cpp holds matrices of {held} bits a number, got {min(other)}")
+        if self.export in INTEGERS and not (small and self._holds_rounded):
+            engine = next(name for name, each in ENGINES.items() if each.rounded == self.export)
+            raise Refusal(f"export {self.export} needs form small and serve {engine}, got {self.form} and {self.serve}")
+        if not small:
+            return self
+        if self.matrix_bits is not None and (other := {*self.offered_bits} - {*self.engine.bits}):
+            held = ", ".join(map(str, self.engine.bits))
+            raise Refusal(f"{self.serve} holds matrices of {held} bits a number, got {min(other)}")
+        ends = {FLOATING, *(self.engine.bits if self.embedding_is_rounded else ())}
+        if self.embedding_bits not in (None, *ends):
+            held = ", ".join(map(str, sorted(ends, reverse=True)))
+            raise Refusal(f"{self.serve} holds an embedding of {held} bits a number, got {self.embedding_bits}")
         return self
+
+    @property
+    def _holds_rounded(self) -> bool:
+        return self.export == self.engine.rounded
 
     @model_validator(mode="after")
     def _starts_from_one_thing(self) -> Self:
@@ -577,6 +588,16 @@ class Config(BaseModel):
         return self.model_dump(exclude=set(_FREE))
 
     @property
+    def engine(self) -> Engine:
+        """What the engine that is to run the result can hold."""
+        return ENGINES[self.serve]
+
+    @property
+    def embedding_is_rounded(self) -> bool:
+        """Whether the engine holds an embedding of fewer bits."""
+        return min(self.engine.ends) < FLOATING
+
+    @property
     def by_bytes(self) -> bool:
         """Whether the run counts bytes instead of parameters."""
         return self.form == "small" or self.size is not None or self.target_bytes_kept is not None
@@ -584,26 +605,26 @@ class Config(BaseModel):
     @property
     def rounds_embedding(self) -> bool:
         """Whether the embedding and the output head are rounded in the files of the run, if they can be."""
-        return self.form == "small" and self.embedding_bits != FLOATING
+        return self.form == "small" and self.embedding_bits != FLOATING and self.embedding_is_rounded
 
     @property
     def offered_bits(self) -> tuple[int, ...]:
         """Bits a number that matrices may have with form small, descending; none for other forms."""
         if self.form != "small":
             return ()
-        every = GGUF_BITS if self.serve == "llama.cpp" else EMBEDDING_BITS
-        given = every if self.matrix_bits is None else {int(bits) for bits in self.matrix_bits.split(",")}
+        bits = self.matrix_bits
+        given = self.engine.bits if bits is None else {int(each) for each in bits.split(",")}
         return tuple(sorted(given, reverse=True))
 
     @property
     def scale_group(self) -> int:
         """Neighbours of a rounded matrix that share a scale."""
-        return 32 if self.serve == "llama.cpp" else GROUP
+        return self.engine.group
 
     @property
     def has_factors(self) -> bool:
         """Whether menus offer factors and pruned matrices."""
-        return self.form != "plain" and self.serve not in _PLAIN_EXPORTS
+        return self.form != "plain" and self.engine.factors
 
     @property
     def in_process(self) -> bool:

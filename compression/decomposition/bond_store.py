@@ -114,6 +114,7 @@ class BondStore:
         chi_multiple: int = 1,
         entries: Mapping[str, Sequence[Option]] = MappingProxyType({}),
         price: Price = choice_parameters,
+        fused: bool = False,
     ) -> SiteMenu:
         """Returns the options of a unit: every width of its bond, with every χ of what is left unless `plain`.
 
@@ -122,13 +123,13 @@ class BondStore:
         Args:
             topology, metric: of the decompositions.
             multiple: as for `compression.decomposition.joint_menu.multiple_of`.
-            chi_multiple, entries, price: as for `compression.decomposition.joint_menu.joint_menu`.
+            chi_multiple, entries, price, fused: as for `compression.decomposition.joint_menu.joint_menu`.
         """
         elimination, (reader, cut) = self.elimination(unit.name), self._reader(unit.name)
         step = multiple_of(unit, multiple, self._measured.weights[reader.name].device.type)
         cost = elimination.cost.numpy() * (1.0 if cut.size == 1 else _HEADS)
         if plain:
-            return joint_menu(unit, cost, {}, topology, metric, step, entries=entries, price=price)
+            return joint_menu(unit, cost, {}, topology, metric, step, entries=entries, price=price, fused=fused)
         names, widths = [site.name for site in unit.sites], widths_of(cut.groups, step)
 
         def build() -> Bundle:
@@ -141,7 +142,7 @@ class BondStore:
         key = self._measured.key_of(*names, kind="joint spectra", format=_FORMAT, widths=widths)
         tensors = self._cache.get_or_build(key, build).tensors
         spectrum = {(name, width): tensors[f"{name}/{width}"].numpy() for name in names for width in widths}
-        return joint_menu(unit, cost, spectrum, topology, metric, step, chi_multiple, entries, price)
+        return joint_menu(unit, cost, spectrum, topology, metric, step, chi_multiple, entries, price, fused)
 
     def _reader(self, bond: str) -> tuple[Site, Cut]:
         """The site that reads a bond, and how the bond cuts it."""

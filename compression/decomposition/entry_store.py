@@ -84,16 +84,19 @@ class EntryForms:
         prunes: whether matrices are also pruned.
         group: neighbours that share a scale.
         whole_groups: whether only matrices are rounded whose rows are whole groups.
+        fused: whether all matrices that write the same bond have the same bits, and those without a bond are not
+            rounded.
     """
 
     bits: tuple[int, ...] = (FLOATING,)
     prunes: bool = True
     group: int = GROUP
     whole_groups: bool = False
+    fused: bool = False
 
     def leaves_out(self, site: Site) -> bool:
-        """Whether a site is not rounded because its rows are no whole groups."""
-        return self.whole_groups and site.in_features % self.group != 0
+        """Whether a site is not rounded because its rows are no whole groups, or nothing says what it is fused with."""
+        return (self.whole_groups and site.in_features % self.group != 0) or (self.fused and not site.cuts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +170,9 @@ class EntryStore:
         recent: stores the results.
         stored: type of the stored values of pruned matrices that are not rounded.
         forms: what is offered.
+
+    Attributes:
+        forms: as given.
     """
 
     def __init__(
@@ -177,7 +183,7 @@ class EntryStore:
         stored: torch.dtype,
         forms: EntryForms,
     ) -> None:
-        self._forms = forms
+        self.forms = forms
         self._site = {site.name: site for site in sites}
         self._measured = measured
         self._recent = recent
@@ -193,11 +199,11 @@ class EntryStore:
         """
         self._refuse_dense(name)
         found, site = [], self._site[name]
-        for bits in (each for each in self._forms.bits if each != FLOATING and not self._forms.leaves_out(site)):
+        for bits in (each for each in self.forms.bits if each != FLOATING and not self.forms.leaves_out(site)):
             cost = float(self._bundle(name, bits, False).tensors["cost"])
             found.append(Option(Choice("dense", 0, "two-sided", bits=bits), cost))
-        bits = _pruned_bits(self._forms.bits)
-        if kept := ladder(self._site[name], bits) if self._forms.prunes else []:
+        bits = _pruned_bits(self.forms.bits)
+        if kept := ladder(self._site[name], bits) if self.forms.prunes else []:
             costs = self._bundle(name, bits, True).tensors["cost"].tolist()
             stored = 0 if bits == FLOATING else bits
             found += [
@@ -218,7 +224,7 @@ class EntryStore:
         if not choice.is_sparse:
             found = {key: values.to(device) for key, values in self._bundle(name, bits, False).tensors.items()}
             codes, shape = Codes(found["codes"], found["scales"]), (site.out_features, site.in_features)
-            return Entries.packed(codes, bits, self._forms.group, shape)
+            return Entries.packed(codes, bits, self.forms.group, shape)
         kept = ladder(site, bits)
         if choice.chi not in kept:
             nearest = min(kept, key=lambda count: abs(count - choice.chi), default="none")
@@ -229,7 +235,7 @@ class EntryStore:
         if bits == FLOATING:
             return Entries(scattered(tensors[f"values.{number}"].to(device).float(), mask), mask)
         codes = Codes(*(tensors[f"{part}.{number}"].to(device) for part in ("codes", "scales")))
-        return Entries.packed(codes, bits, self._forms.group, tuple(mask.shape), mask)
+        return Entries.packed(codes, bits, self.forms.group, tuple(mask.shape), mask)
 
     def _refuse_dense(self, name: str) -> None:
         if reason := self._site[name].dense_because:
@@ -249,7 +255,7 @@ class EntryStore:
         key = name, bits, pruned
         if key not in self._identities:
             parts: dict[str, object] = {"kind": "entries", "format": _FORMAT, "bits": bits}
-            parts |= {"stored": str(self._stored)} if bits == FLOATING else {"group": self._forms.group}
+            parts |= {"stored": str(self._stored)} if bits == FLOATING else {"group": self.forms.group}
             if pruned:
                 parts["kept"] = ladder(self._site[name], bits)
             self._identities[key] = self._measured.key_of(name, **parts)
@@ -258,7 +264,7 @@ class EntryStore:
 
     def _rounded(self, name: str, bits: int) -> Bundle:
         matrix = self._measured.matrix(name)
-        made = Entries.rounded(matrix.weight, bits, self._forms.group, self._metric(name, matrix))
+        made = Entries.rounded(matrix.weight, bits, self.forms.group, self._metric(name, matrix))
         assert made.codes is not None
         cost = torch.tensor(_cost(made.matrix - matrix.weight, matrix.inputs, matrix.gradients), dtype=torch.float64)
         return Bundle({"codes": made.codes.codes.cpu(), "scales": made.codes.scales.cpu(), "cost": cost})
@@ -278,7 +284,7 @@ class EntryStore:
                 costs.append(result.cost)
                 tensors[f"values.{number}"] = result.matrix[result.mask].to(self._stored).cpu()
                 continue
-            made = Entries.rounded(result.matrix, bits, self._forms.group, self._metric(name, matrix), result.mask)
+            made = Entries.rounded(result.matrix, bits, self.forms.group, self._metric(name, matrix), result.mask)
             assert made.codes is not None
             costs.append(_cost(made.matrix - matrix.weight, matrix.inputs, matrix.gradients))
             tensors |= {f"codes.{number}": made.codes.codes.cpu(), f"scales.{number}": made.codes.scales.cpu()}

@@ -185,7 +185,7 @@ class FactorStore:
             entries = {each.name: self.entries.options(each.name) for each in free}
             if isinstance(site, Unit):
                 how = form == "plain" or not factored, multiple, chi_multiple
-                menus.append(self.bonds.menu(site, topology, metric, *how, entries, price))
+                menus.append(self.bonds.menu(site, topology, metric, *how, entries, price, self.entries.forms.fused))
             elif site.dense_because or form == "plain":
                 menus.append(dense_menu(site, price))
             elif not factored:

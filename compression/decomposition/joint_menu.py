@@ -132,6 +132,7 @@ def joint_menu(
     chi_multiple: int = 1,
     entries: Mapping[str, Sequence[Option]] = MappingProxyType({}),
     price: Price = choice_parameters,
+    fused: bool = False,
 ) -> SiteMenu:
     """Returns the undominated options of a unit.
 
@@ -148,26 +149,34 @@ def joint_menu(
         chi_multiple: number whose multiples are offered as χ, at matrices that have enough of them.
         entries: by site name, the forms that keep its entries in fewer bytes.
         price: what a choice takes of the budget.
+        fused: whether all matrices that write the bond have the same bits.
     """
     groups = len(cost) - 1
     least = {0} if all(cut.least == 0 for site in unit.sites for cut in site.cuts) else set[int]()
     widths = sorted({*least, *_plain_widths(groups, multiple), *(width for _, width in spectrum)})
+    parts = _parts(unit, fused)
     paths = []
     for width in widths:
         cut = (width,) if width < groups else ()
-        curves = []
+        offered: dict[str, list[Option]] = {}
         for site in unit.sites:
             options = [Option(Choice("dense", 0, "none", cut), 0.0)]
             if (values := spectrum.get((site.name, width))) is not None:
                 options += _factored(site, cut, topology, metric, values, chi_multiple)
             if not cut:
                 options += entries.get(site.name, ())
-            curves.append(_curve(site, options, price))
-        paths.append(_path(curves))
+            offered[site.name] = options
+        paths.append(_path([_curve(part, _together(part, offered), price) for part in parts]))
     sizes = np.concatenate([path.sizes.sum(axis=1) for path in paths])
     costs = np.concatenate([cost[width] + path.costs.sum(axis=1) for width, path in zip(widths, paths, strict=True)])
     choices = np.concatenate([path.choices for path in paths])
-    options = [Option(Joint(tuple(choices[index])), float(costs[index])) for index in undominated(sizes, costs)]
+    order = [unit.sites.index(site) for part in parts for site in part]
+
+    def joint(chosen: NDArray[np.object_]) -> Joint:
+        each = [choice for together in chosen for choice in together]
+        return Joint(tuple(each[order.index(number)] for number in range(len(order))))
+
+    options = [Option(joint(choices[index]), float(costs[index])) for index in undominated(sizes, costs)]
     return envelope(unit, options, price)
 
 
@@ -175,7 +184,8 @@ def joint_menu(
 class _Curve:
     """Options with what they take of the budget and cost, ascending in what they take.
 
-    Each array has an axis of options, and behind it, if it describes several matrices, one of matrices.
+    Each array has an axis of options, and behind it, if it describes several parts of a unit, one of parts. A choice is
+    a tuple with one for every matrix of its part.
     """
 
     sizes: NDArray[np.int64]
@@ -193,9 +203,32 @@ def _factored(
     return [Option(Choice(topology, chi, metric, cut), float(tail[chi])) for chi in chis]
 
 
-def _curve(site: Site, options: Sequence[Option], price: Price) -> _Curve:
-    """Returns the options of one matrix that lie on the lower convex hull of cost over what they take."""
-    sized = sorted(((price(site, each.choice), each.cost, each.choice) for each in options), key=lambda one: one[:2])
+def _parts(unit: Unit, fused: bool) -> list[tuple[Site, ...]]:
+    """Returns the matrices of a unit in the groups that must have the same bits."""
+    together = tuple(site for site in unit.sites if fused and all(cut.of_rows for cut in site.cuts))
+    alone: list[tuple[Site, ...]] = [(site,) for site in unit.sites if site not in together]
+    return [together, *alone] if together else alone
+
+
+def _together(part: Sequence[Site], offered: Mapping[str, Sequence[Option]]) -> list[tuple[tuple[Choice, ...], float]]:
+    """Returns the choices of a part and their cost: all of a matrix alone, of several those with the same bits."""
+    tables: list[dict[object, tuple[Choice, float]]] = []
+    for site in part:
+        table: dict[object, tuple[Choice, float]] = {}
+        for option in offered[site.name]:
+            assert isinstance(option.choice, Choice)
+            table[option.choice.bits if len(part) > 1 else option.choice] = option.choice, option.cost
+        tables.append(table)
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    found = [[table[key] for table in tables] for key in shared]
+    return [(tuple(choice for choice, _ in each), sum(cost for _, cost in each)) for each in found]
+
+
+def _curve(part: Sequence[Site], options: Sequence[tuple[tuple[Choice, ...], float]], price: Price) -> _Curve:
+    """Returns the options of a part that lie on the lower convex hull of cost over what they take."""
+    sized = sorted(
+        ((sum(map(price, part, choices)), cost, choices) for choices, cost in options), key=lambda one: one[:2]
+    )
     sizes, costs = np.array([one[0] for one in sized], dtype=np.int64), np.array([one[1] for one in sized])
     new = np.flatnonzero(np.diff(sizes, prepend=-1))  # of options of one size, the cheapest
     kept = new[convex_hull(sizes[new], costs[new])]
@@ -205,7 +238,7 @@ def _curve(site: Site, options: Sequence[Option], price: Price) -> _Curve:
 
 
 def _path(curves: Sequence[_Curve]) -> _Curve:
-    """Returns the options of several matrices together; every step takes the one that pays most per parameter."""
+    """Returns the options of several parts together; every step takes the one that pays most per parameter."""
     gains = [np.diff(curve.costs) / np.diff(curve.sizes) for curve in curves]
     owner = np.repeat(np.arange(len(curves)), [len(each) for each in gains])[
         np.argsort(np.concatenate(gains), kind="stable")

@@ -25,7 +25,11 @@ Write the compressed model of a finished run as a folder.
               every tool loads; if the widths of its blocks differ, a DeciLM model for vLLM and, with
               trust_remote_code=True, transformers
   gguf        small; a GGUF file for llama.cpp and Ollama; for results without factors (--form plain), whose blocks may
-              have different widths"""
+              have different widths
+  compressed-tensors
+              small; rounded matrices as vLLM and, with the package compressed-tensors, transformers read them; for
+              results of --serve vllm with a size
+  mlx         small; rounded matrices as mlx-lm reads them; for results of --serve mlx-lm with a size"""
 
 
 def run(words: list[str]) -> int:
@@ -66,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         metavar="NAME",
-        help=f"One of {', '.join(DTYPES)}. Default: bfloat16, for gguf-ready and gguf float16.",
+        help=f"One of {', '.join(DTYPES)}. Default: bfloat16, but float16 for gguf-ready, gguf, compressed-tensors "
+        "and mlx.",
     )
     parser.add_argument(
         "--quantize",

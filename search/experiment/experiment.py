@@ -347,7 +347,7 @@ class Experiment:
             price=price,
             factored=self.config.has_factors,
         )
-        if self.config.serve == "vllm":
+        if self.config.engine.whole_heads:
             menu = Menu(tuple(whole(each) if _of_heads(each.site) else each for each in menu.sites))
         if not weight:
             return menu

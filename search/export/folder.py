@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
 from compression.layers.kept import kept
@@ -26,9 +27,11 @@ from compression.layers.sparse_linear import SparseLinear
 from compression.refusal import Refusal
 from compression.storage.temporary_names import temporary_folder
 from compression.storage.tensor_files import system_errors
+from search.engines import INTEGERS
 from search.export.forms import FORMATS, GGUF
 from search.export.gguf_architectures import CONVERTIBLE, SOURCE
 from search.export.gguf_file import check_gguf, write_gguf
+from search.export.integers import check_integers, integer_model, rounded_matrices, stands_for
 from search.export.loaded_again import is_own_architecture, refuse_unlike
 from search.export.plain import plain_model
 from search.export.standalone import standalone_source
@@ -50,6 +53,7 @@ __all__ = [
     "check_export",
     "export_dense_",
     "export_gguf",
+    "export_integers",
     "export_model",
     "export_plain",
     "footprint",
@@ -184,13 +188,52 @@ def export_plain(model: Any, tokenizer: Any, folder: Path, card: str = "", besid
     """
     small = plain_model(model)
     with _whole(folder) as partial:
-        _save(small, tokenizer, partial, card, beside)
-        _state_rotation(partial)
-        if isinstance(small, DeciLMForCausalLM):
-            for name in _DECI_FILES:
-                shutil.copyfile(Path(modeling_deci.__file__).with_name(name), partial / name)
-            _state(partial, _DECI)
+        _save_plain(small, tokenizer, partial, card, beside)
         refuse_unlike(model, partial, folder, small)
+
+
+def export_integers(
+    model: Any, tokenizer: Any, folder: Path, kind: str, card: str = "", beside: Sequence[Path] = ()
+) -> None:
+    """Write a model of plain and rounded matrices, whose integers stay as they are, for an engine; it is read back.
+
+    Args:
+        model: as for `search.export.integers.integer_model`.
+        kind: one of `INTEGERS`.
+
+    Raises:
+        ValueError: as `integer_model`; or the folder is in use or not empty.
+        OSError: the folder cannot be written; nothing is left behind.
+    """
+    small, settings = integer_model(model, kind)
+    with _whole(folder) as partial:
+        _save_plain(small, tokenizer, partial, card, beside)
+        _state(partial, settings)
+        _refuse_other_tensors(model, small, kind, partial, folder)
+
+
+def _refuse_other_tensors(model: Any, small: Any, kind: str, partial: Path, folder: Path) -> None:
+    """Refuse a folder whose tensors are not those of a model, or whose integers stand for other matrices."""
+    found = {name: values for file in partial.glob("*.safetensors") for name, values in load_file(file).items()}
+    tensors = small.state_dict()
+    written = {tensors[name].data_ptr() for name in found.keys() & tensors.keys()}
+    wrong = [name for name, values in tensors.items() if name in found and not found[name].equal(values.cpu())]
+    wrong += [name for name, values in tensors.items() if values.data_ptr() not in written]  # tied ones are there once
+    for name, matrix in rounded_matrices(model).items():
+        inside = {key.rpartition(".")[2]: values for key, values in found.items() if key.startswith(f"{name}.")}
+        wrong += [] if name in wrong or stands_for(kind, inside, matrix) else [name]
+    if wrong:
+        raise Refusal(f"{folder} was written wrongly: {wrong[0]} differs; the disk may be faulty, so write it again")
+
+
+def _save_plain(small: Any, tokenizer: Any, folder: Path, card: str, beside: Sequence[Path]) -> None:
+    """Save a plain model, with the code that a DeciLM model needs."""
+    _save(small, tokenizer, folder, card, beside)
+    _state_rotation(folder)
+    if isinstance(small, DeciLMForCausalLM):
+        for name in _DECI_FILES:
+            shutil.copyfile(Path(modeling_deci.__file__).with_name(name), folder / name)
+        _state(folder, _DECI)
 
 
 def export_gguf(
@@ -253,13 +296,15 @@ def _check_form(form: str, model: Any, tokenizer: Any) -> None:
         ValueError: form "hf" needs an architecture that transformers defines itself; "gguf-ready" needs one that
             llama.cpp converts, and a tokenizer with a tokenizer.json.
     """
-    if form in ("hf", "plain") and is_own_architecture(model):
+    if form in ("hf", "plain", *INTEGERS) and is_own_architecture(model):
         raise Refusal(
             f"the {form} format needs an architecture that transformers defines, and {type(model).__name__} comes with "
             "the model; export it as dense"
         )
     if form == "gguf":
         check_gguf(model, tokenizer)
+    if form in INTEGERS:
+        check_integers(model, form)
     if form != "gguf-ready":
         return
     if (architecture := type(model).__name__) not in CONVERTIBLE:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from compression.refusal import Refusal, nearest
+from search.engines import INTEGERS
 
 __all__ = ["DTYPES", "FORMATS", "GGUF", "QUANTIZE", "check_form"]
 
-FORMATS = ("hf", "dense", "gguf-ready", "plain", "gguf")
+FORMATS = ("hf", "dense", "gguf-ready", "plain", "gguf", *INTEGERS)
 GGUF = "model.gguf"
 """Name of the file in a folder of the format gguf."""
 DTYPES = ("bfloat16", "float16", "float32")
@@ -28,6 +29,11 @@ def check_form(kind: str, dtype: str | None, quantize: str) -> None:
             )
     if quantize in _GGUF and kind != "gguf":
         raise Refusal(f"quantize {quantize} is a type of GGUF files; use it with --format gguf")
+    if kind in INTEGERS and (quantize != "none" or dtype not in (None, "float16")):
+        raise Refusal(
+            f"the {kind} format holds the integers of a search with form small and their scales in float16; use it "
+            "without --quantize and --dtype"
+        )
     if quantize in _INTEGERS and kind in ("gguf", "plain"):
         other = "one of " + ", ".join(_GGUF) if kind == "gguf" else "none, or --format hf"
         raise Refusal(f"the {kind} format cannot be quantized to {quantize}; use --quantize {other}")

@@ -54,6 +54,28 @@ and every tool that loads the original loads it. Otherwise it is a model of the 
 models are: vLLM has it built in and takes only the settings from `configuration_deci.py`; transformers and mlx-lm take
 the model from `modeling_deci.py` and `modeling_mlx.py`. This was tried with vLLM 0.32, with mlx-lm 0.32 on a processor,
 and with transformers 5.16 and newer, not with SGLang and TensorRT-LLM. llama.cpp needs a file of `--format gguf`.""",
+    "compressed-tensors": """\
+```sh
+vllm serve {shell}    # with --trust-remote-code if modeling_deci.py is beside it
+```
+
+```python
+from transformers import {loader}, AutoTokenizer    # needs the package compressed-tensors
+
+model = {loader}.from_pretrained({quoted})    # with trust_remote_code=True if modeling_deci.py is beside it
+tokenizer = AutoTokenizer.from_pretrained({quoted})
+```
+
+Rounded matrices are stored in the format `pack-quantized` of the package compressed-tensors, with the integers and
+scales of the search. vLLM computes with them: with 4 and 8 bits on a GPU, with 4 bits on a processor. transformers
+unpacks them when it loads the folder, to 16 bits.""",
+    "mlx": """\
+```sh
+mlx_lm.generate --model {shell} --prompt Hello    # with --trust-remote-code if modeling_mlx.py is beside it
+```
+
+Rounded matrices are stored as MLX has them, with the integers and scales of the search, and stay so in memory. Other
+programs do not load this folder.""",
     "gguf": """\
 ```sh
 llama-server -m model.gguf        # or llama-cli; for Ollama (not tried) a Modelfile with the line FROM ./model.gguf
@@ -119,7 +141,7 @@ def model_card(
         {
             "license": licence.lower(),
             "base_model": model.get("id"),
-            "library_name": "gguf" if form == "gguf" else "transformers",
+            "library_name": form if form in ("gguf", "mlx") else "transformers",
             "pipeline_tag": _PIPELINES[loader],
             "tags": ["chisel", "tensor-network", "compression"],
         }

@@ -33,16 +33,17 @@ _ELSE = "use --format gguf for llama.cpp, or --format hf for transformers"
 
 
 @torch.no_grad()
-def plain_model(model: Any) -> Any:
+def plain_model(model: Any, whole: bool = False) -> Any:
     """Return a smaller model that computes the same, and shares the weights of this one.
 
     Args:
         model: a model that lost hidden units or heads; it does not change. If it lost the same number in every block,
             the result has its architecture, otherwise it is DeciLM.
+        whole: whether a model that lost nothing is accepted too.
 
     Raises:
-        Refusal: a matrix is factored, nothing was removed, or neither architecture has settings for such a model; the
-            message says what stands in the way and which form can be exported.
+        Refusal: a matrix is factored, nothing was removed though something must be, or neither architecture has
+            settings for such a model; the message says what stands in the way and which form can be exported.
     """
     if factored := [name for name, each in describe(model).items() if each["kind"] not in _PLAIN]:
         raise Refusal(
@@ -50,7 +51,7 @@ def plain_model(model: Any) -> Any:
             f"without --experts shared, {_OR}"
         )
     widths = _widths(model)
-    if not widths:
+    if not (widths or whole):
         raise Refusal("no hidden unit and no head was removed from this model; export it with --format dense")
     for leaf, each in widths.items():
         if len(set(each)) > 1 or not each[0]:

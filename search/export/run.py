@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from compression.numerics.packed_size import FLOATING
 from compression.refusal import Refusal
 from compression.schedule import Choice
-from search.config import BYTES, GGUF_BITS, Config, read_fields
+from search.config import BYTES, Config, read_fields
+from search.engines import ENGINES, INTEGERS
 from search.experiment.experiment import Experiment
 from search.export.deci import check_deci
 from search.export.folder import (
@@ -22,6 +24,7 @@ from search.export.folder import (
     check_export,
     export_dense_,
     export_gguf,
+    export_integers,
     export_model,
     export_plain,
     footprint,
@@ -58,6 +61,9 @@ _AFTER = {
     "plain": "a smaller model for every tool that loads the original; if its blocks have different widths, it is "
     "DeciLM: vllm serve {folder} --trust-remote-code, and trust_remote_code=True in transformers",
     "gguf": "a GGUF file as small as the model; next: llama-server -m {folder}/{file}",
+    "compressed-tensors": "matrices of integers; next: vllm serve {folder} --trust-remote-code, or in transformers, "
+    "with the package compressed-tensors, {loader}.from_pretrained({folder!r}, trust_remote_code=True)",
+    "mlx": "matrices of integers; next: mlx_lm.generate --model {folder} --trust-remote-code --prompt Hello",
 }
 
 
@@ -109,7 +115,7 @@ def export_run(
     def check(model: Any, tokenizer: Any) -> None:
         check_export(form.kind, model, tokenizer)
         _refuse_larger_numbers(form, source)
-        if form.kind in ("plain", "gguf"):
+        if form.kind in ("plain", "gguf", *INTEGERS):
             _refuse_factors(form.kind, source)
         if form.kind == "plain" and _blocks_differ(source):
             check_deci(model)
@@ -122,7 +128,7 @@ def export_run(
     if form.kind == "gguf":
         return _gguf(restored, folder, form, console, source, measured)
     loader = kind_of_model(loaded.model).value
-    dtype = form.dtype or ("float16" if form.kind == "gguf-ready" else "bfloat16")
+    dtype = form.dtype or ("float16" if form.kind in ("gguf-ready", *INTEGERS) else "bfloat16")
     model = loaded.model.to(getattr(torch, dtype))
     changes = [CHANGES[state]]
     if quantized:
@@ -137,6 +143,8 @@ def export_run(
             export_model(model, loaded.tokenizer, folder, card, [source / PRIOR])
         elif kind == "plain":
             export_plain(model, loaded.tokenizer, folder, card, [source / PRIOR])
+        elif kind in INTEGERS:
+            export_integers(model, loaded.tokenizer, folder, kind, card, [source / PRIOR])
         else:
             export_dense_(model, loaded.tokenizer, folder, card, [source / PRIOR])
     return f"{size}\n{_AFTER[kind].format(folder=str(folder), loader=loader)}"
@@ -189,17 +197,23 @@ def _refuse_factors(kind: str, run: Path) -> None:
         Refusal: names such a matrix and what to do.
     """
     config, schedule = Config.of_run(read_fields(run / CONFIG), trusted=True), Prior.read(run / PRIOR).schedule
-    held = GGUF_BITS if kind == "gguf" else ()
+    server, engine = next((name, each) for name, each in ENGINES.items() if kind in (each.plain, each.rounded))
+    held = engine.bits if kind == engine.rounded else ()
+    what, again = "factored, pruned or rounded matrices", "--form plain"
+    if held:
+        bits = ", ".join(map(str, held[1:-1]))
+        what = f"factored or pruned matrices, and rounded ones only in {bits} or {held[-1]} bits"
+        again = f"--serve {server}"
     names = [
         name for name, choice in schedule if not (choice.is_plain or (not choice.is_sparse and choice.bits in held))
     ]
     if names:
         form = _form(schedule[names[0]])
         raise Refusal(
-            f"the {kind} format holds no factored, pruned or rounded matrices, and {len(names)} are, such as "
-            f"{names[0]} ({form}); search with --form plain, or export with --format hf"
+            f"the {kind} format holds no {what}: {len(names)} are other, such as {names[0]} ({form}); search with "
+            f"{again}, or export with --format hf"
         )
-    if config.rounds_embedding and config.serve != "llama.cpp":
+    if config.rounds_embedding and not (held and min(engine.ends) < FLOATING):
         raise Refusal(
             f"the {kind} format holds no rounded embedding, as the result has; search with --embedding-bits "
             f"{8 * BYTES}, or export with --format hf"

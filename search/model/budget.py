@@ -18,7 +18,7 @@ from compression.refusal import Refusal
 from compression.schedule import DENSE, Choice, Schedule
 from compression.sites import Site, model_parameters
 from compression.size import Price, SizeModel, choice_parameters
-from search.config import BYTES, GGUF_BITS, Config, bytes_of
+from search.config import BYTES, Config, bytes_of
 from search.model.ends import rounding_saves
 
 __all__ = ["Budget", "smallest"]
@@ -27,14 +27,6 @@ _SCARCE = 3.5
 """Bits for every entry of the matrices, masks and scales counted, below which some may be pruned. A pruned matrix is
 worth having below the 2.25 bits that a rounded one takes at least (results/byte_forms.md), and matrices that matter
 little have a bit less than the mean."""
-_MORE, _FEWEST = 1.35, 3
-"""How many bits more than the average of all numbers, scales counted, an embedding has at most; and its fewest.
-
-On SmolLM2-135M an embedding of 8, 6, 5 and 4 bits costs 0.002, 0.006, 0.018 and 0.064 nats per token, and matrices of
-6, 4 and 3 bits 0.009, 0.096 and 0.369: per byte, one to two bits more for the embedding cost the same.
-"""
-_GGUF_FROM = {8: 5.7, 5: 4.8}
-"""The same for the types of GGUF files: from which average on an embedding has so many bits; otherwise it has 4."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +63,8 @@ class Budget:
             ValueError: the size is not smaller than that of the dense model, or its embedding cannot be rounded.
         """
         bits = _embedding_bits(config, model)
-        rounded = rounding_saves(model, bits, group=config.scale_group) if bits < 8 * BYTES else 0
+        scales = config.scale_group, config.engine.scale_bytes
+        rounded = rounding_saves(model, bits, *scales) if bits < 8 * BYTES else 0
         if config.embedding_bits == bits < 8 * BYTES and not rounded:
             raise Refusal(
                 f"embedding_bits must be {8 * BYTES} for {config.model}, whose embedding does more than look up rows, "
@@ -81,10 +74,11 @@ class Budget:
         def made(kept: float, least_kept: float, wanted: str, least: str) -> Budget:
             scarce = config.offered_bits == (FLOATING,) or FLOATING * kept < _SCARCE
             whole = not config.has_factors
-            forms = EntryForms(config.offered_bits, scarce and not whole, config.scale_group, whole)
+            how = config.scale_group, whole, config.engine.fused
+            forms = EntryForms(config.offered_bits, scarce and not whole, *how)
             return cls(sizes, price, kept, least_kept, wanted, least, bits, forms if config.offered_bits else None)
 
-        sizes = SizeModel(model, sites, BYTES if config.by_bytes else None, rounded, config.scale_group)
+        sizes = SizeModel(model, sites, BYTES if config.by_bytes else None, rounded, *scales)
         price: Price = sizes.choice_bytes if config.by_bytes else choice_parameters
         dense = sum(price(site, DENSE) for site in sites)
         least = sum(price(site, smallest(site, config)) for site in sites)
@@ -120,9 +114,7 @@ def _embedding_bits(config: Config, model: nn.Module) -> int:
         average = 8 * bytes_of(config.size) / model_parameters(model)
     else:
         average = FLOATING * (config.target_bytes_kept or config.target_kept)
-    if config.serve == "llama.cpp":
-        return next((bits for bits, least in _GGUF_FROM.items() if average >= least), min(GGUF_BITS))
-    return next((bits for bits in BITS if bits <= average + _MORE), _FEWEST)
+    return config.engine.end_bits(average)
 
 
 def smallest(site: Site, config: Config) -> Choice:

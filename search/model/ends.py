@@ -13,7 +13,7 @@ from torch import nn
 
 from compression.calibration.blocks import Batch
 from compression.layers.quantize import quantized
-from compression.numerics.packed_size import GROUP, packed_bytes
+from compression.numerics.packed_size import GROUP, SCALE, packed_bytes
 from compression.training.trainable import captured_head_input
 from search.config import BYTES
 
@@ -68,11 +68,11 @@ def rounded_ends(model: Any, bits: int, moment: torch.Tensor | None, group: int 
     return dict(quantized(model, names, lambda name: known if reads_head_input(model, name) else None, group))
 
 
-def rounding_saves(model: Any, bits: int, itemsize: int = BYTES, group: int = GROUP) -> int:
-    """Returns the bytes that `rounded_ends` saves where a number takes `itemsize` bytes."""
+def rounding_saves(model: Any, bits: int, group: int = GROUP, scale: int = SCALE) -> int:
+    """Returns the bytes that `rounded_ends` saves where a number takes 2 bytes and a scale so many."""
     tables = {
         id(weight): weight.shape for name in ends(model) if (weight := model.get_submodule(name).weight) is not None
     }
     return sum(
-        rows * columns * itemsize - packed_bytes(rows, columns, bits, group) for rows, columns in tables.values()
+        rows * columns * BYTES - packed_bytes(rows, columns, bits, group, scale) for rows, columns in tables.values()
     )

@@ -258,7 +258,10 @@ def test_a_run_that_recorded_no_form_has_the_one_of_its_time():
     assert Config.of_file({}, trusted=False).form == "any"
 
 
-@pytest.mark.parametrize(("engine", "form", "export"), [("vllm", "plain", "plain"), ("llama.cpp", "plain", "gguf")])
+@pytest.mark.parametrize(
+    ("engine", "form", "export"),
+    [("vllm", "plain", "plain"), ("llama.cpp", "plain", "gguf"), ("mlx-lm", "plain", "plain")],
+)
 def test_an_engine_without_factors_decides_form_and_export(engine, form, export):
     config = Config.of({"serve": engine})
     assert (config.form, config.export) == (form, export)
@@ -272,7 +275,19 @@ def test_a_size_for_llama_cpp_takes_the_bits_that_its_files_hold():
     assert Config.of({"size": "100MB"}).scale_group == 64
     assert Config.of({"size": "100MB"}).offered_bits == (16, 8, 6, 5, 4, 3, 2)
     assert Config.of({"serve": "llama.cpp", "size": "100MB", "matrix_bits": "8,4"}).offered_bits == (8, 4)
-    assert Config.of({"serve": "vllm", "size": "100MB"}).form == "plain"
+    assert Config.of({"serve": "llama.cpp", "form": "plain", "size": "100MB"}).export == "gguf"
+
+
+@pytest.mark.parametrize(
+    ("engine", "export", "bits", "rounds"),
+    [("vllm", "compressed-tensors", (16, 8, 4), False), ("mlx-lm", "mlx", (16, 8, 6, 5, 4, 3, 2), True)],
+)
+def test_a_size_for_an_engine_takes_the_bits_that_it_computes_with(engine, export, bits, rounds):
+    config = Config.of({"serve": engine, "size": "100MB"})
+    assert (config.form, config.export, config.offered_bits, config.scale_group) == ("small", export, bits, 64)
+    assert config.rounds_embedding == rounds
+    assert not config.has_factors
+    assert Config.of({"serve": engine, "form": "plain", "size": "100MB"}).export == "plain"
 
 
 @pytest.mark.parametrize(

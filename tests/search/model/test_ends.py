@@ -81,10 +81,10 @@ def test_the_head_is_rounded_for_what_it_reads_and_an_embedding_of_its_own_is_no
 @pytest.mark.parametrize("name", [TIED, APART])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_bytes_that_rounding_saves_are_those_of_the_stored_tensors(name: str, bits: int) -> None:
-    model = made(name)
+    model = made(name).half()
     rounded = copy.deepcopy(model)
     put_modules(rounded, rounded_ends(rounded, bits, None))
-    assert rounding_saves(model, bits, itemsize=4) == footprint(model).stored - footprint(rounded).stored
+    assert rounding_saves(model, bits) == footprint(model).stored - footprint(rounded).stored
 
 
 def test_an_embedding_that_scales_what_it_looks_up_stays_as_it_is_and_so_does_a_head_of_its_matrix() -> None:

@@ -17,12 +17,15 @@ from small_run import HEALED, SMALL, words
 from transformers import AutoModelForCausalLM
 
 from compression.layers.filled_linear import FilledLinear
-from compression.layers.packed import PackedEmbedding
+from compression.layers.packed import PackedEmbedding, PackedLinear
 from compression.schedule import Schedule
 from compression.sites import put_modules
 from search import cli
+from search.config import bytes_of
+from search.engines import ENGINES
 from search.experiment.calibration import Calibration
 from search.export.gguf_file import read_values
+from search.export.integers import stands_for
 from search.export.restore import restore
 from search.model.loading import load_model
 from search.priors.format import Prior
@@ -134,6 +137,48 @@ def test_a_size_for_llama_cpp_is_that_of_a_file_that_it_runs(
     assert "the plain format holds no factored, pruned or rounded matrices" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("engine", "size"), [("vllm", "230kB"), ("mlx-lm", "120kB")])
+@pytest.mark.slow
+def test_a_size_for_an_engine_is_that_of_a_folder_of_integers(
+    engine: str, size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, folder, kind = tmp_path / "model", tmp_path / "run", ENGINES[engine].rounded
+    how = {"serve": engine, "repair_tokens": 512, "heal_minutes": 0.01, "export": None, "target_kept": None}
+    summary = run(folder, model=model_folder(made, wide=True), size=size, **how)
+    rows = {row["schedule"]: row for row in summary["rows"]}
+    assert 0.9 * bytes_of(size) < rows["healed"]["bytes"] <= bytes_of(size)
+    schedule = Prior.read(folder / "prior.json").schedule
+    found = {name: choice.bits for name, choice in schedule}
+    assert set(found.values()) <= {0, *ENGINES[engine].bits}
+    assert len(set(found.values())) > 1
+    for block in range(3):
+        names = [f"model.layers.{block}.self_attn.{part}_proj" for part in "qkv"]
+        mlp = [f"model.layers.{block}.mlp.{part}_proj" for part in ("gate", "up")]
+        if engine == "vllm":
+            assert len({found[name] for name in names}) == len({found[name] for name in mlp}) == 1
+    restored = restore(folder, Console(quiet=True), "cpu", "healed").experiment.loaded.model
+    tensors = load_file(folder / kind / "model.safetensors")
+    for name, module in restored.named_modules():
+        if isinstance(module, PackedLinear) and not module.tied:
+            stored = {key.rpartition(".")[2]: each for key, each in tensors.items() if key.startswith(f"{name}.")}
+            assert stands_for(kind, stored, module.stored)
+    shapes = sum(each.nbytes for name, each in tensors.items() if name.endswith("weight_shape"))
+    written = sum(each.nbytes for each in tensors.values()) - shapes
+    assert 0 <= rows["healed"]["bytes"] - written < 500  # numbers of the rows and columns that are left
+    if engine == "vllm":
+        small = AutoModelForCausalLM.from_pretrained(folder / kind, trust_remote_code=True, dtype=torch.float32)
+        ids = torch.arange(30)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(small(ids).logits, restored.float()(ids).logits, rtol=0.05, atol=0.05)
+    for refused, message in (
+        (("--format", kind, "--dtype", "bfloat16"), f"the {kind} format holds the integers of a search"),
+        (("--format", "plain"), "the plain format holds no factored, pruned or rounded matrices"),
+    ):
+        out = str(tmp_path / "other")
+        assert cli.main(["export", str(folder), *refused, "--out", out, "--quiet"]) == cli.REFUSED
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.slow
 def test_the_embedding_is_measured_as_it_is_stored(bits: int, tmp_path: Path) -> None:
@@ -192,7 +237,13 @@ def test_a_share_of_the_bytes_is_a_target_of_every_form(tmp_path: Path) -> None:
         ({"target_bytes_kept": 1.0}, "--target-bytes-kept must be a number above 0 and below 1, got"),
         ({"size": "40kB", "target_bytes_kept": 0.5}, "size and target_bytes_kept both say how small"),
         ({"size": "40kB", "target_kept": 0.5}, "target_kept and size both say how small the result is to be"),
-        ({"size": "40kB", "serve": "vllm", "form": "small"}, "serve vllm needs form plain"),
+        ({"size": "40kB", "serve": "vllm", "form": "any"}, "serve vllm needs form plain or small"),
+        (
+            {"size": "40kB", "serve": "vllm", "matrix_bits": "3,8"},
+            "vllm holds matrices of 16, 8, 4 bits a number, got 3",
+        ),
+        ({"size": "40kB", "serve": "vllm", "embedding_bits": 8}, "vllm holds an embedding of 16 bits a number, got 8"),
+        ({"size": "40kB", "export": "mlx"}, "export mlx needs form small and serve mlx-lm, got small and transformers"),
         ({"size": "40kB", "serve": "llama.cpp", "matrix_bits": "3,8"}, "llama.cpp holds matrices of 16, 8, 5, 4 bits"),
     ],
 )
