@@ -1,4 +1,4 @@
-"""Runs a plain folder in mlx-lm; needs nothing of this project.
+"""Runs a folder in mlx-lm, in float32; needs nothing of this project.
 
     PYTHON benchmarks/mlx_engine.py < requests
 
@@ -39,6 +39,7 @@ def main() -> None:
         before = resident()
         model, _ = load_model(Path(request["model"]), trust_remote_code=True)
         gained = resident() - before
+        model.set_dtype(mx.float32)  # in float16 its products on a processor add up in float16
         answers = []
         for prompt in request["prompts"]:
             steps = list(generate_step(mx.array(prompt), model, max_tokens=request["tokens"]))

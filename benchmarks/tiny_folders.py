@@ -66,23 +66,29 @@ def write_tiny_folders(folder: Path) -> None:
             export_gguf(loaded.model, loaded.tokenizer, folder / name, "float32")
         elif form == "rounded":
             _round_(loaded.model, _BITS[name])
+            _cast_(loaded.model, torch.float16)
             export_integers(loaded.model, loaded.tokenizer, folder / name, name)
-            loaded.model.float()
+            _cast_(loaded.model, torch.float32)
         else:
             export_plain(loaded.model, loaded.tokenizer, folder / name)
         said[name] = answers(loaded.model, _PROMPTS, NO_TEXT if name == "gguf" else ())
     (folder / EXPECTED).write_text(json.dumps({"prompts": _PROMPTS, "answers": said}), encoding="utf-8")
 
 
+def _cast_(model: Any, dtype: torch.dtype) -> None:
+    """Give the parameters another type; the frequencies of positions stay, which `model.half()` rounds too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def _round_(model: Any, bits: Sequence[int]) -> None:
-    """Round the matrices in place, as far as their columns are whole groups and they lost nothing, in float16."""
-    model.half()
+    """Round the matrices in place, as far as their columns are whole groups and they lost nothing."""
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)]
     layers = [(name, each) for name, each in layers if name != "lm_head" and not kept(each)]
     for number, (name, layer) in enumerate((name, each) for name, each in layers if each.in_features % GROUP == 0):
         width = bits[number % len(bits)]
         codes = quantize(layer.weight, width, GROUP)
-        matrix = PackedMatrix(codes, layer.in_features, width, GROUP, torch.float16)
+        matrix = PackedMatrix(codes, layer.in_features, width, GROUP, torch.float32)
         model.set_submodule(name, PackedLinear(matrix, layer.bias))
 
 
