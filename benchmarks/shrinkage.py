@@ -21,7 +21,7 @@ import torch
 from benchmarks.report import Bar, markdown, publish
 from compression import Site, Statistics, collect, resolve
 from compression.decomposition.factors import lowrank_cores
-from compression.numerics.whitening import Whitening
+from compression.numerics.whitening import shrink
 from compression.sites import dense_weight
 from search.config import Config
 from search.experiment.calibration import calibration_batches
@@ -57,12 +57,12 @@ def held_out_costs(
         Costs in nats per token, float64, (shrinkages, χ).
     """
     weight = weight.double()
-    inputs = {value: Whitening.of(known[0], None, value).input for value in {pair[0] for pair in shrinkages}}
-    outputs = {value: Whitening.of(None, known[1], value).output for value in {pair[1] for pair in shrinkages}}
+    inputs = {value: shrink(known[0], value) for value in {pair[0] for pair in shrinkages}}
+    outputs = {value: shrink(known[1], value) for value in {pair[1] for pair in shrinkages}}
     other_inputs, other_gradients = (moment.double() for moment in unknown)
     result = np.empty((len(shrinkages), len(chis)))
     for row, (of_inputs, of_outputs) in enumerate(shrinkages):
-        cores, _ = lowrank_cores(weight, Whitening(inputs[of_inputs], outputs[of_outputs]), None)
+        cores, _ = lowrank_cores(weight, inputs[of_inputs], outputs[of_outputs], None)
         left, right = cores[0][0, :, 0, :], cores[1][:, 0, :, 0]
         for column, chi in enumerate(chis):
             error = weight - left[:, :chi] @ right[:chi]

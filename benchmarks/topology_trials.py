@@ -67,7 +67,7 @@ class Trial:
     def low_rank(self, weight: torch.Tensor, parameters: int) -> torch.Tensor:
         """Returns the best approximation, in the metric, of the rank that `parameters` allow."""
         chi = resolve("pivoted-lowrank", *weight.shape).largest_chi(parameters)
-        cores, _ = lowrank_cores(weight, self._whitening(), chi)
+        cores, _ = lowrank_cores(weight, self.inputs, self.gradient, chi)
         return contract([core[..., :chi] if n == 0 else core[:chi] for n, core in enumerate(cores)])
 
     def mpo(
@@ -104,7 +104,8 @@ class Trial:
                 orders = tuple(torch.randperm(side, generator=generator) for side in self.weight.shape)
                 return self.mpo(self.weight, legs, self.parameters, orders)
             case "ordered":
-                left, _, right = torch.linalg.svd(self._whitening().apply(self.weight), full_matrices=False)
+                whitening = Whitening(torch.linalg.cholesky(self.inputs), torch.linalg.cholesky(self.gradient))
+                left, _, right = torch.linalg.svd(whitening.apply(self.weight), full_matrices=False)
                 orders = tuple(
                     _ordered(vectors, sizes)
                     for vectors, sizes in ((left[:, :2].T, legs.out_legs), (right[:2], legs.in_legs))
@@ -130,8 +131,7 @@ class Trial:
             at = slice(number * size, (number + 1) * size)
             gradient = self.gradient[at, at] if along else self.gradient
             inputs = self.inputs if along else self.inputs[at, at]
-            whitening = Whitening(torch.linalg.cholesky(inputs), torch.linalg.cholesky(gradient))
-            cores, spectrum = lowrank_cores(part, whitening, None)
+            cores, spectrum = lowrank_cores(part, inputs, gradient, None)
             factors.append(cores)
             head = Site(f"{number}", 0, "", *part.shape)
             menus.append(envelope(head, nested_options("pivoted-lowrank", "two-sided", spectrum.numpy(), head)))
@@ -160,9 +160,6 @@ class Trial:
         sizes = [out_leg * in_leg for out_leg, in_leg in zip(legs.out_legs, legs.in_legs, strict=True)]
         entries = sizes[0] * first + first * sizes[1] * second + second * sizes[2] - first**2 - second**2
         return entries <= self.parameters
-
-    def _whitening(self) -> Whitening:
-        return Whitening(torch.linalg.cholesky(self.inputs), torch.linalg.cholesky(self.gradient))
 
 
 def _ordered(vectors: torch.Tensor, legs: tuple[int, ...]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import nn
 
+from compression.numerics.finite import is_finite
 from compression.numerics.elimination import indices_of
 from compression.refusal import Refusal
 
@@ -276,7 +277,7 @@ def check_weight(name: str, weight: torch.Tensor, shapes_only: bool = False) -> 
         return
     if weight.is_meta:
         raise Refusal(f"site {name}: the weight has no values, it is on the meta device; load the model first")
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise Refusal(f"site {name}: the weight has NaN or infinite entries")
 
 

@@ -31,6 +31,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from compression.numerics.finite import is_finite
 from compression.calibration.triangles import Triangles, triangle, whole
 from compression.numerics.pooled_moments import MomentSum, pooled_moments
 from compression.numerics.whitening import shrink
@@ -352,7 +353,7 @@ def _checked(name: str, kind: str, moment: torch.Tensor | None) -> torch.Tensor:
     """Returns the moment of a site; raises ValueError if it is missing or not finite."""
     if moment is None:
         raise Refusal(f"site {name}: no second moment of its {kind} was collected")
-    if not torch.isfinite(moment).all():
+    if not is_finite(moment):
         raise Refusal(f"site {name}: the second moment of its {kind} has NaN or infinite entries")
     return moment
 

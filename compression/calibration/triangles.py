@@ -13,6 +13,7 @@ import torch
 __all__ = ["Triangles", "rounded", "triangle", "unrounded", "whole"]
 
 _STEPS = 32767
+_PIECE = 256
 
 
 def triangle(matrix: torch.Tensor) -> torch.Tensor:
@@ -27,10 +28,13 @@ def whole(vector: torch.Tensor) -> torch.Tensor:
     matrix = vector.new_empty(size, size)
     at = 0
     for start in range(size):
-        row = vector[at : at + size - start]
-        matrix[start, start:] = row
-        matrix[start:, start] = row
+        matrix[start, start:] = vector[at : at + size - start]
         at += size - start
+    for start in range(0, size, _PIECE):  # in pieces that fit into a cache, as the lower triangle is read by columns
+        stop = min(start + _PIECE, size)
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].mT
     return matrix
 
 

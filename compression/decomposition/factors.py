@@ -21,7 +21,7 @@ from compression.decomposition.measured import FORMAT, Measured
 from compression.numerics.cores import decompose, truncate
 from compression.numerics.fit import fit
 from compression.numerics.legs import Legs, resolve
-from compression.numerics.whitening import Whitening, shrink
+from compression.numerics.whitening import lowrank, shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Form
 from compression.sites import Site, Unit, members, units
@@ -248,14 +248,12 @@ class FactorStore:
         legs = resolve(key.topology, *site.shape(key.widths))
         if key.chi:
             return self._fit(key, legs)
+        weight = self._measured.weights[key.name].detach()
         if key.widths:
             matrix = self.bonds.cut(key.name, key.widths)
-            weight = matrix.weight
-            whitening = Whitening(torch.linalg.cholesky(matrix.inputs), torch.linalg.cholesky(matrix.gradients))
-        else:
-            weight, whitening = self._measured.weights[key.name].detach(), self._whitening(key.name, key.metric)
-        if key.topology == "lowrank":
-            cores, spectrum = lowrank_cores(weight, whitening, self._max_chi)
+            cores, spectrum = lowrank_cores(matrix.weight, matrix.inputs, matrix.gradients, self._max_chi)
+        elif key.topology == "lowrank":
+            cores, spectrum = lowrank_cores(weight, *self._metric(key.name, key.metric), self._max_chi)
         else:
             cores, spectra = decompose(weight.float(), legs, self._max_chi)
             spectrum = spectra[0].closed()
@@ -273,25 +271,30 @@ class FactorStore:
         tensors = {f"core.{number}": core[0].cpu() for number, core in enumerate(result.cores)}
         return Bundle({**tensors, "spectrum": (2 * result.cost).sqrt().cpu()}, {"start": f"{float(result.start):.6g}"})
 
-    def _whitening(self, name: str, metric: str) -> Whitening:
-        return Whitening.of(*self._measured.moments(name, metric), self._measured.shrinkage)
+    def _metric(self, name: str, metric: str) -> list[torch.Tensor | None]:
+        """C and G of a site, shrunk; None for those that the metric does not use."""
+        shrinkage = self._measured.shrinkage
+        return [None if each is None else shrink(each, shrinkage) for each in self._measured.moments(name, metric)]
 
 
 def lowrank_cores(
-    weight: torch.Tensor, whitening: Whitening, max_chi: int | None
+    weight: torch.Tensor, inputs: torch.Tensor | None, gradients: torch.Tensor | None, max_chi: int | None
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Returns the cores (1, out, 1, χ) and (χ, 1, in, 1) of `lowrank` in a metric, and the whitened matrix's spectrum.
 
     All are float64. Slicing the bond gives the best matrix of every smaller rank.
+
+    Args:
+        weight: W (out, in).
+        inputs, gradients: C (in, in) and G (out, out), positive definite; None leaves that side as it is.
+        max_chi: largest χ; None for all.
     """
-    white = whitening.apply(weight).float()
-    cores, spectra = decompose(white, resolve("lowrank", *white.shape), max_chi)
-    left = whitening.undo_left(cores[0][0, :, 0, :].double())
-    right = whitening.undo_right(cores[1][:, 0, :, 0].double())
+    left, right, values = lowrank(weight, inputs, gradients, max_chi)
     # Give each column and its row equal norms, whatever the metric, so that both stay within the range of float16.
-    share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    norms = left.norm(dim=0), right.norm(dim=1)
+    share = (norms[1] / norms[0].where(norms[0] > 0, 1)).sqrt()
     left, right = left * share, right / share.where(share > 0, 1)[:, None]
-    return [left[None, :, None, :], right[:, None, :, None]], spectra[0].closed()
+    return [left[None, :, None, :], right[:, None, :, None]], values
 
 
 def is_nested(topology: str, metric: str) -> bool:

@@ -52,7 +52,7 @@ from compression.numerics.elimination import Elimination, refit
 from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
-from compression.numerics.whitening import Whitening, shrink
+from compression.numerics.whitening import shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
 from compression.sites import Site, check_widths, dense_weight, expert_of, put_modules
@@ -216,8 +216,10 @@ def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tenso
     def solved(moment: torch.Tensor, other: torch.Tensor, ridge: float) -> torch.Tensor:
         damped = moment.clone()
         damped.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
-        answer: torch.Tensor = torch.linalg.solve(damped, other.mT).mT
-        return answer
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:  # too few digits for the largest and the smallest moment
+            return torch.linalg.solve(damped, other.mT).mT
+        return torch.cholesky_solve(other.mT, factor).mT
 
     # Judging a correction needs few digits, so float32 is enough.
     gradient, seen, missing = gradient.float(), inputs.float(), cross.float()
@@ -262,7 +264,7 @@ def _compressed(
         return linear_layer(weight.to(old_weight.dtype), bias)
     legs = resolve(choice.topology, *weight.shape)
     if is_lowrank(legs):
-        cores, _ = lowrank_cores(weight, Whitening.of(input_moment, gradient, shrinkage), choice.chi)
+        cores, _ = lowrank_cores(weight, shrink(input_moment, shrinkage), shrink(gradient, shrinkage), choice.chi)
     else:
         metrics = (shrink(gradient, shrinkage)[None], shrink(input_moment, shrinkage)[None])
         cores = [core[0] for core in fit(weight[None], *metrics, legs, choice.chi).cores]

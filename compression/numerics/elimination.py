@@ -22,9 +22,13 @@ from compression.refusal import Refusal
 
 __all__ = ["Elimination", "eliminate", "indices_of", "refit"]
 
-_WINDOWS, _FRESH = 8, 4
+_WINDOWS, _FRESH = 8, 2
 """Number of times that removed values are dropped from the arrays, and that W and P are computed afresh then, against
 the growth of rounding errors."""
+_LARGE, _INFLATED = 2048, 1e4
+"""Least number of values, and largest C_ii P_ii, for which arrays are updated in float32. C_ii P_ii is 1 for uncorrelated
+values and says how much larger errors of P become. For two MLPs of Qwen2.5-0.5B, whose C has a condition of 1e4, costs differ by at most 4e-4 from those
+of float64, at width 0, and by 1e-7 where a quarter or more of the values is kept, in 0.6 of the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +94,7 @@ def eliminate(
     groups = size // group
     window = -(-groups // (step * _WINDOWS)) * step  # groups removed before the arrays are made smaller
     left = torch.arange(groups, device=weight.device)
-    state = torch.empty(0, 0, dtype=torch.float64)  # W, G W and P, one above the other, with a column per value left
+    state = torch.empty(0, 0)  # W, G W and P, one above the other, with a column per value left
     order: list[torch.Tensor] = []
     lost = [0.0]
     for turn in range(-(-groups // window)):
@@ -99,6 +103,9 @@ def eliminate(
             inverse = torch.cholesky_inverse(_cholesky(moment[alive][:, alive]))
             current = crossed[:, alive] @ inverse if turn else target
             state = torch.cat([current, metric @ current, inverse])
+            inflated = float((moment.diagonal()[alive] * inverse.diagonal()).max())
+            if len(alive) >= _LARGE and inflated <= _INFLATED:
+                state = state.float()
         present = torch.ones(len(left), dtype=torch.bool, device=weight.device)
         for _ in range(0, min(window, len(left)), step):
             current, pulled, inverse = state[:outputs], state[outputs : 2 * outputs], state[2 * outputs :]
@@ -107,8 +114,8 @@ def eliminate(
             places = indices_of(first, group)
             columns, crossing = state[:, places], inverse[places]
             solved = torch.linalg.solve(crossing[:, places], torch.cat([current[:, places].mT, crossing], dim=1))
-            cost = max(0.0, 0.5 * float((pulled[:, places].mT * solved[:, :outputs]).sum()))
-            share = single[first].cumsum(0)
+            cost = max(0.0, 0.5 * float((pulled[:, places].mT * solved[:, :outputs]).sum(dtype=torch.float64)))
+            share = single[first].cumsum(0, dtype=torch.float64)
             parts = share / share[-1] if float(share[-1]) > 0 else torch.linspace(0, 1, len(first) + 1)[1:]
             lost += (lost[-1] + cost * parts).tolist()
             order.append(left[first])

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.numerics.finite import is_finite
 from compression.numerics.cores import decompose, truncate
 from compression.numerics.legs import Legs
 from compression.refusal import Refusal
@@ -84,7 +85,7 @@ def fit(
         raise Refusal(
             f"weights {tuple(weights.shape)} do not fit metrics {tuple(gradients.shape)} and {tuple(inputs.shape)}"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (weights, gradients, inputs)):
+    if not all(map(is_finite, (weights, gradients, inputs))):
         raise Refusal("a weight or a second moment has NaN or infinite entries")
     left, right = _LegMetric.of(gradients.double(), legs.out_legs), _LegMetric.of(inputs.double(), legs.in_legs)
     white = right.whiten_rows(left.whiten_rows(weights.double()).mT).mT.contiguous()

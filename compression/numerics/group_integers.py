@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from compression.numerics.finite import is_finite
 from compression.numerics.packed_size import BITS
 from compression.numerics.rounding import Triangle, nearest_plane
 from compression.numerics.whitening import shrink
@@ -84,7 +85,7 @@ def quantize(
         raise Refusal(
             f"bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} and group at least 1, got {bits} and {group}"
         )
-    if not torch.isfinite(matrix).all():
+    if not is_finite(matrix):
         raise Refusal("a matrix with NaN or infinite entries cannot be quantized")
     target = matrix.detach().float()
     importance = target.new_ones(1, 1) if metric is None else metric.importance().to(target.device)

@@ -21,6 +21,7 @@ from itertools import pairwise
 
 import torch
 
+from compression.numerics.finite import is_finite
 from compression.refusal import Refusal
 
 __all__ = ["Pruned", "prune", "refit_pruned"]
@@ -69,7 +70,7 @@ def prune(weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor, k
         raise Refusal(
             f"numbers of entries to keep must descend strictly between {weight.numel()} and 1, got {list(kept)}"
         )
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise Refusal("a matrix with NaN or infinite entries cannot be pruned")
     columns, rows = _Side.of(inputs), _Side.of(gradients)
     return _steps(weight.double() * rows.scale[:, None] * columns.scale, rows, columns, kept)
@@ -110,7 +111,7 @@ class _Side:
     def of(cls, moment: torch.Tensor) -> _Side:
         scale = moment.diagonal().double().sqrt()
         scaled = moment.double() / scale / scale[:, None]
-        if not torch.isfinite(scaled).all() or torch.linalg.cholesky_ex(scaled).info:
+        if not is_finite(scaled) or torch.linalg.cholesky_ex(scaled).info:
             raise Refusal("a second moment is not positive definite; shrink it first")
         return cls(scale, scaled, scaled.float())
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.numerics.finite import is_finite
 from compression.refusal import Refusal
 
 __all__ = ["Triangle", "nearest_plane"]
@@ -48,7 +49,7 @@ class Triangle:
         damped = moment.double()[order][:, order]
         damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp_min(1e-12))
         factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed or not torch.isfinite(factor).all():
+        if failed or not is_finite(factor):
             raise Refusal("a second moment is not positive definite; shrink it first")
         space = -len(order) % _TILE
         padded = torch.eye(space + len(order), device=moment.device)

@@ -1,7 +1,11 @@
 """Changes to the coordinates in which the plain SVD is optimal for a metric (whitening).
 
 Takes tensors and returns tensors. With C + εI = L Lᵀ and G + εI = R Rᵀ (Cholesky), tr(G E C Eᵀ) = ‖Rᵀ E L‖². The best
-rank-χ matrix in the metric is therefore the truncated SVD of Rᵀ W L, multiplied by R⁻ᵀ and L⁻¹ from the two sides.
+rank-χ matrix in the metric is therefore the truncated SVD of A = Rᵀ W L, multiplied by R⁻ᵀ and L⁻¹ from the two sides.
+
+Only the factor of the shorter side is needed. If W has fewer columns than rows, the right singular vectors V of A are the
+eigenvectors of AᵀA = Lᵀ (Wᵀ G W) L, and since the best matrix is A V Vᵀ, its factors are W L V and Vᵀ L⁻¹: G is multiplied
+with, not factorized.
 """
 
 from __future__ import annotations
@@ -10,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from compression.numerics.finite import is_finite
 from compression.refusal import Refusal
 
-__all__ = ["Whitening", "shrink"]
+__all__ = ["Whitening", "lowrank", "shrink"]
 
 _ZERO = 1e-24  # if both moments are 0, weights are whitened by this factor and are still normal float32 numbers
 
@@ -32,7 +37,7 @@ def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
     """
     if not 0 < shrinkage <= 1:
         raise Refusal(f"shrinkage must be in (0, 1], got {shrinkage}")
-    if not torch.isfinite(moment).all():
+    if not is_finite(moment):
         raise Refusal("a second moment has NaN or infinite entries")
     result = moment.to(torch.float64, copy=True)
     diagonal = result.diagonal()
@@ -85,3 +90,35 @@ class Whitening:
             return rows
         solved: torch.Tensor = torch.linalg.solve_triangular(self.input, rows, upper=False, left=False)
         return solved
+
+
+def lowrank(
+    weight: torch.Tensor, inputs: torch.Tensor | None, gradients: torch.Tensor | None, chi: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the factors (out, χ) and (χ, in) of the best matrices of every rank up to χ in a metric, and the spectrum.
+
+    The product of the first r columns and rows is the best matrix of rank r. The squares of the singular values are found
+    from a Gram matrix in float64, so that they are right down to 1e-16 of the largest square.
+
+    Args:
+        weight: W (out, in).
+        inputs, gradients: C (in, in) and G (out, out), positive definite; None leaves that side as it is.
+        chi: χ; None or more than the shorter side means that.
+
+    Returns:
+        The factors, and the singular values of the whitened matrix, all of them, descending; float64.
+    """
+    matrix = weight.double()
+    if matrix.shape[0] < matrix.shape[1]:
+        left, right, values = lowrank(matrix.mT, gradients, inputs, chi)
+        return right.mT, left.mT, values
+    gram = matrix.mT @ (matrix if gradients is None else gradients @ matrix)
+    factor = None if inputs is None else torch.linalg.cholesky(inputs)
+    if factor is not None:
+        gram = factor.mT @ gram @ factor
+    squares, basis = torch.linalg.eigh(gram)
+    values, basis = squares.flip(0).clamp_min(0).sqrt(), basis.flip(1)[:, :chi]
+    if factor is None:
+        return matrix @ basis, basis.mT, values
+    right = torch.linalg.solve_triangular(factor, basis.mT, upper=False, left=False)
+    return matrix @ (factor @ basis), right, values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compression.numerics import elimination
 from compression.numerics.elimination import eliminate, refit
 
 OUT, IN = 6, 12
@@ -108,3 +109,19 @@ def test_wide_groups_are_priced_with_several_threads() -> None:
     for width in (1, 2):
         kept = (found.kept(width)[:, None] * 192 + torch.arange(192)).flatten()
         assert float(found.cost[width]) == pytest.approx(cost(weight, inputs, torch.eye(4).double(), kept))
+
+
+@pytest.mark.parametrize(("noise", "exact"), [(1.0, False), (1e-4, True)])
+def test_large_bonds_are_eliminated_in_float32_only_where_it_is_precise(
+    noise: float, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elimination, "_LARGE", 32)
+    generator = torch.Generator().manual_seed(0)
+    weight, _, gradients = case(96)
+    shared, own = (torch.randn(400, count, generator=generator, dtype=torch.float64) for count in (8, 96))
+    rows = shared.repeat(1, 12) + noise * own
+    inputs = rows.T @ rows / len(rows)
+    found = eliminate(weight, inputs, gradients, step=4)
+    for width in range(0, 96, 4):  # whole steps, whose costs are exact
+        there = cost(weight, inputs, gradients, found.kept(width))
+        assert float(found.cost[width]) == pytest.approx(there, rel=1e-7 if exact else 1e-4)
