@@ -18,8 +18,8 @@ from math import prod
 import torch
 from torch import nn
 
-from compression.numerics.finite import is_finite
 from compression.numerics.elimination import indices_of
+from compression.numerics.finite import is_finite
 from compression.refusal import Refusal
 
 __all__ = [

@@ -31,8 +31,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from compression.numerics.finite import is_finite
 from compression.calibration.triangles import Triangles, triangle, whole
+from compression.numerics.finite import is_finite
 from compression.numerics.pooled_moments import MomentSum, pooled_moments
 from compression.numerics.whitening import shrink
 from compression.refusal import Refusal

@@ -26,9 +26,10 @@ _WINDOWS, _FRESH = 8, 2
 """Number of times that removed values are dropped from the arrays, and that W and P are computed afresh then, against
 the growth of rounding errors."""
 _LARGE, _INFLATED = 2048, 1e4
-"""Least number of values, and largest C_ii P_ii, for which arrays are updated in float32. C_ii P_ii is 1 for uncorrelated
-values and says how much larger errors of P become. For two MLPs of Qwen2.5-0.5B, whose C has a condition of 1e4, costs differ by at most 4e-4 from those
-of float64, at width 0, and by 1e-7 where a quarter or more of the values is kept, in 0.6 of the time."""
+"""Least number of values, and largest C_ii P_ii, for which arrays are updated in float32. C_ii P_ii is 1 for
+uncorrelated values and says how much larger errors of P become. For two MLPs of Qwen2.5-0.5B, whose C has a condition
+of 1e4, costs differ by at most 4e-4 from those of float64, at width 0, and by 1e-7 where a quarter or more of the
+values is kept, in 0.6 of the time."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from compression.numerics.finite import is_finite
 from compression.numerics.cores import decompose, truncate
+from compression.numerics.finite import is_finite
 from compression.numerics.legs import Legs
 from compression.refusal import Refusal
 

@@ -3,9 +3,9 @@
 Takes tensors and returns tensors. With C + εI = L Lᵀ and G + εI = R Rᵀ (Cholesky), tr(G E C Eᵀ) = ‖Rᵀ E L‖². The best
 rank-χ matrix in the metric is therefore the truncated SVD of A = Rᵀ W L, multiplied by R⁻ᵀ and L⁻¹ from the two sides.
 
-Only the factor of the shorter side is needed. If W has fewer columns than rows, the right singular vectors V of A are the
-eigenvectors of AᵀA = Lᵀ (Wᵀ G W) L, and since the best matrix is A V Vᵀ, its factors are W L V and Vᵀ L⁻¹: G is multiplied
-with, not factorized.
+Only the factor of the shorter side is needed. If W has fewer columns than rows, the right singular vectors V of A are
+the eigenvectors of AᵀA = Lᵀ (Wᵀ G W) L, and since the best matrix is A V Vᵀ, its factors are W L V and Vᵀ L⁻¹: G is
+multiplied with, not factorized.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class Whitening:
 def lowrank(
     weight: torch.Tensor, inputs: torch.Tensor | None, gradients: torch.Tensor | None, chi: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the factors (out, χ) and (χ, in) of the best matrices of every rank up to χ in a metric, and the spectrum.
+    """Returns the factors of the best matrices of every rank up to χ in a metric, and the spectrum.
 
-    The product of the first r columns and rows is the best matrix of rank r. The squares of the singular values are found
-    from a Gram matrix in float64, so that they are right down to 1e-16 of the largest square.
+    The product of the first r columns and rows is the best matrix of rank r. The squares of the singular values are
+    found from a Gram matrix in float64, so that they are right down to 1e-16 of the largest square.
 
     Args:
         weight: W (out, in).
@@ -106,7 +106,7 @@ def lowrank(
         chi: χ; None or more than the shorter side means that.
 
     Returns:
-        The factors, and the singular values of the whitened matrix, all of them, descending; float64.
+        The factors (out, χ) and (χ, in), and the singular values of the whitened matrix, all of them, descending; float64.
     """
     matrix = weight.double()
     if matrix.shape[0] < matrix.shape[1]:
