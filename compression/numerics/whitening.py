@@ -106,7 +106,7 @@ def lowrank(
         chi: χ; None or more than the shorter side means that.
 
     Returns:
-        The factors (out, χ) and (χ, in), and the singular values of the whitened matrix, all of them, descending; float64.
+        The factors (out, χ) and (χ, in), and all singular values of the whitened matrix, descending; float64.
     """
     matrix = weight.double()
     if matrix.shape[0] < matrix.shape[1]:
