@@ -253,7 +253,8 @@ class FactorStore:
             matrix = self.bonds.cut(key.name, key.widths)
             cores, spectrum = lowrank_cores(matrix.weight, matrix.inputs, matrix.gradients, self._max_chi)
         elif key.topology == "lowrank":
-            cores, spectrum = lowrank_cores(weight, *self._metric(key.name, key.metric), self._max_chi)
+            inputs, gradients = self._metric(key.name, key.metric)
+            cores, spectrum = lowrank_cores(weight, inputs, gradients, self._max_chi)
         else:
             cores, spectra = decompose(weight.float(), legs, self._max_chi)
             spectrum = spectra[0].closed()

@@ -217,9 +217,12 @@ def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tenso
         damped = moment.clone()
         damped.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
         factor, failed = torch.linalg.cholesky_ex(damped)
+        answer: torch.Tensor
         if failed:  # too few digits for the largest and the smallest moment
-            return torch.linalg.solve(damped, other.mT).mT
-        return torch.cholesky_solve(other.mT, factor).mT
+            answer = torch.linalg.solve(damped, other.mT).mT
+        else:
+            answer = torch.cholesky_solve(other.mT, factor).mT
+        return answer
 
     # Judging a correction needs few digits, so float32 is enough.
     gradient, seen, missing = gradient.float(), inputs.float(), cross.float()
