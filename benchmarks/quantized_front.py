@@ -10,7 +10,9 @@ it (see `search.model.budget`); at the smallest size it is also repaired. A last
 than the dense model in float32.
 
 "q4_0" and "q5_0" are what llama.cpp's own quantization gives: every matrix rounded to the nearest, the embedding in
-q8_0. "for llama.cpp" has the same bytes and what `search.py --serve llama.cpp --size` has, by the closed form.
+q8_0. "mlx 4 bits" is what `mlx_lm.convert -q` gives: every matrix and the embedding in 4 bits, in groups of 64 with a
+scale and a bias. "for llama.cpp", "for mlx-lm" and "for vllm" have the bytes of these and of "int4 alone" with an
+embedding of 16 bits, and what `search.py --serve ENGINE --size` has, by the closed form.
 
 Nothing is searched or healed. Bytes count all tensors. The default model was published in 4 bits with 32
 numbers per group, so int4 loses less on it than on a model published in 16 bits. Everything is computed in float32: in
@@ -20,12 +22,15 @@ bfloat16 any change of the weights costs 0.002 nats. `--quick` measures little t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import gguf
+import numpy as np
 import torch
 from torch import nn
 
@@ -107,8 +112,14 @@ class Front:
         with replaced(self.model, {**made, **self.ends(ends_bits)}):
             return self.measure(way, ends_bits)
 
-    def nearest(self, kind: str) -> Point:
-        """Measures the model with every matrix in a type of GGUF, rounded to the nearest, and the embedding in Q8_0."""
+    def nearest(
+        self, kind: str, ends_bits: int, rounded: Callable[[np.ndarray, bool], tuple[np.ndarray, int]]
+    ) -> Point:
+        """Measures the model with all matrices and the embedding as an engine's own tool rounds them.
+
+        Args:
+            rounded: of a matrix, and whether it is inside the blocks, returns the rounded one and its bytes.
+        """
         taken: dict[torch.nn.Parameter, torch.Tensor] = {}
         size = 0
         for name, values in self.model.named_parameters():
@@ -116,13 +127,12 @@ class Front:
                 size += BYTES * values.numel()
                 continue
             inside = any(name == f"{site.name}.weight" for site in self.sites)
-            number = gguf.GGMLQuantizationType[kind.upper() if inside else "Q8_0"]
-            stored = gguf.quants.quantize(values.detach().numpy(), number)
-            size += stored.nbytes
+            made, count = rounded(values.detach().numpy(), inside)
+            size += count
             taken[values] = values.detach().clone()
-            values.data.copy_(torch.from_numpy(gguf.quants.dequantize(stored, number)))
+            values.data.copy_(torch.from_numpy(made))
         try:
-            return self.measure(kind, 8, size)
+            return self.measure(kind, ends_bits, size)
         finally:
             for values, before in taken.items():
                 values.data.copy_(before)
@@ -142,7 +152,7 @@ class Front:
         config = Config.of({"model": self.experiment.config.model, **asked})
         budget = Budget.of(config, self.model, self.experiment.sites)
         store, experiment = self.experiment.store, self.experiment
-        if serve == "llama.cpp":
+        if serve != "transformers":
             calibration = experiment.calibration
             store = factor_store(experiment.loaded, experiment.sites, calibration, calibration.cache, budget.forms)
         menu = store.menu(form=form, price=budget.price, factored=config.has_factors)
@@ -183,6 +193,20 @@ def main() -> None:
     publish("benchmarks.quantized_front", "Quality over bytes", body, bars, given.write)
 
 
+def _gguf(kind: str, values: np.ndarray, inside: bool) -> tuple[np.ndarray, int]:
+    number = gguf.GGMLQuantizationType[kind.upper() if inside else "Q8_0"]
+    stored = gguf.quants.quantize(values, number)
+    return gguf.quants.dequantize(stored, number), stored.nbytes
+
+
+def _mlx(bits: int, values: np.ndarray, inside: bool) -> tuple[np.ndarray, int]:
+    import mlx.core as mx
+
+    stored = mx.quantize(mx.array(values).astype(mx.float16), group_size=GROUP, bits=bits)
+    back = mx.dequantize(*(each if n == 0 else each.astype(mx.float32) for n, each in enumerate(stored)), GROUP, bits)
+    return np.array(back), sum(each.nbytes for each in stored)
+
+
 def _measure(front: Front) -> list[Bar]:
     bars = []
     front.rounded("int8 alone", 8, 8, both=True)
@@ -201,10 +225,13 @@ def _measure(front: Front) -> list[Bar]:
             print(f"χ alone cannot reach {rival.bytes} bytes: {error}")
             continue
         bars.append(Bar(f"kl-over-chi-at-size-{number + 1}", mixed.quality.kl / chi.quality.kl, "<=", 1.0))
-    for kind in ("q4_0", "q5_0"):
-        rival = front.nearest(kind)
-        mixed = front.allocated("for llama.cpp", "small", rival.bytes, "llama.cpp")
-        bars.append(Bar(f"kl-over-{kind}-in-llama-cpp", mixed.quality.kl / rival.quality.kl, "<=", 1.0))
+    rivals = [("vllm", next(each for each in front.points if (each.way, each.ends) == ("int4 alone, C", FLOATING)))]
+    rivals += [("llama.cpp", front.nearest(kind, 8, partial(_gguf, kind))) for kind in ("q4_0", "q5_0")]
+    if importlib.util.find_spec("mlx"):
+        rivals += [("mlx-lm", front.nearest(f"mlx {bits} bits", bits, partial(_mlx, bits))) for bits in (4, 6)]
+    for engine, rival in rivals:
+        mixed = front.allocated(f"for {engine}", "small", rival.bytes, engine)
+        bars.append(Bar(f"kl-over-{rival.way}-in-{engine}", mixed.quality.kl / rival.quality.kl, "<=", 1.0))
     smallest = front.allocated("small", "small", int((1 - _HEADLINE) * front.float32))
     bars.append(Bar("bytes-saved-of-float32", 1 - smallest.bytes / front.float32, ">=", _HEADLINE))
     return bars

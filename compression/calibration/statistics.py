@@ -34,6 +34,7 @@ from torch import nn
 from compression.calibration.triangles import Triangles, triangle, whole
 from compression.numerics.finite import is_finite
 from compression.numerics.pooled_moments import MomentSum, pooled_moments
+from compression.numerics.products import products_of
 from compression.numerics.whitening import shrink
 from compression.refusal import Refusal
 from compression.sites import Site, expert_of
@@ -340,7 +341,8 @@ class MomentAccumulator:
             if name not in table:
                 table[name] = MomentSum(torch.zeros(values.shape[1], values.shape[1], device=values.device), 0.0, 0)
             found = table[name]
-            _add_upper_gram_(found.outer, values, weight)
+            with products_of(inputs.dtype):
+                _add_upper_gram_(found.outer, values, weight)
             found.fourth += float((values.square().sum(1) * weight).square().sum()) if name in self._expert else 0.0
             found.rows += len(values)
 
@@ -380,7 +382,10 @@ def _weights(rows: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
 
 
 def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> None:
-    """Add the upper block triangle of Σ w·x xᵀ over `rows` (n, d) to `total` (d, d): 5/8 of the full product."""
+    """Add the upper block triangle of Σ w·x xᵀ over `rows` (n, d) to `total` (d, d): 5/8 of the full product.
+
+    Within `products_of` bfloat16, w·x is rounded, at random and by 1/500 at most, far below the noise of sampled text.
+    """
     weighted = rows * weights[:, None]
     width = rows.shape[1]
     step = max(64, -(-width // 4))

@@ -52,6 +52,7 @@ from compression.numerics.elimination import Elimination, refit
 from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
+from compression.numerics.products import products_of
 from compression.numerics.whitening import shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
@@ -369,16 +370,17 @@ class _Targets:
                 mean = inputs.new_zeros(_FOLDS, width)
                 drift = inputs.new_zeros(width, width)
                 cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
-            if self._inputs:
-                apart = (reaching - (meant if columns is None else meant[..., columns]))[mask].float()
-                drift += (apart.T @ apart).double()
-            for fold in range(_FOLDS):
-                part = mask & (folds == fold)
-                rows = reaching[part].float()
-                inputs[fold] += (rows.T @ rows).double()
-                mean[fold] += rows.sum(0).double()
-                if aim is not None:
-                    cross[fold] += (aim[part].float().T @ rows).double()
+            with products_of(reaching.dtype):
+                if self._inputs:
+                    apart = (reaching - (meant if columns is None else meant[..., columns]))[mask].float()
+                    drift += (apart.T @ apart).double()
+                for fold in range(_FOLDS):
+                    part = mask & (folds == fold)
+                    rows = reaching[part].float()
+                    inputs[fold] += (rows.T @ rows).double()
+                    mean[fold] += rows.sum(0).double()
+                    if aim is not None:
+                        cross[fold] += (aim[part].float().T @ rows).double()
         inputs, cross, mean, drift = (total.div_(tokens) for total in (inputs, cross, mean, drift))
         missing: list[torch.Tensor | None] = [None] * len(group)
         for place, (site, start) in enumerate(zip(group, starts, strict=True)):
