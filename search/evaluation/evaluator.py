@@ -30,7 +30,7 @@ from search.evaluation.prefix_reuse import HiddenStates, prefix_keys
 from search.evaluation.quality import Quality
 from search.evaluation.score import Score
 from search.evaluation.workload import RunForward, ShouldStop, Workload, run_directly
-from search.runtime.memory import is_out_of_memory
+from search.runtime.memory import give_back_memory, is_out_of_memory
 
 __all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator"]
 
@@ -195,7 +195,7 @@ class ModelEvaluator:
     def _slopes(self, schedule: Schedule, toward: Schedule, shard: int) -> tuple[dict[str, float], Quality]:
         workload = self._referenced(shard)
         with self.states.watch():
-            self._applier.apply_(schedule)
+            self._apply(schedule)
         others = {
             unit.name: self._applier.replacement(unit, toward)
             for unit in units(self._sites)
@@ -295,8 +295,12 @@ class ModelEvaluator:
                 put_modules(self._model, taken)
             return
         with self.states.watch():
-            self._applier.apply_(schedule)
+            self._apply(schedule)
             yield partial(self.states, prefix_keys(schedule, self._sites, self.states.blocks))
+
+    def _apply(self, schedule: Schedule) -> None:
+        self._applier.apply_(schedule)
+        give_back_memory()  # what decompositions took
 
 
 def _lost(rival: Quality, seen: Quality, checks: int) -> bool:

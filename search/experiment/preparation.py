@@ -16,7 +16,7 @@ from search.experiment.experiment import Experiment
 from search.experiment.needs import needs
 from search.model.loading import LoadedModel
 from search.runtime.console import Console, Stage
-from search.runtime.memory import available_memory
+from search.runtime.memory import available_memory, give_back_memory
 
 __all__ = ["advancing", "calibrate", "check_space", "stays_dense", "stays_on_disk"]
 
@@ -38,12 +38,16 @@ def calibrate(experiment: Experiment, console: Console) -> None:
 
 
 def advancing(stage: Stage, seen: int = 0) -> Callable[[int], None]:
-    """A function that takes cumulative counts, `seen` at first, and gives `stage.advance` their increments."""
+    """A function that takes cumulative counts, `seen` at first, and gives `stage.advance` their increments.
+
+    Memory that the work before has freed goes back to the system.
+    """
 
     def progress(done: int) -> None:
         nonlocal seen
         stage.advance(done - seen)
         seen = done
+        give_back_memory()
 
     return progress
 
