@@ -4,8 +4,8 @@
                                     [--write]
 
 Tiny models in every form (`benchmarks.tiny_folders`), and with `--default` the default model with plain widths and with
-factors at 94 million parameters. PYTHON is that of an environment that has the engine; for llama.cpp, and on Linux for
-mlx-lm, this one will do.
+factors at 94 million parameters, and with integers at 100 and 130 MB. PYTHON is that of an environment that has the
+engine; for llama.cpp, and on Linux for mlx-lm, this one will do.
 Each vLLM folder is served twice where it matters: by the plug-in of this package, which is installed beside vLLM, and
 with `--trust-remote-code` without it. Servers listen on 127.0.0.1 only. mlx-lm is called without a server.
 
@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.default_folders import KEPT, default_folders
+from benchmarks.default_folders import KEPT, SIZES, default_folders
 from benchmarks.report import Bar, markdown, publish
 from benchmarks.tiny_folders import EXPECTED, FORMS, NEW_TOKENS, NO_TEXT, TOP, write_tiny_folders
 from search.engines import ENGINES
@@ -194,7 +194,7 @@ def main() -> None:
         write_tiny_folders(roots[0][1])
         if given.default:
             roots.append(("default", Path(scratch, "default")))
-            default_folders(roots[1][1])
+            default_folders(roots[1][1], given.only or ())
         for model, root in roots:
             expected = json.loads((root / EXPECTED).read_text(encoding="utf-8"))
             for name, answers in expected["answers"].items():
@@ -218,8 +218,9 @@ def main() -> None:
                     allowed = _IN_FLOAT16 if (engine, name) == ("vllm", _INTEGERS) else _TOLERANCE[engine]
                     bars.append(Bar(f"first token, {model} {name}, {engine}, {how}", worst, "<=", allowed))
     header = ["model", "form", "engine", "how", "greedy tokens", "first token, nats", "folder MB", "resident MB"]
+    sizes = " and ".join(f"{size} ({name})" for name, size in SIZES.items())
     intro = (
-        f"Tiny models, and with --default SmolLM2-135M-Instruct at kept fraction {KEPT}, all in float32 "
+        f"Tiny models, and with --default SmolLM2-135M-Instruct at kept fraction {KEPT} and at {sizes}, all in float32 "
         "but for integers in vLLM, which takes float16. "
         f'"greedy tokens" are those equal to ours, of {NEW_TOKENS} after each prompt; "first token" is the largest '
         f'difference of the {TOP} best log-probabilities of the first. "plug-in" is Chisel installed beside vLLM, and '
@@ -229,7 +230,7 @@ def main() -> None:
         "xllamacpp; vLLM runs eagerly; mlx-lm runs on the processor."
     )
     page = f"{intro}\n\n{markdown(header, rows)}"
-    publish("benchmarks.serve_test", "Served by other engines", page, bars, given.write)
+    publish("benchmarks.serve_test", "Served by other engines", page, bars, given.write, " ".join(given.only or ()))
 
 
 def _ways(

@@ -27,7 +27,7 @@ from search.export.folder import export_gguf, export_integers, export_model, exp
 from search.model.loading import LoadedModel, load_model
 from search.model.random_models import byte_tokenizer
 
-__all__ = ["EXPECTED", "FORMS", "NEW_TOKENS", "NO_TEXT", "TOP", "answers", "write_tiny_folders"]
+__all__ = ["EXPECTED", "FORMS", "NEW_TOKENS", "NO_TEXT", "TOP", "answers", "cast_", "write_tiny_folders"]
 
 EXPECTED = "expected.json"
 NEW_TOKENS, TOP = 8, 5
@@ -66,16 +66,16 @@ def write_tiny_folders(folder: Path) -> None:
             export_gguf(loaded.model, loaded.tokenizer, folder / name, "float32")
         elif form == "rounded":
             _round_(loaded.model, _BITS[name])
-            _cast_(loaded.model, torch.float16)
+            cast_(loaded.model, torch.float16)
             export_integers(loaded.model, loaded.tokenizer, folder / name, name)
-            _cast_(loaded.model, torch.float32)
+            cast_(loaded.model, torch.float32)
         else:
             export_plain(loaded.model, loaded.tokenizer, folder / name)
         said[name] = answers(loaded.model, _PROMPTS, NO_TEXT if name == "gguf" else ())
     (folder / EXPECTED).write_text(json.dumps({"prompts": _PROMPTS, "answers": said}), encoding="utf-8")
 
 
-def _cast_(model: Any, dtype: torch.dtype) -> None:
+def cast_(model: Any, dtype: torch.dtype) -> None:
     """Give the parameters another type; the frequencies of positions stay, which `model.half()` rounds too."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
