@@ -2,8 +2,8 @@
 
     python -m benchmarks.lab_runs qwen2.5-coder-0.5b results/RUN … [--write]
 
-Reads summary.json of every run folder, and benchmarks.csv where `search.py benchmark` has measured more items than the
-run did. A run on such a model is made by `search.py --model $(python -m benchmarks.lab_models NAME) …`.
+Reads summary.json of every run folder, and from benchmarks.csv the tasks of which `search.py benchmark` has measured 50
+items or more. A run on such a model is made by `search.py --model $(python -m benchmarks.lab_models NAME) …`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from benchmarks.lab_models import LAB_MODELS
 from benchmarks.report import RESULTS, markdown
 from benchmarks.run_table import section
 
+_ITEMS = 50
+"""Fewest items of a task that say something."""
+
 
 def page(model: str, runs: list[Path]) -> str:
     """Markdown of the runs of a model, in the order given."""
@@ -28,8 +31,8 @@ def page(model: str, runs: list[Path]) -> str:
     for run in runs:
         document = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         parts.append(f"## {target(document)}\n\n{_portable(section(document))}")
-        if (run / "benchmarks.csv").exists():
-            parts.append(benchmarks(pd.read_csv(run / "benchmarks.csv")))
+        if (file := run / "benchmarks.csv").exists() and len(measured := _enough(pd.read_csv(file))):
+            parts.append(benchmarks(measured))
     return "\n".join(parts)
 
 
@@ -51,6 +54,10 @@ def benchmarks(measured: pd.DataFrame) -> str:
         ]
         rows.append([task, by_model.metric.iloc[0], int(by_model.n.iloc[0]), *cells])
     return f"Benchmarks, with one standard error:\n\n{markdown(['task', 'metric', 'items', *models], rows)}\n"
+
+
+def _enough(measured: pd.DataFrame) -> pd.DataFrame:
+    return measured[measured["n"] >= _ITEMS]
 
 
 def _portable(text: str) -> str:

@@ -18,6 +18,8 @@ __all__ = ["Need", "needs"]
 _BATCH = 1024  # tokens of a batch in calibration
 _LOGITS = 16  # bytes of every logit in a backward pass: itself, its softmax, the cumulative sum and the gradient
 _WORKSPACE = 6  # float64 copies of the largest square matrix while a bond is eliminated
+_STEP = 512  # tokens of a step of healing
+_TRAINED = 16  # bytes of each number that healing trains: itself, its gradient and two moments, in float32
 _REPAIR = 7  # the same while a matrix is repaired: two halves, their drift, C, and what a solution copies
 
 
@@ -37,7 +39,10 @@ class Need:
 
 
 def needs(experiment: Experiment) -> tuple[Need, ...]:
-    """What loading, calibration, decomposition and repair take, in this order; other stages take no more than these."""
+    """What loading, calibration, decomposition, repair and healing take, in this order; others take no more.
+
+    Repair and healing are left out if the run has none.
+    """
     model, calibration, config = experiment.loaded.model, experiment.calibration, experiment.config
     sites = [site for site in experiment.sites if not site.dense_because]
     resident, moments = model_bytes(model), moment_bytes(sites)
@@ -64,14 +69,19 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         factors = 4 * (2 * lowrank + sum(site.parameters for site in sites))
         if config.form == "small":
             factors += sum(entry_bytes(site, 4, config.offered_bits) for site in sites)
-    found = (
+    found: tuple[Need, ...] = (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),
         Need("decompose", resident + 8 * _WORKSPACE * square, kept + factors),
     )
-    if not config.repair_tokens:
-        return found
-    states = 2 * 4 * min(config.repair_tokens, tokens) * width  # of the dense and the compressed model, in float32
-    repaired = int(experiment.budget.target_kept * sum(site.parameters for site in sites)) * model.dtype.itemsize
-    repair = Need("repair", resident + states + 8 * _REPAIR * square, kept + factors + states + repaired)
-    return (*found, repair)
+    left = int(experiment.budget.target_kept * sum(site.parameters for site in sites))
+    if config.repair_tokens:
+        states = 2 * 4 * min(config.repair_tokens, tokens) * width  # of the dense and the compressed model, in float32
+        repaired = left * model.dtype.itemsize
+        taken = resident + states + 8 * _REPAIR * square
+        found = (*found, Need("repair", taken, kept + factors + states + repaired))
+    if config.heal_minutes:
+        trained = 0 if config.form == "small" else _TRAINED * left  # scales and norms are few
+        batch = _STEP * vocabulary * _LOGITS
+        found = (*found, Need("heal", resident + trained + batch, kept + factors))
+    return found

@@ -30,7 +30,7 @@ def experiment(root: Path | None) -> Any:
     text = Text(tuple((5,) * 256 for _ in range(4)), (), frozenset())
     made = Calibration(loaded, sites, text, 0, 0.05, FactorCache(root))
     splits = SimpleNamespace(calibration=text)
-    config = SimpleNamespace(repair_tokens=512, form="any", offered_bits=())
+    config = SimpleNamespace(repair_tokens=512, heal_minutes=1.0, form="any", offered_bits=())
     return SimpleNamespace(
         config=config,
         loaded=loaded,
@@ -49,7 +49,7 @@ def test_stored_statistics_take_what_is_estimated(
     if by_block:
         monkeypatch.setattr(calibration, "LARGE", 0)
     opened = experiment(tmp_path)
-    load, calibrate, decompose, repair = needs(opened)
+    load, calibrate, decompose, repair, heal = needs(opened)
     assert load.memory == model_bytes(opened.loaded.model)
     assert min(calibrate.memory, decompose.memory) > load.memory
     opened.calibration()
@@ -58,6 +58,11 @@ def test_stored_statistics_take_what_is_estimated(
     assert kept < stored < 1.5 * kept  # names and diagonals come on top
     assert calibrate.disk > kept
     assert repair.disk > decompose.disk > kept
+    assert heal.disk == decompose.disk
+    left = int(0.8 * sum(site.parameters for site in opened.sites))
+    assert heal.memory == load.memory + 16 * left + 512 * 257 * 16
+    opened.config.heal_minutes = 0.0
+    assert [each.stage for each in needs(opened)] == ["load", "calibrate", "decompose", "repair"]
     opened.config.form, opened.config.offered_bits = "small", (16, 4, 3)
     more = sum(entry_bytes(site, 2 if by_block else 4, opened.config.offered_bits) for site in opened.sites)
     assert needs(opened)[2].disk == decompose.disk + more
