@@ -1,6 +1,6 @@
 """Measures held-out KL over bytes for int4 alone, χ alone, and all forms chosen together by bytes.
 
-    python -m benchmarks.quantized_front [--quick] [--write]
+    python -m benchmarks.quantized_front [--quick] [--engines] [--write]
 
 The sizes are those of int4 alone with the embedding in 16, 8 and 4 bits. "int4 alone" rounds every matrix to 4 bits:
 in the metric of its inputs, which is what GPTQ does, and in that of its inputs and output gradients, as `export
@@ -178,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="measure little text")
     parser.add_argument("--write", action="store_true", help="write the table and the plot to results/")
+    parser.add_argument("--engines", action="store_true", help="only what engines take, and their own tools")
     parser.add_argument("--model", default="default", help="model, as for search.py")
     given = parser.parse_args()
     sizes = {"heldout_tokens": 1024, "report_items": 8} if given.quick else {}
@@ -186,11 +187,12 @@ def main() -> None:
     device = resolve_device("auto")
     loaded, sites = open_model(config, device)
     front = Front(Experiment.of(config, loaded, sites, device))
-    bars = _measure(front)
-    body = _table(front) + ("\n\n![front](quantized_front.svg)" if given.write else "")
-    if given.write:
+    bars = _engines(front) if given.engines else _measure(front)
+    body, chart = _table(front), given.write and not given.engines
+    if chart:
+        body += "\n\n![front](quantized_front.svg)"
         _plot(front.points, RESULTS / "quantized_front.svg")
-    publish("benchmarks.quantized_front", "Quality over bytes", body, bars, given.write)
+    publish("benchmarks.quantized_front", "Quality over bytes", body, bars, given.write, "engines" * given.engines)
 
 
 def _gguf(kind: str, values: np.ndarray, inside: bool) -> tuple[np.ndarray, int]:
@@ -225,15 +227,24 @@ def _measure(front: Front) -> list[Bar]:
             print(f"χ alone cannot reach {rival.bytes} bytes: {error}")
             continue
         bars.append(Bar(f"kl-over-chi-at-size-{number + 1}", mixed.quality.kl / chi.quality.kl, "<=", 1.0))
-    rivals = [("vllm", next(each for each in front.points if (each.way, each.ends) == ("int4 alone, C", FLOATING)))]
+    bars += _engines(front)
+    smallest = front.allocated("small", "small", int((1 - _HEADLINE) * front.float32))
+    bars.append(Bar("bytes-saved-of-float32", 1 - smallest.bytes / front.float32, ">=", _HEADLINE))
+    return bars
+
+
+def _engines(front: Front) -> list[Bar]:
+    """Measures what engines' own tools give, and what the closed form has for these engines at the same bytes."""
+    bars = []
+    known = {(each.way, each.ends): each for each in front.points}
+    name = "int4 alone, C"
+    rivals = [("vllm", known.get((name, FLOATING)) or front.rounded(name, 4, FLOATING, both=False))]
     rivals += [("llama.cpp", front.nearest(kind, 8, partial(_gguf, kind))) for kind in ("q4_0", "q5_0")]
     if importlib.util.find_spec("mlx"):
         rivals += [("mlx-lm", front.nearest(f"mlx {bits} bits", bits, partial(_mlx, bits))) for bits in (4, 6)]
     for engine, rival in rivals:
         mixed = front.allocated(f"for {engine}", "small", rival.bytes, engine)
         bars.append(Bar(f"kl-over-{rival.way}-in-{engine}", mixed.quality.kl / rival.quality.kl, "<=", 1.0))
-    smallest = front.allocated("small", "small", int((1 - _HEADLINE) * front.float32))
-    bars.append(Bar("bytes-saved-of-float32", 1 - smallest.bytes / front.float32, ">=", _HEADLINE))
     return bars
 
 

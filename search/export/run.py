@@ -203,7 +203,7 @@ def _refuse_factors(kind: str, run: Path) -> None:
     if held:
         bits = ", ".join(map(str, held[1:-1]))
         what = f"factored or pruned matrices, and rounded ones only in {bits} or {held[-1]} bits"
-        again = f"--serve {server}"
+        again = again if kind == engine.plain else f"--serve {server}"
     names = [
         name for name, choice in schedule if not (choice.is_plain or (not choice.is_sparse and choice.bits in held))
     ]

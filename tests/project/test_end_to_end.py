@@ -56,7 +56,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     model.save_pretrained(first)
     loaded.tokenizer.save_pretrained(first)
     command = [sys.executable, str(ROOT / "search.py"), "--quick", "--budget", "6", "--out", str(folder), "--json"]
-    command += ["--model", str(first), "--calibration-tokens", "512", "--repair-tokens", "0", "--heal-minutes", "0.1"]
+    command += ["--model", str(first), "--calibration-tokens", "512", "--repair-tokens", "0", "--heal-minutes", "0.2"]
     for name, value in SMALL.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     command += ["--benchmark-items", "2", "--dtype", "float32"]  # in bfloat16 any change costs 0.002 nats
