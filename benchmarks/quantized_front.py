@@ -167,10 +167,11 @@ class Front:
                     return self.measure(way, budget.embedding_bits)
             finally:
                 put_modules(self.model, taken)
+        stored = None if serve == "transformers" else budget.sizes.bytes(schedule)  # MLX adds a bias to every scale
         with ScheduleApplier(self.model, store, packed=True) as applier:
             applier.apply_(schedule)
             with replaced(self.model, ends):
-                return self.measure(way, budget.embedding_bits)
+                return self.measure(way, budget.embedding_bits, stored)
 
 
 def main() -> None:
