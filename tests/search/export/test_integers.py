@@ -156,15 +156,24 @@ def test_what_an_engine_cannot_hold_is_named(tmp_path: Path) -> None:
         check_export("mlx", other.model, other.tokenizer)
 
 
-def test_a_folder_with_other_tensors_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_folder_with_other_tensors_is_not_written(
+    lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = writing._save_plain
 
     def damaged(small: Any, tokenizer: Any, folder: Path, card: str, beside: Any) -> None:
-        small.model.layers[0].self_attn.q_proj.scales[0, 0] += 1
+        matrix = small.model.layers[0].self_attn.q_proj
+        scales = matrix.scales
+        if lost:
+            del matrix.scales
+        else:
+            scales[0, 0] += 1
         save(small, tokenizer, folder, card, beside)
+        matrix.register_buffer("scales", scales)
 
     monkeypatch.setattr(writing, "_save_plain", damaged)
-    with pytest.raises(Refusal, match=r"was written wrongly: model\.layers\.0\.self_attn\.q_proj differs"):
+    with pytest.raises(Refusal, match=r"was written wrongly: model\.layers\.0\.self_attn\.q_proj.* differs"):
         export_integers(round_(wide_model()), merging_tokenizer(), tmp_path / "new", "mlx")
     assert not (tmp_path / "new").exists()
 
