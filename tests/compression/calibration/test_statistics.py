@@ -22,6 +22,7 @@ from compression import (
     discover_sites,
 )
 from compression.calibration import statistics
+from compression.numerics.products import products_of
 
 
 def test_statistics_that_are_not_finite_or_missing_are_refused_by_name() -> None:
@@ -81,3 +82,18 @@ def test_rows_that_arrive_flattened_count_as_tokens_with_their_mask(monkeypatch:
     ]
     torch.testing.assert_close(seen[0].input(f"{Q}.inner"), seen[1].input(f"{Q}.inner"))
     torch.testing.assert_close(seen[0].gradient(f"{Q}.inner"), seen[1].gradient(f"{Q}.inner"))
+
+
+def test_weighted_moments_of_bfloat16_stay_semidefinite_beside_massive_activations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000, 1, generator=generator) @ torch.randn(1, 512, generator=generator)
+    rows = (rows * 100 + torch.randn(2000, 512, generator=generator) * 0.01).bfloat16().float()
+    weights = torch.randn(2000, generator=generator).exp()
+    total = torch.zeros(512, 512)
+    with products_of(torch.bfloat16):
+        statistics._add_upper_gram_(total, rows, weights)
+    moment = statistics._mirror_upper_(total).double()
+    lowest = float(torch.linalg.eigvalsh(moment)[0])
+    assert lowest > -1e-6 * float(moment.trace())
+    exact = (rows * weights[:, None]).double().T @ rows.double()
+    assert torch.allclose(moment, exact, rtol=0, atol=1e-3 * float(exact.diagonal().max()))
