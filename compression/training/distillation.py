@@ -23,15 +23,17 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from compression.numerics.finite import is_finite
 from compression.refusal import Refusal
 
 __all__ = ["Distributions", "Head", "Targets", "divergence", "labels", "likeliest"]
 
 _NOT_FINITE = "the dense model gives NaN or infinite logits; nothing can be learned from it"
-_ROWS = 256
-"""Smallest number of rows of logits computed at a time."""
-_ROOM = {"cpu": 2**28, "cuda": 2**30}
-"""Bytes of float32 logits computed at a time, by device. Matrix products are more efficient with many rows."""
+_ROWS, _SAMPLED_ROWS = 64, 256
+"""Smallest number of rows of logits computed at a time, and on a CPU with sampled tokens."""
+_ROOM = {"cpu": 2**24, "cuda": 2**30}
+"""Bytes of float32 logits computed at a time, by device. Matrix products are more efficient with many rows; a CPU gets
+larger pieces of memory anew from the system every time, which takes longer than the products."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +121,9 @@ class Distributions:
         Raises:
             ValueError: they are not finite.
         """
-        logs = self.head.logits(self.hidden).log_softmax(-1)
-        if not torch.isfinite(logs).all():
+        logs = self.head.logits(self.hidden)
+        logs -= logs.logsumexp(-1, keepdim=True)
+        if not is_finite(logs):
             raise Refusal(_NOT_FINITE)
         return logs
 
@@ -265,8 +268,9 @@ def _shortlist(
 
 def _slices(count: int, head: Head, sampled: bool = False) -> Iterator[slice]:
     """Yields slices of `count` rows. With sampling, a CPU takes few rows at a time, as their shortlist is shorter."""
-    device, size = head.weight.device.type, _ROWS
-    if device != "cpu" or not sampled:
-        size = max(size, _ROOM.get(device, _ROOM["cuda"]) // (4 * len(head.weight)))
+    device = head.weight.device.type
+    size = max(_ROWS, _ROOM.get(device, _ROOM["cuda"]) // (4 * len(head.weight)))
+    if device == "cpu" and sampled:
+        size = _SAMPLED_ROWS
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
