@@ -6,19 +6,26 @@ Knows a causal language model with an output head; does not know sequences or me
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from compression.numerics.products import products_of
 from compression.refusal import Refusal
 
 __all__ = ["Dense", "Reading", "cache_argument", "log_normalizer", "read"]
 
 _ROWS = 16
 _SHORT_OF_MEMORY = ("cuda",)  # device types
+_SOME = 8  # rows that are compared
+_SAME = 0.98  # share of logits that are the same, once rounded; the others lie halfway between two numbers
+_PIECE = 8192  # rows of the matrix of a head that are converted at a time
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +52,8 @@ class Dense:
 
     If logits are W h in float32, p need not be stored to average other logits W h' under it:
     Σ_v p_v (W h')_v = (Wᵀ p)·h', and Wᵀ p is only as large as a hidden state. In lower precision the rounding errors of
-    the two sides would not cancel. Then p is recomputed from h on a GPU, where that costs little time and memory is
-    scarce, and stored on other devices. It is also stored if the head is not a plain linear map, and recomputed if the
-    logits to average come from another head.
+    the two sides would not cancel. On a GPU p is then recomputed from h, which takes little time there. p is stored if
+    the head is not a plain linear map, and recomputed if the logits to average come from another head.
 
     Attributes:
         choice: the likeliest token of each prediction.
@@ -64,8 +70,10 @@ class Dense:
         else:
             self._version, self._hidden = self._weight._version, reading.hidden
             self._values = self._weight.detach()  # stays as it is if the model is converted to another dtype
-            if self._weight.dtype == torch.float32:
-                self._embedding = probability @ self._weight
+            if _is_exact(self._weight):
+                self._embedding = probability.new_zeros(len(probability), self._weight.shape[1])
+                for start, piece in _pieces(self._values):
+                    self._embedding.addmm_(probability[:, start : start + len(piece)], piece)
         # Computed with the same arithmetic as the KL, so that rounding cancels and the dense model's KL is exactly 0.
         self.negentropy = self.mean(reading) - log_normalizer(reading.logits)
 
@@ -80,21 +88,80 @@ class Dense:
         if self._weight._version != self._version:
             raise Refusal("the output head of the dense model has changed; take the reference again")
         if self._embedding is not None and reading.head.weight is self._weight:
-            return _dot(self._embedding, reading.hidden)
-        return _dot(torch.softmax(functional.linear(self._hidden, self._values).float(), -1), reading.logits)
+            return _dot(self._embedding, reading.hidden.float())
+        return _dot(torch.softmax(_linear(self._hidden, self._values), -1), reading.logits)
 
 
 def _plain_weight(reading: Reading) -> torch.Tensor | None:
     """W if the logits are W h in float32, or in lower precision on a device type of `_SHORT_OF_MEMORY`; else None."""
-    if not isinstance(reading.head, nn.Linear) or "bias" in dict(reading.head.named_parameters()):
+    weight, some = _matrix(reading.head), slice(0, _SOME)
+    if weight is None or not len(reading.logits) or weight.is_inference():
         return None
-    weight, some = reading.head.weight, slice(0, 8)
-    exact = weight.dtype == torch.float32
-    if not len(reading.logits) or weight.is_inference() or not (exact or weight.device.type in _SHORT_OF_MEMORY):
+    if not (_is_exact(weight) or weight.device.type in _SHORT_OF_MEMORY):
         return None
-    given, wanted = functional.linear(reading.hidden[some], weight).float(), reading.logits[some]
+    given, wanted = _linear(reading.hidden[some], weight), reading.logits[some]
+    exact = _is_exact(weight)
     relative, absolute = (1e-4, 1e-3) if exact else (1e-2, 1e-2 * float(wanted.abs().max()))
     return weight if torch.allclose(given, wanted, rtol=relative, atol=absolute) else None
+
+
+def _matrix(head: nn.Module) -> torch.Tensor | None:
+    """The matrix of a head that is a linear layer without a bias; None for any other."""
+    if isinstance(head, nn.Linear) and "bias" not in dict(head.named_parameters()):
+        return head.weight
+    return None
+
+
+def _is_exact(weight: torch.Tensor) -> bool:
+    """Whether logits of this matrix are computed in float32, from its numbers as they are."""
+    return weight.dtype == torch.float32 or _is_reduced(weight)
+
+
+def _is_reduced(weight: torch.Tensor) -> bool:
+    """Whether a matrix has 16 bits a number and is multiplied by a CPU."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """h Wᵀ (rows, vocabulary) in float32."""
+    if not _is_reduced(weight):
+        return functional.linear(hidden, weight).float()
+    result: torch.Tensor = _Product.apply(hidden, weight)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Product(torch.autograd.Function):
+    """The product of 16-bit numbers with a result in float32, which PyTorch does not offer on a CPU.
+
+    A logit of 20 would be rounded to the nearest eighth in bfloat16. W is converted piece by piece, since a vocabulary
+    of 152,000 tokens would take half a gigabyte.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = hidden.dtype
+        result = torch.empty(len(hidden), len(weight))
+        with products_of(weight.dtype), torch.autocast(hidden.device.type, enabled=False):
+            for start, piece in _pieces(weight):
+                torch.mm(hidden.float(), piece.T, out=result[:, start : start + len(piece)])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        total = torch.zeros(len(gradients[0]), weight.shape[1])
+        with products_of(weight.dtype):
+            for start, piece in _pieces(weight):
+                total.addmm_(gradients[0][:, start : start + len(piece)], piece)
+        return total.to(ctx.dtype), None
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """The rows of a matrix in float32, a few at a time, each time with the number of the first one."""
+    size = len(weight) if weight.dtype == torch.float32 else _PIECE
+    for start in range(0, len(weight), size):
+        yield start, weight[start : start + size].float()
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -107,6 +174,9 @@ def read(
     model: nn.Module, inputs: Mapping[str, torch.Tensor], source: torch.Tensor, cache: object | None = None
 ) -> Reading:
     """Make a forward pass and read the logits, in float32, at `source`; the head computes no other positions.
+
+    A model of 16 bits on a CPU rounds its logits. If they are W h, which its first pass shows, they are computed here
+    instead, in float32.
 
     Args:
         inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible; without
@@ -121,9 +191,14 @@ def read(
         return Reading(logits, logits, nn.Identity())
     fed: list[torch.Tensor] = []
 
+    weight = _matrix(head)
+    if weight is not None and not _is_reduced(weight):
+        weight = None
+    known = None if weight is None else _plain_heads.get(model)
+
     def feed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         fed.append(args[0].flatten(0, 1)[source])
-        return (fed[0][None],)
+        return (fed[0][None, : _SOME if known else None],)
 
     hook = head.register_forward_pre_hook(feed)
     try:
@@ -131,7 +206,15 @@ def read(
         logits = model(**_masked(model, inputs), **given, use_cache=cache is not None).logits
     finally:
         hook.remove()
-    return Reading(logits[0].float(), fed[0], head)
+    if weight is None or known is False or not len(fed[0]):
+        return Reading(logits[0].float(), fed[0], head)
+    hidden = fed[0].to(weight.dtype)
+    if known is None:
+        some = _linear(hidden[:_SOME].detach(), weight).to(logits.dtype)
+        known = float((some == logits[0, :_SOME]).float().mean()) > _SAME
+        if bool(torch.isfinite(some).all()):  # logits that are not say nothing about the model
+            _plain_heads[model] = known
+    return Reading(_linear(hidden, weight), hidden, head) if known else Reading(logits[0].float(), fed[0], head)
 
 
 def cache_argument(model: nn.Module) -> str:
