@@ -6,8 +6,9 @@ Knows a causal language model with an output head; does not know sequences or me
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compression.numerics.products import products_of
+from compression.numerics.products import float32_pieces, float32_product, products_of
 from compression.refusal import Refusal
+from compression.training.trainable import captured_head_input
 
 __all__ = ["Dense", "Reading", "cache_argument", "log_normalizer", "read"]
 
@@ -24,7 +26,6 @@ _ROWS = 16
 _SHORT_OF_MEMORY = ("cuda",)  # device types
 _SOME = 8  # rows that are compared
 _SAME = 0.98  # share of logits that are the same, once rounded; the others lie halfway between two numbers
-_PIECE = 8192  # rows of the matrix of a head that are converted at a time
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -72,7 +73,7 @@ class Dense:
             self._values = self._weight.detach()  # stays as it is if the model is converted to another dtype
             if _is_exact(self._weight):
                 self._embedding = probability.new_zeros(len(probability), self._weight.shape[1])
-                for start, piece in _pieces(self._values):
+                for start, piece in float32_pieces(self._values):
                     self._embedding.addmm_(probability[:, start : start + len(piece)], piece)
         # Computed with the same arithmetic as the KL, so that rounding cancels and the dense model's KL is exactly 0.
         self.negentropy = self.mean(reading) - log_normalizer(reading.logits)
@@ -131,37 +132,22 @@ def _linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The product of 16-bit numbers with a result in float32, which PyTorch does not offer on a CPU.
-
-    A logit of 20 would be rounded to the nearest eighth in bfloat16. W is converted piece by piece, since a vocabulary
-    of 152,000 tokens would take half a gigabyte.
-    """
+    """`float32_product` with a gradient for the rows."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.dtype = hidden.dtype
-        result = torch.empty(len(hidden), len(weight))
-        with products_of(weight.dtype), torch.autocast(hidden.device.type, enabled=False):
-            for start, piece in _pieces(weight):
-                torch.mm(hidden.float(), piece.T, out=result[:, start : start + len(piece)])
-        return result
+        return float32_product(hidden, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         total = torch.zeros(len(gradients[0]), weight.shape[1])
         with products_of(weight.dtype):
-            for start, piece in _pieces(weight):
+            for start, piece in float32_pieces(weight):
                 total.addmm_(gradients[0][:, start : start + len(piece)], piece)
         return total.to(ctx.dtype), None
-
-
-def _pieces(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """The rows of a matrix in float32, a few at a time, each time with the number of the first one."""
-    size = len(weight) if weight.dtype == torch.float32 else _PIECE
-    for start in range(0, len(weight), size):
-        yield start, weight[start : start + size].float()
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -189,32 +175,42 @@ def read(
     if head is None:  # a classifier, which makes one prediction for a row
         logits = model(**inputs).logits.float()[source // inputs["input_ids"].shape[1]]
         return Reading(logits, logits, nn.Identity())
-    fed: list[torch.Tensor] = []
+    given: dict[str, object] = dict(_masked(model, inputs))
+    if cache is not None:
+        given[cache_argument(model)] = cache
+    forward = partial(model, **given, use_cache=cache is not None)
+    weight, plain = _matrix(head), _plain_heads.get(model)
+    if weight is None or not _is_reduced(weight) or plain is False:
+        return _head_read(forward, head, source)
+    if plain:
+        with captured_head_input(model) as caught:
+            forward()
+        hidden = caught[0].flatten(0, 1)[source].to(weight.dtype)
+        return Reading(_linear(hidden, weight), hidden, head)
+    reading = _head_read(forward, head, source)
+    hidden = reading.hidden.to(weight.dtype)
+    some = _linear(hidden[:_SOME].detach(), weight)
+    if not len(some) or not torch.isfinite(some).all():  # these say nothing about the model
+        return reading
+    rounded = (each.to(weight.dtype) for each in (some, reading.logits[:_SOME]))
+    _plain_heads[model] = float(torch.eq(*rounded).float().mean()) > _SAME
+    return Reading(_linear(hidden, weight), hidden, head) if _plain_heads[model] else reading
 
-    weight = _matrix(head)
-    if weight is not None and not _is_reduced(weight):
-        weight = None
-    known = None if weight is None else _plain_heads.get(model)
+
+def _head_read(forward: Callable[[], Any], head: nn.Module, source: torch.Tensor) -> Reading:
+    """The logits as the model computes them from what its head gives."""
+    fed: list[torch.Tensor] = []
 
     def feed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         fed.append(args[0].flatten(0, 1)[source])
-        return (fed[0][None, : _SOME if known else None],)
+        return (fed[0][None],)
 
     hook = head.register_forward_pre_hook(feed)
     try:
-        given = {} if cache is None else {cache_argument(model): cache}
-        logits = model(**_masked(model, inputs), **given, use_cache=cache is not None).logits
+        logits = forward().logits
     finally:
         hook.remove()
-    if weight is None or known is False or not len(fed[0]):
-        return Reading(logits[0].float(), fed[0], head)
-    hidden = fed[0].to(weight.dtype)
-    if known is None:
-        some = _linear(hidden[:_SOME].detach(), weight).to(logits.dtype)
-        known = float((some == logits[0, :_SOME]).float().mean()) > _SAME
-        if bool(torch.isfinite(some).all()):  # logits that are not say nothing about the model
-            _plain_heads[model] = known
-    return Reading(_linear(hidden, weight), hidden, head) if known else Reading(logits[0].float(), fed[0], head)
+    return Reading(logits[0].float(), fed[0], head)
 
 
 def cache_argument(model: nn.Module) -> str:

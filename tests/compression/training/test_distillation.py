@@ -109,7 +109,9 @@ def test_a_sampled_normalizer_comes_close_and_closer_with_more_samples(subject: 
         generator = torch.Generator().manual_seed(0)
         sampled = gradient(divergence(hidden, head, few, sample, generator), hidden)
         errors.append(float((sampled - exact).norm() / exact.norm()))
-    assert errors[2] < 1e-6 < errors[1] < 0.1 < 1 < errors[0], errors  # no more others than the sample: all are computed
+    assert errors[2] < 1e-6 < errors[1] < 0.1 < 1 < errors[0], (
+        errors
+    )  # no more others than the sample: all are computed
 
 
 def test_a_student_that_is_the_dense_model_has_nothing_to_learn(subject: tuple) -> None:  # type: ignore[type-arg]
