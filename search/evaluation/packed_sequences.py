@@ -16,6 +16,7 @@ import torch
 from compression.refusal import Refusal
 
 __all__ = [
+    "ROW_TOKENS",
     "Packed",
     "Prediction",
     "apart",
@@ -31,6 +32,8 @@ __all__ = [
     "row_inputs",
 ]
 
+ROW_TOKENS = 256
+"""Tokens that sequences which share a row have together at most."""
 _BATCH_COST = 48
 
 
@@ -200,10 +203,11 @@ def apart(sequence: Packed) -> list[Packed]:
     return found
 
 
-def row_inputs(rows: Sequence[Sequence[Packed]], shared: bool) -> dict[str, torch.Tensor]:
+def row_inputs(rows: Sequence[Sequence[Packed]], shared: bool, least: int = 0) -> dict[str, torch.Tensor]:
     """The inputs of a model for rows of sequences, filled with token 0 on the right.
 
     Args:
+        least: tokens of a row at least; the longest row counts if it is longer.
         shared: give the positions and the mask (rows, 1, length, length) that keep the sequences of a row and their
             branches apart. Otherwise every row must be one plain text; a causal model needs nothing else, and an
             encoder a mask (rows, length) that is 0 where a row is filled up.
@@ -211,7 +215,7 @@ def row_inputs(rows: Sequence[Sequence[Packed]], shared: bool) -> dict[str, torc
     Returns:
         Arguments of the model by name; `input_ids` is (rows, length), int64.
     """
-    length = max(sum(len(sequence.tokens) for sequence in row) for row in rows)
+    length = max(least, *(sum(len(sequence.tokens) for sequence in row) for row in rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
     visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
@@ -231,7 +235,7 @@ def row_inputs(rows: Sequence[Sequence[Packed]], shared: bool) -> dict[str, torc
     return {"input_ids": ids}
 
 
-def pack(lengths: Sequence[int], capacity: int = 256) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int = ROW_TOKENS) -> list[list[int]]:
     """Distribute sequences over rows, first fit by descending length; returns the sequence numbers of each row.
 
     A row holds up to `capacity` tokens, or one longer sequence. Short rows keep attention cheap: the sequences of a row

@@ -17,11 +17,25 @@ from torch import nn
 
 from compression.refusal import Refusal
 from search.evaluation.logits import Dense, Reading, log_normalizer, read
-from search.evaluation.packed_sequences import Packed, Prediction, apart, group, mix, pack, predictions, row_inputs
+from search.evaluation.packed_sequences import (
+    ROW_TOKENS,
+    Packed,
+    Prediction,
+    apart,
+    group,
+    mix,
+    pack,
+    predictions,
+    row_inputs,
+)
 from search.evaluation.quality import CorpusQuality, Quality, mean_standard_error, ratio_standard_error
 from search.evaluation.shared_rows import shares_rows
 
 __all__ = ["Continuation", "RunForward", "ShouldStop", "Workload", "loglikelihoods", "run_directly"]
+
+_MULTIPLE = 32
+"""Tokens of which a row has a multiple, where a CPU multiplies 16-bit numbers. It compiles a kernel for every number of
+tokens and every χ, which takes longer than the product."""
 
 ShouldStop = Callable[[Quality, int], bool]
 """Decides whether to stop early, given the quality so far and the largest number of times that it may be called."""
@@ -96,7 +110,10 @@ class Workload:
         alone = any(sequence.alone for sequence in sequences)
         longest = max(len(sequence.tokens) for sequence in sequences)
         self._shared = not alone and shares_rows(model, max(texts, key=len), longest, identity)
-        self._batch_tokens, self._batches = batch_tokens, self._batched(batch_tokens)
+        some = next(model.parameters())
+        self._multiple = _MULTIPLE if some.device.type == "cpu" and some.dtype.itemsize < 4 else 1
+        self._batch_tokens = batch_tokens
+        self._batches = self._batched(batch_tokens)
 
     def halved(self) -> Workload | None:
         """The same workload in batches of half as many tokens, without a reference; None if every batch is one row."""
@@ -326,7 +343,10 @@ class Workload:
 
     def _batch(self, rows: list[list[tuple[int, range, Packed]]]) -> _Batch:
         """A batch of rows of parts: the number of a sequence, the global numbers of its branches, and its tokens."""
-        inputs = row_inputs([[sequence for _, _, sequence in row] for row in rows], self._shared)
+        sequences = [[sequence for _, _, sequence in row] for row in rows]
+        longest = max(sum(len(sequence.tokens) for sequence in row) for row in sequences)
+        whole = min(-(-longest // self._multiple) * self._multiple, ROW_TOKENS, self._batch_tokens // len(rows))
+        inputs = row_inputs(sequences, self._shared, whole)
         found: list[Prediction] = []
         for place, row in enumerate(rows):
             base = place * inputs["input_ids"].shape[1]

@@ -320,3 +320,18 @@ def test_a_head_that_was_written_to_after_the_reference_is_noticed() -> None:
         loaded.model.lm_head.weight.mul_(1.1)
     with pytest.raises(ValueError, match="take the reference again"):
         workload.measure(loaded.model)
+
+
+def test_rows_of_16_bit_models_have_few_lengths_on_a_cpu_and_the_same_quality() -> None:
+    loaded = load_model("random:tiny-llama", "cpu")
+    sequences = [packed_text(loaded.encode(text)) for text in TEXTS]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(loaded.model).to(dtype)
+        workload = Workload(sequences, model, batch_tokens=256)
+        tokens = [batch.inputs["input_ids"].numel() for batch in workload._batches]
+        assert max(tokens) <= max(256, *(len(sequence.tokens) for sequence in sequences))
+        lengths = [batch.inputs["input_ids"].shape[1] for batch in workload._batches]
+        found.append((lengths, workload.reference(model).perplexity))
+    assert [-(-length // 32) * 32 for length in found[0][0] if length <= 256] == [n for n in found[1][0] if n <= 256]
+    assert found[1][1] == pytest.approx(found[0][1], rel=0.02)
