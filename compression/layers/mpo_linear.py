@@ -25,6 +25,11 @@ from compression.refusal import Refusal
 
 __all__ = ["MPOLinear"]
 
+_COMPILED = 32
+"""Least number of tokens for which a CPU forms Ŵ to multiply 16-bit numbers. oneDNN compiles kernels for every number of
+tokens, χ and matrix, which take a millisecond and 0.4 MB each; Ŵ has the shape of its site, and is formed in float32,
+whose products need no such kernels."""
+
 _Value = TypeVar("_Value")
 
 
@@ -102,14 +107,18 @@ class MPOLinear(nn.Module):
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """Maps (…, in) to (…, out)."""
-        tokens = activations.numel() // self.in_features
+        tokens, reduced = activations.numel() // self.in_features, self._is_reduced()
         if torch.is_grad_enabled() and tokens > 1 and self._is_trained():
-            route = in_training(self.legs, self.chi, tokens, activations.is_cuda)
+            route = in_training(self.legs, self.chi, tokens, activations.is_cuda, reduced)
             if route is not None:
                 for stale in ("merged", "padded"):  # a compiled graph would not notice that they are outdated
                     self._kept.pop(stale, None)
                 return self.run(activations, route)
-        return self.run(activations, self._plan.route(tokens))
+            return self.run(activations, self._plan.route(tokens))
+        route = self._plan.route(tokens)
+        if reduced and tokens >= _COMPILED and route != "merged":
+            route = "rebuild"
+        return self.run(activations, route)
 
     def run(self, activations: torch.Tensor, route: Route) -> torch.Tensor:
         """Computes `forward` by a given route of `compression.layers.routes.routes(legs)` instead of the plan's."""
@@ -192,7 +201,12 @@ class MPOLinear(nn.Module):
         if not (self._lowrank and self.legs.pivoted):
             return contract(self.cores)
         last, tail = self._factors()
-        return torch.cat((last, torch.mm(tail, last))).index_select(0, self._order(0)[0])
+        if self._is_reduced():
+            with torch.autocast("cpu", enabled=False):
+                below = torch.mm(tail.float(), last.float()).to(last.dtype)
+        else:
+            below = torch.mm(tail, last)
+        return torch.cat((last, below)).index_select(0, self._order(0)[0])
 
     @property
     def resident_bytes(self) -> int:
@@ -213,6 +227,13 @@ class MPOLinear(nn.Module):
         self._kept.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _is_reduced(self) -> bool:
+        """Whether a CPU multiplies 16-bit numbers here, for which it compiles a kernel for every shape."""
+        if torch.compiler.is_compiling():
+            return False
+        core = getattr(self, f"core_{len(self._shapes) - 1}")
+        return core.device.type == "cpu" and (core.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"))
 
     def _is_trained(self) -> bool:
         parameters: Any = self._parameters

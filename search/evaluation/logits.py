@@ -162,7 +162,7 @@ def read(
     """Make a forward pass and read the logits, in float32, at `source`; the head computes no other positions.
 
     A model of 16 bits on a CPU rounds its logits. If they are W h, which its first pass shows, they are computed here
-    instead, in float32.
+    instead, in float32. With a cache, where few positions are read at a time, they are those of the model.
 
     Args:
         inputs: keyword arguments of the model. A boolean mask (batch, 1, length, length) says what is visible; without
@@ -180,7 +180,7 @@ def read(
         given[cache_argument(model)] = cache
     forward = partial(model, **given, use_cache=cache is not None)
     weight, plain = _matrix(head), _plain_heads.get(model)
-    if weight is None or not _is_reduced(weight) or plain is False:
+    if weight is None or not _is_reduced(weight) or plain is False or cache is not None:
         return _head_read(forward, head, source)
     if plain:
         with captured_head_input(model) as caught:

@@ -157,6 +157,9 @@ class _Healing:
         self.sharding = Sharding(model, dense) if self.processes.sharded else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = self._optimizer()
+        self.stored = next(
+            (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32
+        )
         self.best = self._copied()
         self.recordings = ExitStack()
         # CUDA graphs exclude activation checkpointing, which runs a block twice, sharding, which moves parameters, and
@@ -335,7 +338,8 @@ class _Healing:
         return optimizer
 
     def _copied(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        """The trained parameters as the finished model will store them, which may take half the memory."""
+        return {name: p.detach().to(self.stored, copy=True) for name, p in self.parameters.items()}
 
     @staticmethod
     def _named(tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:

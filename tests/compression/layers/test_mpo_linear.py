@@ -25,7 +25,7 @@ from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
 from compression.layers.routes import Plan, Route, extra_entries, in_training, routes
 from compression.numerics.cores import contract, decompose, truncate
-from compression.numerics.gauge import PivotedCore, pivot
+from compression.numerics.gauge import PivotedCore, pivot, stored
 from compression.numerics.legs import resolve
 from compression.numerics.pivoted_product import _buffer, pivoted_product, row_order, unfolding
 from compression.size import SizeModel
@@ -130,6 +130,7 @@ def test_only_gradients_take_a_pivoted_layer_of_small_chi_off_its_plan(monkeypat
     assert found == ["expanded-last", "expanded-last", None]
     assert in_training(resolve("lowrank", OUT, IN), 1, 9, gpu=False) is None
     assert [in_training(legs, 2, tokens, gpu=True) for tokens in (2, 3)] == [None, "rebuild"]
+    assert [in_training(legs, OUT, tokens, gpu=False, reduced=True) for tokens in (9, 4096)] == [None, "rebuild"]
 
 
 @pytest.mark.parametrize(("topology", "route"), CASES)
@@ -347,3 +348,21 @@ def test_what_was_in_the_scratch_buffer_never_reaches_a_result(dtype: torch.dtyp
         expected = tokens.double() @ (unfolding(tail.double(), order) @ last.double()).T
     assert torch.isfinite(found).all()
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("topology", ["pivoted-lowrank", "lowrank"])
+def test_many_tokens_of_16_bits_are_multiplied_with_the_matrix(topology: str, autocast: bool) -> None:
+    legs = resolve(topology, 48, 40)
+    cores = [torch.randn(left, o, i, right) / 4 for left, o, i, right in ((1, 48, 1, 11), (11, 1, 40, 1))]
+    layer = MPOLinear(stored(cores, legs.pivoted)).to(torch.float32 if autocast else torch.bfloat16)
+    exact = contract([core.double() for core in layer.cores])
+    for tokens in (1, 8, 31, 32, 200):
+        rows = torch.randn(2, tokens, 40).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = layer(rows)
+            formed = torch.equal(found, torch.nn.functional.linear(rows, layer.weight))
+        expected = rows.double() @ exact.T
+        assert found.dtype == torch.bfloat16
+        assert float((found.double() - expected).norm() / expected.norm()) < 0.01
+        assert formed or 2 * tokens < 32
