@@ -26,9 +26,9 @@ from compression.refusal import Refusal
 __all__ = ["MPOLinear"]
 
 _COMPILED = 32
-"""Least number of tokens for which a CPU forms Ŵ to multiply 16-bit numbers. oneDNN compiles kernels for every number of
-tokens, χ and matrix, which take a millisecond and 0.4 MB each; Ŵ has the shape of its site, and is formed in float32,
-whose products need no such kernels."""
+"""Least number of tokens for which a CPU forms Ŵ to multiply 16-bit numbers. oneDNN compiles kernels for every number
+of tokens, χ and matrix, which take a millisecond and 0.4 MB each; Ŵ has the shape of its site, and is formed in
+float32, whose products need no such kernels."""
 
 _Value = TypeVar("_Value")
 
