@@ -15,6 +15,7 @@ from compression.storage.factor_cache import cache_key
 from search.experiment.experiment import Experiment
 from search.experiment.preparation import advancing
 from search.runtime.console import Console
+from search.runtime.memory import give_back_memory
 
 __all__ = ["repaired_", "unfinished_repair"]
 
@@ -30,6 +31,7 @@ def repaired_(experiment: Experiment, schedule: Schedule, console: Console) -> M
         OSError: the disk is full or not writable.
     """
     unfinished = unfinished_repair(experiment, schedule)
+    give_back_memory()  # what scoring took; the moments of a large block take much again
     blocks, done = 1 + max(site.block for site in experiment.sites), unfinished.blocks
     if done:
         console.note(f"repair: {done} blocks of an interrupted run are continued")
