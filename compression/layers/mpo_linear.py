@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compression.layers.routes import Plan, Route, default_plan, in_training, is_lowrank
+from compression.layers.routes import Plan, Route, default_plan, formed_quickly, in_training, is_lowrank
 from compression.numerics.cores import contract, contract_with
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
@@ -24,11 +24,6 @@ from compression.numerics.pivoted_product import padded, pivoted_product, row_or
 from compression.refusal import Refusal
 
 __all__ = ["MPOLinear"]
-
-_COMPILED = 32
-"""Least number of tokens for which a CPU forms Ŵ to multiply 16-bit numbers. oneDNN compiles kernels for every number
-of tokens, χ and matrix, which take a millisecond and 0.4 MB each; Ŵ has the shape of its site, and is formed in
-float32, whose products need no such kernels."""
 
 _Value = TypeVar("_Value")
 
@@ -116,7 +111,7 @@ class MPOLinear(nn.Module):
                 return self.run(activations, route)
             return self.run(activations, self._plan.route(tokens))
         route = self._plan.route(tokens)
-        if reduced and tokens >= _COMPILED and route != "merged":
+        if reduced and route != "merged" and formed_quickly(self.legs, self.chi, tokens):
             route = "rebuild"
         return self.run(activations, route)
 

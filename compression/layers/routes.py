@@ -34,6 +34,7 @@ __all__ = [
     "choose",
     "default_plan",
     "extra_entries",
+    "formed_quickly",
     "in_training",
     "is_lowrank",
     "modelled",
@@ -57,6 +58,8 @@ _WORTH = 0.98
 _OPERATION, _MULTIPLY_ADD, _WEIGHT, _MOVE = 4e-6, 2e-11, 2e-10, 5e-10
 # Token counts for which transposed products are faster, and the fraction of the time that they take.
 _MIDDLING, _TRANSPOSED = range(16, 256), 0.85
+_COMPILED, _FORMED = 32, 4e8
+"""Tokens from which a CPU forms Ŵ to multiply 16-bit numbers, if that takes so many multiply-adds at most."""
 _MANY = 1024
 """Tokens of 16 bits from which a pass and its gradients take 0.9 of the time on a CPU if the matrix is formed."""
 
@@ -139,10 +142,20 @@ def in_training(legs: Legs, chi: int, tokens: int, gpu: bool, reduced: bool = Fa
     """
     if gpu:
         return "rebuild" if tokens > chi else None
-    if reduced and tokens >= _MANY:
+    if reduced and tokens >= _MANY and formed_quickly(legs, chi, tokens):
         return "rebuild"
     small = 2 * chi <= min(legs.out_legs[0], legs.in_legs[-1])
     return "expanded-last" if legs.pivoted and is_lowrank(legs) and small else None
+
+
+def formed_quickly(legs: Legs, chi: int, tokens: int) -> bool:
+    """Returns whether a CPU should form Ŵ to multiply it with 16-bit numbers.
+
+    oneDNN compiles kernels for every number of tokens, χ and matrix, which take a millisecond and 0.4 MB each. Ŵ has
+    the shape of its site, and is formed in float32, whose products need no such kernels; that of a large matrix takes
+    longer than they do.
+    """
+    return tokens >= _COMPILED and legs.rebuild_multiply_adds(chi) <= _FORMED
 
 
 @cache

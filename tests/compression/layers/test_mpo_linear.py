@@ -23,7 +23,7 @@ from compression import (
 )
 from compression.layers.mpo_linear import MPOLinear
 from compression.layers.planner import Planner
-from compression.layers.routes import Plan, Route, extra_entries, in_training, routes
+from compression.layers.routes import Plan, Route, extra_entries, formed_quickly, in_training, routes
 from compression.numerics.cores import contract, decompose, truncate
 from compression.numerics.gauge import PivotedCore, pivot, stored
 from compression.numerics.legs import resolve
@@ -366,3 +366,5 @@ def test_many_tokens_of_16_bits_are_multiplied_with_the_matrix(topology: str, au
         assert found.dtype == torch.bfloat16
         assert float((found.double() - expected).norm() / expected.norm()) < 0.01
         assert formed or 2 * tokens < 32
+    assert formed_quickly(legs, 11, 32)
+    assert not formed_quickly(resolve(topology, 4864, 896), 500, 512)
