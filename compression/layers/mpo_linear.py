@@ -98,6 +98,7 @@ class MPOLinear(nn.Module):
         self._stored = tuple(name for name in self.state_dict() if name != "bias")
         self._kept: dict[str, _Kept] = {}
         self._plan = default_plan(self.legs, self.chi) if plan is None else plan
+        self._chosen = self._plan != default_plan(self.legs, self.chi)
         self.register_load_state_dict_post_hook(_prepare_after_loading)  # type: ignore[no-untyped-call]
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
@@ -111,7 +112,7 @@ class MPOLinear(nn.Module):
                 return self.run(activations, route)
             return self.run(activations, self._plan.route(tokens))
         route = self._plan.route(tokens)
-        if reduced and route != "merged" and formed_quickly(self.legs, self.chi, tokens):
+        if reduced and not self._chosen and formed_quickly(self.legs, self.chi, tokens):
             route = "rebuild"
         return self.run(activations, route)
 
@@ -146,7 +147,7 @@ class MPOLinear(nn.Module):
 
     @plan.setter
     def plan(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan, self._chosen = plan, plan != default_plan(self.legs, self.chi)
         self.prepare()
 
     def prepare(self) -> None:

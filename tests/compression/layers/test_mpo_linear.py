@@ -366,5 +366,9 @@ def test_many_tokens_of_16_bits_are_multiplied_with_the_matrix(topology: str, au
         assert found.dtype == torch.bfloat16
         assert float((found.double() - expected).norm() / expected.norm()) < 0.01
         assert formed or 2 * tokens < 32
+    layer.plan = always("merged")  # a plan that was chosen is followed
+    with torch.no_grad():
+        layer(torch.randn(40, 40, dtype=layer.cores[0].dtype))
+    assert layer.resident_bytes > sum(each.numel() * each.element_size() for each in layer.state_dict().values())
     assert formed_quickly(legs, 11, 32)
     assert not formed_quickly(resolve(topology, 4864, 896), 500, 512)
