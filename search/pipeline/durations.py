@@ -1,8 +1,8 @@
 """Estimate how long each stage of a run takes, from its number of passes and from two speeds of this machine.
 
 The speeds are that of a forward pass of the model and that of a product of matrices. What the stages take in these
-units was fitted to logs of the default job on 2 cores, `--quick` and full, and to results/decompose.md. Knows
-experiments; computes nothing but the speeds.
+units was fitted to logs of the default job on 2 cores, `--quick` and full, of the quick job of Qwen2.5-0.5B, and to
+results/decompose.md. Knows experiments; computes nothing but the speeds.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ _TIMED = 23_000  # tokens of passes while speeds are compared
 _BENCHMARK_TOKENS, _BENCHMARKED = 110, 1.65  # tokens of an item on average, and passes for each
 _DECOMPOSED = 4.6  # times the arithmetic of a decomposition counts
 _ENTRY = 3000  # operations that take as long as what is done once with each entry of a matrix: casts, digests, files
-_MENUS, _SOLVED, _APPLIED = 5.2, 5.4, 0.067  # decompositions of all sites: menus, repair, applying one schedule
+_MENUS = 1.9e5  # the same for menus: eliminations, and spectra at a ladder of widths
+_SOLVED, _APPLIED = 5.4, 0.067  # decompositions of all sites: repair, applying one schedule
 _NEW = 0.55  # the same that trials need at new widths, times the root of their number
+_UNSEEN = 0.5  # the same that finalists need where nothing is decomposed before it is scored
 _DATA, _TEXT, _START = 10.0, 6.0, 4.0  # seconds
+_KEPT = 3.8e-8  # seconds of rounding and storing moments by block, for each entry
 _STEP = 1.6e-4  # seconds of rounding, for each row and column
 _READ, _WRITTEN = 5e8, 1e8  # bytes of a model a second
 _SIZE = 1024  # rows of the matrices that are multiplied
@@ -88,17 +91,20 @@ def durations(experiment: Experiment, speeds: Speeds, tokens: Mapping[str, int])
 
     schedules = 5 if config.prior is None else 6
     repaired = min(config.repair_tokens, collected)
+    entries = sum(site.out_features * site.in_features for site in free)
+    stored = 0.0 if calibration.is_cached else _KEPT * sum(map(_moments, free)) / 2
     by_block = calibration.by_block  # both passes are one stage, and schedules are decomposed when they are scored
     return {
         "load": _START + size / _READ,
         "data": _DATA,
-        "calibrate": (1 + _WEIGHTED) * statistics if by_block else statistics,
+        "calibrate": (1 + _WEIGHTED) * statistics + stored if by_block else statistics,
         "weight tokens": 0.0 if by_block else _WEIGHTED * statistics,
-        "decompose": _MENUS * every + _rounding(experiment, speeds),
+        "decompose": speeds.operation * _MENUS * entries + _rounding(experiment, speeds),
         "baselines": 0.0 if by_block else 3 * every,
         "reference": every + experiment.references(Schedule(())) * tokens["trial"] * scored,
         "search": config.budget * _REUSED * tokens["trial"] * scored + _NEW * math.sqrt(config.budget) * every,
-        "select": scores(2 + FINALISTS // 2, "selection"),  # the others are given up early
+        # The other finalists are given up early.
+        "select": scores(2 + FINALISTS // 2, "selection") + (_UNSEEN * every if by_block else 0.0),
         "measure": scores(1 + schedules, "heldout") + (3 * every if by_block else 0.0),
         "repair": _SOLVED * every + _REPAIRED * repaired * speeds.token if repaired else 0.0,
         "judge": scores(2, "selection"),

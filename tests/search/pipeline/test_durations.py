@@ -77,9 +77,11 @@ def test_what_is_not_done_takes_no_time() -> None:
 
 def test_both_passes_by_block_are_one_stage_and_nothing_is_decomposed_before_it_is_scored() -> None:
     whole, by_block = (durations(experiment(by_block=each), SPEEDS, TOKENS) for each in (False, True))
-    assert by_block["calibrate"] == pytest.approx(whole["calibrate"] + whole["weight tokens"])
+    collected = whole["calibrate"] + whole["weight tokens"]
+    assert collected < by_block["calibrate"] < 1.5 * collected  # moments are rounded and stored
     assert (by_block["weight tokens"], by_block["baselines"]) == (0, 0)
-    assert sum(by_block.values()) == pytest.approx(sum(whole.values()))
+    moved = by_block["select"] + by_block["measure"] - whole["select"] - whole["measure"]
+    assert whole["baselines"] < moved < 1.5 * whole["baselines"]
 
 
 def test_times_are_in_proportion_to_speeds_blocks_tokens_and_minutes() -> None:
