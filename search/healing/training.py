@@ -374,8 +374,17 @@ class _Healing:
         return found
 
     def _resume(self) -> None:
-        found = None if self.checkpoints is None else self.checkpoints.newest(self._complete, self.warn)
-        if found is None or self.checkpoints is None:
+        if self.checkpoints is None:
+            return
+        with self.processes.first_alone():  # which writes them, and may still be writing the last of another healing
+            found = self.checkpoints.newest(self._complete, self.warn)
+        step = 0 if found is None else found.step
+        if (of_first := self.processes.of_first(step)) != step:
+            raise Refusal(
+                f"process {self.processes.rank} finds a checkpoint of step {step} in {self.checkpoints.folder}, the "
+                f"first process one of step {of_first:.0f}; all processes must read the same disk"
+            )
+        if found is None:
             return
         if found.state.get("identity") != self.identity:
             raise Refusal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -24,6 +25,7 @@ from search.healing.plan import HealingPlan
 from search.healing.rows import HealingText
 from search.healing.training import Healed, heal_
 from search.model.loading import load_model
+from search.runtime.checkpoints import Checkpoint, Checkpoints
 from search.runtime.console import Console
 
 PLAN = HealingPlan(tokens=3000, batch_tokens=160, pass_tokens=80, targets=64, rate=3e-3, vector_rate=3e-3)
@@ -69,20 +71,25 @@ def heal_again(folder: Path, tokens: Sequence[int], told: Path) -> None:
     """Heals for each number of tokens, from where the one before stood; writes what it measures into `told`.
 
     That is the KL after each, and before the end of each the share of the blocks that this process holds, if sharded.
+    Checkpoints are written slowly, so that a process that does not wait for them would read an earlier one.
     """
     from torch.distributed.tensor import DTensor
 
     from search.healing.sharding import Sharding
 
     measured: dict[str, list[float | None]] = {"KL": [], "SHARE": []}
-    ended = Sharding.end
+    ended, save = Sharding.end, Checkpoints.save
 
     def end(self: Sharding) -> None:
         held = [one for each in (model, dense) for one in each.parameters() if isinstance(one, DTensor)]
         measured["SHARE"].append(sum(one.to_local().numel() for one in held) / sum(one.numel() for one in held))
         ended(self)
 
-    Sharding.end = end  # type: ignore[method-assign]
+    def slow_save(self: Checkpoints, checkpoint: Checkpoint) -> None:
+        time.sleep(0.5)
+        save(self, checkpoint)
+
+    Sharding.end, Checkpoints.save = end, slow_save  # type: ignore[method-assign]
     for count in tokens:
         dense, model, text, judge = subject()
         heal(model, dense, text, judge, replace(PLAN, tokens=count), folder)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,17 +34,23 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def told(folder: Path, count: int, **environment: str) -> dict[str, list[float]]:
-    """What every process measures; the environment is what `accelerate launch` and torchrun set."""
-    shared = {**environment, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    places = [folder.with_suffix(f".{rank}.json") for rank in range(count)]
+def healed_by(folders: Sequence[Path], places: Sequence[Path], **environment: str) -> list[int | None]:
+    """Exit statuses of processes that heal together; the environment is what `accelerate launch` and torchrun set."""
+    shared = {"WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(folders))]
     processes = [
-        forked(heal_again, folder, TOKENS, place, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank, place in enumerate(places)
+        forked(heal_again, folder, TOKENS, place, said=place.with_suffix(".txt"), **environment, **shared, **own)
+        for folder, place, own in zip(folders, places, ranks, strict=True)
     ]
     for process in processes:
         process.join(300)
-        assert process.exitcode == 0
+    return [process.exitcode for process in processes]
+
+
+def told(folder: Path, count: int, **environment: str) -> dict[str, list[float]]:
+    """What every process measures."""
+    places = [folder.with_suffix(f".{rank}.json") for rank in range(count)]
+    assert healed_by([folder] * count, places, **environment) == [0] * count
     found = [json.loads(place.read_text()) for place in places]
     return {name: [value for one in found for value in one[name]] for name in ("KL", "SHARE")}
 
@@ -62,6 +69,14 @@ def test_two_processes_heal_like_one(tmp_path: Path) -> None:
         assert found[name]["KL"] == pytest.approx([first, second] * 2, rel=1e-3)
     assert found["two"]["SHARE"] == []
     assert found["sharded"]["SHARE"] == pytest.approx([0.5] * 4, abs=0.02)
+
+
+def test_a_process_that_cannot_read_the_checkpoints_of_the_first_says_so(tmp_path: Path) -> None:
+    folders = [tmp_path / "disk 0", tmp_path / "disk 1"]
+    assert 0 not in healed_by(folders, [tmp_path / "0.json", tmp_path / "1.json"])
+    said = (tmp_path / "1.txt").read_text()
+    assert "process 1 finds a checkpoint of step 0 in" in said
+    assert "all processes must read the same disk" in said
 
 
 def test_the_command_started_by_accelerate_heals_like_one_process(
