@@ -21,6 +21,7 @@ from compression.numerics.cores import contract, contract_with
 from compression.numerics.gauge import PivotedCore
 from compression.numerics.legs import Legs
 from compression.numerics.pivoted_product import padded, pivoted_product, row_order, unfolding
+from compression.numerics.products import rounds_products
 from compression.refusal import Refusal
 
 __all__ = ["MPOLinear"]
@@ -229,7 +230,7 @@ class MPOLinear(nn.Module):
         if torch.compiler.is_compiling():
             return False
         core = getattr(self, f"core_{len(self._shapes) - 1}")
-        return core.device.type == "cpu" and (core.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"))
+        return rounds_products(core) or (core.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
 
     def _is_trained(self) -> bool:
         parameters: Any = self._parameters

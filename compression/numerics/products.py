@@ -7,9 +7,17 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["float32_pieces", "float32_product", "products_of"]
+__all__ = ["float32_pieces", "float32_product", "products_of", "rounds_products"]
 
 _PIECE = 4096
+
+
+def rounds_products(matrix: torch.Tensor) -> bool:
+    """Whether this is a matrix of 16-bit numbers on a CPU.
+
+    Its products are rounded to 16 bits there, and a kernel is compiled for every shape of the rows.
+    """
+    return matrix.device.type == "cpu" and matrix.dtype in (torch.bfloat16, torch.float16)
 
 
 @contextmanager

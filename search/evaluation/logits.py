@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compression.numerics.products import float32_pieces, float32_product, products_of
+from compression.numerics.products import float32_pieces, float32_product, products_of, rounds_products
 from compression.refusal import Refusal
 from compression.training.trainable import captured_head_input
 
@@ -115,17 +115,12 @@ def _matrix(head: nn.Module) -> torch.Tensor | None:
 
 def _is_exact(weight: torch.Tensor) -> bool:
     """Whether logits of this matrix are computed in float32, from its numbers as they are."""
-    return weight.dtype == torch.float32 or _is_reduced(weight)
-
-
-def _is_reduced(weight: torch.Tensor) -> bool:
-    """Whether a matrix has 16 bits a number and is multiplied by a CPU."""
-    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+    return weight.dtype == torch.float32 or rounds_products(weight)
 
 
 def _linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """h Wᵀ (rows, vocabulary) in float32."""
-    if not _is_reduced(weight):
+    if not rounds_products(weight):
         return functional.linear(hidden, weight).float()
     result: torch.Tensor = _Product.apply(hidden, weight)  # type: ignore[no-untyped-call]
     return result
@@ -180,7 +175,7 @@ def read(
         given[cache_argument(model)] = cache
     forward = partial(model, **given, use_cache=cache is not None)
     weight, plain = _matrix(head), _plain_heads.get(model)
-    if weight is None or not _is_reduced(weight) or plain is False or cache is not None:
+    if weight is None or not rounds_products(weight) or plain is False or cache is not None:
         return _head_read(forward, head, source)
     if plain:
         with captured_head_input(model) as caught:

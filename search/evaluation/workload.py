@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from compression.numerics.products import rounds_products
 from compression.refusal import Refusal
 from search.evaluation.logits import Dense, Reading, log_normalizer, read
 from search.evaluation.packed_sequences import (
@@ -110,8 +111,7 @@ class Workload:
         alone = any(sequence.alone for sequence in sequences)
         longest = max(len(sequence.tokens) for sequence in sequences)
         self._shared = not alone and shares_rows(model, max(texts, key=len), longest, identity)
-        some = next(model.parameters())
-        self._multiple = _MULTIPLE if some.device.type == "cpu" and some.dtype.itemsize < 4 else 1
+        self._multiple = _MULTIPLE if rounds_products(next(model.parameters())) else 1
         self._batch_tokens = batch_tokens
         self._batches = self._batched(batch_tokens)
 

@@ -293,7 +293,7 @@ def test_kl_equals_a_direct_computation_whatever_the_head_does(case: str, monkey
     """Dense probabilities are kept as mean output embeddings, or not at all, only where that is the same."""
     if case.endswith("made again"):
         monkeypatch.setattr(logits, "_SHORT_OF_MEMORY", ("cpu",))
-        monkeypatch.setattr(logits, "_is_reduced", lambda weight: False)  # as on a GPU
+        monkeypatch.setattr(logits, "rounds_products", lambda weight: False)  # as on a GPU
     loaded = load_model("random:tiny-llama", "cpu")
     model, tokens = loaded.model, loaded.encode(TEXTS[0])
     if "capped" in case:
