@@ -11,12 +11,11 @@ also compensates for earlier errors in the stream. Both are linear least-squares
     W* = W + α·E[(y − W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ·I)⁻¹,    y the target.
 
 Most of the residual y − W x̂ cannot be predicted from x̂, and a correction from little text learns noise. Therefore the
-ridge λ and the share α in [0, 1] are chosen so that a correction from one half of the sequences helps most on the other
-half, in the metric of the gradient moment G. If no correction helps, the site keeps W. W* is then decomposed in the
-metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], where C, the moment of the dense input x, comes from the statistics. These use
-more text and weight its tokens; using the moment of x̂ alone does harm where x̂ deviates little from x. A site that
-stays dense takes W* itself, which repairs it without adding parameters. A pruned site keeps its mask, and the values
-under it are fitted to W* in that metric.
+ridge λ and the share α in [0, 1] are those that help most on other text, see `compression.decomposition.correction`. If
+no correction helps, the site keeps W. W* is then decomposed in the metric of G and C + E[(x̂ − x)(x̂ − x)ᵀ], where C, the
+moment of the dense input x, comes from the statistics. These use more text and weight its tokens; using the moment of x̂
+alone does harm where x̂ deviates little from x. A site that stays dense takes W* itself, which repairs it without adding
+parameters. A pruned site keeps its mask, and the values under it are fitted to W* in that metric.
 
 Where a bond between matrices is cut to a width, a site that writes the bond has only the rows of the kept groups. The
 site that reads it receives only their values, x̂_S. Its start is the exact refit of W on the dense values x_S (see
@@ -43,6 +42,7 @@ from torch import nn
 from compression.bonds import keep_, linear_layer
 from compression.calibration.blocks import Batch, Block, record_blocks
 from compression.calibration.statistics import Statistics
+from compression.decomposition.correction import FOLDS, Deviations, correction, sums
 from compression.decomposition.entry_store import Entries
 from compression.decomposition.factors import lowrank_cores
 from compression.decomposition.unfinished_repair import UnfinishedRepair
@@ -59,10 +59,6 @@ from compression.schedule import Choice, Schedule
 from compression.sites import Site, check_widths, dense_weight, expert_of, put_modules
 
 __all__ = ["repair_"]
-
-_FOLDS = 2
-_RIDGES = (0.003, 0.03, 0.3)
-"""Values of λ that are tried, in units of the mean of the diagonal of E[x̂ x̂ᵀ]."""
 
 
 @torch.no_grad()
@@ -107,8 +103,8 @@ def repair_(
         ValueError: a site is already compressed, there are fewer than two sequences, a bond would have different widths
             at two of its sites, or a fit fails (see `compression.numerics.fit`).
     """
-    if sum(len(ids) for ids, _ in batches) < _FOLDS:
-        raise Refusal(f"repair needs at least {_FOLDS} sequences of calibration text")
+    if sum(len(ids) for ids, _ in batches) < FOLDS:
+        raise Refusal(f"repair needs at least {FOLDS} sequences of calibration text")
     check_widths(sites, {site.name: schedule[site.name].widths for site in sites})
     free = [site for site in sites if not site.dense_because]
     masks = [mask for _, mask in batches]
@@ -141,10 +137,10 @@ def repair_(
                     gradient = _part(statistics.gradient(site.name).to(weight), start.rows)
                     seen = _part(statistics.input(site.name).to(weight), start.columns)
                     if found is not None:
-                        inputs, drift, missing = found
-                        if (cross := missing[at]) is not None:
-                            weight = weight + _correction(inputs, cross, gradient)
-                        seen = seen + drift if correct else inputs.sum(0)
+                        moment, deviations = found
+                        seen = seen + moment if correct else moment
+                        if correct and (change := correction(deviations[at], gradient)) is not None:
+                            weight = weight + change
                     metrics = seen, gradient
                     old, choice = taken[site.name], schedule[site.name]
                     if choice.keeps_entries:
@@ -203,45 +199,6 @@ def _start(
 def _part(moment: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     """Returns the rows and columns of a moment that are kept; all for None."""
     return moment if kept is None else moment[kept][:, kept]
-
-
-def _correction(inputs: torch.Tensor, cross: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Returns the correction W* − W (out, in), see the module.
-
-    Args:
-        inputs: E[x̂ x̂ᵀ] (folds, in, in), split into the contributions of the two halves, which add up to the mean.
-        cross: E[(y − W x̂) x̂ᵀ] (folds, out, in), split in the same way.
-        gradient: G (out, out).
-    """
-
-    def solved(moment: torch.Tensor, other: torch.Tensor, ridge: float) -> torch.Tensor:
-        damped = moment.clone()
-        damped.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        answer: torch.Tensor
-        if failed:  # too few digits for the largest and the smallest moment
-            answer = torch.linalg.solve(damped, other.mT).mT
-        else:
-            answer = torch.cholesky_solve(other.mT, factor).mT
-        return answer
-
-    # Judging a correction needs few digits, so float32 is enough.
-    gradient, seen, missing = gradient.float(), inputs.float(), cross.float()
-    best, best_ridge, best_share = 0.0, 0.0, 0.0
-    for ridge in _RIDGES:
-        linear = square = 0.0
-        for fold, (moment, other) in enumerate(zip(inputs, cross, strict=True)):
-            change, unseen = solved(moment, other, ridge).float(), 1 - fold
-            pulled = gradient @ change
-            linear += float((pulled * missing[unseen]).sum())
-            square += float((pulled * (change @ seen[unseen])).sum())
-        share = min(1.0, max(0.0, linear / square)) if square > 0 else 0.0
-        gain = 2 * share * linear - share**2 * square
-        if gain > best:
-            best, best_ridge, best_share = gain, ridge, share
-    if not best:
-        return torch.zeros_like(cross[0])
-    return best_share * solved(inputs.sum(0), cross.sum(0), best_ridge)
 
 
 def _compressed(
@@ -331,20 +288,18 @@ class _Targets:
 
     def moments(
         self, number: int, states: Sequence[torch.Tensor], starts: Sequence[_Start]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    ) -> tuple[torch.Tensor, list[Deviations]]:
         """Computes the moments of one group after all earlier groups have been compressed.
 
         Args:
             starts: the start of every site of the group, whose W and columns count.
 
         Returns:
-            E[x̂ x̂ᵀ] (folds, in, in); with `correct`, also E[(x̂ − x)(x̂ − x)ᵀ] (in, in) and E[(y − W x̂) x̂ᵀ]
-            (folds, out, in) of each site, otherwise None; all float64. The folds are the contributions of the two
-            halves of the sequences, so their sum is the mean over all tokens.
+            E[(x̂ − x)(x̂ − x)ᵀ] (in, in), float64, and the residuals of each site; without `correct`, E[x̂ x̂ᵀ] and none.
         """
         group, streams = self._groups[number], self._streams[number]
-        inputs = cross = mean = drift = torch.zeros(0)
-        tokens = sequences = 0
+        moment, gathered, sequences = torch.zeros(0), None, 0
+        tokens = sum(int(mask.sum()) for mask in self._masks)
         columns = starts[0].columns  # sites that read the same input read the same part of it
         for batch, (hidden, mask) in enumerate(zip(states, self._masks, strict=True)):
             if streams is None:
@@ -357,44 +312,33 @@ class _Targets:
                     self._before.append((before, reaching))
             mask = mask.to(reaching.device)
             reaching = reaching.reshape(*mask.shape, -1)  # some modules flatten their tokens
-            folds = ((torch.arange(len(mask), device=mask.device) + sequences) % _FOLDS)[:, None].expand_as(mask)
-            sequences += len(mask)
-            tokens += int(mask.sum())
-            aim = None  # factor of x̂ᵀ in the cross moment: x, or the target minus the stream before the site
+            if batch == 0:
+                moment = reaching.new_zeros(reaching.shape[-1], reaching.shape[-1], dtype=torch.float64)
+            counted = reaching
             if self._inputs:
                 meant = self._inputs[number][batch].reshape(*mask.shape, -1)
-                aim = meant if streams is None else streams[batch] - before
-            if batch == 0:
-                width = reaching.shape[-1]
-                inputs = reaching.new_zeros(_FOLDS, width, width, dtype=torch.float64)
-                mean = inputs.new_zeros(_FOLDS, width)
-                drift = inputs.new_zeros(width, width)
-                cross = inputs.new_zeros(_FOLDS, 0 if aim is None else aim.shape[-1], width)
-            with products_of(reaching.dtype):
-                if self._inputs:
-                    apart = (reaching - (meant if columns is None else meant[..., columns]))[mask].float()
-                    drift += (apart.T @ apart).double()
-                for fold in range(_FOLDS):
+                aim = meant if streams is None else streams[batch] - before  # the target minus the stream before it
+                gathered = gathered or sums(reaching.shape[-1], aim.shape[-1], reaching, tokens)
+                folds = ((torch.arange(len(mask), device=mask.device) + sequences) % FOLDS)[:, None].expand_as(mask)
+                for fold in range(FOLDS):
                     part = mask & (folds == fold)
-                    rows = reaching[part].float()
-                    inputs[fold] += (rows.T @ rows).double()
-                    mean[fold] += rows.sum(0).double()
-                    if aim is not None:
-                        cross[fold] += (aim[part].float().T @ rows).double()
-        inputs, cross, mean, drift = (total.div_(tokens) for total in (inputs, cross, mean, drift))
-        missing: list[torch.Tensor | None] = [None] * len(group)
-        for place, (site, start) in enumerate(zip(group, starts, strict=True)):
-            if self._inputs:
-                aimed = self._aimed(site, start, streams is not None, cross, mean)
-                missing[place] = aimed - start.weight @ inputs
-        return inputs, drift, missing
-
-    def _aimed(self, site: Site, start: _Start, writes: bool, cross: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """Returns E[y x̂ᵀ] of a site, without its bias: from E[x x̂ᵀ], or from E[y x̂ᵀ] if it writes to the stream."""
-        weight, bias = self._weights[site.name], self._biases[site.name]
-        if not writes:
-            return (weight if start.rows is None else weight[start.rows]) @ cross
-        return cross if bias is None else cross - bias.double()[:, None] * mean[:, None, :]
+                    gathered.add(fold, reaching[part], aim[part])
+                counted = reaching - (meant if columns is None else meant[..., columns])
+            sequences += len(mask)
+            with products_of(reaching.dtype):
+                rows = counted[mask].float()
+                moment += (rows.T @ rows).double() / tokens
+        if gathered is None:
+            return moment, []
+        deviations = []
+        for site, start in zip(group, starts, strict=True):
+            weight, bias = self._weights[site.name], self._biases[site.name]
+            if streams is None:
+                aimed = weight if start.rows is None else weight[start.rows]
+                deviations.append(gathered.deviations(start.weight, aimed, None))
+            else:
+                deviations.append(gathered.deviations(start.weight, None, bias))
+        return moment, deviations
 
     def advance(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Returns the hidden states after the block, once all its groups are compressed."""

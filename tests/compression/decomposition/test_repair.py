@@ -9,7 +9,7 @@ import torch
 
 from compression import Schedule, Site, Statistics, collect, discover_sites, uniform_schedule
 from compression.calibration.blocks import record_blocks
-from compression.decomposition.repair import _correction, _groups, _start, _Targets, repair_
+from compression.decomposition.repair import _groups, _start, _Targets, repair_
 from compression.decomposition.unfinished_repair import UnfinishedRepair
 from compression.numerics.elimination import Elimination
 from compression.schedule import DENSE
@@ -108,21 +108,6 @@ def test_one_sequence_is_too_few_to_tell_what_a_correction_is_worth() -> None:
     none = Statistics({}, {}, {}, 0)
     with pytest.raises(ValueError, match="2 sequences"):
         repair_(torch.nn.Linear(4, 4), [site], Schedule.dense(("a",)), none, [batch], 0.1, uncut)
-
-
-def test_a_correction_is_found_where_there_is_one_and_noise_is_not_followed() -> None:
-    generator = torch.Generator().manual_seed(0)
-    inputs, change = torch.randn(400, 6, generator=generator).double(), torch.randn(4, 6, generator=generator).double()
-    noise = 3 * torch.randn(400, 4, generator=generator).double()
-    halves = inputs.reshape(2, 200, 6)
-    moment = halves.mT @ halves / 400
-
-    def correction(residual: torch.Tensor) -> torch.Tensor:
-        return _correction(moment, residual.reshape(2, 200, 4).mT @ halves / 400, torch.eye(4).double())
-
-    assert torch.linalg.norm(correction(inputs @ change.T + 0.1 * noise) - change) < 0.1 * torch.linalg.norm(change)
-    learned = torch.linalg.solve(moment.sum(0), (noise.T @ inputs / 400).mT).mT
-    assert torch.linalg.norm(correction(noise)) < 0.5 * torch.linalg.norm(learned)
 
 
 def test_a_model_that_is_compressed_already_is_refused() -> None:
