@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from compression.calibration.triangles import Triangles, triangle, whole
+from compression.numerics.cholesky import brief_cholesky
 from compression.numerics.finite import is_finite
 from compression.numerics.pooled_moments import MomentSum, pooled_moments
 from compression.numerics.products import products_of
@@ -44,6 +45,7 @@ __all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
 
 _SKETCH = 64  # number of random directions that estimate xᵀC⁻¹x, with a relative standard error of √(2/64)
 _TRIANGLES = "upper triangles"
+_SQUARE = 1024  # rows and columns of a matrix that are mirrored at a time
 _SHRINKAGE = 0.003  # shrinkage of the first pass's moments before they weight the tokens
 _HALF = 0.5  # tokens that an expert counts as reached by beside those that reach it (Jeffreys prior of a rate)
 
@@ -367,7 +369,7 @@ def _not_differentiable(name: str) -> Refusal:
 def _sketch(moment: torch.Tensor) -> torch.Tensor:
     """Returns random P (d, 64) with E‖Pᵀx‖² = xᵀM⁻¹x / d in expectation over P, for a moment M (d, d)."""
     size, generator = len(moment), torch.Generator(device=moment.device).manual_seed(0)
-    factor = torch.linalg.cholesky(shrink(moment, _SHRINKAGE))
+    factor = brief_cholesky(shrink(moment, _SHRINKAGE))
     directions = torch.randn(size, _SKETCH, generator=generator, device=moment.device, dtype=factor.dtype)
     solved = torch.linalg.solve_triangular(factor.mT, directions, upper=True)
     sketch: torch.Tensor = (solved / math.sqrt(size * _SKETCH)).float()
@@ -397,7 +399,14 @@ def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor, weights: torch.Ten
 
 
 def _mirror_upper_(total: torch.Tensor) -> torch.Tensor:
-    """Copy the upper triangle of a matrix to its lower one, in place; returns the matrix."""
-    upper = total.triu(1)
-    mirrored: torch.Tensor = total.triu_().add_(upper.T)
-    return mirrored
+    """Copy the upper triangle of a matrix to its lower one, in place; returns the matrix.
+
+    By squares: a transposed copy of a large matrix leaves the cache at every number.
+    """
+    places = [slice(start, start + _SQUARE) for start in range(0, len(total), _SQUARE)]
+    for number, here in enumerate(places):
+        corner = total[here, here]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        for further in places[number + 1 :]:
+            total[further, here] = total[here, further].contiguous().T.contiguous()
+    return total

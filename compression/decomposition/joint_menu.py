@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from compression.allocation.menu import FEWEST, Option, SiteMenu, convex_hull, envelope, tail_costs, undominated
 from compression.decomposition.measured import Matrix
+from compression.numerics.cholesky import brief_cholesky
 from compression.numerics.elimination import Elimination, indices_of
 from compression.numerics.legs import resolve
 from compression.schedule import Choice, Joint
@@ -115,11 +116,11 @@ def _grams(rows: torch.Tensor, metric: torch.Tensor | None, counts: Sequence[int
 
 
 def _whitened_reader(matrix: Matrix, order: torch.Tensor) -> torch.Tensor:
-    """Returns Rᵀ W L (out, in) of the reader with its columns in the order of the groups, see the module."""
+    """Returns Rᵀ W L (out, in) of the reader with its columns in the order of the groups, see the module; float64."""
     columns = indices_of(order, matrix.size).to(matrix.weight.device)
-    left, right = torch.linalg.cholesky(matrix.gradients), torch.linalg.cholesky(matrix.inputs[columns][:, columns])
-    white: torch.Tensor = left.mT @ matrix.weight[:, columns] @ right
-    return white
+    left, right = torch.linalg.cholesky(matrix.gradients), brief_cholesky(matrix.inputs[columns][:, columns])
+    white: torch.Tensor = (left.mT @ matrix.weight[:, columns]).to(right) @ right
+    return white.double()
 
 
 def joint_menu(

@@ -97,3 +97,12 @@ def test_weighted_moments_of_bfloat16_stay_semidefinite_beside_massive_activatio
     assert lowest > -1e-6 * float(moment.trace())
     exact = (rows * weights[:, None]).double().T @ rows.double()
     assert torch.allclose(moment, exact, rtol=0, atol=1e-3 * float(exact.diagonal().max()))
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 21])
+def test_the_upper_triangle_is_mirrored_square_by_square(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_SQUARE", 7)
+    given = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    found = statistics._mirror_upper_(given.clone())
+    assert torch.equal(found.triu(), given.triu())
+    assert torch.equal(found, found.T)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from compression import ScheduleApplier
 from compression.calibration.blocks import Batch
-from compression.decomposition import repair
+from compression.decomposition import correction
 from compression.layers.mpo_linear import MPOLinear
 from compression.schedule import DENSE, Schedule
 from compression.sites import dense_weight, model_parameters, put_modules
@@ -63,7 +63,7 @@ def inputs_of(model: nn.Module, names: list[str], batches: list[Batch]) -> list[
 def test_a_reader_moves_from_its_refit_straight_towards_the_least_squares_solution(
     name: str, at_stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repair, "_RIDGES", (1e-9,))
+    monkeypatch.setattr(correction, "_RIDGES", (1e-9,))
     subject = Subject.of(name)
     model, schedule = subject.model, subject.schedule(0.5)
     reader = next(

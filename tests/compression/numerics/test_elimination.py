@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression.numerics import elimination
+from compression.numerics import cholesky
 from compression.numerics.elimination import eliminate, refit
 
 OUT, IN = 6, 12
@@ -115,7 +115,7 @@ def test_wide_groups_are_priced_with_several_threads() -> None:
 def test_large_bonds_are_eliminated_in_float32_only_where_it_is_precise(
     noise: float, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elimination, "_LARGE", 32)
+    monkeypatch.setattr(cholesky, "LARGE", 32)
     generator = torch.Generator().manual_seed(0)
     weight, _, gradients = case(96)
     shared, own = (torch.randn(400, count, generator=generator, dtype=torch.float64) for count in (8, 96))
