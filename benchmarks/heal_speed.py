@@ -2,7 +2,7 @@
 
     python -m benchmarks.heal_speed [--quick] [--write] [--kept 0.3 0.45 0.6 0.8] [--rounds 3]
 
-One step is a forward and a backward pass over the same rows and an AdamW step. The kinds of training are:
+One step is a forward and a backward pass over the same rows and a step of the optimizer. The kinds of training are:
 
 * fine-tuning: trains every parameter of the dense model on next tokens, with logits over the whole vocabulary.
 * labels: heals cores and norms on the same next-token loss.
@@ -41,6 +41,7 @@ from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
 from compression.sites import dense_weight, find_blocks
 from compression.training.distillation import Head, divergence, labels, likeliest
+from compression.training.optimizer import FactoredRMSprop
 from compression.training.replay import replayed
 from compression.training.trainable import captured_head_input, trainable_
 from search.healing.plan import HealingPlan
@@ -82,7 +83,7 @@ class Side:
         else:
             self.model = copy.deepcopy(smaller)
             parameters = list(trainable_(self.model).values())
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+        self.optimizer = FactoredRMSprop([{"params": parameters, "lr": 1e-6}])
         self.targets = self._targets() if name.endswith("kept targets") else None
         self.replays = ExitStack()
         self.replayed = self.device.type == "cuda" and name != "fine-tuning"

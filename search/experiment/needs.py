@@ -12,6 +12,7 @@ from compression.decomposition.entry_store import entry_bytes
 from compression.sites import model_bytes
 from search.experiment.calibration import CHUNK_TOKENS, factor_limit, moment_bytes
 from search.experiment.experiment import Experiment
+from search.runtime.distributed import Processes
 
 __all__ = ["Need", "needs"]
 
@@ -19,7 +20,7 @@ _BATCH = 1024  # tokens of a batch in calibration
 _LOGITS = 16  # bytes of every logit in a backward pass: itself, its softmax, the cumulative sum and the gradient
 _WORKSPACE = 6  # float64 copies of the largest square matrix while a bond is eliminated
 _STEP = 512  # tokens of a step of healing
-_TRAINED = 16  # bytes of each number that healing trains: itself, its gradient and two moments, in float32
+_LEARNED = 64  # tokens of it whose logits are there at a time
 _REPAIR = 7  # the same while a matrix is repaired: two halves, their drift, C, and what a solution copies
 
 
@@ -81,7 +82,11 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         taken = resident + states + 8 * _REPAIR * square
         found = (*found, Need("repair", taken, kept + factors + states + repaired))
     if config.heal_minutes:
-        trained = 0 if config.form == "small" else _TRAINED * left  # scales and norms are few
-        batch = _STEP * vocabulary * _LOGITS
+        size = model.dtype.itemsize
+        # A number in float32, that of the best state, and the gradient in float32 where passes are replayed or shared.
+        number = 4 + size + (4 if experiment.device.type == "cuda" or Processes.wanted() > 1 else 0)
+        trained = 0 if config.form == "small" else number * left  # scales and norms are few
+        activations = _STEP * size * sum(site.out_features + site.in_features for site in sites)
+        batch = activations + _LEARNED * vocabulary * _LOGITS
         found = (*found, Need("heal", resident + trained + batch, kept + factors))
     return found

@@ -23,7 +23,6 @@ _MOST = {
     "scale_rate": 1_000,
     "batch_tokens": 10**9,
     "pass_tokens": 10**9,
-    "clip": 10**9,
 }
 _MOST_TARGETS = 10**6
 _ROW = (16, 1 << 16)  # fewest and most tokens of a row
@@ -50,7 +49,6 @@ class HealingPlan:
         hidden_weight: weight of the squared distance between the last hidden states of the two models, relative to the
             size of the dense model's. 0 drops this term; the dense model then need not run again on rows whose targets
             are stored.
-        clip: maximum norm of the gradient.
         checkpointing: use activation checkpointing for the blocks: slower, with less memory.
         gates: also train one factor per output of a tensorized layer, see `compression.training.gates`.
         seed: seed of the order of the rows and of the sampled tokens.
@@ -67,7 +65,6 @@ class HealingPlan:
     targets: int = 0
     sample: int = 0
     hidden_weight: float = 0.0
-    clip: float = 1.0
     checkpointing: bool = False
     gates: bool = False
     seed: int = 0
@@ -100,7 +97,7 @@ class HealingPlan:
         """
         falls = min(1.0, kl / 0.15)
         return {
-            "cores": self.rate or 4e-5 * (self.batch_tokens / 512) ** (1 / 3) * min(1.0, kl / 0.8),
+            "cores": self.rate or 1e-4 * (self.batch_tokens / 512) ** (1 / 3) * min(1.0, kl / 0.8),
             "vectors": self.vector_rate or 3e-4 * falls,
             "scales": self.scale_rate or 1e-3 * falls,
         }

@@ -40,6 +40,7 @@ from search.priors.format import Prior
 from search.priors.same_model import refuse_other_model
 from search.runtime.console import Console
 from search.runtime.distributed import Processes
+from search.runtime.memory import give_back_memory
 from search.runtime.provenance import environment
 from search.runtime.run_digest import refuse_changed
 from search.runtime.run_folder import CONFIG, PRIOR, RunFolder, refuse_held, refuse_unwritable
@@ -176,6 +177,7 @@ def heal_experiment_(
             judge = judge_of(experiment, dense)
             with console.stage("heal", plan.tokens, "tokens") as stage, curves(folder if first else None) as drawn:
                 healed = heal_(model, dense, text, judge, plan, resumable, stage, console.note, drawn)
+            give_back_memory()  # what training took
             scores["healed"] = evaluator.score_as_is(schedule)
             if first:
                 document = _document(experiment, schedule, plan, options, text, healed, scores)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from compression.sites import find_blocks
 from compression.storage.factor_cache import cache_key
 from compression.training.distillation import divergence
 from compression.training.gates import absorb_gates_, add_gates_
+from compression.training.optimizer import FactoredRMSprop
 from compression.training.replay import replayed
 from compression.training.scales import absorb_changes_, add_changes_
 from compression.training.trainable import (
@@ -57,7 +59,7 @@ __all__ = ["Healed", "heal_"]
 
 _EVALUATIONS = 8
 _SAVE_SECONDS = 180.0
-_BETAS = (0.9, 0.95)
+_DECAY = 0.95  # of the mean squares of the gradients, per step
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,16 @@ class _Healing:
         # several devices.
         replays = _has_graphs(model) and self.sharding is None and not plan.checkpointing
         self.recorded: int | None = 0 if replays else None  # rows in a replayed pass; None disables replay
+        self.used, self.uses = (
+            torch.zeros(()),
+            False,
+        )  # the squares of gradients that were used up, and whether they are
 
     def run(self) -> Healed:
         """See `heal_`."""
         stopped = ""
         self._resume()
-        with _training(self.model, self.plan.checkpointing), self.recordings:
+        with _training(self.model, self.plan.checkpointing), self.recordings, self._using():
             if not self.at.measurements:
                 self._measure()
             try:
@@ -217,20 +223,20 @@ class _Healing:
         plan, length = self.plan, self.teacher.text.tokens.shape[1]
         rows = self.teacher.rows(self.at.position, max(1, plan.batch_tokens // length))
         wanted = int(self.teacher.text.wanted[torch.tensor(rows)].sum())
+        rates = plan.rates(self.at.measurements[0].kl)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["kind"]] * self.at.rate_factor(plan)
         while (loss := self._gradients(rows, wanted)) is None:
             self.pass_tokens //= 2
             self.warn(f"memory ran out; training continues with passes of {self.pass_tokens} tokens")
         self.processes.sum_([loss])
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if self.sharding is None:
-            self.processes.sum_(p.grad for p in self.parameters.values() if p.grad is not None)
-        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip)))
+            self.processes.sum_(gradients)
+        norm = math.hypot(float(whole(nn.utils.get_total_norm(gradients))), math.sqrt(float(self.used)))
         if not math.isfinite(float(loss)) or not math.isfinite(norm):
             self._forget_gradients()
             return f"the loss or its gradient was not finite at step {self.at.step}; the best state so far is kept"
-        kl = self.at.measurements[0].kl
-        rates = plan.rates(kl)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates[group["kind"]] * self.at.rate_factor(plan)
         self.optimizer.step()
         self._forget_gradients()
         self.at.step += 1
@@ -254,11 +260,14 @@ class _Healing:
         """
         size, loss = max(1, self.pass_tokens // self.teacher.text.tokens.shape[1]), torch.zeros((), device=self.device)
         mine = rows[self.processes.rank :: self.processes.count]
+        self.used, self.uses = torch.zeros((), device=self.device), self.processes.count == 1 and len(rows) <= size
         try:
             self._record(min(size, len(mine)))
             for first in range(0, -(-len(rows) // self.processes.count), size):  # the same number in every process
                 given = mine[first : first + size]
                 part = self._loss(given or rows[:1], first) * (bool(given) / max(1, wanted))
+                if self.uses and not torch.isfinite(part):
+                    return part.detach()
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
         except (RuntimeError, MemoryError) as error:
@@ -269,6 +278,29 @@ class _Healing:
             self._forget_gradients()
             return None
         return loss
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Inside the context, gradients are used as soon as they are there, where `_use` may do that."""
+        alone = self.recorded is None and self.processes.count == 1
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._use, group))
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if alone
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _use(self, group: Mapping[str, Any], parameter: nn.Parameter) -> None:
+        """Change a parameter by its gradient and free that, if it is the gradient of the whole batch."""
+        if self.uses and parameter.grad is not None:
+            self.used += parameter.grad.square().sum()
+            self.optimizer.change_(parameter, group)
+            parameter.grad = None
 
     def _record(self, rows: int) -> None:
         """Record passes of `rows` rows as CUDA graphs, if replay is enabled, unless that is already done."""
@@ -322,20 +354,14 @@ class _Healing:
             self.at.measurements.append(Measurement(self.at.tokens, self.at.seconds, quality.kl, quality.perplexity))
             self.drawn.draw(self.at.tokens, {"heal/KL": quality.kl, "heal/perplexity": quality.perplexity})
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> FactoredRMSprop:
         pruned, scales = pruned_values(self.model), scale_changes(self.model)
         kinds: dict[str, list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.parameters.items():
             kind = "scales" if name in scales else "cores" if parameter.ndim > 1 or name in pruned else "vectors"
             kinds[kind].append(parameter)
         groups = [{"params": parameters, "kind": kind} for kind, parameters in kinds.items()]
-        # With small steps the optimizer's time matters, so it is fused; sharded tensors have no fused optimizer.
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=self.sharding is None)
-        for parameter in self.parameters.values():  # as the first step would, so that checkpoint 0 has the same tensors
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            step = torch.zeros((), device=parameter.device if self.sharding is None else None)
-            optimizer.state[parameter] = {"step": step, **moments}
-        return optimizer
+        return FactoredRMSprop(groups, _DECAY)
 
     def _copied(self) -> dict[str, torch.Tensor]:
         """The trained parameters as the finished model will store them, which may take half the memory."""

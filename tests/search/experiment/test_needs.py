@@ -60,7 +60,11 @@ def test_stored_statistics_take_what_is_estimated(
     assert repair.disk > decompose.disk > kept
     assert heal.disk == decompose.disk
     left = int(0.8 * sum(site.parameters for site in opened.sites))
-    assert heal.memory == load.memory + 16 * left + 512 * 257 * 16
+    passed = 512 * 4 * sum(site.in_features + site.out_features for site in opened.sites)
+    assert heal.memory == load.memory + 8 * left + passed + 64 * 257 * 16
+    opened.device = torch.device("cuda")
+    assert needs(opened)[-1].memory == heal.memory + 4 * left  # passes are replayed, into gradients that stay
+    opened.device = torch.device("cpu")
     opened.config.heal_minutes = 0.0
     assert [each.stage for each in needs(opened)] == ["load", "calibrate", "decompose", "repair"]
     opened.config.form, opened.config.offered_bits = "small", (16, 4, 3)

@@ -79,7 +79,7 @@ def test_the_newest_checkpoint_that_verifies_is_used_and_said(tmp_path: Path, mo
     assert "resumes from step 4" in told[1]
 
 
-@pytest.mark.parametrize("lost", ["optimizer/", "best/", "model/", "optimizer/model.norm.weight/exp_avg"])
+@pytest.mark.parametrize("lost", ["optimizer/", "best/", "model/", "optimizer/model.norm.weight/columns"])
 @pytest.mark.slow
 def test_a_checkpoint_that_lacks_something_is_passed_over_like_a_damaged_one(
     lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,13 +169,24 @@ def test_healing_that_only_hurts_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.slow
-def test_gradients_may_be_added_up_over_passes_and_activations_computed_twice() -> None:
+def test_gradients_are_used_at_once_or_added_up_over_passes_and_activations_computed_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dense, model, text, judge = subject()
-    results = []
+    results, held, step = [], [], training.FactoredRMSprop.step
+
+    def counted(self: Any) -> None:
+        held.append(sum(p.grad is not None for group in self.param_groups for p in group["params"]))
+        step(self)
+
+    monkeypatch.setattr(training.FactoredRMSprop, "step", counted)
     for changes in ({"pass_tokens": 160}, {"pass_tokens": 40}, {"checkpointing": True}):
         healed, _ = heal(deepcopy(model), dense, text, judge, replace(PLAN, tokens=800, **changes))
         results.append(healed.measurements[-1].kl)
     assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-3)
+    steps = len(held) // 3
+    assert set(held[:steps]) == {0}
+    assert 0 not in held[steps:]
 
 
 @pytest.mark.parametrize("name", ["random:tiny-llama", "random:tiny-gpt2"])
@@ -233,7 +244,7 @@ def test_a_gate_of_a_true_mpo_is_a_factor_per_leg_and_goes_into_its_cores() -> N
 
 def test_labels_teach_the_text_itself_where_it_is_wanted() -> None:
     dense, model, text, judge = subject()
-    healed, _ = heal(model, dense, text, judge, replace(PLAN, loss="labels"))
+    healed, _ = heal(model, dense, text, judge, replace(PLAN, loss="labels", rate=5e-3))
     assert healed.measurements[-1].perplexity < 0.9 * healed.measurements[0].perplexity
 
 
