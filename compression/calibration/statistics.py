@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 from compression.calibration.triangles import Triangles, triangle, whole
-from compression.numerics.cholesky import brief_cholesky
 from compression.numerics.finite import is_finite
+from compression.numerics.large_moments import brief_cholesky
 from compression.numerics.pooled_moments import MomentSum, pooled_moments
 from compression.numerics.products import products_of
 from compression.numerics.whitening import shrink

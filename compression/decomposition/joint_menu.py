@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from compression.allocation.menu import FEWEST, Option, SiteMenu, convex_hull, envelope, tail_costs, undominated
 from compression.decomposition.measured import Matrix
-from compression.numerics.cholesky import brief_cholesky
 from compression.numerics.elimination import Elimination, indices_of
+from compression.numerics.large_moments import brief_cholesky, brief_product
 from compression.numerics.legs import resolve
 from compression.schedule import Choice, Joint
 from compression.sites import Site, Unit
@@ -108,8 +108,8 @@ def _grams(rows: torch.Tensor, metric: torch.Tensor | None, counts: Sequence[int
         if metric is None:
             gram = gram + new.mT @ new
         else:  # the new rows among each other, and with the earlier ones
-            inner = new.mT @ (metric[start:count, start:count] @ new)
-            outer = new.mT @ (metric[start:count, :start] @ rows[:start])
+            inner = new.mT @ brief_product(metric[start:count, start:count], new)
+            outer = new.mT @ brief_product(metric[start:count, :start], rows[:start])
             gram = gram + inner + outer + outer.mT
         start = count
         yield gram

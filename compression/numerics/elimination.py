@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compression.numerics.cholesky import brief_cholesky, cholesky
+from compression.numerics.large_moments import brief_cholesky, brief_product, cholesky
 from compression.refusal import Refusal
 
 __all__ = ["Elimination", "eliminate", "indices_of", "refit"]
@@ -138,10 +138,11 @@ def refit(weight: torch.Tensor, inputs: torch.Tensor, kept: Sequence[int] | torc
         ValueError: C_SS is not positive definite.
     """
     index = torch.as_tensor(kept, device=weight.device)
-    moment = inputs.double()
-    factor = cholesky(moment[index][:, index])
-    solved: torch.Tensor = torch.cholesky_solve(moment[index] @ weight.double().mT, factor)
-    return solved.mT
+    removed = torch.ones(len(inputs), dtype=torch.bool, device=weight.device).index_fill_(0, index, False)
+    matrix, rows = weight.double(), inputs[index].double()
+    factor = brief_cholesky(rows[:, index])
+    crossed = brief_product(rows[:, removed], matrix[:, removed].mT)
+    return matrix[:, index] + torch.cholesky_solve(crossed.to(factor), factor).double().mT
 
 
 def indices_of(groups: torch.Tensor, size: int) -> torch.Tensor:

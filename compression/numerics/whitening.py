@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from compression.numerics.finite import is_finite
+from compression.numerics.large_moments import brief_product
 from compression.refusal import Refusal
 
 __all__ = ["Whitening", "lowrank", "shrink"]
@@ -98,7 +99,8 @@ def lowrank(
     """Returns the factors of the best matrices of every rank up to χ in a metric, and the spectrum.
 
     The product of the first r columns and rows is the best matrix of rank r. The squares of the singular values are
-    found from a Gram matrix in float64, so that they are right down to 1e-16 of the largest square.
+    found from a Gram matrix, so that they are right down to 1e-16 of the largest square, or to 1e-7 where the metric of
+    the longer side is a large one, see `compression.numerics.large_moments`.
 
     Args:
         weight: W (out, in).
@@ -112,7 +114,7 @@ def lowrank(
     if matrix.shape[0] < matrix.shape[1]:
         left, right, values = lowrank(matrix.mT, gradients, inputs, chi)
         return right.mT, left.mT, values
-    gram = matrix.mT @ (matrix if gradients is None else gradients @ matrix)
+    gram = matrix.mT @ (matrix if gradients is None else brief_product(gradients, matrix))
     factor = None if inputs is None else torch.linalg.cholesky(inputs)
     if factor is not None:
         gram = factor.mT @ gram @ factor

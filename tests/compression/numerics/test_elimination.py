@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression.numerics import cholesky
+from compression.numerics import large_moments
 from compression.numerics.elimination import eliminate, refit
 
 OUT, IN = 6, 12
@@ -115,13 +115,14 @@ def test_wide_groups_are_priced_with_several_threads() -> None:
 def test_large_bonds_are_eliminated_in_float32_only_where_it_is_precise(
     noise: float, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cholesky, "LARGE", 32)
     generator = torch.Generator().manual_seed(0)
     weight, _, gradients = case(96)
     shared, own = (torch.randn(400, count, generator=generator, dtype=torch.float64) for count in (8, 96))
     rows = shared.repeat(1, 12) + noise * own
     inputs = rows.T @ rows / len(rows)
-    found = eliminate(weight, inputs, gradients, step=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(large_moments, "LARGE", 32)
+        found = eliminate(weight, inputs, gradients, step=4)
     for width in range(0, 96, 4):  # whole steps, whose costs are exact
         there = cost(weight, inputs, gradients, found.kept(width))
         assert float(found.cost[width]) == pytest.approx(there, rel=1e-7 if exact else 1e-4)
