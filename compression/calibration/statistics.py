@@ -31,7 +31,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from compression.calibration.triangles import Triangles, triangle, whole
+from compression.calibration.triangles import Triangles, mirror_upper_, triangle, whole
 from compression.numerics.finite import is_finite
 from compression.numerics.large_moments import brief_cholesky
 from compression.numerics.pooled_moments import MomentSum, pooled_moments
@@ -45,7 +45,6 @@ __all__ = ["MomentAccumulator", "Statistics", "collect", "sampled_gradient"]
 
 _SKETCH = 64  # number of random directions that estimate xᵀC⁻¹x, with a relative standard error of √(2/64)
 _TRIANGLES = "upper triangles"
-_SQUARE = 1024  # rows and columns of a matrix that are mirrored at a time
 _SHRINKAGE = 0.003  # shrinkage of the first pass's moments before they weight the tokens
 _HALF = 0.5  # tokens that an expert counts as reached by beside those that reach it (Jeffreys prior of a rate)
 
@@ -267,7 +266,7 @@ class MomentAccumulator:
             raise Refusal("no calibration token: statistics need at least one")
         for table in (self._inputs, self._gradients):
             for found in table.values():
-                _mirror_upper_(found.outer)
+                mirror_upper_(found.outer)
         moments = self._routed()
         for site in self.sites:
             if site.name in moments:
@@ -396,17 +395,3 @@ def _add_upper_gram_(total: torch.Tensor, rows: torch.Tensor, weights: torch.Ten
     for start in range(0, width, step):
         stop = min(start + step, width)
         total[start:stop, start:].addmm_(scaled[:, start:stop].T, scaled[:, start:])
-
-
-def _mirror_upper_(total: torch.Tensor) -> torch.Tensor:
-    """Copy the upper triangle of a matrix to its lower one, in place; returns the matrix.
-
-    By squares: a transposed copy of a large matrix leaves the cache at every number.
-    """
-    places = [slice(start, start + _SQUARE) for start in range(0, len(total), _SQUARE)]
-    for number, here in enumerate(places):
-        corner = total[here, here]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        for further in places[number + 1 :]:
-            total[further, here] = total[here, further].contiguous().T.contiguous()
-    return total

@@ -10,10 +10,10 @@ from math import isqrt
 
 import torch
 
-__all__ = ["Triangles", "rounded", "triangle", "unrounded", "whole"]
+__all__ = ["Triangles", "mirror_upper_", "rounded", "triangle", "unrounded", "whole"]
 
 _STEPS = 32767
-_PIECE = 256
+_SQUARE = 1024
 
 
 def triangle(matrix: torch.Tensor) -> torch.Tensor:
@@ -30,11 +30,20 @@ def whole(vector: torch.Tensor) -> torch.Tensor:
     for start in range(size):
         matrix[start, start:] = vector[at : at + size - start]
         at += size - start
-    for start in range(0, size, _PIECE):  # in pieces that fit into a cache, as the lower triangle is read by columns
-        stop = min(start + _PIECE, size)
-        corner = matrix[start:stop, start:stop]
+    return mirror_upper_(matrix)
+
+
+def mirror_upper_(matrix: torch.Tensor) -> torch.Tensor:
+    """Copies the upper triangle of a square matrix to its lower one, in place; returns the matrix.
+
+    By squares: a transposed copy of a large matrix leaves the cache at every number.
+    """
+    places = [slice(start, start + _SQUARE) for start in range(0, len(matrix), _SQUARE)]
+    for number, here in enumerate(places):
+        corner = matrix[here, here]
         corner.copy_(corner.triu() + corner.triu(1).mT)
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].mT
+        for further in places[number + 1 :]:
+            matrix[further, here] = matrix[here, further].contiguous().mT.contiguous()
     return matrix
 
 

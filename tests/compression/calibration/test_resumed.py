@@ -8,20 +8,23 @@ import pytest
 import torch
 
 from compression import Statistics, collect, discover_sites
+from compression.calibration import triangles
 from compression.calibration.triangles import Triangles, triangle, whole
 from compression.layers.experts import take_apart_
 from compression.storage.factor_cache import Bundle
 from search.model.loading import load_model
 
 
-def test_a_triangle_makes_the_same_matrix_again() -> None:
-    rows = torch.randn(7, 5)
+@pytest.mark.parametrize("size", [1, 5, 14, 15])
+def test_a_triangle_makes_the_same_matrix_again(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triangles, "_SQUARE", 7)
+    rows = torch.randn(7, size)
     matrix = rows.T @ rows
     matrix = matrix.triu() + matrix.triu(1).T
     vector = triangle(matrix)
-    assert len(vector) == 15
+    assert len(vector) == size * (size + 1) // 2
     assert torch.equal(whole(vector), matrix)
-    assert {name: len(moment) for name, moment in Triangles({"a": vector}).items()} == {"a": 5}
+    assert {name: len(moment) for name, moment in Triangles({"a": vector}).items()} == {"a": size}
 
 
 @pytest.mark.parametrize(("name", "weighted"), [("llama", False), ("llama", True), ("mixtral", True)])

@@ -22,6 +22,7 @@ from compression import (
     discover_sites,
 )
 from compression.calibration import statistics
+from compression.calibration.triangles import mirror_upper_
 from compression.numerics.products import products_of
 
 
@@ -92,17 +93,8 @@ def test_weighted_moments_of_bfloat16_stay_semidefinite_beside_massive_activatio
     total = torch.zeros(512, 512)
     with products_of(torch.bfloat16):
         statistics._add_upper_gram_(total, rows, weights)
-    moment = statistics._mirror_upper_(total).double()
+    moment = mirror_upper_(total).double()
     lowest = float(torch.linalg.eigvalsh(moment)[0])
     assert lowest > -1e-6 * float(moment.trace())
     exact = (rows * weights[:, None]).double().T @ rows.double()
     assert torch.allclose(moment, exact, rtol=0, atol=1e-3 * float(exact.diagonal().max()))
-
-
-@pytest.mark.parametrize("size", [1, 7, 20, 21])
-def test_the_upper_triangle_is_mirrored_square_by_square(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_SQUARE", 7)
-    given = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-    found = statistics._mirror_upper_(given.clone())
-    assert torch.equal(found.triu(), given.triu())
-    assert torch.equal(found, found.T)
