@@ -66,7 +66,10 @@ class ScheduleApplier:
             raise Refusal(f"a schedule must name every site of the model and no other, check {odd[0]!r}")
         check_widths(self._store.sites, {name: choice.widths for name, choice in wanted.items()})
         changed = [name for name, choice in wanted.items() if choice != self._current[name]]
-        modules = {name: self.module(name, wanted[name]) for name in changed}
+        modules = {}
+        for done, name in enumerate(changed):
+            self._store.progress(done, len(changed))
+            modules[name] = self.module(name, wanted[name])
         for name, module in modules.items():
             self._model.set_submodule(name, module)
             self._current[name] = wanted[name]

@@ -104,6 +104,8 @@ class FactorStore:
         self._site = {site.name: site for site in sites}
         self._recent = RecentBundles(cache, limit)
         self._identities: dict[_Key, str] = {}
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        """Called by appliers with the number of matrices of a schedule that are there, and of those that it needs."""
         self.bonds = BondStore(sites, self._measured, cache, self._recent)
         self.entries = EntryStore(sites, self._measured, self._recent, self._stored, forms or EntryForms())
 

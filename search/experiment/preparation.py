@@ -22,8 +22,8 @@ __all__ = ["advancing", "calibrate", "check_space", "stays_dense", "stays_on_dis
 
 
 def calibrate(experiment: Experiment, console: Console) -> None:
-    """Collect the calibration statistics unless the cache has them."""
-    calibration = experiment.calibration
+    """Collect the calibration statistics unless the cache has them; later stages show what they decompose."""
+    calibration, experiment.store.progress = experiment.calibration, console.decomposed
     for name, part in calibration.parts:
         if calibration.is_cached:
             break

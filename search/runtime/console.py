@@ -52,6 +52,7 @@ class Console:
         self.stream = sys.stderr if stream is None else stream
         self.quiet = quiet
         self.clock = clock
+        self._stages: list[Stage] = []
         self.folder: Path | None = None
         """The run folder, once the run has one; the hint on how to resume names it."""
         terminal = self.stream.isatty() and os.environ.get("TERM", "") != "dumb"
@@ -89,6 +90,11 @@ class Console:
         else:
             print(text, file=self.stream, flush=True)
 
+    def decomposed(self, done: int, total: int) -> None:
+        """Show in the current stage that `done` of the `total` matrices that its next unit of work needs are there."""
+        if self._stages and done < total:
+            self._stages[-1].show(f"decomposed {done}/{total} matrices")
+
     def stage(self, name: str, total: int | None = None, unit: str = "", done: int = 0, every: float = 10.0) -> Stage:
         """Return a stage of the run, which is a context manager.
 
@@ -117,20 +123,27 @@ class Stage:
     def __enter__(self) -> Self:
         if self._console._progress is None:
             self._console.note(f"{self._name} ...")
+        self._console._stages.append(self)
         return self
 
     def advance(self, count: int = 1, detail: str = "") -> None:
         """Count `count` more units as finished; `detail`, such as "best KL 0.41", is shown until it is replaced."""
         self._done += count
         self._detail = detail or self._detail
+        self.show()
+
+    def show(self, work: str = "") -> None:
+        """Show how far the stage is, and what it works on."""
         progress, now = self._console._progress, self._console.clock()
+        text = " · ".join(part for part in (self._text(now), plain(work)) if part)
         if progress is not None and self._bar is not None:
-            progress.update(self._bar, completed=self._done, text=self._text(now))
+            progress.update(self._bar, completed=self._done, text=text)
         elif now - self._printed >= self._every:
             self._printed = now
-            self._console.note(f"{self._name} {self._text(now)}")
+            self._console.note(f"{self._name} {text}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._console._stages.remove(self)
         progress, took = self._console._progress, duration(self._console.clock() - self._started)
         verb = "stopped after" if kind else "done in"
         text = plain(" · ".join(part for part in (f"{verb} {took}", self._detail) if part))

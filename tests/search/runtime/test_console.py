@@ -52,6 +52,24 @@ def test_lines_come_no_more_often_than_asked():
     assert sum("trials" in line for line in out.getvalue().splitlines()) == 5
 
 
+def test_a_stage_tells_how_many_matrices_its_next_trial_still_waits_for():
+    out, clock = io.StringIO(), Clock()
+    console = Console(out, clock=clock)
+    console.decomposed(1, 9)  # outside any stage
+    with console.stage("search", 4, "trials") as stage:
+        clock.now += 30
+        stage.advance()
+        for done in range(3):
+            clock.now += 6
+            console.decomposed(done, 9)
+    assert out.getvalue().splitlines() == [
+        "search ...",
+        "search 1/4 trials · 1 min 30 s left",
+        "search 1/4 trials · 2 min 06 s left · decomposed 1/9 matrices",
+        "search done in 48 s",
+    ]
+
+
 def test_trials_of_before_do_not_enter_the_time_left():
     out, clock, stage = plain(total=10, done=8)
     with stage:
