@@ -58,7 +58,7 @@ class ScheduleApplier:
         Raises:
             ValueError: the schedule names an unknown site, omits a site, asks for a χ above the largest that saves
                 parameters, compresses a site that must stay dense, or cuts a bond to different widths at two of its
-                sites. The model is then unchanged.
+                sites. Sites that were to change may then be dense; the others are unchanged.
         """
         wanted = dict(schedule.choices)
         if wanted.keys() != self._current.keys():
@@ -66,14 +66,20 @@ class ScheduleApplier:
             raise Refusal(f"a schedule must name every site of the model and no other, check {odd[0]!r}")
         check_widths(self._store.sites, {name: choice.widths for name, choice in wanted.items()})
         changed = [name for name, choice in wanted.items() if choice != self._current[name]]
+        for name in changed:  # frees what their layers hold before the new ones take as much
+            if self._current[name] != DENSE:
+                self._put(name, self._dense[name], DENSE)
         modules = {}
         for done, name in enumerate(changed):
             self._store.progress(done, len(changed))
             modules[name] = self.module(name, wanted[name])
         for name, module in modules.items():
-            self._model.set_submodule(name, module)
-            self._current[name] = wanted[name]
+            self._put(name, module, wanted[name])
         return changed
+
+    def _put(self, name: str, module: nn.Module, choice: Choice) -> None:
+        self._model.set_submodule(name, module)
+        self._current[name] = choice
 
     def restore_(self) -> None:
         """Restore the dense model by putting back every original module."""

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,6 +260,27 @@ def test_only_sites_that_differ_are_touched(model: TinyModel) -> None:
     second = Schedule(tuple((name, Choice("lowrank", 4 if name == names[1] else 3, "two-sided")) for name in names))
     assert applier.apply_(second) == [names[1]]
     assert model.get_submodule(names[0]) is untouched
+
+
+def test_layers_of_a_schedule_are_freed_before_those_of_the_next_are_made(
+    model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(model)
+    names = [site.name for site in store.sites]
+    applier = ScheduleApplier(model, store)
+    one, other = (Schedule(tuple((name, Choice("lowrank", chi, "two-sided")) for name in names)) for chi in (3, 4))
+    applier.apply_(one)
+    layers = [weakref.ref(model.get_submodule(name)) for name in names]
+    made, seen = applier.module, []
+
+    def module(name: str, choice: Choice) -> torch.nn.Module:
+        seen.append(sum(layer() is not None for layer in layers))
+        return made(name, choice)
+
+    monkeypatch.setattr(applier, "module", module)
+    applier.apply_(other)
+    assert seen == [0] * len(names)
+    assert {model.get_submodule(name).chi for name in names} == {4}
 
 
 def test_applied_layers_compute_the_contracted_matrix_with_bias(model: TinyModel) -> None:
