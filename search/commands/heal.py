@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         metavar="RATE",
         help="Largest learning rate of the cores. Default: chosen by the KL before healing and the batch, at most "
-        "1e-4, on a GPU 2.5e-4.",
+        "8e-5, on a GPU 2e-4.",
     )
     batch = "Tokens per optimizer step, over all processes. Default: 512, on a GPU 8192; use more on several GPUs."
     parser.add_argument("--batch-tokens", type=int, default=None, metavar="N", help=batch)

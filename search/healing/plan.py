@@ -97,7 +97,7 @@ class HealingPlan:
         """
         falls = min(1.0, kl / 0.15)
         return {
-            "cores": self.rate or 1e-4 * (self.batch_tokens / 512) ** (1 / 3) * min(1.0, kl / 0.8),
+            "cores": self.rate or 8e-5 * (self.batch_tokens / 512) ** (1 / 3) * min(1.0, kl / 0.8),
             "vectors": self.vector_rate or 3e-4 * falls,
             "scales": self.scale_rate or 1e-3 * falls,
         }
