@@ -62,7 +62,7 @@ def test_a_healing_stops_when_the_disk_is_full_and_goes_on_when_there_is_room(fi
     disk = tmp_path / "disk"
     training = ["--tokens", "300", "--row-tokens", "32", "--batch-tokens", "64", "--out", str(disk / "healed")]
     heal = ["heal", str(finished), *training, "--quiet"]
-    sizes = ("40k", "160k", "360k")  # for no weights to start from, for these, and for what is half trained
+    sizes = ("40k", "160k", "280k")  # for no weights to start from, for these, and for what is half trained
     codes, said = on_a_disk(
         disk,
         "size=40k",
