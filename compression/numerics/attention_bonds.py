@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from compression.numerics.elimination import Elimination, eliminate, refit
+from compression.numerics.large_moments import cholesky
 from compression.refusal import Refusal
 
 __all__ = [
@@ -249,10 +250,7 @@ class _Search:
     def __init__(
         self, weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor, groups: int, size: int
     ) -> None:
-        found = torch.linalg.cholesky_ex(inputs)
-        if found.info:
-            raise Refusal("the second moment of a bond is not positive definite; shrink it first")
-        self._inverse = torch.cholesky_inverse(found.L)
+        self._inverse = torch.cholesky_inverse(cholesky(inputs))
         self._loss = weight.mT @ gradients @ weight
         self._heads = len(inputs) // (groups * size)
         eye = torch.eye(size, dtype=inputs.dtype, device=inputs.device)
@@ -334,10 +332,7 @@ def _costs(weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor, 
     With C in that order = L Lᵀ and G = R Rᵀ, the cost of keeping n columns is half the squared norm of the columns of
     Rᵀ W L behind the first n.
     """
-    factors = [torch.linalg.cholesky_ex(moment) for moment in (gradients, inputs[order][:, order])]
-    if any(bool(factor.info) for factor in factors):
-        raise Refusal("the second moment of a bond is not positive definite; shrink it first")
-    left, right = (factor.L for factor in factors)
+    left, right = cholesky(gradients), cholesky(inputs[order][:, order])
     lost = (left.mT @ weight[:, order] @ right).square().sum(0) / 2
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)]).cpu()
 

@@ -168,10 +168,8 @@ class _Healing:
         # several devices.
         replays = _has_graphs(model) and self.sharding is None and not plan.checkpointing
         self.recorded: int | None = 0 if replays else None  # rows in a replayed pass; None disables replay
-        self.used, self.uses = (
-            torch.zeros(()),
-            False,
-        )  # the squares of gradients that were used up, and whether they are
+        self.uses = False  # whether gradients are used up as soon as they are there
+        self.used = torch.zeros(())  # the sum of the squares of those of a step
 
     def run(self) -> Healed:
         """See `heal_`."""
@@ -256,7 +254,8 @@ class _Healing:
         """Compute the gradients for this process's share of the rows.
 
         Returns:
-            The loss of these rows, or None if memory ran out and smaller passes may fit.
+            The loss of these rows, or None if memory ran out and smaller passes may fit. Parameters whose gradients
+            were used before it ran out stay changed; the step is then repeated with smaller passes.
         """
         size, loss = max(1, self.pass_tokens // self.teacher.text.tokens.shape[1]), torch.zeros((), device=self.device)
         mine = rows[self.processes.rank :: self.processes.count]
