@@ -32,7 +32,7 @@ from search.evaluation.score import Score
 from search.evaluation.workload import RunForward, ShouldStop, Workload, run_directly
 from search.runtime.memory import give_back_memory, is_out_of_memory
 
-__all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator"]
+__all__ = ["REUSE_BYTES", "Evaluator", "ModelEvaluator", "Scoring"]
 
 REUSE_BYTES = 512 * 2**20
 """Default memory limit for stored hidden states, in bytes."""
@@ -40,8 +40,8 @@ Value = TypeVar("Value")
 _NO_ROOM = "even one row at a time; use fewer --search-text-tokens, fewer evaluators on the device, or a larger device"
 
 
-class Evaluator(Protocol):
-    """The interface of everything that scores schedules."""
+class Scoring(Protocol):
+    """The part of an evaluator that gives scores."""
 
     def evaluate(self, schedules: Sequence[Schedule], rival: Score | None = None, repeat: int = 0) -> list[Score]:
         """Score every schedule, in order.
@@ -51,6 +51,10 @@ class Evaluator(Protocol):
             repeat: number of the evaluation of the same schedule: 0, 1, … use different workloads until all have been
                 used.
         """
+
+
+class Evaluator(Scoring, Protocol):
+    """The interface of everything that scores schedules."""
 
     def slopes(self, schedule: Schedule, toward: Schedule, repeat: int = 0) -> dict[str, float]:
         """First-order change of KL if one site or unit alone switches from `schedule` to its choice in `toward`.

@@ -5,6 +5,7 @@ Knows how the search data are divided; does not know the order of the stages of 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,6 +186,12 @@ class Experiment:
                 rest = dealt[self.search_shards :]
                 dealt = [(sum((items for items, _ in rest), ()), sum((text for _, text in rest), ()))]
         return [workload_sequences(self.loaded, items, config.proxy, config.proxy_form, text) for items, text in dealt]
+
+    def measured_on(self, part: str) -> dict[str, object]:
+        """All that determines the scores of `evaluator(part)`, as plain JSON values."""
+        sequences = [dataclasses.astuple(sequence) for shard in self.shards(part) for sequence in shard]
+        configuration = self.config.definition()
+        return {**self.identity, "configuration": configuration, "part": part, "sequences": cache_key(of=sequences)}
 
     def extract(self, wanted: Extract) -> list[Packed]:
         """The packed sequences of an extract.

@@ -20,17 +20,26 @@ from search.healing.state import HEALED, REPAIRED
 from search.runtime.console import Console
 from search.runtime.errors import DataUnavailable
 from search.runtime.memory import is_out_of_memory
+from search.trials.kept_scores import KeptScores, keeping
 
 __all__ = ["against_closed_form", "measure", "speed"]
 
 
 def measure(
-    experiment: Experiment, schedules: Mapping[str, Schedule], chosen: Schedule, folder: Path, console: Console
+    experiment: Experiment,
+    schedules: Mapping[str, Schedule],
+    chosen: Schedule,
+    folder: Path,
+    kept: KeptScores,
+    console: Console,
 ) -> tuple[dict[str, Score], Exception | None]:
     """Scores for the final table: the dense model, every schedule, and the chosen one repaired and healed.
 
     Repaired and healed weights are written below the run folder `folder`. If repair or healing is refused, which is
     said, or fails, the scores are those of the schedules alone, and the run can still be written.
+
+    Args:
+        kept: scores of an interrupted run, which are not measured again; receives those that are measured.
 
     Returns:
         The scores by row name, and the fault of ours that ended repair or healing, or None.
@@ -42,11 +51,9 @@ def measure(
         with console.stage("measure", 1 + len(schedules), "schedules") as stage:
             evaluator = opened.enter_context(experiment.evaluator("heldout", progress=lambda: stage.advance(1)))
             scores = {"dense": evaluator.dense}
-            known: dict[str, Score] = {}
+            measuring = keeping(kept, evaluator, experiment.measured_on("heldout"))
             for name, schedule in schedules.items():
-                if schedule.digest not in known:
-                    [known[schedule.digest]] = evaluator.evaluate([schedule])
-                scores[name] = known[schedule.digest]
+                [scores[name]] = measuring.evaluate([schedule])
                 stage.advance(1, f"{name}: KL {scores[name].kl:.3f}")
         untouched = not config.repair_tokens and not config.heal_minutes
         if untouched or all(choice.is_dense for _, choice in chosen):

@@ -31,8 +31,20 @@ from search.reporting.run_report import REPORT, report
 from search.runtime.console import Console
 from search.runtime.provenance import environment
 from search.runtime.run_digest import write_digest
-from search.runtime.run_folder import CONFIG, DIGEST, ENVIRONMENT, PRIOR, STUDY, SUMMARY, TABLE, TRIALS, RunFolder
+from search.runtime.run_folder import (
+    CONFIG,
+    DIGEST,
+    ENVIRONMENT,
+    PRIOR,
+    SCORES,
+    STUDY,
+    SUMMARY,
+    TABLE,
+    TRIALS,
+    RunFolder,
+)
 from search.runtime.tensorboard import curves
+from search.trials.kept_scores import KeptScores, keeping
 from search.trials.loop import Trial, run_agent, spent
 from search.trials.preflight import preflight
 from search.trials.selection import FINALISTS, challengers, select
@@ -136,12 +148,13 @@ def _run_in(
     problem, notes = start.center(plain)
     for note in notes:
         console.note(f"prior: {note}")
-    trials, chosen = _search(folder, experiment, problem, start, closed_form, console)
+    kept = KeptScores(folder / SCORES, console.note)
+    trials, chosen = _search(folder, experiment, problem, start, closed_form, kept, console)
     schedules = {**baselines, "lagrangian": closed_form}
     if config.prior is not None:
         schedules["prior"] = problem.closed_form()
     schedules["searched"] = chosen
-    scores, fault = measure(experiment, schedules, chosen, folder.path, console)
+    scores, fault = measure(experiment, schedules, chosen, folder.path, kept, console)
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
         continues = not experiment.loaded.kind.is_encoder
@@ -193,12 +206,14 @@ def _search(
     problem: Problem,
     start: StartingPoint,
     closed_form: Schedule,
+    kept: KeptScores,
     console: Console,
 ) -> tuple[list[Trial], Schedule]:
     """Run the agent; returns its trials and the schedule selected among its best, the prior and the closed form.
 
     Args:
         problem: centered on the prior if there is one; its own closed form is then the schedule of the prior.
+        kept: scores of an interrupted selection, which are not measured again; receives those that are measured.
     """
     config = experiment.config
     if not config.budget:
@@ -226,6 +241,7 @@ def _search(
         console.stage("select", 2 + len(finalists), "schedules") as stage,
         experiment.evaluator("selection", progress=lambda: stage.advance(1)) as evaluator,
     ):
-        [reference] = evaluator.evaluate([closed_form])
+        measuring = keeping(kept, evaluator, experiment.measured_on("selection"))
+        [reference] = measuring.evaluate([closed_form])
         stage.advance(1)
-        return trials, select(evaluator, closed_form, reference, finalists, stage)
+        return trials, select(measuring, closed_form, reference, finalists, stage)

@@ -32,6 +32,7 @@ __all__ = [
     "LOG",
     "PRIOR",
     "RESULTS",
+    "SCORES",
     "STUDY",
     "SUMMARY",
     "TABLE",
@@ -48,6 +49,7 @@ CONFIG = "config.json"
 DIGEST = "digest.json"
 ENVIRONMENT = "environment.json"
 PRIOR = "prior.json"
+SCORES = "scores.json"
 STUDY = "study.db"
 SUMMARY = "summary.json"
 LOG = "run.log"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from compression.schedule import Schedule
-from search.evaluation.evaluator import Evaluator
+from search.evaluation.evaluator import Scoring
 from search.evaluation.quality import paired_kl
 from search.evaluation.score import Score
 from search.runtime.console import Stage
@@ -18,7 +18,7 @@ FINALISTS = 6
 
 
 def select(
-    evaluator: Evaluator,
+    evaluator: Scoring,
     closed_form: Schedule,
     reference: Score,
     finalists: Sequence[Schedule],

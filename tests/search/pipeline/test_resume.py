@@ -15,8 +15,10 @@ from small_run import words
 
 from search import cli
 from search.evaluation import pool
+from search.evaluation.evaluator import ModelEvaluator
 from search.evaluation.workload import Workload
 from search.model.loading import load_model
+from search.runtime.console import Stage
 from search.trials import setup
 
 __all__ = ["fake_data"]
@@ -42,12 +44,39 @@ def test_an_interrupted_run_resumes_to_the_trials_of_an_undisturbed_one(
     assert "--resume" in capsys.readouterr().err
     assert len(trials(tmp_path / "cut")) == 3
     monkeypatch.setattr(pool, "measure", measure)
-    assert cli.main(["--resume", str(tmp_path / "cut")]) == cli.DONE
+    measured = _measured_schedules(monkeypatch, last="uniform-whitened")
+    assert cli.main(["--resume", str(tmp_path / "cut")]) == 130
     counts = [(int(done), int(of)) for done, of in re.findall(r"(\d+)/(\d+) trials", capsys.readouterr().err)]
     assert all(done <= of for done, of in counts)
+    assert cli.main(["--resume", str(tmp_path / "cut"), "--quiet"]) == cli.DONE
+    assert len(measured) == len(set(measured)), "a resumed run measured a schedule again"
     assert trials(tmp_path / "cut") == trials(tmp_path / "whole")
     again = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert [row["kl"] for row in again["rows"]] == [row["kl"] for row in whole["rows"]]
+
+
+def _measured_schedules(monkeypatch: pytest.MonkeyPatch, last: str) -> list[tuple[str, bool]]:
+    """The digests of schedules that are measured from now on after a search, and whether with packed tensors.
+
+    The process is interrupted once after it has said that the schedule `last` is measured.
+    """
+    found: list[tuple[str, bool]] = []
+    evaluate, advance, interrupted = ModelEvaluator.evaluate, Stage.advance, []
+
+    def noted(self: ModelEvaluator, schedules: Any, *how: Any, **named: Any) -> Any:
+        if len(self._workloads) == 1:  # the search has several
+            found.extend((schedule.digest, self._applier._packed) for schedule in schedules)
+        return evaluate(self, schedules, *how, **named)
+
+    def interrupting(self: Stage, count: int = 1, detail: str = "") -> None:
+        advance(self, count, detail)
+        if detail.startswith(f"{last}:") and not interrupted:
+            interrupted.append(detail)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelEvaluator, "evaluate", noted)
+    monkeypatch.setattr(Stage, "advance", interrupting)
+    return found
 
 
 @pytest.mark.usefixtures("fake_data")

@@ -61,6 +61,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
         "prior.json",
         "repaired",
         "report.html",
+        "scores.json",
         "study.db",
         "summary.csv",
         "summary.json",
