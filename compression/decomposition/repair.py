@@ -32,6 +32,7 @@ Sun 2017).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -352,16 +353,22 @@ class _Targets:
         return [site for group in self._groups[number + 1 :] for site in group]
 
     def _writes(self, number: int, hidden: torch.Tensor) -> bool:
-        """Whether the site's output is added to the stream unchanged; tests it by adding a constant to that output."""
+        """Whether the site's output is added to the stream unchanged; tests it by putting constants in its place.
+
+        They are powers of two, which 16 bits hold exactly, as they do not hold the sum of a constant and an output.
+        """
         site = self._groups[number][0]
         if len(self._groups[number]) > 1 or site.out_features != hidden.shape[-1]:
             return False
         module = self._block.model.get_submodule(site.name)
-        plain = self._block.forward(0, hidden)
-        size = plain.abs().mean()
-        handle = module.register_forward_hook(lambda module, arguments, output: output + size)
-        try:
-            raised = self._block.forward(0, hidden)
-        finally:
-            handle.remove()
-        return bool(torch.allclose(raised - plain, size.expand_as(plain), rtol=0.02, atol=0.02 * float(size)))
+        size = 2.0 ** round(math.log2(max(float(hidden.float().abs().mean()), 2.0**-20)))
+
+        def with_output(value: float) -> torch.Tensor:
+            handle = module.register_forward_hook(lambda module, arguments, output: torch.full_like(output, value))
+            try:
+                return self._block.forward(0, hidden)
+            finally:
+                handle.remove()
+
+        change = with_output(size) - with_output(0.0)
+        return bool((change - size).abs().max() <= 0.02 * size)

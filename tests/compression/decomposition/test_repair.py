@@ -103,6 +103,20 @@ def test_sites_that_write_to_the_residual_stream_are_found_and_give_the_next_sta
     assert len(found) == 2
 
 
+def test_sites_that_write_to_the_residual_stream_are_found_in_16_bits_beside_outputs_in_the_thousands() -> None:
+    model, sites, statistics, batches = subject("random:tiny-llama")
+    model.to(torch.bfloat16)
+    outlet = model.get_submodule("model.layers.0.mlp.down_proj")
+    with torch.no_grad():
+        outlet.weight[0] *= 4000 / outlet.weight[0].abs().mean()
+        [block], states = record_blocks(model, ["model.layers.0"], batches)
+        groups = _groups([site for site in sites if site.block == 0], statistics)
+        targets = _Targets(block, groups, states, [mask for _, mask in batches])
+    assert targets.outputs[0].abs().max() > 1000
+    found = [group[0] for group, stream in zip(groups, targets._streams, strict=True) if stream is not None]
+    assert [site.name.rsplit(".", 1)[-1] for site in found] == ["o_proj", "down_proj"]
+
+
 def test_one_sequence_is_too_few_to_tell_what_a_correction_is_worth() -> None:
     site, batch = Site("a", 0, "q", 4, 4), (torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
     none = Statistics({}, {}, {}, 0)
