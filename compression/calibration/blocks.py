@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from compression.refusal import Refusal
 from compression.sites import Site, put_modules
 
-__all__ = ["Batch", "Block", "record_blocks"]
+__all__ = ["Batch", "Block", "Widened", "record_blocks"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,8 @@ class Block:
     def forward(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states after the block, given those before it."""
         arguments, keywords = self.calls[batch]
+        if next(self.model.get_submodule(self.name).parameters()).dtype == hidden.dtype == torch.float32:
+            arguments, keywords = tree_map(_widened, (arguments, keywords))
         with self.arithmetic():
             output = self.model.get_submodule(self.name)(hidden, *arguments, **keywords)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -41,7 +45,7 @@ class Block:
     def arithmetic(self) -> AbstractContextManager[object]:
         """Returns a context in which matrix products use the precision of the parameters, not of the hidden states."""
         weight = next(self.model.get_submodule(self.name).parameters())
-        reduced = weight.dtype in (torch.bfloat16, torch.float16)
+        reduced = weight.dtype in _NARROW
         return torch.autocast(weight.device.type, weight.dtype) if reduced else nullcontext()
 
     def run(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -83,6 +87,36 @@ class Block:
             yield
         finally:
             put_modules(self.model, kept)
+
+
+class Widened:
+    """Holds the 16-bit tensors of modules in float32 until it is closed, so that what they compute is not rounded.
+
+    The tensors themselves stay what they are; afterwards they hold their former memory again. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tensor, data in reversed(self._before):
+            tensor.data = data
+        self._before.clear()
+
+    def take(self, module: nn.Module) -> nn.Module:
+        """Put the tensors of a module into float32; returns the module."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.dtype in _NARROW:
+                self._before.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+        return module
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _NARROW else value
 
 
 class _Reached(Exception):

@@ -85,24 +85,22 @@ def sums(width: int, aim: int, like: torch.Tensor, tokens: int) -> Sums:
     """Returns empty sums for inputs of `width` values, aims of `aim` values and `tokens` rows, both halves together.
 
     Args:
-        like: rows of the inputs, for their device and dtype.
+        like: rows of the inputs, for their device.
     """
-    return _RowSums(like.dtype) if tokens < FOLDS * width else _MomentSums(width, aim, like, tokens)
+    return _RowSums() if tokens < FOLDS * width else _MomentSums(width, aim, like, tokens)
 
 
 class _MomentSums:
     def __init__(self, width: int, aim: int, like: torch.Tensor, tokens: int) -> None:
-        self._dtype, self._tokens = like.dtype, tokens
+        self._tokens = tokens
         self._inputs = like.new_zeros(FOLDS, width, width, dtype=torch.float64)
         self._mean = self._inputs.new_zeros(FOLDS, width)
         self._cross = self._inputs.new_zeros(FOLDS, aim, width)
 
     def add(self, fold: int, inputs: torch.Tensor, aims: torch.Tensor) -> None:
-        rows = inputs.float()
-        with products_of(self._dtype):
-            self._inputs[fold] += (rows.T @ rows).double() / self._tokens
-            self._cross[fold] += (aims.float().T @ rows).double() / self._tokens
-        self._mean[fold] += rows.sum(0).double() / self._tokens
+        self._inputs[fold] += (inputs.T @ inputs).double() / self._tokens
+        self._cross[fold] += (aims.T @ inputs).double() / self._tokens
+        self._mean[fold] += inputs.sum(0).double() / self._tokens
 
     def deviations(self, start: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Deviations:
         aimed = self._cross if weight is None else weight @ self._cross
@@ -112,8 +110,7 @@ class _MomentSums:
 
 
 class _RowSums:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._rows: list[list[torch.Tensor]] = [[] for _ in range(FOLDS)]
         self._aims: list[list[torch.Tensor]] = [[] for _ in range(FOLDS)]
 
@@ -123,18 +120,17 @@ class _RowSums:
 
     @cached_property
     def _inputs(self) -> list[torch.Tensor]:
-        return [torch.cat(rows).float() for rows in self._rows]
+        return [torch.cat(rows) for rows in self._rows]
 
     @cached_property
     def _products(self) -> torch.Tensor:
         rows = torch.cat(self._inputs)
-        with products_of(self._dtype):
-            return rows @ rows.T / len(rows)
+        return rows @ rows.T / len(rows)
 
     def deviations(self, start: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Deviations:
         residual = []
         for inputs, aims in zip(self._inputs, self._aims, strict=True):
-            aimed = torch.cat(aims).float()
+            aimed = torch.cat(aims)
             if weight is not None:
                 aimed = aimed @ weight.float().T
             elif bias is not None:

@@ -23,6 +23,10 @@ site that reads it receives only their values, x̂_S. Its start is the exact ref
 A start from the columns of W, without the refit, ends with a larger error on other text: the sequences of a repair are
 too few for the correction to find the refit by itself.
 
+A block of a 16-bit model computes in float32 while it is repaired, with the 16-bit numbers that its new layers store.
+What bfloat16 rounds off the values of a layer is a part of the residual that nothing predicts, and at a small KL as
+large as the part that is predicted.
+
 Experts of a mixture are not corrected: the compressed model routes other tokens to them than the dense one, so that no
 rows of the two belong together, and each expert reads too few of them.
 
@@ -41,7 +45,7 @@ import torch
 from torch import nn
 
 from compression.bonds import keep_, linear_layer
-from compression.calibration.blocks import Batch, Block, record_blocks
+from compression.calibration.blocks import Batch, Block, Widened, record_blocks
 from compression.calibration.statistics import Statistics
 from compression.decomposition.correction import FOLDS, Deviations, correction, sums
 from compression.decomposition.entry_store import Entries
@@ -53,7 +57,6 @@ from compression.numerics.elimination import Elimination, refit
 from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
-from compression.numerics.products import products_of
 from compression.numerics.whitening import shrink
 from compression.refusal import Refusal
 from compression.schedule import Choice, Schedule
@@ -84,7 +87,7 @@ def repair_(
         schedule: the choice of every site.
         statistics: second moments of the dense model.
         batches: (input_ids, mask) pairs as for `compression.calibration.statistics.collect`, with at least two
-            sequences. Memory holds their hidden states twice, in float32. All tokens have equal weight.
+            sequences. Memory holds their hidden states twice and one block, in float32. All tokens have equal weight.
         shrinkage: shrinkage of the moments, see `compression.numerics.whitening.shrink`.
         elimination: returns the order in which the groups of a bond are removed, see
             `compression.decomposition.factors.FactorStore.bonds`; called for the bonds that the schedule cuts.
@@ -110,6 +113,7 @@ def repair_(
     free = [site for site in sites if not site.dense_because]
     masks = [mask for _, mask in batches]
     taken = {site.name: model.get_submodule(site.name) for site in free}
+    dtypes = {name: dense_weight(module).dtype for name, module in taken.items() if not isinstance(module, MPOLinear)}
     if compressed := [name for name, module in taken.items() if isinstance(module, MPOLinear)]:
         raise Refusal(f"site {compressed[0]} is already compressed; repair must start from the dense model")
     numbers = range(min(site.block for site in sites), 1 + max(site.block for site in sites))
@@ -125,35 +129,38 @@ def repair_(
             progress(before)
         for done, (block, number) in enumerate(list(zip(blocks, numbers, strict=True))[before:], before + 1):
             here = [site for site in free if site.block == number]
-            groups = _groups(here, statistics)
-            targets = _Targets(block, groups, dense_states, masks, correct)
-            for place, group in enumerate(groups):
-                starts = [
-                    _start(site, taken[site.name], schedule[site.name], statistics, shrinkage, elimination)
-                    for site in group
-                ]
-                found = None if expert_of(group[0]) else targets.moments(place, states, starts)
-                for at, (site, start) in enumerate(zip(group, starts, strict=True)):
-                    weight = start.weight
-                    gradient = _part(statistics.gradient(site.name).to(weight), start.rows)
-                    seen = _part(statistics.input(site.name).to(weight), start.columns)
-                    if found is not None:
-                        moment, deviations = found
-                        seen = seen + moment if correct else moment
-                        if correct and (change := correction(deviations[at], gradient)) is not None:
-                            weight = weight + change
-                    metrics = seen, gradient
-                    old, choice = taken[site.name], schedule[site.name]
-                    if choice.keeps_entries:
-                        assert entries is not None
-                        shrunk = (shrink(moment, shrinkage) for moment in metrics)
-                        form = entries(site.name, choice).refitted(weight, *shrunk)
-                        new = form.layer(dense_weight(old).dtype, _bias(old), stored=True)
-                    else:
-                        new = _compressed(old, weight, choice, *metrics, start.rows, shrinkage)
-                    shape = site.out_features, site.in_features
-                    model.set_submodule(site.name, keep_(new, shape, start.rows, start.columns))
-            states, dense_states = targets.advance(states), targets.outputs
+            with Widened() as widened:
+                groups = _groups(here, statistics)
+                widened.take(model.get_submodule(block.name))
+                targets = _Targets(block, groups, dense_states, masks, correct)
+                for place, group in enumerate(groups):
+                    starts = [
+                        _start(site, taken[site.name], schedule[site.name], statistics, shrinkage, elimination)
+                        for site in group
+                    ]
+                    found = None if expert_of(group[0]) else targets.moments(place, states, starts)
+                    for at, (site, start) in enumerate(zip(group, starts, strict=True)):
+                        weight = start.weight
+                        gradient = _part(statistics.gradient(site.name).to(weight), start.rows)
+                        seen = _part(statistics.input(site.name).to(weight), start.columns)
+                        if found is not None:
+                            moment, deviations = found
+                            seen = seen + moment if correct else moment
+                            if correct and (change := correction(deviations[at], gradient)) is not None:
+                                weight = weight + change
+                        metrics = seen, gradient
+                        old, choice, dtype = taken[site.name], schedule[site.name], dtypes[site.name]
+                        if choice.keeps_entries:
+                            assert entries is not None
+                            shrunk = (shrink(moment, shrinkage) for moment in metrics)
+                            form = entries(site.name, choice).refitted(weight, *shrunk)
+                            new = form.layer(dtype, _bias(old, dtype), stored=True)
+                        else:
+                            new = _compressed(_bias(old, dtype), dtype, weight, choice, *metrics, start.rows, shrinkage)
+                        shape = site.out_features, site.in_features
+                        new = widened.take(keep_(new, shape, start.rows, start.columns))
+                        model.set_submodule(site.name, new)
+                states, dense_states = targets.advance(states), targets.outputs
             if unfinished is not None:
                 modules = {site.name: model.get_submodule(site.name) for site in here}
                 unfinished.store(done, modules, states, dense_states)
@@ -203,7 +210,8 @@ def _part(moment: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
 
 
 def _compressed(
-    old: nn.Module,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
     weight: torch.Tensor,
     choice: Choice,
     input_moment: torch.Tensor,
@@ -214,29 +222,28 @@ def _compressed(
     """Returns the layer that represents `weight` (out, in) under a choice, in its stored form.
 
     Args:
-        old: the dense module, for its dtype and bias.
+        bias: of the dense site.
+        dtype: of the layer.
         input_moment, gradient: the metric of a decomposition, (in, in) and (out, out).
         rows: the rows of the bias that are left; None for all.
     """
-    old_weight, bias = old.weight, _bias(old)
-    assert isinstance(old_weight, torch.Tensor)
     if bias is not None and rows is not None:
         bias = bias[rows]
     if choice.is_plain:
-        return linear_layer(weight.to(old_weight.dtype), bias)
+        return linear_layer(weight.to(dtype), bias)
     legs = resolve(choice.topology, *weight.shape)
     if is_lowrank(legs):
         cores, _ = lowrank_cores(weight, shrink(input_moment, shrinkage), shrink(gradient, shrinkage), choice.chi)
     else:
         metrics = (shrink(gradient, shrinkage)[None], shrink(input_moment, shrinkage)[None])
         cores = [core[0] for core in fit(weight[None], *metrics, legs, choice.chi).cores]
-    return MPOLinear(stored([core.to(old_weight.dtype) for core in cores], legs.pivoted), bias)
+    return MPOLinear(stored([core.to(dtype) for core in cores], legs.pivoted), bias)
 
 
-def _bias(module: nn.Module) -> torch.Tensor | None:
+def _bias(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor | None:
     bias = module.bias
     assert bias is None or isinstance(bias, torch.Tensor)
-    return bias
+    return bias if bias is None or dtype is None else bias.to(dtype)
 
 
 def _groups(sites: Sequence[Site], statistics: Statistics) -> list[list[Site]]:
@@ -326,9 +333,8 @@ class _Targets:
                     gathered.add(fold, reaching[part], aim[part])
                 counted = reaching - (meant if columns is None else meant[..., columns])
             sequences += len(mask)
-            with products_of(reaching.dtype):
-                rows = counted[mask].float()
-                moment += (rows.T @ rows).double() / tokens
+            rows = counted[mask]
+            moment += (rows.T @ rows).double() / tokens
         if gathered is None:
             return moment, []
         deviations = []

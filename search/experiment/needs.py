@@ -79,7 +79,8 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
     if config.repair_tokens:
         states = 2 * 4 * min(config.repair_tokens, tokens) * width  # of the dense and the compressed model, in float32
         repaired = left * model.dtype.itemsize
-        taken = resident + states + 8 * _REPAIR * square
+        widened = 4 * sum(site.parameters for site in sites) // blocks if model.dtype.itemsize < 4 else 0
+        taken = resident + states + widened + 8 * _REPAIR * square
         found = (*found, Need("repair", taken, kept + factors + states + repaired))
     if config.heal_minutes:
         size = model.dtype.itemsize

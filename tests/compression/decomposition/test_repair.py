@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,33 @@ def test_repair_lowers_the_divergence_from_the_dense_model_at_equal_parameters(n
             model.set_submodule(path, module)
     assert values[1] < 0.9 * values[0]
     assert sizes == [counted, counted]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_16_bit_model_is_repaired_like_one_in_float32_and_stays_what_it_was(name: str, dtype: torch.dtype) -> None:
+    narrow, sites, statistics, batches = subject(name)
+    narrow.to(dtype)
+    wide = copy.deepcopy(narrow).float()
+    schedule = uniform_schedule(
+        sites, "pivoted-lowrank", "two-sided", int(0.6 * sum(site.parameters for site in sites))
+    )
+    held = {
+        path: (tensor, tensor.data_ptr(), tensor.dtype) for path, tensor in narrow.state_dict(keep_vars=True).items()
+    }
+    found = []
+    for model in (narrow, wide):
+        taken = repair_(model, sites, schedule, statistics, batches, 0.003, uncut)
+        found.append({site.name: model.get_submodule(site.name).weight.float() for site in sites})
+        kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+        assert kinds == {dtype if model is narrow else torch.float32}
+        put_modules(model, taken)
+    for path, one in found[0].items():
+        assert float((one - found[1][path]).norm()) < 0.02 * float(one.norm()), path
+    now = narrow.state_dict(keep_vars=True)
+    assert all(
+        now[path] is one and one.data_ptr() == at and one.dtype == kind for path, (one, at, kind) in held.items()
+    )
 
 
 @pytest.mark.parametrize(
