@@ -98,9 +98,10 @@ class _MomentSums:
         self._cross = self._inputs.new_zeros(FOLDS, aim, width)
 
     def add(self, fold: int, inputs: torch.Tensor, aims: torch.Tensor) -> None:
-        self._inputs[fold] += (inputs.T @ inputs).double() / self._tokens
-        self._cross[fold] += (aims.T @ inputs).double() / self._tokens
-        self._mean[fold] += inputs.sum(0).double() / self._tokens
+        rows = inputs.float()
+        self._inputs[fold] += (rows.T @ rows).double() / self._tokens
+        self._cross[fold] += (aims.float().T @ rows).double() / self._tokens
+        self._mean[fold] += rows.sum(0).double() / self._tokens
 
     def deviations(self, start: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Deviations:
         aimed = self._cross if weight is None else weight @ self._cross
@@ -120,7 +121,7 @@ class _RowSums:
 
     @cached_property
     def _inputs(self) -> list[torch.Tensor]:
-        return [torch.cat(rows) for rows in self._rows]
+        return [torch.cat(rows).float() for rows in self._rows]
 
     @cached_property
     def _products(self) -> torch.Tensor:
@@ -130,7 +131,7 @@ class _RowSums:
     def deviations(self, start: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Deviations:
         residual = []
         for inputs, aims in zip(self._inputs, self._aims, strict=True):
-            aimed = torch.cat(aims)
+            aimed = torch.cat(aims).float()
             if weight is not None:
                 aimed = aimed @ weight.float().T
             elif bias is not None:

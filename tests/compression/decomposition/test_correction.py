@@ -21,7 +21,7 @@ def rows_of(tokens: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, tor
 
 def given(form: str, inputs: torch.Tensor, aims: torch.Tensor) -> _MomentSums | _RowSums:
     tokens = inputs[..., 0].numel()
-    found = _RowSums(inputs.dtype) if form == "rows" else _MomentSums(INPUTS, aims.shape[-1], inputs, tokens)
+    found = _RowSums() if form == "rows" else _MomentSums(INPUTS, aims.shape[-1], inputs, tokens)
     for part in (slice(0, 3), slice(3, None)):  # two batches
         for fold in range(2):
             found.add(fold, inputs[fold, part], aims[fold, part])
