@@ -1,18 +1,20 @@
 """Compares the speed of healing the compressed model with that of full fine-tuning of the dense model.
 
-    python -m benchmarks.heal_speed [--quick] [--write] [--kept 0.3 0.45 0.6 0.8] [--rounds 3]
+    python -m benchmarks.heal_speed [--quick] [--write] [--kept 0.3 0.45 0.6 0.8] [--rounds 3] [--form plain]
 
 One step is a forward and a backward pass over the same rows and a step of the optimizer. The kinds of training are:
 
 * fine-tuning: trains every parameter of the dense model on next tokens, with logits over the whole vocabulary.
 * labels: heals cores and norms on the same next-token loss.
-* distill: heals toward the dense model's predictions, computed by its forward pass. Like healing itself, it computes
-  only the logits of the target tokens and of a sample of the other tokens.
-* distill, kept targets: the same with stored predictions, as in every epoch after the first.
+* distill: heals toward the dense model's probabilities of all tokens, computed by its forward pass, as healing does
+  unless told otherwise.
+* distill, kept targets: heals toward stored probabilities of the 64 likeliest tokens, as in every epoch after the first
+  of a healing with such targets, and computes only their logits and those of a sample of the other tokens.
 * distill, all tokens, kept targets: the same with the logits of all tokens.
 
-Schedules are uniform. The kinds take turns; figures are medians over the rounds. Peak memory is measured in a separate
-process for every kind.
+Schedules are uniform and have no widths. `--form` cuts the default model by the closed form instead, with bonds between
+matrices (`any`) or those alone (`plain`). The kinds take turns; figures are medians over the rounds. Peak memory is
+measured in a separate process for every kind.
 
 On a GPU, passes are larger, logits of all tokens are computed, arithmetic is bfloat16, and blocks are replayed as CUDA
 graphs, as healing does there. Fine-tuning is shown both as it is usually done and with replayed blocks. Peak memory is
@@ -34,13 +36,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.default_folders import cut_default
 from benchmarks.memory import peak_resident
 from benchmarks.report import Bar, markdown, publish
 from compression import MPOLinear, discover_sites
 from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
+from compression.schedule import Form
 from compression.sites import dense_weight, find_blocks
-from compression.training.distillation import Head, divergence, labels, likeliest
+from compression.training.distillation import Distributions, Head, Targets, divergence, labels, likeliest
 from compression.training.optimizer import FactoredRMSprop
 from compression.training.replay import replayed
 from compression.training.trainable import captured_head_input, trainable_
@@ -52,8 +56,14 @@ GPU_SIDES = ("fine-tuning", "fine-tuning, replayed", "labels", "distill", "disti
 _PLAN = HealingPlan(tokens=1, targets=64, sample=1024)
 
 
-def compressed(dense: Any, kept: float) -> Any:
-    """Returns a uniform pivoted low-rank model with random factors, whose values do not matter for speed."""
+def compressed(dense: Any, kept: float, form: Form | None = None) -> Any:
+    """Returns the default model cut by the closed form, or a uniform pivoted low-rank model with random factors.
+
+    Values do not matter for speed.
+    """
+    if form:
+        with cut_default(kept, form) as cut:
+            return copy.deepcopy(cut.model).to(dense.dtype)
     model = copy.deepcopy(dense)
     generator = torch.Generator().manual_seed(0)
     for site in discover_sites(model):
@@ -106,12 +116,11 @@ class Side:
                 loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
             else:
                 targets = self.targets or (
-                    labels(self.ids.roll(-1, 1).flatten()) if self.name == "labels" else self._targets()
+                    labels(self.ids.roll(-1, 1).flatten()) if self.name == "labels" else self._distributions()
                 )
                 with captured_head_input(self.model) as caught:
                     self.model(input_ids=self.ids, use_cache=False)
-                everything = self.name == "labels" or "all tokens" in self.name or self.device.type == "cuda"
-                sample = 0 if everything else _PLAN.sample
+                sample = _PLAN.sample if self.name == "distill, kept targets" and self.device.type == "cpu" else 0
                 loss = divergence(caught[0].flatten(0, 1), self.head, targets, sample) / self.ids.numel()
         loss.backward()
         self.optimizer.step()
@@ -133,16 +142,20 @@ class Side:
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
-    def _targets(self) -> Any:
+    def _distributions(self) -> Distributions:
         with torch.no_grad(), captured_head_input(self.dense) as caught:
             self.dense(input_ids=self.ids, use_cache=False)
-        return likeliest(caught[0].flatten(0, 1), self.head, _PLAN.targets)
+        return Distributions(caught[0].flatten(0, 1), self.head)
+
+    def _targets(self) -> Targets:
+        return likeliest(self._distributions().hidden, self.head, _PLAN.targets)
 
 
 def peak(arguments: argparse.Namespace, side: str, kept: float) -> float:
     """Peak memory, in GB, of one kind of training in its own process, including the dense model if it is needed."""
     words = [sys.executable, "-m", "benchmarks.heal_speed", "--alone", side, "--kept", str(kept)]
     words += ["--model", arguments.model, "--rows", str(arguments.rows), "--length", str(arguments.length)]
+    words += ["--form", arguments.form] if arguments.form else []
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
@@ -154,10 +167,13 @@ def main() -> None:
     parser.add_argument("--kept", type=float, nargs="+", help="kept fractions (default: 0.3 0.45 0.6 0.8)")
     parser.add_argument("--rounds", type=int, help="rounds (default: 3; quick: 1)")
     parser.add_argument("--model", default="default", help="model, as for search.py")
+    parser.add_argument("--form", choices=("plain", "any"), help="cut the default model by the closed form")
     parser.add_argument("--rows", type=int, help="rows per step (default: 8; quick: 2; on a GPU: 32)")
     parser.add_argument("--length", type=int, default=256, help="tokens per row (default: 256)")
     parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.form and arguments.model != "default":
+        parser.error("--form cuts the default model; leave --model out")
     quick = arguments.quick
     gpu = torch.cuda.is_available()
     names = GPU_SIDES if gpu else SIDES
@@ -166,13 +182,13 @@ def main() -> None:
     rounds = arguments.rounds or (1 if quick else 3)
     dense = load_model(arguments.model, dtype=torch.bfloat16 if gpu else torch.float32).model
     if arguments.alone:
-        Side(arguments.alone, dense, compressed(dense, fractions[0]), arguments.rows, arguments.length)
+        Side(arguments.alone, dense, compressed(dense, fractions[0], arguments.form), arguments.rows, arguments.length)
         print(json.dumps(peak_resident() / 1e9))
         return
     rows, bars = [], []
     tokens = arguments.rows * arguments.length
     for kept in fractions:
-        smaller = compressed(dense, kept)
+        smaller = compressed(dense, kept, arguments.form)
         sides = [Side(name, dense, smaller, arguments.rows, arguments.length) for name in names]
         times = [[side.step() for side in sides] for _ in range(rounds)]
         speeds = [tokens / median(column) for column in zip(*times, strict=True)]
@@ -186,14 +202,15 @@ def main() -> None:
             rows.append([name, kept, f"{speed:,.0f}", f"{ratio:.2f}", f"{memory:.2f}"])
             print(*rows[-1], flush=True)
             if not name.startswith("fine-tuning") and kept in (0.3, 0.6):
-                least = 2.0 if kept == 0.3 else 1.0
+                least = 2.0 if kept == 0.3 else 1.5 if arguments.form else 1.0
                 bars.append(Bar(f"{name.replace(', ', '_').replace(' ', '_')}_speedup_{kept}", ratio, ">=", least))
     body = (
-        f"Training of {arguments.model} in steps of {arguments.rows} rows of {arguments.length} tokens. `times` is the "
-        "speed relative to full fine-tuning of the dense model in the same rounds. benchmarks/heal_speed.py explains "
-        "the kinds of training.\n\n" + markdown(["training", "kept", "tokens/s", "times", "peak GB"], rows)
+        f"Training of {arguments.model}{f', cut with form {arguments.form},' if arguments.form else ''} in steps of "
+        f"{arguments.rows} rows of {arguments.length} tokens. `times` is the speed relative to full fine-tuning of the "
+        "dense model in the same rounds. benchmarks/heal_speed.py explains the kinds of training.\n\n"
+        + markdown(["training", "kept", "tokens/s", "times", "peak GB"], rows)
     )
-    publish("benchmarks.heal_speed", "Speed of healing", body, bars, arguments.write)
+    publish("benchmarks.heal_speed", "Speed of healing", body, bars, arguments.write, arguments.form or "")
 
 
 if __name__ == "__main__":
