@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.report import RESULTS
 from search.priors.format import Prior
 
-DEFAULT = RESULTS / "priors" / "smollm2-135m-instruct-113m-bonds.json"
-_FACTORS = RESULTS / "priors" / "smollm2-135m-instruct-113m.json"
+DEFAULT = RESULTS / "priors" / "smollm2-135m-instruct-113m.json"
+_FACTORS = RESULTS / "priors" / "smollm2-135m-instruct-113m-factors.json"
 FOLDER = RESULTS.parent / "docs" / "figures"
 _SHOWN = (("q", 15), ("v", 15), ("gate", 2), ("gate", 27), ("down", 2), ("down", 27))
 _BLUE, _GREY, _RED = "#3b6ea8", "#555555", "#b3452c"

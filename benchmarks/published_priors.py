@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, Bar, markdown, publish
+from benchmarks.report import RESULTS, Bar, markdown, publish, without_places
 from compression import model_parameters
 from search.config import Config
 from search.experiment.open_model import open_model
@@ -46,6 +46,13 @@ def make(size: int, config: Config, folder: Path) -> Prior:
         with Console() as console:
             run(Config.of({**config.model_dump(exclude={"out", "resume"}), **known, "target_kept": target}), console)
     return Prior.read(folder / PRIOR)
+
+
+def _published(prior: Prior) -> Prior:
+    """Returns the prior with commands that name no place on this machine."""
+    facts = prior.environment
+    shown = {name: without_places(str(facts[name])) for name in ("command", "continued_by") if name in facts}
+    return prior.model_copy(update={"environment": {**facts, **shown}})
 
 
 def table(priors: Sequence[Prior]) -> str:
@@ -116,7 +123,7 @@ def main() -> None:
         if given.write and not given.quick:
             PRIORS.mkdir(exist_ok=True)
             name = made[size].model.id.lower().replace("/", "-")
-            (PRIORS / f"{name}-{size}m.json").write_text(made[size].to_json(), encoding="utf-8")
+            (PRIORS / f"{name}-{size}m.json").write_text(_published(made[size]).to_json(), encoding="utf-8")
     standing = [Prior.read(path) for path in sorted(PRIORS.glob("*m.json"))] if given.write else list(made.values())
     body = (
         "Quality of the published priors on held-out text and questions, without training. `repaired` has the same "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from search.runtime.provenance import environment
 
-__all__ = ["Bar", "made_by", "markdown", "publish"]
+__all__ = ["Bar", "made_by", "markdown", "publish", "without_places"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _RELATIONS = {"<=": operator.le, ">=": operator.ge}
@@ -44,18 +44,21 @@ def made_by(module: str) -> str:
     import torch
 
     facts = environment()
-    # A path names a place on one machine: the page shows what stands there.
-    arguments = [Path(each).name.upper() if Path(each).is_absolute() else each for each in sys.argv[1:]]
-    arguments = [argument for argument in arguments if argument != "--write"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--write"]
     gpus = f", {', '.join(names)}" if (names := _gpus(facts)) else ""
     commit = str(facts["commit"])
     commit = commit[:12] + "+" * commit.endswith("+")
-    command = shlex.join(["python", "-m", module, *arguments])
+    command = without_places(shlex.join(["python", "-m", module, *arguments]))
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     return (
         f"Made by `{command}` at commit `{commit}` on {str(facts['date'])[:10]}, on {facts['cores']} cores of "
         f"{facts['cpu']}{gpus} with {threads}, Python {facts['python']}, torch {torch.__version__}."
     )
+
+
+def without_places(command: str) -> str:
+    """Returns a command with absolute paths, which name places on one machine, as the name of what stands there."""
+    return shlex.join(Path(word).name.upper() if Path(word).is_absolute() else word for word in shlex.split(command))
 
 
 def publish(module: str, title: str, body: str, bars: Sequence[Bar], write: bool, variant: str = "") -> None:
