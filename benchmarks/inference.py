@@ -83,7 +83,8 @@ def main() -> None:
         body, more = _report(given, sizes, device, dtype if device.type == "cpu" else torch.bfloat16)
         parts.append(body)
         bars += more
-    publish("benchmarks.inference", "Inference", "\n\n".join(parts), bars, given.write, given.form or "")
+    variant = "-".join(filter(None, (given.form, given.dtype)))
+    publish("benchmarks.inference", "Inference", "\n\n".join(parts), bars, given.write, variant)
 
 
 def _report(given: argparse.Namespace, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[str, list[Bar]]:
