@@ -43,7 +43,7 @@ def unfinished_repair(experiment: Experiment, schedule: Schedule) -> UnfinishedR
     """What the cache holds of the repair of a schedule in this run."""
     key = cache_key(
         kind="repair",
-        format=1,
+        format=2,  # 1: computed in the type of the model
         model=experiment.loaded.digest,
         schedule=schedule.digest,
         statistics=experiment.calibration.key,
