@@ -38,12 +38,21 @@ class BondStore:
         measured: their weights and metrics.
         cache: stores the results.
         recent: stores the refitted matrices.
+        stored: type in which they are stored.
     """
 
-    def __init__(self, sites: Sequence[Site], measured: Measured, cache: FactorCache, recent: RecentBundles) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        measured: Measured,
+        cache: FactorCache,
+        recent: RecentBundles,
+        stored: torch.dtype = torch.float32,
+    ) -> None:
         self._measured = measured
         self._cache = cache
         self._recent = recent
+        self._stored = stored
         self._site = {site.name: site for site in sites}
         self._unit = {unit.name: unit for unit in units(sites) if isinstance(unit, Unit)}
         self._eliminations: dict[str, Elimination] = {}
@@ -83,15 +92,22 @@ class BondStore:
     def plain(self, name: str, widths: tuple[int, ...]) -> torch.Tensor:
         """Returns the matrix of a site whose bonds are cut to `widths`, float32 on the device of the weight.
 
-        A site that writes the bond loses rows. One that reads it is refitted to the columns that are left.
+        A site that writes the bond loses rows. One that reads it is refitted to the columns that are left, and rounded
+        to the type in which it is stored.
         """
         weight = self._measured.weights[name].detach()
         rows, columns = self.kept(name, widths)
         if columns is None:
             return weight.float() if rows is None else weight[rows.to(weight.device)].float()
-        key = self._measured.key_of(name, kind="refit", format=_FORMAT, widths=widths)
-        bundle = self._recent.get_or_build(key, lambda: Bundle({"weight": self.cut(name, widths).weight.float().cpu()}))
-        return bundle.tensors["weight"].to(weight.device)
+        parts = {} if self._stored == torch.float32 else {"stored": str(self._stored)}
+        key = self._measured.key_of(name, kind="refit", format=_FORMAT, widths=widths, **parts)
+
+        def build() -> Bundle:
+            matrix = self._measured.matrix(name)
+            return Bundle({"weight": refit(matrix.weight, matrix.inputs, columns).to(self._stored).cpu()})
+
+        bundle = self._recent.get_or_build(key, build)
+        return bundle.tensors["weight"].to(weight.device).float()
 
     def cut(self, name: str, widths: tuple[int, ...]) -> Matrix:
         """Returns the matrix of a site whose bonds are cut to `widths`, with the metric of what is left."""

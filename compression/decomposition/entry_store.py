@@ -20,6 +20,7 @@ from compression.layers.packed import PackedLinear, PackedMatrix
 from compression.layers.sparse_linear import SparseLinear
 from compression.numerics.bitmask import pack
 from compression.numerics.group_integers import Codes, Metric, dequantize, quantize
+from compression.numerics.large_moments import brief_product
 from compression.numerics.packed_size import FLOATING, GROUP
 from compression.numerics.pruning import Pruned, prune, refit_pruned
 from compression.refusal import Refusal
@@ -293,4 +294,5 @@ class EntryStore:
 
 def _cost(error: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor) -> float:
     """½·tr(G E C Eᵀ) in nats per token."""
-    return 0.5 * float(((gradients @ error @ inputs) * error).sum())
+    pulled = brief_product(inputs, brief_product(gradients, error).mT).mT
+    return 0.5 * float((pulled * error).sum())

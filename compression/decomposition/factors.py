@@ -73,8 +73,8 @@ class FactorStore:
         shrinkage: see `compression.numerics.whitening.shrink`.
         cache: stores the decompositions.
         max_chi: largest χ to decompose to; None means the largest χ that saves parameters.
-        half: store the cores of decompositions in float16, in half the space. The columns and rows of a bond have equal
-            norms, so that they stay within its range.
+        half: store the cores of decompositions and refitted matrices in float16, in half the space. The columns and
+            rows of a bond have equal norms, so that they stay within its range.
         limit: bytes of decompositions that the cache keeps, see `compression.storage.recent`; None keeps all.
         forms: what menus by bytes offer of whole matrices.
 
@@ -106,7 +106,7 @@ class FactorStore:
         self._identities: dict[_Key, str] = {}
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called by appliers with the number of matrices of a schedule that are there, and of those that it needs."""
-        self.bonds = BondStore(sites, self._measured, cache, self._recent)
+        self.bonds = BondStore(sites, self._measured, cache, self._recent, self._stored)
         self.entries = EntryStore(sites, self._measured, self._recent, self._stored, forms or EntryForms())
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:

@@ -89,7 +89,7 @@ def spectra(
         found[name, width] = _roots(gram, width * matrix.size)
     for name, matrix in writers.items():
         rows = indices_of(order, matrix.size).to(matrix.weight.device)
-        white = matrix.weight[rows] @ torch.linalg.cholesky(matrix.inputs)
+        white = matrix.weight[rows] @ torch.linalg.cholesky(matrix.inputs.double())
         gradients, counts = matrix.gradients[rows][:, rows], [width * matrix.size for width in widths]
         for width, gram in zip(widths, _grams(white, gradients, counts), strict=True):
             found[name, width] = _roots(gram, width * matrix.size)
@@ -118,7 +118,7 @@ def _grams(rows: torch.Tensor, metric: torch.Tensor | None, counts: Sequence[int
 def _whitened_reader(matrix: Matrix, order: torch.Tensor) -> torch.Tensor:
     """Returns Rᵀ W L (out, in) of the reader with its columns in the order of the groups, see the module; float64."""
     columns = indices_of(order, matrix.size).to(matrix.weight.device)
-    left, right = torch.linalg.cholesky(matrix.gradients), brief_cholesky(matrix.inputs[columns][:, columns])
+    left, right = torch.linalg.cholesky(matrix.gradients.double()), brief_cholesky(matrix.inputs[columns][:, columns])
     white: torch.Tensor = (left.mT @ matrix.weight[:, columns]).to(right) @ right
     return white.double()
 

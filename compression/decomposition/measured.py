@@ -24,7 +24,7 @@ FORMAT = 2
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """Holds a matrix with its metric, float64.
+    """Holds a matrix with its metric, float64; large moments are float32, see `compression.numerics.large_moments`.
 
     Attributes:
         weight: W (out, in).

@@ -56,6 +56,7 @@ from compression.layers.routes import is_lowrank
 from compression.numerics.elimination import Elimination, refit
 from compression.numerics.fit import fit
 from compression.numerics.gauge import stored
+from compression.numerics.large_moments import moment_dtype
 from compression.numerics.legs import resolve
 from compression.numerics.whitening import shrink
 from compression.refusal import Refusal
@@ -303,7 +304,7 @@ class _Targets:
             starts: the start of every site of the group, whose W and columns count.
 
         Returns:
-            E[(x̂ − x)(x̂ − x)ᵀ] (in, in), float64, and the residuals of each site; without `correct`, E[x̂ x̂ᵀ] and none.
+            E[(x̂ − x)(x̂ − x)ᵀ] (in, in), and the residuals of each site; without `correct`, E[x̂ x̂ᵀ] and none.
         """
         group, streams = self._groups[number], self._streams[number]
         moment, gathered, sequences = torch.zeros(0), None, 0
@@ -321,7 +322,8 @@ class _Targets:
             mask = mask.to(reaching.device)
             reaching = reaching.reshape(*mask.shape, -1)  # some modules flatten their tokens
             if batch == 0:
-                moment = reaching.new_zeros(reaching.shape[-1], reaching.shape[-1], dtype=torch.float64)
+                width = reaching.shape[-1]
+                moment = reaching.new_zeros(width, width, dtype=moment_dtype(width))
             counted = reaching
             if self._inputs:
                 meant = self._inputs[number][batch].reshape(*mask.shape, -1)
@@ -334,7 +336,7 @@ class _Targets:
                 counted = reaching - (meant if columns is None else meant[..., columns])
             sequences += len(mask)
             rows = counted[mask]
-            moment += (rows.T @ rows).double() / tokens
+            moment += (rows.T @ rows).to(moment) / tokens
         if gathered is None:
             return moment, []
         deviations = []

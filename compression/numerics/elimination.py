@@ -91,8 +91,7 @@ def eliminate(
         raise Refusal(f"group must divide the {size} hidden values, got {group}")
     if step < 1:
         raise Refusal(f"step must be at least 1, got {step}")
-    metric, target, moment = gradients.double(), weight.double(), inputs.double()
-    crossed = target @ moment
+    metric, target = gradients.double(), weight.double()
     groups = size // group
     window = -(-groups // (step * _WINDOWS)) * step  # groups removed before the arrays are made smaller
     left = torch.arange(groups, device=weight.device)
@@ -102,9 +101,9 @@ def eliminate(
     for turn in range(-(-groups // window)):
         alive = indices_of(left, group)
         if turn % (_WINDOWS // _FRESH) == 0:
-            inverse = _inverse(moment[alive][:, alive])
-            current = crossed[:, alive] @ inverse.double() if turn else target
-            state = torch.cat([each.to(inverse) for each in (current, metric @ current, inverse)])
+            inverse = _inverse(inputs[alive][:, alive])
+            current = target.to(inverse) @ inputs[:, alive].to(inverse) @ inverse if turn else target
+            state = torch.cat([each.to(inverse) for each in (current, metric @ current.double(), inverse)])
         present = torch.ones(len(left), dtype=torch.bool, device=weight.device)
         for _ in range(0, min(window, len(left)), step):
             current, pulled, inverse = state[:outputs], state[outputs : 2 * outputs], state[2 * outputs :]
@@ -139,7 +138,7 @@ def refit(weight: torch.Tensor, inputs: torch.Tensor, kept: Sequence[int] | torc
     """
     index = torch.as_tensor(kept, device=weight.device)
     removed = torch.ones(len(inputs), dtype=torch.bool, device=weight.device).index_fill_(0, index, False)
-    matrix, rows = weight.double(), inputs[index].double()
+    matrix, rows = weight.double(), inputs[index]
     factor = brief_cholesky(rows[:, index])
     crossed = brief_product(rows[:, removed], matrix[:, removed].mT)
     return matrix[:, index] + torch.cholesky_solve(crossed.to(factor), factor).double().mT
@@ -155,7 +154,7 @@ def _inverse(moment: torch.Tensor) -> torch.Tensor:
     factor = brief_cholesky(moment)
     inverse = torch.cholesky_inverse(factor)
     if factor.dtype == torch.float32 and float((moment.diagonal() * inverse.diagonal()).max()) > _INFLATED:
-        inverse = torch.cholesky_inverse(cholesky(moment))
+        inverse = torch.cholesky_inverse(cholesky(moment.double()))
     return inverse
 
 

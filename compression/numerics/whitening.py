@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from compression.numerics.finite import is_finite
-from compression.numerics.large_moments import brief_product
+from compression.numerics.large_moments import brief_product, moment_dtype
 from compression.refusal import Refusal
 
 __all__ = ["Whitening", "lowrank", "shrink"]
@@ -24,7 +24,7 @@ _ZERO = 1e-24  # if both moments are 0, weights are whitened by this factor and 
 
 
 def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
-    """Shrinks a sampled second moment M towards a multiple of the identity: (1 − s)·M + r·I, in float64.
+    """Shrinks a sampled second moment M towards a multiple of the identity: (1 − s)·M + r·I.
 
     r is s·tr M / d. It is at least ε₃₂·tr M, the rounding error of a float32 moment, so M may have any rank. It is also
     at least 1e-24, so a zero moment still gives a metric, in which every error costs almost nothing.
@@ -33,6 +33,9 @@ def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
         moment: M (d, d), symmetric positive semidefinite up to rounding in float32.
         shrinkage: s in (0, 1].
 
+    Returns:
+        A new matrix of the type that `compression.numerics.large_moments.moment_dtype` names.
+
     Raises:
         ValueError: s is outside (0, 1], or the moment has NaN, infinite or negative diagonal entries.
     """
@@ -40,11 +43,11 @@ def shrink(moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
         raise Refusal(f"shrinkage must be in (0, 1], got {shrinkage}")
     if not is_finite(moment):
         raise Refusal("a second moment has NaN or infinite entries")
-    result = moment.to(torch.float64, copy=True)
+    result = moment.to(moment_dtype(len(moment)), copy=True)
     diagonal = result.diagonal()
     if (diagonal < 0).any():
         raise Refusal(f"the diagonal of a second moment must not be negative, got {float(diagonal.min())}")
-    trace = float(diagonal.sum())
+    trace = float(diagonal.sum(dtype=torch.float64))
     result.mul_(1 - shrinkage)
     diagonal.add_(max(shrinkage * trace / len(result), torch.finfo(torch.float32).eps * trace, _ZERO))
     return result
@@ -66,7 +69,7 @@ class Whitening:
     def of(cls, input_moment: torch.Tensor | None, output_moment: torch.Tensor | None, shrinkage: float) -> Whitening:
         """Shrinks and factorizes C (in, in) and G (out, out); None for a side that is not whitened."""
         factors = [
-            None if moment is None else torch.linalg.cholesky(shrink(moment, shrinkage))
+            None if moment is None else torch.linalg.cholesky(shrink(moment, shrinkage).double())
             for moment in (input_moment, output_moment)
         ]
         return cls(*factors)
@@ -115,7 +118,7 @@ def lowrank(
         left, right, values = lowrank(matrix.mT, gradients, inputs, chi)
         return right.mT, left.mT, values
     gram = matrix.mT @ (matrix if gradients is None else brief_product(gradients, matrix))
-    factor = None if inputs is None else torch.linalg.cholesky(inputs)
+    factor = None if inputs is None else torch.linalg.cholesky(inputs.double())
     if factor is not None:
         gram = factor.mT @ gram @ factor
     squares, basis = torch.linalg.eigh(gram)

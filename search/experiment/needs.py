@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from compression.decomposition.entry_store import entry_bytes
+from compression.numerics.large_moments import moment_dtype
 from compression.sites import model_bytes
 from search.experiment.calibration import CHUNK_TOKENS, factor_limit, moment_bytes
 from search.experiment.experiment import Experiment
@@ -18,7 +19,7 @@ __all__ = ["Need", "needs"]
 
 _BATCH = 1024  # tokens of a batch in calibration
 _LOGITS = 16  # bytes of every logit in a backward pass: itself, its softmax, the cumulative sum and the gradient
-_WORKSPACE = 6  # float64 copies of the largest square matrix while a bond is eliminated
+_WORKSPACE = 6  # copies of the largest square matrix while a bond is eliminated
 _STEP = 512  # tokens of a step of healing
 _LEARNED = 64  # tokens of it whose logits are there at a time
 _REPAIR = 7  # the same while a matrix is repaired: two halves, their drift, C, and what a solution copies
@@ -60,7 +61,8 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         collecting = moments * 3 // 2 + _BATCH * vocabulary * _LOGITS
         kept = moments // 2
         written = 3 * kept  # of two passes, and the state of an unfinished one
-    square = max(max(site.out_features, site.in_features) for site in sites) ** 2
+    longest = max(max(site.out_features, site.in_features) for site in sites)
+    square = moment_dtype(longest).itemsize * longest**2
     if calibration.by_block:
         factors = factor_limit(model, sites, config.offered_bits)
     else:
@@ -73,14 +75,14 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
     found: tuple[Need, ...] = (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),
-        Need("decompose", resident + 8 * _WORKSPACE * square, kept + factors),
+        Need("decompose", resident + _WORKSPACE * square, kept + factors),
     )
     left = int(experiment.budget.target_kept * sum(site.parameters for site in sites))
     if config.repair_tokens:
         states = 2 * 4 * min(config.repair_tokens, tokens) * width  # of the dense and the compressed model, in float32
         repaired = left * model.dtype.itemsize
         widened = 4 * sum(site.parameters for site in sites) // blocks if model.dtype.itemsize < 4 else 0
-        taken = resident + states + widened + 8 * _REPAIR * square
+        taken = resident + states + widened + _REPAIR * square
         found = (*found, Need("repair", taken, kept + factors + states + repaired))
     if config.heal_minutes:
         size = model.dtype.itemsize
