@@ -22,7 +22,7 @@ _LOGITS = 16  # bytes of every logit in a backward pass: itself, its softmax, th
 _WORKSPACE = 6  # copies of the largest square matrix while a bond is eliminated
 _STEP = 512  # tokens of a step of healing
 _LEARNED = 64  # tokens of it whose logits are there at a time
-_REPAIR = 7  # the same while a matrix is repaired: two halves, their drift, C, and what a solution copies
+_REPAIR = 7  # float64 copies while a matrix is repaired: two halves, their drift, C, and what a solution copies
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
         kept = moments // 2
         written = 3 * kept  # of two passes, and the state of an unfinished one
     longest = max(max(site.out_features, site.in_features) for site in sites)
-    square = moment_dtype(longest).itemsize * longest**2
+    square = longest**2
     if calibration.by_block:
         factors = factor_limit(model, sites, config.offered_bits)
     else:
@@ -75,14 +75,14 @@ def needs(experiment: Experiment) -> tuple[Need, ...]:
     found: tuple[Need, ...] = (
         Need("load", resident, 0),
         Need("calibrate", resident + collecting, written),
-        Need("decompose", resident + _WORKSPACE * square, kept + factors),
+        Need("decompose", resident + moment_dtype(longest).itemsize * _WORKSPACE * square, kept + factors),
     )
     left = int(experiment.budget.target_kept * sum(site.parameters for site in sites))
     if config.repair_tokens:
         states = 2 * 4 * min(config.repair_tokens, tokens) * width  # of the dense and the compressed model, in float32
         repaired = left * model.dtype.itemsize
         widened = 4 * sum(site.parameters for site in sites) // blocks if model.dtype.itemsize < 4 else 0
-        taken = resident + states + widened + _REPAIR * square
+        taken = resident + states + widened + 8 * _REPAIR * square
         found = (*found, Need("repair", taken, kept + factors + states + repaired))
     if config.heal_minutes:
         size = model.dtype.itemsize

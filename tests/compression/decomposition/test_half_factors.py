@@ -1,6 +1,6 @@
 """Factors in 16 bits are those in 32 bits but for rounding, in half the space and under other keys.
 
-A cache with a limit keeps those that were used last, and makes the others again.
+So are matrices refitted to a cut bond. A cache with a limit keeps those that were used last, and makes others again.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tiny_bonds import SHRINKAGE, Subject
 
 from compression import Choice, FactorCache, FactorStore, collect, contract, dense_weight, discover_sites
 from search.model.loading import load_model
@@ -40,3 +41,16 @@ def test_factors_in_16_bits_are_those_in_32_bits_but_for_rounding(tmp_path: Path
     assert sizes["little"] < 24_000 < sizes["16"]  # the limit and headers
     first = sites[0].name, Choice("lowrank", 8, "two-sided")  # was removed, and is the same when it is made again
     assert all(map(torch.equal, little.cores(*first), half.cores(*first)))
+
+
+def test_refitted_matrices_are_stored_in_16_bits_with_the_factors(tmp_path: Path) -> None:
+    subject = Subject.of("random:tiny-llama")
+    reader = next(site for site in subject.sites if site.cuts and not site.cuts[0].of_rows)
+    widths = (reader.cuts[0].groups // 2,)
+    weights = {site.name: dense_weight(subject.model.get_submodule(site.name)) for site in subject.sites}
+    cache = FactorCache(tmp_path)
+    half = FactorStore(subject.sites, weights, lambda: subject.statistics, "key", SHRINKAGE, cache, half=True)
+    expected, found = (store.bonds.plain(reader.name, widths) for store in (subject.store, half))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected.half().float())
+    assert not torch.equal(found, expected)
