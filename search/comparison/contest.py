@@ -37,7 +37,7 @@ from search.runtime.run_folder import CONFIG, ENVIRONMENT, STUDY, RunFolder
 from search.trials.fingerprints import differences, with_defaults, with_later
 from search.trials.loop import run_agent, spent
 from search.trials.preflight import preflight
-from search.trials.selection import FINALISTS, challengers, select
+from search.trials.selection import challengers, finalist_count, select
 from search.trials.setup import fingerprint, fingerprint_defaults, make_agent, open_journal, reward_of
 from search.trials.starting_point import StartingPoint
 from search.workers.pools import shown_search_pool
@@ -238,7 +238,7 @@ def _search(
             agent = make_agent(config, problem, experiment, StartingPoint())
             start = time.perf_counter()
             told = run_agent(agent, round(part * config.budget), pool, reward, journal)
-            recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
+            recommended = [proposal.schedule for proposal in agent.recommend(finalist_count(config.budget))]
             seconds = time.perf_counter() - start
             evaluations = sum(trial.proposal.cost for trial in told)
             tokens = sum(trial.proposal.cost * rows[trial.score.shard] for trial in told)

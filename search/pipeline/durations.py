@@ -19,7 +19,7 @@ from compression.schedule import Schedule
 from compression.sites import Site, model_bytes, model_parameters
 from search.experiment.experiment import Experiment
 from search.pipeline import finish
-from search.trials.selection import FINALISTS
+from search.trials.selection import finalist_count
 
 __all__ = ["Speeds", "benchmarked", "durations", "measured_speeds"]
 
@@ -104,7 +104,7 @@ def durations(experiment: Experiment, speeds: Speeds, tokens: Mapping[str, int])
         "reference": every + experiment.references(Schedule(())) * tokens["trial"] * scored,
         "search": config.budget * _REUSED * tokens["trial"] * scored + _NEW * math.sqrt(config.budget) * every,
         # The other finalists are given up early.
-        "select": scores(2 + FINALISTS // 2, "selection") + (_UNSEEN * every if by_block else 0.0),
+        "select": scores(2 + finalist_count(config.budget) // 2, "selection") + (_UNSEEN * every if by_block else 0.0),
         "measure": scores(1 + schedules, "heldout") + (3 * every if by_block else 0.0),
         "repair": _SOLVED * every + _REPAIRED * repaired * speeds.token if repaired else 0.0,
         "judge": scores(2, "selection"),

@@ -47,7 +47,7 @@ from search.runtime.tensorboard import curves
 from search.trials.kept_scores import KeptScores, keeping
 from search.trials.loop import Trial, run_agent, spent
 from search.trials.preflight import preflight
-from search.trials.selection import FINALISTS, challengers, select
+from search.trials.selection import challengers, finalist_count, select
 from search.trials.setup import make_agent, open_journal, refuse_other_search, reward_of
 from search.trials.starting_point import StartingPoint
 from search.workers.pools import shown_search_pool
@@ -231,7 +231,7 @@ def _search(
         folder.write_text(TRIALS, csv_text(journal.rows()))
     finally:
         journal.close()
-    recommended = [proposal.schedule for proposal in agent.recommend(FINALISTS)]
+    recommended = [proposal.schedule for proposal in agent.recommend(finalist_count(config.budget))]
     finalists = challengers(closed_form, [problem.closed_form(), *recommended])
     if isinstance(agent, Learner):
         agent.saved_policy().write(folder.path)

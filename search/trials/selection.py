@@ -11,10 +11,21 @@ from search.evaluation.quality import paired_kl
 from search.evaluation.score import Score
 from search.runtime.console import Stage
 
-__all__ = ["FINALISTS", "challengers", "select"]
+__all__ = ["challengers", "finalist_count", "select"]
 
-FINALISTS = 6
-"""Number of an agent's recommendations that are compared with the closed form on the selection text."""
+_MOST = 6
+
+
+def finalist_count(budget: int) -> int:
+    """Number of an agent's recommendations that are compared with the closed form on the selection text: 1 to 6.
+
+    1 + √budget. The recommendations of a short search are few and hardly differ, while each that was not measured
+    before must be cut anew, which takes minutes at billions of parameters.
+
+    Args:
+        budget: evaluations of the search.
+    """
+    return min(_MOST, 1 + math.isqrt(budget))
 
 
 def select(
