@@ -1,9 +1,10 @@
 """Compares the latency of compressed layers, and of a model made of them, with that of dense ones.
 
-    python -m benchmarks.layer_latency [--quick] [--write] [--model default] [--device auto]
+    python -m benchmarks.layer_latency [--quick] [--write] [--model default] [--device auto] [--form factors]
 
 Measures a whole model of `pivoted-lowrank` layers with one kept fraction at every site, in prefill and in decoding with
-a KV cache, and then each route of single layers by number of tokens and kept fraction. Dense and compressed versions
+a KV cache, and then each route of single layers by number of tokens and kept fraction. With `--form plain`, MLPs and
+attentions have fewer hidden units and heads instead, and single layers are left out. Dense and compressed versions
 take turns in one process. The weights are random, since time does not depend on them. On a GPU, arithmetic is bfloat16,
 and batches of prompts are measured too, since a single prompt leaves most of a GPU idle.
 """
@@ -23,15 +24,18 @@ import torch
 from torch import nn
 
 from benchmarks.report import Bar, markdown, publish
+from compression.bonds import bonds_by_kind, with_bonds
+from compression.decomposition.joint_menu import multiple_of
 from compression.layers.planner import Planned, Planner, random_layer
 from compression.layers.routes import Plan, Route, modelled, routes
 from compression.numerics.legs import Legs, resolve
-from compression.sites import Site, discover_sites, put_modules
+from compression.sites import Site, Unit, dense_weight, discover_sites, put_modules, units
 from search.evaluation.latency import decode, prefill, timed
 from search.model.devices import resolve_device
 from search.model.loading import load_model
 
-SLOWEST, SPEEDUP = 1.05, 1.25
+SLOWEST, SPEEDUP = {"factors": 1.05, "plain": 1.0}, 1.25
+"""Largest time over that of the dense model, by form, and least speed of prompts of 512 tokens at kept 0.6."""
 _COLD = 1 << 26  # bytes of weights used in turn, so that a layer's weights are not in a CPU cache when it runs
 
 
@@ -119,20 +123,30 @@ class ModelRow:
     planned: Planned
 
 
-def model_rows(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[ModelRow]:
-    """Measures the model dense, planned for memory and planned for latency, in turns, at every kept fraction."""
+def model_rows(name: str, form: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[ModelRow]:
+    """Measures the model dense and compressed, in turns, at every kept fraction.
+
+    Factors are planned for memory and for latency; plain matrices need no plan.
+    """
     model = load_model(name, device, dtype).model
     sites = discover_sites(model)
+    if form == "plain":
+        sites = with_bonds(sites, bonds_by_kind(model, sites))
     dense = {site.name: model.get_submodule(site.name) for site in sites}
     rows = []
     for kept in sizes.kept:
         sides: dict[str, dict[str, nn.Module]] = {"dense": dense}
         planned = {}
-        layers = {site.name: compressed(site, kept, device, dtype) for site in sites}
-        for optimize in ("memory", "latency"):
-            sides[optimize] = {name: copy.deepcopy(layer) for name, layer in layers.items()}
-            planned[optimize] = Planner(optimize).plan_(nn.ModuleList(sides[optimize].values()))  # type: ignore[arg-type]
-        del layers
+        if form == "plain":
+            sides[form] = narrower(sites, dense, kept)
+            taken = sum(parameter.nbytes for layer in sides[form].values() for parameter in layer.parameters())
+            planned[form] = Planned(taken, taken, {})
+        else:
+            layers = {site.name: compressed(site, kept, device, dtype) for site in sites}
+            for optimize in ("memory", "latency"):
+                sides[optimize] = {name: copy.deepcopy(layer) for name, layer in layers.items()}
+                planned[optimize] = Planner(optimize).plan_(nn.ModuleList(sides[optimize].values()))
+            del layers
         times = {
             "prefill 512": prefill(model, sides, 512, sizes.rounds, device),
             "prefill 64": prefill(model, sides, 64, 2 * sizes.rounds, device),
@@ -155,13 +169,32 @@ def compressed(site: Site, kept: float, device: torch.device, dtype: torch.dtype
     return random_layer(legs, chi_at(legs, kept), dtype, device)
 
 
+def narrower(sites: Sequence[Site], dense: Mapping[str, nn.Module], kept: float) -> dict[str, nn.Module]:
+    """Makes random dense layers in which every bond keeps the fraction `kept` of its groups, at least 1.
+
+    Widths are what is fast on the device; layers that no bond cuts are those of `dense`.
+    """
+    layers = dict(dense)
+    for unit in units(sites):
+        if not isinstance(unit, Unit):
+            continue
+        weight = dense_weight(dense[unit.sites[0].name])
+        step = multiple_of(unit, None, weight.device.type)
+        width = max(1, round(kept * unit.groups / step)) * step
+        for site in unit.sites:
+            rows, columns = site.shape((width,))
+            bias = getattr(dense[site.name], "bias", None) is not None
+            layers[site.name] = nn.Linear(columns, rows, bias, device=weight.device, dtype=weight.dtype)
+    return layers
+
+
 def chi_at(legs: Legs, kept: float) -> int:
     """The largest χ that keeps at most the fraction `kept` of the parameters, at least 1."""
     chis = range(1, max(legs.full_bonds) + 1)
     return max((chi for chi in chis if legs.parameters(chi) <= kept * legs.dense_parameters), default=1)
 
 
-def body(name: str, rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], sizes: Sizes) -> str:
+def body(name: str, form: str, rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], sizes: Sizes) -> str:
     work = list(rows[0].ratios)
     header = ["kept fraction, optimized for", *(f"{name}, ms" for name in work), *(f"{name}, ratio" for name in work)]
     whole = [
@@ -174,17 +207,23 @@ def body(name: str, rows: Sequence[ModelRow], layers: Sequence[Sequence[str]], s
         ]
         for row in rows
     ]
-    return "\n\n".join(
-        [
-            f"Model {name} with every matrix as `pivoted-lowrank` at one kept fraction. A ratio is the time relative "
-            "to the dense model in the same round, median over rounds; below 1 is faster. MB count the compressed "
-            "matrices as stored and as held in memory.",
-            markdown([*header, "stored, MB", "resident, MB"], whole),
+    made = (
+        "every MLP and attention keeping one fraction of its hidden units and heads"
+        if form == "plain"
+        else "every matrix as `pivoted-lowrank` at one kept fraction"
+    )
+    parts = [
+        f"Model {name} with {made}. A ratio is the time relative to the dense model in the same round, median over "
+        "rounds; below 1 is faster. MB count the compressed matrices as stored and as held in memory.",
+        markdown([*header, "stored, MB", "resident, MB"], whole),
+    ]
+    if layers:
+        parts += [
             "Single layers: time relative to a dense layer by route and number of tokens. A route is left out if its "
             "estimated cost is more than six times the lowest.",
             markdown(["layer, kept fraction", "χ", "route", *map(str, sizes.tokens)], layers),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -193,25 +232,25 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write results/layer_latency.md")
     parser.add_argument("--model", default="default", help="as for search.py")
     parser.add_argument("--device", default="auto", help="as for search.py")
+    parser.add_argument("--form", choices=tuple(SLOWEST), default="factors", help="factors, or plain smaller matrices")
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else Sizes()
     device = resolve_device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.no_grad():
-        rows = model_rows(arguments.model, sizes, device, dtype)
-        layers = layer_rows(sizes, device, dtype)
-    fast = [row for row in rows if row.optimize == "latency"]
+        rows = model_rows(arguments.model, arguments.form, sizes, device, dtype)
+        layers = layer_rows(sizes, device, dtype) if arguments.form == "factors" else []
+    fast = [row for row in rows if row.optimize != "memory"]
     [at_bar] = [row for row in fast if row.kept == 0.6]
     slowest = max(ratio for row in fast for ratio in row.ratios.values())
-    bars = [Bar("slowest_over_dense", slowest, "<=", SLOWEST)]
+    bars = [Bar("slowest_over_dense", slowest, "<=", SLOWEST[arguments.form])]
     for work, ratio in at_bar.ratios.items():
         if "512" in work:
             bars.append(Bar(f"{work.replace(' ', '_')}_speedup_at_0.6", 1 / ratio, ">=", SPEEDUP))
     title = f"Latency of compressed layers: {device.type}, {str(dtype).removeprefix('torch.')}"
-    variant = "" if arguments.model == "default" else Path(arguments.model).name
-    publish(
-        "benchmarks.layer_latency", title, body(arguments.model, rows, layers, sizes), bars, arguments.write, variant
-    )
+    named = ("" if arguments.model == "default" else Path(arguments.model).name, arguments.form.removeprefix("factors"))
+    text = body(arguments.model, arguments.form, rows, layers, sizes)
+    publish("benchmarks.layer_latency", title, text, bars, arguments.write, "-".join(filter(None, named)))
 
 
 if __name__ == "__main__":

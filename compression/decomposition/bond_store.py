@@ -18,7 +18,7 @@ from compression.refusal import Refusal
 from compression.sites import Cut, Site, Unit, units
 from compression.size import Price, choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache
-from compression.storage.recent import RecentBundles
+from compression.storage.limited import LimitedBundles
 
 __all__ = ["BondStore"]
 
@@ -37,7 +37,7 @@ class BondStore:
         sites: the sites of the model with their cuts.
         measured: their weights and metrics.
         cache: stores the results.
-        recent: stores the refitted matrices.
+        limited: stores the refitted matrices.
         stored: type in which they are stored.
     """
 
@@ -46,12 +46,12 @@ class BondStore:
         sites: Sequence[Site],
         measured: Measured,
         cache: FactorCache,
-        recent: RecentBundles,
+        limited: LimitedBundles,
         stored: torch.dtype = torch.float32,
     ) -> None:
         self._measured = measured
         self._cache = cache
-        self._recent = recent
+        self._limited = limited
         self._stored = stored
         self._site = {site.name: site for site in sites}
         self._unit = {unit.name: unit for unit in units(sites) if isinstance(unit, Unit)}
@@ -106,7 +106,7 @@ class BondStore:
             matrix = self._measured.matrix(name)
             return Bundle({"weight": refit(matrix.weight, matrix.inputs, columns).to(self._stored).cpu()})
 
-        bundle = self._recent.get_or_build(key, build)
+        bundle = self._limited.get_or_build(key, build)
         return bundle.tensors["weight"].to(weight.device).float()
 
     def cut(self, name: str, widths: tuple[int, ...]) -> Matrix:

@@ -27,7 +27,7 @@ from compression.refusal import Refusal
 from compression.schedule import SPARSE, Choice
 from compression.sites import Site
 from compression.storage.factor_cache import Bundle
-from compression.storage.recent import RecentBundles
+from compression.storage.limited import LimitedBundles
 
 __all__ = ["Entries", "EntryForms", "EntryStore", "entry_bytes", "ladder"]
 
@@ -168,7 +168,7 @@ class EntryStore:
     Args:
         sites: the sites of the model.
         measured: their weights and metrics.
-        recent: stores the results.
+        limited: stores the results.
         stored: type of the stored values of pruned matrices that are not rounded.
         forms: what is offered.
 
@@ -180,14 +180,14 @@ class EntryStore:
         self,
         sites: Sequence[Site],
         measured: Measured,
-        recent: RecentBundles,
+        limited: LimitedBundles,
         stored: torch.dtype,
         forms: EntryForms,
     ) -> None:
         self.forms = forms
         self._site = {site.name: site for site in sites}
         self._measured = measured
-        self._recent = recent
+        self._limited = limited
         self._stored = stored
         self._identities: dict[tuple[str, int, bool], str] = {}
         self._last: tuple[str, Metric] | None = None
@@ -261,7 +261,7 @@ class EntryStore:
                 parts["kept"] = ladder(self._site[name], bits)
             self._identities[key] = self._measured.key_of(name, **parts)
         build = self._pruned if pruned else self._rounded
-        return self._recent.get_or_build(self._identities[key], lambda: build(name, bits))
+        return self._limited.get_or_build(self._identities[key], lambda: build(name, bits))
 
     def _rounded(self, name: str, bits: int) -> Bundle:
         matrix = self._measured.matrix(name)

@@ -27,7 +27,7 @@ from compression.schedule import Choice, Form
 from compression.sites import Site, Unit, members, units
 from compression.size import Price, choice_parameters
 from compression.storage.factor_cache import Bundle, FactorCache, cache_key
-from compression.storage.recent import RecentBundles
+from compression.storage.limited import LimitedBundles
 
 __all__ = ["OPTIMISM", "FactorStore", "Factors", "is_nested", "lowrank_cores"]
 
@@ -75,7 +75,7 @@ class FactorStore:
         max_chi: largest χ to decompose to; None means the largest χ that saves parameters.
         half: store the cores of decompositions and refitted matrices in float16, in half the space. The columns and
             rows of a bond have equal norms, so that they stay within its range.
-        limit: bytes of decompositions that the cache keeps, see `compression.storage.recent`; None keeps all.
+        limit: bytes of decompositions that the cache keeps, see `compression.storage.limited`; None keeps all.
         forms: what menus by bytes offer of whole matrices.
 
     Attributes:
@@ -102,12 +102,12 @@ class FactorStore:
         self._max_chi = max_chi
         self._stored = torch.float16 if half else torch.float32
         self._site = {site.name: site for site in sites}
-        self._recent = RecentBundles(cache, limit)
+        self._limited = LimitedBundles(cache, limit)
         self._identities: dict[_Key, str] = {}
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called by appliers with the number of matrices of a schedule that are there, and of those that it needs."""
-        self.bonds = BondStore(sites, self._measured, cache, self._recent, self._stored)
-        self.entries = EntryStore(sites, self._measured, self._recent, self._stored, forms or EntryForms())
+        self.bonds = BondStore(sites, self._measured, cache, self._limited, self._stored)
+        self.entries = EntryStore(sites, self._measured, self._limited, self._stored, forms or EntryForms())
 
     def factors(self, name: str, topology: str, metric: str, chi: int = 0, widths: tuple[int, ...] = ()) -> Factors:
         """Returns the decomposition of one site, or its fit at one χ.
@@ -124,7 +124,7 @@ class FactorStore:
     def _factors(self, key: _Key) -> Factors:
         if key not in self._identities:
             self._identities[key] = self._identity(key)
-        tensors = self._recent.get_or_build(self._identities[key], lambda: self._build(key)).tensors
+        tensors = self._limited.get_or_build(self._identities[key], lambda: self._build(key)).tensors
         return Factors([tensors[f"core.{number}"] for number in range(len(tensors) - 1)], tensors["spectrum"])
 
     def cores(self, name: str, choice: Choice) -> list[torch.Tensor]:

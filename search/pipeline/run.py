@@ -37,12 +37,14 @@ from search.runtime.run_folder import (
     ENVIRONMENT,
     PRIOR,
     SCORES,
+    STAGES,
     STUDY,
     SUMMARY,
     TABLE,
     TRIALS,
     RunFolder,
 )
+from search.runtime.stage_times import StageTimes
 from search.runtime.tensorboard import curves
 from search.trials.kept_scores import KeptScores, keeping
 from search.trials.loop import Trial, run_agent, spent
@@ -112,6 +114,7 @@ def run(config: Config, console: Console) -> RunSummary:
         refuse_other_search(Path(config.resume) / STUDY, config, experiment, start)
     with RunFolder.open(config.resume, config.out, config.agent, config.model, config.seed) as folder:
         console.opened(folder.path)
+        console.time_stages(StageTimes(folder / STAGES).add)
         folder.write_text(CONFIG, config.to_json())
         before = _written(folder.path / ENVIRONMENT)
         folder.write_json(ENVIRONMENT, environment(before) | {"digest": DIGEST})

@@ -21,6 +21,7 @@ __all__ = [
     "HealingFile",
     "PriorFile",
     "SensitivityLine",
+    "StageLine",
     "SummaryFile",
     "TrialLine",
     "document",
@@ -169,6 +170,13 @@ class SensitivityLine(Line):
     family: Word
     state: Word
     kl: Cell = None
+
+
+class StageLine(Line):
+    """A line of stages.csv."""
+
+    stage: Word
+    seconds: Cell = None
 
 
 def document(schema: type[Part], path: Path, what: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from compression.storage.strict_json import read_object
 from search.reporting.documents import ContestFile, HealingFile, PriorFile, SummaryFile, document
 from search.reporting.frames import frame_of, read_frame
 from search.runtime.run_digest import refuse_changed
-from search.runtime.run_folder import CONFIG, PRIOR, SUMMARY, TRIALS
+from search.runtime.run_folder import CONFIG, PRIOR, STAGES, SUMMARY, TRIALS
 from search.runtime.schema import Part
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ class OpenedRun:
     def trials(self) -> pd.DataFrame:
         """One row per trial in the order of evaluation: state, reward, seconds, scores, and the level of each step."""
         return self._frame(TRIALS, "a search of --budget 1 or more writes it")
+
+    def stages(self) -> pd.DataFrame:
+        """One row per stage: name and seconds, those of earlier sessions of the run included."""
+        return self._frame(STAGES, "a search writes it")
 
     def sensitivity(self) -> pd.DataFrame:
         """One row per site and χ with all other sites dense, of a sweep: predicted and measured KL, kept fraction."""

@@ -21,6 +21,7 @@ from search.reporting.documents import (
     HealingFile,
     PriorFile,
     SensitivityLine,
+    StageLine,
     SummaryFile,
     TrialLine,
     document,
@@ -29,8 +30,9 @@ from search.reporting.documents import (
 from search.reporting.opened_run import BENCHMARKS, SENSITIVITY
 from search.reporting.page import Section, page, table
 from search.reporting.tables import SUMMARY_COLUMNS, Column
+from search.runtime.console import duration
 from search.runtime.run_digest import refuse_changed
-from search.runtime.run_folder import PRIOR, SUMMARY, TRIALS
+from search.runtime.run_folder import PRIOR, STAGES, SUMMARY, TRIALS
 from search.runtime.schema import Part
 
 __all__ = ["REPORT", "Run", "report"]
@@ -50,7 +52,7 @@ class Run:
     Attributes:
         name: name of the folder.
         summary, prior: contents of summary.json and prior.json; empty if the file is missing.
-        trials, benchmarks, sensitivity: rows of the CSV files; empty if the file is missing.
+        trials, benchmarks, sensitivity, stages: rows of the CSV files; empty if the file is missing.
         healings: content of healing.json by the name of the healing's folder.
     """
 
@@ -60,6 +62,7 @@ class Run:
     trials: Sequence[Mapping[str, Any]]
     benchmarks: Sequence[Mapping[str, Any]]
     sensitivity: Sequence[Mapping[str, Any]]
+    stages: Sequence[Mapping[str, Any]]
     healings: Mapping[str, Mapping[str, Any]]
 
     @classmethod
@@ -80,6 +83,7 @@ class Run:
             trials=records(TrialLine, folder / TRIALS),
             benchmarks=records(BenchmarkLine, folder / BENCHMARKS),
             sensitivity=records(SensitivityLine, folder / SENSITIVITY),
+            stages=records(StageLine, folder / STAGES),
             healings={
                 path.parent.name: document(HealingFile, path, "the healing")
                 for path in sorted(folder.glob("healed*/healing.json"))
@@ -339,6 +343,15 @@ def _latency(run: Run) -> Section | None:
     return Section("Speed", text, table([latency], columns))
 
 
+def _times(run: Run) -> Section | None:
+    lines = [{**row, "took": duration(row.get("seconds") or 0.0)} for row in run.stages]
+    if not lines:
+        return None
+    total = duration(sum(row.get("seconds") or 0.0 for row in run.stages))
+    text = f"{total} in all, interrupted sessions included. A stage of no time found its results in the cache."
+    return Section("Time", text, table(lines, [Column("stage", "stage"), Column("took", "took")]), run.stages)
+
+
 def _provenance(run: Run) -> Section | None:
     environment = run.summary.get("environment") or {}
     lines = [
@@ -365,6 +378,7 @@ _PARTS: tuple[Callable[[Run], Section | None], ...] = (
     _front,
     _healing,
     _latency,
+    _times,
     _provenance,
 )
 

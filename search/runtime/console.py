@@ -53,6 +53,8 @@ class Console:
         self.quiet = quiet
         self.clock = clock
         self._stages: list[Stage] = []
+        self._ended: list[tuple[str, float]] = []  # until something counts the times
+        self._count: Callable[[str, float], None] | None = None
         self.folder: Path | None = None
         """The run folder, once the run has one; the hint on how to resume names it."""
         terminal = self.stream.isatty() and os.environ.get("TERM", "") != "dumb"
@@ -89,6 +91,20 @@ class Console:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self.stream, flush=True)
+
+    def time_stages(self, count: Callable[[str, float], None]) -> None:
+        """Call `count` with the name and the seconds of every stage that ends or has ended already."""
+        self._count = count
+        for name, seconds in self._ended:
+            count(name, seconds)
+        self._ended.clear()
+
+    def ended(self, name: str, seconds: float) -> None:
+        """Say that a stage has ended, finished or not; called by stages."""
+        if self._count is None:
+            self._ended.append((name, seconds))
+        else:
+            self._count(name, seconds)
 
     def decomposed(self, done: int, total: int) -> None:
         """Show in the current stage that `done` of the `total` matrices that its next unit of work needs are there."""
@@ -144,14 +160,15 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._console._stages.remove(self)
-        progress, took = self._console._progress, duration(self._console.clock() - self._started)
+        progress, seconds = self._console._progress, self._console.clock() - self._started
         verb = "stopped after" if kind else "done in"
-        text = plain(" · ".join(part for part in (f"{verb} {took}", self._detail) if part))
+        text = plain(" · ".join(part for part in (f"{verb} {duration(seconds)}", self._detail) if part))
         if progress is not None and self._bar is not None:
             total = self._done if kind else (self._total or max(self._done, 1))
             progress.update(self._bar, total=max(total, 1), completed=total, text=text)
         else:
             self._console.note(f"{self._name} {text}")
+        self._console.ended(self._name, seconds)
 
     def _text(self, now: float) -> str:
         of = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"

@@ -33,6 +33,7 @@ __all__ = [
     "PRIOR",
     "RESULTS",
     "SCORES",
+    "STAGES",
     "STUDY",
     "SUMMARY",
     "TABLE",
@@ -50,6 +51,7 @@ DIGEST = "digest.json"
 ENVIRONMENT = "environment.json"
 PRIOR = "prior.json"
 SCORES = "scores.json"
+STAGES = "stages.csv"
 STUDY = "study.db"
 SUMMARY = "summary.json"
 LOG = "run.log"

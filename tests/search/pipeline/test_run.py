@@ -62,6 +62,7 @@ def test_a_run_writes_the_table_the_study_and_the_prior(tmp_path: Path, capsys: 
         "repaired",
         "report.html",
         "scores.json",
+        "stages.csv",
         "study.db",
         "summary.csv",
         "summary.json",
