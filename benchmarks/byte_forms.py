@@ -11,7 +11,9 @@ Every form is made of all matrices of some blocks of the default model, at sever
 * 2:4: the same with two of every four neighbours kept, whose places take two bits each.
 * lowrank: factors of the best low rank in the metric, 16 bits; lowrank, rounded: the same in 8 or 4 bits.
 * lowrank+sparse: a low rank and a pruned residual, each fitted to what the other leaves, twice; 16 bits, or the
-  residual in 4 and the factors in 8. Saten (arXiv 2505.14871) puts such a residual on a tensor train.
+  residual in 4 and the factors in 8.
+* mpo+sparse: the same with an MPO of two cores, fitted in the metric, in 16 bits; the residual in 16 or 4. Saten (arXiv
+  2505.14871) puts such a residual on a tensor train.
 * rounded+lowrank: a matrix of 3 or 2 bits, and the best low rank of its error in the metric, 16 bits.
 """
 
@@ -27,7 +29,10 @@ import torch
 from benchmarks.report import Bar, markdown, publish
 from compression.decomposition.measured import Matrix
 from compression.numerics.bitmask import bitmask_bytes
+from compression.numerics.cores import contract
+from compression.numerics.fit import fit
 from compression.numerics.group_integers import Codes, Metric, dequantize, quantize
+from compression.numerics.legs import Legs, resolve
 from compression.numerics.packed_size import GROUP, packed_bytes
 from compression.numerics.pruning import Pruned, prune, refit_pruned
 from compression.numerics.whitening import Whitening, shrink
@@ -120,12 +125,28 @@ class Forms:
                 product = low if of_factors == 16 else self.rounded_factors(left, right, of_factors)
                 size += self.mask_bytes + self.factor_bytes(rank, of_factors)
                 yield f"lowrank+sparse, {bits} bits", f"density {density}", self.cost(product + made), size
+        legs = resolve("mpo2", self.rows, self.columns)
+        chi = legs.largest_chi(int(_RANKS[-1] * count))
+        for density in (0.45, 0.2):
+            train, residual = self.tensor_train(weight, legs, chi), None
+            for _ in range(2):
+                [residual] = self.pruned(weight - train, [int(density * count)])
+                train = self.tensor_train(weight - residual.matrix, legs, chi)
+            for bits in (16, 4):
+                made, size = self.entries(residual, bits)
+                size += self.mask_bytes + 2 * legs.parameters(chi)
+                yield f"mpo+sparse, {bits} bits", f"density {density}", self.cost(train + made), size
         for bits in (3, 2):
             made = self.rounded(weight, bits)
             small = max(1, rank // 4)
             left, right = self.low_rank(weight - made, small)
             size = packed_bytes(*weight.shape, bits) + self.factor_bytes(small, 16)
             yield f"rounded+lowrank, {bits} bits", f"rank {_RANKS[-1] / 4}", self.cost(made + left @ right), size
+
+    def tensor_train(self, weight: torch.Tensor, legs: Legs, chi: int) -> torch.Tensor:
+        """The best MPO of these legs and χ in the metric, as a matrix."""
+        moments = self.matrix.gradients[None], self.matrix.inputs[None]
+        return contract([core[0] for core in fit(weight[None], *moments, legs, chi).cores])
 
     def pruned(self, weight: torch.Tensor, kept: list[int]) -> list[Pruned]:
         return list(prune(weight, self.matrix.inputs, self.matrix.gradients, kept))

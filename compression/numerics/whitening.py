@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from compression.numerics.finite import is_finite
-from compression.numerics.large_moments import brief_product, moment_dtype
+from compression.numerics.large_moments import moment_dtype
 from compression.refusal import Refusal
 
 __all__ = ["Whitening", "lowrank", "shrink"]
@@ -102,8 +102,8 @@ def lowrank(
     """Returns the factors of the best matrices of every rank up to χ in a metric, and the spectrum.
 
     The product of the first r columns and rows is the best matrix of rank r. The squares of the singular values are
-    found from a Gram matrix, so that they are right down to 1e-16 of the largest square, or to 1e-7 where the metric of
-    the longer side is a large one, see `compression.numerics.large_moments`.
+    found from a Gram matrix, so that they are right down to 1e-16 of the largest square, or to 1e-7 where the longer
+    side is a large one, see `compression.numerics.large_moments`.
 
     Args:
         weight: W (out, in).
@@ -113,17 +113,17 @@ def lowrank(
     Returns:
         The factors (out, χ) and (χ, in), and all singular values of the whitened matrix, descending; float64.
     """
-    matrix = weight.double()
-    if matrix.shape[0] < matrix.shape[1]:
-        left, right, values = lowrank(matrix.mT, gradients, inputs, chi)
+    if weight.shape[0] < weight.shape[1]:
+        left, right, values = lowrank(weight.mT, gradients, inputs, chi)
         return right.mT, left.mT, values
-    gram = matrix.mT @ (matrix if gradients is None else brief_product(gradients, matrix))
+    matrix = weight.to(moment_dtype(len(weight)))
+    gram = (matrix.mT @ (matrix if gradients is None else gradients.to(matrix) @ matrix)).double()
     factor = None if inputs is None else torch.linalg.cholesky(inputs.double())
     if factor is not None:
         gram = factor.mT @ gram @ factor
     squares, basis = torch.linalg.eigh(gram)
     values, basis = squares.flip(0).clamp_min(0).sqrt(), basis.flip(1)[:, :chi]
     if factor is None:
-        return matrix @ basis, basis.mT, values
+        return (matrix @ basis.to(matrix)).double(), basis.mT, values
     right = torch.linalg.solve_triangular(factor, basis.mT, upper=False, left=False)
-    return matrix @ (factor @ basis), right, values
+    return (matrix @ (factor @ basis).to(matrix)).double(), right, values
