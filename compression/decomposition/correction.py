@@ -104,6 +104,8 @@ class _MomentSums:
         self._mean[fold] += rows.sum(0).double() / self._tokens
 
     def deviations(self, start: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Deviations:
+        if weight is not None and torch.equal(weight, start):  # W x − W x̂, in one product and without cancellation
+            return _Moments(self._inputs, start @ (self._cross - self._inputs))
         aimed = self._cross if weight is None else weight @ self._cross
         if weight is None and bias is not None:
             aimed = aimed - bias.double()[:, None] * self._mean[:, None, :]
@@ -132,6 +134,9 @@ class _RowSums:
         residual = []
         for inputs, aims in zip(self._inputs, self._aims, strict=True):
             aimed = torch.cat(aims).float()
+            if weight is not None and torch.equal(weight, start):  # W x − W x̂
+                residual.append((aimed - inputs) @ start.float().T)
+                continue
             if weight is not None:
                 aimed = aimed @ weight.float().T
             elif bias is not None:
