@@ -49,6 +49,7 @@ from search.model.ends import head_moment, rounded_ends
 from search.model.kinds import Kind
 from search.model.loading import LoadedModel
 from search.runtime.files import cache_folder
+from search.runtime.memory import free_at_once
 
 __all__ = ["Experiment", "Extract", "workload_sequences"]
 
@@ -146,6 +147,8 @@ class Experiment:
         made_for = {"architecture": loaded.architecture} if loaded.architecture else {}
         cache = FactorCache(cache_folder() / "factors", warn, made_for)
         calibration = Calibration(loaded, sites, splits.calibration, config.seed, config.shrinkage, cache)
+        if calibration.by_block:
+            free_at_once()
         budget = Budget.of(config, loaded.model, sites)  # of the dense model
         store = factor_store(loaded, sites, calibration, cache, budget.forms)
         return cls(config, loaded, sites, splits, calibration, store, device, budget)

@@ -21,15 +21,9 @@ from search.runtime.memory import available_memory, give_back_memory
 __all__ = ["advancing", "calibrate", "check_space", "stays_dense", "stays_on_disk"]
 
 
-_MATRICES = 7
-"""Matrices of a large model that are decomposed before their memory is given back: about a block."""
-
-
 def calibrate(experiment: Experiment, console: Console) -> None:
     """Collect the calibration statistics unless the cache has them; later stages show what they decompose."""
     calibration, experiment.store.progress = experiment.calibration, console.decomposed
-    if calibration.by_block:
-        experiment.store.progress = _freeing(console.decomposed)
     for name, part in calibration.parts:
         if calibration.is_cached:
             break
@@ -41,20 +35,6 @@ def calibrate(experiment: Experiment, console: Console) -> None:
         with console.stage(name, experiment.config.calibration_tokens, "tokens", done) as stage:
             part.progress = advancing(stage, done)
             part()
-
-
-def _freeing(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """The same function, which also gives memory back after every few matrices of a large model.
-
-    What decomposing one of them takes lies between the layers of those before, and is not freed with them.
-    """
-
-    def freeing(done: int, total: int) -> None:
-        progress(done, total)
-        if done % _MATRICES == 0:
-            give_back_memory()
-
-    return freeing
 
 
 def advancing(stage: Stage, seen: int = 0) -> Callable[[int], None]:
