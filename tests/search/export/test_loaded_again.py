@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from compression.numerics.gauge import stored
 from compression.numerics.legs import resolve
 from compression.refusal import Refusal
 from compression.sites import dense_weight, discover_sites
-from search.export import standalone
+from search.export import loaded_again, standalone
 from search.export.folder import export_dense_, export_model
+from search.export.loaded_again import rounded_once_more
 from search.model.random_models import byte_tokenizer
 
 IDS = torch.arange(24)[None]
@@ -64,6 +66,40 @@ def test_a_folder_that_gives_other_logits_is_not_written(tmp_path: Path, monkeyp
     with pytest.raises(Refusal, match="is not written, because the model that is loaded from it gives other logits"):
         export_model(model, byte_tokenizer(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share, refused", [(0.5, False), (1.0, False), (8.0, True)])
+def test_in_16_bits_as_much_may_differ_as_rounding_does(
+    share: float, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, a model of 1.5 billion parameters was refused: the orders of computation were 0.04 apart."""
+    model = compressed("llama").to(torch.bfloat16)
+    ids = torch.arange(32)[None] % model.config.vocab_size
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0].float()
+    noise = rounded_once_more(model, ids) - expected
+    assert 0 < float(noise.abs().mean()) < 0.05 * float(expected.std())
+
+    class Other:
+        device = torch.device("cpu")
+
+        def to(self, device: object) -> Other:
+            return self
+
+        def eval(self) -> Other:
+            return self
+
+        def __call__(self, **given: object) -> object:
+            return SimpleNamespace(logits=(expected + share * noise)[None])
+
+    monkeypatch.setattr(loaded_again, "tolerance", lambda dtype: 1e-9)
+    monkeypatch.setattr(loaded_again, "_compressed", lambda model, written: Other())
+    if refused:
+        with pytest.raises(Refusal, match="gives other logits"):
+            export_model(model, byte_tokenizer(), tmp_path / "out")
+    else:
+        export_model(model, byte_tokenizer(), tmp_path / "out")
+    assert (tmp_path / "out").exists() != refused
 
 
 def test_a_model_without_finite_logits_is_not_written(tmp_path: Path) -> None:
