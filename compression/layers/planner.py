@@ -176,7 +176,9 @@ def measured(
     return {route: median(each[1:]) for route, each in times.items()}
 
 
-def random_layer(legs: Legs, chi: int, dtype: torch.dtype, device: torch.device) -> MPOLinear:
+def random_layer(
+    legs: Legs, chi: int, dtype: torch.dtype, device: torch.device, bias: torch.Tensor | None = None
+) -> MPOLinear:
     """Returns a layer with random numbers for timing, scaled so that outputs are about as large as inputs."""
     cores: list[torch.Tensor | PivotedCore] = []
     for number, (left, right) in enumerate(pairwise(legs.bonds(chi))):
@@ -188,7 +190,7 @@ def random_layer(legs: Legs, chi: int, dtype: torch.dtype, device: torch.device)
             cores.append(PivotedCore(core[right:].to(dtype), order, shape))
         else:
             cores.append(core.to(dtype).reshape(shape))
-    return MPOLinear(cores)
+    return MPOLinear(cores, bias)
 
 
 def _bucket(legs: Legs, chi: int) -> int:

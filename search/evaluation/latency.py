@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from compression.bonds import linear_layer
 from compression.decomposition.apply import ScheduleApplier
 from compression.decomposition.factors import FactorStore
-from compression.layers.planner import Planner
+from compression.layers.planner import Planner, random_layer
 from compression.layers.routes import Optimize
+from compression.numerics.legs import resolve
 from compression.schedule import Schedule
-from compression.sites import put_modules
+from compression.sites import Site, dense_weight, put_modules
 from search.evaluation.logits import cache_argument
 from search.runtime.files import cache_folder
 
@@ -75,6 +77,7 @@ def against_dense(
     optimize: Optimize,
     costs: Path | None,
     continues: bool = True,
+    stand_ins: bool = False,
 ) -> dict[str, Latency]:
     """Measure schedules against the dense model, all in the same rounds; the model is dense again afterwards.
 
@@ -84,6 +87,8 @@ def against_dense(
         costs: the planner's file of measured costs, see `compression.layers.planner.Planner`. Costs missing from it are
             measured for "latency", which takes a minute or two the first time, and estimated for "memory".
         continues: whether the model continues text; an encoder only reads it.
+        stand_ins: whether layers have random numbers in the shapes of a schedule, which nothing must be decomposed for.
+            Time does not depend on the numbers. Ignored if a schedule has pruned or rounded matrices.
 
     Returns:
         Results by name of the schedule.
@@ -92,6 +97,7 @@ def against_dense(
     names = {name for one in compressed.values() for name, choice in one if not choice.is_dense}
     if not names:
         return {}
+    stand_ins = stand_ins and not any(choice.keeps_entries for one in compressed.values() for _, choice in one)
     device = next(model.parameters()).device
     prompt = min(PROMPT, getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT)
     planner = Planner(optimize, costs, measure=optimize == "latency")
@@ -99,7 +105,11 @@ def against_dense(
     with torch.no_grad(), ScheduleApplier(model, store, packed=True) as applier:
         planned = {}
         for side, schedule in compressed.items():
-            applier.apply_(schedule)
+            if stand_ins:
+                put_modules(model, sides[_DENSE])
+                put_modules(model, _stand_ins(model, store.sites, schedule))
+            else:
+                applier.apply_(schedule)
             planned[side] = planner.plan_(model)
             sides[side] = {name: model.get_submodule(name) for name in names}
         try:
@@ -113,6 +123,23 @@ def against_dense(
         side: Latency(optimize, prefilled[side], decoded[side], prompt, of.stored_bytes, of.resident_bytes)
         for side, of in planned.items()
     }
+
+
+def _stand_ins(model: nn.Module, sites: Sequence[Site], schedule: Schedule) -> dict[str, nn.Module]:
+    """Returns layers with random numbers in the shapes of a schedule, by the names of the sites that it changes."""
+    layers: dict[str, nn.Module] = {}
+    for site in sites:
+        choice, dense = schedule[site.name], model.get_submodule(site.name)
+        if choice.is_dense:
+            continue
+        weight, (rows, columns) = dense_weight(dense), site.shape(choice.widths)
+        bias = None if getattr(dense, "bias", None) is None else weight.new_zeros(rows)
+        if choice.is_plain:
+            layers[site.name] = linear_layer(torch.randn(rows, columns).to(weight) / math.sqrt(max(1, columns)), bias)
+        else:
+            legs = resolve(choice.topology, rows, columns)
+            layers[site.name] = random_layer(legs, choice.chi, weight.dtype, weight.device, bias)
+    return layers
 
 
 def _over_dense(times: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -161,9 +161,8 @@ def _run_in(
     with console.stage("time"):
         timed = {name: schedule for name, schedule in schedules.items() if name in _TIMED}
         continues = not experiment.loaded.kind.is_encoder
-        latencies = against_dense(
-            experiment.loaded.model, experiment.store, timed, config.optimize, layer_costs(), continues
-        )
+        how = config.optimize, layer_costs(), continues, experiment.calibration.by_block
+        latencies = against_dense(experiment.loaded.model, experiment.store, timed, *how)
     latency = latencies.get("searched")
     if latency:
         console.note(f"searched: {latency}")

@@ -138,3 +138,9 @@ def test_times_of_schedules_with_widths_are_estimated_and_measured() -> None:
     assert list(found) == ["half", "none", "mixed"]
     assert all(math.isfinite(one.prefill_ratio) and one.decode_ratio > 0 for one in found.values())
     assert torch.equal(subject.model(input_ids=subject.batches[0][0]).logits, dense)
+    schedules = {"half": half, "none": none, "mixed": schedule}
+    others = against_dense(subject.model, subject.store, schedules, "memory", None, stand_ins=True)
+    for name, one in found.items():  # the same shapes, without the numbers of the rows and columns that are left
+        assert others[name].stored_bytes == pytest.approx(one.stored_bytes, rel=0.02)
+    assert all(math.isfinite(one.prefill_ratio) and one.decode_ratio > 0 for one in others.values())
+    assert torch.equal(subject.model(input_ids=subject.batches[0][0]).logits, dense)
