@@ -139,7 +139,7 @@ def _run_in(
     with console.stage("decompose", len(experiment.sites), "matrices") as stage:
         menu = experiment.menu(advancing(stage))
     factored = [pair for schedule in baselines.values() for pair in schedule if pair[1].is_factored]
-    if experiment.calibration.by_block:  # the cache of a large model keeps what was used last only
+    if experiment.calibration.by_block:  # the cache of a large model does not keep all of them
         factored = []
     with console.stage("baselines", len(factored), "matrices") as stage:
         for name, choice in factored:

@@ -38,9 +38,9 @@ def free_at_once() -> None:
     """From here on, pieces of 4 MB and more go back to the system when they are freed.
 
     The C library keeps those of up to 32 MB for later use, but an aligned piece, as all tensors are, does not fit where
-    one of the same size was before. In a job of a model of 1.5 billion parameters it kept 4 to 6 GB so. Fresh memory
-    costs time: passes through an MLP of such a model take 5 % longer. Where the C library has no such setting nothing
-    happens.
+    one of the same size was before. In a job of a model of 1.5 billion parameters it kept an estimated 4 to 6 GB so.
+    Fresh memory costs time: passes through an MLP of such a model take 5 % longer. Where the C library has no such
+    setting nothing happens.
     """
     if _SET is not None:
         _SET(_MMAP_THRESHOLD, _LARGE)

@@ -1,6 +1,6 @@
 """Factors in 16 bits are those in 32 bits but for rounding, in half the space and under other keys.
 
-So are matrices refitted to a cut bond. A cache with a limit keeps those that were used last, and makes others again.
+So are matrices refitted to a cut bond. A cache with a limit drops some, and makes them again.
 """
 
 from __future__ import annotations
