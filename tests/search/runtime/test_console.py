@@ -70,6 +70,15 @@ def test_a_stage_tells_how_many_matrices_its_next_trial_still_waits_for():
     ]
 
 
+def test_a_stage_that_counts_nothing_shows_only_what_it_works_on():
+    out, clock = io.StringIO(), Clock()
+    console = Console(out, clock=clock)
+    with console.stage("time"):
+        clock.now += 30
+        console.decomposed(1, 9)
+    assert out.getvalue().splitlines() == ["time ...", "time decomposed 1/9 matrices", "time done in 30 s"]
+
+
 def test_trials_of_before_do_not_enter_the_time_left():
     out, clock, stage = plain(total=10, done=8)
     with stage:
